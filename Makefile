@@ -1,0 +1,57 @@
+# `make help` lists the targets. PYTHON=python3.12 picks another Python; ARGS="..." is added to the command that is run.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+# The first variable pins the packages that build Instep in new versions of pip, the second in old ones.
+PIP := PIP_BUILD_CONSTRAINT=constraints.txt PIP_CONSTRAINT=constraints.txt \
+	$(BIN)/python -m pip --quiet --disable-pip-version-check
+NEEDS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-slow check bench clean
+.NOTPARALLEL:
+
+help:
+	@echo 'make train      train a small GPT with 2 workers in step; ARGS="--steps 20" changes it'
+	@echo 'make test       run the test suite, but for the slow tests; ARGS="-k digest" picks tests'
+	@echo 'make test-slow  run the slow tests'
+	@echo 'make check      format, lint, types and the direction of imports, without changing a file'
+	@echo 'make bench      measure speed and memory against DDP and a bare PyTorch loop'
+	@echo 'make clean      remove .venv, caches and build outputs; runs/ stays'
+
+train: .venv/.runtime
+	$(BIN)/instep train gpt $(ARGS)
+
+test: .venv/.dev
+	$(BIN)/pytest $(ARGS)
+
+test-slow: .venv/.dev
+	$(BIN)/pytest -m slow $(ARGS)
+
+check: .venv/.dev
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.dev
+	$(BIN)/python benchmarks/lockstep.py $(ARGS)
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.runtime: $(NEEDS)
+	$(call install,.)
+	@touch $@
+
+.venv/.dev: $(NEEDS)
+	$(call install,.[dev])
+	@touch .venv/.runtime $@
+
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Instep needs Python 3.11 or later and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12.")'
+	@echo 'Installing Instep and its pinned packages into .venv; torch is large, the first time takes a minute or more.'
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --constraint constraints.txt --editable '$(1)'
+endef

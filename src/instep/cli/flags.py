@@ -1,0 +1,159 @@
+"""Flags with dots: ``--recipe.schedule.kind wsd`` sets any field of a recipe or team."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args, get_origin, get_type_hints
+
+from instep.components import Component
+from instep.errors import InstepError, RecipeError
+from instep.recipe import Recipe, Team
+
+Settings = Sequence[tuple[str, str]]
+"""Names of fields, such as ``recipe.schedule.kind``, each with the text of its value."""
+
+
+class UsageError(InstepError):
+    """The command line is wrong."""
+
+    exit_status = 2
+
+
+def split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Parts `argv` into the flags with dots, as (name, text of the value), and the rest. Raises UsageError."""
+    settings: dict[str, str] = {}
+    rest: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if token == "--":
+            rest += [token, *tokens]
+        elif not (name.startswith("--") and "." in name):
+            rest.append(token)
+        else:
+            text = value if equals else next(tokens, None)
+            if text is None or (not equals and text.startswith("--")):
+                raise UsageError(f"{name} needs a value, as in {name}=VALUE.")
+            if name[2:] in settings:
+                raise UsageError(f"{name} is given twice; give it once.")
+            settings[name[2:]] = text
+    return list(settings.items()), rest
+
+
+def merge(table: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Sets each of `settings` in `table`, laid out like a recipe file; gives the same table.
+
+    Raises UsageError for a name that no field has, and RecipeError where the table has no room for it.
+    """
+    for name, text in sorted(settings, key=lambda setting: setting[0].count(".")):  # a whole before its parts
+        side, *parts = name.split(".")
+        if side == "recipe":
+            _set(Recipe, table, parts, text, name)
+        elif side == "team":
+            _set(Team, _room(table, "team", "team"), parts, text, name)
+        else:
+            raise _unknown(name)
+    return table
+
+
+def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: str) -> None:
+    key, rest = parts[0].replace("-", "_"), parts[1:]
+    hints = get_type_hints(cls)
+    if key not in hints:
+        raise _unknown(name)
+    hint = hints[key]
+    where = name.removesuffix("." + ".".join(rest)) if rest else name
+    if not rest:
+        value = _value(text, hint)
+        table.pop(key, None) if value is None else table.update({key: value})
+    elif hint is Component:
+        table[key] = _component_table(cls, key, table.get(key))
+        _set(Component, _room(table, key, where), rest, text, name)
+    elif hasattr(hint, "__dataclass_fields__"):
+        _set(hint, _room(table, key, where), rest, text, name)
+    elif get_origin(hint) is Mapping and all(rest):
+        inner = _room(table, key, where)
+        for part in rest[:-1]:
+            where = f"{where}.{part}"
+            inner = _room(inner, part, where)
+        inner[rest[-1]] = toml_value(text)
+    else:
+        raise _unknown(name)
+
+
+def _room(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    inner = table.setdefault(key, {})
+    if not isinstance(inner, dict):
+        raise RecipeError(f"'{where}' is {inner!r}, and a part of it cannot be set; it must be a table.")
+    return inner
+
+
+def _component_table(cls: type, key: str, value: Any) -> Any:
+    """A component of the file as a table that flags can change: an address alone, or left out, gets its table."""
+    if isinstance(value, str):
+        return {"use": value}
+    factory = cls.__dataclass_fields__[key].default_factory  # type: ignore[attr-defined]
+    if value is None and callable(factory):
+        default = factory()
+        return {"use": default.describe(), "args": dict(default.args)}
+    return {} if value is None else value
+
+
+def _value(text: str, hint: Any) -> Any:
+    """The text of a flag as a value for a field of the type `hint`; None takes an optional field away."""
+    if type(None) in get_args(hint) and text == "none":
+        return None
+    value = toml_value(text)
+    return text if hint is str and not isinstance(value, str) else value
+
+
+def toml_value(text: str) -> Any:
+    """`text` as the TOML value it is, or else as it stands; ``.5``, ``5.``, ``True`` and ``False`` are read too."""
+    if text in ("True", "False"):
+        return text == "True"
+    if re.fullmatch(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?", text):
+        return float(text)
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = table.pop("value")
+    return value if not table and isinstance(value, (bool, int, float, str, list, dict)) else text
+
+
+def unknown_flag(token: str, flags: Sequence[str], command: str) -> UsageError:
+    """The error for a flag without dots that is none of `flags`, those of the command."""
+    flag = token.partition("=")[0]
+    ends: dict[str, str] = {}
+    if command == "train":  # which takes any field by its whole name
+        ends = {known.rpartition(".")[2]: f"--{known}" for known in _names()}
+    name = flag.lstrip("-").replace("-", "_")
+    near = [ends.get(name), *difflib.get_close_matches(flag, flags, 1)]
+    near += [ends[end] for end in difflib.get_close_matches(name, list(ends), 1)]
+    return UsageError(f"there is no flag {flag}; {_hint(next(filter(None, near), ''), command)}")
+
+
+def _unknown(name: str) -> UsageError:
+    known = list(_names())
+    parts = name.replace("-", "_").split(".")
+    if len(parts) > 2 and ".".join([*parts[:2], "args"]) in known:
+        near = ".".join([*parts[:2], "args", *parts[2:]])
+    else:
+        near = next(iter(difflib.get_close_matches(name.replace("-", "_"), known, 1)), "")
+    return UsageError(f"there is no flag --{name}; {_hint(near and f'--{near}')}")
+
+
+def _hint(near: str, command: str = "train") -> str:
+    return f"did you mean {near}?" if near else f"see 'instep {command} --help'."
+
+
+def _names() -> Iterator[str]:
+    """The names of all fields, with dots."""
+    for side, cls in (("recipe", Recipe), ("team", Team)):
+        for key, hint in get_type_hints(cls).items():
+            yield f"{side}.{key}"
+            for part in getattr(hint, "__dataclass_fields__", ()):
+                yield f"{side}.{key}.{part}"

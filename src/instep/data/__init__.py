@@ -1,0 +1,176 @@
+"""What is trained on: map-style data sets, addressed by index alone. `instep.data.cursor` says which index is when."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import pickle
+from collections.abc import Callable, Sized
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset
+
+from instep.components import Component
+from instep.errors import DataError
+from instep.randomness import seed_all
+from instep.restore import kept_random_state
+
+Collate = Callable[[list[Any]], Any]
+
+SHOWN_SAMPLES = 8
+"""How many samples at each end of a data set its fingerprint looks at."""
+
+
+class MapStyle(Protocol):
+    """A data set with a length whose samples are had by index, as `torch.utils.data.Dataset`.
+
+    Where it has ``__getitems__(indices) -> list of samples``, a microbatch is fetched by one call of it. Where it has
+    ``digest``, text that changes whenever its content does, the run's record holds that.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Codec(Protocol):
+    """Between text and tokens. It makes a data set one of text: bits per byte and a sample are then reported."""
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text that one token stands for, on average."""
+        ...
+
+    def encode(self, text: str, /) -> list[int]: ...
+
+    def decode(self, tokens: list[int], /) -> str: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data sets and how to read them.
+
+    Fields
+    ------
+    train: what is trained on.
+    held_out: what the objective is evaluated on; None for no evaluation.
+    collate: makes a batch of a list of samples; None takes `torch.utils.data.default_collate`.
+    codec: for text, see `Codec`.
+
+    Raises DataError for a data set that is empty or not map-style.
+    """
+
+    train: MapStyle
+    held_out: MapStyle | None = None
+    collate: Collate | None = None
+    codec: Codec | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.train, "training")
+        if self.held_out is not None:
+            _check(self.held_out, "held-out")
+
+
+def as_data(value: Any) -> Data:
+    """`value` as `Data`: one already, a pair (training, held out), or a map-style data set. Raises DataError."""
+    if isinstance(value, Data):
+        return value
+    if isinstance(value, tuple):
+        if len(value) != 2:
+            raise DataError(f"the data is a tuple of {len(value)}; give a pair, (training, held out), or one data set.")
+        if all(isinstance(part, (Tensor, np.ndarray)) for part in value):
+            raise DataError(
+                "the data is a pair of arrays, which could be inputs and targets or training and held-out data; "
+                "give torch.utils.data.TensorDataset(inputs, targets), or instep.Data(train=..., held_out=...)."
+            )
+        return Data(*value)
+    return Data(value)
+
+
+def from_component(component: Component) -> Data:
+    """The data that a recipe names: a function or class is called with its arguments, a data set is taken as it is.
+
+    Raises ComponentError and DataError.
+    """
+    target = component.load()
+    if component.args or inspect.isclass(target) or (callable(target) and not _indexed(target)):
+        target = component.build()
+    return as_data(target)
+
+
+def digest(data: Data) -> str:
+    """SHA-256, in hexadecimal, that tells whether two runs had the same data.
+
+    It covers each data set's own ``digest``, where it has one. Else it is a fingerprint, cheap and not a proof: the
+    length and the first and last 8 samples, read with fixed random seeds. Raises DataError where reading fails.
+    """
+    sha = hashlib.sha256()
+    for name, samples in (("train", data.train), ("held_out", data.held_out)):
+        if samples is not None:
+            sha.update(f"{name} {len(samples)} {_digest(samples)}\n".encode())
+    return sha.hexdigest()
+
+
+def _digest(samples: MapStyle) -> str:
+    own = getattr(samples, "digest", None)
+    if isinstance(own, str):
+        return own
+    count = len(samples)
+    sha = hashlib.sha256()
+    with kept_random_state():
+        for index in sorted({*range(min(count, SHOWN_SAMPLES)), *range(max(0, count - SHOWN_SAMPLES), count)}):
+            seed_all(index)
+            leaves, structure = pytree.tree_flatten(sample(samples, index))
+            sha.update(str(structure).encode())
+            for leaf in leaves:
+                sha.update(_leaf_bytes(leaf))
+    return sha.hexdigest()
+
+
+def _leaf_bytes(leaf: Any) -> bytes:
+    if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
+        flat = leaf.detach().cpu().contiguous().reshape(-1)
+        return f"{leaf.dtype}{list(leaf.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
+    if isinstance(leaf, np.ndarray) and leaf.dtype != object:
+        return f"{leaf.dtype}{list(leaf.shape)}".encode() + leaf.tobytes()
+    try:
+        return pickle.dumps(leaf, protocol=4)
+    except Exception:  # what cannot be pickled is known by its type alone
+        return type(leaf).__qualname__.encode()
+
+
+def sample(samples: MapStyle, index: int) -> Any:
+    """Sample `index`. Raises DataError where the data set fails."""
+    try:
+        return samples[index]
+    except Exception as error:
+        raise failed(samples, f"sample {index}", error) from error
+
+
+def failed(samples: MapStyle, what: str, error: Exception) -> DataError:
+    """The error for a data set that raised `error` on `what`."""
+    return DataError(
+        f"the data set {type(samples).__name__} of {len(samples)} samples failed to give {what} "
+        f"({type(error).__name__}: {error}); every index from 0 to its length must give a sample."
+    )
+
+
+def _check(value: Any, name: str) -> None:
+    if isinstance(value, DataLoader):
+        raise DataError(f"the {name} data is a DataLoader; give its data set, since Instep makes the batches itself.")
+    if isinstance(value, IterableDataset) or not _indexed(value) or not isinstance(value, Sized):
+        raise DataError(
+            f"the {name} data is of type {type(value).__name__}, which has no length or no samples by index; "
+            f"give a map-style data set, with __len__ and __getitem__."
+        )
+    if len(value) == 0:
+        raise DataError(f"the {name} data is empty; give at least one sample.")
+
+
+def _indexed(value: Any) -> bool:
+    return hasattr(value, "__getitem__") and not inspect.isclass(value) and not isinstance(value, (str, bytes))

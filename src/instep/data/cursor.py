@@ -1,0 +1,104 @@
+"""Which samples make up which microbatch: a function of (seed, epoch, index), never of a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from instep.data import Collate, MapStyle, failed, sample
+from instep.errors import DataError
+from instep.randomness import key
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Addresses every sample of every epoch, by step and microbatch. It has no state.
+
+    Each epoch goes through all samples once, in an order of its own. Its last batch may be smaller than `batch`; it is
+    used, cut into the same number of microbatches, some of which may then be empty. No batch spans two epochs.
+
+    Fields
+    ------
+    samples: length of the data set.
+    batch: samples of one step.
+    microbatches: pieces of each batch. Their sizes differ by at most one.
+    seed: the recipe's.
+
+    Raises DataError for a data set that is empty or smaller than a batch.
+    """
+
+    samples: int
+    batch: int
+    microbatches: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise DataError("the training data is empty; give at least one batch of samples.")
+        if self.samples < self.batch:
+            raise DataError(
+                f"the training data is too small: {self.samples} samples do not fill one batch of {self.batch}; "
+                f"set recipe.batch to {self.samples} or less, or give more data."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one epoch, the one with the smaller batch included."""
+        return -(-self.samples // self.batch)
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, that `step`, from 0, lies in."""
+        return step // self.steps_per_epoch
+
+    def size(self, step: int) -> int:
+        """Samples in the batch of `step`."""
+        return len(self._span(step))
+
+    def indices(self, step: int) -> list[int]:
+        """Indices of the whole batch of `step`: its microbatches, one after the other."""
+        return self._take(step, self._span(step))
+
+    def microbatch(self, step: int, index: int) -> list[int]:
+        """Indices of microbatch `index`, from 0, of `step`. Empty where a small batch does not reach all."""
+        span = self._span(step)
+        start, stop = (len(span) * edge // self.microbatches for edge in (index, index + 1))
+        return self._take(step, span[start:stop])
+
+    def _span(self, step: int) -> range:
+        start = step % self.steps_per_epoch * self.batch
+        return range(start, min(start + self.batch, self.samples))
+
+    def _take(self, step: int, span: range) -> list[int]:
+        order = _order(self.samples, self.seed, self.epoch(step))
+        taken: list[int] = order[span.start : span.stop].tolist()
+        return taken
+
+
+@lru_cache(maxsize=1)  # of the current epoch: 8 bytes a sample
+def _order(samples: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(key(seed, epoch, "order"))
+    return torch.randperm(samples, generator=generator)
+
+
+def load(samples: MapStyle, indices: Sequence[int], collate: Collate | None = None) -> Any:
+    """The batch of samples `indices`, at least one, in this order. Raises DataError where the data set fails."""
+    together = getattr(samples, "__getitems__", None)
+    if callable(together):
+        try:
+            taken = list(together(list(indices)))
+        except Exception as error:
+            raise failed(samples, f"samples {list(indices)}", error) from error
+    else:
+        taken = [sample(samples, index) for index in indices]
+    return (default_collate if collate is None else collate)(taken)
+
+
+def held_out_batches(samples: int, size: int) -> list[range]:
+    """Indices 0 to `samples` in order, `size` at a time; the last batch may be smaller."""
+    return [range(start, min(start + size, samples)) for start in range(0, samples, size)]

@@ -1,0 +1,1 @@
+"""What runs workers: `lockstep` (every worker in every update, no server), on processes of this machine."""

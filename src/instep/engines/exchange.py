@@ -1,0 +1,90 @@
+"""The arrays that the workers of a team share, and their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from instep.reduce.buffers import Buffers
+from instep.reduce.reduction import Reduction
+from instep.reduce.shared import Region, attach
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What workers tell each other. W workers, M microbatches, T terms, P parameters, B buffers, E evaluations.
+
+    The marks rise with the version and order everything else. In a step, all but `slots` is written before the
+    worker's `posted` mark and read by the others between their sight of all of these and their own `done` mark, or
+    written between these two and read after all are done; so nothing is overwritten before everybody has read it.
+    """
+
+    posted: NDArray[np.int64]
+    """[W] s + 2 once the worker's nodes of step s, and its item counts of step s + 1, are there."""
+    done: NDArray[np.int64]
+    """[W] s + 2 once the worker has added its slice in step s. All done: the step is committed."""
+    evaluated: NDArray[np.int64]
+    """[W] version + 1 once the worker's share of an evaluation at that version is there."""
+    stop: NDArray[np.int64]
+    """[1] as worker 0 saw it when it posted: whether to end after this step."""
+    counts: NDArray[np.int64]
+    """[M, T] items of each term in the next step."""
+    sums: NDArray[np.float64]
+    """[M, T] the sum of each term."""
+    touched: NDArray[np.uint8]
+    """[W, P] whether a parameter had a gradient."""
+    changed: NDArray[np.uint8]
+    """[W, B] whether a buffer was changed."""
+    norms: NDArray[np.float32]
+    """[blocks] L2 norms of the blocks of the gradient."""
+    evaluation_counts: NDArray[np.int64]
+    """[E, T]"""
+    evaluation_sums: NDArray[np.float64]
+    """[E, T]"""
+    slots: NDArray[np.float32]
+    """[nodes, size] the gradient of each node of the tree; [0, 0] where it stays on a device."""
+    buffers: NDArray[np.float32]
+    """[nodes, size] floating buffers."""
+    integers: NDArray[np.int64]
+    """[W, size] other buffers."""
+
+    @classmethod
+    def attach(cls, descriptor: int, regions: Mapping[str, Region]) -> Exchange:
+        """Maps a file reserved for `regions`."""
+        arrays: dict[str, Any] = dict(attach(descriptor, regions))
+        return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+
+
+def regions(
+    *,
+    reduction: Reduction,
+    microbatches: int,
+    terms: int,
+    parameters: int,
+    buffers: Buffers,
+    evaluations: int,
+    on_device: bool,
+) -> dict[str, Region]:
+    """The sizes of the arrays of an `Exchange`."""
+    workers, layout, nodes = reduction.workers, reduction.layout, len(reduction.nodes)
+    marks = Region((workers,), "int64")
+    return {
+        "posted": marks,
+        "done": marks,
+        "evaluated": marks,
+        "stop": Region((1,), "int64"),
+        "counts": Region((microbatches, terms), "int64"),
+        "sums": Region((microbatches, terms), "float64"),
+        "touched": Region((workers, parameters), "uint8"),
+        "changed": Region((workers, len(buffers.names)), "uint8"),
+        "norms": Region((layout.blocks,), "float32"),
+        "evaluation_counts": Region((evaluations, terms), "int64"),
+        "evaluation_sums": Region((evaluations, terms), "float64"),
+        "slots": Region((0, 0) if on_device else (nodes, layout.size), "float32"),
+        "buffers": Region((nodes, buffers.layout.size), "float32", reserve=False),
+        "integers": Region((workers, buffers.integer_layout.size), "int64", reserve=False),
+    }

@@ -1,0 +1,279 @@
+"""`train`: the client's side of a run. It imports no torch, computes nothing and prints nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+
+from instep.engines.request import Request
+from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name
+from instep.recipe import Recipe, Team, check_team, dumps, parse, read, table_differences, without_address
+from instep.record import tape
+from instep.record.files import write_atomically
+from instep.record.folder import RunFolder
+from instep.tables import from_table
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Monitor = Callable[[dict[str, Any]], None]
+"""Called with every event of the tape, in order, in the process that called `train`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `result` is the content of its result.json."""
+
+    path: Path
+    result: dict[str, Any]
+    recipe: Recipe
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the final weights."""
+        return str(self.result["digest"])
+
+    @property
+    def objective(self) -> float:
+        """The objective of the last step, on its training batch."""
+        return float(self.result["objective_last"])
+
+    @property
+    def held_out(self) -> float | None:
+        """The objective on the held-out data; None if there are none."""
+        value = self.result["held_out"]
+        return None if value is None else float(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The final weights, from the last checkpoint."""
+        from instep.record import checkpoint
+
+        path, _ = checkpoint.newest_sound(RunFolder(self.path).checkpoints)
+        if path is None:
+            raise CheckpointError(f"{self.path} has no sound checkpoint.")
+        return checkpoint.load(path).model_state
+
+    def model(self) -> nn.Module:
+        """The recipe's model with the final weights, on the CPU."""
+        from instep.engines.replica import build_model
+
+        model = build_model(self.recipe.model)
+        model.load_state_dict(self.state_dict())
+        return model
+
+
+def train(
+    recipe: Recipe | None = None,
+    *,
+    team: Team | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    monitors: Iterable[Monitor] = (),
+    import_paths: Sequence[str] = (),
+) -> Run:
+    """Trains `recipe` with `team` and returns the finished run.
+
+    recipe: what is trained; with `resume` it may be left out if the saved one can be read back.
+    team: who trains; by default one worker, or the saved team with `resume`.
+    out: the run folder to make, by default ``runs/NAME``, ``runs/NAME-2`` and so on.
+    resume: the run folder of a run to continue, exactly, with the same or another team.
+    monitors: called with every event; none by default, and nothing is printed.
+    import_paths: folders to look for the recipe's modules in, before ``sys.path``.
+
+    A KeyboardInterrupt ends the run after the present step, with a checkpoint, and is then raised again; a second one
+    ends it at once. Raises InstepError: see `instep.errors`.
+    """
+    if resume is not None:
+        if out is not None:
+            raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
+        folder = RunFolder.open(Path(resume))
+        recipe, team, saved_paths = _saved(folder, recipe, team)
+        import_paths = [*import_paths, *saved_paths]
+    else:
+        if recipe is None:
+            raise RecipeError("there is nothing to train: give a recipe, or a run to resume.")
+        team = team or Team()
+    check_team(recipe, team)
+    pickled = _pickled(recipe)
+    if resume is None:
+        folder = RunFolder.create(Path(out) if out is not None else RunFolder.default_path(recipe.name))
+    write_atomically(folder.recipe_path, dumps(recipe, team).encode())
+    request = Request(
+        recipe=pickled,
+        recipe_table=recipe.to_table(),
+        fingerprint=recipe.fingerprint(),
+        team=team,
+        folder=folder.path.resolve(),
+        resumed=resume is not None,
+        import_paths=tuple(import_paths),
+        began=time.monotonic(),
+    )
+    client = _Client(folder, recipe.threads, [*import_paths, *sys.path])
+    try:
+        result = client.serve(request, list(monitors))
+    except BaseException:
+        if resume is None and not client.trained:
+            shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: the name is free again
+        raise
+    finally:
+        client.close()
+    if result["interrupted"]:
+        raise KeyboardInterrupt
+    return Run(folder.path, result, recipe)
+
+
+class _Client:
+    """The supervisor's process, as its client sees it."""
+
+    def __init__(self, folder: RunFolder, threads: int, path: list[str]):
+        self.trained = False
+        self._log = folder.logs / "supervisor.log"
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._socket, theirs = socket.socketpair()
+        code = (
+            f"import sys; sys.path[:] = {path!r}; from instep.engines.supervisor import main; main({theirs.fileno()})"
+        )
+        # Ctrl-C is for the client alone, which asks the supervisor to end: its processes inherit the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", code],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=[theirs.fileno()],
+                    env=_environment(threads),
+                )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        self._connection = Connection(os.dup(self._socket.fileno()))
+        self._messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._final: tuple[Any, ...] | None = None
+
+    def serve(self, request: Request, monitors: list[Monitor]) -> dict[str, Any]:
+        """Hands events to the monitors until the run ends. Returns the result. Raises InstepError."""
+        self._connection.send(request)
+        threading.Thread(target=self._receive, name="instep-client", daemon=True).start()
+        asked_to_stop = False
+        while True:
+            try:
+                kind, *content = self._messages.get()
+                if kind == "gone":
+                    break
+                self.trained |= content[0]["kind"] == "merged"
+                for monitor in monitors:
+                    monitor(content[0])
+            except KeyboardInterrupt:
+                if asked_to_stop:
+                    raise
+                asked_to_stop = True
+                self._connection.send("stop")
+        return self._ending()
+
+    def _ending(self) -> dict[str, Any]:
+        kind, *content = self._final or ("killed",)
+        if kind == "ended":
+            result: dict[str, Any] = content[0]
+            return result
+        if kind == "failed":
+            raise by_name(content[0])(content[1], detail=content[2])
+        if kind == "interrupted":
+            raise KeyboardInterrupt
+        raise WorkerError(
+            f"the supervisor of the run (pid {self._process.pid}) was killed, and its workers with it; resume the run "
+            f"from its last checkpoint.",
+            detail=self._log.read_text(errors="replace")[-2000:] if self._log.exists() else "",
+        )
+
+    def _receive(self) -> None:
+        """Reads in a thread of its own, so that an interrupt never tears a message."""
+        try:
+            while True:
+                message = self._connection.recv()
+                if message[0] == "event":
+                    self._messages.put(message)
+                else:
+                    self._final = message
+        except (EOFError, OSError):
+            self._messages.put(("gone",))
+
+    def close(self) -> None:
+        """Ends the supervisor if it still runs; it ends its workers."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._socket.close()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The supervisor's environment: what must be set before Python, numpy and torch start."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",  # numpy's; its threads would have to survive the fork
+        "PYTHONHASHSEED": "0",  # the order of a set must not change a batch
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products on a GPU
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no helper processes that could outlive a worker
+    }
+
+
+def _saved(folder: RunFolder, recipe: Recipe | None, team: Team | None) -> tuple[Recipe, Team, list[str]]:
+    """The recipe and team to resume with, and where the run found its modules. Raises CheckpointError."""
+    table = read(folder.recipe_path)
+    nameless = without_address(table)
+    if recipe is None and nameless is not None:
+        raise RecipeError(
+            f"the recipe of {folder.path} holds {nameless}, an object that only the program that made it has; give "
+            f"that recipe too: instep.train(recipe, resume={str(folder.path)!r})."
+        )
+    saved_team = from_table(Team, table.pop("team", {}), "team")
+    if recipe is None:
+        recipe = parse(table)[0]
+    elif differences := table_differences(recipe.to_table(), table):
+        raise CheckpointError(
+            f"the run {folder.path} was trained with another recipe ({'; '.join(differences)}); resume it with its "
+            f"own, or start a new run."
+        )
+    return recipe, team or saved_team, _import_paths(folder)
+
+
+def _import_paths(folder: RunFolder) -> list[str]:
+    for event in tape.read(folder.tape_path) if folder.tape_path.exists() else ():
+        if event["kind"] == "run_started":
+            return [str(path) for path in event["import_paths"]]
+    return []
+
+
+def _pickled(recipe: Recipe) -> bytes:
+    for key in ("model", "objective", "data", "optimizer"):
+        try:
+            cloudpickle.dumps(getattr(recipe, key))
+        except Exception as error:
+            raise ComponentError(
+                f"the {key} {getattr(recipe, key).describe()} cannot be sent to workers ({type(error).__name__}: "
+                f"{error}); give a callable that builds it there."
+            ) from error
+    pickled: bytes = cloudpickle.dumps(recipe)
+    return pickled

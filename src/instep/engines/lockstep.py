@@ -1,0 +1,322 @@
+"""The lockstep engine: every worker in every update, on collectives over shared memory, without a server.
+
+A step goes in one direction: load, compute and fold, post, add the slices, commit, update. Weights and the
+optimizer's state are private to each worker; only gradients are shared. A step is committed when every slice is
+marked done, and that mark is never taken back, so either all workers can take a step or all can redo it from
+unchanged weights.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from instep.data.cursor import held_out_batches, load
+from instep.engines.exchange import Exchange, regions
+from instep.engines.replica import Replica
+from instep.errors import NonFiniteError, ObjectiveError
+from instep.objectives import check_is_sum
+from instep.randomness import key, seed_all
+from instep.reduce.buffers import Buffers, changed_by_any
+from instep.reduce.fold import Fold
+from instep.reduce.layout import BLOCK, Layout
+from instep.reduce.reduction import Reduction
+from instep.reduce.shared import Region, as_tensors, mark, wait_for
+from instep.reduce.tree import worker_ranges
+from instep.restore import kept_module_state
+
+
+class Pulse(Protocol):
+    """How a worker shows that it lives and gets on."""
+
+    def advance(self) -> None:
+        """A piece of work is finished."""
+
+    def waiting(self, flag: bool) -> None:
+        """Whether the worker waits for others."""
+
+    def stop_wanted(self) -> bool:
+        """Whether the run was asked to end after the present step."""
+
+
+@dataclass
+class Progress:
+    """What has been done so far, beside the weights. It travels in checkpoints."""
+
+    version: int = 0
+    items: int = 0
+    train_s: float = 0.0
+    objective_first: float | None = None
+    objective_last: float | None = None
+    held_out: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The objective on held-out data: the mean of each term, their sum, and the items of the first term."""
+
+    objective: float
+    terms: dict[str, float]
+    items: int
+
+
+class Lockstep:
+    """One worker's side of the lockstep engine.
+
+    `emit(kind, **fields)` writes to the tape; `clock()` is seconds since the run's start.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        worker: int,
+        workers: int,
+        pulse: Pulse,
+        emit: Callable[..., None],
+        clock: Callable[[], float],
+    ):
+        recipe = replica.recipe
+        self.replica, self.worker, self.workers = replica, worker, workers
+        self._pulse, self._emit, self._clock = pulse, emit, clock
+        self._layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
+        self.reduction = Reduction(self._layout, recipe.microbatches, workers)
+        self.buffers = Buffers(replica.module)
+        self._own = range(*self.reduction.ranges[worker])
+        self._held_out = self._held_out_batches()
+        self.terms: list[str] = []
+        self._batches: list[Any] = []
+
+    def prepare(self, version: int) -> dict[str, Region]:
+        """Loads the first batches and learns the objective's terms. Returns what memory the team must share."""
+        probe = self.replica.learn_terms(version)
+        self.terms = list(self.replica.objective.terms or ())
+        if version == 0 and self.worker == 0:
+            check_is_sum(self.replica.objective, self.replica.module, probe)
+        return regions(
+            reduction=self.reduction,
+            microbatches=self.replica.recipe.microbatches,
+            terms=len(self.terms),
+            parameters=len(self.replica.parameters),
+            buffers=self.buffers,
+            evaluations=len(self._held_out),
+            on_device=self.replica.device.type != "cpu",
+        )
+
+    def join(self, descriptor: int, memory: Mapping[str, Region]) -> None:
+        """Maps the team's memory."""
+        self._exchange = Exchange.attach(descriptor, memory)
+        if self.replica.device.type == "cpu":
+            self._slots = as_tensors(self._exchange.slots)
+        else:
+            size = self._layout.size
+            self._slots = [torch.zeros(size, device=self.replica.device) for _ in self.reduction.nodes]
+        own = self.reduction.slots_of(self.worker)
+        self._home = self._slots[own[0]]
+        self._gradients = self._layout.views(self._home)
+        self._fold = Fold(
+            self._layout, self.replica.parameters, self.reduction.nodes_of(self.worker), [self._slots[i] for i in own]
+        )
+
+    def run(self, progress: Progress, after_step: Callable[[Progress, bool], None], steps: int) -> bool:
+        """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
+
+        Returns whether the run was asked to stop before. Raises ObjectiveError or NonFiniteError before the update
+        that it would have spoilt.
+        """
+        self._load(progress.version)
+        self._barrier(self._exchange.posted, progress.version + 1)
+        totals = self._totals()
+        self._barrier(self._exchange.done, progress.version + 1)  # or a fast worker would post the next step's counts
+        while progress.version < steps:
+            totals, stopped = self._step(progress, totals, steps)
+            last = stopped or progress.version == steps
+            after_step(progress, last)
+            if stopped:
+                return progress.version < steps
+        return False
+
+    def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], bool]:
+        exchange, replica, step = self._exchange, self.replica, progress.version
+        began = time.monotonic()
+        self._check_totals(totals, step)
+
+        from_s = self._clock()
+        self._compute(step, totals)
+        to_s = self._clock()
+        if step + 1 < steps:
+            self._load(step + 1)
+        if self.worker == 0:
+            exchange.stop[0] = self._pulse.stop_wanted()
+        self._report(step, totals, from_s, to_s)
+
+        self._barrier(exchange.posted, step + 2)  # posted: what the others wrote can be read
+        sums, stopped = exchange.sums.copy(), bool(exchange.stop[0])
+        touched = exchange.touched.max(axis=0).tolist()
+        next_totals = self._totals()
+        changed = changed_by_any(exchange.changed)
+        own_slots = self.reduction.slots_of(self.worker)
+        if changed:
+            rows = as_tensors(exchange.buffers)
+            self.buffers.post(
+                changed, self._own.start, self.reduction.nodes_of(self.worker), [rows[i] for i in own_slots],
+                torch.from_numpy(exchange.integers[self.worker]),
+            )  # fmt: skip
+        norms = self.reduction.add_slice(self.worker, self._slots)
+        blocks = self._layout.slice_of(self.worker, self.workers)
+        exchange.norms[blocks.start : blocks.stop] = norms.cpu().numpy()
+
+        self._barrier(exchange.done, step + 2)  # committed: every worker's home holds the whole gradient
+        terms = self._terms_of(sums, totals, step)
+        norm = math.sqrt(math.fsum(np.square(exchange.norms, dtype=np.float64)))
+        if not math.isfinite(norm):
+            raise NonFiniteError(self._about_gradient(step, touched))
+        self._clip(norm)
+        gradients = [view if seen else None for view, seen in zip(self._gradients, touched, strict=True)]
+        rate = replica.update(step, gradients)
+        if changed:
+            self.buffers.finish(
+                changed, self.reduction.plan, as_tensors(exchange.buffers), as_tensors(exchange.integers),
+                sum(1 for m in range(replica.recipe.microbatches) if replica.cursor.microbatch(step, m)),
+            )  # fmt: skip
+        self._pulse.advance()
+        items = totals[self.terms[0]]
+        objective = math.fsum(terms.values())
+        progress.version += 1
+        progress.items += items
+        progress.objective_first = objective if progress.objective_first is None else progress.objective_first
+        progress.objective_last = objective
+        progress.train_s += time.monotonic() - began
+        if self.worker == 0:
+            self._emit_merged(step, objective, terms, items, rate, norm)
+        return next_totals, stopped
+
+    def _compute(self, step: int, totals: dict[str, int]) -> None:
+        self._fold.begin()
+        self.buffers.begin()
+        found: list[Mapping[str, Tensor]] = []
+        for microbatch, batch in zip(self._own, self._batches, strict=True):
+            self._fold.begin_leaf()
+            found.append({} if batch is None else self.replica.compute(step, microbatch, batch, totals))
+            self._fold.end_leaf()
+            self.buffers.leave(filled=batch is not None)
+            self._pulse.advance()
+        self._batches = []
+        for microbatch, sums in zip(self._own, found, strict=True):
+            for place, name in enumerate(self.terms):
+                self._exchange.sums[microbatch, place] = float(sums[name]) if sums else 0.0
+        self._exchange.touched[self.worker] = self._fold.touched
+        self._exchange.changed[self.worker] = self.buffers.changed()
+
+    def _load(self, step: int) -> None:
+        """Loads the worker's batches of `step` and posts their item counts."""
+        self._batches = [self.replica.batch(step, microbatch) for microbatch in self._own]
+        for microbatch, batch in zip(self._own, self._batches, strict=True):
+            counts = dict.fromkeys(self.terms, 0) if batch is None else self.replica.objective.counts(batch)
+            self._exchange.counts[microbatch] = [counts[name] for name in self.terms]
+
+    def _totals(self) -> dict[str, int]:
+        return dict(zip(self.terms, (int(n) for n in self._exchange.counts.sum(axis=0)), strict=True))
+
+    def _barrier(self, marks: Any, value: int) -> None:
+        mark(marks, self.worker, value)
+        self._pulse.waiting(True)
+        wait_for(marks, value)
+        self._pulse.waiting(False)
+
+    def _clip(self, norm: float) -> None:
+        largest = self.replica.recipe.clip_norm
+        if largest is not None and norm > largest:
+            self._home.mul_(largest / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ does
+
+    def _check_totals(self, totals: dict[str, int], step: int) -> None:
+        if not any(totals.values()):
+            counted = " and ".join(f"0 for term '{name}'" for name in totals)
+            raise ObjectiveError(
+                f"step {step} has no items to learn from: the objective counts {counted} over the whole batch; "
+                f"leave such samples out of the data set, or take a larger batch."
+            )
+
+    def _terms_of(self, sums: Any, totals: dict[str, int], step: int) -> dict[str, float]:
+        bad = np.argwhere(~np.isfinite(sums))
+        if len(bad):
+            microbatch, place = (int(index) for index in bad[0])
+            raise NonFiniteError(
+                f"term '{self.terms[place]}' of the objective is {sums[microbatch, place]} in step {step}, microbatch "
+                f"{microbatch}; the weights were left as they were before this step: lower the learning rate, "
+                f"clip the gradient, or look at this microbatch's samples."
+            )
+        return {name: math.fsum(sums[:, place]) / totals[name] for place, name in enumerate(self.terms) if totals[name]}
+
+    def _about_gradient(self, step: int, touched: Any) -> str:
+        named = zip(self.replica.names, self._gradients, touched, strict=True)
+        bad = next((name for name, view, seen in named if seen and not bool(torch.isfinite(view).all())), None)
+        which = f"of '{bad}' is not finite" if bad else "is too large to square"
+        return (
+            f"the gradient {which} in step {step}, though every term of the objective is; the weights were left as "
+            f"they were before this step: lower the learning rate, clip the gradient, or train in float32."
+        )
+
+    def _report(self, step: int, totals: dict[str, int], from_s: float, to_s: float) -> None:
+        own = [self._own.start, self._own.stop]
+        nbytes = 4 * sum(p.numel() for p in self.replica.parameters) * len(self.reduction.nodes_of(self.worker))
+        self._emit("computed", worker=self.worker, version=step, from_s=from_s, to_s=to_s, microbatches=own)
+        self._emit("pushed", worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]])
+
+    def _emit_merged(
+        self, step: int, objective: float, terms: dict[str, float], items: int, rate: float, norm: float
+    ) -> None:
+        contributions = [
+            {"worker": worker, "version": step, "microbatches": list(bounds)}
+            for worker, bounds in enumerate(self.reduction.ranges)
+        ]
+        self._emit(
+            "merged", version=step + 1, contributions=contributions, weights=[1.0] * self.workers,
+            staleness=[0] * self.workers, objective=objective, terms=terms, items=items, lr=rate, grad_norm=norm,
+        )  # fmt: skip
+
+    def evaluate(self, version: int) -> Evaluation | None:
+        """The objective on the held-out data. Only worker 0 waits for it and gets it; the others give their share."""
+        exchange, replica = self._exchange, self.replica
+        if not self._held_out or replica.data.held_out is None:
+            return None
+        replica.doing = f"evaluating version {version}"
+        own = worker_ranges(len(self._held_out), self.workers)[self.worker]
+        with kept_module_state(replica.module, training=False), torch.no_grad(), replica.autocast():
+            for place in range(*own):
+                seed_all(key(replica.recipe.seed, "evaluate", place))
+                samples = load(replica.data.held_out, list(self._held_out[place]), replica.data.collate)
+                batch = replica.to_device(samples)
+                counts = replica.objective.counts(batch)
+                sums = replica.objective.sums(replica.module, batch)
+                exchange.evaluation_counts[place] = [counts[name] for name in self.terms]
+                exchange.evaluation_sums[place] = [float(sums[name]) for name in self.terms]
+                self._pulse.advance()
+        mark(exchange.evaluated, self.worker, version + 1)
+        if self.worker:
+            return None
+        self._pulse.waiting(True)
+        wait_for(exchange.evaluated, version + 1)
+        self._pulse.waiting(False)
+        totals = [int(count) for count in exchange.evaluation_counts.sum(axis=0)]
+        terms = {
+            name: math.fsum(exchange.evaluation_sums[:, place]) / totals[place]
+            for place, name in enumerate(self.terms)
+            if totals[place]
+        }
+        return Evaluation(objective=math.fsum(terms.values()), terms=terms, items=totals[0])
+
+    def _held_out_batches(self) -> list[range]:
+        data, recipe = self.replica.data, self.replica.recipe
+        if data.held_out is None:
+            return []
+        samples = len(data.held_out)
+        if recipe.evaluate_samples is not None:
+            samples = min(samples, recipe.evaluate_samples)
+        return held_out_batches(samples, recipe.batch // recipe.microbatches)

@@ -1,0 +1,197 @@
+"""One worker's copy of what the recipe trains, and the computing of one microbatch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from instep import data, objectives
+from instep.components import Component
+from instep.data.cursor import Cursor, load
+from instep.errors import ComponentError, InstepError, RecipeError, ResourceError
+from instep.randomness import key, seed_all
+from instep.recipe import Recipe
+
+
+class Replica:
+    """Model, optimizer, objective and data of a recipe, built on one device.
+
+    Raises ComponentError, DataError, RecipeError or ResourceError where the recipe cannot be built.
+    """
+
+    def __init__(self, recipe: Recipe, device: str):
+        self.recipe = recipe
+        self.device = prepare_device(device, recipe.threads)
+        self.doing = "building the data set"
+        seed_all(key(recipe.seed, "data"))
+        self.data = data.from_component(recipe.data)
+        self.cursor = Cursor(
+            samples=len(self.data.train), batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed
+        )
+        self.objective = objectives.bind(objectives.from_component(recipe.objective))
+        self.doing = "building the model"
+        seed_all(key(recipe.seed, "model"))
+        self.module = build_model(recipe.model).to(self.device)
+        self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self._check_parameters()
+        self.doing = "building the optimizer"
+        seed_all(key(recipe.seed, "optimizer"))
+        self.optimizer = _build_optimizer(recipe.optimizer, self.parameters)
+        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._forward: Any = _compiled(self.module) if recipe.compile else self.module
+        self.doing = "waiting for the team"
+
+    def batch(self, step: int, microbatch: int) -> Any | None:
+        """The samples of one microbatch, collated, on the device; None where the ragged end of an epoch has none."""
+        indices = self.cursor.microbatch(step, microbatch)
+        if not indices:
+            return None
+        self.doing = f"loading step {step}, microbatch {microbatch}"
+        seed_all(key(self.recipe.seed, step, microbatch, "data"))
+        return self.to_device(load(self.data.train, indices, self.data.collate))
+
+    def learn_terms(self, step: int) -> Any:
+        """Learns the objective's terms from a first batch, which it returns."""
+        places = range(self.recipe.microbatches)
+        first = next(place for place in places if self.cursor.microbatch(step, place))
+        batch = self.batch(step, first)
+        self.doing = f"computing a first forward on step {step}, microbatch {first}"
+        seed_all(key(self.recipe.seed, "terms"))
+        self.objective = objectives.learn_terms(self.objective, self.module, batch)
+        return batch
+
+    def compute(self, step: int, microbatch: int, batch: Any, totals: Mapping[str, int]) -> dict[str, Tensor]:
+        """The gradient of one microbatch's share of the step's objective, into the parameters' hooks.
+
+        `totals` are the items of each term over the whole batch of the step; they divide the sums, so that what the
+        microbatches give adds up to the gradient of the objective on the whole batch. A term without items in the whole
+        batch adds nothing. Returns the sums, detached.
+        """
+        self.doing = f"computing step {step}, microbatch {microbatch}"
+        seed_all(key(self.recipe.seed, step, microbatch, "compute"))
+        with self.autocast():
+            sums = self.objective.sums(self._forward, batch)
+        parts = [value.float() / max(1, totals[name]) for name, value in sums.items()]
+        torch.stack(parts).sum().backward() if len(parts) > 1 else parts[0].backward()
+        return {name: value.detach() for name, value in sums.items()}
+
+    def update(self, step: int, gradients: list[Tensor | None]) -> float:
+        """The optimizer's update from version `step`; returns the factor on its learning rates.
+
+        gradients[i] has parameter i's shape, float32; None means that no microbatch gave the parameter a gradient.
+        """
+        self.doing = f"updating the weights in step {step}"
+        factor = self.recipe.schedule.factor(step, self.recipe.steps)
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        self.optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return factor * self._rates[0]
+
+    def training_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights: the optimizer's state, and buffers outside the state_dict."""
+        kept = self.module.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self.module.named_buffers() if name not in kept}
+        return {"optimizer": self.optimizer.state_dict(), "buffers": buffers}
+
+    def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
+        """Takes the state of a checkpoint of the same recipe."""
+        self.module.load_state_dict(dict(model_state))
+        buffers = dict(self.module.named_buffers())
+        with torch.no_grad():
+            for name, value in training_state["buffers"].items():
+                buffers[name].copy_(value)
+        self.optimizer.load_state_dict(training_state["optimizer"])
+
+    def to_device(self, batch: Any) -> Any:
+        """`batch` with its tensors on the replica's device."""
+        if self.device.type == "cpu":
+            return batch
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the recipe asks for."""
+        if self.recipe.precision == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _check_parameters(self) -> None:
+        if not self.parameters:
+            raise RecipeError("the model has no parameter that requires a gradient, so there is nothing to train.")
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise RecipeError(
+                    f"parameter '{name}' has no shape yet (a lazy module); run the model once in the callable that "
+                    f"builds it, so that every worker starts from the same shapes."
+                )
+            if parameter.is_complex():
+                raise RecipeError(f"parameter '{name}' is complex; hold it as two real parameters.")
+
+
+def prepare_device(device: str, threads: int) -> torch.device:
+    """The device, with its threads set and its kernels made deterministic. Raises ResourceError."""
+    torch.set_num_threads(threads)
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ResourceError("team.device is 'cuda', and torch finds no GPU here; set team.device to 'cpu'.")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it hides no error here and costs a write
+    torch.backends.cudnn.benchmark = False
+    return torch.device("cuda")
+
+
+def build_model(component: Component) -> nn.Module:
+    """The recipe's model, on the CPU. Raises ComponentError."""
+    target = component.load()
+    model = copy.deepcopy(target) if isinstance(target, nn.Module) else _call(component)
+    if not isinstance(model, nn.Module):
+        raise ComponentError(
+            f"the model {component.describe()} gave a {type(model).__name__}; it must give a torch.nn.Module."
+        )
+    return model
+
+
+def _build_optimizer(component: Component, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    optimizer = _call(component, list(parameters))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ComponentError(
+            f"the optimizer {component.describe()} gave a {type(optimizer).__name__}; called with the list of "
+            f"parameters, it must give a torch.optim.Optimizer."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ComponentError(
+            "torch.optim.LBFGS computes the objective several times a step, which a team in lockstep cannot; "
+            "take an optimizer whose step() needs no closure."
+        )
+    return optimizer
+
+
+def _call(component: Component, *positional: Any) -> Any:
+    """Builds, turning what the user's code raises about its arguments into a sentence."""
+    try:
+        return component.build(*positional)
+    except InstepError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ComponentError(f"{component.describe()} could not be built: {type(error).__name__}: {error}.") from error
+
+
+def _compiled(module: nn.Module) -> Any:
+    # One kernel a shape, never one that depends on which shapes a worker happened to see before.
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(module, dynamic=False)

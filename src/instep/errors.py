@@ -1,0 +1,78 @@
+"""Every error that Instep raises for a user's input or a machine's fault.
+
+::
+
+    InstepError
+    ├── RecipeError          a field of a recipe or team breaks a rule
+    │   └── ComponentError   a model, data set, objective or optimizer cannot be imported or built
+    ├── DataError            the data set is empty, too small, or fails to give a sample
+    ├── ObjectiveError       the objective's answer breaks its protocol
+    │   └── NonFiniteError   a term of the objective or the gradient is not finite
+    ├── RecordError          a run folder, tape or result cannot be made, read or written
+    │   └── CheckpointError  a checkpoint is damaged, or belongs to another recipe
+    ├── ResourceError        the machine has too little memory or disk, or lacks a device
+    └── WorkerError          a worker raised, died or stopped answering
+
+Each message is one sentence that names the value or the worker, the rule and the remedy. ``detail`` holds what may
+follow it, such as the traceback of a worker.
+"""
+
+from __future__ import annotations
+
+
+class InstepError(Exception):
+    """The root of the tree."""
+
+    def __init__(self, message: str, *, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail
+
+    @property
+    def message(self) -> str:
+        """The sentence, without detail."""
+        return str(self.args[0])
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.detail}" if self.detail else self.message
+
+
+class RecipeError(InstepError, ValueError):
+    """A field of a recipe or team is unknown, of the wrong type, or breaks a rule."""
+
+
+class ComponentError(RecipeError):
+    """A model, data set, objective or optimizer cannot be imported or built."""
+
+
+class DataError(InstepError):
+    """The data set is empty, too small, or fails to give a sample."""
+
+
+class ObjectiveError(InstepError):
+    """The objective's answer breaks its protocol: a mean instead of a sum, no scalar, no items."""
+
+
+class NonFiniteError(ObjectiveError):
+    """A term of the objective, or the gradient, is not finite."""
+
+
+class RecordError(InstepError):
+    """A run folder, tape or result cannot be made, read or written."""
+
+
+class CheckpointError(RecordError):
+    """A checkpoint is missing or damaged, or belongs to another recipe."""
+
+
+class ResourceError(InstepError):
+    """The machine has too little memory or disk, or lacks a device."""
+
+
+class WorkerError(InstepError):
+    """A worker raised, died or stopped answering."""
+
+
+def by_name(name: str) -> type[InstepError]:
+    """The error class called `name`; WorkerError for a name that is not in the tree."""
+    found = globals().get(name)
+    return found if isinstance(found, type) and issubclass(found, InstepError) else WorkerError

@@ -1,0 +1,198 @@
+"""A small GPT: a pre-norm transformer decoder with rotary positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from instep.errors import DataError, RecipeError
+from instep.restore import kept_module_state
+
+INIT_STD = 0.02
+"""Standard deviation of initial weights (Radford et al., 2019)."""
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer (Radford et al., 2019): tokens to the logits of the token that follows each.
+
+    Arguments
+    ---------
+    vocabulary: number of token ids, V.
+    context: most tokens that are seen at once.
+    width: size of the residual stream, D; `heads` must divide it into an even size.
+    depth: number of blocks.
+    heads: attention heads of each block.
+    dropout: share of activations dropped in training, after the embedding, in attention and before each residual sum.
+    tied: the output layer shares the embedding's weights (Press and Wolf, 2017).
+
+    Raises RecipeError for numbers that fit no model.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocabulary: int = 256,
+        context: int = 128,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        dropout: float = 0.0,
+        tied: bool = True,
+    ) -> None:
+        super().__init__()
+        sizes = {"vocabulary": vocabulary, "context": context, "width": width, "depth": depth, "heads": heads}
+        for name, size in sizes.items():
+            if size < 1:
+                raise RecipeError(f"a GPT's {name!r} is {size}; it must be at least 1.")
+        if width % (2 * heads):
+            fitting = max(1, round(width / (2 * heads))) * 2 * heads
+            raise RecipeError(
+                f"a GPT of width {width} does not divide into {heads} heads of an even size; set 'width' to {fitting}."
+            )
+        if not 0 <= dropout < 1:
+            raise RecipeError(f"a GPT's 'dropout' is {dropout}; it is a share, from 0 to below 1.")
+        self.vocabulary, self.context, self.tied = vocabulary, context, tied
+        self.head_size = width // heads
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.output.weight = self.embedding.weight
+        self._initialise(depth)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits, [B, T, V], of the token that follows each of `tokens`, [B, T], int64. Raises DataError."""
+        length = tokens.shape[1]
+        if length > self.context:
+            raise DataError(
+                f"{length} tokens are longer than the model's context of {self.context}; "
+                f"shorten the samples, or raise the model's 'context'."
+            )
+        turns = rotary_turns(length, self.head_size, tokens.device)
+        x = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            x = block(x, turns)
+        logits: Tensor = self.output(self.norm(x))
+        return logits
+
+    def _initialise(self, depth: int) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("into_residual.weight"):  # keeps the residual stream's variance free of the depth
+                nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * depth))
+            elif parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=INIT_STD)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP; each reads the normed residual stream, [B, T, D], and adds to it."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, dropout)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = MLP(width, dropout)
+
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), turns)
+        x = x + self.mlp(self.mlp_norm(x))
+        return x
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
+        self.into_residual = nn.Linear(width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+        batch, length, width = x.shape
+        qkv = self.queries_keys_values(x).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
+        q, k = rotate(q, turns), rotate(k, turns)
+        dropped = self.dropout.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=True)
+        out: Tensor = self.dropout(self.into_residual(mixed.transpose(1, 2).reshape(batch, length, width)))
+        return out
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide between, with a GELU."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.widen = nn.Linear(width, 4 * width, bias=False)
+        self.into_residual = nn.Linear(4 * width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.into_residual(F.gelu(self.widen(x))))
+        return out
+
+
+def rotary_turns(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each [T, size / 2], by which `rotate` turns position t (Su et al., 2021)."""
+    frequencies = 10_000.0 ** (-torch.arange(0, size, 2, device=device) / size)
+    angles = torch.outer(torch.arange(length, device=device), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns each pair (i, i + size / 2) of the last dimension of `x`, [..., T, size], by its position's angle."""
+    cos, sin = turns
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).type_as(x)
+
+
+@torch.no_grad()
+def generate(
+    model: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    length: int,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`tokens` ([T], or [B, T], int64) followed by `length` tokens drawn from the model, one after the other.
+
+    `model` maps [B, T] to logits [B, T, V]. It sees the last ``model.context`` tokens, where it has such an attribute,
+    else all. Without a first token, token 0 is taken for one, and left out of the answer. `generator` is on the CPU.
+    Temperature 0 takes the likeliest token. A module runs in eval mode, and gets its mode back.
+    """
+    if isinstance(model, nn.Module):
+        with kept_module_state(model, training=False):
+            return _generate(model, tokens, length, generator, temperature)
+    return _generate(model, tokens, length, generator, temperature)
+
+
+def _generate(
+    model: Callable[[Tensor], Tensor],
+    tokens: Tensor,
+    length: int,
+    generator: torch.Generator | None,
+    temperature: float,
+) -> Tensor:
+    rows = tokens if tokens.dim() == 2 else tokens[None]
+    given = rows.shape[1] > 0
+    if not given:
+        rows = rows.new_zeros((rows.shape[0], 1))
+    context = getattr(model, "context", None)
+    for _ in range(length):
+        seen = rows[:, -context:] if isinstance(context, int) else rows
+        logits = model(seen)[:, -1].float().cpu()
+        if temperature == 0:
+            drawn = logits.argmax(dim=-1, keepdim=True)
+        else:
+            drawn = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)
+        rows = torch.cat((rows, drawn.to(rows.device)), dim=1)
+    rows = rows if given else rows[:, 1:]
+    return rows if tokens.dim() == 2 else rows[0]

@@ -1,0 +1,23 @@
+"""Random numbers keyed by what they are for, never by who draws them."""
+
+from __future__ import annotations
+
+import hashlib
+
+
+def key(seed: int, *parts: int | str) -> int:
+    """63 bits that depend on `seed` and `parts` alone, such as (step, microbatch, "compute")."""
+    text = "/".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def seed_all(value: int) -> None:
+    """Seeds Python's, numpy's and torch's generators, all devices."""
+    import random
+
+    import numpy as np
+    import torch
+
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    torch.manual_seed(value)

@@ -1,0 +1,284 @@
+"""What is trained (`Recipe`) and who trains it (`Team`).
+
+The recipe decides the result; the team decides only the time. Under a rule in lockstep no field of the team may
+change a bit of the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from instep.components import Component
+from instep.errors import RecipeError
+from instep.tables import check_types, from_table, suggest, to_table
+
+RECIPES = Path(__file__).parent / "recipes"
+"""The folder of the built-in recipes."""
+
+if TYPE_CHECKING:
+    ComponentLike = Any
+else:
+    ComponentLike = Component  # a field takes whatever `Component.of` does, and is a Component afterwards
+
+_NO_RESULT = {"result": False}
+"""Marks a field of a recipe that changes what is shown, never the weights."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate changes by step: a factor on the optimizer's own rate.
+
+    All kinds rise linearly from 0 over `warmup_steps`. Then ``constant`` stays at 1; ``cosine`` falls along half a
+    cosine to `final` at the last step (Loshchilov and Hutter, 2017); ``wsd``, warm-up, stable, decay, stays at 1 and
+    falls linearly to `final` over the last `decay_steps`, by default a fifth of all (Hu et al., 2024).
+    """
+
+    kind: Literal["constant", "cosine", "wsd"] = "constant"
+    warmup_steps: int = 0
+    final: float = 0.1
+    decay_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "schedule")
+        _at_least("schedule.warmup_steps", self.warmup_steps, 0)
+        if not 0 <= self.final <= 1:
+            raise RecipeError(f"'schedule.final' is {self.final}; it is a share of the learning rate, from 0 to 1.")
+        if self.decay_steps is not None:
+            _at_least("schedule.decay_steps", self.decay_steps, 1)
+            if self.kind != "wsd":
+                raise RecipeError(f"'schedule.decay_steps' goes with kind 'wsd' only, and kind is {self.kind!r}.")
+
+    def factor(self, step: int, steps: int) -> float:
+        """The factor for the update from version `step` to ``step + 1``, of `steps` in all."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.kind == "cosine":
+            done = (step + 1 - self.warmup_steps) / max(1, steps - self.warmup_steps)
+            return self.final + (1 - self.final) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        if self.kind == "wsd":
+            decay_steps = self.decay_steps if self.decay_steps is not None else max(1, steps // 5)
+            left = max(0, steps - (step + 1)) / decay_steps
+            return self.final + (1 - self.final) * min(1.0, left)
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained. Every field but the last group decides the result, bit for bit.
+
+    Fields
+    ------
+    model: builds a `torch.nn.Module`, or is one.
+    objective: see `instep.objectives`: a function of (model, batch) to sums, or a class of such.
+    data: gives a map-style data set, a pair (training, held out), or an `instep.Data`.
+    optimizer: called with the list of parameters, gives a `torch.optim.Optimizer`.
+    schedule: the learning rate by step.
+    batch: samples in the global batch of one step. The last batch of an epoch may be smaller.
+    microbatches: pieces, M, that each batch is cut into; a worker computes whole pieces. `batch` is a multiple of it.
+    steps: updates of the weights.
+    seed: keys every random number.
+    clip_norm: largest global L2 norm of the gradient; None does not clip.
+    precision: ``bfloat16`` runs the model under autocast; weights and sums stay in float32.
+    compile: run the model through `torch.compile`.
+    threads: CPU threads inside each worker. It is part of the recipe since matrix kernels change their order with it.
+
+    These change only what is measured and shown:
+
+    name: of the recipe, for run folders and reports.
+    evaluate_every: steps between evaluations on held-out data; 0 evaluates at the end alone.
+    evaluate_samples: how many held-out samples, the first ones; None takes all.
+    sample_prompt, sample_length: for text, the prompt and the number of tokens generated at the end; 0 for none.
+    """
+
+    model: ComponentLike
+    objective: ComponentLike
+    data: ComponentLike
+    optimizer: ComponentLike = field(default_factory=lambda: Component("instep.optimizers:adamw"))
+    schedule: Schedule = field(default_factory=Schedule)
+    batch: int = 32
+    microbatches: int = 8
+    steps: int = 100
+    seed: int = 0
+    clip_norm: float | None = None
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    threads: int = 1
+
+    name: str = field(default="custom", metadata=_NO_RESULT)
+    evaluate_every: int = field(default=0, metadata=_NO_RESULT)
+    evaluate_samples: int | None = field(default=None, metadata=_NO_RESULT)
+    sample_prompt: str = field(default="", metadata=_NO_RESULT)
+    sample_length: int = field(default=0, metadata=_NO_RESULT)
+
+    def __post_init__(self) -> None:
+        for key in ("model", "objective", "data", "optimizer"):
+            object.__setattr__(self, key, Component.of(getattr(self, key)))
+        check_types(self, "recipe")
+        if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
+            raise RecipeError(f"'recipe.name' is {self.name!r}; it names the run folder: write a name without '/'.")
+        for key in ("batch", "microbatches", "steps", "threads"):
+            _at_least(f"recipe.{key}", getattr(self, key), 1)
+        for key in ("evaluate_every", "sample_length"):
+            _at_least(f"recipe.{key}", getattr(self, key), 0)
+        if self.evaluate_samples is not None:
+            _at_least("recipe.evaluate_samples", self.evaluate_samples, 1)
+        if self.batch % self.microbatches:
+            whole = max(1, round(self.batch / self.microbatches)) * self.microbatches
+            raise RecipeError(
+                f"a batch of {self.batch} samples does not divide into {self.microbatches} equal microbatches; "
+                f"set recipe.batch to {whole}, or choose other recipe.microbatches."
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise RecipeError(
+                f"'recipe.clip_norm' is {self.clip_norm}; it must be above 0 (leave it out for no clipping)."
+            )
+
+    def to_table(self) -> dict[str, Any]:
+        """The recipe as a nested dict that TOML can hold."""
+        return to_table(self)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the fields that decide the result, `steps` left out: a run may be prolonged."""
+        return hashlib.sha256(json.dumps(_result_part(self.to_table()), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Team:
+    """Who trains. No field changes a bit of the weights.
+
+    Fields
+    ------
+    workers: processes, W, from 1 to the recipe's microbatches.
+    device: ``cpu``, or ``cuda`` with one worker.
+    restarts: how often the team may start again from its last checkpoint after a worker failed.
+    checkpoint_every: steps between checkpoints; one is always written at the end.
+    keep: how many checkpoints are kept, the last ones; 0 keeps all.
+    answer_timeout_s: seconds without a sign of life after which a worker counts as stopped.
+    stall_timeout_s: seconds in which a worker that answers may finish no microbatch.
+    """
+
+    workers: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    restarts: int = 3
+    checkpoint_every: int = 100
+    keep: int = 3
+    answer_timeout_s: float = 4.0
+    stall_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "team")
+        _at_least("team.workers", self.workers, 1)
+        _at_least("team.checkpoint_every", self.checkpoint_every, 1)
+        for key in ("restarts", "keep"):
+            _at_least(f"team.{key}", getattr(self, key), 0)
+        for key in ("answer_timeout_s", "stall_timeout_s"):
+            if not getattr(self, key) > 0:
+                raise RecipeError(f"'team.{key}' is {getattr(self, key)}; it is a number of seconds above 0.")
+        if self.device == "cuda" and self.workers != 1:
+            raise RecipeError(f"team.device 'cuda' takes 1 worker, not {self.workers}; set team.workers to 1.")
+
+
+def check_team(recipe: Recipe, team: Team) -> None:
+    """Raises RecipeError where `team` cannot train `recipe`."""
+    if team.workers > recipe.microbatches:
+        raise RecipeError(
+            f"{team.workers} workers are more than the {recipe.microbatches} microbatches of a step, which are never "
+            f"split; take at most {recipe.microbatches} workers, or raise recipe.microbatches."
+        )
+
+
+def parse(table: Mapping[str, Any]) -> tuple[Recipe, Team]:
+    """A recipe and team from a table laid out like a recipe file: the recipe's keys, and the team's under ``team``."""
+    rest = {key: value for key, value in table.items() if key != "team"}
+    team = table.get("team", {})
+    if not isinstance(team, Mapping):
+        raise RecipeError(f"'team' is {team!r}; it must be a table.")
+    for key in rest:
+        if key not in {f.name for f in dataclasses.fields(Recipe)}:
+            raise RecipeError(
+                f"unknown key '{key}'{suggest(key, [f.name for f in dataclasses.fields(Recipe)] + ['team'])}"
+            )
+    return from_table(Recipe, rest, "recipe"), from_table(Team, team, "team")
+
+
+def read(name_or_path: str | Path) -> dict[str, Any]:
+    """The table of a built-in recipe, by name, or of a TOML file. Built-in names come first. Raises RecipeError."""
+    path = path_of(name_or_path)
+    try:
+        table = tomllib.loads(path.read_bytes().decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}.") from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # ValueError: a null byte
+        hint = suggest(str(name_or_path), names_of_recipes(), "the built-in recipes are")
+        raise RecipeError(f"{str(name_or_path)!r} is neither a built-in recipe nor a file{hint}") from None
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}.") from None
+    table.setdefault("name", path.stem)
+    return table
+
+
+def path_of(name_or_path: str | Path) -> Path:
+    """The file of the built-in recipe of this name, or else the path itself."""
+    return RECIPES / f"{name_or_path}.toml" if str(name_or_path) in names_of_recipes() else Path(name_or_path)
+
+
+def names_of_recipes() -> list[str]:
+    """The names of the built-in recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def dumps(recipe: Recipe, team: Team) -> str:
+    """The recipe file, TOML, that `parse` reads back."""
+    import tomli_w
+
+    return tomli_w.dumps({**recipe.to_table(), "team": to_table(team)})
+
+
+def table_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Clauses on the fields of two recipes' tables that decide the result and differ, `steps` left out."""
+    mine, theirs = _flat(_result_part(here)), _flat(_result_part(there))
+    return [
+        f"recipe.{key} is {mine.get(key, 'not set')!r} here and {theirs.get(key, 'not set')!r} there"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key)
+    ]
+
+
+def without_address(value: Any) -> str | None:
+    """The first object in a recipe's table that had no address to write, as its description ``<...>``; or None."""
+    if isinstance(value, Mapping):
+        use = value.get("use")
+        if isinstance(use, str) and use.startswith("<"):
+            return use
+        value = list(value.values())
+    if isinstance(value, list):
+        return next((found for item in value if (found := without_address(item)) is not None), None)
+    return None
+
+
+def _result_part(table: Mapping[str, Any]) -> dict[str, Any]:
+    decisive = {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("result", True)} - {"steps"}
+    return {key: value for key, value in table.items() if key in decisive}
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _at_least(where: str, value: int, least: int) -> None:
+    if value < least:
+        raise RecipeError(f"'{where}' is {value}; it must be at least {least}.")

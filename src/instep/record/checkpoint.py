@@ -1,0 +1,297 @@
+"""Checkpoints: what a run needs to go on exactly, saved so that no crash and no full disk can take an earlier one.
+
+A checkpoint is a folder ``step-00000123``, named by its version, with three files:
+
+- ``model.safetensors``: the model's state_dict, every name in full (tied weights twice), as `load_state_dict` needs it;
+- ``training.pt``: the optimizer's state and plain numbers, by `torch.save`, loadable with ``weights_only=True``;
+- ``manifest.json``: version, digest of the model, fingerprint of the recipe, free `meta`, size and SHA-256 of the other
+  two files, and the SHA-256 of all that. Its bytes are a function of its content, so any changed byte is seen.
+
+It is written aside, in a hidden folder beside it, synced, and renamed. One process at a time may save into a folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from instep.errors import CheckpointError, RecordError
+from instep.record.digest import digest_of_state
+from instep.record.files import disk_error, json_text, sha256_of_file, sync_folder, synced_file
+from instep.record.weights import write_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+"""The version of the checkpoint's layout."""
+
+MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
+
+_NAME = re.compile(r"(\.replaced-)?step-(\d{8,})")
+_SAVING, _REPLACED = ".saving-", ".replaced-"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint just written: its folder, its size on the disk in bytes, and the digest of its model."""
+
+    path: Path
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says about itself. `files` gives (size in bytes, SHA-256) by name."""
+
+    version: int
+    digest: str
+    fingerprint: str
+    meta: Mapping[str, Any]
+    files: Mapping[str, tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory, its tensors in the CPU's."""
+
+    version: int
+    model_state: dict[str, Tensor]
+    training_state: dict[str, Any]
+    meta: Mapping[str, Any]
+    fingerprint: str
+    digest: str
+
+
+def save(
+    folder: Path,
+    *,
+    version: int,
+    model_state: Mapping[str, Tensor],
+    training_state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    fingerprint: str,
+    keep: int,
+) -> Saved:
+    """Writes the checkpoint of `version` into `folder`, then removes all but the last `keep` (0 keeps all).
+
+    training_state: a dict of tensors and plain values, as deep as need be. meta: values that JSON can hold.
+    A checkpoint of the same version is replaced; one of a later version (left by a history that was taken back) stays.
+
+    Raises ResourceError if the disk refuses, with nothing lost that was there before, and RecordError if a state holds
+    what cannot be saved or could not be loaded safely.
+    """
+    final = folder / _name(version)
+    aside = folder / f"{_SAVING}{final.name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _tidy(folder)
+        aside.mkdir()
+        about = {"version": version, "fingerprint": fingerprint, "meta": dict(meta)}
+        saved = _write(aside, model_state, training_state, about)
+        _put_in_place(aside, final)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise disk_error(f"the checkpoint {final} cannot be saved", error, also=_what_is_kept(folder)) from error
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    if keep:
+        _remove_old(folder, version, keep)
+    return Saved(final, *saved)
+
+
+def _write(
+    aside: Path, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any], about: Mapping[str, Any]
+) -> tuple[int, str]:
+    """Writes the three files, the manifest with `about`; gives their size in bytes and the digest of the model."""
+    import torch
+
+    digest = digest_of_state(model_state)
+    with synced_file(aside / MODEL) as model:
+        write_weights(model, model_state)
+    with synced_file(aside / TRAINING) as training:
+        torch.save(dict(training_state), cast("IO[bytes]", training))
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(aside / TRAINING)
+    if unsafe:
+        raise RecordError(
+            f"the training state holds {', '.join(sorted(unsafe))}, which torch.load refuses with weights_only=True; "
+            "keep only tensors, numbers, text, lists and dicts in the optimizer's state."
+        )
+    files = {
+        name: {"bytes": file.size_bytes, "sha256": file.sha256} for name, file in ((MODEL, model), (TRAINING, training))
+    }
+    table = {**about, "format": FORMAT, "digest": digest, "files": files}
+    with synced_file(aside / MANIFEST) as manifest:
+        manifest.write(_manifest_bytes(table))
+    sync_folder(aside)
+    return model.size_bytes + training.size_bytes + manifest.size_bytes, digest
+
+
+def _manifest_bytes(table: Mapping[str, Any]) -> bytes:
+    """The one way to write `table`: its keys sorted, its own SHA-256 (over the text without it) added."""
+    plain = json.loads(json_text(table))  # keys that were numbers are text now, and sort as text
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**plain, "sha256": digest}, sort_keys=True, indent=2).encode() + b"\n"
+
+
+def _put_in_place(aside: Path, final: Path) -> None:
+    """Renames `aside` to `final`. At every moment one of the old and the new `final` is there to be found."""
+    old = final.with_name(_REPLACED + final.name)
+    if final.exists():
+        final.rename(old)
+    try:
+        aside.rename(final)
+    except BaseException:
+        if old.exists():
+            old.rename(final)
+        raise
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_old(folder: Path, version: int, keep: int) -> None:
+    """Removes what is older than `version`, but for the last ``keep - 1``. What cannot be removed stays, silently."""
+    with contextlib.suppress(OSError):
+        older = sorted((v, path) for v, path in _versions(folder).items() if v < version)
+        for _, path in older[: max(0, len(older) + 1 - keep)]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what a crash while saving left behind, and brings back a checkpoint that was being replaced."""
+    for path in folder.glob(f"{_SAVING}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"{_REPLACED}*"):
+        final = folder / path.name.removeprefix(_REPLACED)
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(final)
+
+
+def _name(version: int) -> str:
+    return f"step-{version:08d}"
+
+
+def _versions(folder: Path) -> dict[int, Path]:
+    """Every checkpoint in `folder` by version, sound or not; a replaced one only if its successor is missing."""
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir():
+            found.setdefault(int(match[2]), path)  # "step-" sorts after ".replaced-", so in reverse it comes first
+    return found
+
+
+def _what_is_kept(folder: Path) -> str:
+    with contextlib.suppress(OSError):
+        versions = _versions(folder)
+        if versions:
+            return f"{versions[max(versions)].name} is kept"
+    return "there was no checkpoint before it"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint folder `path`, checked against its own SHA-256. Raises CheckpointError."""
+    try:
+        data = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise _damaged(path, f"{MANIFEST} cannot be read: {error.strerror}") from error
+    try:
+        table = json.loads(data)
+        sound = data == _manifest_bytes({key: item for key, item in table.items() if key != "sha256"})
+    except (ValueError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise _damaged(path, f"{MANIFEST} is not as it was written")
+    if table["format"] != FORMAT:
+        raise CheckpointError(
+            f"the checkpoint {path} has format {table['format']}, and this version of Instep reads {FORMAT}; "
+            "use the version that wrote it."
+        )
+    files = {name: (item["bytes"], item["sha256"]) for name, item in table["files"].items()}
+    return Manifest(table["version"], table["digest"], table["fingerprint"], table["meta"], files)
+
+
+def verify(path: Path) -> Manifest:
+    """Checks every byte of the checkpoint folder `path` against its manifest, without torch; gives the manifest.
+
+    Raises CheckpointError naming the file and the damage.
+    """
+    manifest = read_manifest(path)
+    for name, (size, sha256) in manifest.files.items():
+        try:
+            present = (path / name).stat().st_size
+            if present != size:
+                raise _damaged(path, f"{name} has {present} bytes of {size}")
+            if sha256_of_file(path / name) != sha256:
+                raise _damaged(path, f"{name} has {size} bytes as it should, but other ones than were written")
+        except OSError as error:
+            raise _damaged(path, f"{name} cannot be read: {error.strerror}") from error
+    return manifest
+
+
+def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint in `folder` that passes `verify`, or None, and a sentence on each newer one that does not.
+
+    Raises CheckpointError if `folder` is there and cannot be listed.
+    """
+    problems: list[str] = []
+    try:
+        versions = _versions(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoints in {folder} cannot be listed: {error.strerror}; check its rights."
+        ) from error
+    for _, path in sorted(versions.items(), reverse=True):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            problems.append(error.message)
+        else:
+            return path, problems
+    return None, problems
+
+
+def load(path: Path) -> Loaded:
+    """The checkpoint folder `path`, verified first. Raises CheckpointError if it is damaged."""
+    import safetensors.torch
+    import torch
+
+    manifest = verify(path)
+    try:
+        model_state = safetensors.torch.load_file(path / MODEL)
+        training_state = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+    except Exception as error:  # the files are as they were written, so only the libraries can differ
+        raise CheckpointError(
+            f"the checkpoint {path} is sound, but the installed torch and safetensors cannot load it; use the versions "
+            "it was saved with.",
+            detail=f"{type(error).__name__}: {error}",
+        ) from error
+    return Loaded(manifest.version, model_state, training_state, manifest.meta, manifest.fingerprint, manifest.digest)
+
+
+def check_recipe(path: Path, *, saved: str, current: str, differences: Sequence[str] = ()) -> None:
+    """Raises CheckpointError unless the fingerprints `saved` (in the checkpoint `path`) and `current` are equal.
+
+    differences: what differs, one clause each, for the message.
+    """
+    if saved != current:
+        why = f": {'; '.join(differences)}" if differences else ""
+        raise CheckpointError(
+            f"the checkpoint {path} belongs to another recipe{why}; resume with the recipe in its run folder, or start "
+            "a new run."
+        )
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint {path} is damaged: {why}; use an earlier one, or restore the file.")

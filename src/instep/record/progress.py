@@ -1,0 +1,199 @@
+"""Where a run stands, how fast it goes, and that as text. No input or output."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+BAR = range(8, 25)
+"""Columns that the progress bar may take."""
+
+
+class Part(NamedTuple):
+    """A part of the live line: `short` where there is no room for `long`; the highest ranks are left out first."""
+
+    label: str
+    long: str
+    short: str
+    rank: int
+
+
+class Progress:
+    """Where a run stands."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.steps = 0
+        self.state = "starting"
+        self.objective: float | None = None
+        self.terms: Mapping[str, float | None] = {}
+        self.held_out: float | None = None
+        self.bits_per_byte: float | None = None
+        self.pace = Pace()
+
+    def see(self, event: Mapping[str, Any]) -> None:
+        """Takes in one event."""
+        kind = event["kind"]
+        if kind == "run_started":
+            self.version, self.steps = event["version"], event["steps"]
+        elif kind == "merged":
+            self.version, self.objective, self.state = event["version"], event["objective"], "training"
+            self.terms = event.get("terms", {})
+            self.pace.step(event["t_s"], event["items"])
+        elif kind == "evaluated":
+            self.held_out, self.bits_per_byte = event["objective"], event.get("bits_per_byte")
+            self.pace.pause(event["t_s"])
+        elif kind == "checkpointed":
+            self.pace.pause(event["t_s"])
+        elif kind == "left":
+            self.state = "restarting"
+            self.pace.interrupt()
+
+    def parts(self) -> list[Part]:
+        """What the live line shows, from left to right."""
+        if not self.steps:
+            return [Part("", self.state, self.state, 0)]
+        steps = f"{self.version:>{len(f'{self.steps:,}')},}/{self.steps:,}"
+        parts = [Part("step", steps, steps, 0)]
+        if self.state != "training":
+            return [*parts, Part("", self.state, self.state, 1)]
+        objective = number(self.objective, 3)
+        parts.append(Part("objective", objective, objective, 1))
+        if self.bits_per_byte is not None:
+            bits = number(self.bits_per_byte, 3)
+            parts.append(Part("held-out", f"{bits} bits/byte", f"{bits} bpb", 2))
+        elif self.held_out is not None:
+            parts.append(Part("held-out", number(self.held_out, 3), number(self.held_out, 3), 2))
+        if self.items_per_s is not None:
+            parts.append(Part("", f"{rate(self.items_per_s)} items/s", f"{short_rate(self.items_per_s)}/s", 4))
+        if self.eta_s is not None:
+            parts.append(Part("ETA", clock(self.eta_s), clock(self.eta_s), 3))
+        return parts
+
+    def line(self, *, evaluated: bool) -> str:
+        """What a plain line shows; the held-out figures only where they are new."""
+        parts = [f"step {self.version:>{len(f'{self.steps:,}')},}/{self.steps:,}"]
+        if self.state == "training":
+            parts.append(f"objective {number(self.objective)}")
+        if len(self.terms) > 1:
+            parts += [f"{name} {number(value)}" for name, value in self.terms.items()]
+        if evaluated:
+            parts.append(f"held-out {number(self.held_out)}")
+            if self.bits_per_byte is not None:
+                parts.append(f"{number(self.bits_per_byte)} bits/byte")
+        if self.items_per_s is not None:
+            parts.append(f"{rate(self.items_per_s)} items/s")
+        if self.eta_s is not None:
+            parts.append(f"ETA {clock(self.eta_s)}")
+        return "  ".join(parts)
+
+    @property
+    def items_per_s(self) -> float | None:
+        """Items a second, lately."""
+        return self.pace.items_per_s
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds that the remaining steps will take."""
+        return self.pace.eta_s(self.steps - self.version)
+
+
+class Pace:
+    """How fast steps go, over the last ones of this session; evaluations, checkpoints and restarts are not counted."""
+
+    _STEPS = 50
+    _SPAN_S = 30.0
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, int]] = deque()  # (seconds, items) of each
+        self._last_s: float | None = None
+        self._busy_s = 0.0
+        self._paused_s = 0.0
+
+    def step(self, t_s: float, items: int) -> None:
+        """A step of `items` ended at `t_s`."""
+        if self._last_s is not None:
+            took_s = max(0.0, t_s - self._last_s)
+            self._busy_s += took_s
+            self._steps.append((took_s, items))
+            while len(self._steps) > self._STEPS or (len(self._steps) > 2 and self._span_s() > self._SPAN_S):
+                self._steps.popleft()
+        self._last_s = t_s
+
+    def pause(self, t_s: float) -> None:
+        """What kept the workers from training ended at `t_s`."""
+        if self._last_s is not None:
+            self._paused_s += max(0.0, t_s - self._last_s)
+            self._last_s = t_s
+
+    def interrupt(self) -> None:
+        """The time until the next step says nothing."""
+        self._last_s = None
+
+    def _span_s(self) -> float:
+        return sum(took_s for took_s, _ in self._steps)
+
+    @property
+    def items_per_s(self) -> float | None:
+        """Items a second, or None before there are two steps."""
+        span_s = self._span_s()
+        return sum(items for _, items in self._steps) / span_s if span_s > 0 else None
+
+    def eta_s(self, steps: int) -> float | None:
+        """Seconds that `steps` more will take, with pauses as before; None before two steps and after the last."""
+        if steps <= 0 or not self._steps or not self._busy_s:
+            return None
+        return steps * self._span_s() / len(self._steps) * (1 + self._paused_s / self._busy_s)
+
+
+def fit(parts: Sequence[Part], columns: int) -> tuple[list[tuple[str, str]], int]:
+    """The (label, value) pairs that fit into so many columns, two spaces apart, and the columns left for a bar.
+
+    The long forms are used if a bar fits beside them, then the short ones; then the highest ranks are left out.
+    """
+    kept, short = list(parts), False
+    while True:
+        texts = [(part.label, part.short if short else part.long) for part in kept]
+        spare = columns - sum(len(label) + bool(label) + len(value) + 2 for label, value in texts)
+        if (spare >= BAR.start and not short) or (short and spare >= -2) or (short and len(kept) == 1):
+            return texts, min(spare, BAR.stop - 1) if spare >= BAR.start else 0
+        if short:
+            kept.remove(max(kept, key=lambda part: part.rank))
+        short = True
+
+
+def number(value: float | None, decimals: int = 4) -> str:
+    """An objective; a tape has null for what is not finite."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    usual = value == 0 or 1e-2 <= abs(value) < 1e4
+    return f"{value:.{decimals}f}" if usual else f"{value:.{decimals - 1}e}"
+
+
+def rate(value: float) -> str:
+    """Items a second: 0.25, 12.3, 68,267."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
+def short_rate(value: float) -> str:
+    """Items a second: 12.3, 68.3k, 1.2M."""
+    if value >= 999_950:
+        return f"{value / 1e6:.1f}M"
+    return f"{value / 1e3:.1f}k" if value >= 999.5 else rate(value)
+
+
+def clock(seconds: float) -> str:
+    """0:43, 1:02:03 or 2 d 01:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour:02}:{minute:02}:{second:02}"
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, and from a minute on as `clock` does."""
+    return f"{seconds:.1f} s" if seconds < 59.95 else clock(seconds)

@@ -1,0 +1,188 @@
+"""The tape: a run's event log, one JSON object a line.
+
+Every event has ``t_s`` (seconds since the run's start), ``clock`` ("wall" or "virtual") and ``kind``; the first is
+``run_started`` and names the tape's schema. A number that is not finite is written as null, so that every JSON reader
+takes the tape. After a crash the last line may be torn: it is skipped by `read` and cut off before new events follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from instep.errors import RecordError, ResourceError
+from instep.record.files import disk_error, json_text, sync_folder
+
+SCHEMA = 1
+"""The version of the events' fields, named by ``run_started``."""
+
+_QUIET = frozenset({"computed", "pushed", "merged"})
+"""Kinds that may wait in memory for a while; any other is written through at once."""
+
+_DURABLE = frozenset({"run_started", "checkpointed", "failed", "run_ended"})
+"""Kinds after which the tape is synced, so that it survives a power cut."""
+
+_WAIT_S = 0.5
+_WAIT_BYTES = 1 << 16
+
+
+class Tape:
+    """A tape open for writing.
+
+    Frequent events wait in memory for at most half a second of further events; the rest are written at once. A forked
+    process may drop its copy freely: only the process that calls `write` writes.
+
+    path: the file. Without `append` it must not exist; with it, it may, and a torn last line is cut off.
+    Raises RecordError if the tape exists already, and ResourceError if the disk refuses.
+    """
+
+    def __init__(self, path: Path | str, *, append: bool = False) -> None:
+        self.path = Path(path)
+        self._waiting = bytearray()
+        self._flushed_s = time.monotonic()
+        self._descriptor = -1
+        try:
+            flags = os.O_RDWR | os.O_CREAT | (0 if append else os.O_EXCL)
+            self._descriptor = os.open(self.path, flags, 0o666)
+            self._end = _sound_end(self._descriptor)
+            os.ftruncate(self._descriptor, self._end)
+            os.lseek(self._descriptor, self._end, os.SEEK_SET)
+            if self._end and os.pread(self._descriptor, 1, self._end - 1) != b"\n":
+                self._waiting += b"\n"
+            sync_folder(self.path.parent)
+        except FileExistsError:
+            raise RecordError(
+                f"the tape {self.path} exists already; use another run folder, or resume this run."
+            ) from None
+        except OSError as error:
+            raise disk_error(f"the tape {self.path} cannot be opened", error) from error
+
+    def write(self, event: Mapping[str, Any]) -> None:
+        """Adds `event`, a mapping of plain values with a ``kind``. Raises ResourceError if the disk refuses.
+
+        After an error the event is still held, and `flush` tries again: nothing is lost if space was made.
+        """
+        kind = event["kind"]
+        self._waiting += json_text(event).encode() + b"\n"
+        late = time.monotonic() - self._flushed_s > _WAIT_S or len(self._waiting) > _WAIT_BYTES
+        if late or kind not in _QUIET:
+            self.flush(sync=kind in _DURABLE)
+
+    def flush(self, *, sync: bool = False) -> None:
+        """Hands all events to the system; with `sync` they survive a power cut too. Raises ResourceError."""
+        try:
+            self._write_out()
+            if sync:
+                os.fsync(self._descriptor)
+        except OSError as error:
+            raise disk_error(f"the tape {self.path} cannot be written", error) from error
+        self._flushed_s = time.monotonic()
+
+    def _write_out(self) -> None:
+        written = 0
+        try:
+            while written < len(self._waiting):
+                written += os.write(self._descriptor, self._waiting[written:])
+        except OSError:
+            # A full disk takes part of a line: without this, later events would follow it and damage the tape.
+            os.ftruncate(self._descriptor, self._end)
+            os.lseek(self._descriptor, self._end, os.SEEK_SET)
+            raise
+        self._end += written
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Writes what waits, syncs, closes; a second call does nothing. Raises ResourceError, having closed."""
+        if self._descriptor < 0:
+            return
+        try:
+            self.flush(sync=True)
+        finally:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Tape:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(*(() if error is None else (ResourceError,))):  # the first error is the one to see
+            self.close()
+
+
+def read(path: Path | str) -> Iterator[dict[str, Any]]:
+    """The events of a tape, in order. A torn last line, left by a crash, is skipped.
+
+    Raises RecordError, when it gets there, for a missing file, a damaged line (by number, from 1), a first event that
+    is not ``run_started``, or a schema that is not `SCHEMA`.
+    """
+    try:
+        with open(path, "rb") as file:
+            line, number = file.readline(), 1
+            while line:
+                following = file.readline()
+                event = _event(line)
+                if event is None and following:
+                    raise RecordError(
+                        f"line {number} of the tape {path} is damaged: it is not a JSON object with a kind; restore "
+                        "the file, or remove that line to read the rest."
+                    )
+                if event is not None:
+                    _check_schema(event, number, path)
+                    yield event
+                line, number = following, number + 1
+    except OSError as error:
+        raise RecordError(f"the tape {path} cannot be read: {error.strerror}; check the path.") from error
+
+
+def latest(events: Iterable[Mapping[str, Any]], kind: str = "merged") -> list[dict[str, Any]]:
+    """The events of one `kind` that count, by rising version, for kinds with one event a version.
+
+    After a restart from an earlier version, steps already seen are seen again. A ``run_started`` or ``merged`` event
+    takes the history back to where it goes on from: what was recorded beyond that is superseded.
+    """
+    kept: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if event["kind"] in ("run_started", "merged"):
+            base = event["version"] - (event["kind"] == "merged")
+            while kept and next(reversed(kept)) > base:
+                kept.popitem()
+        if event["kind"] == kind:
+            kept[event["version"]] = dict(event)
+    return list(kept.values())
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("kind"), str) else None
+
+
+def _check_schema(event: dict[str, Any], number: int, path: Path | str) -> None:
+    if number == 1 and event["kind"] != "run_started":
+        raise RecordError(f"{path} is not a tape of a run: its first event is {event['kind']!r}, not 'run_started'.")
+    if event["kind"] == "run_started" and event.get("schema") != SCHEMA:
+        raise RecordError(
+            f"the tape {path} has schema {event.get('schema')!r} at line {number}, and this version of Instep reads "
+            f"{SCHEMA}; read it with the version that wrote it."
+        )
+
+
+def _sound_end(descriptor: int) -> int:
+    """The size of the file in bytes without a torn last line."""
+    size = os.fstat(descriptor).st_size
+    tail, start = b"", size
+    while start and b"\n" not in tail[:-1]:
+        start = max(0, start - _WAIT_BYTES)
+        tail = os.pread(descriptor, size - start, start)
+    last = tail[tail.rfind(b"\n", 0, -1) + 1 :]
+    return size if not last or _event(last) is not None else size - len(last)

@@ -1,0 +1,103 @@
+"""Folding: one worker's microbatch gradients into the tree nodes that it owns, during backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from instep.reduce.layout import Layout
+from instep.reduce.tree import Leaf, Node, fold_plan
+
+
+class Fold:
+    """Adds gradients, one microbatch after the other, into one flat float32 vector a node.
+
+    Each gradient is taken the moment autograd has finished it, copied or added into place, and freed, so that a
+    worker never holds the gradients of a whole microbatch beside the sums. A parameter without a gradient in a
+    microbatch counts as zeros there.
+
+    `nodes` are the worker's maximal nodes from left to right and `slots` their flat vectors ([layout.size], float32).
+    Beside these, a stack of at most ``log2(M) - 1`` private vectors is held.
+    """
+
+    def __init__(self, layout: Layout, parameters: Sequence[Tensor], nodes: Sequence[Node], slots: Sequence[Tensor]):
+        self._layout = layout
+        self._slots = [(slot, layout.views(slot)) for slot in slots]
+        self._plan: list[tuple[int, Leaf]] = [
+            (slot, leaf) for slot, node in enumerate(nodes) for leaf in fold_plan(*node)
+        ]
+        self._scratch: list[tuple[Tensor, list[Tensor]]] = []
+        self._stack: list[tuple[Tensor, list[Tensor]]] = []
+        self._next = 0
+        self._add = False
+        self._seen = [False] * len(parameters)
+        self.touched = [False] * len(parameters)
+        """Whether each parameter had a gradient in any microbatch since `begin`."""
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._hook(index))
+            for index, parameter in enumerate(parameters)
+        ]
+
+    def begin(self) -> None:
+        """Starts a step."""
+        self._next = 0
+        self._stack = []
+        self.touched = [False] * len(self.touched)
+
+    def begin_leaf(self) -> None:
+        """Before the backward of the next microbatch."""
+        slot, leaf = self._plan[self._next]
+        self._add = leaf.add
+        self._seen = [False] * len(self._seen)
+        if not leaf.add:
+            self._stack.append(self._buffer(slot, len(self._stack)))
+
+    def end_leaf(self) -> None:
+        """After the backward, or instead of it for a microbatch without samples."""
+        _, leaf = self._plan[self._next]
+        views = self._stack[-1][1]
+        for index, seen in enumerate(self._seen):
+            if seen:
+                self.touched[index] = True
+            elif self._add:
+                views[index].add_(0.0)  # -0.0 + 0.0 is 0.0, as it is wherever else this leaf is added
+            else:
+                views[index].zero_()
+        for _ in range(leaf.merges):
+            top = self._stack.pop()
+            self._stack[-1][0].add_(top[0])
+        self._next += 1
+        if self._next == len(self._plan) or self._plan[self._next][0] != self._plan[self._next - 1][0]:
+            assert len(self._stack) == 1, "a finished node leaves one vector"
+            self._stack = []
+
+    def close(self) -> None:
+        """Takes the hooks off the parameters."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _buffer(self, slot: int, depth: int) -> tuple[Tensor, list[Tensor]]:
+        if depth == 0:
+            return self._slots[slot]
+        while len(self._scratch) < depth:
+            flat = torch.zeros_like(self._slots[slot][0])
+            self._scratch.append((flat, self._layout.views(flat)))
+        return self._scratch[depth - 1]
+
+    def _hook(self, index: int):  # type: ignore[no-untyped-def]
+        def take(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            parameter.grad = None
+            if gradient.is_sparse:
+                gradient = gradient.to_dense()
+            view = self._stack[-1][1][index]
+            if self._add or self._seen[index]:
+                view.add_(gradient.float())
+            else:
+                view.copy_(gradient)
+            self._seen[index] = True
+
+        return take

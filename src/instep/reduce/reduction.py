@@ -1,0 +1,56 @@
+"""The reduction: the tree nodes of all workers into the gradient of the whole batch, each worker adding one slice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from instep.reduce.layout import Layout
+from instep.reduce.tree import Node, maximal_nodes, merge_plan, worker_ranges
+
+
+class Reduction:
+    """Who owns which nodes, and the adding of one worker's slice.
+
+    `slots[i]` is the flat vector ([layout.size], float32) of node i, visible to all workers. The sum of a slice is
+    left in the *first* slot of every worker, its home, so that afterwards each worker reads the whole gradient from
+    a vector that only it uses, and an optimizer may change it in place. The bytes that a worker moves are those of a
+    reduce-scatter and an all-gather.
+    """
+
+    def __init__(self, layout: Layout, microbatches: int, workers: int):
+        self.layout = layout
+        self.workers = workers
+        self.ranges = worker_ranges(microbatches, workers)
+        self._own = [maximal_nodes(start, stop, microbatches) for start, stop in self.ranges]
+        self.nodes: list[Node] = [node for nodes in self._own for node in nodes]
+        self.plan = merge_plan(self.nodes, microbatches)
+
+    def slots_of(self, worker: int) -> range:
+        """The indices of the worker's nodes; the first one is its home."""
+        first = sum(len(nodes) for nodes in self._own[:worker])
+        return range(first, first + len(self._own[worker]))
+
+    def nodes_of(self, worker: int) -> list[Node]:
+        """The worker's maximal nodes, from left to right."""
+        return self._own[worker]
+
+    def add_slice(self, worker: int, slots: Sequence[Tensor]) -> Tensor:
+        """Adds the worker's blocks of all slots in tree order, in place.
+
+        Returns the L2 norm of each of these blocks ([blocks of the slice], float32): the parts of the gradient's norm,
+        whose order does not depend on the team either.
+        """
+        homes = [self.slots_of(other)[0] for other in range(1, self.workers)]
+        size = self.layout.block
+        norms: list[Tensor] = []
+        for block in self.layout.slice_of(worker, self.workers):
+            parts = [slot[block * size : (block + 1) * size] for slot in slots]
+            for into, source in self.plan:
+                parts[into].add_(parts[source])
+            for home in homes:
+                parts[home].copy_(parts[0])
+            norms.append(torch.linalg.vector_norm(parts[0]))
+        return torch.stack(norms) if norms else torch.empty(0)

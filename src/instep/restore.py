@@ -1,0 +1,50 @@
+"""Contexts that look without leaving a trace: what they change is put back when they end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Puts back the state of Python's, numpy's and torch's generators, all devices in use."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def kept_module_state(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
+    """Puts back every submodule's train mode and every buffer, such as BatchNorm's. Parameters are not covered.
+
+    `training` sets the mode of all submodules meanwhile; None leaves it. The flag is set as such, past any `train`
+    that a module overrides: an override may do more than can be undone.
+    """
+    modules = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module, _ in modules
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    try:
+        if training is not None:
+            for module, _ in modules:
+                module.training = training
+        yield
+    finally:
+        for module, mode in modules:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer.copy_(value)

@@ -1,0 +1,125 @@
+"""Tables (nested dicts, as TOML gives them) to frozen dataclasses and back, strictly: no key is ignored."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import difflib
+import os
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from instep.components import Component
+from instep.errors import ComponentError, RecipeError
+
+T = TypeVar("T")
+
+
+def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Builds the dataclass `cls` from `table`. `where` prefixes the keys in messages.
+
+    Raises RecipeError for an unknown key (with a suggestion), a missing one, or a value of the wrong type.
+    """
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in table:
+        if key not in fields:
+            raise RecipeError(f"unknown key '{where}.{key}'{suggest(key, fields)}")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in table and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise RecipeError(f"'{where}.{missing[0]}' is missing; it has no default.")
+    return cls(**{key: coerce(hints[key], value, f"{where}.{key}") for key, value in table.items()})
+
+
+def to_table(value: Any) -> dict[str, Any]:
+    """The dataclass `value` as a nested dict that TOML can hold: None is left out, components become {use, args}."""
+    table: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, Component):
+            table[field.name] = _component_table(item)
+        elif dataclasses.is_dataclass(item):
+            table[field.name] = to_table(item)
+        elif item is not None:
+            table[field.name] = item
+    return table
+
+
+def _component_table(component: Component) -> dict[str, Any]:
+    table: dict[str, Any] = {"use": component.describe()}
+    if component.args:
+        table["args"] = _plain(component.args)
+    return table
+
+
+def _plain(value: Any) -> Any:
+    """An argument as TOML can hold it. Two arguments that differ stay different, wherever they have an address."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (datetime.date, datetime.time)):
+        raise ComponentError(f"the argument {value!r} is of a type that a tape cannot hold; write it as text.")
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a scalar of numpy or torch
+        return _plain(value.item())
+    if value is None:  # TOML has no null, and leaving it out would ask for the callable's own default
+        return {"use": "builtins:None"}
+    return _component_table(value if isinstance(value, Component) else Component(value))
+
+
+def coerce(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`; an int is taken for a float, nothing else is converted. Raises RecipeError."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        (hint,) = (option for option in get_args(hint) if option is not type(None))
+        return coerce(hint, value, where)
+    if origin is Literal:
+        options = get_args(hint)
+        if value not in options:
+            listed = ", ".join(map(repr, options))
+            raise RecipeError(f"'{where}' is {value!r}; it must be one of {listed}.")
+        return value
+    if hint is Component:
+        return Component.of(value)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"'{where}' is {value!r}; it must be a table.")
+        return from_table(hint, value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise RecipeError(f"'{where}' is {value!r}, of type {type(value).__name__}; it must be {_type_name(hint)}.")
+    return value
+
+
+def check_types(value: Any, where: str) -> None:
+    """Checks every field of the dataclass `value`, and takes plain values for components. For `__post_init__`."""
+    hints = get_type_hints(type(value))
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        object.__setattr__(value, field.name, coerce(hints[field.name], item, f"{where}.{field.name}"))
+
+
+def suggest(key: str, known: Iterable[str], what: str = "known keys are") -> str:
+    """The end of a sentence about an unknown key: the nearest known one, or all of them, after `what`."""
+    known = list(known)
+    close = difflib.get_close_matches(key, known, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; {what} {', '.join(known) or '(none)'}."
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

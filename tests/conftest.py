@@ -1,0 +1,23 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: teams are forked from the test process
+
+import pytest
+from hypothesis import settings
+
+SLOW_TIMEOUT_S = 1200
+
+# The first example of a property may start processes or import torch: time is pytest-timeout's to watch.
+settings.register_profile("instep", parent=settings(), deadline=None)
+settings.load_profile("instep")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives slow tests more time than the `timeout` in pyproject.toml, unless they name their own."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))

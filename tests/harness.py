@@ -1,0 +1,85 @@
+"""Runs a team from the test process: the supervisor forks workers here, without the seconds of a fresh interpreter."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from instep.engines.request import Request
+from instep.engines.supervisor import Supervisor, import_before_forks
+from instep.recipe import Recipe, Team, dumps
+from instep.record.folder import RunFolder
+
+
+class Client:
+    """The supervisor's client: keeps the events, and can act on them."""
+
+    def __init__(self, on_event: Any = None):
+        self._ours, self._theirs = multiprocessing.Pipe()
+        self.events: list[dict[str, Any]] = []
+        self._on_event = on_event
+
+    def fileno(self) -> int:
+        return self._theirs.fileno()
+
+    def send(self, message: Any) -> None:
+        self.events.append(message[1])
+        if self._on_event:
+            self._on_event(message[1])
+
+    def recv(self) -> Any:
+        return self._theirs.recv()
+
+    def close(self) -> None:
+        self._theirs.close()
+
+    def ask_to_stop(self) -> None:
+        self._ours.send("stop")
+
+    def leave(self) -> None:
+        with socket.socket(fileno=os.dup(self._ours.fileno())) as ours:
+            ours.shutdown(socket.SHUT_RDWR)  # forked workers hold this end too, so closing it would end nothing
+
+
+@dataclass
+class Outcome:
+    """A finished run and its tape."""
+
+    result: dict[str, Any]
+    events: list[dict[str, Any]]
+    path: Path
+    digests: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return str(self.result["digest"])
+
+
+def train_here(
+    recipe: Recipe, team: Team, path: Path, *, resume: bool = False, client: Client | None = None
+) -> Outcome:
+    """As `instep.train`, in this process. `digests` are those of the checkpoints, by version."""
+    folder = RunFolder.open(path) if resume else RunFolder.create(path)
+    folder.recipe_path.write_text(dumps(recipe, team))
+    request = Request(
+        recipe=cloudpickle.dumps(recipe),
+        recipe_table=recipe.to_table(),
+        fingerprint=recipe.fingerprint(),
+        team=team,
+        folder=path,
+        resumed=resume,
+        import_paths=(),
+        began=time.monotonic(),
+    )
+    client = client or Client()
+    import_before_forks()
+    result = Supervisor(request, client).supervise()  # type: ignore[arg-type]
+    digests = {e["version"]: e["digest"] for e in client.events if e["kind"] == "checkpointed"}
+    return Outcome(result, client.events, path, digests)

@@ -1,0 +1,51 @@
+"""The command in a process of its own: how quick it starts, what it imports, how it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def printed_by(code: str) -> str:
+    """What a fresh Python prints on stdout that imports sys and main and runs `code`."""
+    code = f"import sys; from instep.cli import main; {code}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_help_is_quick_and_light() -> None:
+    took_s = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "instep", "--help"], capture_output=True, text=True, check=True)
+        took_s.append(time.perf_counter() - began)
+    assert done.stdout.startswith("Usage: instep")
+    assert min(took_s) < 0.3
+    modules = printed_by("main(['--help']); print(sorted(sys.modules))")
+    assert "'instep.cli'" in modules
+    for heavy in ("torch", "numpy", "cyclopts", "rich", "tomllib"):
+        assert f"'{heavy}'" not in modules
+
+
+@pytest.mark.parametrize(
+    "argv", ["['recipes']", "['digest', 'nowhere']", "['train', 'nowhere']", "['train', '--help']"]
+)
+def test_no_command_imports_torch_itself(argv: str) -> None:
+    assert printed_by(f"main({argv}); print('torch' in sys.modules)").endswith("False\n")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
+def test_a_reader_that_leaves_is_no_error(argv: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "instep", *argv]
+    done = subprocess.run(
+        command, stdout=write, stderr=subprocess.PIPE, env=buffered, text=True, timeout=60, check=False
+    )
+    os.close(write)
+    assert done.stderr == ""
+    assert done.returncode == 1

@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import math
+import os
+import re
+import struct
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+import pytest
+
+from instep.record.monitors import Console
+
+DIGEST = "ab" * 32
+Event = dict[str, Any]
+
+
+def started(t_s: float = 2.0, version: int = 0, *, resumed: bool = False) -> Event:
+    return {
+        "t_s": t_s, "kind": "run_started", "version": version, "steps": 20, "resumed": resumed,
+        "recipe": {"name": "gpt", "batch": 32, "microbatches": 8}, "samples": 85123, "parameters": 4812032,
+        "team": {"workers": 2, "device": "cpu", "restarts": 3},
+    }  # fmt: skip
+
+
+def merged(t_s: float, version: int, **rest: Any) -> Event:
+    return {
+        "t_s": t_s, "kind": "merged", "version": version, "objective": 4 - version / 10, "items": 1000,
+        "terms": {"objective": 4 - version / 10}, **rest,
+    }  # fmt: skip
+
+
+def evaluated(t_s: float, version: int, **rest: Any) -> Event:
+    return {"t_s": t_s, "kind": "evaluated", "version": version, "objective": 3.25, "terms": {}, "items": 9, **rest}
+
+
+def ended(t_s: float, version: int = 20, *, interrupted: bool = False, **result: Any) -> Event:
+    result = {
+        "objective_first": 3.9, "objective_last": 2.0, "held_out": 3.25, "bits_per_byte": None, "items_per_s": 1234.5,
+        "wall_s": 12.34, "restarts": 0, "sample": None, **result,
+    }  # fmt: skip
+    return {
+        "t_s": t_s, "kind": "run_ended", "version": version, "digest": DIGEST, "result": result,
+        "interrupted": interrupted,
+    }  # fmt: skip
+
+
+def joined(t_s: float, worker: int) -> Event:
+    return {"t_s": t_s, "kind": "joined", "worker": worker, "pid": 1, "host": "here"}
+
+
+def a_run(*, died: bool = False) -> Iterator[Event]:
+    """20 steps of a second, evaluated at 10 and 20; with `died`, a worker dies at 12 and the team restarts from 10."""
+    yield joined(1.5, 0)
+    yield joined(1.5, 1)
+    yield started()
+    t_s = 2.0
+    for version in range(1, 13):
+        t_s += 1
+        yield {"t_s": t_s, "kind": "computed", "worker": 0, "version": version - 1}
+        yield merged(t_s, version)
+        if version == 10:
+            t_s += 1.5
+            yield evaluated(t_s, version, bits_per_byte=2.5)
+    if died:
+        yield {"t_s": t_s + 4, "kind": "left", "worker": 1, "why": "worker 1 (pid 7) was killed by SIGKILL."}
+        t_s += 10
+        yield joined(t_s, 0)
+        yield joined(t_s, 1)
+        yield started(t_s, 10, resumed=True)
+    for version in range(11 if died else 13, 21):
+        t_s += 1
+        yield merged(t_s, version)
+    t_s += 1.5
+    yield evaluated(t_s, 20, bits_per_byte=2.5)
+    yield ended(t_s, bits_per_byte=2.5, restarts=int(died), sample="def f():\n\treturn 1\x1b[31m\r\n\u202e")
+
+
+def plain(events: Any, **options: Any) -> str:
+    file = io.StringIO()
+    with Console(file, **options) as console:
+        for event in events:
+            console(event)
+    return file.getvalue()
+
+
+# Plain lines
+
+RUN = f"""\
+recipe      gpt, 20 steps
+parameters  4,812,032
+samples     85,123, 32 a step
+workers     2 on cpu, for 8 microbatches a step
+run folder  runs/gpt
+
+step  1/20  objective 3.9000
+step  6/20  objective 3.4000  1,000 items/s  ETA 0:14
+step 10/20  objective 3.0000  held-out 3.2500  2.5000 bits/byte  1,000 items/s  ETA 0:12
+worker 1 (pid 7) was killed by SIGKILL.
+restarted from step 10; restarts left: 2 of 3
+step 11/20  objective 2.9000  1,000 items/s  ETA 0:10
+step 16/20  objective 2.4000  1,000 items/s  ETA 0:04
+step 20/20  objective 2.0000  held-out 3.2500  2.5000 bits/byte  1,000 items/s
+
+steps       20
+objective   3.9000 → 2.0000
+held-out    3.2500
+bits/byte   2.5000
+items/s     1,234
+time        12.3 s
+restarts    1
+sample
+    def f():
+        return 1\\x1b[31m\\r
+    \\u202e
+
+digest      {DIGEST}
+run folder  runs/gpt
+"""
+
+
+def test_a_run_as_plain_lines() -> None:
+    assert plain(a_run(died=True), path="runs/gpt") == RUN
+
+
+def test_an_interrupted_run_says_how_to_go_on() -> None:
+    printed = plain([started(5.0, 7, resumed=True), merged(6, 8), ended(7, 8, interrupted=True)], path="my runs/a")
+    assert "recipe      gpt, 20 steps, resumed at step 7\n" in printed
+    assert "steps       8 of 20, interrupted\n" in printed
+    assert printed.endswith(
+        f"go on with  instep train --resume 'my runs/a'\ndigest      {DIGEST}\nrun folder  my runs/a\n"
+    )
+
+
+def test_without_a_path_and_without_held_out_data() -> None:
+    printed = plain([started(), merged(3, 1), ended(4, held_out=None)])
+    assert "run folder" not in printed
+    assert "held-out" not in printed
+    assert "bits/byte" not in printed
+    assert "sample\n" not in printed
+
+
+def test_warnings_are_lines_of_their_own_without_control_characters() -> None:
+    printed = plain([started(), {"t_s": 3.0, "kind": "warned", "why": "checkpoint a\x1b]0;b\x07 is damaged."}])
+    assert printed.endswith("\nwarning: checkpoint a\\x1b]0;b\\x07 is damaged.\n")
+
+
+def test_a_worker_is_named_where_the_reason_does_not() -> None:
+    assert "worker 1: no sign of life\n" in plain([{"t_s": 1.0, "kind": "left", "worker": 1, "why": "no sign of life"}])
+
+
+def test_several_terms_are_shown() -> None:
+    assert "objective 3.9000  kl 1.0000  bits 2.9000\n" in plain(
+        [started(), merged(3, 1, terms={"kl": 1.0, "bits": 2.9})]
+    )
+
+
+def test_what_is_not_finite() -> None:
+    printed = plain([started(), merged(3, 1, objective=math.nan), merged(9, 2, objective=None), ended(10)])
+    assert printed.count("objective not finite") == 2
+
+
+def test_unknown_kinds_are_passed_over() -> None:
+    assert plain([{"t_s": 1.0, "kind": "dropped", "why": "late"}]) == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_every_encoding_will_do(encoding: str) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file, path="läuft/漢")
+    for event in [started(), merged(3, 1), ended(4, sample="漢字")]:
+        console(event)
+    file.flush()
+    printed = file.buffer.getvalue().decode(encoding)
+    assert ("→" if encoding == "utf-8" else "->") in printed
+    assert ("漢字" if encoding == "utf-8" else "\\u6f22\\u5b57") in printed
+
+
+class Broken(io.StringIO):
+    """A pipe whose reader leaves after some lines."""
+
+    def __init__(self, error: Exception, after: int) -> None:
+        super().__init__()
+        self.error, self.left = error, after
+
+    def write(self, text: str) -> int:
+        if not self.left:
+            raise self.error
+        self.left -= 1
+        return super().write(text)
+
+
+@pytest.mark.parametrize("after", [0, 3, 20])
+def test_a_reader_that_leaves_does_not_disturb_the_run(after: int) -> None:
+    file = Broken(BrokenPipeError(), after)
+    with Console(file) as console:
+        for event in a_run():
+            console(event)
+    assert not file.left
+
+
+def test_a_closed_file_does_not_disturb_the_run() -> None:
+    file = io.StringIO()
+    console = Console(file)
+    file.close()
+    for event in a_run():
+        console(event)
+
+
+def test_a_fault_of_the_monitor_is_not_hidden() -> None:
+    with pytest.raises(ValueError, match=r"^mine$"):
+        Console(Broken(ValueError("mine"), 0))(started())
+
+
+# The terminal
+
+
+@contextlib.contextmanager
+def terminal(columns: int) -> Iterator[tuple[TextIO, Callable[[], str]]]:
+    """A pseudo terminal: the file to write to, and a function that closes it and gives what came."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    file = os.fdopen(theirs, "w", encoding="utf-8")
+    came: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(ours, 1 << 16):
+                came.append(data)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+
+    def finish() -> str:
+        file.close()
+        reader.join(10)
+        return b"".join(came).decode()
+
+    try:
+        yield file, finish
+    finally:
+        finish()
+        os.close(ours)
+
+
+def on_terminal(columns: int, events: Any, **options: Any) -> str:
+    os.environ["COLUMNS"] = str(columns)  # rich asks the standard streams, which are no terminals here
+    with terminal(columns) as (file, finish):
+        with Console(file, **options) as console:
+            console._screen._REFRESH_S = 0.0  # type: ignore[union-attr]
+            for event in events:
+                console(event)
+        return finish()
+
+
+@pytest.fixture(autouse=True)
+def usual_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "CLICOLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+
+
+STYLE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def screen(output: str) -> tuple[list[str], list[str]]:
+    """What a terminal without an end of line shows at last, and each content that a line had when it was erased."""
+    lines, erased, row = [""], [], 0
+    for token in re.findall(r"\x1b\[[?0-9;]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+", STYLE.sub("", output)):
+        if token.endswith("K") and token.startswith("\x1b"):
+            erased.append(lines[row])
+            lines[row] = ""
+        elif token == "\x1b[1A":
+            row -= 1
+        elif token == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif token[0] not in "\x1b\r":
+            lines[row] += token
+    return [line.rstrip() for line in lines], [line for line in erased if line]
+
+
+def test_the_terminal_shows_one_live_line_and_then_the_same_as_elsewhere() -> None:
+    lines, live = screen(on_terminal(100, a_run(died=True), path="runs/gpt"))
+    assert lines[:-1] == [line for line in RUN.splitlines() if not line.startswith("step ")]
+    assert live[0] == "starting"
+    bar = "━" * 12 + "─" * 12
+    assert f"step 10/20  {bar}  objective 3.000  1,000 items/s  ETA 0:10" in live
+    bar = "━" * 11 + "─" * 8
+    assert f"step 12/20  {bar}  objective 2.800  held-out 2.500 bits/byte  1,000 items/s  ETA 0:09" in live
+    assert any(line.endswith("restarting") for line in live)
+    assert max(map(len, live)) <= 99
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
+def test_the_live_line_fits(columns: int) -> None:
+    lines, live = screen(on_terminal(columns, a_run(died=True)))
+    assert max(map(len, live)) < columns
+    assert all("step" in line or line == "starting" for line in live)
+    assert "digest" in lines[-2]
+    if columns >= 60:
+        assert any(re.fullmatch(r"step 20/20 .*objective 2.000  held-out 2.500 b.*", line) for line in live)
+
+
+def test_colours_and_the_cursor() -> None:
+    output = on_terminal(80, a_run(died=True))
+    assert "\x1b[31m" in output
+    assert "\x1b[36m" in output
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") > -1
+
+
+def test_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    output = on_terminal(80, a_run(died=True))
+    assert set(STYLE.findall(output)) <= {"\x1b[0m", "\x1b[1m", "\x1b[2m"}
+    assert "━" in output
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert on_terminal(200, a_run(died=True), path="runs/gpt").replace("\r\n", "\n") == RUN
+
+
+def show_and_raise(file: TextIO, events: list[Event]) -> None:
+    with Console(file) as console:
+        for event in events:
+            console(event)
+        raise KeyboardInterrupt
+
+
+def test_an_error_leaves_the_terminal_in_order() -> None:
+    with terminal(80) as (file, finish):
+        events = [started(), merged(3, 1)]
+        with pytest.raises(KeyboardInterrupt):
+            show_and_raise(file, events)
+        output = finish()
+    lines, _ = screen(output)
+    assert output.rfind("\x1b[?25h") > output.rfind("\x1b[?25l") > -1
+    assert not any("step  1" in line for line in lines)
+
+
+def test_rich_is_imported_for_terminals_only() -> None:
+    import subprocess
+
+    code = "import sys, instep.record.monitors as m; m.Console(); print('rich' in sys.modules, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "False False\n"
