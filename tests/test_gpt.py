@@ -22,8 +22,13 @@ from instep.optimizers import adamw
 
 
 def small(**changes):
+    """A model whose blocks do something from the start."""
     torch.manual_seed(0)
-    return GPT(**{"vocabulary": 11, "context": 8, "width": 16, "depth": 2, "heads": 2, **changes})
+    model = GPT(**{"vocabulary": 11, "context": 8, "width": 16, "depth": 2, "heads": 2, **changes})
+    for block in model.blocks:
+        for layer in (block.attention, block.mlp):
+            nn.init.normal_(layer.into_residual.weight, std=0.2)
+    return model
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -82,6 +87,22 @@ def test_dropout_works_in_training_alone():
     assert torch.equal(plain(tokens), plain(tokens))
 
 
+def test_blocks_at_first_add_nothing_and_all_parameters_learn():
+    torch.manual_seed(0)
+    model = GPT(vocabulary=11, context=8, width=16, depth=2, heads=2)
+    tokens = torch.randint(0, 11, (4, 9))
+    assert torch.equal(model(tokens[:, 1:]), model.output(model.norm(model.embedding(tokens[:, 1:]))))
+    biases = model.blocks[0].attention.queries_keys_values.bias.split([32, 16])
+    assert biases[0].std() > 1
+    assert biases[1].abs().max() == 0
+    optimizer = adamw(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        NextToken()(model, tokens).backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+
+
 def test_it_starts_near_the_uniform_distribution():
     model = GPT()
     tokens = torch.randint(0, 256, (4, 129))
@@ -103,6 +124,7 @@ def test_it_has_no_buffers_and_runs_in_bfloat16():
         ({"width": 2, "heads": 2}, ["width 2", "2 heads", "4"]),
         ({"depth": 0}, ["'depth'", "0", "at least 1"]),
         ({"context": -1}, ["'context'", "-1"]),
+        ({"width": 16.0}, ["'width'", "16.0", "whole number"]),
         ({"dropout": 1.0}, ["'dropout'", "1.0"]),
     ],
 )

@@ -60,13 +60,19 @@ class Run:
         return None if value is None else float(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The final weights, from the last checkpoint."""
+        """The final weights, from the last checkpoint. Raises CheckpointError if that is damaged or not theirs."""
         from instep.record import checkpoint
 
         path, _ = checkpoint.newest_sound(RunFolder(self.path).checkpoints)
         if path is None:
             raise CheckpointError(f"{self.path} has no sound checkpoint.")
-        return checkpoint.load(path).model_state
+        saved = checkpoint.load(path)
+        if saved.digest != self.digest:
+            raise CheckpointError(
+                f"the newest sound checkpoint of {self.path}, {path.name}, does not hold the weights that this run "
+                f"ended with: its own was damaged, or the run has gone on since; load the checkpoint you want by path."
+            )
+        return saved.model_state
 
     def model(self) -> nn.Module:
         """The recipe's model with the final weights, on the CPU."""
@@ -127,11 +133,11 @@ def train(
     try:
         result = client.serve(request, list(monitors))
     except BaseException:
+        client.close()  # first, or a worker would still write there
         if resume is None and not client.trained:
             shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: the name is free again
         raise
-    finally:
-        client.close()
+    client.close()
     if result["interrupted"]:
         raise KeyboardInterrupt
     return Run(folder.path, result, recipe)
@@ -166,25 +172,26 @@ class _Client:
         self._connection = Connection(os.dup(self._socket.fileno()))
         self._messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         self._final: tuple[Any, ...] | None = None
+        self._receiver = threading.Thread(target=self._receive, name="instep-client", daemon=True)
 
     def serve(self, request: Request, monitors: list[Monitor]) -> dict[str, Any]:
         """Hands events to the monitors until the run ends. Returns the result. Raises InstepError."""
         self._connection.send(request)
-        threading.Thread(target=self._receive, name="instep-client", daemon=True).start()
+        self._receiver.start()
         asked_to_stop = False
         while True:
             try:
                 kind, *content = self._messages.get()
                 if kind == "gone":
                     break
-                self.trained |= content[0]["kind"] == "merged"
                 for monitor in monitors:
                     monitor(content[0])
             except KeyboardInterrupt:
                 if asked_to_stop:
                     raise
                 asked_to_stop = True
-                self._connection.send("stop")
+                with contextlib.suppress(OSError):  # it may be ending already
+                    self._connection.send("stop")
         return self._ending()
 
     def _ending(self) -> dict[str, Any]:
@@ -208,10 +215,13 @@ class _Client:
             while True:
                 message = self._connection.recv()
                 if message[0] == "event":
+                    self.trained |= message[1]["kind"] == "merged"
                     self._messages.put(message)
                 else:
                     self._final = message
         except (EOFError, OSError):
+            pass
+        finally:
             self._messages.put(("gone",))
 
     def close(self) -> None:
@@ -223,6 +233,9 @@ class _Client:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if self._receiver.is_alive():
+            self._receiver.join()
+        self._connection.close()
         self._socket.close()
 
 

@@ -84,7 +84,12 @@ class Watch:
         self._beats, self._progress = board.beats.copy(), board.progress.copy()
         self._silent_s, self._stalled_s = np.zeros(len(pids)), np.zeros(len(pids))
         self._cpu = [0] * len(pids)
+        self._left_out: set[int] = set()
         self._looked = time.monotonic()
+
+    def leave_out(self, worker: int) -> None:
+        """The worker has done its part: from now on its silence is no fault."""
+        self._left_out.add(worker)
 
     def look(self) -> tuple[int, str] | None:
         """The first worker that has stopped answering or getting on, and a sentence on it."""
@@ -97,6 +102,8 @@ class Watch:
         self._stalled_s = np.where(busy, self._stalled_s + passed, 0)
         self._beats, self._progress = beats, progress
         for worker, pid in enumerate(self._pids):
+            if worker in self._left_out:
+                continue
             state, cpu = _process_state(pid)
             if self._silent_s[worker] == 0:
                 self._cpu[worker] = cpu

@@ -80,6 +80,8 @@ class Supervisor:
                 return self._start(self._newest_checkpoint())
             except WorkerFailure as failure:
                 self._record("left", worker=failure.worker, why=failure.why)
+                if self._board.stop_wanted():
+                    raise Interrupted from None
                 if self._restarts == self._run.team.restarts:
                     raise WorkerError(
                         f"{failure.why.rstrip('.')}; the team has started again {self._restarts} times, as often as "
@@ -239,6 +241,7 @@ class _Start:
                 self._go()
         elif what == "ended":
             worker.ended = (rest[0], rest[1], rest[2], rest[3])
+            self._watch.leave_out(number)
         elif what == "failed":
             name, sentence, detail = rest
             raise by_name(name)(sentence, detail=detail)

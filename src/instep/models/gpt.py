@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from instep.errors import DataError, RecipeError
 from instep.restore import kept_module_state
 
-INIT_STD = 0.02
-"""Standard deviation of initial weights (Radford et al., 2019)."""
+EMBEDDING_STD = 0.02
+"""Standard deviation of initial embeddings (Radford et al., 2019)."""
+
+BIAS_STD = 2.0
+"""Standard deviation of the initial biases of queries and keys, see `Attention`."""
 
 
 class GPT(nn.Module):
@@ -46,8 +49,8 @@ class GPT(nn.Module):
         super().__init__()
         sizes = {"vocabulary": vocabulary, "context": context, "width": width, "depth": depth, "heads": heads}
         for name, size in sizes.items():
-            if size < 1:
-                raise RecipeError(f"a GPT's {name!r} is {size}; it must be at least 1.")
+            if type(size) is not int or size < 1:
+                raise RecipeError(f"a GPT's {name!r} is {size!r}; it must be a whole number, at least 1.")
         if width % (2 * heads):
             fitting = max(1, round(width / (2 * heads))) * 2 * heads
             raise RecipeError(
@@ -64,7 +67,8 @@ class GPT(nn.Module):
         self.output = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.output.weight = self.embedding.weight
-        self._initialise(depth)
+        nn.init.normal_(self.output.weight, std=EMBEDDING_STD)
+        nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits, [B, T, V], of the token that follows each of `tokens`, [B, T], int64. Raises DataError."""
@@ -81,16 +85,12 @@ class GPT(nn.Module):
         logits: Tensor = self.output(self.norm(x))
         return logits
 
-    def _initialise(self, depth: int) -> None:
-        for name, parameter in self.named_parameters():
-            if name.endswith("into_residual.weight"):  # keeps the residual stream's variance free of the depth
-                nn.init.normal_(parameter, std=INIT_STD / math.sqrt(2 * depth))
-            elif parameter.dim() >= 2:
-                nn.init.normal_(parameter, std=INIT_STD)
-
 
 class Block(nn.Module):
-    """Attention, then an MLP; each reads the normed residual stream, [B, T, D], and adds to it."""
+    """Attention, then an MLP; each reads the normed residual stream, [B, T, D], and adds to it.
+
+    Both read with a gain of about 1 and at first add nothing (as in Fixup, Zhang et al., 2019).
+    """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -98,6 +98,10 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, dropout)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = MLP(width, dropout)
+        for reader in (self.attention.queries_keys_values, self.mlp.widen):
+            nn.init.normal_(reader.weight, std=1 / math.sqrt(width))
+        for writer in (self.attention.into_residual, self.mlp.into_residual):
+            nn.init.zeros_(writer.weight)
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.attention(self.attention_norm(x), turns)
@@ -106,14 +110,20 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions."""
+    """Causal self-attention with rotary positions.
+
+    Queries and keys have biases that begin at random: turned by their positions, they give each head a preference of
+    its own for some distances from the first step on, which it else takes long to find.
+    """
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
-        self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
+        self.queries_keys_values = nn.Linear(width, 3 * width)
         self.into_residual = nn.Linear(width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.queries_keys_values.bias[: 2 * width], std=BIAS_STD)
+        nn.init.zeros_(self.queries_keys_values.bias[2 * width :])
 
     def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
         batch, length, width = x.shape
@@ -160,7 +170,7 @@ def generate(
     tokens: Tensor,
     length: int,
     generator: torch.Generator | None = None,
-    temperature: float = 1.0,
+    temperature: float = 0.8,
 ) -> Tensor:
     """`tokens` ([T], or [B, T], int64) followed by `length` tokens drawn from the model, one after the other.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from instep.errors import RecipeError
 from instep.reduce.layout import Layout
 from instep.reduce.tree import Leaf, Node, fold_plan
 
@@ -16,7 +17,8 @@ class Fold:
 
     Each gradient is taken the moment autograd has finished it, copied or added into place, and freed, so that a
     worker never holds the gradients of a whole microbatch beside the sums. A parameter without a gradient in a
-    microbatch counts as zeros there.
+    microbatch counts as zeros there. One whose gradient comes in parts, as reentrant checkpointing of shared weights
+    gives it, is held until the microbatch's end: its parts must be added up before they are added to anything else.
 
     `nodes` are the worker's maximal nodes from left to right and `slots` their flat vectors ([layout.size], float32).
     Beside these, a stack of at most ``log2(M) - 1`` private vectors is held.
@@ -32,7 +34,9 @@ class Fold:
         self._stack: list[tuple[Tensor, list[Tensor]]] = []
         self._next = 0
         self._add = False
-        self._seen = [False] * len(parameters)
+        self._parts = [0] * len(parameters)  # of the present microbatch
+        self._most_parts = [0] * len(parameters)  # of any; 0 while no gradient was seen
+        self._held: dict[int, Tensor] = {}
         self.touched = [False] * len(parameters)
         """Whether each parameter had a gradient in any microbatch since `begin`."""
         self._handles = [
@@ -50,7 +54,7 @@ class Fold:
         """Before the backward of the next microbatch."""
         slot, leaf = self._plan[self._next]
         self._add = leaf.add
-        self._seen = [False] * len(self._seen)
+        self._parts = [0] * len(self._parts)
         if not leaf.add:
             self._stack.append(self._buffer(slot, len(self._stack)))
 
@@ -58,9 +62,13 @@ class Fold:
         """After the backward, or instead of it for a microbatch without samples."""
         _, leaf = self._plan[self._next]
         views = self._stack[-1][1]
-        for index, seen in enumerate(self._seen):
-            if seen:
+        for index, gradient in self._held.items():
+            views[index].add_(gradient)
+        self._held = {}
+        for index, parts in enumerate(self._parts):
+            if parts:
                 self.touched[index] = True
+                self._most_parts[index] = max(parts, self._most_parts[index])
             elif self._add:
                 views[index].add_(0.0)  # -0.0 + 0.0 is 0.0, as it is wherever else this leaf is added
             else:
@@ -94,10 +102,19 @@ class Fold:
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
             view = self._stack[-1][1][index]
-            if self._add or self._seen[index]:
+            first = self._parts[index] == 0
+            self._parts[index] += 1
+            if not self._add:
+                view.copy_(gradient) if first else view.add_(gradient.float())
+            elif self._most_parts[index] != 1:
+                self._held[index] = gradient.float() if first else self._held[index] + gradient.float()
+            elif first:
                 view.add_(gradient.float())
             else:
-                view.copy_(gradient)
-            self._seen[index] = True
+                raise RecipeError(
+                    f"the gradient of a parameter of shape {list(parameter.shape)} came in several parts, and in one "
+                    f"part in a microbatch before, so that its sum would depend on the team; where the model calls "
+                    f"torch.utils.checkpoint, set use_reentrant to False."
+                )
 
         return take
