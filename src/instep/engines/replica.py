@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from instep import data, objectives
 from instep.components import Component
 from instep.data.cursor import Cursor, load
-from instep.errors import ComponentError, InstepError, RecipeError, ResourceError
+from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, ResourceError
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 
@@ -37,7 +37,8 @@ class Replica:
         self.objective = objectives.bind(objectives.from_component(recipe.objective))
         self.doing = "building the model"
         seed_all(key(recipe.seed, "model"))
-        self.module = build_model(recipe.model).to(self.device)
+        self.module = build_model(recipe.model).to(self.device).train()
+        _own_memory_for_buffers(self.module)
         self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._check_parameters()
@@ -94,6 +95,7 @@ class Replica:
                 group["lr"].fill_(rate * factor)
             else:
                 group["lr"] = rate * factor
+        seed_all(key(self.recipe.seed, step, "update"))
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         self.optimizer.step()
@@ -108,13 +110,20 @@ class Replica:
         return {"optimizer": self.optimizer.state_dict(), "buffers": buffers}
 
     def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
-        """Takes the state of a checkpoint of the same recipe."""
-        self.module.load_state_dict(dict(model_state))
-        buffers = dict(self.module.named_buffers())
-        with torch.no_grad():
-            for name, value in training_state["buffers"].items():
-                buffers[name].copy_(value)
-        self.optimizer.load_state_dict(training_state["optimizer"])
+        """Takes the state of a checkpoint of the same recipe. Raises CheckpointError where it does not fit."""
+        try:
+            self.module.load_state_dict(dict(model_state))
+            buffers = dict(self.module.named_buffers())
+            with torch.no_grad():
+                for name, value in training_state["buffers"].items():
+                    buffers[name].copy_(value)
+            self.optimizer.load_state_dict(training_state["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise CheckpointError(
+                "the model or optimizer that the recipe builds has other tensors than the checkpoint; build all of them "
+                "at the start, and the same ones each time.",
+                detail=f"{type(error).__name__}: {error}",
+            ) from error
 
     def to_device(self, batch: Any) -> Any:
         """`batch` with its tensors on the replica's device."""
@@ -139,6 +148,14 @@ class Replica:
                 )
             if parameter.is_complex():
                 raise RecipeError(f"parameter '{name}' is complex; hold it as two real parameters.")
+
+
+def _own_memory_for_buffers(module: nn.Module) -> None:
+    """Gives an expanded buffer memory of its own for every element: one that is shared cannot be set back."""
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+                owner._buffers[name] = buffer.contiguous()
 
 
 def prepare_device(device: str, threads: int) -> torch.device:

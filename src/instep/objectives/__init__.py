@@ -92,6 +92,11 @@ def from_component(component: Component) -> Objective:
     elif component.args and callable(target):
         _check_arguments(component, target)
         target = functools.partial(target, **component.keywords())
+    if isinstance(target, nn.Module) and any(parameter.requires_grad for parameter in target.parameters()):
+        raise ComponentError(
+            f"the objective {component.describe()} is a module with parameters of its own, which nothing would train; "
+            f"hold them in the model, or freeze them with requires_grad_(False)."
+        )
     if not callable(target):
         raise ComponentError(
             f"the objective {component.describe()} is a {type(target).__name__}, which cannot be called; "
@@ -165,12 +170,12 @@ def bind(objective: Objective) -> Bound:
 
 
 def learn_terms(bound: Bound, model: nn.Module, batch: Any) -> Bound:
-    """`bound` with the names of its terms, which one forward without gradients tells. Leaves no trace on `model`.
+    """`bound` with the names of its terms, which one forward tells. Leaves no trace on `model`.
 
     Raises ObjectiveError where names of sums and counts differ. A compiled model runs as it was written.
     """
     model = getattr(model, "_orig_mod", model)
-    with torch.no_grad(), kept_random_state(), kept_module_state(model):
+    with kept_random_state(), kept_module_state(model):
         known = dataclasses.replace(bound, terms=tuple(bound.sums(model, batch)))
     known.counts(batch)
     return known
