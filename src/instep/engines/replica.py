@@ -120,8 +120,8 @@ class Replica:
             self.optimizer.load_state_dict(training_state["optimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
-                "the model or optimizer that the recipe builds has other tensors than the checkpoint; build all of them "
-                "at the start, and the same ones each time.",
+                "the model or optimizer that the recipe builds has other tensors than the checkpoint; build all "
+                "of them at the start, and the same ones each time.",
                 detail=f"{type(error).__name__}: {error}",
             ) from error
 
