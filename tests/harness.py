@@ -66,11 +66,12 @@ def train_here(
     recipe: Recipe, team: Team, path: Path, *, resume: bool = False, client: Client | None = None
 ) -> Outcome:
     """As `instep.train`, in this process. `digests` are those of the checkpoints, by version."""
-    folder = RunFolder.open(path) if resume else RunFolder.create(path)
-    folder.recipe_path.write_text(dumps(recipe, team))
+    if not resume:
+        RunFolder.create(path)
     request = Request(
         recipe=cloudpickle.dumps(recipe),
         recipe_table=recipe.to_table(),
+        recipe_file=dumps(recipe, team),
         fingerprint=recipe.fingerprint(),
         team=team,
         folder=path,

@@ -86,6 +86,7 @@ def recipe(project: Path) -> Iterator[Recipe]:
     sys.path.insert(0, str(project))
     yield parse(read(project / "my.toml"))[0]
     sys.path.remove(str(project))
+    sys.modules.pop("mymodel", None)
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,7 @@ def test_the_state_of_a_process() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # (a) b"]) as process:
         try:
             state, ticks = _process_state(process.pid)
-            assert state in "RS"
+            assert state in "RSD"
             assert ticks >= 0
             os.kill(process.pid, signal.SIGSTOP)
             until = time.monotonic() + 5

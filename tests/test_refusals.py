@@ -74,7 +74,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         ("--recipe.model.use mymodel:Nte", "'mymodel' has no 'Nte' .*; did you mean 'Net'?"),
         ("--recipe.model.args.widht 9", "mymodel:Net does not take the arguments given to it: .*instead of 'widht'?"),
         ("--recipe.objective.use mymodel:mean", "term 'objective' of the objective is a mean, not a sum"),
-        ("--recipe.data.args.samples 7", "the training data has 7 samples, .* a batch of 8"),
+        ("--recipe.data.args.samples 7", "the training data is too small: 7 samples do not fill one batch of 8"),
         ("--recipe.data.args.samples 0", "the training data is empty; give at least one sample."),
         ("--recipe.optimizer.args.lr -1.0", "AdamW refuses its arguments .Invalid learning rate: -1.0"),
         ("--team.device cuda", "team.device is 'cuda', and torch finds no GPU here"),

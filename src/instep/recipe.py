@@ -136,6 +136,11 @@ class Recipe:
                 f"a batch of {self.batch} samples does not divide into {self.microbatches} equal microbatches; "
                 f"set recipe.batch to {whole}, or choose other recipe.microbatches."
             )
+        if self.compile and self.threads > 1:
+            raise RecipeError(
+                f"'recipe.compile' goes with 1 thread a worker, not {self.threads}: several threads change the order "
+                f"in which compiled kernels add, from run to run; set recipe.threads to 1."
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise RecipeError(
                 f"'recipe.clip_norm' is {self.clip_norm}; it must be above 0 (leave it out for no clipping)."

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,7 +24,6 @@ from instep.engines.request import Request
 from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name
 from instep.recipe import Recipe, Team, check_team, dumps, parse, read, table_differences, without_address
 from instep.record import tape
-from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.tables import from_table
 
@@ -118,10 +117,10 @@ def train(
     pickled = _pickled(recipe)
     if resume is None:
         folder = RunFolder.create(Path(out) if out is not None else RunFolder.default_path(recipe.name))
-    write_atomically(folder.recipe_path, dumps(recipe, team).encode())
     request = Request(
         recipe=pickled,
         recipe_table=recipe.to_table(),
+        recipe_file=dumps(recipe, team),
         fingerprint=recipe.fingerprint(),
         team=team,
         folder=folder.path.resolve(),
@@ -129,13 +128,15 @@ def train(
         import_paths=tuple(import_paths),
         began=time.monotonic(),
     )
-    client = _Client(folder, recipe.threads, [*import_paths, *sys.path])
+    client = _Client(folder)
     try:
+        client.start(recipe.threads, [*import_paths, *sys.path])
         result = client.serve(request, list(monitors))
     except BaseException:
-        client.close()  # first, or a worker would still write there
-        if resume is None and not client.trained:
-            shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: the name is free again
+        with _deaf():
+            client.close()  # first, or a worker would still write there
+            if resume is None and not client.trained:
+                shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: the name is free again
         raise
     client.close()
     if result["interrupted"]:
@@ -146,16 +147,23 @@ def train(
 class _Client:
     """The supervisor's process, as its client sees it."""
 
-    def __init__(self, folder: RunFolder, threads: int, path: list[str]):
+    def __init__(self, folder: RunFolder):
         self.trained = False
         self._log = folder.logs / "supervisor.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._socket, self._theirs = socket.socketpair()
+        self._connection = Connection(os.dup(self._socket.fileno()))
+        self._messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+        self._final: tuple[Any, ...] | None = None
+        self._receiver = threading.Thread(target=self._receive, name="instep-client", daemon=True)
+
+    def start(self, threads: int, path: list[str]) -> None:
+        """Starts the supervisor. `path` becomes its ``sys.path``."""
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        self._socket, theirs = socket.socketpair()
-        code = (
-            f"import sys; sys.path[:] = {path!r}; from instep.engines.supervisor import main; main({theirs.fileno()})"
-        )
-        # Ctrl-C is for the client alone, which asks the supervisor to end: its processes inherit the mask.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        theirs = self._theirs.fileno()
+        code = f"import sys; sys.path[:] = {path!r}; from instep.engines.supervisor import main; main({theirs})"
+        # What a terminal or a scheduler sends to all is for the client alone, which asks the supervisor to end.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
@@ -163,20 +171,17 @@ class _Client:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
-                    pass_fds=[theirs.fileno()],
+                    pass_fds=[theirs],
                     env=_environment(threads),
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        self._connection = Connection(os.dup(self._socket.fileno()))
-        self._messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._final: tuple[Any, ...] | None = None
-        self._receiver = threading.Thread(target=self._receive, name="instep-client", daemon=True)
+        self._theirs.close()
 
     def serve(self, request: Request, monitors: list[Monitor]) -> dict[str, Any]:
         """Hands events to the monitors until the run ends. Returns the result. Raises InstepError."""
-        self._connection.send(request)
+        with contextlib.suppress(OSError):  # it could not start: `_ending` says so
+            self._connection.send(request)
         self._receiver.start()
         asked_to_stop = False
         while True:
@@ -203,11 +208,32 @@ class _Client:
             raise by_name(content[0])(content[1], detail=content[2])
         if kind == "interrupted":
             raise KeyboardInterrupt
+        assert self._process is not None, "it was started"
+        status = self._wait()
+        if status > 0:
+            raise WorkerError(
+                f"the supervisor of the run could not start (exit status {status}); its log follows.",
+                detail=self._tail(),
+            )
+        how = f"was killed by {signal.Signals(-status).name}" if status else "ended early"
         raise WorkerError(
-            f"the supervisor of the run (pid {self._process.pid}) was killed, and its workers with it; resume the run "
-            f"from its last checkpoint.",
-            detail=self._log.read_text(errors="replace")[-2000:] if self._log.exists() else "",
+            f"the supervisor of the run (pid {self._process.pid}) {how}, and its workers with it; resume the run from "
+            f"its last checkpoint.",
+            detail=self._tail(),
         )
+
+    def _wait(self) -> int:
+        """The supervisor's exit status; it is killed if it does not end by itself."""
+        if self._process is None:
+            return 0
+        try:
+            return self._process.wait(15)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def _tail(self) -> str:
+        return self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
 
     def _receive(self) -> None:
         """Reads in a thread of its own, so that an interrupt never tears a message."""
@@ -228,15 +254,26 @@ class _Client:
         """Ends the supervisor if it still runs; it ends its workers."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        try:
-            self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._theirs.close()
+        self._wait()
         if self._receiver.is_alive():
             self._receiver.join()
         self._connection.close()
         self._socket.close()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ctrl-C does nothing in the block: pressed once more, it would cut a run's ending short."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _environment(threads: int) -> dict[str, str]:

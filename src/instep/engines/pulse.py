@@ -105,10 +105,11 @@ class Watch:
             if worker in self._left_out:
                 continue
             state, cpu = _process_state(pid)
-            if self._silent_s[worker] == 0:
-                self._cpu[worker] = cpu
             # A worker inside C code that holds the interpreter's lock is silent too, but uses the processor.
-            elif self._silent_s[worker] >= self._answer_timeout_s and (state in "Tt" or cpu <= self._cpu[worker] + 1):
+            if state not in "Tt" and cpu > self._cpu[worker]:
+                self._silent_s[worker] = 0
+            self._cpu[worker] = cpu
+            if self._silent_s[worker] >= self._answer_timeout_s:
                 how = ": it is stopped (SIGSTOP or a debugger)" if state in "Tt" else ""
                 return worker, (
                     f"worker {worker} (pid {pid}) has not answered for {self._silent_s[worker]:.1f} s{how}; "

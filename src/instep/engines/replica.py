@@ -37,7 +37,9 @@ class Replica:
         self.objective = objectives.bind(objectives.from_component(recipe.objective))
         self.doing = "building the model"
         seed_all(key(recipe.seed, "model"))
-        self.module = build_model(recipe.model).to(self.device).train()
+        self.module = build_model(recipe.model).to(self.device)
+        if not self.module.training:  # as a pretrained one comes; parts that the user froze stay as they are
+            self.module.train()
         _own_memory_for_buffers(self.module)
         self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -45,8 +47,10 @@ class Replica:
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
         self.optimizer = _build_optimizer(recipe.optimizer, self.parameters)
+        self._looked_for_kept_gradients = False
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._forward: Any = _compiled(self.module) if recipe.compile else self.module
+        torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
         self.doing = "waiting for the team"
 
     def batch(self, step: int, microbatch: int) -> Any | None:
@@ -99,6 +103,9 @@ class Replica:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         self.optimizer.step()
+        if not self._looked_for_kept_gradients:
+            self._looked_for_kept_gradients = True
+            _check_state_is_its_own(self.optimizer, self.parameters)
         for parameter in self.parameters:
             parameter.grad = None
         return factor * self._rates[0]
@@ -117,7 +124,7 @@ class Replica:
             with torch.no_grad():
                 for name, value in training_state["buffers"].items():
                     buffers[name].copy_(value)
-            self.optimizer.load_state_dict(training_state["optimizer"])
+            _load_optimizer(self.optimizer, training_state["optimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
                 "the model or optimizer that the recipe builds has other tensors than the checkpoint; build all "
@@ -150,6 +157,28 @@ class Replica:
                 raise RecipeError(f"parameter '{name}' is complex; hold it as two real parameters.")
 
 
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """As `load_state_dict`, but the state keeps its types: torch casts it to those of the parameters."""
+    optimizer.load_state_dict(dict(saved))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, state in saved["state"].items():
+        loaded = optimizer.state[parameters[index]]
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.dtype != loaded[name].dtype:
+                loaded[name] = value.to(loaded[name].device, copy=True)
+
+
+def _check_state_is_its_own(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    gradients = {p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None}
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.numel() and value.untyped_storage().data_ptr() in gradients:
+                raise ComponentError(
+                    f"the optimizer {type(optimizer).__name__} keeps a gradient itself as its state {name!r}, and the "
+                    f"next step's gradient will lie in the same memory; let it keep a clone."
+                )
+
+
 def _own_memory_for_buffers(module: nn.Module) -> None:
     """Gives an expanded buffer memory of its own for every element: one that is shared cannot be set back."""
     for owner in module.modules():
@@ -161,14 +190,14 @@ def _own_memory_for_buffers(module: nn.Module) -> None:
 def prepare_device(device: str, threads: int) -> torch.device:
     """The device, with its threads set and its kernels made deterministic. Raises ResourceError."""
     torch.set_num_threads(threads)
-    if device == "cpu":
+    if device == "cpu" and threads == 1:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise ResourceError("team.device is 'cuda', and torch finds no GPU here; set team.device to 'cpu'.")
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True)  # several threads on a CPU would add some sums in order of arrival
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it hides no error here and costs a write
     torch.backends.cudnn.benchmark = False
-    return torch.device("cuda")
+    return torch.device(device)
 
 
 def build_model(component: Component) -> nn.Module:

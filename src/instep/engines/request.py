@@ -12,13 +12,15 @@ from instep.recipe import Team
 
 @dataclass(frozen=True)
 class Request:
-    """One run. `recipe` is pickled, so that only workers run the user's code; `recipe_table` is for the record.
+    """One run. `recipe` is pickled, so that only workers run the user's code; `recipe_table` and
+    `recipe_file`, the file to save, are for the record.
 
     `began`, in seconds on the machine's monotonic clock, is the zero of the tape's times.
     """
 
     recipe: bytes
     recipe_table: Mapping[str, Any]
+    recipe_file: str
     fingerprint: str
     team: Team
     folder: Path

@@ -26,6 +26,7 @@ from instep.engines.pulse import PulseBoard, Watch
 from instep.engines.request import Request
 from instep.errors import CheckpointError, InstepError, WorkerError, by_name
 from instep.record import checkpoint
+from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import SCHEMA, Tape
 from instep.reduce.shared import Region, anonymous_file, reserve
@@ -69,6 +70,7 @@ class Supervisor:
         """Trains to the end, with restarts. Returns the result. Raises InstepError."""
         with self._folder.locked(), Tape(self._folder.tape_path, append=self._run.resumed) as self._tape:
             try:
+                write_atomically(self._folder.recipe_path, self._run.recipe_file.encode())
                 return self._with_restarts()
             except InstepError as error:
                 self._record("failed", why=error.message)
@@ -117,6 +119,7 @@ class Supervisor:
                 started.process.kill()
             for started in workers:
                 started.process.join()
+                self._pass_on_the_rest(started.pipe)
                 started.pipe.close()
             os.close(descriptor)
 
@@ -142,6 +145,14 @@ class Supervisor:
         process.start()
         theirs.close()
         return _Worker(process, ours)
+
+    def _pass_on_the_rest(self, pipe: Connection) -> None:
+        """What a worker told before its end belongs on the tape: a checkpoint may hold those very steps."""
+        with contextlib.suppress(EOFError, OSError, ClientGone):
+            while pipe.poll():
+                what, *rest = pipe.recv()
+                if what == "event":
+                    self.pass_on(rest[0])
 
     def _record(self, kind: str, **fields: Any) -> None:
         """Writes an event of the supervisor's own to the tape and to the client."""

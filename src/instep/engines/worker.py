@@ -20,7 +20,7 @@ from instep.data import digest as digest_of_data
 from instep.engines.lockstep import Evaluation, Lockstep, Progress
 from instep.engines.pulse import PulseBoard, WorkerPulse
 from instep.engines.replica import Replica
-from instep.errors import InstepError
+from instep.errors import CheckpointError, InstepError
 from instep.models import generate
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe, Team
@@ -70,6 +70,7 @@ class _Session:
     def __init__(self, assignment: Assignment, worker: int, pipe: Connection, pulse: WorkerPulse):
         self._assignment, self._worker, self._pipe, self._pulse = assignment, worker, pipe, pulse
         self.replica: Replica | None = None
+        self._data: dict[str, Any] | None = None
 
     def run(self, descriptor: int) -> None:
         assignment = self._assignment
@@ -82,11 +83,13 @@ class _Session:
         self._engine = engine
         memory = engine.prepare(progress.version)
         self._pipe.send(("ready", self._facts(engine, progress), memory))
+        self._pulse.waiting(True)
         agreed: Mapping[str, Region] = self._pipe.recv()
+        self._pulse.waiting(False)
         engine.join(descriptor, agreed)
         interrupted = engine.run(progress, self._after_step, recipe.steps)
-        if progress.version == recipe.steps and not progress.held_out:
-            self._evaluate(progress)
+        if progress.version == recipe.steps:
+            self._evaluate(progress)  # after the last checkpoint: nothing that was learnt can be lost by it
         text = self._sample() if self._worker == 0 and not interrupted else None
         digest = digest_of_state(replica.module.state_dict())
         self._pipe.send(("ended", asdict(progress), digest, interrupted, text))
@@ -98,6 +101,11 @@ class _Session:
         replica.doing = f"loading {path}"
         saved = checkpoint.load(path)
         checkpoint.check_recipe(path, saved=saved.fingerprint, current=self._assignment.fingerprint)
+        if saved.meta["data"] != self._data_facts():
+            raise CheckpointError(
+                f"the data are not those that {path} was trained on: {self._data_facts()['samples']} samples here and "
+                f"{saved.meta['data']['samples']} there, or other content; give back those, or start a new run."
+            )
         replica.load(saved.model_state, saved.training_state)
         return Progress(**{**saved.meta["progress"], "version": saved.version})
 
@@ -107,16 +115,22 @@ class _Session:
         return {
             "version": progress.version,
             "weights": digest_of_state(replica.module.state_dict()),
-            "data": digest_of_data(replica.data),
-            "samples": len(replica.data.train),
+            "data": self._data_facts()["digest"],
+            "samples": self._data_facts()["samples"],
             "parameters": sum(parameter.numel() for parameter in replica.parameters),
             "terms": engine.terms,
         }
 
+    def _data_facts(self) -> dict[str, Any]:
+        assert self.replica is not None
+        if self._data is None:
+            data = self.replica.data
+            self._data = {"digest": digest_of_data(data), "samples": len(data.train)}
+        return self._data
+
     def _after_step(self, progress: Progress, last: bool) -> None:
         recipe, team, version = self._recipe, self._assignment.team, progress.version
-        finished = version == recipe.steps
-        if finished or (recipe.evaluate_every and version % recipe.evaluate_every == 0):
+        if version < recipe.steps and recipe.evaluate_every and version % recipe.evaluate_every == 0:
             self._evaluate(progress)
         if last or version % team.checkpoint_every == 0:
             self._checkpoint(progress)
@@ -148,7 +162,7 @@ class _Session:
             version=progress.version,
             model_state=state,
             training_state=replica.training_state(),
-            meta={"progress": asdict(progress)},
+            meta={"progress": asdict(progress), "data": self._data_facts()},
             fingerprint=self._assignment.fingerprint,
             keep=self._assignment.team.keep,
         )
@@ -169,8 +183,13 @@ class _Session:
         replica.doing = "writing the sample"
         seed_all(key(recipe.seed, "sample"))
         prompt = torch.tensor([codec.encode(recipe.sample_prompt or "\n")], device=replica.device)
-        tokens = generate(replica.module, prompt, recipe.sample_length)
-        return codec.decode(tokens[0].tolist())
+        try:
+            with replica.autocast():
+                tokens = generate(replica.module, prompt, recipe.sample_length)
+            return codec.decode(tokens[0].tolist())
+        except Exception as error:  # the run is done; what only shows it must not end it
+            self._emit("warned", why=f"no sample could be written: {type(error).__name__}: {error}")
+            return None
 
     def _emit(self, kind: str, **fields: Any) -> None:
         self._pipe.send(("event", {"t_s": self._clock(), "clock": "wall", "kind": kind, **fields}))

@@ -121,7 +121,10 @@ def _available_bytes() -> int | None:
         return None
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cache = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))  # given back when need be
+        free.append(limit - used + cache)
     return min(free, default=None)
 
 

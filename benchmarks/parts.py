@@ -1,0 +1,37 @@
+"""Data and objective of the contenders."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gate import Gate
+from benchmarks.work import CONTEXT
+from instep.data.text import Windows, stdlib_text
+from instep.objectives.language import NextToken
+
+
+def text() -> Windows:
+    """The source of Python's standard library, in windows of `CONTEXT` bytes and one."""
+    windows = stdlib_text(CONTEXT).train
+    assert isinstance(windows, Windows)
+    return windows
+
+
+class GatedNextToken:
+    """Next-token prediction with a gate before the first forward of a step; `own`: forwards of a worker in a step."""
+
+    def __init__(self, address: str, own: int):
+        self._objective, self._gate, self._own = NextToken(), Gate(address), own
+        self._forwards = 0
+
+    def counts(self, batch: Tensor) -> int:
+        """As next-token prediction."""
+        return self._objective.counts(batch)
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # else it is the engine's look at the objective before the first step
+            if self._forwards % self._own == 0:
+                self._gate.tick()
+            self._forwards += 1
+        return self._objective(model, batch)
