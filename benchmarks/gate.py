@@ -103,7 +103,11 @@ class Team:
         """Grants the last step, after which the programs end by themselves."""
         self.grant(1)
         for launcher in self.launchers:
-            if launcher.wait(PATIENCE_S):
+            try:
+                status = launcher.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                status = None
+            if status != 0:
                 raise SystemExit(self._failure())
 
     def processes(self) -> list[psutil.Process]:
@@ -132,4 +136,5 @@ class Team:
 
     def _failure(self) -> str:
         text = self.log.read_text(errors="replace")[-3000:]
-        return f"the contender '{self.log.parent.name}' ended early or hangs; it printed:\n{text}"
+        ends = [launcher.poll() for launcher in self.launchers]
+        return f"the contender '{self.log.parent.name}' ended early or hangs (exit status {ends}); it printed:\n{text}"

@@ -39,7 +39,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -192,7 +192,11 @@ class _Others:
     def _times(self) -> tuple[float, float, float]:
         all_times = psutil.cpu_times()
         busy = sum(all_times) - all_times.idle - getattr(all_times, "iowait", 0.0)
-        own = sum(times.user + times.system for times in (process.cpu_times() for process in self._known))
+        own = 0.0
+        for process in self._known:
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                own += times.user + times.system
         return busy, own, time.monotonic()
 
 

@@ -23,15 +23,15 @@ class GatedNextToken:
 
     def __init__(self, address: str, own: int):
         self._objective, self._gate, self._own = NextToken(), Gate(address), own
-        self._forwards = 0
+        self._forwards = -1  # the first one is the engine's look at the objective, before the first step
 
     def counts(self, batch: Tensor) -> int:
         """As next-token prediction."""
         return self._objective.counts(batch)
 
     def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # else it is the engine's look at the objective before the first step
-            if self._forwards % self._own == 0:
+        if torch.is_grad_enabled():  # else it is the engine's check for a mean
+            if self._forwards >= 0 and self._forwards % self._own == 0:
                 self._gate.tick()
             self._forwards += 1
         return self._objective(model, batch)

@@ -12,6 +12,7 @@ from typing import Any
 
 import cloudpickle
 
+from instep.engines import worker
 from instep.engines.request import Request
 from instep.engines.supervisor import Supervisor, import_before_forks
 from instep.recipe import Recipe, Team, dumps
@@ -30,9 +31,10 @@ class Client:
         return self._theirs.fileno()
 
     def send(self, message: Any) -> None:
-        self.events.append(message[1])
-        if self._on_event:
-            self._on_event(message[1])
+        for event in message[1]:
+            self.events.append(event)
+            if self._on_event:
+                self._on_event(event)
 
     def recv(self) -> Any:
         return self._theirs.recv()
@@ -81,6 +83,7 @@ def train_here(
     )
     client = client or Client()
     import_before_forks()
+    worker.HOLD_S = 0.0  # so that a client can act on each step
     result = Supervisor(request, client).supervise()  # type: ignore[arg-type]
     digests = {e["version"]: e["digest"] for e in client.events if e["kind"] == "checkpointed"}
     return Outcome(result, client.events, path, digests)

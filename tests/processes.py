@@ -121,6 +121,7 @@ class Started:
         return sum(parent_of(pid) != self.process.pid for pid in self.pids())
 
     def press_ctrl_c(self) -> None:
+        assert self.process.poll() is None, f"it has ended already; stdout {self.out!r}, stderr {self.err!r}"
         os.killpg(self.process.pid, signal.SIGINT)
 
     def ends(self, within_s: float = 60) -> int:
@@ -137,7 +138,7 @@ class Started:
         wait_until(lambda: not shared_memory() - self._shared_memory, within_s, "/dev/shm as it was before")
 
     def end(self) -> None:
-        for pid in [self.process.pid, *self.pids()]:
+        for pid in [self.process.pid, *self.pids()] if self.process.poll() is None else self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()

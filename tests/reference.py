@@ -47,7 +47,8 @@ def reference_digests(recipe: Recipe) -> dict[int, str]:
                 buffer.copy_(start[name])
 
         total = tree_sum(leaves, torch.add)
-        norm = math.sqrt(math.fsum(float(torch.linalg.vector_norm(block)) ** 2 for block in total.split(BLOCK)))
+        blocks = [torch.linalg.vector_norm(block[None], dim=1) for block in total.split(BLOCK)]
+        norm = math.sqrt(math.fsum(float(block) ** 2 for block in blocks))
         if recipe.clip_norm is not None and norm > recipe.clip_norm:
             total = total * (recipe.clip_norm / (norm + 1e-6))
         whole = unflatten(total, replica.parameters)

@@ -62,7 +62,7 @@ def test_workers_that_beat_are_left_alone(world: World) -> None:
 def test_a_silent_worker_is_named_after_its_time(world: World) -> None:
     assert world.passes(10, alive=(0, 1)) is None
     assert world.passes(3.8, alive=(0,)) is None
-    found = world.passes(0.4, alive=(0,))
+    found = world.passes(0.6, alive=(0,))
     assert found is not None
     worker, why = found
     assert worker == 1

@@ -296,7 +296,7 @@ def test_slices_add_up_to_the_tree_for_any_team(microbatches: int, data: st.Data
     for worker in range(workers):
         assert same_bits(slots[reduction.slots_of(worker)[0]], expected)
     together = torch.cat([norms[worker] for worker in range(workers)])
-    assert same_bits(together, torch.stack([torch.linalg.vector_norm(block) for block in expected.split(16)]))
+    assert same_bits(together, torch.cat([torch.linalg.vector_norm(row[None], dim=1) for row in expected.split(16)]))
 
 
 # ------------------------------------------------------------------------------------------------------------ buffers
@@ -389,17 +389,6 @@ def test_every_microbatch_starts_from_the_buffers_of_the_last_step() -> None:
     assert models[0].mean.tolist() == [(0.5 + 15 / 4) / 2 + 15 / 4, (-1 + 15 / 4) / 2 + 15 / 4]
     assert models[0].count == 7
     assert all(model.mean is old for model, old in zip(models, objects, strict=True)), "compiled code holds the object"
-
-
-def test_buffers_can_be_taken_anew_after_a_checkpoint() -> None:
-    model = Buffered()
-    buffers = Buffers(model)
-    model.mean.fill_(9.0)
-    buffers.reload()
-    buffers.begin()
-    buffers.leave(filled=True)
-    assert buffers.changed() == [False] * len(buffers.names)
-    assert model.mean.tolist() == [9.0, 9.0]
 
 
 def test_buffers_that_lockstep_cannot_share() -> None:

@@ -240,9 +240,10 @@ class _Client:
         try:
             while True:
                 message = self._connection.recv()
-                if message[0] == "event":
-                    self.trained |= message[1]["kind"] == "merged"
-                    self._messages.put(message)
+                if message[0] == "events":
+                    for event in message[1]:
+                        self.trained |= event["kind"] == "merged"
+                        self._messages.put(("event", event))
                 else:
                     self._final = message
         except (EOFError, OSError):

@@ -113,7 +113,7 @@ class Supervisor:
         try:
             for number in range(self._run.team.workers):
                 workers.append(self._fork(number, resume_from, descriptor, workers))
-            return _Start(self, workers, descriptor, resume_from).watch()
+            return _Start(self, workers, descriptor).watch()
         finally:
             for started in workers:
                 started.process.kill()
@@ -151,23 +151,23 @@ class Supervisor:
         with contextlib.suppress(EOFError, OSError, ClientGone):
             while pipe.poll():
                 what, *rest = pipe.recv()
-                if what == "event":
+                if what == "events":
                     self.pass_on(rest[0])
 
     def _record(self, kind: str, **fields: Any) -> None:
         """Writes an event of the supervisor's own to the tape and to the client."""
         t_s = round(time.monotonic() - self._run.began, 6)
-        self.pass_on({"t_s": t_s, "clock": "wall", "kind": kind, **fields})
+        self.pass_on([{"t_s": t_s, "clock": "wall", "kind": kind, **fields}])
 
-    def pass_on(self, event: dict[str, Any]) -> None:
-        """Writes an event to the tape and sends it to the client. On the tape, ``run_started`` comes first."""
-        self._early.append(event)
-        if self._started or event["kind"] == "run_started":
+    def pass_on(self, events: list[dict[str, Any]]) -> None:
+        """Writes events to the tape and sends them to the client. On the tape, ``run_started`` comes first."""
+        self._early += events
+        if self._started or any(event["kind"] == "run_started" for event in events):
             self._started = True
             for waiting in sorted(self._early, key=lambda early: early["kind"] != "run_started"):
                 self._tape.write(waiting)
             self._early.clear()
-        self._tell(("event", event))
+        self._tell(("events", events))
 
     def _tell(self, message: Any) -> None:
         try:
@@ -195,9 +195,9 @@ class _Worker:
 class _Start:
     """The team between one start and its end."""
 
-    def __init__(self, supervisor: Supervisor, workers: list[_Worker], descriptor: int, resume_from: Path | None):
+    def __init__(self, supervisor: Supervisor, workers: list[_Worker], descriptor: int):
         self._supervisor, self._run, self._board = supervisor, supervisor._run, supervisor._board
-        self._workers, self._descriptor, self._resume_from = workers, descriptor, resume_from
+        self._workers, self._descriptor = workers, descriptor
         self._digests: dict[int, dict[int, str]] = {}
         self._going = False
         team = self._run.team
@@ -207,6 +207,7 @@ class _Start:
     def watch(self) -> dict[str, Any]:
         """Serves the workers' messages until all have ended. Returns the result."""
         client = self._supervisor._client
+        looked = time.monotonic()
         while not all(worker.ended for worker in self._workers):
             active = [worker for worker in self._workers if worker.ended is None]
             sources: list[Any] = [client, *(w.pipe for w in active), *(w.process.sentinel for w in active)]
@@ -216,9 +217,11 @@ class _Start:
             for number, worker in enumerate(self._workers):
                 if worker in active and (worker.pipe in ready or worker.process.sentinel in ready):
                     self._hear(number, worker)
-            found = self._watch.look()
-            if found:
-                raise WorkerFailure(*found)
+            if time.monotonic() - looked >= LOOK_S:
+                looked = time.monotonic()
+                found = self._watch.look()
+                if found:
+                    raise WorkerFailure(*found)
         return self._result()
 
     def _hear_client(self, client: Connection) -> None:
@@ -242,7 +245,7 @@ class _Start:
 
     def _handle(self, number: int, worker: _Worker, message: tuple[Any, ...]) -> None:
         what, *rest = message
-        if what == "event":
+        if what == "events":
             self._supervisor.pass_on(rest[0])
         elif what == "digest":
             self._compare(number, *rest)

@@ -29,6 +29,9 @@ from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
 from instep.reduce.shared import Region
 
+HOLD_S = 0.1
+"""Seconds that a worker holds its events of a step, to send them together: each message wakes two processes."""
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -54,8 +57,10 @@ def main(assignment: Assignment, worker: int, pipe: Connection, board: PulseBoar
     try:
         session.run(descriptor)
     except InstepError as error:
+        session.send_events()
         pipe.send(("failed", type(error).__name__, error.message, error.detail))
     except BaseException as error:
+        session.send_events()
         where = f" while {session.replica.doing}" if session.replica else ""
         text = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
@@ -71,6 +76,8 @@ class _Session:
         self._assignment, self._worker, self._pipe, self._pulse = assignment, worker, pipe, pulse
         self.replica: Replica | None = None
         self._data: dict[str, Any] | None = None
+        self._events: list[dict[str, Any]] = []
+        self._sent_s = 0.0
 
     def run(self, descriptor: int) -> None:
         assignment = self._assignment
@@ -92,6 +99,7 @@ class _Session:
             self._evaluate(progress)  # after the last checkpoint: nothing that was learnt can be lost by it
         text = self._sample() if self._worker == 0 and not interrupted else None
         digest = digest_of_state(replica.module.state_dict())
+        self.send_events()
         self._pipe.send(("ended", asdict(progress), digest, interrupted, text))
 
     def _resumed(self, replica: Replica) -> Progress:
@@ -132,6 +140,8 @@ class _Session:
         recipe, team, version = self._recipe, self._assignment.team, progress.version
         if version < recipe.steps and recipe.evaluate_every and version % recipe.evaluate_every == 0:
             self._evaluate(progress)
+        if self._clock() - self._sent_s >= HOLD_S:
+            self.send_events()
         if last or version % team.checkpoint_every == 0:
             self._checkpoint(progress)
 
@@ -154,6 +164,7 @@ class _Session:
         assert replica is not None
         replica.doing = f"saving version {progress.version}"
         state = replica.module.state_dict()
+        self.send_events()  # a checkpoint never holds steps that the tape lacks
         self._pipe.send(("digest", progress.version, digest_of_state(state)))
         if self._worker:
             return
@@ -192,7 +203,17 @@ class _Session:
             return None
 
     def _emit(self, kind: str, **fields: Any) -> None:
-        self._pipe.send(("event", {"t_s": self._clock(), "clock": "wall", "kind": kind, **fields}))
+        """Notes an event of the worker. Those of every step are sent with others, see `HOLD_S`."""
+        self._events.append({"t_s": self._clock(), "clock": "wall", "kind": kind, **fields})
+        if kind not in ("computed", "pushed", "merged"):
+            self.send_events()
+
+    def send_events(self) -> None:
+        """Sends the events that were held."""
+        if self._events:
+            self._pipe.send(("events", self._events))
+            self._events = []
+        self._sent_s = self._clock()
 
     def _clock(self) -> float:
         return round(time.monotonic() - self._assignment.began, 6)

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -280,15 +280,11 @@ def load(path: Path) -> Loaded:
     return Loaded(manifest.version, model_state, training_state, manifest.meta, manifest.fingerprint, manifest.digest)
 
 
-def check_recipe(path: Path, *, saved: str, current: str, differences: Sequence[str] = ()) -> None:
-    """Raises CheckpointError unless the fingerprints `saved` (in the checkpoint `path`) and `current` are equal.
-
-    differences: what differs, one clause each, for the message.
-    """
+def check_recipe(path: Path, *, saved: str, current: str) -> None:
+    """Raises CheckpointError unless the fingerprints `saved` (in the checkpoint `path`) and `current` are equal."""
     if saved != current:
-        why = f": {'; '.join(differences)}" if differences else ""
         raise CheckpointError(
-            f"the checkpoint {path} belongs to another recipe{why}; resume with the recipe in its run folder, or start "
+            f"the checkpoint {path} belongs to another recipe; resume with the recipe in its run folder, or start "
             "a new run."
         )
 

@@ -117,11 +117,6 @@ class Buffers:
                 self._objects[index].copy_(value)
             self._start[index] = self._objects[index].detach().clone()
 
-    def reload(self) -> None:
-        """Takes the module's present buffers as the step's start, after a checkpoint was loaded."""
-        self._objects = [self._current(index) for index in range(len(self.names))]
-        self._start = [buffer.detach().clone() for buffer in self._objects]
-
     def _current(self, index: int) -> Tensor:
         owner, key = self._owners[index]
         found: Tensor = getattr(owner, key)

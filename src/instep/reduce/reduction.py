@@ -44,13 +44,13 @@ class Reduction:
         whose order does not depend on the team either.
         """
         homes = [self.slots_of(other)[0] for other in range(1, self.workers)]
-        size = self.layout.block
-        norms: list[Tensor] = []
-        for block in self.layout.slice_of(worker, self.workers):
-            parts = [slot[block * size : (block + 1) * size] for slot in slots]
-            for into, source in self.plan:
-                parts[into].add_(parts[source])
-            for home in homes:
-                parts[home].copy_(parts[0])
-            norms.append(torch.linalg.vector_norm(parts[0]))
-        return torch.stack(norms) if norms else torch.empty(0)
+        own = self.layout.slice_of(worker, self.workers)
+        blocks = [slot.view(-1, self.layout.block)[own.start : own.stop] for slot in slots]
+        if self.plan or homes:
+            for parts in zip(*(rows.unbind(0) for rows in blocks), strict=True):
+                for into, source in self.plan:
+                    parts[into].add_(parts[source])
+                for home in homes:
+                    parts[home].copy_(parts[0])
+        norms: Tensor = torch.linalg.vector_norm(blocks[0], dim=1)
+        return norms
