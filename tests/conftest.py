@@ -5,10 +5,6 @@ from __future__ import annotations
 import os
 import signal
 
-for number in (signal.SIGINT, signal.SIGHUP):  # a shell starts what runs in the background deaf to these
-    if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
-
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: teams are forked from the test process
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not stop forked workers from using it
 
@@ -16,6 +12,10 @@ import pytest
 from hypothesis import settings
 
 SLOW_TIMEOUT_S = 1200
+
+for number in (signal.SIGINT, signal.SIGHUP):  # a shell starts what runs in the background deaf to these
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
 
 # The first example of a property may start processes or import torch: time is pytest-timeout's to watch.
 settings.register_profile("instep", parent=settings(), deadline=None)
