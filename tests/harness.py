@@ -12,10 +12,10 @@ from typing import Any
 
 import cloudpickle
 
-from instep.engines import worker
+from instep.engines import session
 from instep.engines.request import Request
 from instep.engines.supervisor import Supervisor, import_before_forks
-from instep.recipe import Recipe, Team, dumps
+from instep.recipe import Recipe, Team, dumps, engine_of
 from instep.record.folder import RunFolder
 
 
@@ -76,6 +76,8 @@ def train_here(
         recipe_file=dumps(recipe, team),
         fingerprint=recipe.fingerprint(),
         team=team,
+        rule=recipe.rule,
+        engine=engine_of(recipe, team),
         folder=path,
         resumed=resume,
         import_paths=(),
@@ -83,7 +85,7 @@ def train_here(
     )
     client = client or Client()
     import_before_forks()
-    worker.HOLD_S = 0.0  # so that a client can act on each step
+    session.HOLD_S = 0.0  # so that a client can act on each step
     result = Supervisor(request, client).supervise()  # type: ignore[arg-type]
     digests = {e["version"]: e["digest"] for e in client.events if e["kind"] == "checkpointed"}
     return Outcome(result, client.events, path, digests)

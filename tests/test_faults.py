@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 import workloads
 from full_disk import full_disk
 from harness import Client, train_here
-from instep.engines.supervisor import ClientGone
+from instep.engines.start import ClientGone
 from instep.errors import (
     CheckpointError,
     ComponentError,
@@ -103,8 +103,9 @@ def test_a_killed_worker_is_named_and_the_team_starts_again(tmp_path: Path) -> N
     assert "worker 1 (pid " in left["why"]
     assert "SIGKILL" in left["why"]
     assert named[0] - when[0] < 5
-    starts = [e for e in run.events if e["kind"] == "run_started"]
-    assert [e["version"] for e in starts] == [0, 2]
+    first, second = [e["version"] for e in run.events if e["kind"] == "run_started"]
+    assert first == 0
+    assert second in (2, 4), "the last checkpoint, or the next one where the kill came late"
     assert run.result["restarts"] == 1
 
 

@@ -23,7 +23,7 @@ import torch
 
 from harness import Client, train_here
 from instep.engines.launch import Run
-from instep.engines.supervisor import Interrupted
+from instep.engines.start import Interrupted
 from instep.errors import CheckpointError
 from instep.recipe import Recipe, Team, parse, read
 from instep.record import checkpoint, tape

@@ -23,15 +23,17 @@ Event = dict[str, Any]
 
 def started(t_s: float = 2.0, version: int = 0, *, resumed: bool = False) -> Event:
     return {
-        "t_s": t_s, "kind": "run_started", "version": version, "steps": 20, "resumed": resumed,
-        "recipe": {"name": "gpt", "batch": 32, "microbatches": 8}, "samples": 85123, "parameters": 4812032,
+        "t_s": t_s, "kind": "run_started", "version": version, "step": version, "steps": 20, "resumed": resumed,
+        "engine": "lockstep",
+        "recipe": {"name": "gpt", "batch": 32, "microbatches": 8, "rule": {"name": "synchronous"}},
+        "samples": 85123, "parameters": 4812032,
         "team": {"workers": 2, "device": "cpu", "restarts": 3},
     }  # fmt: skip
 
 
 def merged(t_s: float, version: int, **rest: Any) -> Event:
     return {
-        "t_s": t_s, "kind": "merged", "version": version, "objective": 4 - version / 10, "items": 1000,
+        "t_s": t_s, "kind": "merged", "version": version, "step": version, "objective": 4 - version / 10, "items": 1000,
         "terms": {"objective": 4 - version / 10}, **rest,
     }  # fmt: skip
 
@@ -43,7 +45,7 @@ def evaluated(t_s: float, version: int, **rest: Any) -> Event:
 def ended(t_s: float, version: int = 20, *, interrupted: bool = False, **result: Any) -> Event:
     result = {
         "objective_first": 3.9, "objective_last": 2.0, "held_out": 3.25, "bits_per_byte": None, "items_per_s": 1234.5,
-        "wall_s": 12.34, "restarts": 0, "sample": None, **result,
+        "wall_s": 12.34, "restarts": 0, "sample": None, "steps": version, "rule": "synchronous", **result,
     }  # fmt: skip
     return {
         "t_s": t_s, "kind": "run_ended", "version": version, "digest": DIGEST, "result": result,
@@ -94,6 +96,7 @@ def plain(events: Any, **options: Any) -> str:
 
 RUN = f"""\
 recipe      gpt, 20 steps
+rule        synchronous, by the lockstep engine
 parameters  4,812,032
 samples     85,123, 32 a step
 workers     2 on cpu, for 8 microbatches a step

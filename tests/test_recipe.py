@@ -173,6 +173,7 @@ DECISIVE: dict[str, Any] = {
     "data": "m:other",
     "optimizer": Component("instep.optimizers:adamw", {"lr": 1.0}),
     "schedule": Schedule("cosine"),
+    "rule": "asynchronous",
     "batch": 64,
     "microbatches": 4,
     "seed": 1,

@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from instep import errors, models, objectives
+    from instep import errors, models, objectives, rules
     from instep.components import Component
     from instep.data import Data
+    from instep.engines.alone import replay, replay_under, simulate
     from instep.engines.launch import Monitor, Run, train
+    from instep.engines.request import Cluster
     from instep.errors import InstepError
     from instep.objectives import objective
     from instep.recipe import Recipe, Schedule, Team
     from instep.record.monitors import Console
+    from instep.rules import UpdateRule
 
 _PUBLIC = {
+    "Cluster": "instep.engines.request",
     "Component": "instep.components",
     "Console": "instep.record.monitors",
     "Data": "instep.data",
@@ -33,12 +37,17 @@ _PUBLIC = {
     "Run": "instep.engines.launch",
     "Schedule": "instep.recipe",
     "Team": "instep.recipe",
+    "UpdateRule": "instep.rules",
     "objective": "instep.objectives",
+    "replay": "instep.engines.alone",
+    "replay_under": "instep.engines.alone",
+    "simulate": "instep.engines.alone",
     "train": "instep.engines.launch",
 }
-_MODULES = ("errors", "models", "objectives")
+_MODULES = ("errors", "models", "objectives", "rules")
 
 __all__ = [
+    "Cluster",
     "Component",
     "Console",
     "Data",
@@ -48,10 +57,15 @@ __all__ = [
     "Run",
     "Schedule",
     "Team",
+    "UpdateRule",
     "errors",
     "models",
     "objective",
     "objectives",
+    "replay",
+    "replay_under",
+    "rules",
+    "simulate",
     "train",
 ]
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from instep.components import Component
 from instep.errors import RecipeError
+from instep.rules import UpdateRule
+from instep.rules.presets import synchronous
 from instep.tables import check_types, from_table, suggest, to_table
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -80,10 +82,11 @@ class Recipe:
     objective: see `instep.objectives`: a function of (model, batch) to sums, or a class of such.
     data: gives a map-style data set, a pair (training, held out), or an `instep.Data`.
     optimizer: called with the list of parameters, gives a `torch.optim.Optimizer`.
-    schedule: the learning rate by step.
+    schedule: the learning rate by step, which under every rule is a global batch of items.
+    rule: who waits for whom, and what makes an update: an `instep.UpdateRule`, or text such as "diloco:20".
     batch: samples in the global batch of one step. The last batch of an epoch may be smaller.
     microbatches: pieces, M, that each batch is cut into; a worker computes whole pieces. `batch` is a multiple of it.
-    steps: updates of the weights.
+    steps: global batches. Under a synchronous rule each is one update of the weights.
     seed: keys every random number.
     clip_norm: largest global L2 norm of the gradient; None does not clip.
     precision: ``bfloat16`` runs the model under autocast; weights and sums stay in float32.
@@ -103,6 +106,7 @@ class Recipe:
     data: ComponentLike
     optimizer: ComponentLike = field(default_factory=lambda: Component("instep.optimizers:adamw"))
     schedule: Schedule = field(default_factory=Schedule)
+    rule: UpdateRule = field(default_factory=synchronous)
     batch: int = 32
     microbatches: int = 8
     steps: int = 100
@@ -166,6 +170,8 @@ class Team:
     restarts: how often the team may start again from its last checkpoint after a worker failed.
     checkpoint_every: steps between checkpoints; one is always written at the end.
     keep: how many checkpoints are kept, the last ones; 0 keeps all.
+    engine: ``lockstep`` has no server and takes synchronous rules alone; ``server`` takes all; ``auto`` picks.
+    slow: workers to slow down, by sleeping, for comparing rules: "1:4x" makes worker 1 take 4 times as long.
     answer_timeout_s: seconds without a sign of life after which a worker counts as stopped.
     stall_timeout_s: seconds in which a worker that answers may finish no microbatch.
     """
@@ -175,6 +181,8 @@ class Team:
     restarts: int = 3
     checkpoint_every: int = 100
     keep: int = 3
+    engine: Literal["auto", "lockstep", "server"] = "auto"
+    slow: str = ""
     answer_timeout_s: float = 4.0
     stall_timeout_s: float = 600.0
 
@@ -193,11 +201,32 @@ class Team:
 
 def check_team(recipe: Recipe, team: Team) -> None:
     """Raises RecipeError where `team` cannot train `recipe`."""
-    if team.workers > recipe.microbatches:
+    recipe.rule.check_workers(team.workers)
+    if team.slow:
+        from instep.clock.slow import parse_slow, slow_factors
+
+        slow_factors(parse_slow(team.slow), team.workers)
+    if team.engine == "lockstep" and not recipe.rule.synchronous:
+        raise RecipeError(
+            f"team.engine 'lockstep' takes synchronous rules alone, and the rule is '{recipe.rule.name}'; set "
+            f"team.engine to 'auto'."
+        )
+    if team.device != "cpu" and engine_of(recipe, team) == "server":
+        raise RecipeError(
+            f"the server engine, which rule '{recipe.rule.name}' needs, runs on the CPU; set team.device to 'cpu'."
+        )
+    if recipe.rule.lockstep and team.workers > recipe.microbatches:
         raise RecipeError(
             f"{team.workers} workers are more than the {recipe.microbatches} microbatches of a step, which are never "
             f"split; take at most {recipe.microbatches} workers, or raise recipe.microbatches."
         )
+
+
+def engine_of(recipe: Recipe, team: Team) -> str:
+    """The engine that trains: "lockstep" or "server"."""
+    if team.engine != "auto":
+        return team.engine
+    return "lockstep" if recipe.rule.synchronous else "server"
 
 
 def parse(table: Mapping[str, Any]) -> tuple[Recipe, Team]:

@@ -95,6 +95,8 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
             return value
+        if isinstance(value, str) and hasattr(hint, "from_text"):
+            return hint.from_text(value)
         if not isinstance(value, Mapping):
             raise RecipeError(f"'{where}' is {value!r}; it must be a table.")
         return from_table(hint, value, where)

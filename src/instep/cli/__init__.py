@@ -17,6 +17,8 @@ ABOUT = "Trains one PyTorch model with many workers in step: the same result, bi
 
 COMMANDS = {
     "train": "Train a recipe, or go on with a run.",
+    "replay": "Compute a run again from its recipe and tape.",
+    "simulate": "Run a recipe on a virtual cluster.",
     "recipes": "List the built-in recipes.",
     "digest": "Print the digest of a run or checkpoint.",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,12 +13,15 @@ from pathlib import Path
 from cyclopts import App
 
 from instep.cli import ABOUT, COMMANDS
+from instep.cli.cluster import cluster_of, steps_for
 from instep.cli.flags import Settings, UsageError, merge
+from instep.engines.request import Cluster
 from instep.errors import RecipeError, RecordError
 from instep.recipe import Recipe, Team, names_of_recipes, parse, path_of, read, table_differences, without_address
 from instep.record.folder import RunFolder
 from instep.record.folder import digest as digest_of
 from instep.record.monitors import Console
+from instep.rules.presets import parse as parse_rule
 
 _TRAIN = """\
 Any other field is set by its name with dots: --recipe.optimizer.args.lr 3e-4, --recipe.schedule.kind wsd, \
@@ -25,6 +29,15 @@ Any other field is set by its name with dots: --recipe.optimizer.args.lr 3e-4, -
 optional field away. Flags win over the file.
 
 With --resume the run's own recipe is used; only the team, the steps and fields that decide no result may change."""
+
+
+_REPLAY = """\
+The digest is the run's own, whatever the rule: everything that a replay needs is on the tape. Where it is not, the \
+first place where the two differ is named."""
+
+_SIMULATE = """\
+Real gradients on a virtual clock: the same rules and the same code as in a real run, with workers and a network that \
+one need not have. Fields of the recipe are set as for train."""
 
 
 def app(settings: Settings) -> App:
@@ -39,6 +52,8 @@ def app(settings: Settings) -> App:
         workers: int | None = None,
         steps: int | None = None,
         seed: int | None = None,
+        rule: str | None = None,
+        slow: str | None = None,
         out: Path | None = None,
         resume: Path | None = None,
     ) -> None:
@@ -51,20 +66,127 @@ def app(settings: Settings) -> App:
         workers
             How many train. They change only the time.
         steps
-            Updates of the weights.
+            Global batches. Under the synchronous rule each is one update of the weights.
         seed
             Keys every random number.
+        rule
+            Who waits for whom: NAME[:VALUE][,field=value ...], such as asynchronous, bounded_staleness:4 or
+            diloco:20,outer_lr=0.5.
+        slow
+            Workers to slow down by sleeping, to compare rules: 1:4x makes worker 1 take 4 times as long.
         out
             The run folder to make; by default runs/NAME.
         resume
             The folder of a run to go on with, where it stands.
         """
-        short = (("workers", "team.workers", workers), ("steps", "recipe.steps", steps), ("seed", "recipe.seed", seed))
+        short = (
+            ("workers", "team.workers", workers),
+            ("steps", "recipe.steps", steps),
+            ("seed", "recipe.seed", seed),
+            ("rule", "recipe.rule", rule),
+            ("slow", "team.slow", slow),
+        )
         for name, dotted, value in short:
             if value is not None and dotted in dict(settings):
                 raise UsageError(f"--{name} and --{dotted} set the same field; give one of them.")
         given = [(dotted, str(value)) for _, dotted, value in short if value is not None]
         _train(recipe, [*settings, *given], out, resume)
+
+    @app.command(help=f"{COMMANDS['replay']}\n\n{_REPLAY}")
+    def replay(run: Path, /, *, rule: str | None = None, out: Path | None = None) -> None:
+        """Replay.
+
+        Parameters
+        ----------
+        run
+            A run folder.
+        rule
+            Another rule, as for train: the same arrivals under it, on a virtual clock.
+        out
+            With --rule, the run folder to make; by default none.
+        """
+        _refuse(settings)
+        if rule is None and out is not None:
+            raise UsageError("--out goes with --rule: a replay of the run itself makes no folder.")
+        if rule is None:
+            _replay(run)
+        else:
+            _replay_under(run, rule, out)
+
+    @app.command(help=f"{COMMANDS['simulate']}\n\n{_SIMULATE}")
+    def simulate(
+        recipe: str,
+        /,
+        *,
+        workers: int = 2,
+        rule: str | None = None,
+        steps: int | None = None,
+        contributions: int | None = None,
+        seed: int | None = None,
+        slow: str = "",
+        times: str | None = None,
+        persistence: float = 0.0,
+        failures: str | None = None,
+        restart: str = "10s",
+        bandwidth: str | None = None,
+        latency: str | None = None,
+        merge: str | None = None,
+        server: bool = False,
+        gradients: bool = True,
+        out: Path | None = None,
+    ) -> None:
+        """Simulate.
+
+        Parameters
+        ----------
+        recipe
+            A built-in name or a TOML file.
+        workers
+            How many train on the virtual clock.
+        rule
+            Who waits for whom, as for train.
+        steps
+            Global batches.
+        contributions
+            Contributions of each worker, instead of --steps.
+        seed
+            Keys every random number.
+        slow
+            Slow workers: 1:4x (worker 1 takes 4 times as long), 5%:4x (so does a twentieth of them).
+        times
+            Seconds a microbatch: 100ms, normal:100ms,20ms, lognormal:100ms,20ms (mean, standard deviation) or
+            bootstrap:FILE. By default measured on this machine.
+        persistence
+            From 0 (each contribution draws a time anew) to 1 (a worker keeps its own).
+        failures
+            Mean time between a worker's failures, such as 1h; by default none.
+        restart
+            How long a failed worker is away.
+        bandwidth
+            Of each machine's link: 1Gb/s (bits) or 100MB/s (bytes). By default messages take no time.
+        latency
+            Of each message, such as 1ms.
+        merge
+            How long an update takes at the server, such as 5ms. By default measured.
+        server
+            Rules in lockstep too run on a server, not on all-reduce.
+        gradients
+            Whether to train; --no-gradients finds times, bytes, staleness and idle shares alone.
+        out
+            The run folder to make; by default none.
+        """
+        if contributions is not None and steps is not None:
+            raise UsageError("--contributions and --steps both set the length; give one of them.")
+        short = (("recipe.steps", steps), ("recipe.seed", seed), ("recipe.rule", rule))
+        given = [(dotted, str(value)) for dotted, value in short if value is not None]
+        parsed, _ = _parsed(recipe, [*settings, *given])
+        cluster = cluster_of(
+            workers, times=times, persistence=persistence, slow=slow, failures=failures, restart=restart,
+            bandwidth=bandwidth, latency=latency, merge=merge, collective=not server, seed=parsed.seed,
+        )  # fmt: skip
+        if contributions is not None:
+            parsed = dataclasses.replace(parsed, steps=steps_for(parsed, workers, contributions))
+        _simulate(recipe, parsed, cluster, gradients, out)
 
     @app.command(help=COMMANDS["recipes"])
     def recipes() -> None:
@@ -97,6 +219,36 @@ def _recipes() -> None:
     for name in names:
         first = path_of(name).read_text("utf-8").partition("\n")[0]
         print(f"{name:<{width}}  {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
+
+
+def _replay(run: Path) -> None:
+    from instep.engines.alone import replay
+
+    found = replay(run)
+    print(f"versions  {found.versions:,}")
+    print(f"digest    {found.digest}")
+    if found.same:
+        print("The run's own digest: the replay is exact.")
+        return
+    raise RecordError(
+        f"the replay of {run} gave another result than the run: "
+        + (found.divergence or f"the run's digest is {found.recorded or 'not on the tape, it never ended'}.")
+    )
+
+
+def _replay_under(run: Path, rule: str, out: Path | None) -> None:
+    from instep.engines.alone import replay_under
+
+    with Console(path=out) as console:
+        replay_under(run, parse_rule(rule), out=out, monitors=(console,))
+
+
+def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out: Path | None) -> None:
+    from instep.engines.alone import simulate
+
+    paths = tuple(dict.fromkeys(map(str, (path_of(given).resolve().parent, Path.cwd()))))
+    with Console(path=out) as console:
+        simulate(recipe, cluster, gradients=gradients, out=out, monitors=(console,), import_paths=paths)
 
 
 def _train(given: str | None, settings: Settings, out: Path | None, resume: Path | None) -> None:

@@ -22,7 +22,7 @@ import cloudpickle
 
 from instep.engines.request import Request
 from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name
-from instep.recipe import Recipe, Team, check_team, dumps, parse, read, table_differences, without_address
+from instep.recipe import Recipe, Team, check_team, dumps, engine_of, parse, read, table_differences, without_address
 from instep.record import tape
 from instep.record.folder import RunFolder
 from instep.tables import from_table
@@ -107,7 +107,7 @@ def train(
         if out is not None:
             raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
         folder = RunFolder.open(Path(resume))
-        recipe, team, saved_paths = _saved(folder, recipe, team)
+        recipe, team, saved_paths = saved(folder, recipe, team)
         import_paths = [*import_paths, *saved_paths]
     else:
         if recipe is None:
@@ -123,6 +123,8 @@ def train(
         recipe_file=dumps(recipe, team),
         fingerprint=recipe.fingerprint(),
         team=team,
+        rule=recipe.rule,
+        engine=engine_of(recipe, team),
         folder=folder.path.resolve(),
         resumed=resume is not None,
         import_paths=tuple(import_paths),
@@ -172,7 +174,7 @@ class _Client:
                     stdout=log,
                     stderr=log,
                     pass_fds=[theirs],
-                    env=_environment(threads),
+                    env=environment(threads),
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -277,7 +279,7 @@ def _deaf() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def environment(threads: int) -> dict[str, str]:
     """The supervisor's environment: what must be set before Python, numpy and torch start."""
     return {
         **os.environ,
@@ -290,7 +292,7 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def _saved(folder: RunFolder, recipe: Recipe | None, team: Team | None) -> tuple[Recipe, Team, list[str]]:
+def saved(folder: RunFolder, recipe: Recipe | None, team: Team | None) -> tuple[Recipe, Team, list[str]]:
     """The recipe and team to resume with, and where the run found its modules. Raises CheckpointError."""
     table = read(folder.recipe_path)
     nameless = without_address(table)

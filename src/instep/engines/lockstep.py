@@ -11,26 +11,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from instep.data.cursor import held_out_batches, load
+from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate
 from instep.engines.exchange import Exchange, regions
 from instep.engines.replica import Replica
 from instep.errors import NonFiniteError, ObjectiveError
 from instep.objectives import check_is_sum
-from instep.randomness import key, seed_all
 from instep.reduce.buffers import Buffers, changed_by_any
 from instep.reduce.fold import Fold
 from instep.reduce.layout import BLOCK, Layout
-from instep.reduce.reduction import Reduction
+from instep.reduce.reduction import Reduction, total_norm
 from instep.reduce.shared import Region, as_tensors, mark, wait_for
 from instep.reduce.tree import worker_ranges
-from instep.restore import kept_module_state
 
 
 class Pulse(Protocol):
@@ -44,27 +41,6 @@ class Pulse(Protocol):
 
     def stop_wanted(self) -> bool:
         """Whether the run was asked to end after the present step."""
-
-
-@dataclass
-class Progress:
-    """What has been done so far, beside the weights. It travels in checkpoints."""
-
-    version: int = 0
-    items: int = 0
-    train_s: float = 0.0
-    objective_first: float | None = None
-    objective_last: float | None = None
-    held_out: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The objective on held-out data: the mean of each term, their sum, and the items of the first term."""
-
-    objective: float
-    terms: dict[str, float]
-    items: int
 
 
 class Lockstep:
@@ -89,8 +65,12 @@ class Lockstep:
         self.reduction = Reduction(self._layout, recipe.microbatches, workers)
         self.buffers = Buffers(replica.module)
         self._own = range(*self.reduction.ranges[worker])
-        self._held_out = self._held_out_batches()
+        self._held_out = batches_held_out(replica)
         self.terms: list[str] = []
+        self.slowness = 1.0
+        """How many times as long as it needs the worker is to take for its computing."""
+        self.busy_s = 0.0
+        """Seconds it has computed, slowness included."""
         self._batches: list[Any] = []
 
     def prepare(self, version: int) -> dict[str, Region]:
@@ -149,7 +129,10 @@ class Lockstep:
 
         from_s = self._clock()
         self._compute(step, totals)
+        if self.slowness > 1:
+            time.sleep((self.slowness - 1) * (self._clock() - from_s))
         to_s = self._clock()
+        self.busy_s += to_s - from_s
         if step + 1 < steps:
             self._load(step + 1)
         if self.worker == 0:
@@ -174,7 +157,7 @@ class Lockstep:
 
         self._barrier(exchange.done, step + 2)  # committed: every worker's home holds the whole gradient
         terms = self._terms_of(sums, totals, step)
-        norm = math.sqrt(math.fsum(np.square(exchange.norms, dtype=np.float64)))
+        norm = total_norm(exchange.norms)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about_gradient(step, touched))
         self._clip(norm)
@@ -188,10 +171,7 @@ class Lockstep:
         self._pulse.advance()
         items = totals[self.terms[0]]
         objective = math.fsum(terms.values())
-        progress.version += 1
-        progress.items += items
-        progress.objective_first = objective if progress.objective_first is None else progress.objective_first
-        progress.objective_last = objective
+        progress.merged(version=step + 1, steps=step + 1, items=items, objective=objective)
         progress.train_s += time.monotonic() - began
         if self.worker == 0:
             self._emit_merged(step, objective, terms, items, rate, norm)
@@ -263,6 +243,12 @@ class Lockstep:
             f"they were before this step: lower the learning rate, clip the gradient, or train in float32."
         )
 
+    @property
+    def bytes_a_step(self) -> int:
+        """Bytes that the worker sends and takes in a step: its nodes, and the whole gradient."""
+        weights = sum(parameter.numel() for parameter in self.replica.parameters)
+        return 4 * weights * (len(self.reduction.nodes_of(self.worker)) + 1)
+
     def _report(self, step: int, totals: dict[str, int], from_s: float, to_s: float) -> None:
         own = [self._own.start, self._own.stop]
         nbytes = 4 * sum(p.numel() for p in self.replica.parameters) * len(self.reduction.nodes_of(self.worker))
@@ -277,46 +263,24 @@ class Lockstep:
             for worker, bounds in enumerate(self.reduction.ranges)
         ]
         self._emit(
-            "merged", version=step + 1, contributions=contributions, weights=[1.0] * self.workers,
+            "merged", version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * self.workers,
             staleness=[0] * self.workers, objective=objective, terms=terms, items=items, lr=rate, grad_norm=norm,
         )  # fmt: skip
 
     def evaluate(self, version: int) -> Evaluation | None:
         """The objective on the held-out data. Only worker 0 waits for it and gets it; the others give their share."""
         exchange, replica = self._exchange, self.replica
-        if not self._held_out or replica.data.held_out is None:
+        if not self._held_out:
             return None
         replica.doing = f"evaluating version {version}"
-        own = worker_ranges(len(self._held_out), self.workers)[self.worker]
-        with kept_module_state(replica.module, training=False), torch.no_grad(), replica.autocast():
-            for place in range(*own):
-                seed_all(key(replica.recipe.seed, "evaluate", place))
-                samples = load(replica.data.held_out, list(self._held_out[place]), replica.data.collate)
-                batch = replica.to_device(samples)
-                counts = replica.objective.counts(batch)
-                sums = replica.objective.sums(replica.module, batch)
-                exchange.evaluation_counts[place] = [counts[name] for name in self.terms]
-                exchange.evaluation_sums[place] = [float(sums[name]) for name in self.terms]
-                self._pulse.advance()
+        own = range(*worker_ranges(len(self._held_out), self.workers)[self.worker])
+        for place, counts, sums in evaluate(replica, self._held_out, own, self.terms, self._pulse.advance):
+            exchange.evaluation_counts[place] = counts
+            exchange.evaluation_sums[place] = sums
         mark(exchange.evaluated, self.worker, version + 1)
         if self.worker:
             return None
         self._pulse.waiting(True)
         wait_for(exchange.evaluated, version + 1)
         self._pulse.waiting(False)
-        totals = [int(count) for count in exchange.evaluation_counts.sum(axis=0)]
-        terms = {
-            name: math.fsum(exchange.evaluation_sums[:, place]) / totals[place]
-            for place, name in enumerate(self.terms)
-            if totals[place]
-        }
-        return Evaluation(objective=math.fsum(terms.values()), terms=terms, items=totals[0])
-
-    def _held_out_batches(self) -> list[range]:
-        data, recipe = self.replica.data, self.replica.recipe
-        if data.held_out is None:
-            return []
-        samples = len(data.held_out)
-        if recipe.evaluate_samples is not None:
-            samples = min(samples, recipe.evaluate_samples)
-        return held_out_batches(samples, recipe.batch // recipe.microbatches)
+        return Evaluation.of(self.terms, exchange.evaluation_counts, exchange.evaluation_sums)

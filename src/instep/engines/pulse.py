@@ -87,6 +87,13 @@ class Watch:
         self._left_out: set[int] = set()
         self._looked = time.monotonic()
 
+    def renew(self, worker: int, pid: int) -> None:
+        """Another process has taken the worker's place."""
+        self._pids[worker] = pid
+        self._silent_s[worker] = self._stalled_s[worker] = 0.0
+        self._cpu[worker] = 0
+        self._board.waits[worker] = 0
+
     def leave_out(self, worker: int) -> None:
         """The worker has done its part: from now on its silence is no fault."""
         self._left_out.add(worker)

@@ -1,4 +1,4 @@
-"""What the client asks of the supervisor. No torch."""
+"""What the client asks of the processes that it starts, and what a replay answers. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from instep.clock.network import Network
+from instep.clock.recorded import RecordedTimes
+from instep.clock.times import WorkerTimes
 from instep.recipe import Team
+from instep.rules import UpdateRule
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,44 @@ class Request:
     recipe_file: str
     fingerprint: str
     team: Team
+    rule: UpdateRule
+    engine: str
     folder: Path
     resumed: bool
     import_paths: tuple[str, ...]
     began: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Who trains, on the virtual clock.
+
+    times: None measures a microbatch of the recipe on this machine, and gives every worker that time; `slow` then
+    says who takes longer. `merge_s`: of an update at the server; None measures it. `collective`: rules in lockstep
+    run on all-reduce instead of a server.
+    """
+
+    workers: int
+    times: WorkerTimes | RecordedTimes | None = None
+    network: Network | None = None
+    merge_s: float | None = None
+    collective: bool = True
+    slow: str = ""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What a replay came to. `recorded`: the digest on the tape, None if the run never ended.
+
+    divergence: a sentence on the first place where the replay and the tape differ, or "".
+    """
+
+    digest: str
+    recorded: str | None
+    versions: int
+    divergence: str
+
+    @property
+    def same(self) -> bool:
+        """Whether the replay gave the run's own digest."""
+        return self.digest == self.recorded and not self.divergence

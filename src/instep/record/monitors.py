@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from instep.record.progress import Progress, duration, fit, number, rate
+from instep.record.progress import Progress, duration, fit, nbytes, number, rate
 
 _LABEL = 12
 """Columns that a label takes in the header and in the table at the end."""
@@ -83,12 +83,13 @@ class Console:
         self._starts += 1
         if self._starts > 1:
             left = max(0, team["restarts"] - self._starts + 1)
-            at = f"restarted from step {event['version']:,}"
+            at = f"restarted from step {event['step']:,}"
             self._screen.say(f"{at}; restarts left: {left} of {team['restarts']}", "yellow")
             return
         row = self._screen.row
-        resumed = f", resumed at step {event['version']:,}" if event["resumed"] else ""
+        resumed = f", resumed at step {event['step']:,}" if event["resumed"] else ""
         row("recipe", f"{recipe['name']}, {event['steps']:,} steps{resumed}")
+        row("rule", f"{recipe['rule']['name']}, by the {event['engine']} engine")
         row("parameters", f"{event['parameters']:,}")
         row("samples", f"{event['samples']:,}, {recipe['batch']:,} a step")
         row("workers", f"{team['workers']} on {team['device']}, for {recipe['microbatches']} microbatches a step")
@@ -103,12 +104,23 @@ class Console:
     def _warned(self, event: Mapping[str, Any]) -> None:
         self._screen.say(f"warning: {event['why']}", "yellow")
 
+    def _costs(self, result: Mapping[str, Any]) -> None:
+        """What the rule gained and cost."""
+        row = self._screen.row
+        dropped = result["dropped"]
+        row("versions", f"{result['versions']:,}" + (f", {dropped:,} contributions dropped" if dropped else ""))
+        row("staleness", f"mean {result['staleness_mean']:.2f}, at most {result['staleness_max']:,}")
+        row("lead", f"at most {result['lead_max']:,} rounds")
+        row("sent", nbytes(result["bytes_sent"]))
+        idle = [f"{100 * share:.0f} %" for share in result["idle_share"]]
+        row("idle", ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else ""))
+
     def _end(self, event: Mapping[str, Any]) -> None:
         result, screen = event["result"], self._screen
         screen.stop()
         screen.gap()
         interrupted = event.get("interrupted", False)
-        steps = f"{event['version']:,}"
+        steps = f"{result['steps']:,}"
         screen.row("steps", f"{steps} of {self._progress.steps:,}, interrupted" if interrupted else steps)
         first, last = result.get("objective_first"), result.get("objective_last")
         if first is not None or last is not None:
@@ -122,6 +134,8 @@ class Console:
         ):
             if result.get(key) is not None:
                 screen.row(label, form(result[key]))
+        if result["rule"] != "synchronous":
+            self._costs(result)
         if result.get("sample"):
             screen.row("sample", "")
             screen.sample(result["sample"])
@@ -247,7 +261,7 @@ class _Terminal(_Screen):
         for index, (label, value) in enumerate(texts):
             line.append("  " if index else "").append(f"{label} " if label else "", "dim").append(value)
             if index == 0 and bar and self._progress.steps:
-                done = bar * self._progress.version // self._progress.steps
+                done = bar * self._progress.done // self._progress.steps
                 line.append("  ").append(self.sign("━", "#") * done, "cyan")
                 line.append(self.sign("─", "-") * (bar - done), "dim")
         return line

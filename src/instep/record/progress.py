@@ -24,7 +24,7 @@ class Progress:
     """Where a run stands."""
 
     def __init__(self) -> None:
-        self.version = 0
+        self.done = 0
         self.steps = 0
         self.state = "starting"
         self.objective: float | None = None
@@ -37,9 +37,9 @@ class Progress:
         """Takes in one event."""
         kind = event["kind"]
         if kind == "run_started":
-            self.version, self.steps = event["version"], event["steps"]
+            self.done, self.steps = event["step"], event["steps"]
         elif kind == "merged":
-            self.version, self.objective, self.state = event["version"], event["objective"], "training"
+            self.done, self.objective, self.state = event["step"], event["objective"], "training"
             self.terms = event.get("terms", {})
             self.pace.step(event["t_s"], event["items"])
         elif kind == "evaluated":
@@ -55,7 +55,7 @@ class Progress:
         """What the live line shows, from left to right."""
         if not self.steps:
             return [Part("", self.state, self.state, 0)]
-        steps = f"{self.version:>{len(f'{self.steps:,}')},}/{self.steps:,}"
+        steps = f"{self.done:>{len(f'{self.steps:,}')},}/{self.steps:,}"
         parts = [Part("step", steps, steps, 0)]
         if self.state != "training":
             return [*parts, Part("", self.state, self.state, 1)]
@@ -74,7 +74,7 @@ class Progress:
 
     def line(self, *, evaluated: bool) -> str:
         """What a plain line shows; the held-out figures only where they are new."""
-        parts = [f"step {self.version:>{len(f'{self.steps:,}')},}/{self.steps:,}"]
+        parts = [f"step {self.done:>{len(f'{self.steps:,}')},}/{self.steps:,}"]
         if self.state == "training":
             parts.append(f"objective {number(self.objective)}")
         if len(self.terms) > 1:
@@ -97,7 +97,7 @@ class Progress:
     @property
     def eta_s(self) -> float | None:
         """Seconds that the remaining steps will take."""
-        return self.pace.eta_s(self.steps - self.version)
+        return self.pace.eta_s(self.steps - self.done)
 
 
 class Pace:
@@ -197,3 +197,12 @@ def clock(seconds: float) -> str:
 def duration(seconds: float) -> str:
     """12.3 s, and from a minute on as `clock` does."""
     return f"{seconds:.1f} s" if seconds < 59.95 else clock(seconds)
+
+
+def nbytes(count: int) -> str:
+    """A number of bytes with a decimal unit."""
+    value, units = float(count), iter(("B", "kB", "MB", "GB", "TB"))
+    unit = next(units)
+    while value >= 1000 and unit != "TB":
+        value, unit = value / 1000, next(units)
+    return f"{value:.3g} {unit}"

@@ -45,6 +45,10 @@ class Buffers:
         self.layout = Layout.of([self._start[index] for index in self._floating], block=1)
         self.integer_layout = Layout.of([self._start[index] for index in self._integer], block=1)
 
+    def restart(self) -> None:
+        """Takes what the module's buffers hold now as what the next step starts from."""
+        self._start = [buffer.detach().clone() for buffer in self._objects]
+
     def begin(self) -> None:
         """Starts a step."""
         self._left = []

@@ -26,10 +26,7 @@ class Fold:
 
     def __init__(self, layout: Layout, parameters: Sequence[Tensor], nodes: Sequence[Node], slots: Sequence[Tensor]):
         self._layout = layout
-        self._slots = [(slot, layout.views(slot)) for slot in slots]
-        self._plan: list[tuple[int, Leaf]] = [
-            (slot, leaf) for slot, node in enumerate(nodes) for leaf in fold_plan(*node)
-        ]
+        self.assign(nodes, slots)
         self._scratch: list[tuple[Tensor, list[Tensor]]] = []
         self._stack: list[tuple[Tensor, list[Tensor]]] = []
         self._next = 0
@@ -42,6 +39,13 @@ class Fold:
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(index))
             for index, parameter in enumerate(parameters)
+        ]
+
+    def assign(self, nodes: Sequence[Node], slots: Sequence[Tensor]) -> None:
+        """From the next `begin` on, folds into other nodes, or into other vectors."""
+        self._slots = [(slot, self._layout.views(slot)) for slot in slots]
+        self._plan: list[tuple[int, Leaf]] = [
+            (slot, leaf) for slot, node in enumerate(nodes) for leaf in fold_plan(*node)
         ]
 
     def begin(self) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.reduce.layout import Layout
@@ -54,3 +57,14 @@ class Reduction:
                     parts[home].copy_(parts[0])
         norms: Tensor = torch.linalg.vector_norm(blocks[0], dim=1)
         return norms
+
+
+def norm_of(flat: Tensor, layout: Layout) -> float:
+    """The L2 norm of a whole flat gradient, added up from its blocks as the norms of slices are."""
+    norms = torch.linalg.vector_norm(flat.view(-1, layout.block), dim=1)
+    return total_norm(norms.cpu().numpy())
+
+
+def total_norm(norms: NDArray[np.float32]) -> float:
+    """The norm of the whole from those of all blocks."""
+    return math.sqrt(math.fsum(np.square(norms, dtype=np.float64)))

@@ -1,0 +1,110 @@
+"""Time and memory of the virtual clock: ``python benchmarks/simulate.py [--workers N] [--contributions N] [--rule R]``.
+
+Every update rule runs in a process of its own, without gradients, until each worker has made so many contributions
+(100 by default): once where messages take no time, and once over a network, with pulls and pushes that share the
+server's links. Times of workers are lognormal, with a deviation of 0.3 of the mean and a persistence of 0.5; 5 % of
+them are 4 times slower. Shown are the seconds from the call of `simulate` to its return, and the largest resident set
+of the process. The result goes to benchmarks/results/simulate.json; targets are 15 s and 2 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
+
+from instep.clock.network import Network  # noqa: E402
+from instep.clock.slow import parse_slow  # noqa: E402
+from instep.clock.times import WorkerTimes  # noqa: E402
+from instep.engines.schedule import simulate  # noqa: E402
+from instep.rules import PRESETS, parse  # noqa: E402
+from instep.rules.work import Pieces  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "simulate.json"
+TARGET_S, TARGET_BYTES = 15.0, 2e9
+CONTRIBUTION_BYTES = 1_000_000
+
+
+def measure(name: str, workers: int, contributions: int, network: bool) -> dict[str, Any]:
+    """One run, in this process."""
+    rule = parse(f"{name},local_after={contributions // 2}" if name == "post_local_sgd" else name)
+    after = rule.local_after
+    pieces = Pieces(rule, workers, workers, after + (contributions - after) * rule.local_steps)
+    times = WorkerTimes.lognormal(1.0, 0.3, persistence=0.5, slow=parse_slow("5%:4x"))
+    began = time.perf_counter()
+    schedule = simulate(
+        rule,
+        pieces,
+        times,
+        Network(bandwidth_bytes_per_s=CONTRIBUTION_BYTES * workers, latency_s=1e-3) if network else None,
+        contribution_bytes=CONTRIBUTION_BYTES,
+        weights_bytes=CONTRIBUTION_BYTES,
+    )
+    seconds = time.perf_counter() - began
+    assert schedule.contributions - schedule.dropped == workers * contributions
+    return {
+        "seconds": round(seconds, 2),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "contributions": schedule.contributions,
+        "dropped": schedule.dropped,
+        "versions": schedule.versions,
+        "virtual_s": round(schedule.wall_s, 3),
+        "staleness_mean": round(schedule.staleness_mean, 3),
+        "idle_share_mean": round(float(schedule.idle_share.mean()), 4),
+    }
+
+
+def main() -> None:
+    """Measures all rules, each in a process of its own, and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=10_000)
+    parser.add_argument("--contributions", type=int, default=100, help="of each worker")
+    parser.add_argument("--rule", choices=sorted(PRESETS), help="one rule instead of all; nothing is saved")
+    parser.add_argument("--only", choices=("local", "network"), help=argparse.SUPPRESS)  # in this process
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(measure(options.rule, options.workers, options.contributions, options.only == "network")))
+        return
+    rules: dict[str, Any] = {}
+    print(f"{options.workers} workers x {options.contributions} contributions; with a network in the last two columns")
+    print(f"{'rule':<20}{'seconds':>9}{'peak MB':>9}{'seconds':>12}{'peak MB':>9}")
+    for name in [options.rule] if options.rule else PRESETS:
+        rules[name] = {mode: _apart(name, mode, options) for mode in ("local", "network")}
+        local, network = rules[name]["local"], rules[name]["network"]
+        print(
+            f"{name:<20}{local['seconds']:>9.2f}{local['peak_bytes'] / 1e6:>9.0f}"
+            f"{network['seconds']:>12.2f}{network['peak_bytes'] / 1e6:>9.0f}",
+            flush=True,
+        )
+    runs = [run for modes in rules.values() for run in modes.values()]
+    slowest, largest = max(run["seconds"] for run in runs), max(run["peak_bytes"] for run in runs)
+    met = slowest <= TARGET_S and largest <= TARGET_BYTES
+    print(f"slowest {slowest:.2f} s (target {TARGET_S:g}), largest {largest / 1e6:.0f} MB (target 2000):", end=" ")
+    print("met" if met else "not met")
+    if options.rule:
+        return
+    machine = {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()}
+    work = {"workers": options.workers, "contributions": options.contributions}
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps({"machine": machine, "work": work, "met": met, "rules": rules}, indent=1) + "\n")
+
+
+def _apart(name: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--rule", name, "--only", mode]
+    command += ["--workers", str(options.workers), "--contributions", str(options.contributions)]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
+
+
+if __name__ == "__main__":
+    main()

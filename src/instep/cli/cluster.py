@@ -1,0 +1,54 @@
+"""What the command line says of a virtual cluster."""
+
+from __future__ import annotations
+
+from instep.cli.flags import UsageError
+from instep.clock.network import Network
+from instep.clock.slow import parse_slow
+from instep.clock.times import Failures, WorkerTimes
+from instep.clock.units import duration_s
+from instep.engines.request import Cluster
+from instep.recipe import Recipe
+from instep.rules.work import Pieces
+
+
+def cluster_of(
+    workers: int,
+    *,
+    times: str | None,
+    persistence: float,
+    slow: str,
+    failures: str | None,
+    restart: str,
+    bandwidth: str | None,
+    latency: str | None,
+    merge: str | None,
+    collective: bool,
+    seed: int,
+) -> Cluster:
+    """The cluster that the flags of ``instep simulate`` name. Raises RecipeError or UsageError."""
+    if workers < 1:
+        raise UsageError(f"--workers is {workers}; it must be at least 1.")
+    found = None
+    if times is not None:
+        lasting = Failures(duration_s(failures, "--failures"), duration_s(restart, "--restart")) if failures else None
+        found = WorkerTimes.from_text(
+            times, persistence=persistence, slow=parse_slow(slow) if slow else (), failures=lasting, seed=seed
+        )
+    elif failures or persistence:
+        raise UsageError("--failures and --persistence go with --times, which says how long a microbatch takes.")
+    network = Network.from_text(bandwidth, latency) if bandwidth or latency else None
+    return Cluster(
+        workers=workers, times=found, network=network, collective=collective, slow=slow,
+        merge_s=None if merge is None else duration_s(merge, "--merge"),
+    )  # fmt: skip
+
+
+def steps_for(recipe: Recipe, workers: int, contributions: int) -> int:
+    """The global batches of which each worker makes so many contributions, on average."""
+    if contributions < 1:
+        raise UsageError(f"--contributions is {contributions}; it must be at least 1.")
+    pieces, rule = workers * contributions, recipe.rule
+    groups = -(-pieces // Pieces(rule, workers, recipe.microbatches, 1).parts)
+    single = min(groups, rule.local_after) if rule.local_steps > 1 else groups
+    return single + (groups - single) * rule.local_steps

@@ -1,0 +1,1 @@
+"""Virtual time: an event loop, the times of workers and the network. No torch."""

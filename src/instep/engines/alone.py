@@ -1,0 +1,125 @@
+"""What one process computes by itself, with the environment of a run's workers: replays and simulations.
+
+As in the launcher, torch is not imported here: the process that computes does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from instep.clock.recorded import RecordedTimes
+from instep.engines.launch import Monitor, environment, saved
+from instep.engines.request import Cluster, Replayed
+from instep.errors import WorkerError, by_name
+from instep.recipe import Recipe
+from instep.record import tape
+from instep.record.folder import RunFolder
+from instep.rules import UpdateRule
+
+
+def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replayed:
+    """Computes a run again from its recipe and its tape, in one process, under any rule.
+
+    recipe: needed where the saved one holds objects without an address.
+    Raises RecordError where the tape is damaged, of another recipe or not whole, and InstepError as the run would.
+    """
+    folder = RunFolder.open(Path(run))
+    recipe, _, paths = saved(folder, recipe, None)
+    events = [event for event in tape.read(folder.tape_path) if event["kind"] not in ("computed", "evaluated")]
+    found: Replayed = _in_child("instep.engines.playback:replay", recipe, (events,), paths, ())
+    return found
+
+
+def replay_under(
+    run: str | os.PathLike[str],
+    rule: UpdateRule,
+    recipe: Recipe | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    monitors: Iterable[Monitor] = (),
+) -> dict[str, Any]:
+    """The same arrivals under another rule: what would have happened. Returns the fields of ``result.json``.
+
+    Each worker takes, for its contributions in turn, the times that it took a microbatch in the run; messages and
+    updates take none. Raises RecordError where the tape lacks a worker's times, and InstepError.
+    """
+    folder = RunFolder.open(Path(run))
+    recipe, team, paths = saved(folder, recipe, None)
+    times: dict[int, list[float]] = {}
+    for event in tape.read(folder.tape_path):
+        if event["kind"] == "computed":
+            start, stop = event["microbatches"]
+            count = (stop - start) * event.get("local_steps", 1)
+            times.setdefault(event["worker"], []).append((event["to_s"] - event["from_s"]) / max(1, count))
+    cluster = Cluster(workers=team.workers, times=RecordedTimes.of(times, team.workers), merge_s=0.0, collective=False)
+    changed = dataclasses.replace(recipe, rule=rule)
+    return simulate(changed, cluster, out=out, monitors=monitors, import_paths=paths)
+
+
+def simulate(
+    recipe: Recipe,
+    cluster: Cluster,
+    *,
+    gradients: bool = True,
+    out: str | os.PathLike[str] | None = None,
+    monitors: Iterable[Monitor] = (),
+    import_paths: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Runs `recipe` on a virtual clock, with the workers and the network of `cluster`. Returns the result's fields.
+
+    gradients: False finds times, bytes, staleness and idle shares alone. out: the run folder to make, none if None.
+    Raises InstepError.
+    """
+    folder = None if out is None else RunFolder.create(Path(out)).path.resolve()
+    found: dict[str, Any] = _in_child(
+        "instep.engines.virtual:simulate", recipe, (cluster, gradients, folder), import_paths, monitors
+    )
+    return found
+
+
+def _in_child(
+    address: str, recipe: Recipe, arguments: tuple[Any, ...], paths: Sequence[str], monitors: Iterable[Monitor]
+) -> Any:
+    """What the function at `address` gives for (recipe, *arguments), in a process as a run's workers are."""
+    ours, theirs = socket.socketpair()
+    path = [*paths, *sys.path]
+    code = f"import sys; sys.path[:] = {path!r}; from instep.engines.child import main; main({theirs.fileno()})"
+    with tempfile.TemporaryFile() as log, ours, Connection(os.dup(ours.fileno())) as line:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            pass_fds=[theirs.fileno()], env=environment(recipe.threads),
+        )  # fmt: skip
+        theirs.close()
+        try:
+            line.send_bytes(cloudpickle.dumps((address, recipe.threads, (recipe, *arguments))))
+            kind, *content = line.recv()
+            while kind == "event":
+                for monitor in monitors:
+                    monitor(content[0])
+                kind, *content = line.recv()
+        except (EOFError, OSError):
+            process.wait()
+            log.seek(0)
+            raise WorkerError(
+                f"the process that computes (pid {process.pid}) ended early; its log follows.",
+                detail=log.read().decode(errors="replace")[-4000:],
+            ) from None
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            process.wait()
+    if kind == "failed":
+        raise by_name(content[0])(content[1], detail=content[2])
+    return content[0]

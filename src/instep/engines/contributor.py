@@ -1,0 +1,247 @@
+"""A worker's part under any rule: from weights and a piece of work to a contribution.
+
+The server engine's workers, the virtual engine and the replay all compute contributions here, with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instep.engines.replica import Replica
+from instep.errors import NonFiniteError
+from instep.reduce.buffers import Buffers
+from instep.reduce.fold import Fold
+from instep.reduce.layout import BLOCK, Layout
+from instep.reduce.pack import Pack
+from instep.reduce.reduction import norm_of
+from instep.reduce.shared import Region
+from instep.reduce.tree import Node, maximal_nodes
+from instep.rules.work import Pieces, Work
+
+
+@dataclass
+class Vectors:
+    """The tensors of a contribution. N tree nodes (1 but under a synchronous rule).
+
+    gradient: [N, layout.size] float32; a delta instead where the rule has local steps.
+    buffers: [N, size] float32, sums over microbatches. integers: [size] int64.
+    """
+
+    gradient: Tensor
+    buffers: Tensor
+    integers: Tensor
+
+    def clone(self) -> Vectors:
+        """A copy in memory of its own."""
+        return Vectors(self.gradient.clone(), self.buffers.clone(), self.integers.clone())
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a contribution tells beside its vectors.
+
+    nodes: the microbatches of each row. counts, sums: by term, over all it covers. filled: microbatches with samples.
+    touched: indices of the parameters that had a gradient. posted: indices of the buffers that the rows hold.
+    """
+
+    nodes: tuple[Node, ...]
+    counts: Mapping[str, int]
+    sums: Mapping[str, float]
+    filled: int
+    touched: tuple[int, ...]
+    posted: tuple[int, ...]
+
+
+class Contributor:
+    """Computes contributions with one replica.
+
+    `advance` is called after each microbatch. Under a rule with local steps the optimizer's state stays from one
+    contribution to the next; it is new when a worker joins.
+    """
+
+    def __init__(self, replica: Replica, pieces: Pieces, advance: Callable[[], None] = lambda: None):
+        self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
+        self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
+        self.pack = Pack(replica.module, replica.parameters)
+        self.buffers = Buffers(replica.module)
+        self.terms: tuple[str, ...] = ()
+        self._always: set[int] = set()
+        self._advance = advance
+        self._fold: Fold | None = None
+        self._summed: Tensor | None = None
+
+    @property
+    def most_nodes(self) -> int:
+        """The rows that the vectors of any contribution need at most."""
+        return max(len(self._nodes(self.pieces.work(part))) for part in range(self.pieces.parts))
+
+    def regions(self, contributions: int) -> dict[str, Region]:
+        """The memory that so many contributions need."""
+        nodes = self.most_nodes
+        return {
+            "gradient": Region((contributions, nodes, self.layout.size), "float32"),
+            "buffers": Region((contributions, nodes, self.buffers.layout.size), "float32"),
+            "integers": Region((contributions, self.buffers.integer_layout.size), "int64"),
+        }
+
+    def empty(self) -> Vectors:
+        """Vectors for one contribution, in private memory."""
+        regions = self.regions(1)
+        return Vectors(*(torch.zeros(r.shape[1:], dtype=getattr(torch, r.dtype)) for r in regions.values()))
+
+    def prepare(self, batch: int) -> Any:
+        """Learns the objective's terms, and which buffers training changes, from a first forward; the batch of it."""
+        samples = self.replica.learn_terms(batch)
+        self.terms = tuple(self.replica.objective.terms or ())
+        self.buffers.begin()
+        with torch.no_grad():
+            self.replica.objective.sums(self.replica.module, samples)
+        self.buffers.leave(filled=True)
+        self._always = {index for index, changed in enumerate(self.buffers.changed()) if changed}
+        self.buffers.begin()
+        return samples
+
+    def load(self, saved: Tensor) -> None:
+        """Gives the replica the weights and buffers to start from ([pack.size_bytes], uint8)."""
+        self.pack.load(saved)
+        self.buffers.restart()
+
+    def compute(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
+        """The contribution of `work` from the weights `saved`, written into `into`.
+
+        Raises NonFiniteError for a term or, with local steps, a gradient that is not finite.
+        """
+        self.load(saved)
+        return self._gradient(work, into) if self.rule.gradients else self._delta(work, saved, into)
+
+    def counts(self, work: Work) -> dict[str, int]:
+        """Items of each term in a piece of work, without computing it."""
+        totals = dict.fromkeys(self.terms, 0)
+        for batch in range(work.batch, work.batch + work.local_steps):
+            for name, count in self._counts(batch, range(work.start, work.stop), {}).items():
+                totals[name] += count
+        return totals
+
+    def _gradient(self, work: Work, into: Vectors) -> Facts:
+        own = range(work.start, work.stop)
+        nodes = self._nodes(work)
+        batches = {m: self.replica.batch(work.batch, m) for m in own}
+        counts = self._counts(work.batch, own, batches)
+        totals = counts
+        if self.rule.synchronous and self.pieces.whole_rounds:
+            totals = self._counts(work.batch, range(self.pieces.microbatches), batches)
+        rows = list(into.gradient[: len(nodes)])
+        sums, touched = self._microbatches(work.batch, batches, totals, nodes, rows)
+        posted = self._posted()
+        self.buffers.post(posted, work.start, nodes, list(into.buffers[: len(nodes)]), into.integers)
+        filled = sum(batch is not None for batch in batches.values())
+        return Facts(tuple(nodes), counts, sums, filled, touched, posted)
+
+    def _delta(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
+        counts, sums = dict.fromkeys(self.terms, 0), dict.fromkeys(self.terms, 0.0)
+        nodes = self._nodes(work)
+        if self._summed is None:
+            self._summed = torch.zeros(self.layout.size, device=self.replica.device)
+        moved: set[int] = set()
+        for batch in range(work.batch, work.batch + work.local_steps):
+            batches = {m: self.replica.batch(batch, m) for m in range(work.start, work.stop)}
+            own = self._counts(batch, range(work.start, work.stop), batches)
+            found, touched = self._microbatches(batch, batches, own, nodes, [self._summed])
+            norm = norm_of(self._summed, self.layout)
+            if not math.isfinite(norm):
+                raise NonFiniteError(
+                    f"the gradient is not finite in local step {batch - work.batch + 1} of {work.local_steps} on "
+                    f"batch {batch}; lower the learning rate, clip the gradient, or train in float32."
+                )
+            largest = self.replica.recipe.clip_norm
+            if largest is not None and norm > largest:
+                self._summed.mul_(largest / (norm + 1e-6))
+            views = self.layout.views(self._summed)
+            self.replica.update(batch, [view if i in touched else None for i, view in enumerate(views)])
+            self._own_buffers(batches)
+            moved.update(touched)
+            for name in self.terms:
+                counts[name] += own[name]
+                sums[name] += found[name]
+        row = into.gradient[0]
+        row.zero_()
+        pulled = self.pack.parameters(saved)
+        with torch.no_grad():
+            for view, before, parameter in zip(self.layout.views(row), pulled, self.replica.parameters, strict=True):
+                torch.sub(before.to(view.dtype), parameter.to(view.device, view.dtype), out=view)
+        posted = tuple(range(len(self.buffers.names))) if self._always else ()
+        self.buffers.begin()
+        self.buffers.leave(filled=True)
+        self.buffers.post(posted, 0, [(0, 1)], [into.buffers[0]], into.integers)
+        return Facts(((0, 1),), counts, sums, 1, tuple(sorted(moved)), posted)
+
+    def _microbatches(
+        self,
+        batch: int,
+        batches: Mapping[int, Any],
+        totals: Mapping[str, int],
+        nodes: Sequence[Node],
+        rows: Sequence[Tensor],
+    ) -> tuple[dict[str, float], tuple[int, ...]]:
+        """Folds the gradients of a batch's microbatches into `rows`. Sums by term, and the parameters touched."""
+        if self._fold is None:
+            self._fold = Fold(self.layout, self.replica.parameters, nodes, rows)
+        else:
+            self._fold.assign(nodes, rows)
+        self._fold.begin()
+        self.buffers.begin()
+        found: list[dict[str, float]] = []
+        for microbatch, samples in batches.items():
+            self._fold.begin_leaf()
+            if samples is not None:
+                sums = self.replica.compute(batch, microbatch, samples, totals)
+                found.append({name: float(value) for name, value in sums.items()})
+                self._check(found[-1], batch, microbatch)
+            self._fold.end_leaf()
+            self.buffers.leave(filled=samples is not None)
+            self._advance()
+        touched = tuple(index for index, seen in enumerate(self._fold.touched) if seen)
+        return {name: math.fsum(each[name] for each in found) for name in self.terms}, touched
+
+    def _check(self, sums: Mapping[str, float], batch: int, microbatch: int) -> None:
+        for name, value in sums.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"term '{name}' of the objective is {value} in batch {batch}, microbatch {microbatch}; lower the "
+                    f"learning rate, clip the gradient, or look at this microbatch's samples."
+                )
+
+    def _own_buffers(self, batches: Mapping[int, Any]) -> None:
+        """After a local step: the buffers' mean over this worker's microbatches, as one worker alone would have it."""
+        which = [index for index, changed in enumerate(self.buffers.changed()) if changed]
+        if not which:
+            return
+        row = torch.zeros(self.buffers.layout.size)
+        integers = torch.zeros(self.buffers.integer_layout.size, dtype=torch.int64)
+        self.buffers.post(which, 0, [(0, len(batches))], [row], integers)
+        self.buffers.finish(which, [], [row], [integers], sum(b is not None for b in batches.values()))
+
+    def _posted(self) -> tuple[int, ...]:
+        changed = {index for index, flag in enumerate(self.buffers.changed()) if flag}
+        return tuple(sorted(changed | self._always))
+
+    def _nodes(self, work: Work) -> list[Node]:
+        """The tree nodes that a contribution has a row for: many only where they are merged in tree order."""
+        if self.rule.synchronous and self.pieces.whole_rounds:
+            return maximal_nodes(work.start, work.stop, self.pieces.microbatches)
+        return [(work.start, work.stop)]
+
+    def _counts(self, batch: int, microbatches: range, loaded: Mapping[int, Any]) -> dict[str, int]:
+        totals = dict.fromkeys(self.terms, 0)
+        for microbatch in microbatches:
+            samples = loaded[microbatch] if microbatch in loaded else self.replica.batch(batch, microbatch)
+            if samples is not None:
+                for name, count in self.replica.objective.counts(samples).items():
+                    totals[name] += count
+        return totals

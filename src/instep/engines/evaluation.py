@@ -1,0 +1,96 @@
+"""How far a run is, and the objective on held-out data: what all engines share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from numpy.typing import ArrayLike
+
+from instep.data.cursor import held_out_batches, load
+from instep.engines.replica import Replica
+from instep.randomness import key, seed_all
+from instep.restore import kept_module_state
+
+
+@dataclass
+class Progress:
+    """What has been done so far, beside the weights. It travels in checkpoints. `steps` are global batches of items;
+    under a synchronous rule they are the versions.
+    """
+
+    version: int = 0
+    steps: int = 0
+    items: int = 0
+    train_s: float = 0.0
+    objective_first: float | None = None
+    objective_last: float | None = None
+    held_out: dict[str, Any] = field(default_factory=dict)
+
+    def merged(self, *, version: int, steps: int, items: int, objective: float | None) -> None:
+        """Notes an update; `objective` is None for one without items."""
+        self.version, self.steps = version, steps
+        self.items += items
+        if objective is not None:
+            self.objective_first = objective if self.objective_first is None else self.objective_first
+            self.objective_last = objective
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The objective on held-out data: the mean of each term, their sum, and the items of the first term."""
+
+    objective: float
+    terms: dict[str, float]
+    items: int
+
+    @classmethod
+    def of(cls, terms: Sequence[str], counts: ArrayLike, sums: ArrayLike) -> Evaluation:
+        """From what the batches gave: counts [E, T] and sums [E, T] of T terms in E batches."""
+        totals = [sum(map(int, column)) for column in zip(*_rows(counts), strict=True)]
+        columns = list(zip(*_rows(sums), strict=True))
+        means = {name: math.fsum(columns[i]) / totals[i] for i, name in enumerate(terms) if totals[i]}
+        return cls(objective=math.fsum(means.values()), terms=means, items=totals[0])
+
+    def bits_per_byte(self, replica: Replica) -> dict[str, float]:
+        """For text and one term, the objective in the unit ``bits_per_byte``; else nothing."""
+        codec = replica.data.codec
+        if codec is None or len(self.terms) != 1:
+            return {}
+        return {"bits_per_byte": self.objective / math.log(2) / codec.bytes_per_token}
+
+
+def _rows(array: ArrayLike) -> list[Any]:
+    return list(array)  # type: ignore[arg-type]
+
+
+def batches_held_out(replica: Replica) -> list[range]:
+    """The indices of each batch of held-out samples, as large as a microbatch; none without held-out data."""
+    data, recipe = replica.data, replica.recipe
+    if data.held_out is None:
+        return []
+    samples = len(data.held_out)
+    if recipe.evaluate_samples is not None:
+        samples = min(samples, recipe.evaluate_samples)
+    return held_out_batches(samples, recipe.batch // recipe.microbatches)
+
+
+def evaluate(
+    replica: Replica, batches: Sequence[range], places: range, terms: Sequence[str], advance: Callable[[], None]
+) -> Iterator[tuple[int, list[int], list[float]]]:
+    """Place, counts and sums by term for those of `batches` that are at `places`, in eval mode and without gradients.
+
+    `advance` is called after each batch. The model's mode and buffers are as before once the iterator has ended.
+    """
+    assert replica.data.held_out is not None
+    with kept_module_state(replica.module, training=False), torch.no_grad(), replica.autocast():
+        for place in places:
+            seed_all(key(replica.recipe.seed, "evaluate", place))
+            batch = replica.to_device(load(replica.data.held_out, list(batches[place]), replica.data.collate))
+            counts = replica.objective.counts(batch)
+            sums = replica.objective.sums(replica.module, batch)
+            yield place, [counts[name] for name in terms], [float(sums[name]) for name in terms]
+            advance()

@@ -1,0 +1,216 @@
+"""The server's part under any rule: from the contributions of one update to new weights.
+
+The server engine, the virtual engine and the replay all make updates here, with the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instep.engines.contributor import Facts, Vectors
+from instep.engines.replica import Replica
+from instep.errors import NonFiniteError, ObjectiveError
+from instep.reduce.buffers import Buffers
+from instep.reduce.layout import BLOCK, Layout
+from instep.reduce.pack import Pack
+from instep.reduce.reduction import norm_of
+from instep.reduce.tree import merge_plan
+from instep.rules.rule import UpdateRule
+from instep.rules.work import Pieces, Work
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """One contribution at the server. `weight` and `staleness` as the ledger gave them.
+
+    `base`: the weights it started from ([Pack.size_bytes], uint8), needed for delay compensation alone.
+    """
+
+    worker: int
+    work: Work
+    facts: Facts
+    vectors: Vectors
+    weight: float
+    staleness: int
+    base: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update came to: the objective over the items of its contributions, and its parts by term."""
+
+    objective: float
+    terms: dict[str, float]
+    items: int
+    rate: float
+    norm: float
+
+
+class Merger:
+    """Holds the weights of a run, and the optimizer that changes them."""
+
+    def __init__(self, replica: Replica, pieces: Pieces):
+        self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
+        self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
+        self.pack = Pack(replica.module, replica.parameters)
+        self.buffers = Buffers(replica.module)
+        self.microbatches = 0
+        """Microbatches merged so far."""
+        self._outer = _Outer(self.rule, self.layout)
+
+    def merge(self, contributions: Sequence[Arrived], terms: Sequence[str]) -> Update:
+        """Makes one update, in the order given. May use the vectors up.
+
+        Raises NonFiniteError, or ObjectiveError for whole batches without items, before any change.
+        """
+        step = self.microbatches // self.pieces.microbatches
+        facts = [each.facts for each in contributions]
+        counts = {name: sum(each.counts[name] for each in facts) for name in terms}
+        sums = {name: math.fsum(each.sums[name] for each in facts) for name in terms}
+        means = {name: sums[name] / counts[name] for name in terms if counts[name]}
+        if self.rule.lockstep and not means:
+            counted = " and ".join(f"0 for term '{name}'" for name in terms)
+            raise ObjectiveError(
+                f"step {step} has no items to learn from: the objective counts {counted} over the whole batch; "
+                f"leave such samples out of the data set, or take a larger batch."
+            )
+        total = self._total(contributions)
+        norm = norm_of(total, self.layout)
+        if not math.isfinite(norm):
+            raise NonFiniteError(self._about(contributions, step))
+        touched = set().union(*(each.touched for each in facts))
+        rate = self._apply(total, touched, norm, step)
+        self._average_buffers(contributions)
+        self.microbatches += sum(each.work.microbatches for each in contributions)
+        return Update(math.fsum(means.values()), means, counts[terms[0]], rate, norm)
+
+    def training_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights."""
+        return {**self.replica.training_state(), "outer": self._outer.state()}
+
+    def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
+        """Takes the state of a checkpoint. Raises CheckpointError where it does not fit."""
+        self.replica.load(model_state, training_state)
+        self.buffers.restart()
+        if "outer" in training_state:  # the lockstep engine has none
+            self._outer.load(training_state["outer"])
+
+    def _total(self, contributions: Sequence[Arrived]) -> Tensor:
+        """The update's gradient or delta, flat."""
+        if self.rule.synchronous and self.pieces.whole_rounds:
+            rows = [row for each in contributions for row in each.vectors.gradient[: len(each.facts.nodes)]]
+            for into, source in self._plan(contributions):
+                rows[into].add_(rows[source])
+            whole: Tensor = rows[0]
+            return whole
+        first = contributions[0]
+        total = self._compensated(first)
+        if first.weight != 1.0:
+            total.mul_(first.weight)
+        for each in contributions[1:]:
+            total.add_(self._compensated(each), alpha=each.weight)
+        return total
+
+    def _compensated(self, each: Arrived) -> Tensor:
+        gradient = each.vectors.gradient[0]
+        if self.rule.compensation and each.staleness:
+            assert each.base is not None
+            bases = self.pack.parameters(each.base)
+            with torch.no_grad():
+                for view, now, base in zip(self.layout.views(gradient), self.replica.parameters, bases, strict=True):
+                    moved = now.to(view.dtype) - base.to(view.device, view.dtype)
+                    view.addcmul_(view * view, moved, value=self.rule.compensation)
+        return gradient
+
+    def _plan(self, contributions: Sequence[Arrived]) -> list[tuple[int, int]]:
+        nodes = [node for each in contributions for node in each.facts.nodes]
+        return merge_plan(nodes, self.pieces.microbatches)
+
+    def _apply(self, total: Tensor, touched: set[int], norm: float, step: int) -> float:
+        if not self.rule.gradients:
+            self._outer.step(total, self.replica.parameters)
+            return self.rule.outer_lr
+        largest = self.replica.recipe.clip_norm
+        if largest is not None and norm > largest:
+            total.mul_(largest / (norm + 1e-6))
+        views = self.layout.views(total)
+        return self.replica.update(step, [view if i in touched else None for i, view in enumerate(views)])
+
+    def _average_buffers(self, contributions: Sequence[Arrived]) -> None:
+        """Each buffer takes the mean over the microbatches of those contributions that hold it."""
+        for index in sorted(set().union(*(each.facts.posted for each in contributions))):
+            holding = [each for each in contributions if index in each.facts.posted]
+            rows = [row for each in holding for row in each.vectors.buffers[: len(each.facts.nodes)]]
+            together = self.rule.synchronous and len(holding) == len(contributions)
+            plan = self._plan(holding) if together else [(0, source) for source in range(1, len(rows))]
+            filled = sum(each.facts.filled for each in holding)
+            if filled:
+                self.buffers.finish([index], plan, rows, [each.vectors.integers for each in holding], filled)
+
+    def _about(self, contributions: Sequence[Arrived], step: int) -> str:
+        bad = next((each.worker for each in contributions if not bool(torch.isfinite(each.vectors.gradient).all())), -1)
+        whose = f"of worker {bad} is not finite" if bad >= 0 else "is too large to square"
+        return (
+            f"the contribution {whose} at global batch {step}, though every term of the objective is; the weights were "
+            f"left as they were before this update: lower the learning rate, clip the gradient, or train in float32."
+        )
+
+
+class _Outer:
+    """The outer optimizer: SGD along the mean delta, with momentum as `UpdateRule.outer` says.
+
+    "sgd" and "nesterov" are those of torch.optim.SGD. "delayed_nesterov" is algorithm 3 of Liu et al., 2024,
+    arXiv:2401.09135, with c = 0: each update moves by a part of outer_buffer of its delta, and once in outer_buffer
+    updates the momentum takes in the mean of the deltas since, a running sum, and moves the weights.
+    """
+
+    def __init__(self, rule: UpdateRule, layout: Layout):
+        self._rule, self._layout = rule, layout
+        self._momentum: Tensor | None = None
+        self._sum: Tensor | None = None
+        self._updates = 0
+
+    def step(self, delta: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Moves `parameters` against `delta` ([layout.size] float32)."""
+        rule = self._rule
+        if rule.outer == "delayed_nesterov":
+            move = self._delayed(delta)
+        elif rule.outer_momentum:
+            if self._momentum is None:
+                self._momentum = delta.clone()
+            else:
+                self._momentum.mul_(rule.outer_momentum).add_(delta)
+            nesterov = rule.outer == "nesterov"
+            move = delta.add_(self._momentum, alpha=rule.outer_momentum) if nesterov else self._momentum
+        else:
+            move = delta
+        with torch.no_grad():
+            for parameter, view in zip(parameters, self._layout.views(move), strict=True):
+                parameter.sub_(view.to(parameter.dtype), alpha=rule.outer_lr)
+
+    def _delayed(self, delta: Tensor) -> Tensor:
+        length, decay = self._rule.outer_buffer, self._rule.outer_momentum
+        if self._momentum is None or self._sum is None:
+            self._momentum, self._sum = torch.zeros_like(delta), torch.zeros_like(delta)
+        self._sum.add_(delta)
+        self._updates += 1
+        delta.div_(length)
+        if self._updates % length == 0:
+            self._momentum.mul_(decay).add_(self._sum, alpha=1 / length)
+            self._sum.zero_()
+            delta.add_(self._momentum, alpha=decay)
+        return delta
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: tensors and numbers."""
+        return {"momentum": self._momentum, "sum": self._sum, "updates": self._updates}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave."""
+        self._momentum, self._sum, self._updates = state["momentum"], state["sum"], state["updates"]

@@ -1,0 +1,206 @@
+"""A tape played back: `instep replay`, in a process of its own that computes as the run's workers did."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from instep.engines.child import Tell
+from instep.engines.replay import Replayer, state_of
+from instep.engines.replica import Replica
+from instep.engines.request import Replayed
+from instep.errors import RecordError
+from instep.recipe import Recipe
+from instep.record.digest import digest_of_state
+from instep.reduce.checksums import checksum
+
+KEPT = 4
+"""Checkpoints whose state is kept, for a run that was resumed from one: it keeps 3 itself by default."""
+
+
+def replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell = lambda event: None) -> Replayed:
+    """Computes a run again from its recipe and its tape. `tell` gets the events that a person may want to see.
+
+    Raises RecordError where the tape is of another recipe or lacks what it needs, and InstepError as the run would.
+    """
+    playback: _Playback | None = None
+    for event in events:
+        if event["kind"] == "run_started":
+            if event["fingerprint"] != recipe.fingerprint():
+                raise RecordError(
+                    "the tape is of another recipe than the one given; replay it with the recipe in its run folder."
+                )
+            if playback is None:
+                playback = _Playback(recipe, event)
+            playback.start(event)
+        elif playback is not None:
+            try:
+                playback.take(event)
+                if event["kind"] in ("merged", "run_ended"):
+                    tell(dict(event))
+            except KeyError as error:
+                raise RecordError(
+                    f"the tape cannot be replayed: its event {event['kind']!r} at {event['t_s']} s refers to {error}, "
+                    f"which no earlier event tells of; a part of the tape is missing."
+                ) from None
+    if playback is None:
+        raise RecordError("the tape holds no start of a run; there is nothing to replay.")
+    return playback.result()
+
+
+class _Playback:
+    """A replay between the first event and the last."""
+
+    def __init__(self, recipe: Recipe, started: Mapping[str, Any]):
+        self._recipe = recipe
+        self._engine: tuple[str, int, int] = ("", 0, 0)
+        self._replayer = self._fresh(started)
+        self._kept: dict[int, dict[str, Any]] = {}
+        self._keep(0)
+        self._version = 0
+        self._recorded: str | None = None
+        self._divergence = ""
+
+    def start(self, event: Mapping[str, Any]) -> None:
+        """The run starts, or starts again from a checkpoint: later updates than that never were."""
+        version = event["version"]
+        if version not in self._kept:
+            self._make_up_for(version)
+        if self._engine != _engine_of(event):
+            self._replayer = self._fresh(event)
+            self._version = -1
+        self._restore(version)
+        self._recorded = None
+
+    @property
+    def _serving(self) -> bool:
+        return self._engine[0] != "lockstep"
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """One event. Raises KeyError where it refers to what is unknown."""
+        kind = event["kind"]
+        if kind == "checkpointed":
+            self._catch_up(event["version"])
+            self._expect(event["digest"], f"the checkpoint of version {event['version']}")
+            self._keep(event["version"])
+        elif kind == "run_ended":
+            self._catch_up(event["version"])
+            self._must_be(self._version, event, event["version"])
+            self._recorded = event["digest"]
+        elif not self._serving:
+            return  # in lockstep the recipe alone decides
+        elif kind == "joined":
+            self._replayer.joined(event["worker"])
+        elif kind == "left":
+            self._replayer.left(event["worker"])
+        elif kind == "released":
+            self._must_be(self._version, event, event["version"])
+            self._replayer.released(event["worker"], event["piece"], event["version"])
+        elif kind == "pushed":
+            found = self._replayer.pushed(event["seq"], event["worker"])
+            self._compare_pushed(event, found)
+        elif kind == "dropped":
+            if event["seq"] in self._replayer.waiting:
+                self._replayer.dropped(event["seq"])
+        elif kind == "merged":
+            self._must_be(self._version, event, event["version"] - 1)
+            contributions, weights, staleness = event["contributions"], event["weights"], event["staleness"]
+            seqs = {each["seq"] for each in contributions}
+            if not len(seqs) == len(contributions) == len(weights) == len(staleness) > 0:
+                raise RecordError(
+                    f"the tape cannot be replayed: update {event['version']} has {len(contributions)} contributions, "
+                    f"{len(weights)} weights and {len(staleness)} numbers of staleness; the tape was changed."
+                )
+            parts = zip(contributions, weights, staleness, strict=True)
+            self._replayer.merged(event["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
+            self._version = event["version"]
+            self._compare_merged(event)
+
+    def result(self) -> Replayed:
+        """What it came to."""
+        digest = digest_of_state(state_of(self._replayer))
+        if self._recorded is not None and self._recorded != digest and not self._divergence:
+            self._divergence = f"version {self._version}, the last, has other weights here than in the run."
+        return Replayed(digest, self._recorded, self._version, self._divergence)
+
+    def _must_be(self, version: int, event: Mapping[str, Any], expected: int) -> None:
+        if version != expected:
+            raise RecordError(
+                f"the tape cannot be replayed: its event {event['kind']!r} at {event['t_s']} s goes on from version "
+                f"{expected}, and the updates before it end at {version}; a part of the tape is missing."
+            )
+
+    def _make_up_for(self, version: int) -> None:
+        """The run was killed between a checkpoint and the event that tells of it."""
+        if self._serving:
+            if version != self._version:
+                raise RecordError(
+                    f"the run was resumed at version {version}, of which the tape has no checkpoint; the tape is not "
+                    f"whole."
+                )
+        else:
+            self._restore(max(kept for kept in self._kept if kept <= version))
+            self._catch_up(version)
+        self._keep(version)
+
+    def _catch_up(self, version: int) -> None:
+        """In lockstep, computes the steps up to `version` as one worker."""
+        if self._serving:
+            return
+        for step in range(self._version, version):
+            self._replayer.alone(step)
+        self._version = max(version, self._version)
+
+    def _compare_pushed(self, event: Mapping[str, Any], found: list[str]) -> None:
+        if found != event["checksum"] and not self._divergence:
+            self._divergence = (
+                f"the contribution {event['seq']} of worker {event['worker']}, from version {event['version']} on "
+                f"piece {event['piece']}, is another one here than in the run; its weights were the same."
+            )
+
+    def _compare_merged(self, event: Mapping[str, Any]) -> None:
+        replica = self._replayer.merger.replica
+        found = checksum(parameter.detach() for parameter in replica.parameters)
+        if found == event["checksum"] or self._divergence:
+            return
+        names = [n for n, a, b in zip(replica.names, found, event["checksum"], strict=False) if a != b] or ["?"]
+        workers = sorted({each["worker"] for each in event["contributions"]})
+        self._divergence = (
+            f"version {event['version']}, an update from {'worker' if len(workers) == 1 else 'workers'} "
+            f"{', '.join(map(str, workers))}, differs in '{names[0]}'"
+            f"{f' and {len(names) - 1} other tensors' if len(names) > 1 else ''}; the contributions were the same."
+        )
+
+    def _expect(self, digest: str, what: str) -> None:
+        if not self._divergence and digest_of_state(state_of(self._replayer)) != digest:
+            self._divergence = f"{what} has other weights here than in the run."
+
+    def _fresh(self, started: Mapping[str, Any]) -> Replayer:
+        device = started["team"].get("device", "cpu")
+        self._engine = _engine_of(started)
+        cut = started["cut"] if self._serving else 1
+        recipe = dataclasses.replace(self._recipe, steps=started["steps"])  # its schedule follows them
+        return Replayer(recipe, cut, lambda: Replica(recipe, device))
+
+    def _keep(self, version: int) -> None:
+        merger = self._replayer.merger
+        state = {name: tensor.clone() for name, tensor in state_of(self._replayer).items()}
+        training = copy.deepcopy(merger.training_state())
+        self._kept[version] = {"model": state, "training": training, "microbatches": merger.microbatches}
+        for old in sorted(self._kept)[1:-KEPT]:
+            del self._kept[old]
+
+    def _restore(self, version: int) -> None:
+        kept, merger = self._kept[version], self._replayer.merger
+        if version != self._version or version == 0:
+            merger.load(kept["model"], copy.deepcopy(kept["training"]))
+            merger.microbatches = kept["microbatches"]
+        self._replayer.everybody_left()
+        self._version = version
+
+
+def _engine_of(started: Mapping[str, Any]) -> tuple[str, int, int]:
+    """What a start of the run was computed by: another one cuts the run, or its learning rate, in another way."""
+    return started["engine"], started["cut"], started["steps"]

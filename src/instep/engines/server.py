@@ -1,0 +1,354 @@
+"""The server engine: free workers and one server on this machine, under any update rule.
+
+Weights and contributions lie in memory that all share; who does what when goes over one line a worker. The server
+drives the ledger and makes the updates, and writes what a replay needs to the tape, in the order in which it did it.
+A worker that dies is a `left` event: its piece is given out again, and nobody else stops.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from multiprocessing.connection import wait
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instep.clock.slow import parse_slow, slow_factors
+from instep.engines.contributor import Contributor, Facts, Vectors
+from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate
+from instep.engines.merger import Arrived, Merger
+from instep.engines.replica import Replica
+from instep.engines.session import Session
+from instep.engines.tally import Tally
+from instep.errors import CheckpointError
+from instep.objectives import check_is_sum
+from instep.record.digest import digest_of_state
+from instep.reduce.checksums import checksum
+from instep.reduce.shared import Region, attach
+from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
+from instep.rules.work import Pieces
+
+LOOK_S = 0.1
+"""Seconds between two looks at whether the run was asked to stop."""
+
+
+def contribute(session: Session, descriptor: int) -> None:
+    """The life of a worker: takes work from its line until there is no more."""
+    assignment, worker = session.assignment, session.number
+    replica = session.build()
+    facts, memory = session.ready(session.facts(), {})
+    contributor = Contributor(replica, _pieces(session, facts["cut"]), session.pulse.advance)
+    contributor.prepare(0)
+    weights, vectors = _memory(descriptor, memory)
+    slowness = slowness_of(session)
+    line, own = assignment.lines[worker].worker, assignment.incarnation
+    line.send(("hello", own, os.getpid(), socket.gethostname()))
+    while True:
+        session.pulse.waiting(True)
+        kind, incarnation, *rest = line.receive()
+        session.pulse.waiting(False)
+        if kind == "end":
+            break
+        if incarnation != own:
+            continue  # it was meant for the process that had this place before
+        piece, slot = rest
+        work = contributor.pieces.work(piece)
+        replica.doing = f"computing piece {piece}"
+        from_s = session.clock()
+        found = contributor.compute(work, weights[slot], vectors[worker])
+        if slowness > 1:
+            time.sleep((slowness - 1) * (session.clock() - from_s))
+        line.send(("pushed", own, found, from_s, session.clock()))
+    session.pipe.send(("ended", asdict(Progress()), "", False, None, {}))
+
+
+def serve(session: Session, descriptor: int) -> None:
+    """The life of the server."""
+    replica = session.build()
+    workers = session.assignment.team.workers
+    saved = session.saved()
+    pieces = _pieces(session, workers if saved is None else saved.meta.get("cut", workers))
+    contributor = Contributor(replica, pieces)
+    probe = contributor.prepare(0)
+    merger = Merger(replica, pieces)
+    ledger, progress = Ledger(session.recipe.rule, pieces), Progress()
+    lost: list[Action] = []
+    if saved is not None:
+        _check_length(session, pieces, saved.meta)
+        merger.load(saved.model_state, saved.training_state)
+        progress = Progress(**{**saved.meta["progress"], "version": saved.version})
+        state = saved.meta.get("ledger") or _state_after(pieces, saved.version)
+        _check_begun(pieces, state, saved.meta)
+        ledger = Ledger.from_state(session.recipe.rule, pieces, state)
+        lost = ledger.recover()
+        merger.microbatches = ledger.merged_microbatches
+    else:
+        check_is_sum(replica.objective, replica.module, probe)
+    facts = session.facts(
+        terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers
+    )
+    _, memory = session.ready(facts, _regions(contributor, workers))
+    _Server(session, replica, merger, ledger, progress, contributor.terms, *_memory(descriptor, memory)).run(lost)
+
+
+def _check_length(session: Session, pieces: Pieces, meta: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where the run was cut into groups of local steps in another way than it would be now."""
+    steps, now, rule = meta.get("steps", pieces.steps), pieces.steps, pieces.rule
+    cut_anew = max(0, min(steps, now) - rule.local_after) % rule.local_steps
+    if steps != now and rule.local_steps > 1 and cut_anew:
+        raise CheckpointError(
+            f"the run was planned for {steps} steps, in groups of {rule.local_steps} local steps, and {now} would cut "
+            f"the last of them in another way; resume with {steps} steps, or plan for a multiple of "
+            f"{rule.local_steps}."
+        )
+
+
+def _check_begun(pieces: Pieces, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where work was given out already that lies beyond the run's end as it is planned now."""
+    if state["next_piece"] > pieces.count:
+        planned = dataclasses.replace(pieces, steps=meta.get("steps", state["version"]))
+        last = planned.work(state["next_piece"] - 1)
+        begun = last.batch + last.local_steps
+        raise CheckpointError(
+            f"{begun} global batches are begun, and the run is now to end after {pieces.steps}; resume with at least "
+            f"{begun} steps."
+        )
+
+
+def _state_after(pieces: Pieces, version: int) -> dict[str, Any]:
+    """The ledger of a run that the lockstep engine has brought to `version`."""
+    done = version * pieces.parts
+    return {
+        **Ledger(pieces.rule, pieces).state(),
+        "version": version,
+        "round": version,
+        "merged_pieces": done,
+        "merged_microbatches": version * pieces.microbatches,
+        "next_piece": done,
+        "seq": done,
+    }
+
+
+def slowness_of(session: Session) -> float:
+    """How many times as long as it needs this worker is to take for its computing."""
+    team = session.assignment.team
+    return float(slow_factors(parse_slow(team.slow), team.workers)[session.number]) if team.slow else 1.0
+
+
+def _pieces(session: Session, cut: int) -> Pieces:
+    """The run's pieces, as they were cut when it began: for so many workers."""
+    recipe = session.recipe
+    return Pieces(recipe.rule, cut, recipe.microbatches, recipe.steps)
+
+
+def _regions(contributor: Contributor, workers: int) -> dict[str, Region]:
+    # Each worker computes from one version at most; one more is the newest.
+    weights = Region((workers + 1, contributor.pack.size_bytes), "uint8")
+    return {"weights": weights, **contributor.regions(workers)}
+
+
+def _memory(descriptor: int, memory: Mapping[str, Region]) -> tuple[list[Tensor], list[Vectors]]:
+    """The versions of the weights, and each worker's vectors."""
+    arrays = {name: torch.from_numpy(array) for name, array in attach(descriptor, memory).items()}
+    rows = zip(arrays["gradient"], arrays["buffers"], arrays["integers"], strict=True)
+    return list(arrays["weights"]), [Vectors(*row) for row in rows]
+
+
+class _Server:
+    """The server between one start of the team and its end."""
+
+    def __init__(
+        self,
+        session: Session,
+        replica: Replica,
+        merger: Merger,
+        ledger: Ledger,
+        progress: Progress,
+        terms: Sequence[str],
+        weights: list[Tensor],
+        vectors: list[Vectors],
+    ):
+        self._session, self._replica, self._merger, self._ledger = session, replica, merger, ledger
+        self._progress, self._terms, self._weights, self._vectors = progress, terms, weights, vectors
+        self._lines = [line.server for line in session.assignment.lines]
+        self._incarnations = [0] * len(self._lines)
+        self._slots: dict[int, int] = {}  # where each version that is computed from lies
+        self._bases: dict[int, Tensor] = {}  # older versions, which contributions that wait are compensated from
+        self._arrived: dict[int, tuple[Facts, Vectors]] = {}
+        self._tally = Tally(session.recipe.rule, len(self._lines), session.clock)
+        self._held_out = batches_held_out(replica)
+
+    def run(self, lost: list[Action]) -> None:
+        """Serves until every piece is merged, or until the run is asked to stop. `lost`: what a restart has cost."""
+        session = self._session
+        self._obey(lost)
+        began = time.monotonic() - self._progress.train_s
+        while not self._ledger.finished and not session.pulse.stop_wanted():
+            self._replica.doing = "waiting for workers"
+            session.pulse.waiting(True)
+            sources: list[Any] = [session.pipe, *self._lines]
+            deadline_s = self._ledger.deadline_s
+            left_s = LOOK_S if deadline_s is None else deadline_s - session.clock()
+            listened: list[Any] = wait(sources, max(0.0, min(LOOK_S, left_s)))
+            session.pulse.waiting(False)
+            for worker, line in enumerate(self._lines):
+                if line in listened:
+                    self._hear(worker, line.receive())
+            if session.pipe in listened:
+                self._hear_supervisor(session.pipe.recv())
+            if deadline_s is not None and session.clock() >= deadline_s:
+                self._obey(self._ledger.passed(session.clock()))
+            self._progress.train_s = time.monotonic() - began
+            session.send_events(held=True)
+        interrupted = not self._ledger.finished
+        for line in self._lines:  # those too who come late
+            line.send(("end", -1))
+        self._save()
+        if not interrupted:
+            self._evaluate()
+        text = None if interrupted else session.sample()
+        session.send_events()
+        digest = digest_of_state(self._replica.module.state_dict())
+        session.pipe.send(("ended", asdict(self._progress), digest, interrupted, text, self._tally.result()))
+
+    def _hear(self, worker: int, message: tuple[Any, ...]) -> None:
+        kind, incarnation, *rest = message
+        if incarnation != self._incarnations[worker]:
+            return  # a last word of a process that has been replaced
+        if kind == "hello":
+            pid, host = rest
+            self._session.emit("joined", worker=worker, pid=pid, host=host)
+            self._tally.joined(worker)
+            self._obey(self._ledger.joined(worker, self._session.clock()))
+        else:
+            self._pushed(worker, *rest)
+
+    def _hear_supervisor(self, message: tuple[Any, ...]) -> None:
+        _, worker, why = message
+        self._incarnations[worker] += 1
+        self._session.emit("left", worker=worker, why=why)
+        self._tally.left(worker)
+        if worker in self._ledger.active:
+            self._obey(self._ledger.left(worker, self._session.clock()))
+
+    def _pushed(self, worker: int, facts: Facts, from_s: float, to_s: float) -> None:
+        ledger = self._ledger
+        seq, piece, base = ledger.next_seq, *ledger.in_hand(worker)
+        work, vectors = ledger.pieces.work(piece), self._vectors[worker]
+        covers = {"batch": work.batch, "local_steps": work.local_steps, "microbatches": [work.start, work.stop]}
+        items = facts.counts[self._terms[0]]
+        sent_bytes = 4 * sum(p.numel() for p in self._replica.parameters) * len(facts.nodes)
+        self._session.emit("computed", worker=worker, version=base, from_s=from_s, to_s=to_s, **covers)
+        self._session.emit(
+            "pushed", seq=seq, worker=worker, version=base, piece=piece, **covers, items=items, bytes=sent_bytes,
+            checksum=checksum(vectors.gradient[: len(facts.nodes)]),
+        )  # fmt: skip
+        self._tally.pushed(worker, from_s, to_s, sent_bytes)
+        self._arrived[seq] = (facts, vectors)
+        self._obey(ledger.pushed(worker, items, self._session.clock()))
+
+    def _obey(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Release):
+                self._release(action)
+            elif isinstance(action, Merge):
+                self._merge(action)
+            elif isinstance(action, Drop):
+                self._arrived.pop(action.contribution.seq, None)
+                self._tally.dropped()
+                self._session.emit(
+                    "dropped", seq=action.contribution.seq, worker=action.contribution.worker, why=action.why
+                )
+
+    def _release(self, action: Release) -> None:
+        worker = action.worker
+        for seq, (facts, vectors) in self._arrived.items():
+            if vectors is self._vectors[worker]:  # it waits for its update while its worker goes on
+                self._arrived[seq] = (facts, vectors.clone())
+        lead = self._ledger.lead_of(worker)
+        self._session.emit("released", worker=worker, version=action.version, piece=action.piece, lead=lead)
+        self._tally.released(worker, lead, self._merger.pack.size_bytes)
+        slot = self._publish(action.version)
+        self._lines[worker].send(("work", self._incarnations[worker], action.piece, slot))
+
+    def _publish(self, version: int) -> int:
+        """Where the present weights lie for workers to read."""
+        if version not in self._slots:
+            in_hand = (self._ledger.in_hand(worker) for worker in self._ledger.active)
+            used = {base for piece, base in in_hand if piece >= 0}
+            self._keep_bases(used)
+            self._slots = {v: slot for v, slot in self._slots.items() if v in used}
+            free = next(s for s in range(len(self._weights)) if s not in self._slots.values())
+            self._merger.pack.save(self._weights[free])
+            self._slots[version] = free
+        return self._slots[version]
+
+    def _keep_bases(self, used: set[int]) -> None:
+        """Copies the versions that only contributions that wait still need, if merging does: their slots are wanted."""
+        if not self._ledger.rule.compensation:
+            return
+        waiting = self._ledger.bases
+        self._bases = {version: base for version, base in self._bases.items() if version in waiting}
+        for version in self._slots.keys() & (waiting - used):
+            self._bases[version] = self._weights[self._slots[version]].clone()
+
+    def _base(self, version: int) -> Tensor:
+        return self._bases[version] if version in self._bases else self._weights[self._slots[version]]
+
+    def _merge(self, action: Merge) -> None:
+        self._replica.doing = f"making update {action.version}"
+        ledger, steps = self._ledger, self._progress.steps
+        arrived = []
+        for contribution, weight, staleness in zip(action.contributions, action.weights, action.staleness, strict=True):
+            facts, vectors = self._arrived.pop(contribution.seq)
+            base = self._base(contribution.base) if ledger.rule.compensation and staleness else None
+            work = ledger.pieces.work(contribution.piece)
+            arrived.append(Arrived(contribution.worker, work, facts, vectors, weight, staleness, base))
+        update = self._merger.merge(arrived, self._terms)
+        self._session.pulse.advance()
+        done = self._merger.microbatches // ledger.pieces.microbatches
+        self._progress.merged(
+            version=action.version, steps=done, items=update.items, objective=update.objective if update.terms else None
+        )
+        self._tally.merged(action.staleness)
+        contributions = [
+            {"seq": c.seq, "worker": c.worker, "version": c.base, "piece": c.piece} for c in action.contributions
+        ]
+        self._session.emit(
+            "merged", version=action.version, step=done, contributions=contributions, weights=list(action.weights),
+            staleness=list(action.staleness), objective=update.objective, terms=update.terms, items=update.items,
+            lr=update.rate, grad_norm=update.norm,
+            checksum=checksum([p.detach() for p in self._replica.parameters]),
+        )  # fmt: skip
+        self._at_milestones(steps, done)
+
+    def _at_milestones(self, before: int, now: int) -> None:
+        recipe, team = self._session.recipe, self._session.assignment.team
+        every = recipe.evaluate_every
+        if every and now < recipe.steps and before // every != now // every:
+            self._evaluate()
+        if now < recipe.steps and before // team.checkpoint_every != now // team.checkpoint_every:
+            self._save()
+
+    def _evaluate(self) -> None:
+        if not self._held_out:
+            return
+        self._replica.doing = f"evaluating version {self._progress.version}"
+        places = range(len(self._held_out))
+        found = list(evaluate(self._replica, self._held_out, places, self._terms, self._session.pulse.advance))
+        counts, sums = [each[1] for each in found], [each[2] for each in found]
+        self._session.evaluated(self._progress, Evaluation.of(self._terms, counts, sums))
+
+    def _save(self) -> None:
+        self._replica.doing = f"saving version {self._progress.version}"
+        self._session.send_events()
+        self._session.save(
+            self._progress, self._replica.module.state_dict(), self._merger.training_state(),
+            ledger=self._ledger.state(), cut=self._ledger.pieces.workers, steps=self._session.recipe.steps,
+        )  # fmt: skip

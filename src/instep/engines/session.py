@@ -1,0 +1,180 @@
+"""What every process of a team has in common: its replica, its events, its word with the supervisor, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor
+
+from instep.data import digest as digest_of_data
+from instep.engines.evaluation import Evaluation, Progress
+from instep.engines.lines import Line
+from instep.engines.pulse import WorkerPulse
+from instep.engines.replica import Replica
+from instep.errors import CheckpointError
+from instep.models import generate
+from instep.randomness import key, seed_all
+from instep.recipe import Recipe, Team
+from instep.record import checkpoint
+from instep.record.folder import RunFolder
+from instep.reduce.shared import Region
+
+HOLD_S = 0.1
+"""Seconds that a process holds its events of a step, to send them together: each message wakes two processes."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the supervisor gives to the processes of one start of the team.
+
+    `recipe` is pickled, so that only workers run the user's code. `began` is the run's start on the monotonic clock.
+    `lines` are those between the server and each worker, none in lockstep; `incarnation` counts the processes that
+    had this worker's place before.
+    """
+
+    recipe: bytes
+    team: Team
+    folder: Path
+    fingerprint: str
+    resume_from: Path | None
+    began: float
+    lines: tuple[Line, ...] = field(default=())
+    incarnation: int = 0
+
+
+class Session:
+    """One process between one start of the team and its end."""
+
+    def __init__(self, assignment: Assignment, number: int, pipe: Connection, pulse: WorkerPulse):
+        self.assignment, self.number, self.pipe, self.pulse = assignment, number, pipe, pulse
+        self.replica: Replica | None = None
+        self._data: dict[str, Any] | None = None
+        self._events: list[dict[str, Any]] = []
+        self._sent_s = 0.0
+
+    def build(self) -> Replica:
+        """Builds what the recipe says. Raises InstepError."""
+        self.recipe: Recipe = cloudpickle.loads(self.assignment.recipe)
+        self.replica = Replica(self.recipe, self.assignment.team.device)
+        return self.replica
+
+    def saved(self) -> checkpoint.Loaded | None:
+        """The checkpoint to go on from, if there is one. Raises CheckpointError if it is of other data or recipe."""
+        path = self.assignment.resume_from
+        if path is None:
+            return None
+        assert self.replica is not None
+        self.replica.doing = f"loading {path}"
+        saved = checkpoint.load(path)
+        checkpoint.check_recipe(path, saved=saved.fingerprint, current=self.assignment.fingerprint)
+        if saved.meta["data"] != self.data_facts():
+            raise CheckpointError(
+                f"the data are not those that {path} was trained on: {self.data_facts()['samples']} samples here and "
+                f"{saved.meta['data']['samples']} there, or other content; give back those, or start a new run."
+            )
+        return saved
+
+    def data_facts(self) -> dict[str, Any]:
+        """Digest and length of the training data."""
+        assert self.replica is not None
+        if self._data is None:
+            data = self.replica.data
+            self._data = {"digest": digest_of_data(data), "samples": len(data.train)}
+        return self._data
+
+    def facts(self, **more: Any) -> dict[str, Any]:
+        """What all processes of a team must agree on before they start."""
+        assert self.replica is not None
+        return {
+            "data": self.data_facts()["digest"],
+            "samples": self.data_facts()["samples"],
+            "parameters": sum(parameter.numel() for parameter in self.replica.parameters),
+            **more,
+        }
+
+    def ready(
+        self, facts: Mapping[str, Any], memory: Mapping[str, Region]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Region]]:
+        """Tells the supervisor that all is built, and waits until everybody is.
+
+        Returns the facts and the memory of worker 0 or, where there is one, of the server.
+        """
+        self.pipe.send(("ready", facts, memory))
+        self.pulse.waiting(True)
+        agreed: tuple[Mapping[str, Any], Mapping[str, Region]] = self.pipe.recv()
+        self.pulse.waiting(False)
+        return agreed
+
+    def save(
+        self,
+        progress: Progress,
+        model_state: Mapping[str, Tensor],
+        training_state: Mapping[str, Any],
+        **meta: Any,
+    ) -> None:
+        """Writes a checkpoint. Raises ResourceError where the disk refuses."""
+        saved = checkpoint.save(
+            RunFolder(self.assignment.folder).checkpoints,
+            version=progress.version,
+            model_state=model_state,
+            training_state=training_state,
+            meta={"progress": asdict(progress), "data": self.data_facts(), **meta},
+            fingerprint=self.assignment.fingerprint,
+            keep=self.assignment.team.keep,
+        )
+        self.pulse.advance()
+        self.emit(
+            "checkpointed", version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest
+        )
+
+    def evaluated(self, progress: Progress, found: Evaluation | None) -> None:
+        """Notes the objective on held-out data."""
+        if found is None or self.replica is None:
+            return
+        bits = found.bits_per_byte(self.replica)
+        progress.held_out = {"version": progress.version, **asdict(found), **bits}
+        self.emit("evaluated", **progress.held_out)
+
+    def sample(self) -> str | None:
+        """For text, what the model goes on to write after the recipe's prompt."""
+        recipe, replica = self.recipe, self.replica
+        assert replica is not None
+        codec = replica.data.codec
+        if codec is None or not recipe.sample_length:
+            return None
+        replica.doing = "writing the sample"
+        seed_all(key(recipe.seed, "sample"))
+        prompt = torch.tensor([codec.encode(recipe.sample_prompt or "\n")], device=replica.device)
+        try:
+            with replica.autocast():
+                tokens = generate(replica.module, prompt, recipe.sample_length)
+            return codec.decode(tokens[0].tolist())
+        except Exception as error:  # the run is done; what only shows it must not end it
+            self.emit("warned", why=f"no sample could be written: {type(error).__name__}: {error}")
+            return None
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Notes an event. Those of every step are sent with others, see `HOLD_S`."""
+        self._events.append({"t_s": self.clock(), "clock": "wall", "kind": kind, **fields})
+        if kind not in ("computed", "pushed", "merged", "released", "dropped"):
+            self.send_events()
+
+    def send_events(self, *, held: bool = False) -> None:
+        """Sends the events that were held; with `held`, only if it is time to."""
+        if held and self.clock() - self._sent_s < HOLD_S:
+            return
+        if self._events:
+            self.pipe.send(("events", self._events))
+            self._events = []
+        self._sent_s = self.clock()
+
+    def clock(self) -> float:
+        """Seconds since the run's start."""
+        return round(time.monotonic() - self.assignment.began, 6)

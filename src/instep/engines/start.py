@@ -1,0 +1,298 @@
+"""The team between one start and its end, as the supervisor watches it."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instep.engines.pulse import Watch
+from instep.errors import WorkerError, by_name
+from instep.record.tape import SCHEMA
+from instep.reduce.shared import Region, reserve
+from instep.tables import to_table
+
+if TYPE_CHECKING:
+    from instep.engines.supervisor import Supervisor
+
+LOOK_S = 0.2
+"""Seconds between two looks at the workers."""
+
+GRACE_S = 10.0
+"""Seconds that workers have to leave after their last message."""
+
+
+class ClientGone(Exception):
+    """The client's process has ended, or wants no more."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop before a step of this start."""
+
+
+class WorkerFailure(Exception):
+    """A worker died or stopped answering: the team may start again."""
+
+    def __init__(self, worker: int, why: str, detail: str = ""):
+        super().__init__(why)
+        self.worker, self.why, self.detail = worker, why, detail
+
+
+@dataclass
+class Member:
+    process: BaseProcess
+    pipe: Connection
+    incarnation: int = 0
+    ready: tuple[dict[str, Any], Mapping[str, Region]] | None = None
+    ended: tuple[dict[str, Any], str, bool, str | None, dict[str, Any]] | None = None
+
+
+class Start:
+    """The team between one start and its end."""
+
+    def __init__(self, supervisor: Supervisor, workers: list[Member], descriptor: int):
+        self._supervisor, self._run, self._board = supervisor, supervisor.run, supervisor._board
+        self._workers, self._descriptor = workers, descriptor
+        self._digests: dict[int, dict[int, str]] = {}
+        self._going = False
+        self._serving = supervisor.run.engine == "server"
+        team = self._run.team
+        pids = [worker.process.pid or 0 for worker in workers]
+        self._watch = Watch(self._board, pids, team.answer_timeout_s, team.stall_timeout_s)
+
+    def watch(self) -> dict[str, Any]:
+        """Serves the workers' messages until all have ended. Returns the result."""
+        client = self._supervisor.client
+        looked = time.monotonic()
+        while not self._over():
+            active = [worker for worker in self._workers if worker.ended is None]
+            sources: list[Any] = [client, *(w.pipe for w in active), *(w.process.sentinel for w in active)]
+            ready = wait(sources, timeout=LOOK_S)
+            if client in ready:
+                self._hear_client(client)
+            for number, worker in enumerate(self._workers):
+                if worker in active and (worker.pipe in ready or worker.process.sentinel in ready):
+                    with self._replacing():
+                        self._hear(number, worker)
+            if time.monotonic() - looked >= LOOK_S:
+                looked = time.monotonic()
+                found = self._watch.look()
+                if found:
+                    with self._replacing():
+                        raise WorkerFailure(*found)
+        return self._result()
+
+    def _over(self) -> bool:
+        """Whether the run has ended: with the server, or else with all workers."""
+        if self._serving:
+            return self._workers[-1].ended is not None
+        return all(worker.ended for worker in self._workers)
+
+    @contextlib.contextmanager
+    def _replacing(self) -> Iterator[None]:
+        """Under the server engine, puts a new process in the place of a worker that failed; nobody else stops."""
+        try:
+            yield
+        except WorkerFailure as failure:
+            number = failure.worker
+            if not self._serving or not self._going or number == len(self._workers) - 1:
+                raise
+            if not self._board.stop_wanted():
+                self._supervisor.count_restart(failure)
+            old = self._workers[number]
+            old.process.kill()
+            old.process.join()
+            self._supervisor.pass_on_the_rest(old.pipe)
+            old.pipe.close()
+            self._workers[-1].pipe.send(("left", number, failure.why))
+            if self._board.stop_wanted():
+                old.ended = ({}, "", True, None, {})
+                return
+            new = self._supervisor.fork(number, None, self._descriptor, self._workers, old.incarnation + 1)
+            self._workers[number] = new
+            self._watch.renew(number, new.process.pid or 0)
+
+    def _hear_client(self, client: Connection) -> None:
+        try:
+            client.recv()
+        except (EOFError, ConnectionResetError):
+            raise ClientGone from None
+        self._board.ask_to_stop()
+        if not self._going:
+            raise Interrupted
+
+    def _hear(self, number: int, worker: Member) -> None:
+        try:
+            while worker.pipe.poll():
+                self._handle(number, worker, worker.pipe.recv())
+        except (EOFError, ConnectionResetError, OSError):
+            if worker.ended is None:
+                raise self._death(number, worker) from None
+        if worker.ended is None and not worker.process.is_alive() and not worker.pipe.poll():
+            raise self._death(number, worker)
+
+    def _handle(self, number: int, worker: Member, message: tuple[Any, ...]) -> None:
+        what, *rest = message
+        if what == "events":
+            self._supervisor.pass_on(rest[0])
+        elif what == "digest":
+            self._compare(number, *rest)
+        elif what == "ready":
+            worker.ready = (rest[0], rest[1])
+            if self._going:
+                worker.pipe.send((self._facts, self._memory))
+            elif all(other.ready for other in self._workers):
+                self._go()
+        elif what == "ended":
+            worker.ended = (rest[0], rest[1], rest[2], rest[3], rest[4])
+            self._watch.leave_out(number)
+        elif what == "failed":
+            name, sentence, detail = rest
+            raise by_name(name)(sentence, detail=detail)
+
+    def _go(self) -> None:
+        """All workers are built: checks that they agree, gives them memory, lets them start."""
+        leader = len(self._workers) - 1 if self._serving else 0
+        facts, memory = self._workers[leader].ready or ({}, {})
+        for number, worker in enumerate(self._workers):
+            theirs = (worker.ready or ({}, {}))[0]
+            for name, value in facts.items():
+                if name in theirs and theirs[name] != value:
+                    raise WorkerError(
+                        f"worker {number} starts from other {name} than {self._name(leader)} ({theirs.get(name)} "
+                        f"instead of {value}); what builds them must depend on its arguments and the seed alone."
+                    )
+        reserve(self._descriptor, memory)
+        self._supervisor.record(
+            "run_started",
+            schema=SCHEMA,
+            folder=str(self._run.folder),
+            recipe=dict(self._run.recipe_table),
+            team=to_table(self._run.team),
+            fingerprint=self._run.fingerprint,
+            data_digest=facts["data"],
+            samples=facts["samples"],
+            engine=self._run.engine,
+            cut=facts.get("cut", self._run.team.workers),
+            parameters=facts["parameters"],
+            version=facts["version"],
+            step=facts.get("step", facts["version"]),
+            steps=self._run.recipe_table["steps"],
+            resumed=self._run.resumed or self._supervisor.restarts > 0,
+            libraries=_libraries(),
+            import_paths=list(self._run.import_paths),
+        )
+        self._facts, self._memory = facts, memory
+        for worker in self._workers:
+            worker.pipe.send((facts, memory))
+        self._going = True
+
+    def _compare(self, number: int, version: int, digest: str) -> None:
+        digests = self._digests.setdefault(version, {})
+        digests[number] = digest
+        if digest != next(iter(digests.values())):
+            raise WorkerError(
+                f"worker {number} has other weights than worker {next(iter(digests))} at version {version}, which "
+                f"lockstep rules out: some code depends on more than the batch and the seed (a clock, a set's order, "
+                f"threads), or the machine is faulty."
+            )
+        if len(digests) == len(self._workers):
+            del self._digests[version]
+
+    def _death(self, number: int, worker: Member) -> WorkerFailure:
+        worker.process.join(1)
+        code, pid = worker.process.exitcode, worker.process.pid
+        name = self._name(number)
+        log = self._supervisor.folder.logs / f"{name.replace(' ', '-')}.log"
+        if code is not None and code < 0:
+            by = signal.Signals(-code).name
+            hint = ", as the kernel does when memory runs out" if by == "SIGKILL" else ""
+            why = f"{name} (pid {pid}) was killed by {by}{hint}."
+        else:
+            why = f"{name} (pid {pid}) ended with exit status {code} in the middle of the run."
+        return WorkerFailure(number, why, detail=_tail(log))
+
+    def _result(self) -> dict[str, Any]:
+        for number, worker in enumerate(self._workers):
+            worker.process.join(GRACE_S)
+            if not self._serving:
+                assert worker.ended is not None
+                self._compare(number, -1, worker.ended[1])
+        ended = self._workers[-1 if self._serving else 0].ended
+        assert ended is not None
+        progress, digest, interrupted, sample, _ = ended
+        held_out = progress["held_out"]
+        result: dict[str, Any] = {
+            "recipe": self._run.recipe_table["name"],
+            "digest": digest,
+            "rule": self._run.rule.name,
+            "engine": self._run.engine,
+            "steps": progress["steps"],
+            "versions": progress["version"],
+            "items": progress["items"],
+            "workers": self._run.team.workers,
+            "microbatches": self._run.recipe_table["microbatches"],
+            "parameters": self._facts["parameters"],
+            "objective_first": progress["objective_first"],
+            "objective_last": progress["objective_last"],
+            "held_out": held_out.get("objective"),
+            "bits_per_byte": held_out.get("bits_per_byte"),
+            "items_per_s": progress["items"] / progress["train_s"] if progress["train_s"] else None,
+            "wall_s": round(time.monotonic() - self._run.began, 3),
+            "restarts": self._supervisor.restarts,
+            **self._costs(),
+            "interrupted": interrupted,
+            "data_digest": self._facts["data"],
+            "sample": sample,
+        }
+        self._supervisor.folder.write_result(result)
+        self._supervisor.record(
+            "run_ended", version=progress["version"], digest=digest, result=result, interrupted=interrupted
+        )
+        return result
+
+    def _costs(self) -> dict[str, Any]:
+        """What the rule cost in this start of the team."""
+        found = [worker.ended[4] for worker in self._workers if worker.ended is not None]
+        if self._serving:
+            return found[-1]
+        return {
+            "bytes_sent": sum(each["bytes_sent"] for each in found),
+            "staleness_mean": 0.0,
+            "staleness_max": 0,
+            "lead_max": 0,
+            "idle_share": [share for each in found for share in each["idle_share"]],
+            "dropped": 0,
+        }
+
+    def _name(self, number: int) -> str:
+        return "the server" if self._serving and number == len(self._workers) - 1 else f"worker {number}"
+
+
+def _libraries() -> dict[str, str]:
+    import numpy
+    import torch
+
+    import instep
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a TorchVersion would make the client import torch to read it
+        "numpy": numpy.__version__,
+        "instep": instep.__version__,
+    }
+
+
+def _tail(log: Path, lines: int = 20) -> str:
+    """The end of what the worker printed."""
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""

@@ -1,0 +1,235 @@
+"""The virtual engine: any rule on a virtual clock, with real gradients if wanted, in one process.
+
+Timing does not depend on values here, so the whole schedule comes first; then the gradients are computed along it by
+the replay's machine, which computes as real workers do.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from instep.clock.times import WorkerTimes
+from instep.data import digest
+from instep.engines.child import Tell
+from instep.engines.evaluation import Evaluation, batches_held_out, evaluate
+from instep.engines.replay import Replayer, state_of
+from instep.engines.replica import Replica
+from instep.engines.request import Cluster
+from instep.engines.schedule import Schedule
+from instep.engines.schedule import simulate as schedule
+from instep.recipe import Recipe, Team, dumps
+from instep.record import checkpoint
+from instep.record.digest import digest_of_state
+from instep.record.folder import RunFolder
+from instep.record.tape import SCHEMA, Tape
+from instep.rules.work import Pieces
+from instep.tables import to_table
+
+MEASURED = 5
+"""Microbatches that are timed where no times are given."""
+
+
+def simulate(recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | None, tell: Tell) -> dict[str, Any]:
+    """Runs `recipe` on `cluster`. Returns what ``result.json`` holds, and writes a run folder if one is given.
+
+    Without `gradients` only times, bytes, staleness and idle shares are found. Raises InstepError.
+    """
+    began = time.monotonic()
+    simulation = _Simulation(recipe, cluster, gradients, folder, tell)
+    try:
+        return simulation.run(began)
+    finally:
+        simulation.close()
+
+
+class _Simulation:
+    def __init__(self, recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | None, tell: Tell):
+        self._recipe, self._cluster, self._gradients, self._tell = recipe, cluster, gradients, tell
+        self._folder = RunFolder(folder) if folder is not None else None
+        self._tape = Tape(self._folder.tape_path) if self._folder else None
+        self._pieces = Pieces(recipe.rule, cluster.workers, recipe.microbatches, recipe.steps)
+        self._replayer = Replayer(recipe, cluster.workers, lambda: Replica(recipe, "cpu"))
+        self._replica = self._replayer.merger.replica
+        self._items: int | None = None
+        self._objective_first: float | None = None
+        self._objective_last: float | None = None
+        self._held_out: dict[str, Any] = {}
+        self._events: list[tuple[str, dict[str, Any]]] = []
+
+    def run(self, began: float) -> dict[str, Any]:
+        recipe, cluster = self._recipe, self._cluster
+        microbatch_s, merge_s = self._measured()
+        times = cluster.times or WorkerTimes.constant(microbatch_s, slow=_slow(cluster.slow), seed=recipe.seed)
+        size_bytes = 4 * sum(parameter.numel() for parameter in self._replica.parameters)
+        weights_bytes = self._replayer.merger.pack.size_bytes
+        self._start(microbatch_s)
+        keep = self._gradients or self._tape is not None
+        found = schedule(
+            recipe.rule, self._pieces, times, cluster.network,  # type: ignore[arg-type]  # recorded times have its methods
+            contribution_bytes=size_bytes, weights_bytes=weights_bytes,
+            merge_s=merge_s if cluster.merge_s is None else cluster.merge_s, collective=cluster.collective,
+            items_of=self._replayer.items if self._gradients else None, on_event=self._note if keep else None,
+        )  # fmt: skip
+        scheduled_s = time.monotonic() - began
+        for kind, fields in self._events:
+            self._live(kind, fields)
+        return self._end(found, scheduled_s, time.monotonic() - began)
+
+    def close(self) -> None:
+        if self._tape is not None:
+            self._tape.close()
+
+    def _measured(self) -> tuple[float, float]:
+        """Seconds of a microbatch and of an update on this machine; 0 for what is given."""
+        if self._cluster.times is not None and self._cluster.merge_s is not None:
+            return 0.0, self._cluster.merge_s
+        work = self._pieces.work(0)
+        found = []
+        for _ in range(MEASURED + 1):
+            began = time.monotonic()
+            self._replayer.probe(work)
+            found.append((time.monotonic() - began) / work.microbatches)
+        began = time.monotonic()
+        self._replayer.merger.pack.save(self._replayer.merger.pack.empty())
+        return statistics.median(found[1:]), 2 * (time.monotonic() - began)
+
+    def _note(self, kind: str, fields: dict[str, Any]) -> None:
+        self._events.append((kind, dict(fields)))
+
+    def _live(self, kind: str, fields: dict[str, Any]) -> None:
+        """Computes what an event stands for, if gradients are wanted, and hands it on."""
+        replayer = self._replayer
+        if self._gradients:
+            if kind == "joined":
+                replayer.joined(fields["worker"])
+            elif kind == "left":
+                replayer.left(fields["worker"])
+            elif kind == "released":
+                replayer.released(fields["worker"], fields["piece"], fields["version"])
+            elif kind == "pushed":
+                fields["checksum"] = replayer.pushed(fields["seq"], fields["worker"])
+            elif kind == "dropped":
+                replayer.dropped(fields["seq"])
+            elif kind == "merged":
+                self._merge(fields)
+        self._emit(kind, fields)
+        if kind == "merged" and self._gradients:
+            self._evaluate_at_milestones(fields)
+
+    def _merge(self, fields: dict[str, Any]) -> None:
+        parts = zip(fields["contributions"], fields["weights"], fields["staleness"], strict=True)
+        self._before = self._replayer.merger.microbatches // self._pieces.microbatches
+        update = self._replayer.merged(fields["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
+        done = self._replayer.merger.microbatches // self._pieces.microbatches
+        fields |= {
+            "step": done, "objective": update.objective, "terms": update.terms, "items": update.items,
+            "lr": update.rate, "grad_norm": update.norm, "checksum": self._replayer.checksum(),
+        }  # fmt: skip
+        self._items = (self._items or 0) + update.items
+        self._objective_first = self._objective_first or update.objective
+        self._objective_last = update.objective
+
+    def _evaluate_at_milestones(self, fields: Mapping[str, Any]) -> None:
+        every, done = self._recipe.evaluate_every, fields["step"]
+        if every and done < self._recipe.steps and self._before // every != done // every:
+            self._evaluate(fields["version"], fields["t_s"])
+
+    def _evaluate(self, version: int, t_s: float) -> None:
+        batches = batches_held_out(self._replica)
+        if not batches:
+            return
+        terms = self._replayer.terms
+        found = list(evaluate(self._replica, batches, range(len(batches)), terms, lambda: None))
+        result = Evaluation.of(terms, [each[1] for each in found], [each[2] for each in found])
+        self._held_out = {
+            "version": version, "objective": result.objective, "terms": result.terms, "items": result.items,
+            **result.bits_per_byte(self._replica),
+        }  # fmt: skip
+        self._emit("evaluated", {"t_s": t_s, "clock": "virtual", **self._held_out})
+
+    def _start(self, microbatch_s: float) -> None:
+        recipe, data = self._recipe, self._replica.data
+        team = Team(workers=self._cluster.workers, slow=self._cluster.slow)
+        if self._folder is not None:
+            self._folder.recipe_path.write_text(dumps(recipe, team))
+        self._emit(
+            "run_started",
+            {
+                "t_s": 0.0, "clock": "virtual", "schema": SCHEMA,
+                "folder": str(self._folder.path) if self._folder else "",
+                "recipe": recipe.to_table(), "team": to_table(team), "fingerprint": recipe.fingerprint(),
+                "data_digest": digest(data), "samples": len(data.train),
+                "parameters": sum(p.numel() for p in self._replica.parameters), "version": 0, "step": 0,
+                "steps": recipe.steps, "resumed": False, "engine": "virtual", "cut": self._cluster.workers,
+                "libraries": {}, "import_paths": [], "microbatch_s": microbatch_s,
+            },
+        )  # fmt: skip
+
+    def _end(self, found: Schedule, scheduled_s: float, took_s: float) -> dict[str, Any]:
+        digest = None
+        if self._gradients:
+            self._evaluate(found.versions, found.wall_s)
+            state = state_of(self._replayer)
+            digest = digest_of_state(state)
+            if self._folder is not None:
+                checkpoint.save(
+                    self._folder.checkpoints, version=found.versions, model_state=state,
+                    training_state=self._replayer.merger.training_state(), meta={}, keep=1,
+                    fingerprint=self._recipe.fingerprint(),
+                )  # fmt: skip
+        result = {
+            "recipe": self._recipe.name,
+            "rule": self._recipe.rule.name,
+            "engine": "virtual",
+            "digest": digest,
+            "steps": self._recipe.steps,
+            "versions": found.versions,
+            "items": self._items,
+            "workers": self._cluster.workers,
+            "microbatches": self._recipe.microbatches,
+            "contributions": found.contributions,
+            "objective_first": self._objective_first,
+            "objective_last": self._objective_last,
+            "held_out": self._held_out.get("objective"),
+            "bits_per_byte": self._held_out.get("bits_per_byte"),
+            "wall_s": found.wall_s,
+            "items_per_s": self._items / found.wall_s if self._items and found.wall_s else None,
+            "restarts": found.failures,
+            "bytes_sent": found.bytes_sent,
+            "staleness_mean": found.staleness_mean,
+            "staleness_max": found.staleness_max,
+            "lead_max": found.lead_max,
+            "idle_share": [round(float(share), 4) for share in found.idle_share],
+            "dropped": found.dropped,
+            "simulated_in_s": round(took_s, 3),
+            "scheduled_in_s": round(scheduled_s, 3),
+        }
+        if self._folder is not None:
+            self._folder.write_result(result)
+        self._emit(
+            "run_ended",
+            {
+                "t_s": found.wall_s, "clock": "virtual", "version": found.versions, "digest": digest, "result": result,
+                "interrupted": False,
+            },
+        )  # fmt: skip
+        return result
+
+    def _emit(self, kind: str, fields: dict[str, Any]) -> None:
+        event = {"kind": kind, **fields}
+        if self._tape is not None:
+            self._tape.write(event)
+        if kind in ("run_started", "merged", "evaluated", "run_ended", "left", "warned") and (
+            self._gradients or kind != "merged"
+        ):
+            self._tell(event)
+
+
+def _slow(text: str) -> Any:
+    from instep.clock.slow import parse_slow
+
+    return parse_slow(text) if text else ()

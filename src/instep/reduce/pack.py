@@ -1,0 +1,55 @@
+"""A model's trained weights and buffers as one run of bytes, in the types that they have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_ALIGN = 64
+
+
+class Pack:
+    """Where each of a module's trained parameters and buffers lies in a vector of bytes.
+
+    `size_bytes` is its length. The parameters come first, in the order given, then all buffers by name.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[Tensor]):
+        buffers = dict(module.named_buffers())
+        self._tensors = [*parameters, *buffers.values()]
+        self._parameters = len(parameters)
+        self._offsets: list[int] = []
+        end = 0
+        for tensor in self._tensors:
+            self._offsets.append(end)
+            end += -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
+        self.size_bytes = max(end, _ALIGN)
+
+    def save(self, into: Tensor) -> None:
+        """Copies the module's present state into `into` ([size_bytes], uint8, on the CPU)."""
+        with torch.no_grad():
+            for view, tensor in zip(self._views(into), self._tensors, strict=True):
+                view.copy_(tensor)
+
+    def load(self, saved: Tensor) -> None:
+        """Gives the module the state in `saved` ([size_bytes], uint8)."""
+        with torch.no_grad():
+            for view, tensor in zip(self._views(saved), self._tensors, strict=True):
+                tensor.copy_(view)
+
+    def parameters(self, saved: Tensor) -> list[Tensor]:
+        """The parameters in `saved`, as views of it."""
+        return self._views(saved)[: self._parameters]
+
+    def empty(self) -> Tensor:
+        """A vector of this length, on the CPU."""
+        return torch.empty(self.size_bytes, dtype=torch.uint8)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        views = []
+        for offset, tensor in zip(self._offsets, self._tensors, strict=True):
+            part = flat[offset : offset + tensor.numel() * tensor.element_size()]
+            views.append(part.view(tensor.dtype).view(tensor.shape))
+        return views

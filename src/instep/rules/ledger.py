@@ -1,0 +1,398 @@
+"""The ledger: the state machine that obeys an update rule. Events in, actions out; no torch, no clock, no I/O.
+
+Every engine drives the same ledger: it tells it who joined, left and pushed, and carries out what comes back, in
+order. What is promised, in any order of events:
+
+- A piece is merged exactly once. One whose worker left, or whose contribution was dropped, is given out again.
+- Under order "arrival", no worker starts on a contribution while it is more than `max_lead` rounds ahead of the
+  slowest one whose contribution can still be merged; under order "round", none starts on a round that is more than
+  `max_lead` after the one that merges next, nor on one that would be too old when it merges.
+- No contribution merges with more than `max_staleness`.
+- While a worker is active and the run is not finished, some worker has work.
+
+What an event makes possible comes in this order: updates first, then releases, so that a worker starts from weights
+that have its own last contribution in them wherever that is merged.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+from instep.rules.actions import Action, Contribution, Drop, Finish, Merge, Release
+from instep.rules.rule import UpdateRule
+from instep.rules.work import Pieces
+
+__all__ = ["Action", "Contribution", "Drop", "Finish", "Ledger", "Merge", "Release"]
+
+_BY_PIECE = attrgetter("piece")
+_BY_NUMBER = attrgetter("number")
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """An active worker. `piece` is -1 while it has none; `doomed`: what it computes will be too old to merge."""
+
+    number: int
+    rounds: int
+    piece: int = -1
+    base: int = 0
+    doomed: bool = False
+    active: bool = True
+
+
+class Ledger:
+    """The state of one run under a rule.
+
+    Times are seconds since any moment that the caller likes; they matter under a rule with `max_wait_s` alone.
+    """
+
+    def __init__(self, rule: UpdateRule, pieces: Pieces):
+        self.rule, self.pieces = rule, pieces
+        self.version = 0
+        """Updates so far."""
+        self.merged_pieces = 0
+        self.merged_microbatches = 0
+        self.round = 0
+        """The round that merges next; under order "arrival" the count of the slowest worker."""
+        self._by_round = rule.order == "round"
+        self._lead = rule.max_lead
+        self._limit = rule.max_staleness
+        if self._by_round and self._limit is not None:  # here a round is a version: what is ahead by n will be n old
+            self._lead = self._limit if self._lead is None else min(self._lead, self._limit)
+            self._limit = None
+        self._whole = rule.synchronous and pieces.whole_rounds
+        self._bare = rule.weight == "items"
+        self._count = pieces.count
+        self._per_round = pieces.workers
+        self._next_piece = 0
+        self._returned: list[int] = []  # a heap
+        self._seq = 0
+        self._pending: dict[int, list[Contribution]] = {}  # by round; all under 0 where order is arrival
+        self._waiting_since_s: float | None = None  # when the first of those came, where order is arrival
+        self._workers: dict[int, _Worker] = {}
+        self._quorum = 1
+        self._idle: deque[_Worker] = deque()
+        self._blocked: deque[_Worker] = deque()  # held back by max_lead: all are one round too far ahead
+        # These two are kept under order "arrival" alone.
+        self._at_round: dict[int, int] = {}  # how many active workers that are not doomed have so many rounds
+        self._busy_at: dict[int, set[int]] = {}  # who computes from which version and is not doomed, with a limit
+        self._in_flight = 0
+        self._finished = False
+
+    # Events
+
+    def joined(self, worker: int, now_s: float = 0.0) -> list[Action]:
+        """A worker is there and wants work. It counts as as far as the slowest."""
+        assert worker not in self._workers, f"worker {worker} is active already"
+        state = _Worker(worker, self.round)
+        self._workers[worker] = state
+        self._quorum = self.rule.quorum_of(len(self._workers))
+        self._count_in(state)
+        self._rest(state)
+        return self._settle([], now_s)
+
+    def left(self, worker: int, now_s: float = 0.0) -> list[Action]:
+        """A worker is gone. What it pushed stays; what it was computing is given out again."""
+        state = self._workers.pop(worker)
+        self._quorum = self.rule.quorum_of(len(self._workers))
+        state.active = False
+        if state.piece >= 0:
+            self._stop(state)
+            heapq.heappush(self._returned, state.piece)
+        if not state.doomed:
+            self._count_out(state)
+        return self._settle([], now_s)
+
+    def pushed(self, worker: int, items: int, now_s: float = 0.0) -> list[Action]:
+        """A worker has finished the piece it was released for; `items` it held of the objective's first term."""
+        state = self._workers[worker]
+        assert state.piece >= 0, f"worker {worker} has no work"
+        contribution = Contribution(self._seq, worker, state.piece, state.base, items)
+        self._seq += 1
+        self._stop(state)
+        state.piece = -1
+        actions: list[Action] = []
+        if state.doomed:  # it does not count as a round
+            state.doomed = False
+            state.rounds = max(state.rounds, self.round)
+            self._count_in(state)
+            staleness = self.version - contribution.base
+            why = f"its staleness, {staleness}, is above max_staleness, {self._limit}"
+            actions.append(self._drop(contribution, why))
+        else:
+            self._count_on(state)
+            if self._waiting_since_s is None and not self._by_round:
+                self._waiting_since_s = now_s
+            key = contribution.piece // self._per_round if self._by_round else 0
+            self._pending.setdefault(key, []).append(contribution)
+        self._rest(state)
+        return self._settle(actions, now_s)
+
+    def passed(self, now_s: float) -> list[Action]:
+        """It is `now_s`. To be called at `deadline_s`; at any other moment it does no harm."""
+        return self._settle([], now_s)
+
+    def recover(self) -> list[Action]:
+        """After a restart of everything: nobody is active, and what was not merged is given out again."""
+        for state in self._workers.values():
+            if state.piece >= 0:
+                heapq.heappush(self._returned, state.piece)
+            state.active = False
+        self._workers, self._at_round, self._busy_at = {}, {}, {}
+        self._idle.clear()
+        self._blocked.clear()
+        self._in_flight = 0
+        self._quorum = 1
+        lost = [contribution for pending in self._pending.values() for contribution in pending]
+        self._pending, self._waiting_since_s = {}, None
+        return [self._drop(contribution, "it was not merged before the run ended") for contribution in lost]
+
+    # State
+
+    @property
+    def finished(self) -> bool:
+        """Whether every piece is merged."""
+        return self._finished
+
+    @property
+    def active(self) -> list[int]:
+        """The active workers, in order."""
+        return sorted(self._workers)
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When `passed` must be called, unless another event changes it before; None while nothing waits for time."""
+        if self.rule.max_wait_s is None or self._waiting_since_s is None:
+            return None
+        return self._waiting_since_s + self.rule.max_wait_s
+
+    @property
+    def bases(self) -> set[int]:
+        """The versions that contributions in hand, computed or waiting, started from."""
+        computing = {state.base for state in self._workers.values() if state.piece >= 0}
+        return computing | {c.base for pending in self._pending.values() for c in pending}
+
+    @property
+    def next_seq(self) -> int:
+        """The `seq` of the contribution that is pushed next."""
+        return self._seq
+
+    def in_hand(self, worker: int) -> tuple[int, int]:
+        """The piece that a worker computes, and the version it computes from; piece -1 if it has none."""
+        state = self._workers[worker]
+        return state.piece, state.base
+
+    def lead_of(self, worker: int) -> int:
+        """How many rounds the worker is ahead: of the slowest, or under order "round" of the one that merges next."""
+        state = self._workers[worker]
+        if self._by_round:
+            return self.pieces.round_of(state.piece) - self.round if state.piece >= 0 else 0
+        return max(0, state.rounds - self.round)  # below 0 where what it computes is too old
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as plain values that JSON can hold."""
+        return {
+            "version": self.version,
+            "round": self.round,
+            "merged_pieces": self.merged_pieces,
+            "merged_microbatches": self.merged_microbatches,
+            "next_piece": self._next_piece,
+            "returned": sorted(self._returned),
+            "seq": self._seq,
+            "pending": [list(c) for pending in self._pending.values() for c in pending],
+            "waiting_since_s": self._waiting_since_s,
+            "workers": [
+                {"number": s.number, "rounds": s.rounds, "piece": s.piece, "base": s.base, "doomed": s.doomed}
+                for s in self._workers.values()
+            ],
+            "order": [state.number for state in [*self._idle, *self._blocked] if state.active],
+        }
+
+    @classmethod
+    def from_state(cls, rule: UpdateRule, pieces: Pieces, state: Mapping[str, Any]) -> Ledger:
+        """The ledger whose `state` this was, under the same rule and pieces."""
+        ledger = cls(rule, pieces)
+        ledger.version = state["version"]
+        ledger.merged_pieces, ledger.merged_microbatches = state["merged_pieces"], state["merged_microbatches"]
+        ledger._next_piece, ledger._returned, ledger._seq = state["next_piece"], list(state["returned"]), state["seq"]
+        ledger._finished = ledger.merged_pieces == ledger._count
+        ledger._waiting_since_s = state["waiting_since_s"]
+        for values in state["pending"]:
+            contribution = Contribution(*values)
+            key = pieces.round_of(contribution.piece) if ledger._by_round else 0
+            ledger._pending.setdefault(key, []).append(contribution)
+        for fields in state["workers"]:
+            worker = _Worker(**fields)
+            ledger._workers[worker.number] = worker
+            if not worker.doomed:
+                ledger._count_in(worker)
+            if worker.piece >= 0:
+                ledger._start(worker)
+        ledger.round = state["round"]
+        ledger._quorum = rule.quorum_of(len(ledger._workers))
+        for number in state["order"]:
+            ledger._rest(ledger._workers[number])
+        return ledger
+
+    # What follows from an event
+
+    def _settle(self, actions: list[Action], now_s: float) -> list[Action]:
+        """Updates and releases until nothing more can be done."""
+        while self._pending and self._merge(actions, now_s):
+            pass
+        self._release(actions)
+        return actions
+
+    def _merge(self, actions: list[Action], now_s: float) -> bool:
+        """Makes one update if the rule says so; whether it did."""
+        ready = self._pending.get(self.round if self._by_round else 0)
+        if not ready:
+            return False
+        if self._by_round:
+            if len(ready) < self.pieces.size_of(self.round):
+                return False
+            del self._pending[self.round]
+            ready.sort(key=_BY_PIECE)
+            self.round += 1
+        else:
+            if len(ready) < self._quorum and not self._waited_enough(now_s) and not self._nothing_else_can_come():
+                return False
+            del self._pending[0]
+            self._waiting_since_s = None
+        staleness = tuple([self.version - c.base for c in ready])
+        self.version += 1
+        self.merged_pieces += len(ready)
+        size_of = self.pieces.microbatches_of
+        for contribution in ready:
+            self.merged_microbatches += size_of(contribution.piece)
+        actions.append(Merge(self.version, tuple(ready), self._weights(ready, staleness), staleness))
+        if self._limit is not None:
+            self._doom(self.version - self._limit - 1)
+        if self.merged_pieces == self._count:
+            self._finished = True
+            actions.append(Finish(self.version))
+        return True
+
+    def _waited_enough(self, now_s: float) -> bool:
+        deadline_s = self.deadline_s
+        return deadline_s is not None and now_s >= deadline_s
+
+    def _nothing_else_can_come(self) -> bool:
+        """Nobody computes and no piece is left: a run that ends in the middle of a round merges what there is."""
+        return self._in_flight == 0 and not self._returned and self._next_piece == self._count
+
+    def _weights(self, ready: Sequence[Contribution], staleness: Sequence[int]) -> tuple[float, ...]:
+        if self._whole:
+            return (1.0,) * len(ready)  # they were divided by the items of the whole batch
+        if self._bare and len(ready) == 1:
+            return (1.0,)
+        items = sum([c.items for c in ready])
+        shares = [c.items / items for c in ready] if items else [1 / len(ready)] * len(ready)
+        if not self._bare:
+            shares = [share / (1 + old) for share, old in zip(shares, staleness, strict=True)]
+        return tuple(shares)
+
+    def _release(self, actions: list[Action]) -> None:
+        """Gives work to those who wait, if the gate lets them and there is some."""
+        if self._blocked and self._within_lead(self._blocked[0]):
+            self._idle.extend(self._blocked)
+            self._blocked.clear()
+        idle = self._idle
+        if self._by_round:
+            if not self._may_take():
+                return
+            if len(idle) > 1:  # in order, so that a run in lockstep repeats itself
+                self._idle = idle = deque(sorted(idle, key=_BY_NUMBER))
+        while idle:
+            if not idle[0].active:
+                idle.popleft()
+            elif self._may_take():
+                state = idle.popleft()
+                state.piece, state.base = self._take(), self.version
+                self._start(state)
+                actions.append(Release(state.number, state.piece, self.version))
+            else:
+                return
+
+    def _may_take(self) -> bool:
+        """Whether there is a piece that may be started on."""
+        piece = self._returned[0] if self._returned else self._next_piece
+        if piece == self._count:
+            return False
+        return not self._by_round or self._lead is None or piece // self._per_round - self.round <= self._lead
+
+    def _take(self) -> int:
+        """The next piece."""
+        if self._returned:
+            return heapq.heappop(self._returned)
+        self._next_piece += 1
+        return self._next_piece - 1
+
+    def _rest(self, state: _Worker) -> None:
+        """The worker waits for work, or for slower ones."""
+        (self._idle if self._within_lead(state) else self._blocked).append(state)
+
+    def _within_lead(self, state: _Worker) -> bool:
+        """Whether the worker may start on something, which under order "round" is asked of pieces instead."""
+        return self._by_round or self._lead is None or state.rounds - self.round <= self._lead
+
+    def _start(self, state: _Worker) -> None:
+        """The worker computes."""
+        self._in_flight += 1
+        if self._limit is not None and not state.doomed:
+            self._busy_at.setdefault(state.base, set()).add(state.number)
+
+    def _stop(self, state: _Worker) -> None:
+        """The worker no longer computes."""
+        self._in_flight -= 1
+        if self._limit is not None and not state.doomed:
+            self._busy_at[state.base].discard(state.number)
+
+    def _doom(self, base: int) -> None:
+        """Those who compute from version `base`, now too old, no longer hold anybody back."""
+        for number in self._busy_at.pop(base, ()):
+            state = self._workers[number]
+            state.doomed = True
+            self._uncount(state.rounds)
+        self._find_slowest()
+
+    def _drop(self, contribution: Contribution, why: str) -> Drop:
+        heapq.heappush(self._returned, contribution.piece)
+        return Drop(contribution, why)
+
+    # The slowest worker, under order "arrival". `round` never falls: who comes late starts from it.
+
+    def _count_in(self, state: _Worker) -> None:
+        if not self._by_round:
+            self._at_round[state.rounds] = self._at_round.get(state.rounds, 0) + 1
+            self._find_slowest()
+
+    def _count_out(self, state: _Worker) -> None:
+        if not self._by_round:
+            self._uncount(state.rounds)
+            self._find_slowest()
+
+    def _count_on(self, state: _Worker) -> None:
+        """The worker has done one more."""
+        if not self._by_round:
+            before = state.rounds
+            state.rounds += 1
+            self._at_round[state.rounds] = self._at_round.get(state.rounds, 0) + 1
+            self._uncount(before)
+            if before == self.round:
+                self._find_slowest()
+
+    def _uncount(self, rounds: int) -> None:
+        self._at_round[rounds] -= 1
+        if not self._at_round[rounds]:
+            del self._at_round[rounds]
+
+    def _find_slowest(self) -> None:
+        """Brings `round` up to date. Nobody at all leaves it as it is."""
+        if self._at_round and self.round not in self._at_round:
+            self.round = min(self._at_round)

@@ -1,0 +1,158 @@
+"""The update rules that have a name, each a function of a few arguments that gives an `UpdateRule`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any, get_args, get_type_hints
+
+from instep.errors import RecipeError
+from instep.rules.rule import UpdateRule
+from instep.tables import suggest
+
+_ROUNDS: dict[str, Any] = {"quorum": "all", "order": "round", "max_lead": 0, "max_staleness": 0}
+
+
+def synchronous() -> UpdateRule:
+    """Every worker in every update: bulk synchronous parallel (Valiant, 1990). The default, and the reference."""
+    return UpdateRule(name="synchronous", **_ROUNDS)
+
+
+def backup_workers(spare: int = 1) -> UpdateRule:
+    """Synchronous, without waiting for the `spare` slowest of each round (Chen et al., 2016, arXiv:1604.00981).
+
+    Departs from the paper in that a late worker's samples are not lost: they are given out again.
+    """
+    _check_count("backup_workers", "spare", spare)
+    return UpdateRule(name="backup_workers", quorum=f"all-{spare}", max_lead=0, max_staleness=0)
+
+
+def bounded_staleness(lead: int = 4) -> UpdateRule:
+    """Stale synchronous parallel, SSP: at most `lead` rounds ahead of the slowest (Ho et al., NIPS 2013).
+
+    With 0, rounds are merged whole and in the order of the tree, which is synchronous, bit for bit.
+    """
+    if lead == 0:
+        return UpdateRule(name="bounded_staleness", **_ROUNDS)
+    return UpdateRule(name="bounded_staleness", quorum="1", max_lead=lead)
+
+
+def softsync(splits: int = 2) -> UpdateRule:
+    """An update for each W / `splits` contributions, stale ones damped (Zhang et al., 2015, arXiv:1511.05950)."""
+    _check_count("softsync", "splits", splits)
+    return UpdateRule(name="softsync", quorum=f"all/{splits}", weight="staleness")
+
+
+def asynchronous() -> UpdateRule:
+    """Nobody waits: an update for each contribution (Downpour SGD: Dean et al., NIPS 2012)."""
+    return UpdateRule(name="asynchronous", quorum="1")
+
+
+def delay_compensated(strength: float = 0.04) -> UpdateRule:
+    """Asynchronous, gradients corrected to first order for their delay (DC-ASGD: Zheng et al., ICML 2017).
+
+    `strength` is the paper's lambda. The paper's adaptive variant is not built.
+    """
+    return UpdateRule(name="delay_compensated", quorum="1", compensation=strength)
+
+
+def local_sgd(local_steps: int = 8) -> UpdateRule:
+    """Each worker takes `local_steps` by itself, then weights are averaged (Stich, ICLR 2019)."""
+    return UpdateRule(name="local_sgd", local_steps=local_steps, outer="sgd", **_ROUNDS)
+
+
+def post_local_sgd(local_steps: int = 8, after: int = 100) -> UpdateRule:
+    """Averaging in every step for the first `after` global batches, then local SGD (Lin et al., ICLR 2020)."""
+    return UpdateRule(name="post_local_sgd", local_steps=local_steps, local_after=after, outer="sgd", **_ROUNDS)
+
+
+def diloco(local_steps: int = 500, outer_lr: float = 0.7, outer_momentum: float = 0.9) -> UpdateRule:
+    """Local steps, then an outer step of Nesterov momentum along their mean (Douillard et al., 2023, arXiv:2311.08105).
+
+    The outer rate and momentum are the paper's.
+    """
+    return UpdateRule(
+        name="diloco", local_steps=local_steps, outer="nesterov", outer_lr=outer_lr, outer_momentum=outer_momentum,
+        **_ROUNDS,
+    )  # fmt: skip
+
+
+def async_diloco(
+    local_steps: int = 50, buffer: int = 8, outer_lr: float = 0.7, outer_momentum: float = 0.9
+) -> UpdateRule:
+    """DiLoCo without waiting, with delayed Nesterov momentum (Liu et al., 2024, arXiv:2401.09135).
+
+    `buffer` updates share one step of the momentum; the paper takes several times the workers.
+    """
+    return UpdateRule(
+        name="async_diloco", quorum="1", local_steps=local_steps, outer="delayed_nesterov", outer_buffer=buffer,
+        outer_lr=outer_lr, outer_momentum=outer_momentum,
+    )  # fmt: skip
+
+
+_ALL: tuple[Callable[..., UpdateRule], ...] = (
+    synchronous, backup_workers, bounded_staleness, softsync, asynchronous, delay_compensated, local_sgd,
+    post_local_sgd, diloco, async_diloco,
+)  # fmt: skip
+
+PRESETS = {preset.__name__: preset for preset in _ALL}
+"""All presets by name, from the strictest to the loosest."""
+
+
+def parse(text: str) -> UpdateRule:
+    """The rule written as ``NAME[:VALUE][,field=value ...]``, as on the command line.
+
+    VALUE is the preset's first argument; each field is an argument of the preset or else a field of `UpdateRule`.
+    ``none`` stands for no bound. Raises RecipeError.
+    """
+    head, *rest = (part.strip() for part in text.split(","))
+    name, colon, value = (word.strip() for word in head.partition(":"))
+    if name not in PRESETS:
+        raise RecipeError(f"{name!r} is no update rule{suggest(name, PRESETS, 'the rules are')}")
+    preset = PRESETS[name]
+    arguments = inspect.signature(preset).parameters
+    given: dict[str, Any] = {}
+    if colon:
+        if not arguments:
+            raise RecipeError(f"rule '{name}' takes no value, and {text!r} gives it {value!r}.")
+        first = next(iter(arguments))
+        given[first] = _value(f"{name}:{first}", value, get_type_hints(preset)[first])
+    fields = get_type_hints(UpdateRule)
+    changes: dict[str, Any] = {}
+    for part in rest:
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if not equals:
+            raise RecipeError(f"{part!r} in the rule {text!r} is no 'field=value'.")
+        if key in given or key in changes:
+            raise RecipeError(f"'{key}' is given twice in the rule {text!r}.")
+        if key in arguments:
+            given[key] = _value(f"{name},{key}", value, get_type_hints(preset)[key])
+        elif key in fields:
+            changes[key] = _value(f"{name},{key}", value, fields[key])
+        else:
+            raise RecipeError(
+                f"rule '{name}' has no field {key!r}{suggest(key, [*arguments, *fields], 'its fields are')}"
+            )
+    return dataclasses.replace(preset(**given), **changes)
+
+
+def _check_count(rule: str, argument: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise RecipeError(f"'{rule}:{argument}' is {value!r}; it must be a whole number from 1.")
+
+
+def _value(where: str, text: str, hint: Any) -> Any:
+    """`text` as a number or None where `hint` takes one; as it is elsewhere."""
+    kinds = get_args(hint) or (hint,)
+    if text.lower() == "none" and type(None) in kinds:
+        return None
+    number = float if float in kinds else int if int in kinds else None
+    if number is None:
+        return text
+    try:
+        return number(text)
+    except ValueError:
+        what = "a number" if number is float else "a whole number"
+        bound = ", or none" if type(None) in kinds else ""
+        raise RecipeError(f"'{where}' is {text!r}; it must be {what}{bound}.") from None

@@ -1,0 +1,199 @@
+"""The update rule: who waits for whom, which contributions merge into an update, and with what weights.
+
+A rule is data, so that a recipe, a tape and a report can hold it. `instep.rules.ledger` is the one machine that obeys
+it. Two of its gates differ: `max_lead` holds a fast worker back (the clock gate of SSP), `max_staleness` drops an old
+contribution (the version gate).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from instep.errors import RecipeError
+from instep.tables import check_types
+
+_QUORUM = re.compile(r"all|all-(\d+)|all/(\d+)|(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRule:
+    """The dial. `instep.rules.presets` has the rules with a name in the literature.
+
+    Fields
+    ------
+    quorum: contributions that make an update: a number, "all" for one of each active worker, "all-2" for two fewer
+        (backup workers), "all/3" for a third of them, rounded up (softsync).
+    order: "round" merges the pieces of a round in the order of the canonical tree, once all are there; "arrival"
+        merges contributions as they come.
+    max_lead: rounds that a worker may be ahead of the slowest when it starts on a contribution; None for no bound.
+    max_staleness: versions that a contribution may be behind when it is merged; older ones are dropped and their
+        samples are given out again. None for no bound.
+    max_wait_s: seconds after the first waiting contribution at which an update is made with what has come, though the
+        quorum has not; only with order "arrival". None waits on.
+    local_steps: steps, H, that a worker takes by itself for one contribution.
+    local_after: global batches until `local_steps` holds; until then it is 1.
+    weight: "items" weighs the contributions of an update by their items; "staleness" also divides each one's share by
+        1 + its staleness, without making up for it: stale updates are smaller.
+    compensation: lambda of delay compensation: adds lambda * g * g * (weights now - weights of the base version) to
+        each gradient g.
+    outer: the server's optimizer. "none": contributions are gradients and the recipe's optimizer runs at the server.
+        Otherwise they are deltas (weights pulled minus weights after the local steps), the recipe's optimizer runs at
+        the worker, and the server takes a step of SGD with `outer_lr` and `outer_momentum` along their weighted mean,
+        plain ("sgd"), with Nesterov momentum ("nesterov"), or with momentum that is brought up to date only once in
+        `outer_buffer` updates ("delayed_nesterov").
+    name: of the preset it was made from, or of your own.
+
+    Raises RecipeError where the fields do not go together.
+    """
+
+    name: str = "custom"
+    quorum: str
+    order: Literal["round", "arrival"] = "arrival"
+    max_lead: int | None = None
+    max_staleness: int | None = None
+    max_wait_s: float | None = None
+    local_steps: int = 1
+    local_after: int = 0
+    weight: Literal["items", "staleness"] = "items"
+    compensation: float = 0.0
+    outer: Literal["none", "sgd", "nesterov", "delayed_nesterov"] = "none"
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
+    outer_buffer: int = 1
+
+    def __post_init__(self) -> None:
+        quorum: object = self.quorum
+        if type(quorum) is int:
+            object.__setattr__(self, "quorum", str(quorum))
+        check_types(self, "rule")
+        self._check_numbers()
+        self._check_together()
+
+    @classmethod
+    def from_text(cls, text: str) -> UpdateRule:
+        """The rule written as ``NAME[:VALUE][,field=value ...]``, see `instep.rules.presets.parse`."""
+        from instep.rules.presets import parse
+
+        return parse(text)
+
+    def quorum_of(self, workers: int) -> int:
+        """How many contributions make an update while `workers` are active: at least 1, at most all."""
+        match = _QUORUM.fullmatch(self.quorum)
+        assert match, "it was checked"
+        less, divisor, number = (int(group) if group else None for group in match.groups())
+        if number is not None:
+            wanted = number
+        elif less is not None:
+            wanted = workers - less
+        else:
+            wanted = -(-workers // (divisor or 1))
+        return max(1, min(wanted, workers))
+
+    @property
+    def gradients(self) -> bool:
+        """Whether contributions are gradients; else they are deltas."""
+        return self.outer == "none"
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether all workers wait for each other in every round, so that arrival decides nothing."""
+        return self.order == "round" and self.max_lead == 0
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether every update is one step of the recipe's optimizer on a whole global batch, in lockstep."""
+        return self.lockstep and self.gradients
+
+    def check_workers(self, workers: int) -> None:
+        """Raises RecipeError where the rule cannot be obeyed with so many workers at the start."""
+        match = _QUORUM.fullmatch(self.quorum)
+        less, divisor, number = (int(group) if group else None for group in (match.groups() if match else ()))
+        if number is not None and number > workers:
+            raise RecipeError(
+                f"'rule.quorum' is {number} and the team has {workers} {_workers(workers)}, fewer than an "
+                f"update takes; set it to {workers} or less, or take more workers."
+            )
+        if less is not None and less >= workers:
+            raise RecipeError(
+                f"'rule.quorum' is {self.quorum!r} and the team has {workers} {_workers(workers)}, so nobody would be "
+                f"waited for; keep fewer than {workers} in reserve, or take more workers."
+            )
+        if divisor is not None and divisor > workers:
+            raise RecipeError(
+                f"'rule.quorum' is {self.quorum!r} and the team has {workers} {_workers(workers)}: a part of less than "
+                f"one worker; divide by {workers} at most."
+            )
+
+    def warnings(self) -> list[str]:
+        """Sentences on what is allowed and known to go wrong."""
+        in_part = self.order == "arrival" and self.quorum != "all"
+        if self.outer in ("sgd", "nesterov") and self.outer_momentum and in_part:
+            return [
+                f"rule {self.name!r} applies outer momentum {self.outer_momentum:g} to few contributions at a time, as "
+                f"they come, which is known to diverge (Liu et al., 2024); set outer to 'delayed_nesterov' with an "
+                f"outer_buffer of several times the workers, or outer_momentum to 0."
+            ]
+        return []
+
+    def _check_numbers(self) -> None:
+        if not _QUORUM.fullmatch(self.quorum) or re.search(r"(^|\D)0+$", self.quorum):
+            raise RecipeError(
+                f"'rule.quorum' is {self.quorum!r}; write a number from 1, 'all', 'all-1' (one fewer) or 'all/2' "
+                f"(half of them)."
+            )
+        for key, least in (("local_steps", 1), ("local_after", 0), ("outer_buffer", 1)):
+            if getattr(self, key) < least:
+                raise RecipeError(f"'rule.{key}' is {getattr(self, key)}; it must be at least {least}.")
+        for key in ("max_lead", "max_staleness"):
+            value = getattr(self, key)
+            if value is not None and value < 0:
+                raise RecipeError(f"'rule.{key}' is {value}; it must be at least 0 (leave it out for no bound).")
+        if self.max_wait_s is not None and not 0 < self.max_wait_s < float("inf"):
+            raise RecipeError(
+                f"'rule.max_wait_s' is {self.max_wait_s}; it must be a finite number above 0 (leave it out to wait on)."
+            )
+        if not 0 <= self.compensation < float("inf"):
+            raise RecipeError(f"'rule.compensation' is {self.compensation}; it must be a finite number from 0.")
+        if not 0 < self.outer_lr < float("inf"):
+            raise RecipeError(f"'rule.outer_lr' is {self.outer_lr}; it must be a finite number above 0.")
+        if not 0 <= self.outer_momentum < 1:
+            raise RecipeError(f"'rule.outer_momentum' is {self.outer_momentum}; it must be from 0 to below 1.")
+
+    def _check_together(self) -> None:
+        if self.order == "round" and self.quorum != "all":
+            raise RecipeError(
+                f"'rule.order' is 'round', which waits for every piece, and 'rule.quorum' is {self.quorum!r}; set "
+                f"quorum to 'all', or order to 'arrival'."
+            )
+        if self.order == "round" and self.max_wait_s is not None:
+            raise RecipeError(
+                f"'rule.max_wait_s' is {self.max_wait_s}, and 'rule.order' is 'round', which waits for every piece; "
+                f"leave it out, or set order to 'arrival'."
+            )
+        if self.local_steps > 1 and self.gradients:
+            raise RecipeError(
+                f"'rule.local_steps' is {self.local_steps} and 'rule.outer' is 'none': after several local steps a "
+                f"contribution is a delta, which needs an outer optimizer; set rule.outer to 'sgd'."
+            )
+        if self.gradients and (self.outer_lr != 1 or self.outer_momentum or self.outer_buffer != 1):
+            raise RecipeError("outer_lr, outer_momentum and outer_buffer go with an outer optimizer; set rule.outer.")
+        if self.compensation and not self.gradients:
+            raise RecipeError("'rule.compensation' is for gradients; it goes with rule.outer 'none' alone.")
+        if self.outer_buffer > 1 and self.outer != "delayed_nesterov":
+            raise RecipeError(
+                f"'rule.outer_buffer' is {self.outer_buffer}, and 'rule.outer' is {self.outer!r}; only "
+                f"'delayed_nesterov' has a buffer."
+            )
+        if self.outer == "delayed_nesterov" and self.outer_buffer < 2:
+            raise RecipeError(
+                f"'rule.outer_buffer' is {self.outer_buffer}, too small to delay anything; set it to several times "
+                f"the workers, or rule.outer to 'nesterov'."
+            )
+        if self.local_after and self.local_steps == 1:
+            raise RecipeError("'rule.local_after' goes with 'rule.local_steps' above 1.")
+
+
+def _workers(count: int) -> str:
+    return "worker" if count == 1 else "workers"

@@ -1,0 +1,101 @@
+"""The work of a run, cut into the pieces that workers take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+from instep.rules.rule import UpdateRule
+
+
+class Work(NamedTuple):
+    """One piece: microbatches [start, stop) of each of the global batches [batch, batch + local_steps)."""
+
+    piece: int
+    batch: int
+    local_steps: int
+    start: int
+    stop: int
+
+    @property
+    def microbatches(self) -> int:
+        """How many microbatches it holds."""
+        return self.local_steps * (self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """All pieces of a run, numbered from 0 to `count`. W workers, M microbatches a batch, `steps` global batches.
+
+    A global batch is cut into ``parts = min(W, M)`` ranges of microbatches, as equal as may be. A piece is one such
+    range of `local_steps` batches in a row (of fewer at the run's end, of one before `local_after`). A round is W
+    pieces: with W up to M, the whole of its batches.
+    """
+
+    rule: UpdateRule
+    workers: int
+    microbatches: int
+    steps: int
+
+    @cached_property
+    def parts(self) -> int:
+        """Ranges that each batch is cut into."""
+        return min(self.workers, self.microbatches)
+
+    @cached_property
+    def groups(self) -> int:
+        """Groups of batches that are worked on together."""
+        single = self._single
+        return single - (single - self.steps) // self.rule.local_steps
+
+    @cached_property
+    def count(self) -> int:
+        """How many pieces there are."""
+        return self.groups * self.parts
+
+    @property
+    def whole_rounds(self) -> bool:
+        """Whether a round is the whole of its batches, so that its items can be counted beforehand."""
+        return self.workers <= self.microbatches
+
+    def work(self, piece: int) -> Work:
+        """Piece number `piece`."""
+        group, part = divmod(piece, self.parts)
+        batch, local_steps = self.batches_of(group)
+        start, stop = (edge * self.microbatches // self.parts for edge in (part, part + 1))
+        return Work(piece, batch, local_steps, start, stop)
+
+    def microbatches_of(self, piece: int) -> int:
+        """How many microbatches piece number `piece` holds: its `work(piece).microbatches`, faster."""
+        group, part = divmod(piece, self.parts)
+        size = self._sizes[part]
+        return size if self.rule.local_steps == 1 else size * self.batches_of(group)[1]
+
+    def batches_of(self, group: int) -> tuple[int, int]:
+        """The first batch of a group, and how many there are."""
+        single, length = self._single, self.rule.local_steps
+        if group < single:
+            return group, 1
+        batch = single + (group - single) * length
+        return batch, min(length, self.steps - batch)
+
+    def round_of(self, piece: int) -> int:
+        """The round that a piece belongs to."""
+        return piece // self.workers
+
+    def size_of(self, number: int) -> int:
+        """How many pieces a round has."""
+        return min(self.workers, self.count - number * self.workers)
+
+    @cached_property
+    def _sizes(self) -> tuple[int, ...]:
+        """Microbatches of each range of a batch."""
+        edges = [part * self.microbatches // self.parts for part in range(self.parts + 1)]
+        return tuple(stop - start for start, stop in pairwise(edges))
+
+    @cached_property
+    def _single(self) -> int:
+        """Groups of one batch, at the start."""
+        return self.steps if self.rule.local_steps == 1 else min(self.rule.local_after, self.steps)
