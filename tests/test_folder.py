@@ -141,12 +141,12 @@ def test_a_run_that_ended_has_its_last_digest_or_none(run: RunFolder) -> None:
     _, second = save(run, 1), save(run, 2)
     run.write_result({"steps": 2, "digest": "0" * 64})
     with pytest.raises(
-        CheckpointError, match=f"ended at step 2 with the digest 0+, .* is step-00000002 with {second.digest}"
+        CheckpointError, match=f"ended at version 2 with the digest 0+, .* is step-00000002 with {second.digest}"
     ):
         digest(run.path)
     run.write_result({"steps": 2, "digest": second.digest})
     os.truncate(second.path / MODEL, 20)
-    with pytest.raises(CheckpointError, match=r"ended at step 2 .* newest sound checkpoint is step-00000001") as caught:
+    with pytest.raises(CheckpointError, match=r"ended at version 2 .* newest sound checkpoint is step-00000001") as caught:
         digest(run.path)
     assert "model.safetensors has 20 bytes" in caught.value.detail
 

@@ -241,7 +241,7 @@ class _Run:
             self._holder[worker] = None
         if self._to_s[worker] > now_s:
             self._busy_s[worker] -= self._to_s[worker] - max(now_s, self._from_s[worker])
-        self._to_s[worker] = 0.0
+            self._to_s[worker] = 0.0
         self._away[worker] = True
         self._present_s[worker] += now_s - self._since_s[worker]
         self._failed += 1

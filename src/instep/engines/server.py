@@ -241,7 +241,7 @@ class _Server:
         ledger = self._ledger
         seq, piece, base = ledger.next_seq, *ledger.in_hand(worker)
         work, vectors = ledger.pieces.work(piece), self._vectors[worker]
-        covers = {"batch": work.batch, "local_steps": work.local_steps, "microbatches": [work.start, work.stop]}
+        covers = work.covers()
         items = facts.counts[self._terms[0]]
         sent_bytes = 4 * sum(p.numel() for p in self._replica.parameters) * len(facts.nodes)
         self._session.emit("computed", worker=worker, version=base, from_s=from_s, to_s=to_s, **covers)

@@ -28,6 +28,9 @@ LOOK_S = 0.2
 GRACE_S = 10.0
 """Seconds that workers have to leave after their last message."""
 
+SERVED_GRACE_S = 1.0
+"""Seconds that workers of the server engine have, all together: what they still compute is for nobody."""
+
 
 class ClientGone(Exception):
     """The client's process has ended, or wants no more."""
@@ -85,8 +88,9 @@ class Start:
                 looked = time.monotonic()
                 found = self._watch.look()
                 if found:
+                    number, why = found
                     with self._replacing():
-                        raise WorkerFailure(*found)
+                        raise WorkerFailure(number, why.replace(f"worker {number}", self._name(number), 1))
         return self._result()
 
     def _over(self) -> bool:
@@ -105,15 +109,21 @@ class Start:
             if not self._serving or not self._going or number == len(self._workers) - 1:
                 raise
             if not self._board.stop_wanted():
-                self._supervisor.count_restart(failure)
+                try:
+                    self._supervisor.count_restart(failure)
+                except WorkerError:
+                    self._supervisor.record("left", worker=number, why=failure.why)
+                    raise
             old = self._workers[number]
             old.process.kill()
             old.process.join()
             self._supervisor.pass_on_the_rest(old.pipe)
             old.pipe.close()
-            self._workers[-1].pipe.send(("left", number, failure.why))
+            with contextlib.suppress(OSError):  # the server is dead too, as will be seen
+                self._workers[-1].pipe.send(("left", number, failure.why))
             if self._board.stop_wanted():
                 old.ended = ({}, "", True, None, {})
+                self._watch.leave_out(number)
                 return
             new = self._supervisor.fork(number, None, self._descriptor, self._workers, old.incarnation + 1)
             self._workers[number] = new
@@ -147,7 +157,7 @@ class Start:
         elif what == "ready":
             worker.ready = (rest[0], rest[1])
             if self._going:
-                worker.pipe.send((self._facts, self._memory))
+                self._let_start(worker)
             elif all(other.ready for other in self._workers):
                 self._go()
         elif what == "ended":
@@ -191,8 +201,12 @@ class Start:
         )
         self._facts, self._memory = facts, memory
         for worker in self._workers:
-            worker.pipe.send((facts, memory))
+            self._let_start(worker)
         self._going = True
+
+    def _let_start(self, worker: Member) -> None:
+        with contextlib.suppress(OSError):  # it is dead, as will be seen
+            worker.pipe.send((self._facts, self._memory))
 
     def _compare(self, number: int, version: int, digest: str) -> None:
         digests = self._digests.setdefault(version, {})
@@ -210,7 +224,7 @@ class Start:
         worker.process.join(1)
         code, pid = worker.process.exitcode, worker.process.pid
         name = self._name(number)
-        log = self._supervisor.folder.logs / f"{name.replace(' ', '-')}.log"
+        log = self._supervisor.folder.logs / f"{name.removeprefix('the ').replace(' ', '-')}.log"
         if code is not None and code < 0:
             by = signal.Signals(-code).name
             hint = ", as the kernel does when memory runs out" if by == "SIGKILL" else ""
@@ -220,8 +234,9 @@ class Start:
         return WorkerFailure(number, why, detail=_tail(log))
 
     def _result(self) -> dict[str, Any]:
+        until = time.monotonic() + SERVED_GRACE_S
         for number, worker in enumerate(self._workers):
-            worker.process.join(GRACE_S)
+            worker.process.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
             if not self._serving:
                 assert worker.ended is not None
                 self._compare(number, -1, worker.ended[1])

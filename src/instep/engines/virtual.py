@@ -103,6 +103,8 @@ class _Simulation:
     def _live(self, kind: str, fields: dict[str, Any]) -> None:
         """Computes what an event stands for, if gradients are wanted, and hands it on."""
         replayer = self._replayer
+        if kind in ("computed", "pushed"):
+            fields |= self._pieces.work(fields["piece"]).covers()
         if self._gradients:
             if kind == "joined":
                 replayer.joined(fields["worker"])

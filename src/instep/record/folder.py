@@ -172,10 +172,10 @@ def _digest_of_run(run: RunFolder) -> str:
     computed, version = _recomputed(newest, manifest), manifest.version
     if run.result_path.is_file():
         result = run.read_result()
-        ended, claimed = result.get("steps"), result.get("digest")
+        ended, claimed = result.get("versions", result.get("steps")), result.get("digest")
         if isinstance(ended, int) and (ended > version or (ended == version and claimed != computed)):
             raise CheckpointError(
-                f"the run {run.path} ended at step {ended} with the digest {claimed}, and its newest sound checkpoint "
+                f"the run {run.path} ended at version {ended} with the digest {claimed}, and its newest sound checkpoint "
                 f"is {newest.name} with {computed}; give the path of a checkpoint for its digest, or resume the run.",
                 detail=detail,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from instep.rules.rule import UpdateRule
 
@@ -23,6 +23,10 @@ class Work(NamedTuple):
     def microbatches(self) -> int:
         """How many microbatches it holds."""
         return self.local_steps * (self.stop - self.start)
+
+    def covers(self) -> dict[str, Any]:
+        """What a tape says of it."""
+        return {"batch": self.batch, "local_steps": self.local_steps, "microbatches": [self.start, self.stop]}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""The virtual engine: real gradients along a schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instep.clock.network import Network
+from instep.clock.recorded import RecordedTimes
+from instep.clock.times import Failures, WorkerTimes
+from instep.engines.playback import replay
+from instep.engines.request import Cluster
+from instep.engines.virtual import simulate
+from instep.errors import RecordError
+from instep.recipe import Recipe
+from instep.record import tape
+from instep.record.folder import RunFolder, digest
+from instep.rules import PRESETS, UpdateRule
+from tests.reference import reference_digests
+from tests.workloads import ALL, convnet, gpt
+
+SMALL: dict[str, dict[str, int]] = {
+    "local_sgd": {"local_steps": 2},
+    "post_local_sgd": {"local_steps": 2, "after": 2},
+    "diloco": {"local_steps": 3},
+    "async_diloco": {"local_steps": 2, "buffer": 4},
+}
+TIMES = WorkerTimes.lognormal(0.1, 0.05, seed=1)
+
+
+def rule(name: str) -> UpdateRule:
+    return PRESETS[name](**SMALL.get(name, {}))
+
+
+def run(recipe: Recipe, folder: Path | None = None, *, gradients: bool = True, **cluster: Any) -> dict[str, Any]:
+    if folder is not None:
+        RunFolder.create(folder)
+    fields = {"workers": 3, "times": TIMES, "merge_s": 0.01, **cluster}
+    return simulate(recipe, Cluster(**fields), gradients, folder, lambda event: None)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_simulated_run_can_be_replayed(name: str, tmp_path: Path) -> None:
+    recipe = gpt(rule=rule(name))
+    failures = WorkerTimes.lognormal(0.1, 0.05, seed=1, failures=Failures(3.0, 0.5))
+    result = run(recipe, tmp_path / "run", times=failures, network=Network(1e6, 0.001))
+    found = replay(recipe, tape.read(tmp_path / "run" / "tape.jsonl"))
+    assert found.same, found.divergence
+    assert found.digest == result["digest"] == digest(tmp_path / "run")
+    assert result["steps"] == recipe.steps
+
+
+@pytest.mark.parametrize("workload", ALL)
+@pytest.mark.parametrize("workers", [1, 3, 8])
+@pytest.mark.parametrize("collective", [True, False])
+def test_synchronous_has_the_digest_of_lockstep(workload: str, workers: int, collective: bool) -> None:
+    recipe = ALL[workload](steps=4)
+    assert run(recipe, workers=workers, collective=collective)["digest"] == reference_digests(recipe)[4]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_times_and_bytes_do_not_depend_on_gradients(name: str) -> None:
+    recipe = convnet(rule=rule(name))
+    with_them, without = run(recipe), run(recipe, gradients=False)
+    keys = ("wall_s", "versions", "bytes_sent", "staleness_mean", "staleness_max", "lead_max", "idle_share", "dropped")
+    assert {key: with_them[key] for key in keys} == {key: without[key] for key in keys}
+    assert without["digest"] is None
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    recipe = gpt(rule=rule("asynchronous"), steps=3)
+    first, again = run(recipe), run(recipe)
+    assert first["digest"] == again["digest"]
+    other = run(recipe, times=WorkerTimes.lognormal(0.1, 0.05, seed=2))
+    assert other["digest"] != first["digest"]
+
+
+def test_recorded_times_are_lived_through_again() -> None:
+    times = RecordedTimes.of({0: [0.1, 0.2], 1: [0.3]}, 2)
+    draw = times.draws(2)
+    assert [draw(0), draw(0), draw(1), draw(0), draw(1)] == [0.1, 0.2, 0.3, 0.1, 0.3]
+    result = run(gpt(rule=rule("asynchronous"), steps=4), workers=2, times=times, merge_s=0.0)
+    # Pieces of 4 microbatches: worker 0 pushes at 0.4, 1.2, 1.6, 2.4, 2.8, worker 1 at 1.2, 2.4 and, the eighth, 3.6.
+    assert result["wall_s"] == pytest.approx(3.6)
+
+
+def test_a_worker_without_times_is_named() -> None:
+    with pytest.raises(RecordError, match="no time of worker 1"):
+        RecordedTimes.of({0: [0.1]}, 2)
+
+
+def test_more_workers_than_microbatches_take_one_each() -> None:
+    result = run(gpt(rule=rule("asynchronous"), steps=4), workers=20)
+    assert result["versions"] == 4 * 8
+    assert len(result["idle_share"]) == 20
