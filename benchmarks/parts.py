@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,29 @@ def text() -> Windows:
     windows = stdlib_text(CONTEXT).train
     assert isinstance(windows, Windows)
     return windows
+
+
+def short_text() -> Windows:
+    """The same text in windows of 16 bytes and one."""
+    windows = stdlib_text(16).train
+    assert isinstance(windows, Windows)
+    return windows
+
+
+class SleepyNextToken:
+    """Next-token prediction that sleeps `sleep_s` in every training forward."""
+
+    def __init__(self, sleep_s: float):
+        self._objective, self._sleep_s = NextToken(), sleep_s
+
+    def counts(self, batch: Tensor) -> int:
+        """As next-token prediction."""
+        return self._objective.counts(batch)
+
+    def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            time.sleep(self._sleep_s)
+        return self._objective(model, batch)
 
 
 class GatedNextToken:

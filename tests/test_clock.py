@@ -69,6 +69,26 @@ def test_a_call_may_ask_for_others_and_cancel_them_and_stop_the_loop() -> None:
     assert seen == [1.0, 1.5, 2.0, 2.5]
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.lists(st.integers(0, 9), max_size=3)), min_size=1, max_size=400))
+def test_calls_come_in_order_however_many_wait(asked: list[tuple[int, list[int]]]) -> None:
+    loop, seen, wanted = Loop(), [], []
+
+    def call(argument: tuple[int, list[int]]) -> None:
+        token, more = argument
+        seen.append((loop.now_s, token))
+        for delay in more:
+            ask(loop.now_s + delay, [])
+
+    def ask(time_s: float, more: list[int]) -> None:
+        wanted.append((time_s, len(wanted)))
+        loop.at(time_s, call, (len(wanted) - 1, more))
+
+    for time_s, more in asked:
+        ask(float(time_s), more)
+    loop.run()
+    assert seen == sorted(wanted)
+
+
 # Sharing a link
 
 

@@ -146,7 +146,7 @@ def test_a_run_that_ended_has_its_last_digest_or_none(run: RunFolder) -> None:
         digest(run.path)
     run.write_result({"steps": 2, "digest": second.digest})
     os.truncate(second.path / MODEL, 20)
-    with pytest.raises(CheckpointError, match=r"ended at version 2 .* newest sound checkpoint is step-00000001") as caught:
+    with pytest.raises(CheckpointError, match=r"version 2 .* newest sound checkpoint is step-00000001") as caught:
         digest(run.path)
     assert "model.safetensors has 20 bytes" in caught.value.detail
 

@@ -18,8 +18,8 @@ from instep.recipe import Recipe
 from instep.record import tape
 from instep.record.folder import RunFolder, digest
 from instep.rules import PRESETS, UpdateRule
-from tests.reference import reference_digests
-from tests.workloads import ALL, convnet, gpt
+from reference import reference_digests
+from workloads import ALL, convnet, gpt
 
 SMALL: dict[str, dict[str, int]] = {
     "local_sgd": {"local_steps": 2},

@@ -245,9 +245,13 @@ class Lockstep:
 
     @property
     def bytes_a_step(self) -> int:
-        """Bytes that the worker sends and takes in a step: its nodes, and the whole gradient."""
-        weights = sum(parameter.numel() for parameter in self.replica.parameters)
-        return 4 * weights * (len(self.reduction.nodes_of(self.worker)) + 1)
+        """Bytes that pass between the team's workers in a step: a reduce-scatter of all nodes, and an all-gather.
+
+        With one node a worker it is ``2 (W - 1)`` times the gradient, as with a ring all-reduce.
+        """
+        gradient_bytes = 4 * sum(parameter.numel() for parameter in self.replica.parameters)
+        others, nodes = self.workers - 1, len(self.reduction.nodes)
+        return gradient_bytes * nodes * others // self.workers + gradient_bytes * others
 
     def _report(self, step: int, totals: dict[str, int], from_s: float, to_s: float) -> None:
         own = [self._own.start, self._own.stop]

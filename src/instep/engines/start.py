@@ -279,7 +279,7 @@ class Start:
         if self._serving:
             return found[-1]
         return {
-            "bytes_sent": sum(each["bytes_sent"] for each in found),
+            "bytes_sent": found[0]["bytes_sent"],
             "staleness_mean": 0.0,
             "staleness_max": 0,
             "lead_max": 0,

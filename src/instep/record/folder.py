@@ -175,8 +175,9 @@ def _digest_of_run(run: RunFolder) -> str:
         ended, claimed = result.get("versions", result.get("steps")), result.get("digest")
         if isinstance(ended, int) and (ended > version or (ended == version and claimed != computed)):
             raise CheckpointError(
-                f"the run {run.path} ended at version {ended} with the digest {claimed}, and its newest sound checkpoint "
-                f"is {newest.name} with {computed}; give the path of a checkpoint for its digest, or resume the run.",
+                f"the run {run.path} ended at version {ended} with the digest {claimed}, and its newest sound "
+                f"checkpoint is {newest.name} with {computed}; give the path of a checkpoint for its digest, or resume "
+                f"the run.",
                 detail=detail,
             )
     return computed
