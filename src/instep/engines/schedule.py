@@ -7,12 +7,10 @@ inwards; the ledger hears of it, and the server carries out what the ledger answ
 
 from __future__ import annotations
 
-import gc
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from instep.clock.link import Link
-from instep.clock.loop import Loop
+from instep.clock.loop import Loop, uncollected
 from instep.clock.network import Network, all_reduce_bytes
 from instep.clock.times import WorkerTimes
 from instep.errors import RecipeError
@@ -141,8 +139,7 @@ class _Run:
             self._up = Link(loop, network.bandwidth_bytes_per_s, self._pushed)
 
         self._parts = pieces.parts
-        first = [pieces.work(part) for part in range(self._parts)]
-        self._microbatches_of = [work.stop - work.start for work in first]
+        self._microbatches_of = [work.stop - work.start for work in map(pieces.work, range(self._parts))]
         self._batches_of = [pieces.batches_of(group)[1] for group in range(pieces.groups)]
 
         self._draw = times.draws(workers)
@@ -178,7 +175,7 @@ class _Run:
         loop, ledger = self._loop, self._ledger
         for worker, time_s in enumerate(joins_s):
             loop.at(time_s, self._joined, worker)
-        with _uncollected():
+        with uncollected():
             loop.run()
         wall_s = self._finished_s
         assert wall_s >= 0, "the ledger gave nobody work and did not finish"
@@ -348,8 +345,8 @@ class _Run:
             elif type(action) is Drop:
                 self._drops += 1
                 if self._on_event:
-                    fields = {"t_s": at_s, "clock": "virtual", **_contribution_fields(action.contribution)}
-                    self._on_event("dropped", {**fields, "why": action.why})
+                    fields = {**_contribution_fields(action.contribution), "why": action.why}
+                    self._on_event("dropped", {"t_s": at_s, "clock": "virtual", **fields})
             else:
                 self._finished_s = at_s
                 loop.stop()
@@ -385,18 +382,6 @@ class _Run:
         if self._on_event:
             fields = {"t_s": at_s, "clock": "virtual", "worker": worker, "version": version, "piece": piece}
             self._on_event("released", fields)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's search for garbage in cycles, a quarter of the time where rounds are large; here is none."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _contribution_fields(contribution: Contribution) -> dict[str, Any]:

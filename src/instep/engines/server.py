@@ -11,6 +11,7 @@ import dataclasses
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import wait
@@ -183,6 +184,9 @@ class _Server:
         self._arrived: dict[int, tuple[Facts, Vectors]] = {}
         self._tally = Tally(session.recipe.rule, len(self._lines), session.clock)
         self._held_out = batches_held_out(replica)
+        self._heard: deque[tuple[Any, ...]] = deque()  # from the supervisor, not yet acted on
+        self._waiting: set[int] = set()
+        self._begun = False
 
     def run(self, lost: list[Action]) -> None:
         """Serves until every piece is merged, or until the run is asked to stop. `lost`: what a restart has cost."""
@@ -201,7 +205,9 @@ class _Server:
                 if line in listened:
                     self._hear(worker, line.receive())
             if session.pipe in listened:
-                self._hear_supervisor(session.pipe.recv())
+                self._heard.append(session.pipe.recv())
+            while self._heard:
+                self._hear_supervisor(self._heard.popleft())
             if deadline_s is not None and session.clock() >= deadline_s:
                 self._obey(self._ledger.passed(session.clock()))
             self._progress.train_s = time.monotonic() - began
@@ -225,15 +231,25 @@ class _Server:
             pid, host = rest
             self._session.emit("joined", worker=worker, pid=pid, host=host)
             self._tally.joined(worker)
-            self._obey(self._ledger.joined(worker, self._session.clock()))
+            self._waiting.add(worker)
+            if self._begun or len(self._waiting) == len(self._lines):
+                self._begin()
         else:
             self._pushed(worker, *rest)
+
+    def _begin(self) -> None:
+        """Lets in who waits: at first only once all are there, or the quickest would make up a quorum alone."""
+        self._begun = True
+        for worker in sorted(self._waiting):
+            self._obey(self._ledger.joined(worker, self._session.clock()))
+        self._waiting.clear()
 
     def _hear_supervisor(self, message: tuple[Any, ...]) -> None:
         _, worker, why = message
         self._incarnations[worker] += 1
         self._session.emit("left", worker=worker, why=why)
         self._tally.left(worker)
+        self._waiting.discard(worker)
         if worker in self._ledger.active:
             self._obey(self._ledger.left(worker, self._session.clock()))
 
@@ -345,9 +361,16 @@ class _Server:
         counts, sums = [each[1] for each in found], [each[2] for each in found]
         self._session.evaluated(self._progress, Evaluation.of(self._terms, counts, sums))
 
+    def _sync_tape(self) -> None:
+        """Whoever is killed now, no checkpoint holds updates that the tape lacks: no replay could make them."""
+        self._session.send_events()
+        self._session.pipe.send(("sync",))
+        while (message := self._session.pipe.recv()) != ("synced",):
+            self._heard.append(message)
+
     def _save(self) -> None:
         self._replica.doing = f"saving version {self._progress.version}"
-        self._session.send_events()
+        self._sync_tape()
         self._session.save(
             self._progress, self._replica.module.state_dict(), self._merger.training_state(),
             ledger=self._ledger.state(), cut=self._ledger.pieces.workers, steps=self._session.recipe.steps,

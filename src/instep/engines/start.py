@@ -152,6 +152,9 @@ class Start:
         what, *rest = message
         if what == "events":
             self._supervisor.pass_on(rest[0])
+        elif what == "sync":
+            self._supervisor.sync_tape()
+            worker.pipe.send(("synced",))
         elif what == "digest":
             self._compare(number, *rest)
         elif what == "ready":

@@ -146,6 +146,10 @@ class Supervisor:
         t_s = round(time.monotonic() - self.run.began, 6)
         self.pass_on([{"t_s": t_s, "clock": "wall", "kind": kind, **fields}])
 
+    def sync_tape(self) -> None:
+        """Makes sure that what was told so far outlives this process, and a power cut."""
+        self._tape.flush(sync=True)
+
     def pass_on(self, events: list[dict[str, Any]]) -> None:
         """Writes events to the tape and sends them to the client. On the tape, ``run_started`` comes first."""
         self._early += events
