@@ -231,7 +231,8 @@ def disturbed(name: str, workload: str) -> tuple[Recipe, Outcome]:
     """
     recipe = workloads.ALL[workload](rule=RULES[name], steps=6, evaluate_every=4)
     team = Team(workers=3, slow="0:1.5x,1:3x,2:1.5x", checkpoint_every=2, engine="server")
-    client = Client(at("released", 1, kill(1), worker=1))
+    rounds = RULES[name].lockstep  # then it surely comes to a second piece, with a state of its optimizer
+    client = Client(at("released", 2 if rounds else 1, kill(1), worker=1))
     return recipe, train_here(recipe, team, Path(_FOLDER.name) / f"{name}-{workload}", client=client)
 
 
