@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from cyclopts import App
@@ -86,11 +86,7 @@ def app(settings: Settings) -> App:
             ("rule", "recipe.rule", rule),
             ("slow", "team.slow", slow),
         )
-        for name, dotted, value in short:
-            if value is not None and dotted in dict(settings):
-                raise UsageError(f"--{name} and --{dotted} set the same field; give one of them.")
-        given = [(dotted, str(value)) for _, dotted, value in short if value is not None]
-        _train(recipe, [*settings, *given], out, resume)
+        _train(recipe, _with_short(settings, short), out, resume)
 
     @app.command(help=f"{COMMANDS['replay']}\n\n{_REPLAY}")
     def replay(run: Path, /, *, rule: str | None = None, out: Path | None = None) -> None:
@@ -177,9 +173,8 @@ def app(settings: Settings) -> App:
         """
         if contributions is not None and steps is not None:
             raise UsageError("--contributions and --steps both set the length; give one of them.")
-        short = (("recipe.steps", steps), ("recipe.seed", seed), ("recipe.rule", rule))
-        given = [(dotted, str(value)) for dotted, value in short if value is not None]
-        parsed, _ = _parsed(recipe, [*settings, *given])
+        short = (("steps", "recipe.steps", steps), ("seed", "recipe.seed", seed), ("rule", "recipe.rule", rule))
+        parsed, _ = _parsed(recipe, _with_short(settings, short))
         cluster = cluster_of(
             workers, times=times, persistence=persistence, slow=slow, failures=failures, restart=restart,
             bandwidth=bandwidth, latency=latency, merge=merge, collective=not server, seed=parsed.seed,
@@ -206,6 +201,21 @@ def app(settings: Settings) -> App:
         print(digest_of(path))
 
     return app
+
+
+def _with_short(settings: Settings, short: Iterable[tuple[str, str, object]]) -> Settings:
+    """`settings` and the short flags that were given: (flag, the name with dots that it stands for, value)."""
+    given = [(name, dotted, str(value)) for name, dotted, value in short if value is not None]
+    for name, dotted, _ in given:
+        if dotted in dict(settings):
+            raise UsageError(f"--{name} and --{dotted} set the same field; give one of them.")
+    return [*settings, *((dotted, value) for _, dotted, value in given)]
+
+
+def _import_paths(given: str | None) -> tuple[str, ...]:
+    """Where a recipe's modules are looked for: beside its file, and in the current folder."""
+    folders = [Path.cwd()] if given is None else [path_of(given).resolve().parent, Path.cwd()]
+    return tuple(dict.fromkeys(map(str, folders)))
 
 
 def _refuse(settings: Settings) -> None:
@@ -246,9 +256,8 @@ def _replay_under(run: Path, rule: str, out: Path | None) -> None:
 def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out: Path | None) -> None:
     from instep.engines.alone import simulate
 
-    paths = tuple(dict.fromkeys(map(str, (path_of(given).resolve().parent, Path.cwd()))))
     with Console(path=out) as console:
-        simulate(recipe, cluster, gradients=gradients, out=out, monitors=(console,), import_paths=paths)
+        simulate(recipe, cluster, gradients=gradients, out=out, monitors=(console,), import_paths=_import_paths(given))
 
 
 def _train(given: str | None, settings: Settings, out: Path | None, resume: Path | None) -> None:
@@ -268,8 +277,7 @@ def _train(given: str | None, settings: Settings, out: Path | None, resume: Path
 
     from instep.engines.launch import train
 
-    folders = [Path.cwd()] if given is None else [path_of(given).resolve().parent, Path.cwd()]
-    paths = tuple(dict.fromkeys(map(str, folders)))
+    paths = _import_paths(given)
     with _terminable(), Console(path=out or resume) as console:
         train(recipe, team=team, out=out, resume=resume, monitors=(console,), import_paths=paths)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,20 @@ class Failures:
             raise RecipeError(
                 f"the restart after a failure takes {self.restart_s:g} s; it must be a finite time from 0."
             )
+
+
+class _Rest(TypedDict, total=False):
+    """What every kind of `WorkerTimes` may be given."""
+
+    slow: tuple[Slow, ...]
+    failures: Failures | None
+    seed: int
+
+
+class _Varying(_Rest, total=False):
+    """And those that vary."""
+
+    persistence: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,67 +105,25 @@ class WorkerTimes:
             raise RecipeError(f"the standard deviation of times is {self.deviation_s:g} s; it must be finite, from 0.")
 
     @classmethod
-    def constant(
-        cls,
-        time_s: float,
-        *,
-        slow: tuple[Slow, ...] = (),
-        failures: Failures | None = None,
-        seed: int = 0,
-    ) -> WorkerTimes:
+    def constant(cls, time_s: float, **rest: Unpack[_Rest]) -> WorkerTimes:
         """Always the same."""
-        return cls(distribution="constant", mean_s=time_s, slow=slow, failures=failures, seed=seed)
+        return cls(distribution="constant", mean_s=time_s, **rest)
 
     @classmethod
-    def normal(
-        cls,
-        mean_s: float,
-        deviation_s: float,
-        *,
-        persistence: float = 0.0,
-        slow: tuple[Slow, ...] = (),
-        failures: Failures | None = None,
-        seed: int = 0,
-    ) -> WorkerTimes:
+    def normal(cls, mean_s: float, deviation_s: float, **rest: Unpack[_Varying]) -> WorkerTimes:
         """The normal distribution of this mean and standard deviation, given that it is above 0."""
-        return cls(
-            distribution="normal", mean_s=mean_s, deviation_s=deviation_s, persistence=persistence, slow=slow,
-            failures=failures, seed=seed,
-        )  # fmt: skip
+        return cls(distribution="normal", mean_s=mean_s, deviation_s=deviation_s, **rest)
 
     @classmethod
-    def lognormal(
-        cls,
-        mean_s: float,
-        deviation_s: float,
-        *,
-        persistence: float = 0.0,
-        slow: tuple[Slow, ...] = (),
-        failures: Failures | None = None,
-        seed: int = 0,
-    ) -> WorkerTimes:
+    def lognormal(cls, mean_s: float, deviation_s: float, **rest: Unpack[_Varying]) -> WorkerTimes:
         """The lognormal distribution that itself has this mean and standard deviation."""
-        return cls(
-            distribution="lognormal", mean_s=mean_s, deviation_s=deviation_s, persistence=persistence, slow=slow,
-            failures=failures, seed=seed,
-        )  # fmt: skip
+        return cls(distribution="lognormal", mean_s=mean_s, deviation_s=deviation_s, **rest)
 
     @classmethod
-    def bootstrap(
-        cls,
-        samples: Iterable[float] | Path,
-        *,
-        persistence: float = 0.0,
-        slow: tuple[Slow, ...] = (),
-        failures: Failures | None = None,
-        seed: int = 0,
-    ) -> WorkerTimes:
+    def bootstrap(cls, samples: Iterable[float] | Path, **rest: Unpack[_Varying]) -> WorkerTimes:
         """Times seen before, in seconds: a list, or a file of numbers with spaces, commas or line ends between them."""
         samples_s = _read(samples) if isinstance(samples, Path) else tuple(float(time_s) for time_s in samples)
-        return cls(
-            distribution="bootstrap", samples_s=samples_s, persistence=persistence, slow=slow, failures=failures,
-            seed=seed,
-        )  # fmt: skip
+        return cls(distribution="bootstrap", samples_s=samples_s, **rest)
 
     @classmethod
     def from_text(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 import cloudpickle
 
 from instep.clock.recorded import RecordedTimes
-from instep.engines.launch import Monitor, environment, saved
+from instep.engines.launch import Monitor, saved, start_process
 from instep.engines.request import Cluster, Replayed
 from instep.errors import WorkerError, by_name
 from instep.recipe import Recipe
@@ -93,13 +92,9 @@ def _in_child(
 ) -> Any:
     """What the function at `address` gives for (recipe, *arguments), in a process as a run's workers are."""
     ours, theirs = socket.socketpair()
-    path = [*paths, *sys.path]
-    code = f"import sys; sys.path[:] = {path!r}; from instep.engines.child import main; main({theirs.fileno()})"
     with tempfile.TemporaryFile() as log, ours, Connection(os.dup(ours.fileno())) as line:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            pass_fds=[theirs.fileno()], env=environment(recipe.threads),
-        )  # fmt: skip
+        path = [*paths, *sys.path]
+        process = start_process("instep.engines.child", theirs.fileno(), path, recipe.threads, log)
         theirs.close()
         try:
             line.send_bytes(cloudpickle.dumps((address, recipe.threads, (recipe, *arguments))))

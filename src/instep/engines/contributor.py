@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from instep.reduce.buffers import Buffers
 from instep.reduce.fold import Fold
 from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.pack import Pack
-from instep.reduce.reduction import norm_of
+from instep.reduce.reduction import clip, norm_of
 from instep.reduce.shared import Region
 from instep.reduce.tree import Node, maximal_nodes
 from instep.rules.work import Pieces, Work
@@ -76,7 +77,7 @@ class Contributor:
         self._fold: Fold | None = None
         self._summed: Tensor | None = None
 
-    @property
+    @cached_property
     def most_nodes(self) -> int:
         """The rows that the vectors of any contribution need at most."""
         return max(len(self._nodes(self.pieces.work(part))) for part in range(self.pieces.parts))
@@ -159,9 +160,7 @@ class Contributor:
                     f"the gradient is not finite in local step {batch - work.batch + 1} of {work.local_steps} on "
                     f"batch {batch}; lower the learning rate, clip the gradient, or train in float32."
                 )
-            largest = self.replica.recipe.clip_norm
-            if largest is not None and norm > largest:
-                self._summed.mul_(largest / (norm + 1e-6))
+            clip(self._summed, norm, self.replica.recipe.clip_norm)
             views = self.layout.views(self._summed)
             self.replica.update(batch, [view if i in touched else None for i, view in enumerate(views)])
             self._own_buffers(batches)

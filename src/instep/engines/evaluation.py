@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from instep.data.cursor import held_out_batches, load
 from instep.engines.replica import Replica
 from instep.randomness import key, seed_all
+from instep.record.checkpoint import Loaded
 from instep.restore import kept_module_state
 
 
@@ -29,6 +30,11 @@ class Progress:
     objective_first: float | None = None
     objective_last: float | None = None
     held_out: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def resumed(cls, saved: Loaded) -> Progress:
+        """Where the run stood at a checkpoint."""
+        return cls(**{**saved.meta["progress"], "version": saved.version})
 
     def merged(self, *, version: int, steps: int, items: int, objective: float | None) -> None:
         """Notes an update; `objective` is None for one without items."""
@@ -55,12 +61,13 @@ class Evaluation:
         means = {name: math.fsum(columns[i]) / totals[i] for i, name in enumerate(terms) if totals[i]}
         return cls(objective=math.fsum(means.values()), terms=means, items=totals[0])
 
-    def bits_per_byte(self, replica: Replica) -> dict[str, float]:
-        """For text and one term, the objective in the unit ``bits_per_byte``; else nothing."""
+    def facts(self, version: int, replica: Replica) -> dict[str, Any]:
+        """What a tape and a result say of it; with ``bits_per_byte`` for text and one term."""
         codec = replica.data.codec
         if codec is None or len(self.terms) != 1:
-            return {}
-        return {"bits_per_byte": self.objective / math.log(2) / codec.bytes_per_token}
+            return {"version": version, **asdict(self)}
+        bits = self.objective / math.log(2) / codec.bytes_per_token
+        return {"version": version, **asdict(self), "bits_per_byte": bits}
 
 
 def _rows(array: ArrayLike) -> list[Any]:
@@ -94,3 +101,18 @@ def evaluate(
             sums = replica.objective.sums(replica.module, batch)
             yield place, [counts[name] for name in terms], [float(sums[name]) for name in terms]
             advance()
+
+
+def evaluate_alone(
+    replica: Replica, batches: Sequence[range], terms: Sequence[str], advance: Callable[[], None] = lambda: None
+) -> Evaluation | None:
+    """The objective on all of `batches`, computed by this process; None if there are none."""
+    if not batches:
+        return None
+    found = list(evaluate(replica, batches, range(len(batches)), terms, advance))
+    return Evaluation.of(terms, [counts for _, counts, _ in found], [sums for *_, sums in found])
+
+
+def passes(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` steps lies after `before` and up to `now`; 0 has none."""
+    return bool(every) and before // every != now // every

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import cloudpickle
 
@@ -162,20 +162,11 @@ class _Client:
     def start(self, threads: int, path: list[str]) -> None:
         """Starts the supervisor. `path` becomes its ``sys.path``."""
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        theirs = self._theirs.fileno()
-        code = f"import sys; sys.path[:] = {path!r}; from instep.engines.supervisor import main; main({theirs})"
         # What a terminal or a scheduler sends to all is for the client alone, which asks the supervisor to end.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
             with self._log.open("ab") as log:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", code],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    pass_fds=[theirs],
-                    env=environment(threads),
-                )
+                self._process = start_process("instep.engines.supervisor", self._theirs.fileno(), path, threads, log)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._theirs.close()
@@ -279,7 +270,21 @@ def _deaf() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def environment(threads: int) -> dict[str, str]:
+def start_process(
+    module: str, descriptor: int, path: list[str], threads: int, log: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Starts ``main(descriptor)`` of `module` in a new process, which prints to `log`; `path` is its sys.path."""
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}; from {module} import main; main({descriptor})"],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        pass_fds=[descriptor],
+        env=_environment(threads),
+    )
+
+
+def _environment(threads: int) -> dict[str, str]:
     """The supervisor's environment: what must be set before Python, numpy and torch start."""
     return {
         **os.environ,

@@ -20,12 +20,12 @@ from torch import Tensor
 from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate
 from instep.engines.exchange import Exchange, regions
 from instep.engines.replica import Replica
-from instep.errors import NonFiniteError, ObjectiveError
-from instep.objectives import check_is_sum
+from instep.errors import NonFiniteError
+from instep.objectives import check_is_sum, no_items
 from instep.reduce.buffers import Buffers, changed_by_any
 from instep.reduce.fold import Fold
 from instep.reduce.layout import BLOCK, Layout
-from instep.reduce.reduction import Reduction, total_norm
+from instep.reduce.reduction import Reduction, clip, total_norm
 from instep.reduce.shared import Region, as_tensors, mark, wait_for
 from instep.reduce.tree import worker_ranges
 
@@ -160,7 +160,7 @@ class Lockstep:
         norm = total_norm(exchange.norms)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about_gradient(step, touched))
-        self._clip(norm)
+        clip(self._home, norm, replica.recipe.clip_norm)
         gradients = [view if seen else None for view, seen in zip(self._gradients, touched, strict=True)]
         rate = replica.update(step, gradients)
         if changed:
@@ -210,18 +210,9 @@ class Lockstep:
         wait_for(marks, value)
         self._pulse.waiting(False)
 
-    def _clip(self, norm: float) -> None:
-        largest = self.replica.recipe.clip_norm
-        if largest is not None and norm > largest:
-            self._home.mul_(largest / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ does
-
     def _check_totals(self, totals: dict[str, int], step: int) -> None:
         if not any(totals.values()):
-            counted = " and ".join(f"0 for term '{name}'" for name in totals)
-            raise ObjectiveError(
-                f"step {step} has no items to learn from: the objective counts {counted} over the whole batch; "
-                f"leave such samples out of the data set, or take a larger batch."
-            )
+            raise no_items(step, totals)
 
     def _terms_of(self, sums: Any, totals: dict[str, int], step: int) -> dict[str, float]:
         bad = np.argwhere(~np.isfinite(sums))
@@ -249,13 +240,13 @@ class Lockstep:
 
         With one node a worker it is ``2 (W - 1)`` times the gradient, as with a ring all-reduce.
         """
-        gradient_bytes = 4 * sum(parameter.numel() for parameter in self.replica.parameters)
+        gradient_bytes = 4 * self.replica.size
         others, nodes = self.workers - 1, len(self.reduction.nodes)
         return gradient_bytes * nodes * others // self.workers + gradient_bytes * others
 
     def _report(self, step: int, totals: dict[str, int], from_s: float, to_s: float) -> None:
         own = [self._own.start, self._own.stop]
-        nbytes = 4 * sum(p.numel() for p in self.replica.parameters) * len(self.reduction.nodes_of(self.worker))
+        nbytes = 4 * self.replica.size * len(self.reduction.nodes_of(self.worker))
         self._emit("computed", worker=self.worker, version=step, from_s=from_s, to_s=to_s, microbatches=own)
         self._emit("pushed", worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]])
 

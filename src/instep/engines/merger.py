@@ -15,11 +15,13 @@ from torch import Tensor
 
 from instep.engines.contributor import Facts, Vectors
 from instep.engines.replica import Replica
-from instep.errors import NonFiniteError, ObjectiveError
+from instep.errors import NonFiniteError
+from instep.objectives import no_items
 from instep.reduce.buffers import Buffers
+from instep.reduce.checksums import checksum
 from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.pack import Pack
-from instep.reduce.reduction import norm_of
+from instep.reduce.reduction import clip, norm_of
 from instep.reduce.tree import merge_plan
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces, Work
@@ -51,6 +53,13 @@ class Update:
     rate: float
     norm: float
 
+    def facts(self) -> dict[str, Any]:
+        """What a tape says of it."""
+        return {
+            "objective": self.objective, "terms": self.terms, "items": self.items, "lr": self.rate,
+            "grad_norm": self.norm,
+        }  # fmt: skip
+
 
 class Merger:
     """Holds the weights of a run, and the optimizer that changes them."""
@@ -75,11 +84,7 @@ class Merger:
         sums = {name: math.fsum(each.sums[name] for each in facts) for name in terms}
         means = {name: sums[name] / counts[name] for name in terms if counts[name]}
         if self.rule.lockstep and not means:
-            counted = " and ".join(f"0 for term '{name}'" for name in terms)
-            raise ObjectiveError(
-                f"step {step} has no items to learn from: the objective counts {counted} over the whole batch; "
-                f"leave such samples out of the data set, or take a larger batch."
-            )
+            raise no_items(step, terms)
         total = self._total(contributions)
         norm = norm_of(total, self.layout)
         if not math.isfinite(norm):
@@ -89,6 +94,10 @@ class Merger:
         self._average_buffers(contributions)
         self.microbatches += sum(each.work.microbatches for each in contributions)
         return Update(math.fsum(means.values()), means, counts[terms[0]], rate, norm)
+
+    def checksum(self) -> list[str]:
+        """Of the present weights, one for each parameter."""
+        return checksum(self.replica.parameters)
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
@@ -136,9 +145,7 @@ class Merger:
         if not self.rule.gradients:
             self._outer.step(total, self.replica.parameters)
             return self.rule.outer_lr
-        largest = self.replica.recipe.clip_norm
-        if largest is not None and norm > largest:
-            total.mul_(largest / (norm + 1e-6))
+        clip(total, norm, self.replica.recipe.clip_norm)
         views = self.layout.views(total)
         return self.replica.update(step, [view if i in touched else None for i, view in enumerate(views)])
 

@@ -14,7 +14,6 @@ from instep.engines.request import Replayed
 from instep.errors import RecordError
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
-from instep.reduce.checksums import checksum
 
 KEPT = 4
 """Checkpoints whose state is kept, for a run that was resumed from one: it keeps 3 itself by default."""
@@ -162,7 +161,7 @@ class _Playback:
 
     def _compare_merged(self, event: Mapping[str, Any]) -> None:
         replica = self._replayer.merger.replica
-        found = checksum(parameter.detach() for parameter in replica.parameters)
+        found = self._replayer.merger.checksum()
         if found == event["checksum"] or self._divergence:
             return
         names = [n for n, a, b in zip(replica.names, found, event["checksum"], strict=False) if a != b] or ["?"]

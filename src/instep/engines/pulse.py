@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,16 @@ class Watch:
 
     longest_look_s = 0.5
 
-    def __init__(self, board: PulseBoard, pids: list[int], answer_timeout_s: float, stall_timeout_s: float):
+    def __init__(
+        self,
+        board: PulseBoard,
+        pids: list[int],
+        answer_timeout_s: float,
+        stall_timeout_s: float,
+        names: Sequence[str] = (),
+    ):
         self._board, self._pids = board, pids
+        self._names = names or [f"worker {worker}" for worker in range(len(pids))]
         self._answer_timeout_s, self._stall_timeout_s = answer_timeout_s, stall_timeout_s
         self._beats, self._progress = board.beats.copy(), board.progress.copy()
         self._silent_s, self._stalled_s = np.zeros(len(pids)), np.zeros(len(pids))
@@ -119,13 +128,14 @@ class Watch:
             if self._silent_s[worker] >= self._answer_timeout_s:
                 how = ": it is stopped (SIGSTOP or a debugger)" if state in "Tt" else ""
                 return worker, (
-                    f"worker {worker} (pid {pid}) has not answered for {self._silent_s[worker]:.1f} s{how}; "
+                    f"{self._names[worker]} (pid {pid}) has not answered for {self._silent_s[worker]:.1f} s{how}; "
                     f"team.answer_timeout_s is {self._answer_timeout_s:g}."
                 )
             if self._stalled_s[worker] >= self._stall_timeout_s:
                 return worker, (
-                    f"worker {worker} (pid {pid}) answers, but has finished nothing for {self._stalled_s[worker]:.0f} "
-                    f"s; if its steps take that long, raise team.stall_timeout_s, now {self._stall_timeout_s:g}."
+                    f"{self._names[worker]} (pid {pid}) answers, but has finished nothing for "
+                    f"{self._stalled_s[worker]:.0f} s; if its steps take that long, raise team.stall_timeout_s, "
+                    f"now {self._stall_timeout_s:g}."
                 )
         return None
 

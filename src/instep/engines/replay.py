@@ -77,10 +77,6 @@ class Replayer:
         contributor.compute(work, saved, contributor.empty())
         self._contributors = {} if not self.recipe.rule.gradients else self._contributors
 
-    def checksum(self) -> list[str]:
-        """Of the present weights, one for each parameter."""
-        return checksum(parameter.detach() for parameter in self.merger.replica.parameters)
-
     def everybody_left(self) -> None:
         """The run starts again: what was computed and not merged is lost."""
         self._work, self._arrived, self._weights = {}, {}, {}

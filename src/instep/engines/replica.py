@@ -53,6 +53,11 @@ class Replica:
         torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
         self.doing = "waiting for the team"
 
+    @property
+    def size(self) -> int:
+        """How many weights are trained."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
     def batch(self, step: int, microbatch: int) -> Any | None:
         """The samples of one microbatch, collated, on the device; None where the ragged end of an epoch has none."""
         indices = self.cursor.microbatch(step, microbatch)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from instep.clock.slow import parse_slow, slow_factors
 from instep.engines.contributor import Contributor, Facts, Vectors
-from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate
+from instep.engines.evaluation import Progress, batches_held_out, evaluate_alone, passes
 from instep.engines.merger import Arrived, Merger
 from instep.engines.replica import Replica
 from instep.engines.session import Session
@@ -83,7 +83,7 @@ def serve(session: Session, descriptor: int) -> None:
     if saved is not None:
         _check_length(session, pieces, saved.meta)
         merger.load(saved.model_state, saved.training_state)
-        progress = Progress(**{**saved.meta["progress"], "version": saved.version})
+        progress = Progress.resumed(saved)
         state = saved.meta.get("ledger") or _state_after(pieces, saved.version)
         _check_begun(pieces, state, saved.meta)
         ledger = Ledger.from_state(session.recipe.rule, pieces, state)
@@ -182,7 +182,7 @@ class _Server:
         self._slots: dict[int, int] = {}  # where each version that is computed from lies
         self._bases: dict[int, Tensor] = {}  # older versions, which contributions that wait are compensated from
         self._arrived: dict[int, tuple[Facts, Vectors]] = {}
-        self._tally = Tally(session.recipe.rule, len(self._lines), session.clock)
+        self._tally = Tally(len(self._lines), session.clock)
         self._held_out = batches_held_out(replica)
         self._heard: deque[tuple[Any, ...]] = deque()  # from the supervisor, not yet acted on
         self._waiting: set[int] = set()
@@ -259,7 +259,7 @@ class _Server:
         work, vectors = ledger.pieces.work(piece), self._vectors[worker]
         covers = work.covers()
         items = facts.counts[self._terms[0]]
-        sent_bytes = 4 * sum(p.numel() for p in self._replica.parameters) * len(facts.nodes)
+        sent_bytes = 4 * self._replica.size * len(facts.nodes)
         self._session.emit("computed", worker=worker, version=base, from_s=from_s, to_s=to_s, **covers)
         self._session.emit(
             "pushed", seq=seq, worker=worker, version=base, piece=piece, **covers, items=items, bytes=sent_bytes,
@@ -338,28 +338,21 @@ class _Server:
         ]
         self._session.emit(
             "merged", version=action.version, step=done, contributions=contributions, weights=list(action.weights),
-            staleness=list(action.staleness), objective=update.objective, terms=update.terms, items=update.items,
-            lr=update.rate, grad_norm=update.norm,
-            checksum=checksum([p.detach() for p in self._replica.parameters]),
+            staleness=list(action.staleness), **update.facts(), checksum=self._merger.checksum(),
         )  # fmt: skip
         self._at_milestones(steps, done)
 
     def _at_milestones(self, before: int, now: int) -> None:
         recipe, team = self._session.recipe, self._session.assignment.team
-        every = recipe.evaluate_every
-        if every and now < recipe.steps and before // every != now // every:
+        if now < recipe.steps and passes(recipe.evaluate_every, before, now):
             self._evaluate()
-        if now < recipe.steps and before // team.checkpoint_every != now // team.checkpoint_every:
+        if now < recipe.steps and passes(team.checkpoint_every, before, now):
             self._save()
 
     def _evaluate(self) -> None:
-        if not self._held_out:
-            return
         self._replica.doing = f"evaluating version {self._progress.version}"
-        places = range(len(self._held_out))
-        found = list(evaluate(self._replica, self._held_out, places, self._terms, self._session.pulse.advance))
-        counts, sums = [each[1] for each in found], [each[2] for each in found]
-        self._session.evaluated(self._progress, Evaluation.of(self._terms, counts, sums))
+        found = evaluate_alone(self._replica, self._held_out, self._terms, self._session.pulse.advance)
+        self._session.evaluated(self._progress, found)
 
     def _sync_tape(self) -> None:
         """Whoever is killed now, no checkpoint holds updates that the tape lacks: no replay could make them."""

@@ -95,7 +95,7 @@ class Session:
         return {
             "data": self.data_facts()["digest"],
             "samples": self.data_facts()["samples"],
-            "parameters": sum(parameter.numel() for parameter in self.replica.parameters),
+            "parameters": self.replica.size,
             **more,
         }
 
@@ -138,8 +138,7 @@ class Session:
         """Notes the objective on held-out data."""
         if found is None or self.replica is None:
             return
-        bits = found.bits_per_byte(self.replica)
-        progress.held_out = {"version": progress.version, **asdict(found), **bits}
+        progress.held_out = found.facts(progress.version, self.replica)
         self.emit("evaluated", **progress.held_out)
 
     def sample(self) -> str | None:

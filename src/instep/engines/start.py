@@ -61,14 +61,16 @@ class Start:
     """The team between one start and its end."""
 
     def __init__(self, supervisor: Supervisor, workers: list[Member], descriptor: int):
-        self._supervisor, self._run, self._board = supervisor, supervisor.run, supervisor._board
+        self._supervisor, self._run, self._board = supervisor, supervisor.run, supervisor.board
         self._workers, self._descriptor = workers, descriptor
         self._digests: dict[int, dict[int, str]] = {}
         self._going = False
         self._serving = supervisor.run.engine == "server"
+        self._leader = len(workers) - 1 if self._serving else 0
         team = self._run.team
         pids = [worker.process.pid or 0 for worker in workers]
-        self._watch = Watch(self._board, pids, team.answer_timeout_s, team.stall_timeout_s)
+        names = [self._name(number) for number in range(len(workers))]
+        self._watch = Watch(self._board, pids, team.answer_timeout_s, team.stall_timeout_s, names)
 
     def watch(self) -> dict[str, Any]:
         """Serves the workers' messages until all have ended. Returns the result."""
@@ -88,15 +90,14 @@ class Start:
                 looked = time.monotonic()
                 found = self._watch.look()
                 if found:
-                    number, why = found
                     with self._replacing():
-                        raise WorkerFailure(number, why.replace(f"worker {number}", self._name(number), 1))
+                        raise WorkerFailure(*found)
         return self._result()
 
     def _over(self) -> bool:
         """Whether the run has ended: with the server, or else with all workers."""
         if self._serving:
-            return self._workers[-1].ended is not None
+            return self._workers[self._leader].ended is not None
         return all(worker.ended for worker in self._workers)
 
     @contextlib.contextmanager
@@ -106,7 +107,7 @@ class Start:
             yield
         except WorkerFailure as failure:
             number = failure.worker
-            if not self._serving or not self._going or number == len(self._workers) - 1:
+            if not self._serving or not self._going or number == self._leader:
                 raise
             if not self._board.stop_wanted():
                 try:
@@ -120,7 +121,7 @@ class Start:
             self._supervisor.pass_on_the_rest(old.pipe)
             old.pipe.close()
             with contextlib.suppress(OSError):  # the server is dead too, as will be seen
-                self._workers[-1].pipe.send(("left", number, failure.why))
+                self._workers[self._leader].pipe.send(("left", number, failure.why))
             if self._board.stop_wanted():
                 old.ended = ({}, "", True, None, {})
                 self._watch.leave_out(number)
@@ -172,15 +173,15 @@ class Start:
 
     def _go(self) -> None:
         """All workers are built: checks that they agree, gives them memory, lets them start."""
-        leader = len(self._workers) - 1 if self._serving else 0
-        facts, memory = self._workers[leader].ready or ({}, {})
+        facts, memory = self._workers[self._leader].ready or ({}, {})
         for number, worker in enumerate(self._workers):
             theirs = (worker.ready or ({}, {}))[0]
             for name, value in facts.items():
                 if name in theirs and theirs[name] != value:
                     raise WorkerError(
-                        f"worker {number} starts from other {name} than {self._name(leader)} ({theirs.get(name)} "
-                        f"instead of {value}); what builds them must depend on its arguments and the seed alone."
+                        f"worker {number} starts from other {name} than {self._name(self._leader)} "
+                        f"({theirs.get(name)} instead of {value}); what builds them must depend on its arguments and "
+                        "the seed alone."
                     )
         reserve(self._descriptor, memory)
         self._supervisor.record(
@@ -227,7 +228,7 @@ class Start:
         worker.process.join(1)
         code, pid = worker.process.exitcode, worker.process.pid
         name = self._name(number)
-        log = self._supervisor.folder.logs / f"{name.removeprefix('the ').replace(' ', '-')}.log"
+        log = self._supervisor.folder.log_of(name.removeprefix("the "))
         if code is not None and code < 0:
             by = signal.Signals(-code).name
             hint = ", as the kernel does when memory runs out" if by == "SIGKILL" else ""
@@ -243,7 +244,7 @@ class Start:
             if not self._serving:
                 assert worker.ended is not None
                 self._compare(number, -1, worker.ended[1])
-        ended = self._workers[-1 if self._serving else 0].ended
+        ended = self._workers[self._leader].ended
         assert ended is not None
         progress, digest, interrupted, sample, _ = ended
         held_out = progress["held_out"]
@@ -291,7 +292,7 @@ class Start:
         }
 
     def _name(self, number: int) -> str:
-        return "the server" if self._serving and number == len(self._workers) - 1 else f"worker {number}"
+        return "the server" if self._serving and number == self._leader else f"worker {number}"
 
 
 def _libraries() -> dict[str, str]:

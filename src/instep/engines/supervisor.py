@@ -55,7 +55,7 @@ class Supervisor:
                 return self._start(self._newest_checkpoint())
             except WorkerFailure as failure:
                 self.record("left", worker=failure.worker, why=failure.why)
-                if self._board.stop_wanted():
+                if self.board.stop_wanted():
                     raise Interrupted from None
                 self.count_restart(failure)
 
@@ -87,7 +87,7 @@ class Supervisor:
         descriptor = anonymous_file()
         serving = self.run.engine == "server"
         count = self.run.team.workers + serving
-        self._board = PulseBoard(count)
+        self.board = PulseBoard(count)
         self._lines = tuple(Line.open() for _ in range(self.run.team.workers if serving else 0))
         workers: list[Member] = []
         try:
@@ -126,7 +126,7 @@ class Supervisor:
         unused = [self.client, ours, *(other.pipe for other in others)]
         process = multiprocessing.get_context("fork").Process(
             target=_worker_main,
-            args=(unused, assignment, worker, theirs, self._board, descriptor),
+            args=(unused, assignment, worker, theirs, self.board, descriptor),
             name=f"worker-{worker}",
         )
         process.start()

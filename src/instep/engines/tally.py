@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from instep.rules.rule import UpdateRule
-
 
 class Tally:
     """Counts while the run goes on. `clock()` is seconds since the run's start."""
 
-    def __init__(self, rule: UpdateRule, workers: int, clock: Callable[[], float]):
-        self._rule, self._clock = rule, clock
-        self._versions = self._merged = self._dropped = self._bytes = 0
+    def __init__(self, workers: int, clock: Callable[[], float]):
+        self._clock = clock
+        self._merged = self._dropped = self._bytes = 0
         self._staleness_sum = self._staleness_max = self._lead_max = 0
         self._busy_s = [0.0] * workers
         self._there_s = [0.0] * workers
@@ -42,7 +40,6 @@ class Tally:
 
     def merged(self, staleness: Sequence[int]) -> None:
         """An update."""
-        self._versions += 1
         self._merged += len(staleness)
         self._staleness_sum += sum(staleness)
         self._staleness_max = max(self._staleness_max, *staleness)

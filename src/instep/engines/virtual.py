@@ -15,7 +15,7 @@ from typing import Any
 from instep.clock.times import WorkerTimes
 from instep.data import digest
 from instep.engines.child import Tell
-from instep.engines.evaluation import Evaluation, batches_held_out, evaluate
+from instep.engines.evaluation import batches_held_out, evaluate_alone, passes
 from instep.engines.replay import Replayer, state_of
 from instep.engines.replica import Replica
 from instep.engines.request import Cluster
@@ -64,7 +64,7 @@ class _Simulation:
         recipe, cluster = self._recipe, self._cluster
         microbatch_s, merge_s = self._measured()
         times = cluster.times or WorkerTimes.constant(microbatch_s, slow=_slow(cluster.slow), seed=recipe.seed)
-        size_bytes = 4 * sum(parameter.numel() for parameter in self._replica.parameters)
+        size_bytes = 4 * self._replica.size
         weights_bytes = self._replayer.merger.pack.size_bytes
         self._start(microbatch_s)
         keep = self._gradients or self._tape is not None
@@ -128,29 +128,24 @@ class _Simulation:
         update = self._replayer.merged(fields["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
         done = self._replayer.merger.microbatches // self._pieces.microbatches
         fields |= {
-            "step": done, "objective": update.objective, "terms": update.terms, "items": update.items,
-            "lr": update.rate, "grad_norm": update.norm, "checksum": self._replayer.checksum(),
-        }  # fmt: skip
+            "step": done,
+            **update.facts(),
+            "checksum": self._replayer.merger.checksum(),
+        }
         self._items = (self._items or 0) + update.items
         self._objective_first = self._objective_first or update.objective
         self._objective_last = update.objective
 
     def _evaluate_at_milestones(self, fields: Mapping[str, Any]) -> None:
-        every, done = self._recipe.evaluate_every, fields["step"]
-        if every and done < self._recipe.steps and self._before // every != done // every:
+        done = fields["step"]
+        if done < self._recipe.steps and passes(self._recipe.evaluate_every, self._before, done):
             self._evaluate(fields["version"], fields["t_s"])
 
     def _evaluate(self, version: int, t_s: float) -> None:
-        batches = batches_held_out(self._replica)
-        if not batches:
+        found = evaluate_alone(self._replica, batches_held_out(self._replica), self._replayer.terms)
+        if found is None:
             return
-        terms = self._replayer.terms
-        found = list(evaluate(self._replica, batches, range(len(batches)), terms, lambda: None))
-        result = Evaluation.of(terms, [each[1] for each in found], [each[2] for each in found])
-        self._held_out = {
-            "version": version, "objective": result.objective, "terms": result.terms, "items": result.items,
-            **result.bits_per_byte(self._replica),
-        }  # fmt: skip
+        self._held_out = found.facts(version, self._replica)
         self._emit("evaluated", {"t_s": t_s, "clock": "virtual", **self._held_out})
 
     def _start(self, microbatch_s: float) -> None:
@@ -165,7 +160,7 @@ class _Simulation:
                 "folder": str(self._folder.path) if self._folder else "",
                 "recipe": recipe.to_table(), "team": to_table(team), "fingerprint": recipe.fingerprint(),
                 "data_digest": digest(data), "samples": len(data.train),
-                "parameters": sum(p.numel() for p in self._replica.parameters), "version": 0, "step": 0,
+                "parameters": self._replica.size, "version": 0, "step": 0,
                 "steps": recipe.steps, "resumed": False, "engine": "virtual", "cut": self._cluster.workers,
                 "libraries": {}, "import_paths": [], "microbatch_s": microbatch_s,
             },

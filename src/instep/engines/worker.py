@@ -25,7 +25,7 @@ def main(assignment: Assignment, number: int, pipe: Connection, board: PulseBoar
     pulse = WorkerPulse(board, number, os.getppid())
     pulse.start()
     name = "server" if number == assignment.team.workers else f"worker {number}"
-    _redirect_output(RunFolder(assignment.folder).logs / f"{name.replace(' ', '-')}.log")
+    _redirect_output(RunFolder(assignment.folder).log_of(name))
     session = Session(assignment, number, pipe, pulse)
     try:
         if not assignment.lines:
@@ -56,7 +56,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     saved = session.saved()
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
-        progress = Progress(**{**saved.meta["progress"], "version": saved.version})
+        progress = Progress.resumed(saved)
     engine = Lockstep(replica, worker, team.workers, session.pulse, session.emit, session.clock)
     memory = engine.prepare(progress.version)
     facts = session.facts(

@@ -18,7 +18,7 @@ import functools
 import inspect
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast, overload
 
@@ -179,6 +179,15 @@ def learn_terms(bound: Bound, model: nn.Module, batch: Any) -> Bound:
         known = dataclasses.replace(bound, terms=tuple(bound.sums(model, batch)))
     known.counts(batch)
     return known
+
+
+def no_items(step: int, terms: Iterable[str]) -> ObjectiveError:
+    """The error for a step whose whole batch has no items of any of `terms`."""
+    counted = " and ".join(f"0 for term '{name}'" for name in terms)
+    return ObjectiveError(
+        f"step {step} has no items to learn from: the objective counts {counted} over the whole batch; leave such "
+        f"samples out of the data set, or take a larger batch."
+    )
 
 
 def check_is_sum(bound: Bound, model: nn.Module, batch: Any) -> None:

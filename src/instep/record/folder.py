@@ -84,6 +84,10 @@ class RunFolder:
         """The folder of what workers print."""
         return self.path / "logs"
 
+    def log_of(self, who: str) -> Path:
+        """Where a process of the team, "worker 0" or "server", prints."""
+        return self.logs / f"{who.replace(' ', '-')}.log"
+
     @property
     def result_path(self) -> Path:
         """The result, JSON, written when a run ends."""

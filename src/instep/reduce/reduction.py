@@ -65,6 +65,12 @@ def norm_of(flat: Tensor, layout: Layout) -> float:
     return total_norm(norms.cpu().numpy())
 
 
+def clip(flat: Tensor, norm: float, largest: float | None) -> None:
+    """Scales a flat gradient of L2 norm `norm` to `largest`, as torch.nn.utils.clip_grad_norm_; None leaves it."""
+    if largest is not None and norm > largest:
+        flat.mul_(largest / (norm + 1e-6))
+
+
 def total_norm(norms: NDArray[np.float32]) -> float:
     """The norm of the whole from those of all blocks."""
     return math.sqrt(math.fsum(np.square(norms, dtype=np.float64)))
