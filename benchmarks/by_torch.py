@@ -1,17 +1,19 @@
 """The contenders without Instep's engine: ``python -m benchmarks.by_torch OPTIONS``, the fields of `Options` as JSON.
 
-With more than one worker, DistributedDataParallel over gloo; with one, a plain PyTorch loop. Weights, batches and
-optimizer are those of the Instep contender.
+With more than one worker, DistributedDataParallel over gloo; with one, a plain PyTorch loop, which may wait for others
+after every step without giving them anything. Weights, batches and optimizer are those of the Instep contender.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,6 +29,7 @@ from instep.data.cursor import Cursor
 from instep.models import GPT
 from instep.optimizers import adamw
 from instep.randomness import key, seed_all
+from instep.reduce.shared import mark, wait_for
 
 
 def main(options: Options) -> None:
@@ -35,7 +38,7 @@ def main(options: Options) -> None:
         spawn(_ddp_worker, args=(options,), nprocs=options.workers)
     else:
         torch.set_num_threads(1)
-        _loop(options, 0, _model(), options.own or range(options.microbatches))
+        _loop(options, min(options.own, default=0), _model(), options.own or range(options.microbatches))
 
 
 def _ddp_worker(rank: int, options: Options) -> None:
@@ -57,7 +60,7 @@ def _loop(options: Options, rank: int, module: nn.Module, own: Sequence[int]) ->
     samples, gate, optimizer = text(), Gate(options.address), adamw(module.parameters())
     batch = SAMPLES * options.microbatches
     cursor = Cursor(samples=len(samples), batch=batch, microbatches=options.microbatches, seed=SEED)
-    objective = 0.0
+    objective, wait = 0.0, _barrier(options)
     for step in range(options.steps):
         gate.tick()
         optimizer.zero_grad(set_to_none=True)
@@ -70,7 +73,24 @@ def _loop(options: Options, rank: int, module: nn.Module, own: Sequence[int]) ->
                 loss.backward()
             objective += loss.item()
         optimizer.step()
+        wait(step + 1)
     options.leave(rank, objective=objective)
+
+
+def _barrier(options: Options) -> Callable[[int], None]:
+    """What a plain loop calls after a step, with the number of steps it has done."""
+    if not options.in_step:
+        return lambda done: None
+    path = Path(options.folder, "marks")
+    with path.open("ab") as file:
+        file.truncate(8 * options.in_step)
+    marks = np.memmap(path, np.int64, "r+")
+
+    def wait(done: int) -> None:
+        mark(marks, options.own[0] * options.in_step // options.microbatches, done)
+        wait_for(marks, done)
+
+    return wait
 
 
 def _unsynced(module: nn.Module) -> AbstractContextManager[Any]:

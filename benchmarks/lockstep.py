@@ -10,6 +10,8 @@ Contenders
     DDP: processes started by `torch.multiprocessing.spawn`, gloo on this machine, once with its defaults and once
     with its options for speed (`DDP_OPTIONS`); the faster one counts.
     No communication: two plain loops, each with its own microbatch and weights: the limit of two workers here.
+    In step: the same two loops, which wait for each other after every step and give each other nothing: what waiting
+    alone costs here, which nothing synchronous can avoid.
     Plain loop: one process; with 2 microbatches it accumulates gradients.
 
 Time
@@ -70,13 +72,17 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the work. `apart`: each worker is a program of its own and does only its own microbatches."""
+    """One way to do the work. `apart`: each worker is a program of its own and does only its own microbatches.
+
+    `in_step`: these programs wait for each other after every step.
+    """
 
     name: str
     module: str
     workers: int
     microbatches: int
     apart: bool = False
+    in_step: bool = False
     ddp: dict[str, Any] = field(default_factory=dict)
 
     def start(self, folder: Path, steps: int) -> Team:
@@ -93,6 +99,7 @@ class Contender:
                 workers=1 if self.apart else self.workers,
                 microbatches=self.microbatches,
                 own=own,
+                in_step=self.workers if self.in_step else 0,
                 ddp=self.ddp,
             )
             programs.append([sys.executable, "-m", self.module, json.dumps(asdict(options))])
@@ -105,9 +112,10 @@ TWO = Contender("Instep, 2 workers", INSTEP, 2, 2)
 DDP = Contender("DDP, defaults", TORCH, 2, 2)
 DDP_TUNED = Contender("DDP, tuned", TORCH, 2, 2, ddp=DDP_OPTIONS)
 SEPARATE = Contender("2 plain loops, no communication", TORCH, 2, 2, apart=True)
+WAITING = Contender("2 plain loops that wait for each other", TORCH, 2, 2, apart=True, in_step=True)
 ONE = {m: Contender(f"Instep, 1 worker, M = {m}", INSTEP, 1, m) for m in (1, 2)}
 PLAIN = {m: Contender(f"plain loop, M = {m}", TORCH, 1, m) for m in (1, 2)}
-TIMED = [TWO, DDP, DDP_TUNED, SEPARATE, ONE[1], PLAIN[1], ONE[2], PLAIN[2]]
+TIMED = [TWO, DDP, DDP_TUNED, SEPARATE, WAITING, ONE[1], PLAIN[1], ONE[2], PLAIN[2]]
 
 
 @dataclass(frozen=True)
@@ -253,11 +261,13 @@ def _lines(path: str) -> list[str]:
 
 
 def ratios(step_s: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Speed of Instep as a share of the others', by round: quartiles. Of both kinds of DDP the faster one is taken."""
+    """Speeds as shares of the others', by round: quartiles. Of both kinds of DDP the faster one is taken."""
     best = min((DDP.name, DDP_TUNED.name), key=lambda name: statistics.median(step_s[name]))
     pairs = {
         "2 workers / DDP": (TWO.name, best),
         "2 workers / no communication": (TWO.name, SEPARATE.name),
+        "2 workers / only waiting": (TWO.name, WAITING.name),
+        "only waiting / no communication": (WAITING.name, SEPARATE.name),
         "1 worker / plain loop, M = 1": (ONE[1].name, PLAIN[1].name),
         "1 worker / plain loop, M = 2": (ONE[2].name, PLAIN[2].name),
     }
@@ -312,13 +322,13 @@ def report(found: dict[str, Any], goals: list[Target]) -> str:
         f"GPT of {work['parameters']:,} weights, float32, AdamW (fused), no clipping; microbatches of {SAMPLES} x "
         f"{CONTEXT} tokens; {work['rounds']} rounds of {work['steps_per_block']} steps each",
         "",
-        f"{'step time, ms':<36}{'median':>9}{'quartiles':>17}",
+        f"{'step time, ms':<39}{'median':>9}{'quartiles':>17}",
     ]
     for name, step in found["step_ms"].items():
-        lines.append(f"{name:<36}{step['median']:>9.1f}{step['low']:>9.1f}{step['high']:>8.1f}")
-    lines += ["", f"{'Instep in speed, median over rounds':<36}{'ratio':>9}{'quartiles':>17}"]
+        lines.append(f"{name:<39}{step['median']:>9.1f}{step['low']:>9.1f}{step['high']:>8.1f}")
+    lines += ["", f"{'speed, median over rounds':<39}{'ratio':>9}{'quartiles':>17}"]
     for name, ratio in found["speed"].items():
-        lines.append(f"{name:<36}{ratio['median']:>9.3f}{ratio['low']:>9.3f}{ratio['high']:>8.3f}")
+        lines.append(f"{name:<39}{ratio['median']:>9.3f}{ratio['low']:>9.3f}{ratio['high']:>8.3f}")
     lines += [
         "",
         f"{'memory of a worker, MiB':<24}{'M/W':>4}{'Pss':>7}{'private':>9}{'heap':>7}{'files':>7}"

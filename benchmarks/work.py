@@ -23,6 +23,7 @@ class Options:
     steps: how many it does in all.
     workers, microbatches: of the team, and of each step.
     own: for a plain loop, the microbatches that it computes; empty for all.
+    in_step: of how many plain loops this is one, which wait for each other after every step; 0 for none.
     ddp: arguments for DistributedDataParallel beside the module.
     """
 
@@ -32,6 +33,7 @@ class Options:
     workers: int
     microbatches: int
     own: tuple[int, ...] = ()
+    in_step: int = 0
     ddp: dict[str, Any] = field(default_factory=dict)
 
     def leave(self, rank: int, **found: Any) -> None:

@@ -95,13 +95,14 @@ def mark(marks: NDArray[np.int64], worker: int, value: int) -> None:
 def wait_for(marks: NDArray[np.int64], value: int) -> None:
     """Returns when every mark is at least `value`.
 
-    It sleeps between looks, ever longer, so that workers without a core of their own don't hold up the others.
-    There is no time limit here: who waits is not at fault, and the supervisor ends the team when a worker fails.
+    It sleeps between looks, after a while ever longer, so that workers without a core of their own don't hold up the
+    others. There is no time limit here: who waits is not at fault, and the supervisor ends the team when a worker
+    fails.
     """
-    pause_s = 0.00002
+    looks = 0
     while int(marks.min()) < value:
-        time.sleep(pause_s)
-        pause_s = min(pause_s * 1.2, 0.001)
+        time.sleep(0.00005 if looks < 150 else min(0.00005 * 1.05 ** (looks - 150), 0.001))
+        looks += 1
     with _fence:
         pass
 
