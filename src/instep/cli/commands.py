@@ -129,6 +129,7 @@ def app(settings: Settings) -> App:
         merge: str | None = None,
         server: bool = False,
         gradients: bool = True,
+        batched: bool = False,
         out: Path | None = None,
     ) -> None:
         """Simulate.
@@ -168,6 +169,8 @@ def app(settings: Settings) -> App:
             Rules in lockstep too run on a server, not on all-reduce.
         gradients
             Whether to train; --no-gradients finds times, bytes, staleness and idle shares alone.
+        batched
+            Compute gradients of many workers at once: much faster for small models, with other bits than a real run.
         out
             The run folder to make; by default none.
         """
@@ -179,6 +182,7 @@ def app(settings: Settings) -> App:
             workers, times=times, persistence=persistence, slow=slow, failures=failures, restart=restart,
             bandwidth=bandwidth, latency=latency, merge=merge, collective=not server, seed=parsed.seed,
         )  # fmt: skip
+        cluster = dataclasses.replace(cluster, batched=batched)
         if contributions is not None:
             parsed = dataclasses.replace(parsed, steps=steps_for(parsed, workers, contributions))
         _simulate(recipe, parsed, cluster, gradients, out)

@@ -25,6 +25,9 @@ from instep.reduce.shared import Region
 from instep.reduce.tree import Node, maximal_nodes
 from instep.rules.work import Pieces, Work
 
+_COUNTED = 100_000
+"""Microbatches whose items are remembered, for virtual teams, where many ask for the same."""
+
 
 @dataclass
 class Vectors:
@@ -59,6 +62,20 @@ class Facts:
     posted: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a piece of work is computed from, under a rule without local steps.
+
+    batches: the samples by microbatch, None where there are none. counts: items by term. totals: what the sums are
+    divided by. nodes: the microbatches of each row of the contribution.
+    """
+
+    batches: Mapping[int, Any]
+    counts: Mapping[str, int]
+    totals: Mapping[str, int]
+    nodes: Sequence[Node]
+
+
 class Contributor:
     """Computes contributions with one replica.
 
@@ -72,10 +89,13 @@ class Contributor:
         self.pack = Pack(replica.module, replica.parameters)
         self.buffers = Buffers(replica.module)
         self.terms: tuple[str, ...] = ()
-        self._always: set[int] = set()
+        self.changing: set[int] = set()
+        """The buffers that training changes, by index."""
         self._advance = advance
         self._fold: Fold | None = None
         self._summed: Tensor | None = None
+        self._counted: dict[tuple[int, int], Mapping[str, int]] = {}  # items by batch and microbatch, the latest ones
+        self._whole: tuple[int, dict[str, int]] = (-1, {})  # the last batch that was counted whole, and its items
 
     @cached_property
     def most_nodes(self) -> int:
@@ -104,7 +124,7 @@ class Contributor:
         with torch.no_grad():
             self.replica.objective.sums(self.replica.module, samples)
         self.buffers.leave(filled=True)
-        self._always = {index for index, changed in enumerate(self.buffers.changed()) if changed}
+        self.changing = {index for index, changed in enumerate(self.buffers.changed()) if changed}
         self.buffers.begin()
         return samples
 
@@ -129,20 +149,27 @@ class Contributor:
                 totals[name] += count
         return totals
 
-    def _gradient(self, work: Work, into: Vectors) -> Facts:
+    def inputs(self, work: Work) -> Inputs:
+        """Loads what `work` is computed from, under a rule without local steps."""
         own = range(work.start, work.stop)
-        nodes = self._nodes(work)
         batches = {m: self.replica.batch(work.batch, m) for m in own}
         counts = self._counts(work.batch, own, batches)
         totals = counts
         if self.rule.synchronous and self.pieces.whole_rounds:
-            totals = self._counts(work.batch, range(self.pieces.microbatches), batches)
+            if self._whole[0] != work.batch:  # for all workers of a virtual team, they are counted once
+                self._whole = work.batch, self._counts(work.batch, range(self.pieces.microbatches), batches)
+            totals = self._whole[1]
+        return Inputs(batches, counts, totals, self._nodes(work))
+
+    def _gradient(self, work: Work, into: Vectors) -> Facts:
+        inputs = self.inputs(work)
+        nodes = inputs.nodes
         rows = list(into.gradient[: len(nodes)])
-        sums, touched = self._microbatches(work.batch, batches, totals, nodes, rows)
+        sums, touched = self._microbatches(work.batch, inputs.batches, inputs.totals, nodes, rows)
         posted = self._posted()
         self.buffers.post(posted, work.start, nodes, list(into.buffers[: len(nodes)]), into.integers)
-        filled = sum(batch is not None for batch in batches.values())
-        return Facts(tuple(nodes), counts, sums, filled, touched, posted)
+        filled = sum(batch is not None for batch in inputs.batches.values())
+        return Facts(tuple(nodes), inputs.counts, sums, filled, touched, posted)
 
     def _delta(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
         counts, sums = dict.fromkeys(self.terms, 0), dict.fromkeys(self.terms, 0.0)
@@ -174,7 +201,7 @@ class Contributor:
         with torch.no_grad():
             for view, before, parameter in zip(self.layout.views(row), pulled, self.replica.parameters, strict=True):
                 torch.sub(before.to(view.dtype), parameter.to(view.device, view.dtype), out=view)
-        posted = tuple(range(len(self.buffers.names))) if self._always else ()
+        posted = tuple(range(len(self.buffers.names))) if self.changing else ()
         self.buffers.begin()
         self.buffers.leave(filled=True)
         self.buffers.post(posted, 0, [(0, 1)], [into.buffers[0]], into.integers)
@@ -201,14 +228,15 @@ class Contributor:
             if samples is not None:
                 sums = self.replica.compute(batch, microbatch, samples, totals)
                 found.append({name: float(value) for name, value in sums.items()})
-                self._check(found[-1], batch, microbatch)
+                self.check(found[-1], batch, microbatch)
             self._fold.end_leaf()
             self.buffers.leave(filled=samples is not None)
             self._advance()
         touched = tuple(index for index, seen in enumerate(self._fold.touched) if seen)
         return {name: math.fsum(each[name] for each in found) for name in self.terms}, touched
 
-    def _check(self, sums: Mapping[str, float], batch: int, microbatch: int) -> None:
+    def check(self, sums: Mapping[str, float], batch: int, microbatch: int) -> None:
+        """Raises NonFiniteError where a term is not finite."""
         for name, value in sums.items():
             if not math.isfinite(value):
                 raise NonFiniteError(
@@ -228,7 +256,7 @@ class Contributor:
 
     def _posted(self) -> tuple[int, ...]:
         changed = {index for index, flag in enumerate(self.buffers.changed()) if flag}
-        return tuple(sorted(changed | self._always))
+        return tuple(sorted(changed | self.changing))
 
     def _nodes(self, work: Work) -> list[Node]:
         """The tree nodes that a contribution has a row for: many only where they are merged in tree order."""
@@ -239,8 +267,12 @@ class Contributor:
     def _counts(self, batch: int, microbatches: range, loaded: Mapping[int, Any]) -> dict[str, int]:
         totals = dict.fromkeys(self.terms, 0)
         for microbatch in microbatches:
-            samples = loaded[microbatch] if microbatch in loaded else self.replica.batch(batch, microbatch)
-            if samples is not None:
-                for name, count in self.replica.objective.counts(samples).items():
-                    totals[name] += count
+            key = batch, microbatch
+            if key not in self._counted:
+                samples = loaded[microbatch] if microbatch in loaded else self.replica.batch(batch, microbatch)
+                self._counted[key] = {} if samples is None else self.replica.objective.counts(samples)
+                if len(self._counted) > _COUNTED:
+                    del self._counted[next(iter(self._counted))]
+            for name, count in self._counted[key].items():
+                totals[name] += count
         return totals

@@ -98,8 +98,8 @@ class _Playback:
             self._must_be(self._version, event, event["version"])
             self._replayer.released(event["worker"], event["piece"], event["version"])
         elif kind == "pushed":
-            found = self._replayer.pushed(event["seq"], event["worker"])
-            self._compare_pushed(event, found)
+            self._replayer.pushed(event["seq"], event["worker"])
+            self._compare_pushed(event, self._replayer.checksum(event["seq"]))
         elif kind == "dropped":
             if event["seq"] in self._replayer.waiting:
                 self._replayer.dropped(event["seq"])
@@ -181,7 +181,7 @@ class _Playback:
         self._engine = _engine_of(started)
         cut = started["cut"] if self._serving else 1
         recipe = dataclasses.replace(self._recipe, steps=started["steps"])  # its schedule follows them
-        return Replayer(recipe, cut, lambda: Replica(recipe, device))
+        return Replayer(recipe, cut, lambda: Replica(recipe, device), batched=started.get("batched", False))
 
     def _keep(self, version: int) -> None:
         merger = self._replayer.merger

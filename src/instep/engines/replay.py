@@ -15,6 +15,8 @@ from torch import Tensor
 from instep.engines.contributor import Contributor, Facts, Vectors
 from instep.engines.merger import Arrived, Merger, Update
 from instep.engines.replica import Replica
+from instep.engines.together import Together
+from instep.errors import RecipeError
 from instep.recipe import Recipe
 from instep.reduce.checksums import checksum
 from instep.rules.work import Pieces, Work
@@ -25,15 +27,28 @@ class Replayer:
 
     The methods are the kinds of events on the tape, and take what these hold. Under rules without local steps one
     replica computes for all workers; otherwise each worker has its own, for its optimizer's state.
+
+    With `batched`, the first contribution that is needed is computed together with all that other workers have in
+    hand, see `Together`; this follows from the events alone, so it too gives the same bits again.
     """
 
-    def __init__(self, recipe: Recipe, workers: int, build: Callable[[], Replica]):
+    def __init__(self, recipe: Recipe, workers: int, build: Callable[[], Replica], *, batched: bool = False):
         self.recipe, self._build = recipe, build
         self.pieces = Pieces(recipe.rule, workers, recipe.microbatches, recipe.steps)
         self.merger = Merger(build(), self.pieces)
         self._contributors: dict[int, Contributor] = {}
         self.terms = self._contributor(0).terms
+        self._together: Together | None = None
+        if batched:
+            if not recipe.rule.gradients:
+                raise RecipeError(
+                    f"workers compute one at a time under rule '{recipe.rule.name}', whose local steps each have an "
+                    f"optimizer; leave out --batched."
+                )
+            self._together = Together(self._contributor(0))
+        self._made: dict[int, tuple[Facts, Vectors]] = {}  # by worker: computed before it is pushed
         self._weights: dict[int, Tensor] = {}
+        self._uses: dict[int, int] = {}  # of weights, by contributions in hand
         self._work: dict[int, tuple[int, int]] = {}
         self._arrived: dict[int, tuple[int, int, int, Facts, Vectors]] = {}
 
@@ -44,25 +59,41 @@ class Replayer:
 
     def left(self, worker: int) -> None:
         """What the worker was computing is lost."""
-        self._work.pop(worker, None)
-        self._forget()
+        self._made.pop(worker, None)
+        if worker in self._work:
+            self._forget(self._work.pop(worker)[1])
 
     def released(self, worker: int, piece: int, version: int) -> None:
         """The worker starts on a piece from the present weights, which `version` counts."""
         self._work[worker] = (piece, version)
+        self._uses[version] = self._uses.get(version, 0) + 1
         if version not in self._weights:
             self._weights[version] = self.merger.pack.empty()
             self.merger.pack.save(self._weights[version])
 
-    def pushed(self, seq: int, worker: int) -> list[str]:
-        """The worker has finished. Returns the checksums of what it sends."""
+    def pushed(self, seq: int, worker: int) -> None:
+        """The worker has finished."""
+        facts, vectors = self._compute(worker)
         piece, version = self._work.pop(worker)
-        contributor = self._contributor(worker)
-        vectors = contributor.empty()
-        facts = contributor.compute(self.pieces.work(piece), self._weights[version], vectors)
         self._arrived[seq] = (worker, piece, version, facts, vectors)
-        self._forget()
+
+    def checksum(self, seq: int) -> list[str]:
+        """Of a contribution that was pushed and waits for its update."""
+        *_, facts, vectors = self._arrived[seq]
         return checksum(vectors.gradient[: len(facts.nodes)])
+
+    def _compute(self, worker: int) -> tuple[Facts, Vectors]:
+        """What the worker has in hand, computed."""
+        if self._together is None:
+            piece, version = self._work[worker]
+            contributor = self._contributor(worker)
+            vectors = contributor.empty()
+            return contributor.compute(self.pieces.work(piece), self._weights[version], vectors), vectors
+        if worker not in self._made:
+            others = [other for other in self._work if other not in self._made]
+            tasks = [(self.pieces.work(piece), self._weights[v]) for piece, v in map(self._work.__getitem__, others)]
+            self._made.update(zip(others, self._together.compute(tasks), strict=True))
+        return self._made.pop(worker)
 
     @property
     def waiting(self) -> dict[int, int]:
@@ -79,7 +110,7 @@ class Replayer:
 
     def everybody_left(self) -> None:
         """The run starts again: what was computed and not merged is lost."""
-        self._work, self._arrived, self._weights = {}, {}, {}
+        self._work, self._arrived, self._weights, self._uses, self._made = {}, {}, {}, {}, {}
         if not self.recipe.rule.gradients:
             self._contributors = {}
 
@@ -92,18 +123,19 @@ class Replayer:
 
     def dropped(self, seq: int) -> None:
         """A contribution is forgotten."""
-        del self._arrived[seq]
-        self._forget()
+        self._forget(self._arrived.pop(seq)[2])
 
     def merged(self, version: int, contributions: Mapping[int, tuple[float, int]]) -> Update:
         """Update number `version`, from contributions by seq, in this order, each with weight and staleness."""
-        arrived = []
+        arrived, bases = [], []
         for seq, (weight, staleness) in contributions.items():
             worker, piece, base, facts, vectors = self._arrived.pop(seq)
             work = self.pieces.work(piece)
             arrived.append(Arrived(worker, work, facts, vectors, weight, staleness, self._weights[base]))
+            bases.append(base)
         update = self.merger.merge(arrived, self.terms)
-        self._forget()
+        for base in bases:
+            self._forget(base)
         return update
 
     def items(self, piece: int) -> int:
@@ -118,11 +150,11 @@ class Replayer:
             self._contributors[key] = contributor
         return self._contributors[key]
 
-    def _forget(self) -> None:
-        """Lets go of weights that nobody computes from any more."""
-        used = {version for _, version in self._work.values()} | {each[2] for each in self._arrived.values()}
-        for version in [v for v in self._weights if v not in used]:
-            del self._weights[version]
+    def _forget(self, version: int) -> None:
+        """One contribution less needs these weights."""
+        self._uses[version] -= 1
+        if not self._uses[version]:
+            del self._weights[version], self._uses[version]
 
 
 def state_of(replayer: Replayer) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class Cluster:
 
     times: None measures a microbatch of the recipe on this machine, and gives every worker that time; `slow` then
     says who takes longer. `merge_s`: of an update at the server; None measures it. `collective`: rules in lockstep
-    run on all-reduce instead of a server.
+    run on all-reduce instead of a server. `batched`: gradients of many workers are computed at once, many times faster
+    for small models, with other bits than those of a real run; rules without local steps only.
     """
 
     workers: int
@@ -50,6 +51,7 @@ class Cluster:
     merge_s: float | None = None
     collective: bool = True
     slow: str = ""
+    batched: bool = False
 
 
 @dataclass(frozen=True)

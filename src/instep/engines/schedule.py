@@ -162,7 +162,7 @@ class _Run:
         self._alarm, self._alarm_s = 0, math.inf  # for what the ledger waits for, its name in the loop and its time
         self._finished_s = -1.0
         self._pulls = self._drops = self._present = self._failed = self._hopeless = 0
-        self._staleness_sum = self._staleness_max = self._lead_max = self._reduced_bytes = 0
+        self._staleness_sum = self._staleness_max = self._reduced_bytes = 0
 
     def reduce_among_workers(self, network: Network, all_reduce: Literal["ring", "tree"]) -> None:
         """Puts collectives in the place of the server."""
@@ -193,7 +193,7 @@ class _Run:
             bytes_pulled=self._pulls * self._weights_bytes if server else half,
             staleness_mean=self._staleness_sum / max(1, ledger.merged_pieces),
             staleness_max=self._staleness_max,
-            lead_max=self._lead_max,
+            lead_max=ledger.lead_max,
             busy_s=np.array(self._busy_s),
             present_s=np.array(self._present_s),
         )
@@ -311,7 +311,7 @@ class _Run:
 
     def _obey(self, actions: list[Action]) -> None:
         """Carries out actions, in order. An update takes its time, and what follows comes after it."""
-        loop, lead_of, lead_max = self._loop, self._ledger.lead_of, self._lead_max
+        loop = self._loop
         now_s = at_s = loop.now_s
         for action in actions:
             if type(action) is Release:
@@ -319,9 +319,6 @@ class _Run:
                 group, part = divmod(piece, self._parts)
                 microbatches = self._batches_of[group] * self._microbatches_of[part]
                 self._microbatches[worker] = microbatches
-                ahead = lead_of(worker)
-                if ahead > lead_max:
-                    self._lead_max = lead_max = ahead
                 if self._noted:
                     self._note_release(worker, piece, version, at_s)
                 if at_s > now_s:
@@ -333,9 +330,8 @@ class _Run:
                 else:
                     self._start(worker)
             elif type(action) is Merge:
-                staleness = action.staleness
-                self._staleness_sum += sum(staleness)
-                self._staleness_max = max(self._staleness_max, *staleness)
+                self._staleness_sum += sum(action.staleness)
+                self._staleness_max = max(self._staleness_max, *action.staleness)
                 at_s += self._merge_s
                 if self._reduce_s is not None:
                     at_s += self._reduce_s(self._present, self._contribution_bytes)

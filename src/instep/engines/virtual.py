@@ -52,7 +52,9 @@ class _Simulation:
         self._folder = RunFolder(folder) if folder is not None else None
         self._tape = Tape(self._folder.tape_path) if self._folder else None
         self._pieces = Pieces(recipe.rule, cluster.workers, recipe.microbatches, recipe.steps)
-        self._replayer = Replayer(recipe, cluster.workers, lambda: Replica(recipe, "cpu"))
+        self._replayer = Replayer(
+            recipe, cluster.workers, lambda: Replica(recipe, "cpu"), batched=gradients and cluster.batched
+        )
         self._replica = self._replayer.merger.replica
         self._items: int | None = None
         self._objective_first: float | None = None
@@ -113,7 +115,9 @@ class _Simulation:
             elif kind == "released":
                 replayer.released(fields["worker"], fields["piece"], fields["version"])
             elif kind == "pushed":
-                fields["checksum"] = replayer.pushed(fields["seq"], fields["worker"])
+                replayer.pushed(fields["seq"], fields["worker"])
+                if self._tape is not None:
+                    fields["checksum"] = replayer.checksum(fields["seq"])
             elif kind == "dropped":
                 replayer.dropped(fields["seq"])
             elif kind == "merged":
@@ -130,8 +134,9 @@ class _Simulation:
         fields |= {
             "step": done,
             **update.facts(),
-            "checksum": self._replayer.merger.checksum(),
         }
+        if self._tape is not None:
+            fields["checksum"] = self._replayer.merger.checksum()
         self._items = (self._items or 0) + update.items
         self._objective_first = self._objective_first or update.objective
         self._objective_last = update.objective
@@ -162,7 +167,7 @@ class _Simulation:
                 "data_digest": digest(data), "samples": len(data.train),
                 "parameters": self._replica.size, "version": 0, "step": 0,
                 "steps": recipe.steps, "resumed": False, "engine": "virtual", "cut": self._cluster.workers,
-                "libraries": {}, "import_paths": [], "microbatch_s": microbatch_s,
+                "libraries": {}, "import_paths": [], "microbatch_s": microbatch_s, "batched": self._cluster.batched,
             },
         )  # fmt: skip
 

@@ -51,6 +51,13 @@ class Layout:
             for shape, stride, offset in zip(self.shapes, self.strides, self.offsets, strict=True)
         ]
 
+    def views_of_many(self, flat: Tensor) -> list[Tensor]:
+        """Tensor i of K flat vectors ([K, size], float32) as a view of them, [K, *shape]."""
+        return [
+            flat.as_strided((len(flat), *shape), (flat.stride(0), *stride), flat.storage_offset() + offset)
+            for shape, stride, offset in zip(self.shapes, self.strides, self.offsets, strict=True)
+        ]
+
     @property
     def blocks(self) -> int:
         """How many blocks the vector has."""

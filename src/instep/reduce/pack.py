@@ -43,6 +43,15 @@ class Pack:
         """The parameters in `saved`, as views of it."""
         return self._views(saved)[: self._parameters]
 
+    def stacked(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters in K of them, each as one tensor [K, *shape]."""
+        rows = torch.stack(list(saved))
+        found = []
+        for offset, tensor in zip(self._offsets[: self._parameters], self._tensors, strict=False):
+            part = rows[:, offset : offset + tensor.numel() * tensor.element_size()]
+            found.append(part.view(tensor.dtype).view(len(rows), *tensor.shape))
+        return found
+
     def empty(self) -> Tensor:
         """A vector of this length, on the CPU."""
         return torch.empty(self.size_bytes, dtype=torch.uint8)

@@ -32,6 +32,8 @@ __all__ = ["Action", "Contribution", "Drop", "Finish", "Ledger", "Merge", "Relea
 _BY_PIECE = attrgetter("piece")
 _BY_NUMBER = attrgetter("number")
 
+_new = tuple.__new__  # what a call of a NamedTuple comes to, in half the time; used where millions are made
+
 
 @dataclass(slots=True, eq=False)
 class _Worker:
@@ -59,6 +61,8 @@ class Ledger:
         self.merged_microbatches = 0
         self.round = 0
         """The round that merges next; under order "arrival" the count of the slowest worker."""
+        self.lead_max = 0
+        """The largest `lead_of` of any worker when it was released, since the ledger was built."""
         self._by_round = rule.order == "round"
         self._lead = rule.max_lead
         self._limit = rule.max_staleness
@@ -68,6 +72,7 @@ class Ledger:
         self._whole = rule.synchronous and pieces.whole_rounds
         self._bare = rule.weight == "items"
         self._count = pieces.count
+        self._size, self._size_of = pieces.even_microbatches, pieces.microbatches_of
         self._per_round = pieces.workers
         self._next_piece = 0
         self._returned: list[int] = []  # a heap
@@ -112,7 +117,7 @@ class Ledger:
         """A worker has finished the piece it was released for; `items` it held of the objective's first term."""
         state = self._workers[worker]
         assert state.piece >= 0, f"worker {worker} has no work"
-        contribution = Contribution(self._seq, worker, state.piece, state.base, items)
+        contribution = _new(Contribution, (self._seq, worker, state.piece, state.base, items))
         self._seq += 1
         self._stop(state)
         state.piece = -1
@@ -264,13 +269,12 @@ class Ledger:
                 return False
             del self._pending[0]
             self._waiting_since_s = None
-        staleness = tuple([self.version - c.base for c in ready])
-        self.version += 1
+        version = self.version
+        staleness = (version - ready[0].base,) if len(ready) == 1 else tuple([version - c.base for c in ready])
+        self.version = version = version + 1
         self.merged_pieces += len(ready)
-        size_of = self.pieces.microbatches_of
-        for contribution in ready:
-            self.merged_microbatches += size_of(contribution.piece)
-        actions.append(Merge(self.version, tuple(ready), self._weights(ready, staleness), staleness))
+        self.merged_microbatches += self._size * len(ready) or sum([self._size_of(c.piece) for c in ready])
+        actions.append(_new(Merge, (version, tuple(ready), self._weights(ready, staleness), staleness)))
         if self._limit is not None:
             self._doom(self.version - self._limit - 1)
         if self.merged_pieces == self._count:
@@ -315,7 +319,7 @@ class Ledger:
                 state = idle.popleft()
                 state.piece, state.base = self._take(), self.version
                 self._start(state)
-                actions.append(Release(state.number, state.piece, self.version))
+                actions.append(_new(Release, (state.number, state.piece, self.version)))
             else:
                 return
 
@@ -344,6 +348,9 @@ class Ledger:
     def _start(self, state: _Worker) -> None:
         """The worker computes."""
         self._in_flight += 1
+        ahead = (state.piece // self._per_round if self._by_round else state.rounds) - self.round
+        if ahead > self.lead_max:  # noqa: PLR1730  # not a call of max: this is made millions of times
+            self.lead_max = ahead
         if self._limit is not None and not state.doomed:
             self._busy_at.setdefault(state.base, set()).add(state.number)
 

@@ -77,6 +77,15 @@ class Pieces:
         size = self._sizes[part]
         return size if self.rule.local_steps == 1 else size * self.batches_of(group)[1]
 
+    @cached_property
+    def even_microbatches(self) -> int:
+        """How many microbatches every piece holds; 0 where they differ."""
+        last = self.groups - 1
+        sizes = {
+            size * self.batches_of(group)[1] for size in self._sizes for group in {0, min(self._single, last), last}
+        }
+        return sizes.pop() if len(sizes) == 1 else 0
+
     def batches_of(self, group: int) -> tuple[int, int]:
         """The first batch of a group, and how many there are."""
         single, length = self._single, self.rule.local_steps

@@ -1,0 +1,145 @@
+"""Simulations with real gradients: ``python benchmarks/virtual.py``.
+
+Batched: 512 virtual workers train an MLP of about 7,000 weights on made data under several rules, once with the
+gradients of all workers in hand computed at once (``--batched``), and once one worker at a time. Both do the same
+updates; shown is the time for all of it, without starting the process.
+
+Overhead: the built-in recipe ``gpt``, 30 global batches under several rules with 4 workers, beside a plain PyTorch loop
+that computes the same gradients and as many updates. Both take turns in one process with 1 thread; shown is the median
+of the ratios. The result goes to benchmarks/results/virtual.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import instep  # noqa: E402
+from benchmarks.lockstep import machine  # noqa: E402
+from instep.clock.times import WorkerTimes  # noqa: E402
+from instep.engines.replica import Replica  # noqa: E402
+from instep.engines.request import Cluster  # noqa: E402
+from instep.engines.virtual import simulate  # noqa: E402
+from instep.recipe import Recipe, parse, read  # noqa: E402
+from instep.rules import parse as parse_rule  # noqa: E402
+from instep.rules.work import Pieces  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "virtual.json"
+WORKERS = 512
+ROUNDS = 5
+BATCHED_RULES = ("synchronous", "softsync:8", "asynchronous")
+OVERHEAD_RULES = ("synchronous", "asynchronous", "diloco:5")
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+
+
+def _data() -> instep.Data:
+    inputs = torch.randn(WORKERS * 16, 32)
+    classes = (inputs @ torch.randn(32, 10)).argmax(1)
+    indices: Any = range(len(inputs))  # a batch is taken out of the tensors at once
+    return instep.Data(train=indices, collate=lambda chosen: (inputs[chosen], classes[chosen]))
+
+
+@instep.objective
+def _classes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+def batched(rule: str) -> dict[str, float]:
+    """Seconds with and without batching."""
+    recipe = Recipe(
+        model=_mlp, objective=_classes, data=_data,
+        optimizer={"use": "torch.optim:SGD", "args": {"lr": 0.05}},
+        rule=parse_rule(rule), batch=8 * WORKERS, microbatches=WORKERS, steps=6,
+    )  # fmt: skip
+    times = WorkerTimes.lognormal(1.0, 0.3, persistence=0.5)
+    few = dataclasses.replace(recipe, steps=1)  # what torch imports when it is first needed is not counted
+    simulate(few, Cluster(workers=WORKERS, times=times, merge_s=0.0, batched=True), True, None, lambda event: None)
+    seconds: dict[bool, float] = {}
+    for together in (True, False):
+        cluster = Cluster(workers=WORKERS, times=times, merge_s=0.0, batched=together)
+        began = time.perf_counter()
+        result = simulate(recipe, cluster, True, None, lambda event: None)
+        seconds[together] = time.perf_counter() - began
+    return {
+        "batched_s": round(seconds[True], 3),
+        "one_at_a_time_s": round(seconds[False], 3),
+        "times_faster": round(seconds[False] / seconds[True], 2),
+        "contributions": result["contributions"],
+        "updates": result["versions"],
+    }
+
+
+def overhead(rule: str, rounds: int = ROUNDS) -> dict[str, Any]:
+    """Time of a simulation over that of a plain loop with the same gradients and updates."""
+    recipe, _ = parse({**read("gpt"), "rule": rule, "steps": 30, "evaluate_every": 0, "evaluate_samples": 1})
+    recipe = dataclasses.replace(recipe, sample_length=0)
+    cluster = Cluster(workers=4, times=WorkerTimes.constant(0.1), merge_s=0.0)
+    simulated, plain = [], []
+    for _ in range(rounds):
+        result = simulate(recipe, cluster, True, None, lambda event: None)
+        simulated.append(result["simulated_in_s"] - result["scheduled_in_s"])
+        plain.append(_plain(recipe, result["versions"]))
+    ratios = [a / b for a, b in zip(simulated, plain, strict=True)]
+    return {
+        "simulated_s": round(statistics.median(simulated), 3),
+        "plain_s": round(statistics.median(plain), 3),
+        "ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+    }
+
+
+def _plain(recipe: Recipe, versions: int) -> float:
+    """Seconds of the gradients and updates alone, as one writes them in PyTorch."""
+    replica = Replica(recipe, "cpu")
+    replica.learn_terms(0)
+    pieces = Pieces(recipe.rule, 4, recipe.microbatches, recipe.steps)
+    inner = recipe.rule.local_steps > 1
+    updates = sum(pieces.work(p).local_steps for p in range(pieces.count)) if inner else versions
+    every = recipe.steps * recipe.microbatches / updates
+    began, due = time.perf_counter(), 0.0
+    for step in range(recipe.steps):
+        for microbatch in range(recipe.microbatches):
+            tokens = replica.batch(step, microbatch)
+            loss = replica.objective.sums(replica.module, tokens)["objective"] / 1024
+            loss.backward()
+            due += 1
+            if due >= every:
+                replica.optimizer.step()
+                replica.optimizer.zero_grad(set_to_none=True)
+                due -= every
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Measures, prints, saves."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"machine": machine(), "workers": WORKERS, "batched": {}, "overhead": {}}
+    print(f"{'512 workers, MLP':<20}{'batched s':>11}{'alone s':>9}{'faster by':>11}")
+    for rule in BATCHED_RULES:
+        row: dict[str, Any] = batched(rule)
+        found["batched"][rule] = row
+        print(f"{rule:<20}{row['batched_s']:>11.2f}{row['one_at_a_time_s']:>9.2f}{row['times_faster']:>10.1f}x")
+    print(f"\n{'GPT, 4 workers':<20}{'simulated s':>12}{'plain s':>9}{'ratio':>8}")
+    for rule in OVERHEAD_RULES:
+        row = overhead(rule)
+        found["overhead"][rule] = row
+        print(f"{rule:<20}{row['simulated_s']:>12.2f}{row['plain_s']:>9.2f}{row['ratio']:>8.3f}", flush=True)
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Many workers' gradients at once, by `torch.func.vmap`: for models so small that calls cost more than arithmetic.
+
+What comes out equals what the contributor computes one after the other, but for the rounding of other kernels: other
+bits. So it is asked for, and stands on the tape.
+"""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree as pytree
+
+from instep.engines.contributor import Contributor, Facts, Inputs, Vectors
+from instep.errors import RecipeError
+from instep.objectives import Bound
+from instep.rules.work import Work
+
+_FLOATS = 1 << 26
+"""Elements of gradients that are computed at once, at most."""
+
+Task = tuple[Work, Tensor]
+"""A piece of work, and the weights to start from ([pack.size_bytes], uint8)."""
+
+
+class Together:
+    """Computes contributions of many workers at once, with one replica, under rules without local steps.
+
+    Raises RecipeError where that cannot be done: layers that draw random numbers or change buffers, objectives that
+    look at values, precision other than float32, and models whose answer on a batch depends on others'.
+    """
+
+    def __init__(self, contributor: Contributor):
+        self._one = contributor
+        if contributor.changing:
+            raise _refused("training changes its buffers")
+        if contributor.replica.recipe.precision != "float32":
+            raise _refused("its precision is not float32")
+        self._whole = _Whole(contributor.replica.module, contributor.replica.objective)
+        self._names = [f"module.{name}" for name in contributor.replica.names]
+        self._touched: tuple[int, ...] | None = None
+
+    def compute(self, tasks: Sequence[Task]) -> list[tuple[Facts, Vectors]]:
+        """The contributions of `tasks`, in their order. Raises NonFiniteError, and RecipeError, see above."""
+        inputs = [self._one.inputs(work) for work, _ in tasks]
+        groups: dict[Any, list[tuple[int, int]]] = {}  # (task, microbatch) by the shapes of the batch
+        for place, each in enumerate(inputs):
+            for microbatch, batch in each.batches.items():
+                if batch is not None:
+                    groups.setdefault(_kind(batch), []).append((place, microbatch))
+        found: list[dict[int, dict[str, float]]] = [{} for _ in tasks]
+        none, rows = self._one.empty(), max(len(each.nodes) for each in inputs)
+        flat = torch.zeros(len(tasks), rows, self._one.layout.size)
+        vectors = [Vectors(gradient, none.buffers, none.integers) for gradient in flat.unbind(0)]
+        for entries in groups.values():
+            at_once = max(1, _FLOATS // self._one.layout.size)
+            for start in range(0, len(entries), at_once):
+                self._group(entries[start : start + at_once], tasks, inputs, found, flat)
+        if self._touched is None:
+            self._compare(tasks[0], found[0], vectors[0])
+        assert self._touched is not None
+        made = []
+        for (work, _), each, sums, vector in zip(tasks, inputs, found, vectors, strict=True):
+            for microbatch, terms in sums.items():
+                self._one.check(terms, work.batch, microbatch)
+            total = {name: math.fsum(terms[name] for terms in sums.values()) for name in self._one.terms}
+            touched = self._touched if sums else ()
+            made.append((Facts(tuple(each.nodes), each.counts, total, len(sums), touched, ()), vector))
+        return made
+
+    def _group(
+        self,
+        entries: Sequence[tuple[int, int]],
+        tasks: Sequence[Task],
+        inputs: Sequence[Inputs],
+        found: list[dict[int, dict[str, float]]],
+        into: Tensor,
+    ) -> None:
+        """Computes microbatches of one shape, and adds their gradients to `into` ([tasks, nodes, size])."""
+        batches = [inputs[place].batches[microbatch] for place, microbatch in entries]
+        leaves, structure = zip(*(pytree.tree_flatten(batch) for batch in batches), strict=True)
+        stacked = [
+            torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)
+        ]
+        dims = [0 if isinstance(leaf, Tensor) else None for leaf in leaves[0]]
+        divisors = {
+            name: torch.tensor([float(max(1, inputs[place].totals[name])) for place, _ in entries])
+            for name in self._one.terms
+        }
+        packs = [tasks[place][1] for place, _ in entries]
+        same = all(pack is packs[0] for pack in packs)
+        weights = self._one.pack.parameters(packs[0]) if same else self._one.pack.stacked(packs)
+
+        def one(parameters: dict[str, Tensor], leaves: list[Any], by: dict[str, Tensor]) -> Any:
+            sums = functional_call(self._whole, parameters, (pytree.tree_unflatten(leaves, structure[0]),))
+            return torch.stack([sums[name].float() / by[name] for name in by]).sum(), sums
+
+        self._one.replica.doing = f"computing {len(entries)} microbatches at once"
+        try:
+            gradients, sums = vmap(grad(one, has_aux=True), in_dims=(None if same else 0, dims, 0))(
+                dict(zip(self._names, weights, strict=True)), stacked, divisors
+            )
+        except RuntimeError as error:
+            raise _refused(str(error).strip().splitlines()[0], traceback.format_exc()) from error
+        values = {name: value.tolist() for name, value in sums.items()}
+        flat = torch.zeros(len(entries), self._one.layout.size)
+        for view, name in zip(self._one.layout.views_of_many(flat), self._names, strict=True):
+            view.copy_(gradients[name])
+        where = []
+        for row, (place, microbatch) in enumerate(entries):
+            found[place][microbatch] = {name: value[row] for name, value in values.items()}
+            node = next(i for i, (start, stop) in enumerate(inputs[place].nodes) if start <= microbatch < stop)
+            where.append(place * into.shape[1] + node)
+        into.view(-1, into.shape[2]).index_add_(0, torch.tensor(where), flat)
+
+    def _compare(self, task: Task, sums: dict[int, dict[str, float]], vectors: Vectors) -> None:
+        """Computes the first contribution by itself too: which parameters have gradients, and whether they agree."""
+        alone = self._one.empty()
+        facts = self._one.compute(*task, alone)
+        scale = float(alone.gradient.abs().max())
+        apart = float((alone.gradient - vectors.gradient).abs().max())
+        if sums and not apart <= 1e-3 * scale:
+            raise _refused(f"a gradient came out otherwise than alone, by {apart:.2g} of {scale:.2g}")
+        self._touched = facts.touched
+
+
+class _Whole(nn.Module):
+    """Model and objective as one module, so that a functional call reaches the model's parameters."""
+
+    def __init__(self, module: nn.Module, objective: Bound):
+        super().__init__()
+        self.module, self._objective = module, objective
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        return self._objective.sums(self.module, batch)
+
+
+def _kind(batch: Any) -> Any:
+    leaves, structure = pytree.tree_flatten(batch)
+    return str(structure), tuple(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+    )
+
+
+def _refused(why: str, detail: str = "") -> RecipeError:
+    return RecipeError(
+        f"this recipe cannot be computed for many workers at once: {why.rstrip('.')}; leave out --batched.",
+        detail=detail,
+    )

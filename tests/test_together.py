@@ -1,0 +1,133 @@
+"""Gradients of many virtual workers at once, beside those of one worker at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from instep.clock.times import Failures, WorkerTimes
+from instep.engines.contributor import Contributor
+from instep.engines.playback import replay
+from instep.engines.replica import Replica
+from instep.engines.request import Cluster
+from instep.engines.together import Together
+from instep.engines.virtual import simulate
+from instep.errors import RecipeError
+from instep.objectives import objective
+from instep.recipe import Recipe
+from instep.record import tape
+from instep.record.folder import RunFolder
+from instep.rules import parse
+from instep.rules.work import Pieces
+from workloads import convnet, gpt
+
+WORKERS, MICROBATCHES = 6, 12
+
+
+class Ragged(nn.Module):
+    """A bias that only some samples reach, a frozen layer, and tied weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.again = nn.Linear(5, 5)
+        self.again.weight = self.first.weight
+        self.frozen = nn.Linear(5, 3)
+        self.frozen.requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.frozen(torch.tanh(self.again(torch.tanh(self.first(x)))))
+        return answer
+
+
+def points() -> TensorDataset:
+    return TensorDataset(torch.randn(101, 5), torch.randint(0, 3, (101,)))
+
+
+@objective
+def classes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+def recipe(rule: str, **fields: Any) -> Recipe:
+    given = {
+        "model": Ragged, "objective": classes, "data": points, "optimizer": "torch.optim:AdamW", "steps": 12,
+        "batch": 2 * MICROBATCHES, "microbatches": MICROBATCHES, "rule": parse(rule), **fields,
+    }  # fmt: skip
+    return Recipe(**given)
+
+
+def contributor(given: Recipe) -> Contributor:
+    made = Contributor(Replica(given, "cpu"), Pieces(given.rule, WORKERS, given.microbatches, given.steps))
+    made.prepare(0)
+    return made
+
+
+@pytest.mark.parametrize("rule", ["synchronous", "asynchronous", "softsync:2", "delay_compensated"])
+def test_contributions_equal_those_of_one_worker_at_a_time(rule: str) -> None:
+    one = contributor(recipe(rule))
+    first, second = one.pack.empty(), one.pack.empty()
+    one.pack.save(first)
+    second.copy_(first)
+    for parameter in one.pack.parameters(second):
+        parameter.mul_(1.5)
+    # Pieces of the fifth batch hold the ragged end of the epoch, and microbatches without samples.
+    tasks = [(one.pieces.work(piece), (first, second)[piece % 2]) for piece in (0, 1, *range(24, 30), 31)]
+    for (work, weights), (facts, vectors) in zip(tasks, Together(one).compute(tasks), strict=True):
+        alone = one.empty()
+        expected = one.compute(work, weights, alone)
+        torch.testing.assert_close(vectors.gradient, alone.gradient, rtol=1e-5, atol=1e-7)
+        assert {**vars(facts), "sums": None} == {**vars(expected), "sums": None}
+        assert facts.sums == pytest.approx(expected.sums, rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["asynchronous", "bounded_staleness:1", "softsync:2", "synchronous"])
+def test_a_batched_simulation_learns_the_same_and_can_be_replayed(rule: str, tmp_path: Path) -> None:
+    given = recipe(rule)
+    times = WorkerTimes.lognormal(0.1, 0.05, seed=1, failures=Failures(3.0, 0.5))
+    found = {}
+    for batched in (False, True):
+        folder = RunFolder.create(tmp_path / str(batched)).path
+        cluster = Cluster(workers=WORKERS, times=times, merge_s=0.01, batched=batched)
+        found[batched] = simulate(given, cluster, True, folder, lambda event: None)
+    assert found[True]["objective_last"] == pytest.approx(found[False]["objective_last"], rel=1e-3)
+    assert found[True]["versions"] == found[False]["versions"]
+    again = replay(given, tape.read(tmp_path / "True" / "tape.jsonl"))
+    assert again.same, again.divergence
+    assert again.digest == found[True]["digest"]
+
+
+@objective
+def looking(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    loss = classes(model, batch)
+    return loss if float(loss) > 0 else 2 * loss
+
+
+def across(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Depends on how often it was called."""
+    across.calls = getattr(across, "calls", 0) + 1  # type: ignore[attr-defined]
+    return classes(model, batch) * across.calls  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (recipe("diloco:2"), "rule 'diloco'"),
+        (convnet(rule=parse("asynchronous")), "changes its buffers"),
+        (gpt(rule=parse("asynchronous")), "--batched"),  # dropout
+        (recipe("asynchronous", objective=looking), "--batched"),
+        (recipe("asynchronous", objective=across), "otherwise than alone"),
+        (recipe("asynchronous", precision="bfloat16"), "not float32"),
+    ],
+)
+def test_what_cannot_be_batched_is_refused(given: Recipe, why: str) -> None:
+    cluster = Cluster(workers=2, times=WorkerTimes.constant(1.0), merge_s=0.0, batched=True)
+    with pytest.raises(RecipeError, match=why) as caught:
+        simulate(given, cluster, True, None, lambda event: None)
+    assert "leave out --batched" in str(caught.value)
