@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from instep.data.cursor import held_out_batches, load
 from instep.engines.replica import Replica
+from instep.errors import RecipeError
 from instep.randomness import key, seed_all
 from instep.record.checkpoint import Loaded
 from instep.restore import kept_module_state
@@ -30,6 +31,10 @@ class Progress:
     objective_first: float | None = None
     objective_last: float | None = None
     held_out: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)  # version and objective of the best evaluation
+    evaluations_since: int = 0
+    skipped: int = 0  # updates that were left out because of a spike
+    stopped: str = ""  # why the run ended before its last step
 
     @classmethod
     def resumed(cls, saved: Loaded) -> Progress:
@@ -75,9 +80,17 @@ def _rows(array: ArrayLike) -> list[Any]:
 
 
 def batches_held_out(replica: Replica) -> list[range]:
-    """The indices of each batch of held-out samples, as large as a microbatch; none without held-out data."""
+    """The indices of each batch of held-out samples, as large as a microbatch; none without held-out data.
+
+    Raises RecipeError where the recipe's watch needs them and there are none.
+    """
     data, recipe = replica.data, replica.recipe
     if data.held_out is None:
+        if recipe.watch.patience is not None:
+            raise RecipeError(
+                f"'watch.patience' is {recipe.watch.patience} evaluations, and the data have nothing held out; give a "
+                f"pair (training, held out), or leave patience out."
+            )
         return []
     samples = len(data.held_out)
     if recipe.evaluate_samples is not None:

@@ -134,8 +134,17 @@ class Console:
         ):
             if result.get(key) is not None:
                 screen.row(label, form(result[key]))
+        if result.get("skipped"):
+            screen.row("left out", f"{result['skipped']:,} updates")
+        if result.get("stopped"):
+            screen.row("stopped", result["stopped"])
         if result["rule"] != "synchronous":
             self._costs(result)
+        artifacts = result.get("artifacts") or {"figures": {}, "files": []}
+        for name, value in artifacts["figures"].items():
+            screen.row(name, number(value) if isinstance(value, float) else str(value))
+        for path in artifacts["files"]:
+            screen.row("wrote", path)
         if result.get("sample"):
             screen.row("sample", "")
             screen.sample(result["sample"])
