@@ -16,7 +16,6 @@ from torch import Tensor
 from instep.engines.contributor import Facts, Vectors
 from instep.engines.replica import Replica
 from instep.errors import NonFiniteError
-from instep.objectives import no_items
 from instep.reduce.buffers import Buffers
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import BLOCK, Layout
@@ -83,8 +82,8 @@ class Merger:
         counts = {name: sum(each.counts[name] for each in facts) for name in terms}
         sums = {name: math.fsum(each.sums[name] for each in facts) for name in terms}
         means = {name: sums[name] / counts[name] for name in terms if counts[name]}
-        if self.rule.lockstep and not means:
-            raise no_items(step, terms)
+        if self.rule.lockstep:
+            self.replica.objective.check_items(counts, step)
         total = self._total(contributions)
         norm = norm_of(total, self.layout)
         if not math.isfinite(norm):
@@ -93,7 +92,7 @@ class Merger:
         rate = self._apply(total, touched, norm, step)
         self._average_buffers(contributions)
         self.microbatches += sum(each.work.microbatches for each in contributions)
-        return Update(math.fsum(means.values()), means, counts[terms[0]], rate, norm)
+        return Update(self.replica.objective.whole(means, step), means, counts[terms[0]], rate, norm)
 
     def checksum(self) -> list[str]:
         """Of the present weights, one for each parameter."""
