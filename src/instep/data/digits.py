@@ -31,7 +31,7 @@ def digits(scale: Literal["unit", "signed"] = "unit", labels: bool = True) -> Da
     if scale == "signed":
         pictures = 2 * pictures - 1
     held_out = torch.arange(len(pictures)) % HELD_OUT_ONE_IN == HELD_OUT_ONE_IN - 1
-    parts = ((pictures, names) if labels else (pictures,))
+    parts = (pictures, names) if labels else (pictures,)
     train, rest = ([part[which] for part in parts] for which in (~held_out, held_out))
     return Data(Pictures(*train), Pictures(*rest))
 

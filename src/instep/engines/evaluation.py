@@ -52,26 +52,34 @@ class Progress:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The objective on held-out data: the mean of each term, their sum, and the items of the first term."""
+    """The objective on held-out data, the mean of each term, metrics included, and the items of the first term.
+
+    The terms are weighed as in the recipe's last step, so that the objectives of a run's evaluations compare.
+    """
 
     objective: float
     terms: dict[str, float]
     items: int
 
     @classmethod
-    def of(cls, terms: Sequence[str], counts: ArrayLike, sums: ArrayLike) -> Evaluation:
+    def of(cls, replica: Replica, counts: ArrayLike, sums: ArrayLike) -> Evaluation:
         """From what the batches gave: counts [E, T] and sums [E, T] of T terms in E batches."""
+        terms, last = replica.objective.terms or (), replica.recipe.steps - 1
         totals = [sum(map(int, column)) for column in zip(*_rows(counts), strict=True)]
         columns = list(zip(*_rows(sums), strict=True))
         means = {name: math.fsum(columns[i]) / totals[i] for i, name in enumerate(terms) if totals[i]}
-        return cls(objective=math.fsum(means.values()), terms=means, items=totals[0])
+        return cls(objective=replica.objective.whole(means, last), terms=means, items=totals[0])
 
     def facts(self, version: int, replica: Replica) -> dict[str, Any]:
-        """What a tape and a result say of it; with ``bits_per_byte`` for text and one term."""
+        """What a tape and a result say of it; for text with ``bits_per_byte``.
+
+        These are from the term "cross_entropy", or else from the objective if it minimises one term alone.
+        """
         codec = replica.data.codec
-        if codec is None or len(self.terms) != 1:
+        nats = self.terms.get("cross_entropy", self.objective if len(replica.objective.minimised) == 1 else None)
+        if codec is None or nats is None:
             return {"version": version, **asdict(self)}
-        bits = self.objective / math.log(2) / codec.bytes_per_token
+        bits = nats / math.log(2) / codec.bytes_per_token
         return {"version": version, **asdict(self), "bits_per_byte": bits}
 
 
@@ -123,7 +131,7 @@ def evaluate_alone(
     if not batches:
         return None
     found = list(evaluate(replica, batches, range(len(batches)), terms, advance))
-    return Evaluation.of(terms, [counts for _, counts, _ in found], [sums for *_, sums in found])
+    return Evaluation.of(replica, [counts for _, counts, _ in found], [sums for *_, sums in found])
 
 
 def passes(every: int, before: int, now: int) -> bool:

@@ -22,7 +22,7 @@ from instep.engines.exchange import Exchange, regions
 from instep.engines.replica import Replica
 from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
-from instep.objectives import check_is_sum, no_items
+from instep.objectives import check
 from instep.reduce.buffers import Buffers, changed_by_any
 from instep.reduce.fold import Fold
 from instep.reduce.layout import BLOCK, Layout
@@ -80,7 +80,7 @@ class Lockstep:
         probe = self.replica.learn_terms(version)
         self.terms = list(self.replica.objective.terms or ())
         if version == 0 and self.worker == 0:
-            check_is_sum(self.replica.objective, self.replica.module, probe)
+            check(self.replica.objective, self.replica.module, probe)
         return regions(
             reduction=self.reduction,
             microbatches=self.replica.recipe.microbatches,
@@ -127,7 +127,7 @@ class Lockstep:
     def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], bool]:
         exchange, replica, step = self._exchange, self.replica, progress.version
         began = time.monotonic()
-        self._check_totals(totals, step)
+        self.replica.objective.check_items(totals, step)
 
         from_s = self._clock()
         self._compute(step, totals)
@@ -162,7 +162,7 @@ class Lockstep:
         norm = total_norm(exchange.norms)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about_gradient(step, touched))
-        objective = math.fsum(terms.values())
+        objective = replica.objective.whole(terms, step)
         verdict = self.watcher.judge(step, objective)
         rate = self._update(step, norm, touched) if verdict.updates else 0.0
         if changed and verdict.updates:
@@ -216,10 +216,6 @@ class Lockstep:
         self._pulse.waiting(True)
         wait_for(marks, value)
         self._pulse.waiting(False)
-
-    def _check_totals(self, totals: dict[str, int], step: int) -> None:
-        if not any(totals.values()):
-            raise no_items(step, totals)
 
     def _terms_of(self, sums: Any, totals: dict[str, int], step: int) -> dict[str, float]:
         bad = np.argwhere(~np.isfinite(sums))
@@ -292,4 +288,4 @@ class Lockstep:
         self._pulse.waiting(True)
         wait_for(exchange.evaluated, version + 1)
         self._pulse.waiting(False)
-        return Evaluation.of(self.terms, exchange.evaluation_counts, exchange.evaluation_sums)
+        return Evaluation.of(replica, exchange.evaluation_counts, exchange.evaluation_sums)

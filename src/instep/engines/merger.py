@@ -17,7 +17,6 @@ from instep.engines.contributor import Facts, Vectors
 from instep.engines.replica import Replica
 from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
-from instep.objectives import no_items
 from instep.reduce.buffers import Buffers
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import BLOCK, Layout
@@ -87,14 +86,15 @@ class Merger:
         counts = {name: sum(each.counts[name] for each in facts) for name in terms}
         sums = {name: math.fsum(each.sums[name] for each in facts) for name in terms}
         means = {name: sums[name] / counts[name] for name in terms if counts[name]}
-        if self.rule.lockstep and not means:
-            raise no_items(step, terms)
+        if self.rule.lockstep:
+            self.replica.objective.check_items(counts, step)
         total = self._total(contributions)
         norm = norm_of(total, self.layout)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about(contributions, step))
-        objective = math.fsum(means.values())
-        verdict = self.watcher.judge(step, objective) if means else Verdict()
+        objective = self.replica.objective.whole(means, step)
+        minimised = any(name in means for name in self.replica.objective.minimised)
+        verdict = self.watcher.judge(step, objective) if minimised else Verdict()
         rate = 0.0
         if verdict.updates:
             rate = self._apply(total, set().union(*(each.touched for each in facts)), norm, step)

@@ -33,6 +33,7 @@ class Replayer:
         self.merger = Merger(build(), self.pieces)
         self._contributors: dict[int, Contributor] = {}
         self.terms = self._contributor(0).terms
+        self.merger.replica.objective = self._contributor(0).replica.objective  # which knows its terms
         self._weights: dict[int, Tensor] = {}
         self._work: dict[int, tuple[int, int]] = {}
         self._arrived: dict[int, tuple[int, int, int, Facts, Vectors]] = {}

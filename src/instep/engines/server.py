@@ -28,7 +28,7 @@ from instep.engines.replica import Replica
 from instep.engines.session import Session
 from instep.engines.tally import Tally
 from instep.errors import CheckpointError
-from instep.objectives import check_is_sum
+from instep.objectives import check
 from instep.record.digest import digest_of_state
 from instep.reduce.checksums import checksum
 from instep.reduce.shared import Region, attach
@@ -90,7 +90,7 @@ def serve(session: Session, descriptor: int) -> None:
         lost = ledger.recover()
         merger.microbatches = ledger.merged_microbatches
     else:
-        check_is_sum(replica.objective, replica.module, probe)
+        check(replica.objective, replica.module, probe)
     facts = session.facts(
         terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers
     )

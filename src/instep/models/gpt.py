@@ -72,6 +72,16 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits, [B, T, V], of the token that follows each of `tokens`, [B, T], int64. Raises DataError."""
+        logits: Tensor = self.output(self.hidden(tokens))
+        return logits
+
+    @property
+    def head(self) -> nn.Linear:
+        """Makes logits of what `hidden` gives."""
+        return self.output
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Hidden states, [B, T, D], which `head` makes the logits of. Raises DataError."""
         length = tokens.shape[1]
         if length > self.context:
             raise DataError(
@@ -82,8 +92,8 @@ class GPT(nn.Module):
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
             x = block(x, turns)
-        logits: Tensor = self.output(self.norm(x))
-        return logits
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 class Block(nn.Module):
