@@ -40,7 +40,7 @@ def grid(pictures: Tensor, columns: int, *, gap: int = 1, zoom: int = 4) -> Tens
 
 
 def write_png(path: Path, pixels: Tensor) -> None:
-    """Writes `pixels`, [H, W] uint8, as a grey PNG (ISO/IEC 15948: 8 bits a sample, no filter). Raises ResourceError."""
+    """Writes `pixels`, [H, W] uint8, as a grey PNG (ISO/IEC 15948). Raises ResourceError."""
     if pixels.dim() != 2 or pixels.dtype != torch.uint8:
         raise RecordError(f"a grey picture is [height, width] of uint8, not {list(pixels.shape)} of {pixels.dtype}.")
     height, width = pixels.shape
