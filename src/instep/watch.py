@@ -27,7 +27,7 @@ class Watch:
     Fields
     ------
     spike: what an update is answered with whose objective is a spike, see `limit`. "ignore" and "warn" make it all the
-        same. "skip" leaves it out: weights, buffers and the optimizer's state stay, and its samples are used up. "stop"
+        same; "warn" warns of the first of those that follow each other within a window. "skip" leaves it out: weights, buffers and the optimizer's state stay, and its samples are used up. "stop"
         leaves it out and ends the run. "rollback" leaves it out and sets weights, buffers and the optimizer's state
         back to those last kept; the run goes on with the next samples, since the same ones would give the same spike.
     window: updates, the last ones, that a new objective is compared with. The first `window` are never spikes.

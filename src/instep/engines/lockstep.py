@@ -261,7 +261,7 @@ class Lockstep:
             {"worker": worker, "version": step, "microbatches": list(bounds)}
             for worker, bounds in enumerate(self.reduction.ranges)
         ]
-        if verdict.answer:
+        if verdict.why:
             self._emit("warned", why=verdict.why, version=step + 1)
         self._emit(
             "merged", version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * self.workers,

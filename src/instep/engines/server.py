@@ -337,7 +337,7 @@ class _Server:
         contributions = [
             {"seq": c.seq, "worker": c.worker, "version": c.base, "piece": c.piece} for c in action.contributions
         ]
-        if update.verdict.answer:
+        if update.verdict.why:
             self._session.emit("warned", why=update.verdict.why, version=action.version)
         self._session.emit(
             "merged", version=action.version, step=done, contributions=contributions, weights=list(action.weights),

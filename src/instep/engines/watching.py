@@ -21,7 +21,10 @@ from instep.watch import limit
 
 @dataclass(frozen=True)
 class Verdict:
-    """On one update. answer: "" where it is no spike, else what the watch answers with. why: a sentence on it."""
+    """On one update. answer: "" where it is no spike, else what the watch answers with.
+
+    why: a sentence to warn with, or "".
+    """
 
     answer: str = ""
     why: str = ""
@@ -50,6 +53,7 @@ class Watcher:
         self._past: deque[float] = deque(maxlen=self._watch.window)
         self._kept: dict[str, Any] | None = None
         self._rollbacks = 0
+        self._quiet = 0  # updates for which a spike is no news
 
     def judge(self, step: int, objective: float) -> Verdict:
         """The verdict on the update of `step`, whose objective is this. A rollback is carried out.
@@ -61,6 +65,7 @@ class Watcher:
             return Verdict()
         bound = limit(self._past, watch.deviations) if len(self._past) == watch.window else float("inf")
         self._past.append(objective)
+        self._quiet -= 1
         if objective > bound:
             return self._answer(step, objective, bound)
         if watch.spike == "rollback" and step % watch.rollback_every == 0:
@@ -70,7 +75,11 @@ class Watcher:
     def _answer(self, step: int, objective: float, bound: float) -> Verdict:
         watch = self._watch
         answer, then = str(watch.spike), ""
-        if answer == "skip":
+        if answer == "warn":
+            quiet, self._quiet = self._quiet > 0, watch.window
+            if quiet:
+                return Verdict(answer)
+        elif answer == "skip":
             then = "; the update is left out"
         elif answer == "stop":
             then = "; the run ends before this update, as watch.spike says"
@@ -97,13 +106,13 @@ class Watcher:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"past": list(self._past), "kept": self._kept, "rollbacks": self._rollbacks}
+        return {"past": list(self._past), "kept": self._kept, "rollbacks": self._rollbacks, "quiet": self._quiet}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
         """Takes back what `state` gave; None starts anew."""
-        state = state or {"past": [], "kept": None, "rollbacks": 0}
+        state = state or {"past": [], "kept": None, "rollbacks": 0, "quiet": 0}
         self._past = deque(state["past"], maxlen=self._watch.window)
-        self._kept, self._rollbacks = state["kept"], state["rollbacks"]
+        self._kept, self._rollbacks, self._quiet = state["kept"], state["rollbacks"], state["quiet"]
 
 
 def note_evaluation(progress: Progress, recipe: Recipe, facts: Mapping[str, Any]) -> None:

@@ -187,8 +187,8 @@ def generate(
 
     `model` maps [B, T] to logits [B, T, V], or to an object that has them as ``.logits``. It sees the last
     ``model.context`` tokens, where it has such an attribute, else all. Without a first token, token 0 is taken for one,
-    and left out of the answer. `generator` is on the CPU. Temperature 0 takes the likeliest token. A module runs in eval
-    mode, and gets its mode back.
+    and left out of the answer. `generator` is on the CPU. Temperature 0 takes the likeliest token. A module runs in
+    eval mode, and gets its mode back.
     """
     if isinstance(model, nn.Module):
         with kept_module_state(model, training=False):
