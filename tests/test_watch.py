@@ -118,7 +118,7 @@ def told(spikes: list[bool], answer: str, window: int) -> list[int]:
     return [
         step + 1
         for step, flag in enumerate(spikes)
-        if flag and (answer != "warn" or not any(spikes[max(0, step - window) : step]))
+        if flag and (answer != "warn" or not any(spikes[max(0, step - window + 1) : step]))
     ]
 
 

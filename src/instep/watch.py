@@ -27,9 +27,10 @@ class Watch:
     Fields
     ------
     spike: what an update is answered with whose objective is a spike, see `limit`. "ignore" and "warn" make it all the
-        same; "warn" warns of the first of those that follow each other within a window. "skip" leaves it out: weights, buffers and the optimizer's state stay, and its samples are used up. "stop"
-        leaves it out and ends the run. "rollback" leaves it out and sets weights, buffers and the optimizer's state
-        back to those last kept; the run goes on with the next samples, since the same ones would give the same spike.
+        same; "warn" warns of those that have none in the window before. "skip" leaves it out: weights, buffers and the
+        optimizer's state stay, and its samples are used up. "stop" leaves it out and ends the run. "rollback" leaves it
+        out and sets weights, buffers and the optimizer's state back to those last kept; the run goes on with the next
+        samples, since the same ones would give the same spike.
     window: updates, the last ones, that a new objective is compared with. The first `window` are never spikes.
     deviations: how many robust standard deviations above their median a spike is.
     rollback_every: steps between states kept for a rollback, in the memory of every process that makes updates. The

@@ -22,9 +22,9 @@ def digits(scale: Literal["unit", "signed"] = "unit", labels: bool = True) -> Da
     """The digits as pairs (picture [1, 8, 8] float32, label int64), or as pictures alone. Needs the extra ``digits``.
 
     scale: "unit" has pixels from 0 (paper) to 1 (ink), "signed" from -1 to 1. 180 pictures, drawn at random and always
-    the same, are held out; 1,617 are trained on. Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits,
-    UCI, 1998; the part that `sklearn.datasets.load_digits` brings along. Raises ComponentError where scikit-learn is
-    not installed.
+    the same, are held out; 1,617 are trained on. Source: Alpaydin and Kaynak, Optical Recognition of Handwritten
+    Digits, UCI, 1998; the part that `sklearn.datasets.load_digits` brings along. Raises ComponentError where
+    scikit-learn is not installed.
     """
     if scale not in ("unit", "signed"):
         raise DataError(f"the digits' 'scale' is {scale!r}; it must be 'unit' (0 to 1) or 'signed' (-1 to 1).")
