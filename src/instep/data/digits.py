@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 
 from instep.data import Data
 from instep.errors import ComponentError, DataError
@@ -39,8 +39,14 @@ def digits(scale: Literal["unit", "signed"] = "unit", labels: bool = True) -> Da
     return Data(Pictures(*train), Pictures(*rest))
 
 
-class Pictures(TensorDataset):
-    """Pictures, with labels or alone; alone, a sample is the tensor itself."""
+class Pictures(Dataset[Any]):
+    """Pictures, with labels or alone; alone, a sample is the tensor itself. `tensors` has all of them."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
 
     def __getitem__(self, index: int) -> Tensor | tuple[Tensor, ...]:
         parts = tuple(tensor[index] for tensor in self.tensors)

@@ -78,4 +78,5 @@ def shuffled_text(prompt: int = 32, continuation: int = 64, samples: int = 20_00
     for windows, count in ((text.train, samples), (text.held_out, held_out)):
         assert isinstance(windows, Windows)
         parts.append(Shuffled(windows, prompt, count))
-    return Data(*parts)
+    train, rest = parts
+    return Data(train, rest)

@@ -35,6 +35,7 @@ class FlowNet(nn.Module):
         self.out = nn.Linear(width, side * side)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.logspace(0, 2, width // 2) * math.pi, persistent=False)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
