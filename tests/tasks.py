@@ -142,29 +142,26 @@ def log_probabilities(model: nn.Module, inputs: list[int]) -> Tensor:
     return out
 
 
-def token_terms(drawn: Drawn, f: Callable[[list[int], int, int], Tensor]) -> Tensor:
-    """The mean over all next tokens of `f(tokens so far, token, its place)`."""
-    found = [
-        f(text[:place], text[place], place)
-        for _, batch in drawn
-        for text in rows_of(batch)
-        for place in range(1, len(text))
-    ]
+def next_token(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
+    found: list[Tensor] = []
+    for _, batch in drawn:
+        for text in rows_of(batch):
+            predicted = log_probabilities(model, text[:-1])
+            found += [-predicted[t, token] for t, token in enumerate(text[1:])]
     return torch.stack(found).mean()
 
 
-def next_token(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
-    return token_terms(drawn, lambda text, token, _: -log_probabilities(model, text)[-1, token])
-
-
 def smoothed_z(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
-    def f(text: list[int], token: int, _: int) -> Tensor:
-        wanted = torch.full((WORDS,), 0.1 / WORDS, dtype=torch.float64)
-        wanted[token] += 0.9
-        z = model(torch.tensor([text]))[0, -1].exp().sum().log()
-        return -(wanted * log_probabilities(model, text)[-1]).sum() + 0.01 * z**2
-
-    return token_terms(drawn, f)
+    found = []
+    for _, batch in drawn:
+        for text in rows_of(batch):
+            predicted = log_probabilities(model, text[:-1])
+            z = model(torch.tensor([text[:-1]]))[0].exp().sum(1).log()
+            for t, token in enumerate(text[1:]):
+                wanted = torch.full((WORDS,), 0.1 / WORDS, dtype=torch.float64)
+                wanted[token] += 0.9
+                found.append(-(wanted * predicted[t]).sum() + 0.01 * z[t] ** 2)
+    return torch.stack(found).mean()
 
 
 def masked_token(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
@@ -179,27 +176,28 @@ def masked_token(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
 
 def softmax(logits: Tensor, temperature: float) -> Tensor:
     exponentials = (logits / temperature).exp()
-    return exponentials / exponentials.sum()
+    return exponentials / exponentials.sum(1, keepdim=True)
 
 
 def forward_divergence(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
     teacher = Reader(7).double()
-
-    def f(text: list[int], token: int, _: int) -> Tensor:
-        p, q = (softmax(m(torch.tensor([text]))[0, -1], 2.0) for m in (teacher, model))
-        hard = -log_probabilities(model, text)[-1, token]
-        return 0.7 * 4 * (p.detach() * (p.detach() / q).log()).sum() + 0.3 * hard
-
-    return token_terms(drawn, f)
+    found: list[Tensor] = []
+    for _, batch in drawn:
+        for text in rows_of(batch):
+            p, q = (softmax(m(torch.tensor([text[:-1]]))[0], 2.0) for m in (teacher, model))
+            apart = (p.detach() * (p.detach() / q).log()).sum(1)
+            predicted = log_probabilities(model, text[:-1])
+            found += [0.7 * 4 * apart[t] - 0.3 * predicted[t, token] for t, token in enumerate(text[1:])]
+    return torch.stack(found).mean()
 
 
 def reverse_divergence(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
     found = []
     for _, (inputs, targets, probabilities) in drawn:
         for text, wanted, given in zip(inputs, targets, probabilities, strict=True):
-            for t in range(int((wanted != PADDING).sum())):
-                q = softmax(model(text[None, : t + 1])[0, -1], 1.0)
-                found.append((q * (q / given[t].double()).log()).sum())
+            length = int((wanted != PADDING).sum())
+            q = softmax(model(text[None, :length])[0], 1.0)
+            found += list((q * (q / given[:length].double()).log()).sum(1))
     return torch.stack(found).mean()
 
 
@@ -212,7 +210,7 @@ def preference(smoothing: float, given: bool, model: nn.Module, drawn: Drawn, st
             for side in ("chosen", "rejected"):
                 text = rows_of(batch[side][index][None])[0]
                 own, theirs = (
-                    torch.stack([log_probabilities(m, text[:t])[-1, text[t]] for t in range(1, len(text))]).sum()
+                    torch.stack([log_probabilities(m, text[:-1])[t, token] for t, token in enumerate(text[1:])]).sum()
                     for m in (model, reference)
                 )
                 ratios.append(own - (batch[f"{side}_reference"][index].double() if given else theirs.detach()))
