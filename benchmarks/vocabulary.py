@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY, TOKENS, WIDTH = 50_000, 2_048, 256
-ROUNDS, REPEATS = 4, 2
+ROUNDS, REPEATS = 3, 2
 CHUNKS = (128, 256, 512, 1024)
 """Rows that `F.linear_cross_entropy` is given, among which its best is looked for."""
 
