@@ -11,7 +11,7 @@ A model offers this by two attributes: ``hidden(inputs)``, the hidden states [B,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 26}
 """Logits that are held at once, by kind of device: 128 MiB and 256 MiB in float32."""
 
 BLOCK_ELEMENTS = 1 << 18
-"""Logits whose gradient is found at once in a chunk on a CPU: 1 MiB, so that they stay in its cache."""
+"""Logits of a chunk that the loss takes at once on a CPU: 1 MiB, so that they stay in its cache."""
 
 LEAST_ROWS = 64
 """Fewer rows would make the projection slow."""
@@ -176,15 +176,16 @@ class _Total(torch.autograd.Function):
     def forward(
         ctx: Any, f: Rows, others: Any, recorded: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Any:
-        wanted = [recorded and needed for needed in ctx.needs_input_grad[3:]]
-        work = _Work(wanted, hidden, weight, bias)
-        totals: list[Tensor] = []
+        work = _Work([recorded and needed for needed in ctx.needs_input_grad[3:]], hidden, weight, bias)
+        found: list[tuple[Tensor, ...]] = []
         for start, stop in work.chunks():
-            sums = work.sums(f, others, start, stop)
-            totals = [before + value for before, value in zip(totals, sums, strict=True)] if totals else list(sums)
-        if not totals:  # no rows
-            totals = [value.detach() for value in f(_wide(work.logits(0, 0)), *_parts(others, 0, 0))]
+            logits = work.logits(start, stop)
+            for block, parts, _ in work.blocks(logits, others, start, stop):
+                found.append(_with_gradient(f, block, parts) if work.wanted else f(_wide(block), *parts))
+            if work.wanted:
+                work.add(start, stop, logits)
         ctx.gradients = work.gradients
+        totals = [torch.stack(each).sum() for each in zip(*found, strict=True)]
         ctx.mark_non_differentiable(*totals[1:])
         return tuple(totals)
 
@@ -205,10 +206,14 @@ class _Each(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Any, others: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         work = _Work((False, False, False), hidden, weight, bias)
-        parts = [f(_wide(work.logits(*chunk)), *_parts(others, *chunk)) for chunk in work.chunks() or [(0, 0)]]
+        values = [
+            f(_wide(block), *parts)
+            for chunk in work.chunks()
+            for block, parts, _ in work.blocks(work.logits(*chunk), others, *chunk)
+        ]
         ctx.f, ctx.others, ctx.dtype = f, others, work.dtype
         ctx.save_for_backward(hidden, weight, bias)
-        return torch.cat(parts)
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
@@ -216,10 +221,32 @@ class _Each(torch.autograd.Function):
         work = _Work(ctx.needs_input_grad[2:], hidden, weight, bias, ctx.dtype)
         for start, stop in work.chunks():
             logits = work.logits(start, stop)
-            with torch.enable_grad():
-                values = ctx.f(_wide(logits), *_parts(ctx.others, start, stop))
-            work.add(start, stop, torch.autograd.grad(values, logits, outer[0][start:stop])[0])
+            for block, parts, place in work.blocks(logits, ctx.others, start, stop):
+                of = outer[0][place : place + len(block)]
+
+                def weighed(logits: Tensor, *parts: Tensor, of: Tensor = of) -> tuple[Tensor]:
+                    return ((ctx.f(logits, *parts) * of).sum(),)
+
+                _with_gradient(weighed, block, parts)
+            work.add(start, stop, logits)
         return None, None, *work.gradients
+
+
+def _with_gradient(f: Rows, logits: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What `f` gives; `logits` are overwritten with the gradient of the first."""
+    known = getattr(f, "with_gradient", None)
+    if known is None:
+        leaf = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            found = f(_wide(leaf), *parts)
+        gradient = torch.autograd.grad(found[0], leaf)[0]
+        found = tuple(value.detach() for value in found)
+    else:
+        gradient = _wide(logits)
+        found = known(gradient, *parts)
+    if gradient is not logits:
+        logits.copy_(gradient)
+    return found
 
 
 class _Work:
@@ -247,39 +274,26 @@ class _Work:
     def chunks(self) -> list[tuple[int, int]]:
         """Where each chunk of rows starts and stops."""
         rows, size = len(self._hidden), chunk_rows(len(self._weight), self._hidden.device.type)
-        return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+        return [(start, min(start + size, rows)) for start in range(0, rows, size)] or [(0, 0)]
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """[stop - start, V], ready to have a gradient, in memory that the next chunk takes over."""
+        """[stop - start, V], in memory that the next chunk takes over."""
         with torch.no_grad(), torch.autocast(self._hidden.device.type, enabled=False):
             if self._buffer is None or len(self._buffer) < stop - start:
                 self._buffer = self._hidden.new_empty(stop - start, len(self._weight))
             logits = torch.mm(self._hidden[start:stop], self._weight.T, out=self._buffer[: stop - start])
             if self._bias is not None:
                 logits += self._bias
-        return logits.detach().requires_grad_(self.wanted)
+        return logits
 
-    def sums(self, f: Rows, others: Sequence[Tensor | Predictions], start: int, stop: int) -> tuple[Tensor, ...]:
-        """What `f` gives for a chunk, its gradient taken in."""
-        logits, parts = self.logits(start, stop), _parts(others, start, stop)
-        known = getattr(f, "with_gradient", None)
-        if not self.wanted:
-            return f(_wide(logits), *parts)
-        if known is None:
-            with torch.enable_grad():
-                found = f(_wide(logits), *parts)
-            self.add(start, stop, torch.autograd.grad(found[0], logits)[0])
-            return tuple(value.detach() for value in found)
-        gradient, totals = logits.detach(), []
-        size = max(1, BLOCK_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-        for place in range(0, len(logits), size):
-            block = gradient[place : place + size]
-            wide = _wide(block)
-            totals.append(known(wide, *(part[place : place + size] for part in parts)))
-            if wide is not block:
-                block.copy_(wide)
-        self.add(start, stop, gradient)
-        return tuple(torch.stack(each).sum() for each in zip(*totals, strict=True))
+    def blocks(
+        self, logits: Tensor, others: Sequence[Tensor | Predictions], start: int, stop: int
+    ) -> Iterator[tuple[Tensor, list[Tensor], int]]:
+        """A chunk's logits and what belongs to them, in blocks of rows, each with the row that it starts from."""
+        parts = _parts(others, start, stop)
+        size = max(1, BLOCK_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+        for place in range(0, max(1, len(logits)), size):
+            yield logits[place : place + size], [part[place : place + size] for part in parts], start + place
 
     def add(self, start: int, stop: int, gradient: Tensor) -> None:
         """Takes in the gradient of a chunk's logits."""
