@@ -330,13 +330,17 @@ def shades(count: int, longest: int, seed: int, dtype: torch.dtype) -> Data:
 
 
 class TwoTowers(nn.Module):
+    """With noise in its embeddings, drawn in float32, so that both passes must meet the same random numbers."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(5, 8), nn.Linear(5, 8)
         self.log_scale = nn.Parameter(torch.tensor(1.5))
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.first(first).tanh(), self.second(second).tanh(), self.log_scale
+        a, b = self.first(first).tanh(), self.second(second).tanh()
+        noise = torch.randn(a.shape).to(a.dtype) if self.training else torch.zeros_like(a)
+        return a + 0.3 * noise, b - 0.3 * noise, self.log_scale
 
 
 def matches(count: int, longest: int, seed: int, dtype: torch.dtype) -> Data:
@@ -346,8 +350,12 @@ def matches(count: int, longest: int, seed: int, dtype: torch.dtype) -> Data:
 
 
 def global_contrast(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
-    firsts, seconds = (torch.cat([batch[side] for _, batch in drawn]).double() for side in (0, 1))
-    a, b, log_scale = model(firsts, seconds)
+    found = []
+    for seed, (first, second) in drawn:
+        seed_all(seed)
+        found.append(model(first.double(), second.double()))
+    a, b = (torch.cat([embeddings[side] for embeddings in found]) for side in (0, 1))
+    log_scale = found[0][2]
     a, b = (side / (side**2).sum(1, keepdim=True).sqrt() for side in (a, b))
     exponentials = (log_scale.exp() * a @ b.T).exp()
     right = exponentials.diagonal()

@@ -328,7 +328,7 @@ class Calls(nn.Module):
 
 def test_clip_alone_sees_its_batch_as_a_whole_one() -> None:
     torch.manual_seed(0)
-    model, batch = tasks.TwoTowers(), batch_of("clip")
+    model, batch = tasks.TwoTowers().eval(), batch_of("clip")
     found = bind(CLIP()).sums(model, batch)["objective"] / 6
     wanted = tasks.global_contrast(model.double(), [(0, [side.double() for side in batch])], 0)
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
