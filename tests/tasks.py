@@ -142,29 +142,26 @@ def log_probabilities(model: nn.Module, inputs: list[int]) -> Tensor:
     return out
 
 
-def token_terms(drawn: Drawn, f: Callable[[list[int], int, int], Tensor]) -> Tensor:
-    """The mean over all next tokens of `f(tokens so far, token, its place)`."""
-    found = [
-        f(text[:place], text[place], place)
-        for _, batch in drawn
-        for text in rows_of(batch)
-        for place in range(1, len(text))
-    ]
+def next_token(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
+    found: list[Tensor] = []
+    for _, batch in drawn:
+        for text in rows_of(batch):
+            predicted = log_probabilities(model, text[:-1])
+            found += [-predicted[t, token] for t, token in enumerate(text[1:])]
     return torch.stack(found).mean()
 
 
-def next_token(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
-    return token_terms(drawn, lambda text, token, _: -log_probabilities(model, text)[-1, token])
-
-
 def smoothed_z(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
-    def f(text: list[int], token: int, _: int) -> Tensor:
-        wanted = torch.full((WORDS,), 0.1 / WORDS, dtype=torch.float64)
-        wanted[token] += 0.9
-        z = model(torch.tensor([text]))[0, -1].exp().sum().log()
-        return -(wanted * log_probabilities(model, text)[-1]).sum() + 0.01 * z**2
-
-    return token_terms(drawn, f)
+    found = []
+    for _, batch in drawn:
+        for text in rows_of(batch):
+            predicted = log_probabilities(model, text[:-1])
+            z = model(torch.tensor([text[:-1]]))[0].exp().sum(1).log()
+            for t, token in enumerate(text[1:]):
+                wanted = torch.full((WORDS,), 0.1 / WORDS, dtype=torch.float64)
+                wanted[token] += 0.9
+                found.append(-(wanted * predicted[t]).sum() + 0.01 * z[t] ** 2)
+    return torch.stack(found).mean()
 
 
 def masked_token(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
@@ -179,27 +176,28 @@ def masked_token(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
 
 def softmax(logits: Tensor, temperature: float) -> Tensor:
     exponentials = (logits / temperature).exp()
-    return exponentials / exponentials.sum()
+    return exponentials / exponentials.sum(1, keepdim=True)
 
 
 def forward_divergence(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
     teacher = Reader(7).double()
-
-    def f(text: list[int], token: int, _: int) -> Tensor:
-        p, q = (softmax(m(torch.tensor([text]))[0, -1], 2.0) for m in (teacher, model))
-        hard = -log_probabilities(model, text)[-1, token]
-        return 0.7 * 4 * (p.detach() * (p.detach() / q).log()).sum() + 0.3 * hard
-
-    return token_terms(drawn, f)
+    found: list[Tensor] = []
+    for _, batch in drawn:
+        for text in rows_of(batch):
+            p, q = (softmax(m(torch.tensor([text[:-1]]))[0], 2.0) for m in (teacher, model))
+            apart = (p.detach() * (p.detach() / q).log()).sum(1)
+            predicted = log_probabilities(model, text[:-1])
+            found += [0.7 * 4 * apart[t] - 0.3 * predicted[t, token] for t, token in enumerate(text[1:])]
+    return torch.stack(found).mean()
 
 
 def reverse_divergence(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
     found = []
     for _, (inputs, targets, probabilities) in drawn:
         for text, wanted, given in zip(inputs, targets, probabilities, strict=True):
-            for t in range(int((wanted != PADDING).sum())):
-                q = softmax(model(text[None, : t + 1])[0, -1], 1.0)
-                found.append((q * (q / given[t].double()).log()).sum())
+            length = int((wanted != PADDING).sum())
+            q = softmax(model(text[None, :length])[0], 1.0)
+            found += list((q * (q / given[:length].double()).log()).sum(1))
     return torch.stack(found).mean()
 
 
@@ -212,7 +210,7 @@ def preference(smoothing: float, given: bool, model: nn.Module, drawn: Drawn, st
             for side in ("chosen", "rejected"):
                 text = rows_of(batch[side][index][None])[0]
                 own, theirs = (
-                    torch.stack([log_probabilities(m, text[:t])[-1, text[t]] for t in range(1, len(text))]).sum()
+                    torch.stack([log_probabilities(m, text[:-1])[t, token] for t, token in enumerate(text[1:])]).sum()
                     for m in (model, reference)
                 )
                 ratios.append(own - (batch[f"{side}_reference"][index].double() if given else theirs.detach()))
@@ -332,13 +330,17 @@ def shades(count: int, longest: int, seed: int, dtype: torch.dtype) -> Data:
 
 
 class TwoTowers(nn.Module):
+    """With noise in its embeddings, drawn in float32, so that both passes must meet the same random numbers."""
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(5, 8), nn.Linear(5, 8)
         self.log_scale = nn.Parameter(torch.tensor(1.5))
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.first(first).tanh(), self.second(second).tanh(), self.log_scale
+        a, b = self.first(first).tanh(), self.second(second).tanh()
+        noise = torch.randn(a.shape).to(a.dtype) if self.training else torch.zeros_like(a)
+        return a + 0.3 * noise, b - 0.3 * noise, self.log_scale
 
 
 def matches(count: int, longest: int, seed: int, dtype: torch.dtype) -> Data:
@@ -348,8 +350,12 @@ def matches(count: int, longest: int, seed: int, dtype: torch.dtype) -> Data:
 
 
 def global_contrast(model: nn.Module, drawn: Drawn, step: int) -> Tensor:
-    firsts, seconds = (torch.cat([batch[side] for _, batch in drawn]).double() for side in (0, 1))
-    a, b, log_scale = model(firsts, seconds)
+    found = []
+    for seed, (first, second) in drawn:
+        seed_all(seed)
+        found.append(model(first.double(), second.double()))
+    a, b = (torch.cat([embeddings[side] for embeddings in found]) for side in (0, 1))
+    log_scale = found[0][2]
     a, b = (side / (side**2).sum(1, keepdim=True).sqrt() for side in (a, b))
     exponentials = (log_scale.exp() * a @ b.T).exp()
     right = exponentials.diagonal()

@@ -37,7 +37,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that objectives of language take the chunked way: five rows at a time."""
     torch.set_num_threads(1)
     monkeypatch.setattr(vocabulary, "LEAST_ROWS", 1)
-    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", {"cpu": 5 * WORDS})
+    monkeypatch.setattr(vocabulary, "CHUNK_ELEMENTS", {"cpu": 5 * WORDS, "cuda": 5 * WORDS})
 
 
 def recipe(
@@ -99,7 +99,7 @@ def test_the_gradient_is_that_of_the_definition_on_the_whole_batch(
     wanted = truth(name, replica, step)
     found = flat(instep_gradient(replica, step, workers))
     norm = math.inf if dtype == torch.float64 else 2
-    floor = 1e-7 if dtype == torch.float32 else 1e-12  # a batch whose gradients cancel
+    floor = 1e-8 if dtype == torch.float32 else 1e-12  # a batch whose gradients cancel
     assert torch.linalg.vector_norm(found - wanted, norm) <= 1e-6 * torch.linalg.vector_norm(wanted, norm) + floor
 
 
@@ -116,7 +116,22 @@ def test_one_digest_for_any_number_of_workers(name: str, tmp_path: Path) -> None
 WORLD, STEP = 2, 1
 
 OFF_BY = {
-    "next token": 0.1,
+    "next token": 0.599,
+    "smoothed, z-loss": 0.596,
+    "masked tokens": 1.113,
+    "distillation": 0.528,
+    "reverse distillation": 0.392,
+    "dpo": 0.203,
+    "dpo, given": 0.187,
+    "epsilon": 0.103,
+    "epsilon, min-SNR": 0.12,
+    "v, min-SNR": 0.19,
+    "v, truncated SNR": 0.18,
+    "flow": 0.186,
+    "flow, logit-normal": 0.177,
+    "vae": 0.098,
+    "vae, bernoulli": 0.059,
+    "clip": 0.488,
 }
 """How far a DDP loop's gradient is from the definition's, as a part of it: 2 processes of 4 microbatches each, 19
 samples of 2 to 9 tokens, each microbatch's mean, and the mean of these. Measured here; the test holds it to 5 %."""
@@ -185,8 +200,6 @@ def test_a_ddp_loop_with_the_usual_mean_fails_the_same_check(tmp_path: Path) -> 
         wanted = truth(name, replica, STEP)
         off[name] = float((found[name] - wanted).norm() / wanted.norm())
         assert (flat(instep_gradient(replica, STEP, 2)) - wanted).norm() <= 1e-6 * wanted.norm()
-    print({name: round(value, 3) for name, value in off.items()})
-    assert all(value > 0.01 for value in off.values())
     assert off == pytest.approx(OFF_BY, rel=0.05)
 
 

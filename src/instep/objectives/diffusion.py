@@ -72,7 +72,7 @@ class Diffusion:
         a, s = (_like(value.sqrt().to(x.dtype), x) for value in (kept, 1 - kept))
         found = _answer(model, a * x + s * noise, t, condition, "Diffusion")
         wanted = noise if self.prediction == "epsilon" else a * noise - s * x
-        return (_like(self.weights(kept).to(found.dtype), x) * (found - wanted).square()).sum()
+        return (_like(self.snr_weights(kept).to(found.dtype), x) * (found - wanted).square()).sum()
 
     def signal(self, device: torch.device | None = None) -> Tensor:
         """[steps] float64: a^2, the share of the samples' variance that is left at each time."""
@@ -85,7 +85,7 @@ class Diffusion:
             betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
         return (1 - betas).cumprod(0).to(device)
 
-    def weights(self, signal: Tensor) -> Tensor:
+    def snr_weights(self, signal: Tensor) -> Tensor:
         """The weight of samples of whose variance the share `signal` is left, both [B] float64."""
         ratio = signal / (1 - signal)
         if self.weighting == "uniform":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from instep.errors import ObjectiveError
 from instep.objectives.frozen import frozen, on_device
 from instep.objectives.protocol import TERM
-from instep.objectives.vocabulary import Predictions, predict
+from instep.objectives.vocabulary import CrossEntropy, Predictions, predict
 
 TokenBatch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
 
@@ -76,7 +76,7 @@ class NextToken:
         inputs, targets = self._read(batch)
         predictions, targets = read_predictions(model, inputs, targets, self.ignore_index, type(self).__name__)
         check_tokens(targets, predictions.vocabulary, "target")
-        sums = predictions.total(partial(_token_sums, self.label_smoothing, self.z_loss, self.metrics), targets)
+        sums = predictions.total(CrossEntropy(self.label_smoothing, self.z_loss, self.metrics), targets)
         return dict(zip((TERM, *self.metrics), sums, strict=True)) if self.metrics else sums[0]
 
     def _read(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
@@ -249,22 +249,6 @@ def check_tokens(tokens: Tensor, vocabulary: int, kind: str) -> None:
             f"{kind} token {least if least < 0 else most} is outside the model's vocabulary of {vocabulary} "
             f"(0 to {vocabulary - 1}); mark padding with the objective's ignore_index, or raise the model's vocabulary."
         )
-
-
-def _token_sums(
-    smoothing: float, z_loss: float, metrics: tuple[str, ...], logits: Tensor, targets: Tensor
-) -> tuple[Tensor, ...]:
-    """The objective, then the metrics, over the rows of `logits` [n, V] with `targets` [n]."""
-    total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
-    if z_loss:
-        total = total + z_loss * logits.logsumexp(1).square().sum()
-    found = [total]
-    with torch.no_grad():
-        if "cross_entropy" in metrics:
-            found.append(F.cross_entropy(logits, targets, reduction="sum"))
-        if "accuracy" in metrics:
-            found.append((logits.argmax(1) == targets).sum().to(total.dtype))
-    return tuple(found)
 
 
 def _divergence(

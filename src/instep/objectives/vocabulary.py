@@ -11,7 +11,7 @@ A model offers this by two attributes: ``hidden(inputs)``, the hidden states [B,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from instep.errors import ObjectiveError
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
-"""Logits that are held at once, by kind of device: 16 MiB and 256 MiB in float32."""
+CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 26}
+"""Logits that are held at once, by kind of device: 128 MiB and 256 MiB in float32."""
+
+BLOCK_ELEMENTS = 1 << 18
+"""Logits of a chunk that the loss takes at once on a CPU: 1 MiB, so that they stay in its cache."""
 
 LEAST_ROWS = 64
 """Fewer rows would make the projection slow."""
@@ -30,8 +33,55 @@ LEAST_ROWS = 64
 Rows = Callable[..., tuple[Tensor, ...]]
 """``f(logits, *others)``: from logits [n, V] and what belongs to their rows, scalar sums over the rows.
 
-The first is minimised, the others are metrics. It must be a sum over rows, each from its own row alone.
+The first is minimised, the others are metrics. It must be a sum over rows, each from its own row alone. Its gradient is
+autograd's, unless it has ``with_gradient(logits, *others)``, which gives the sums and overwrites the logits with the
+gradient of the first.
 """
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Sums over rows of logits [n, V] with `targets` [n]: the loss, then each of `metrics`.
+
+    With label smoothing e (Szegedy et al., 2016, arXiv:1512.00567) and z-loss (PaLM, Chowdhery et al., 2022,
+    arXiv:2204.02311) of weight z, the loss of a row is ``log Z - (1 - e) x_target - e mean(x) + z (log Z)^2``, where x
+    are its logits and Z the sum of their exponentials.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    metrics: tuple[str, ...] = ()
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """The sums."""
+        total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
+        if self.z_loss:
+            total = total + self.z_loss * logits.logsumexp(1).square().sum()
+        with torch.no_grad():
+            plain = F.cross_entropy(logits, targets, reduction="sum") if "cross_entropy" in self.metrics else total
+            right = (logits.argmax(1) == targets).sum().to(total.dtype) if "accuracy" in self.metrics else total
+        return total, *self._reported(plain, right)
+
+    def with_gradient(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+        """The sums; `logits` become the gradient, softmax (1 + 2 z log Z) - e / V, less 1 - e at the target."""
+        smoothing, z, at = self.label_smoothing, self.z_loss, targets[:, None]
+        wanted = logits.gather(1, at)
+        mean = logits.mean(1, keepdim=True) if smoothing else wanted
+        right = (logits.argmax(1) == targets).sum() if "accuracy" in self.metrics else targets.sum()
+        most = logits.amax(1, keepdim=True)
+        sums = logits.sub_(most).exp_().sum(1, keepdim=True)
+        log_z = most + sums.log()
+        logits.mul_((1 + 2 * z * log_z) / sums if z else 1 / sums)
+        if smoothing:
+            logits.sub_(smoothing / logits.shape[1])
+        logits.scatter_add_(1, at, torch.full_like(wanted, smoothing - 1))
+        plain = (log_z - wanted).sum()
+        total = plain + smoothing * (wanted - mean).sum() if smoothing else plain
+        total = total + z * log_z.square().sum() if z else total
+        return total, *self._reported(plain, right.to(total.dtype))
+
+    def _reported(self, plain: Tensor, right: Tensor) -> list[Tensor]:
+        return [{"cross_entropy": plain, "accuracy": right}[name] for name in self.metrics]
 
 
 @dataclass(frozen=True)
@@ -126,20 +176,16 @@ class _Total(torch.autograd.Function):
     def forward(
         ctx: Any, f: Rows, others: Any, recorded: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Any:
-        wanted = [recorded and needed for needed in ctx.needs_input_grad[3:]]
-        work = _Work(wanted, hidden, weight, bias)
-        totals: list[Tensor] = []
+        work = _Work([recorded and needed for needed in ctx.needs_input_grad[3:]], hidden, weight, bias)
+        found: list[tuple[Tensor, ...]] = []
         for start, stop in work.chunks():
             logits = work.logits(start, stop)
-            with torch.enable_grad():
-                sums = f(_wide(logits), *_parts(others, start, stop))
+            for block, parts, _ in work.blocks(logits, others, start, stop):
+                found.append(_with_gradient(f, block, parts) if work.wanted else f(_wide(block), *parts))
             if work.wanted:
-                work.add(start, stop, torch.autograd.grad(sums[0], logits)[0])
-            sums = tuple(value.detach() for value in sums)
-            totals = [before + value for before, value in zip(totals, sums, strict=True)] if totals else list(sums)
-        if not totals:  # no rows
-            totals = [value.detach() for value in f(_wide(work.logits(0, 0)), *_parts(others, 0, 0))]
+                work.add(start, stop, logits)
         ctx.gradients = work.gradients
+        totals = [torch.stack(each).sum() for each in zip(*found, strict=True)]
         ctx.mark_non_differentiable(*totals[1:])
         return tuple(totals)
 
@@ -160,10 +206,14 @@ class _Each(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Any, others: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         work = _Work((False, False, False), hidden, weight, bias)
-        parts = [f(_wide(work.logits(*chunk)), *_parts(others, *chunk)) for chunk in work.chunks() or [(0, 0)]]
+        values = [
+            f(_wide(block), *parts)
+            for chunk in work.chunks()
+            for block, parts, _ in work.blocks(work.logits(*chunk), others, *chunk)
+        ]
         ctx.f, ctx.others, ctx.dtype = f, others, work.dtype
         ctx.save_for_backward(hidden, weight, bias)
-        return torch.cat(parts)
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
@@ -171,10 +221,32 @@ class _Each(torch.autograd.Function):
         work = _Work(ctx.needs_input_grad[2:], hidden, weight, bias, ctx.dtype)
         for start, stop in work.chunks():
             logits = work.logits(start, stop)
-            with torch.enable_grad():
-                values = ctx.f(_wide(logits), *_parts(ctx.others, start, stop))
-            work.add(start, stop, torch.autograd.grad(values, logits, outer[0][start:stop])[0])
+            for block, parts, place in work.blocks(logits, ctx.others, start, stop):
+                of = outer[0][place : place + len(block)]
+
+                def weighed(logits: Tensor, *parts: Tensor, of: Tensor = of) -> tuple[Tensor]:
+                    return ((ctx.f(logits, *parts) * of).sum(),)
+
+                _with_gradient(weighed, block, parts)
+            work.add(start, stop, logits)
         return None, None, *work.gradients
+
+
+def _with_gradient(f: Rows, logits: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What `f` gives; `logits` are overwritten with the gradient of the first."""
+    known = getattr(f, "with_gradient", None)
+    if known is None:
+        leaf = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            found = f(_wide(leaf), *parts)
+        gradient = torch.autograd.grad(found[0], leaf)[0]
+        found = tuple(value.detach() for value in found)
+    else:
+        gradient = _wide(logits)
+        found = known(gradient, *parts)
+    if gradient is not logits:
+        logits.copy_(gradient)
+    return found
 
 
 class _Work:
@@ -191,6 +263,7 @@ class _Work:
         kind = hidden.device.type
         self.dtype = dtype or (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype)
         self.wanted = any(wanted)
+        self._buffer: Tensor | None = None
         self._hidden, self._weight = hidden.to(self.dtype), weight.to(self.dtype)
         self._bias = None if bias is None else bias.to(self.dtype)
         self.gradients: list[Tensor | None] = [
@@ -201,13 +274,26 @@ class _Work:
     def chunks(self) -> list[tuple[int, int]]:
         """Where each chunk of rows starts and stops."""
         rows, size = len(self._hidden), chunk_rows(len(self._weight), self._hidden.device.type)
-        return [(start, min(start + size, rows)) for start in range(0, rows, size)]
+        return [(start, min(start + size, rows)) for start in range(0, rows, size)] or [(0, 0)]
 
     def logits(self, start: int, stop: int) -> Tensor:
-        """[stop - start, V], ready to have a gradient."""
+        """[stop - start, V], in memory that the next chunk takes over."""
         with torch.no_grad(), torch.autocast(self._hidden.device.type, enabled=False):
-            logits = F.linear(self._hidden[start:stop], self._weight, self._bias)
-        return logits.requires_grad_(self.wanted)
+            if self._buffer is None or len(self._buffer) < stop - start:
+                self._buffer = self._hidden.new_empty(stop - start, len(self._weight))
+            logits = torch.mm(self._hidden[start:stop], self._weight.T, out=self._buffer[: stop - start])
+            if self._bias is not None:
+                logits += self._bias
+        return logits
+
+    def blocks(
+        self, logits: Tensor, others: Sequence[Tensor | Predictions], start: int, stop: int
+    ) -> Iterator[tuple[Tensor, list[Tensor], int]]:
+        """A chunk's logits and what belongs to them, in blocks of rows, each with the row that it starts from."""
+        parts = _parts(others, start, stop)
+        size = max(1, BLOCK_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+        for place in range(0, max(1, len(logits)), size):
+            yield logits[place : place + size], [part[place : place + size] for part in parts], start + place
 
     def add(self, start: int, stop: int, gradient: Tensor) -> None:
         """Takes in the gradient of a chunk's logits."""
