@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from benchmarks.gate import Gate
 from benchmarks.work import CONTEXT
 from instep.data.text import Windows, stdlib_text
+from instep.objectives import Sums
 from instep.objectives.language import NextToken
 
 
@@ -37,7 +38,7 @@ class SleepyNextToken:
         """As next-token prediction."""
         return self._objective.counts(batch)
 
-    def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Tensor) -> Sums:
         if torch.is_grad_enabled():
             time.sleep(self._sleep_s)
         return self._objective(model, batch)
@@ -54,7 +55,7 @@ class GatedNextToken:
         """As next-token prediction."""
         return self._objective.counts(batch)
 
-    def __call__(self, model: nn.Module, batch: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, batch: Tensor) -> Sums:
         if torch.is_grad_enabled():  # else it is the engine's check for a mean
             if self._forwards >= 0 and self._forwards % self._own == 0:
                 self._gate.tick()

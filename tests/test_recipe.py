@@ -25,6 +25,7 @@ from instep.recipe import (
     table_differences,
     without_address,
 )
+from instep.watch import Watch
 
 PARTS: dict[str, Any] = {"model": "m:Model", "objective": "m:loss", "data": "m:data"}
 
@@ -181,6 +182,7 @@ DECISIVE: dict[str, Any] = {
     "precision": "bfloat16",
     "compile": True,
     "threads": 2,
+    "watch": Watch(spike="stop"),
 }
 HARMLESS: dict[str, Any] = {
     "steps": 7,
@@ -189,6 +191,7 @@ HARMLESS: dict[str, Any] = {
     "evaluate_samples": 5,
     "sample_prompt": "x",
     "sample_length": 5,
+    "artifacts": "m:write",
 }
 
 

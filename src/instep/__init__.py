@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from instep.objectives import objective
     from instep.recipe import Recipe, Schedule, Team
     from instep.record.monitors import Console
+    from instep.record.tensorboard import TensorBoard
     from instep.rules import UpdateRule
+    from instep.watch import Watch
 
 _PUBLIC = {
     "Cluster": "instep.engines.request",
@@ -37,7 +39,9 @@ _PUBLIC = {
     "Run": "instep.engines.launch",
     "Schedule": "instep.recipe",
     "Team": "instep.recipe",
+    "TensorBoard": "instep.record.tensorboard",
     "UpdateRule": "instep.rules",
+    "Watch": "instep.watch",
     "objective": "instep.objectives",
     "replay": "instep.engines.alone",
     "replay_under": "instep.engines.alone",
@@ -57,7 +61,9 @@ __all__ = [
     "Run",
     "Schedule",
     "Team",
+    "TensorBoard",
     "UpdateRule",
+    "Watch",
     "errors",
     "models",
     "objective",

@@ -21,6 +21,7 @@ from instep.errors import RecipeError
 from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
 from instep.tables import check_types, from_table, suggest, to_table
+from instep.watch import Watch
 
 RECIPES = Path(__file__).parent / "recipes"
 """The folder of the built-in recipes."""
@@ -92,6 +93,8 @@ class Recipe:
     precision: ``bfloat16`` runs the model under autocast; weights and sums stay in float32.
     compile: run the model through `torch.compile`.
     threads: CPU threads inside each worker. It is part of the recipe since matrix kernels change their order with it.
+    watch: what is done about an objective that spikes, or no longer improves. With its `patience`, `evaluate_every` and
+        `evaluate_samples` decide the result too.
 
     These change only what is measured and shown:
 
@@ -99,6 +102,8 @@ class Recipe:
     evaluate_every: steps between evaluations on held-out data; 0 evaluates at the end alone.
     evaluate_samples: how many held-out samples, the first ones; None takes all.
     sample_prompt, sample_length: for text, the prompt and the number of tokens generated at the end; 0 for none.
+    artifacts: called at the end with (model, data, folder), writes into this folder what a person can look at or use,
+        and gives a mapping of figures, or None. See `instep.artifacts`.
     """
 
     model: ComponentLike
@@ -115,16 +120,20 @@ class Recipe:
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     threads: int = 1
+    watch: Watch = field(default_factory=Watch)
 
     name: str = field(default="custom", metadata=_NO_RESULT)
     evaluate_every: int = field(default=0, metadata=_NO_RESULT)
     evaluate_samples: int | None = field(default=None, metadata=_NO_RESULT)
     sample_prompt: str = field(default="", metadata=_NO_RESULT)
     sample_length: int = field(default=0, metadata=_NO_RESULT)
+    artifacts: ComponentLike | None = field(default=None, metadata=_NO_RESULT)
 
     def __post_init__(self) -> None:
         for key in ("model", "objective", "data", "optimizer"):
             object.__setattr__(self, key, Component.of(getattr(self, key)))
+        if self.artifacts is not None:
+            object.__setattr__(self, "artifacts", Component.of(self.artifacts))
         check_types(self, "recipe")
         if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
             raise RecipeError(f"'recipe.name' is {self.name!r}; it names the run folder: write a name without '/'.")
@@ -140,6 +149,7 @@ class Recipe:
                 f"a batch of {self.batch} samples does not divide into {self.microbatches} equal microbatches; "
                 f"set recipe.batch to {whole}, or choose other recipe.microbatches."
             )
+        self.watch.check(self.rule, self.evaluate_every)
         if self.compile and self.threads > 1:
             raise RecipeError(
                 f"'recipe.compile' goes with 1 thread a worker, not {self.threads}: several threads change the order "
@@ -170,6 +180,7 @@ class Team:
     restarts: how often the team may start again from its last checkpoint after a worker failed.
     checkpoint_every: steps between checkpoints; one is always written at the end.
     keep: how many checkpoints are kept, the last ones; 0 keeps all.
+    keep_best: also save, and keep, the checkpoint with the best held-out objective.
     engine: ``lockstep`` has no server and takes synchronous rules alone; ``server`` takes all; ``auto`` picks.
     slow: workers to slow down, by sleeping, for comparing rules: "1:4x" makes worker 1 take 4 times as long.
     answer_timeout_s: seconds without a sign of life after which a worker counts as stopped.
@@ -181,6 +192,7 @@ class Team:
     restarts: int = 3
     checkpoint_every: int = 100
     keep: int = 3
+    keep_best: bool = True
     engine: Literal["auto", "lockstep", "server"] = "auto"
     slow: str = ""
     answer_timeout_s: float = 4.0
@@ -300,6 +312,8 @@ def without_address(value: Any) -> str | None:
 
 def _result_part(table: Mapping[str, Any]) -> dict[str, Any]:
     decisive = {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("result", True)} - {"steps"}
+    if table.get("watch", {}).get("patience") is not None:
+        decisive |= {"evaluate_every", "evaluate_samples"}
     return {key: value for key, value in table.items() if key in decisive}
 
 

@@ -21,6 +21,7 @@ from instep.recipe import Recipe, Team, names_of_recipes, parse, path_of, read, 
 from instep.record.folder import RunFolder
 from instep.record.folder import digest as digest_of
 from instep.record.monitors import Console
+from instep.record.tensorboard import TensorBoard
 from instep.rules.presets import parse as parse_rule
 
 _TRAIN = """\
@@ -56,6 +57,7 @@ def app(settings: Settings) -> App:
         slow: str | None = None,
         out: Path | None = None,
         resume: Path | None = None,
+        tensorboard: bool = False,
     ) -> None:
         """Train.
 
@@ -78,6 +80,8 @@ def app(settings: Settings) -> App:
             The run folder to make; by default runs/NAME.
         resume
             The folder of a run to go on with, where it stands.
+        tensorboard
+            Also write the run's events for TensorBoard, into tensorboard/ in the run folder.
         """
         short = (
             ("workers", "team.workers", workers),
@@ -86,7 +90,7 @@ def app(settings: Settings) -> App:
             ("rule", "recipe.rule", rule),
             ("slow", "team.slow", slow),
         )
-        _train(recipe, _with_short(settings, short), out, resume)
+        _train(recipe, _with_short(settings, short), out, resume, tensorboard)
 
     @app.command(help=f"{COMMANDS['replay']}\n\n{_REPLAY}")
     def replay(run: Path, /, *, rule: str | None = None, out: Path | None = None) -> None:
@@ -264,7 +268,9 @@ def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out
         simulate(recipe, cluster, gradients=gradients, out=out, monitors=(console,), import_paths=_import_paths(given))
 
 
-def _train(given: str | None, settings: Settings, out: Path | None, resume: Path | None) -> None:
+def _train(
+    given: str | None, settings: Settings, out: Path | None, resume: Path | None, tensorboard: bool = False
+) -> None:
     merge({}, settings)  # a wrong flag is named before a wrong file
     if out is not None and resume is not None:
         raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
@@ -279,11 +285,16 @@ def _train(given: str | None, settings: Settings, out: Path | None, resume: Path
             "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
         )
 
-    from instep.engines.launch import train
+    from instep.engines.launch import Monitor, train
 
     paths = _import_paths(given)
-    with _terminable(), Console(path=out or resume) as console:
-        train(recipe, team=team, out=out, resume=resume, monitors=(console,), import_paths=paths)
+    folder = out or resume
+    assert folder is not None, "a new run has one by now"
+    with _terminable(), Console(path=folder) as console, contextlib.ExitStack() as trackers:
+        monitors: list[Monitor] = [console]
+        if tensorboard:
+            monitors.append(trackers.enter_context(TensorBoard(folder / "tensorboard")))
+        train(recipe, team=team, out=out, resume=resume, monitors=monitors, import_paths=paths)
 
 
 def _parsed(given: str, settings: Settings) -> tuple[Recipe, Team]:

@@ -69,7 +69,7 @@ def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: st
     if not rest:
         value = _value(text, hint)
         table.pop(key, None) if value is None else table.update({key: value})
-    elif hint is Component:
+    elif hint is Component or Component in get_args(hint):
         table[key] = _component_table(cls, key, table.get(key))
         _set(Component, _room(table, key, where), rest, text, name)
     elif hasattr(hint, "__dataclass_fields__"):

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from instep.data.cursor import held_out_batches, load
 from instep.engines.replica import Replica
+from instep.errors import RecipeError
 from instep.randomness import key, seed_all
 from instep.record.checkpoint import Loaded
 from instep.restore import kept_module_state
@@ -30,6 +31,10 @@ class Progress:
     objective_first: float | None = None
     objective_last: float | None = None
     held_out: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)  # version and objective of the best evaluation
+    evaluations_since: int = 0
+    skipped: int = 0  # updates that were left out because of a spike
+    stopped: str = ""  # why the run ended before its last step
 
     @classmethod
     def resumed(cls, saved: Loaded) -> Progress:
@@ -47,26 +52,34 @@ class Progress:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The objective on held-out data: the mean of each term, their sum, and the items of the first term."""
+    """The objective on held-out data, the mean of each term, metrics included, and the items of the first term.
+
+    The terms are weighed as in the recipe's last step, so that the objectives of a run's evaluations compare.
+    """
 
     objective: float
     terms: dict[str, float]
     items: int
 
     @classmethod
-    def of(cls, terms: Sequence[str], counts: ArrayLike, sums: ArrayLike) -> Evaluation:
+    def of(cls, replica: Replica, counts: ArrayLike, sums: ArrayLike) -> Evaluation:
         """From what the batches gave: counts [E, T] and sums [E, T] of T terms in E batches."""
+        terms, last = replica.objective.terms or (), replica.recipe.steps - 1
         totals = [sum(map(int, column)) for column in zip(*_rows(counts), strict=True)]
         columns = list(zip(*_rows(sums), strict=True))
         means = {name: math.fsum(columns[i]) / totals[i] for i, name in enumerate(terms) if totals[i]}
-        return cls(objective=math.fsum(means.values()), terms=means, items=totals[0])
+        return cls(objective=replica.objective.whole(means, last), terms=means, items=totals[0])
 
     def facts(self, version: int, replica: Replica) -> dict[str, Any]:
-        """What a tape and a result say of it; with ``bits_per_byte`` for text and one term."""
+        """What a tape and a result say of it; for text with ``bits_per_byte``.
+
+        These are from the term "cross_entropy", or else from the objective if it minimises one term alone.
+        """
         codec = replica.data.codec
-        if codec is None or len(self.terms) != 1:
+        nats = self.terms.get("cross_entropy", self.objective if len(replica.objective.minimised) == 1 else None)
+        if codec is None or nats is None:
             return {"version": version, **asdict(self)}
-        bits = self.objective / math.log(2) / codec.bytes_per_token
+        bits = nats / math.log(2) / codec.bytes_per_token
         return {"version": version, **asdict(self), "bits_per_byte": bits}
 
 
@@ -75,9 +88,17 @@ def _rows(array: ArrayLike) -> list[Any]:
 
 
 def batches_held_out(replica: Replica) -> list[range]:
-    """The indices of each batch of held-out samples, as large as a microbatch; none without held-out data."""
+    """The indices of each batch of held-out samples, as large as a microbatch; none without held-out data.
+
+    Raises RecipeError where the recipe's watch needs them and there are none.
+    """
     data, recipe = replica.data, replica.recipe
     if data.held_out is None:
+        if recipe.watch.patience is not None:
+            raise RecipeError(
+                f"'watch.patience' is {recipe.watch.patience} evaluations, and the data have nothing held out; give a "
+                f"pair (training, held out), or leave patience out."
+            )
         return []
     samples = len(data.held_out)
     if recipe.evaluate_samples is not None:
@@ -110,7 +131,7 @@ def evaluate_alone(
     if not batches:
         return None
     found = list(evaluate(replica, batches, range(len(batches)), terms, advance))
-    return Evaluation.of(terms, [counts for _, counts, _ in found], [sums for *_, sums in found])
+    return Evaluation.of(replica, [counts for _, counts, _ in found], [sums for *_, sums in found])
 
 
 def passes(every: int, before: int, now: int) -> bool:

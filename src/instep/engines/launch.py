@@ -58,11 +58,23 @@ class Run:
         value = self.result["held_out"]
         return None if value is None else float(value)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The final weights, from the last checkpoint. Raises CheckpointError if that is damaged or not theirs."""
+    def state_dict(self, *, best: bool = False) -> dict[str, Tensor]:
+        """The final weights, from the last checkpoint; with `best`, those with the best held-out objective.
+
+        Raises CheckpointError if that checkpoint is missing, damaged or not theirs.
+        """
+        from instep.record import best as kept
         from instep.record import checkpoint
 
-        path, _ = checkpoint.newest_sound(RunFolder(self.path).checkpoints)
+        folder = RunFolder(self.path).checkpoints
+        if best:
+            found = kept.read(folder)
+            if found is None:
+                raise CheckpointError(
+                    f"{self.path} has no best checkpoint: nothing was evaluated, or team.keep_best was off."
+                )
+            return checkpoint.load(checkpoint.path_of(folder, found.version)).model_state
+        path, _ = checkpoint.newest_sound(folder)
         if path is None:
             raise CheckpointError(f"{self.path} has no sound checkpoint.")
         saved = checkpoint.load(path)
@@ -73,12 +85,12 @@ class Run:
             )
         return saved.model_state
 
-    def model(self) -> nn.Module:
-        """The recipe's model with the final weights, on the CPU."""
+    def model(self, *, best: bool = False) -> nn.Module:
+        """The recipe's model with the final weights, or those with the best held-out objective, on the CPU."""
         from instep.engines.replica import build_model
 
         model = build_model(self.recipe.model)
-        model.load_state_dict(self.state_dict())
+        model.load_state_dict(self.state_dict(best=best))
         return model
 
 
@@ -325,7 +337,7 @@ def _import_paths(folder: RunFolder) -> list[str]:
 
 
 def _pickled(recipe: Recipe) -> bytes:
-    for key in ("model", "objective", "data", "optimizer"):
+    for key in ("model", "objective", "data", "optimizer", "artifacts"):
         try:
             cloudpickle.dumps(getattr(recipe, key))
         except Exception as error:

@@ -20,8 +20,9 @@ from torch import Tensor
 from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate
 from instep.engines.exchange import Exchange, regions
 from instep.engines.replica import Replica
+from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
-from instep.objectives import check_is_sum, no_items
+from instep.objectives import check
 from instep.reduce.buffers import Buffers, changed_by_any
 from instep.reduce.fold import Fold
 from instep.reduce.layout import BLOCK, Layout
@@ -65,6 +66,7 @@ class Lockstep:
         self.reduction = Reduction(self._layout, recipe.microbatches, workers)
         self.buffers = Buffers(replica.module)
         self._own = range(*self.reduction.ranges[worker])
+        self.watcher = Watcher(replica, self.buffers)
         self._held_out = batches_held_out(replica)
         self.terms: list[str] = []
         self.slowness = 1.0
@@ -78,7 +80,7 @@ class Lockstep:
         probe = self.replica.learn_terms(version)
         self.terms = list(self.replica.objective.terms or ())
         if version == 0 and self.worker == 0:
-            check_is_sum(self.replica.objective, self.replica.module, probe)
+            check(self.replica.objective, self.replica.module, probe)
         return regions(
             reduction=self.reduction,
             microbatches=self.replica.recipe.microbatches,
@@ -107,8 +109,8 @@ class Lockstep:
     def run(self, progress: Progress, after_step: Callable[[Progress, bool], None], steps: int) -> bool:
         """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
 
-        Returns whether the run was asked to stop before. Raises ObjectiveError or NonFiniteError before the update
-        that it would have spoilt.
+        Returns whether the run was asked to stop before; the watch may end it before as well, see `progress.stopped`.
+        Raises ObjectiveError or NonFiniteError before the update that it would have spoilt.
         """
         self._load(progress.version)
         self._barrier(self._exchange.posted, progress.version + 1)
@@ -116,16 +118,16 @@ class Lockstep:
         self._barrier(self._exchange.done, progress.version + 1)  # or a fast worker would post the next step's counts
         while progress.version < steps:
             totals, stopped = self._step(progress, totals, steps)
-            last = stopped or progress.version == steps
-            after_step(progress, last)
-            if stopped:
-                return progress.version < steps
+            stopped = stopped or bool(progress.stopped)
+            after_step(progress, stopped or progress.version == steps)
+            if stopped or progress.stopped:
+                return progress.version < steps and not progress.stopped
         return False
 
     def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], bool]:
         exchange, replica, step = self._exchange, self.replica, progress.version
         began = time.monotonic()
-        self._check_totals(totals, step)
+        self.replica.objective.check_items(totals, step)
 
         from_s = self._clock()
         self._compute(step, totals)
@@ -160,22 +162,27 @@ class Lockstep:
         norm = total_norm(exchange.norms)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about_gradient(step, touched))
-        clip(self._home, norm, replica.recipe.clip_norm)
-        gradients = [view if seen else None for view, seen in zip(self._gradients, touched, strict=True)]
-        rate = replica.update(step, gradients)
-        if changed:
+        objective = replica.objective.whole(terms, step)
+        verdict = self.watcher.judge(step, objective)
+        rate = self._update(step, norm, touched) if verdict.updates else 0.0
+        if changed and verdict.updates:
             self.buffers.finish(
                 changed, self.reduction.plan, as_tensors(exchange.buffers), as_tensors(exchange.integers),
                 sum(1 for m in range(replica.recipe.microbatches) if replica.cursor.microbatch(step, m)),
             )  # fmt: skip
         self._pulse.advance()
         items = totals[self.terms[0]]
-        objective = math.fsum(terms.values())
         progress.merged(version=step + 1, steps=step + 1, items=items, objective=objective)
+        verdict.note(progress)
         progress.train_s += time.monotonic() - began
         if self.worker == 0:
-            self._emit_merged(step, objective, terms, items, rate, norm)
+            self._emit_merged(step, objective, terms, items, rate, norm, verdict)
         return next_totals, stopped
+
+    def _update(self, step: int, norm: float, touched: Any) -> float:
+        clip(self._home, norm, self.replica.recipe.clip_norm)
+        gradients = [view if seen else None for view, seen in zip(self._gradients, touched, strict=True)]
+        return self.replica.update(step, gradients)
 
     def _compute(self, step: int, totals: dict[str, int]) -> None:
         self._fold.begin()
@@ -209,10 +216,6 @@ class Lockstep:
         self._pulse.waiting(True)
         wait_for(marks, value)
         self._pulse.waiting(False)
-
-    def _check_totals(self, totals: dict[str, int], step: int) -> None:
-        if not any(totals.values()):
-            raise no_items(step, totals)
 
     def _terms_of(self, sums: Any, totals: dict[str, int], step: int) -> dict[str, float]:
         bad = np.argwhere(~np.isfinite(sums))
@@ -251,19 +254,26 @@ class Lockstep:
         self._emit("pushed", worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]])
 
     def _emit_merged(
-        self, step: int, objective: float, terms: dict[str, float], items: int, rate: float, norm: float
-    ) -> None:
+        self, step: int, objective: float, terms: dict[str, float], items: int, rate: float, norm: float,
+        verdict: Verdict,
+    ) -> None:  # fmt: skip
         contributions = [
             {"worker": worker, "version": step, "microbatches": list(bounds)}
             for worker, bounds in enumerate(self.reduction.ranges)
         ]
+        if verdict.why:
+            self._emit("warned", why=verdict.why, version=step + 1)
         self._emit(
             "merged", version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * self.workers,
             staleness=[0] * self.workers, objective=objective, terms=terms, items=items, lr=rate, grad_norm=norm,
+            **verdict.facts(),
         )  # fmt: skip
 
     def evaluate(self, version: int) -> Evaluation | None:
-        """The objective on the held-out data. Only worker 0 waits for it and gets it; the others give their share."""
+        """The objective on the held-out data. Only worker 0 waits for it and gets it; the others give their share.
+
+        Where it may end the run, all wait for it.
+        """
         exchange, replica = self._exchange, self.replica
         if not self._held_out:
             return None
@@ -273,9 +283,9 @@ class Lockstep:
             exchange.evaluation_counts[place] = counts
             exchange.evaluation_sums[place] = sums
         mark(exchange.evaluated, self.worker, version + 1)
-        if self.worker:
+        if self.worker and replica.recipe.watch.patience is None:
             return None
         self._pulse.waiting(True)
         wait_for(exchange.evaluated, version + 1)
         self._pulse.waiting(False)
-        return Evaluation.of(self.terms, exchange.evaluation_counts, exchange.evaluation_sums)
+        return Evaluation.of(replica, exchange.evaluation_counts, exchange.evaluation_sums)

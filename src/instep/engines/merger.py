@@ -15,8 +15,8 @@ from torch import Tensor
 
 from instep.engines.contributor import Facts, Vectors
 from instep.engines.replica import Replica
+from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
-from instep.objectives import no_items
 from instep.reduce.buffers import Buffers
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import BLOCK, Layout
@@ -52,12 +52,13 @@ class Update:
     items: int
     rate: float
     norm: float
+    verdict: Verdict
 
     def facts(self) -> dict[str, Any]:
         """What a tape says of it."""
         return {
             "objective": self.objective, "terms": self.terms, "items": self.items, "lr": self.rate,
-            "grad_norm": self.norm,
+            "grad_norm": self.norm, **self.verdict.facts(),
         }  # fmt: skip
 
 
@@ -69,6 +70,7 @@ class Merger:
         self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
         self.pack = Pack(replica.module, replica.parameters)
         self.buffers = Buffers(replica.module)
+        self.watcher = Watcher(replica, self.buffers)
         self.microbatches = 0
         """Microbatches merged so far."""
         self._outer = _Outer(self.rule, self.layout)
@@ -76,24 +78,29 @@ class Merger:
     def merge(self, contributions: Sequence[Arrived], terms: Sequence[str]) -> Update:
         """Makes one update, in the order given. May use the vectors up.
 
-        Raises NonFiniteError, or ObjectiveError for whole batches without items, before any change.
+        The watch may have it left out. Raises NonFiniteError, or ObjectiveError for whole batches without items, before
+        any change.
         """
         step = self.microbatches // self.pieces.microbatches
         facts = [each.facts for each in contributions]
         counts = {name: sum(each.counts[name] for each in facts) for name in terms}
         sums = {name: math.fsum(each.sums[name] for each in facts) for name in terms}
         means = {name: sums[name] / counts[name] for name in terms if counts[name]}
-        if self.rule.lockstep and not means:
-            raise no_items(step, terms)
+        if self.rule.lockstep:
+            self.replica.objective.check_items(counts, step)
         total = self._total(contributions)
         norm = norm_of(total, self.layout)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about(contributions, step))
-        touched = set().union(*(each.touched for each in facts))
-        rate = self._apply(total, touched, norm, step)
-        self._average_buffers(contributions)
+        objective = self.replica.objective.whole(means, step)
+        minimised = any(name in means for name in self.replica.objective.minimised)
+        verdict = self.watcher.judge(step, objective) if minimised else Verdict()
+        rate = 0.0
+        if verdict.updates:
+            rate = self._apply(total, set().union(*(each.touched for each in facts)), norm, step)
+            self._average_buffers(contributions)
         self.microbatches += sum(each.work.microbatches for each in contributions)
-        return Update(math.fsum(means.values()), means, counts[terms[0]], rate, norm)
+        return Update(objective, means, counts[terms[0]], rate, norm, verdict)
 
     def checksum(self) -> list[str]:
         """Of the present weights, one for each parameter."""
@@ -101,12 +108,13 @@ class Merger:
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
-        return {**self.replica.training_state(), "outer": self._outer.state()}
+        return {**self.replica.training_state(), "outer": self._outer.state(), "watch": self.watcher.state()}
 
     def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
         """Takes the state of a checkpoint. Raises CheckpointError where it does not fit."""
         self.replica.load(model_state, training_state)
         self.buffers.restart()
+        self.watcher.load(training_state.get("watch"))
         if "outer" in training_state:  # the lockstep engine has none
             self._outer.load(training_state["outer"])
 

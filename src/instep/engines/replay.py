@@ -38,6 +38,7 @@ class Replayer:
         self.merger = Merger(build(), self.pieces)
         self._contributors: dict[int, Contributor] = {}
         self.terms = self._contributor(0).terms
+        self.merger.replica.objective = self._contributor(0).replica.objective  # which knows its terms
         self._together: Together | None = None
         if batched:
             if not recipe.rule.gradients:

@@ -35,6 +35,11 @@ class Replica:
             samples=len(self.data.train), batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed
         )
         self.objective = objectives.bind(objectives.from_component(recipe.objective))
+        if self.objective.shares and not recipe.rule.synchronous:
+            raise RecipeError(
+                f"the objective {recipe.objective.describe()} compares each sample with its whole global batch, which "
+                f"rule '{recipe.rule.name}' never computes from the same weights; set rule to 'synchronous'."
+            )
         self.doing = "building the model"
         seed_all(key(recipe.seed, "model"))
         self.module = build_model(recipe.model).to(self.device)
@@ -50,6 +55,7 @@ class Replica:
         self._looked_for_kept_gradients = False
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._forward: Any = _compiled(self.module) if recipe.compile else self.module
+        self._shared: tuple[Any, dict[int, Any]] = (None, {})
         torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
         self.doing = "waiting for the team"
 
@@ -82,15 +88,37 @@ class Replica:
 
         `totals` are the items of each term over the whole batch of the step; they divide the sums, so that what the
         microbatches give adds up to the gradient of the objective on the whole batch. A term without items in the whole
-        batch adds nothing. Returns the sums, detached.
+        batch adds nothing, nor does a metric. Returns the sums, metrics included, detached.
         """
+        shared = self._share(step, microbatch) if self.objective.shares else None
         self.doing = f"computing step {step}, microbatch {microbatch}"
         seed_all(key(self.recipe.seed, step, microbatch, "compute"))
         with self.autocast():
-            sums = self.objective.sums(self._forward, batch)
-        parts = [value.float() / max(1, totals[name]) for name, value in sums.items()]
+            sums = self.objective.sums(self._forward, batch, shared)
+        weights = self.objective.weights(step)
+        parts = [weight * (sums[name].float() / max(1, totals[name])) for name, weight in weights.items()]
         torch.stack(parts).sum().backward() if len(parts) > 1 else parts[0].backward()
         return {name: value.detach() for name, value in sums.items()}
+
+    def _share(self, step: int, microbatch: int) -> objectives.Shared:
+        """What all microbatches of `step` share, computed once for the present weights: a forward of the whole batch.
+
+        Every worker computes all of it for itself, so that no bit of it depends on the team.
+        """
+        now = step, [parameter._version for parameter in self.parameters]
+        if self._shared[0] != now:
+            parts: dict[int, Any] = {}
+            for place in range(self.recipe.microbatches):
+                batch = self.batch(step, place)
+                if batch is not None:
+                    self.doing = f"computing what microbatch {place} of step {step} shares"
+                    seed_all(key(self.recipe.seed, step, place, "compute"))
+                    with self.autocast():
+                        parts[place] = self.objective.share(self._forward, batch)
+            self._shared = now, parts
+        parts = self._shared[1]
+        self.doing = f"computing step {step}, microbatch {microbatch}"
+        return objectives.Shared(tuple(parts.values()), list(parts).index(microbatch))
 
     def update(self, step: int, gradients: list[Tensor | None]) -> float:
         """The optimizer's update from version `step`; returns the factor on its learning rates.
@@ -245,4 +273,8 @@ def _compiled(module: nn.Module) -> Any:
     # One kernel a shape, never one that depends on which shapes a worker happened to see before.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(module, dynamic=False)
+    compiled = torch.compile(module, dynamic=False)
+    hidden: Any = getattr(module, "hidden", None)
+    if callable(hidden):  # what losses over a large vocabulary call instead of the module
+        compiled.__dict__["hidden"] = torch.compile(hidden, dynamic=False)
+    return compiled

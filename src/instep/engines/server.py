@@ -28,7 +28,7 @@ from instep.engines.replica import Replica
 from instep.engines.session import Session
 from instep.engines.tally import Tally
 from instep.errors import CheckpointError
-from instep.objectives import check_is_sum
+from instep.objectives import check
 from instep.record.digest import digest_of_state
 from instep.reduce.checksums import checksum
 from instep.reduce.shared import Region, attach
@@ -66,7 +66,7 @@ def contribute(session: Session, descriptor: int) -> None:
         if slowness > 1:
             time.sleep((slowness - 1) * (session.clock() - from_s))
         line.send(("pushed", own, found, from_s, session.clock()))
-    session.pipe.send(("ended", asdict(Progress()), "", False, None, {}))
+    session.pipe.send(("ended", asdict(Progress()), "", False, {}, {}))
 
 
 def serve(session: Session, descriptor: int) -> None:
@@ -90,7 +90,7 @@ def serve(session: Session, descriptor: int) -> None:
         lost = ledger.recover()
         merger.microbatches = ledger.merged_microbatches
     else:
-        check_is_sum(replica.objective, replica.module, probe)
+        check(replica.objective, replica.module, probe)
     facts = session.facts(
         terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers
     )
@@ -193,7 +193,7 @@ class _Server:
         session = self._session
         self._obey(lost)
         began = time.monotonic() - self._progress.train_s
-        while not self._ledger.finished and not session.pulse.stop_wanted():
+        while not (self._ledger.finished or self._progress.stopped or session.pulse.stop_wanted()):
             self._replica.doing = "waiting for workers"
             session.pulse.waiting(True)
             sources: list[Any] = [session.pipe, *self._lines]
@@ -212,16 +212,16 @@ class _Server:
                 self._obey(self._ledger.passed(session.clock()))
             self._progress.train_s = time.monotonic() - began
             session.send_events(held=True)
-        interrupted = not self._ledger.finished
+        interrupted = not (self._ledger.finished or self._progress.stopped)
         for line in self._lines:  # those too who come late
             line.send(("end", -1))
         self._save()
-        if not interrupted:
-            self._evaluate()
-        text = None if interrupted else session.sample()
-        session.send_events()
+        if not interrupted and self._progress.held_out.get("version") != self._progress.version and self._evaluate():
+            session.mark_best(self._progress)
         digest = digest_of_state(self._replica.module.state_dict())
-        session.pipe.send(("ended", asdict(self._progress), digest, interrupted, text, self._tally.result()))
+        left = {} if interrupted else session.leave()
+        session.send_events()
+        session.pipe.send(("ended", asdict(self._progress), digest, interrupted, left, self._tally.result()))
 
     def _hear(self, worker: int, message: tuple[Any, ...]) -> None:
         kind, incarnation, *rest = message
@@ -332,10 +332,13 @@ class _Server:
         self._progress.merged(
             version=action.version, steps=done, items=update.items, objective=update.objective if update.terms else None
         )
+        update.verdict.note(self._progress)
         self._tally.merged(action.staleness)
         contributions = [
             {"seq": c.seq, "worker": c.worker, "version": c.base, "piece": c.piece} for c in action.contributions
         ]
+        if update.verdict.why:
+            self._session.emit("warned", why=update.verdict.why, version=action.version)
         self._session.emit(
             "merged", version=action.version, step=done, contributions=contributions, weights=list(action.weights),
             staleness=list(action.staleness), **update.facts(), checksum=self._merger.checksum(),
@@ -344,15 +347,19 @@ class _Server:
 
     def _at_milestones(self, before: int, now: int) -> None:
         recipe, team = self._session.recipe, self._session.assignment.team
-        if now < recipe.steps and passes(recipe.evaluate_every, before, now):
-            self._evaluate()
-        if now < recipe.steps and passes(team.checkpoint_every, before, now):
+        if now == recipe.steps:
+            return
+        best = passes(recipe.evaluate_every, before, now) and self._evaluate()
+        if best or passes(team.checkpoint_every, before, now):
             self._save()
+        if best:
+            self._session.mark_best(self._progress)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Evaluates; whether this version is to be saved as the best."""
         self._replica.doing = f"evaluating version {self._progress.version}"
         found = evaluate_alone(self._replica, self._held_out, self._terms, self._session.pulse.advance)
-        self._session.evaluated(self._progress, found)
+        return self._session.evaluated(self._progress, found)
 
     def _sync_tape(self) -> None:
         """Whoever is killed now, no checkpoint holds updates that the tape lacks: no replay could make them."""

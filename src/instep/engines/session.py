@@ -18,13 +18,16 @@ from instep.engines.evaluation import Evaluation, Progress
 from instep.engines.lines import Line
 from instep.engines.pulse import WorkerPulse
 from instep.engines.replica import Replica
+from instep.engines.watching import note_evaluation
 from instep.errors import CheckpointError
 from instep.models import generate
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe, Team
-from instep.record import checkpoint
+from instep.record import best, checkpoint
+from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.reduce.shared import Region
+from instep.restore import kept_module_state
 
 HOLD_S = 0.1
 """Seconds that a process holds its events of a step, to send them together: each message wakes two processes."""
@@ -121,7 +124,7 @@ class Session:
     ) -> None:
         """Writes a checkpoint. Raises ResourceError where the disk refuses."""
         saved = checkpoint.save(
-            RunFolder(self.assignment.folder).checkpoints,
+            self._checkpoints,
             version=progress.version,
             model_state=model_state,
             training_state=training_state,
@@ -134,12 +137,51 @@ class Session:
             "checkpointed", version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest
         )
 
-    def evaluated(self, progress: Progress, found: Evaluation | None) -> None:
-        """Notes the objective on held-out data."""
+    def evaluated(self, progress: Progress, found: Evaluation | None) -> bool:
+        """Notes the objective on held-out data. Returns whether this version is to be saved as the best."""
         if found is None or self.replica is None:
-            return
-        progress.held_out = found.facts(progress.version, self.replica)
+            return False
+        note_evaluation(progress, self.recipe, found.facts(progress.version, self.replica))
+        if not self.leads:
+            return False
         self.emit("evaluated", **progress.held_out)
+        return self.assignment.team.keep_best and best.is_best(self._checkpoints, progress.version, found.objective)
+
+    def mark_best(self, progress: Progress) -> None:
+        """Notes that the checkpoint of this version, which is saved, is the best so far. Raises ResourceError."""
+        best.mark(self._checkpoints, progress.version, progress.held_out["objective"])
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks for all: worker 0 or, where there is one, the server."""
+        return self.number == (self.assignment.team.workers if self.assignment.lines else 0)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return RunFolder(self.assignment.folder).checkpoints
+
+    def leave(self) -> dict[str, Any]:
+        """What a finished run leaves beside its weights, as `result.json` tells of it."""
+        return {"sample": self.sample(), "artifacts": self.artifacts()}
+
+    def artifacts(self) -> dict[str, Any] | None:
+        """Has the recipe's artifacts written; their files, relative to the run folder, and figures."""
+        recipe, replica, run = self.recipe, self.replica, RunFolder(self.assignment.folder)
+        assert replica is not None
+        if recipe.artifacts is None:
+            return None
+        replica.doing = "writing the artifacts"
+        seed_all(key(recipe.seed, "artifacts"))
+        try:
+            run.artifacts.mkdir(exist_ok=True)
+            with kept_module_state(replica.module, training=False), torch.no_grad():
+                figures = dict(recipe.artifacts.build(replica.module, replica.data, run.artifacts) or {})
+            json_text(figures)
+        except Exception as error:  # the run is done; what only shows it must not end it
+            self.emit("warned", why=f"the artifacts could not be written: {type(error).__name__}: {error}")
+            figures = {}
+        files = sorted(path.relative_to(run.path).as_posix() for path in run.artifacts.rglob("*") if path.is_file())
+        return {"files": files, "figures": figures}
 
     def sample(self) -> str | None:
         """For text, what the model goes on to write after the recipe's prompt."""

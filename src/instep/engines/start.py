@@ -54,7 +54,7 @@ class Member:
     pipe: Connection
     incarnation: int = 0
     ready: tuple[dict[str, Any], Mapping[str, Region]] | None = None
-    ended: tuple[dict[str, Any], str, bool, str | None, dict[str, Any]] | None = None
+    ended: tuple[dict[str, Any], str, bool, dict[str, Any], dict[str, Any]] | None = None
 
 
 class Start:
@@ -123,7 +123,7 @@ class Start:
             with contextlib.suppress(OSError):  # the server is dead too, as will be seen
                 self._workers[self._leader].pipe.send(("left", number, failure.why))
             if self._board.stop_wanted():
-                old.ended = ({}, "", True, None, {})
+                old.ended = ({}, "", True, {}, {})
                 self._watch.leave_out(number)
                 return
             new = self._supervisor.fork(number, None, self._descriptor, self._workers, old.incarnation + 1)
@@ -246,7 +246,7 @@ class Start:
                 self._compare(number, -1, worker.ended[1])
         ended = self._workers[self._leader].ended
         assert ended is not None
-        progress, digest, interrupted, sample, _ = ended
+        progress, digest, interrupted, left, _ = ended
         held_out = progress["held_out"]
         result: dict[str, Any] = {
             "recipe": self._run.recipe_table["name"],
@@ -268,8 +268,11 @@ class Start:
             "restarts": self._supervisor.restarts,
             **self._costs(),
             "interrupted": interrupted,
+            "stopped": progress["stopped"] or None,
+            "skipped": progress["skipped"],
             "data_digest": self._facts["data"],
-            "sample": sample,
+            "sample": left.get("sample"),
+            "artifacts": left.get("artifacts"),
         }
         self._supervisor.folder.write_result(result)
         self._supervisor.record(

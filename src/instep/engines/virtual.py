@@ -21,6 +21,7 @@ from instep.engines.replica import Replica
 from instep.engines.request import Cluster
 from instep.engines.schedule import Schedule
 from instep.engines.schedule import simulate as schedule
+from instep.errors import RecipeError
 from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint
 from instep.record.digest import digest_of_state
@@ -28,6 +29,11 @@ from instep.record.folder import RunFolder
 from instep.record.tape import SCHEMA, Tape
 from instep.rules.work import Pieces
 from instep.tables import to_table
+
+_NO_END = (
+    "'recipe.watch' may end the run early, or take updates back, and on a virtual clock the whole schedule is laid out "
+    "before any objective is known; set watch.spike to 'warn' or 'skip' and leave watch.patience out, or train."
+)
 
 MEASURED = 5
 """Microbatches that are timed where no times are given."""
@@ -49,6 +55,8 @@ def simulate(recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | N
 class _Simulation:
     def __init__(self, recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | None, tell: Tell):
         self._recipe, self._cluster, self._gradients, self._tell = recipe, cluster, gradients, tell
+        if gradients and recipe.watch.ends_early:
+            raise RecipeError(_NO_END)
         self._folder = RunFolder(folder) if folder is not None else None
         self._tape = Tape(self._folder.tape_path) if self._folder else None
         self._pieces = Pieces(recipe.rule, cluster.workers, recipe.microbatches, recipe.steps)

@@ -58,6 +58,8 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         replica.load(saved.model_state, saved.training_state)
         progress = Progress.resumed(saved)
     engine = Lockstep(replica, worker, team.workers, session.pulse, session.emit, session.clock)
+    if saved is not None:
+        engine.watcher.load(saved.training_state.get("watch"))
     memory = engine.prepare(progress.version)
     facts = session.facts(
         version=progress.version, weights=digest_of_state(replica.module.state_dict()), terms=engine.terms
@@ -68,30 +70,36 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
 
     def after_step(progress: Progress, last: bool) -> None:
         version = progress.version
+        best = False
         if version < recipe.steps and recipe.evaluate_every and version % recipe.evaluate_every == 0:
-            session.evaluated(progress, engine.evaluate(version))
+            best = session.evaluated(progress, engine.evaluate(version))
         session.send_events(held=True)
-        if last or version % team.checkpoint_every == 0:
+        due = last or bool(progress.stopped) or version % team.checkpoint_every == 0
+        if due or best:
             replica.doing = f"saving version {version}"
             state = replica.module.state_dict()
             session.send_events()  # a checkpoint never holds steps that the tape lacks
-            session.pipe.send(("digest", version, digest_of_state(state)))
+            if due:
+                session.pipe.send(("digest", version, digest_of_state(state)))
             if worker == 0:
-                session.save(progress, state, replica.training_state())
+                session.save(progress, state, {**replica.training_state(), "watch": engine.watcher.state()})
+            if best:
+                session.mark_best(progress)
 
-    interrupted = engine.run(progress, after_step, recipe.steps)
+    interrupted = engine.run(progress, after_step, progress.version if progress.stopped else recipe.steps)
     ended_s = session.clock()
-    if progress.version == recipe.steps:
-        # After the last checkpoint: nothing that was learnt can be lost by it.
-        session.evaluated(progress, engine.evaluate(progress.version))
-    text = session.sample() if worker == 0 and not interrupted else None
+    # After the last checkpoint: nothing that was learnt can be lost by it.
+    evaluated = progress.held_out.get("version") == progress.version
+    if not (interrupted or evaluated) and session.evaluated(progress, engine.evaluate(progress.version)):
+        session.mark_best(progress)
     digest = digest_of_state(replica.module.state_dict())
+    left = session.leave() if worker == 0 and not interrupted else {}
     session.send_events()
     costs = {
         "bytes_sent": (progress.version - first) * engine.bytes_a_step,
         "idle_share": [round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
     }
-    session.pipe.send(("ended", asdict(progress), digest, interrupted, text, costs))
+    session.pipe.send(("ended", asdict(progress), digest, interrupted, left, costs))
 
 
 def _redirect_output(path: Path) -> None:

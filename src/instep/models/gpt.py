@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,6 +73,16 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits, [B, T, V], of the token that follows each of `tokens`, [B, T], int64. Raises DataError."""
+        logits: Tensor = self.output(self.hidden(tokens))
+        return logits
+
+    @property
+    def head(self) -> nn.Linear:
+        """Makes logits of what `hidden` gives."""
+        return self.output
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Hidden states, [B, T, D], which `head` makes the logits of. Raises DataError."""
         length = tokens.shape[1]
         if length > self.context:
             raise DataError(
@@ -82,8 +93,8 @@ class GPT(nn.Module):
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
             x = block(x, turns)
-        logits: Tensor = self.output(self.norm(x))
-        return logits
+        normed: Tensor = self.norm(x)
+        return normed
 
 
 class Block(nn.Module):
@@ -166,7 +177,7 @@ def rotate(x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[[Tensor], Any],
     tokens: Tensor,
     length: int,
     generator: torch.Generator | None = None,
@@ -174,9 +185,10 @@ def generate(
 ) -> Tensor:
     """`tokens` ([T], or [B, T], int64) followed by `length` tokens drawn from the model, one after the other.
 
-    `model` maps [B, T] to logits [B, T, V]. It sees the last ``model.context`` tokens, where it has such an attribute,
-    else all. Without a first token, token 0 is taken for one, and left out of the answer. `generator` is on the CPU.
-    Temperature 0 takes the likeliest token. A module runs in eval mode, and gets its mode back.
+    `model` maps [B, T] to logits [B, T, V], or to an object that has them as ``.logits``. It sees the last
+    ``model.context`` tokens, where it has such an attribute, else all. Without a first token, token 0 is taken for one,
+    and left out of the answer. `generator` is on the CPU. Temperature 0 takes the likeliest token. A module runs in
+    eval mode, and gets its mode back.
     """
     if isinstance(model, nn.Module):
         with kept_module_state(model, training=False):
@@ -185,7 +197,7 @@ def generate(
 
 
 def _generate(
-    model: Callable[[Tensor], Tensor],
+    model: Callable[[Tensor], Any],
     tokens: Tensor,
     length: int,
     generator: torch.Generator | None,
@@ -198,7 +210,8 @@ def _generate(
     context = getattr(model, "context", None)
     for _ in range(length):
         seen = rows[:, -context:] if isinstance(context, int) else rows
-        logits = model(seen)[:, -1].float().cpu()
+        answer: Any = model(seen)
+        logits = getattr(answer, "logits", answer)[:, -1].float().cpu()
         if temperature == 0:
             drawn = logits.argmax(dim=-1, keepdim=True)
         else:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from instep.errors import CheckpointError, RecordError
+from instep.record import best
 from instep.record.digest import digest_of_state
 from instep.record.files import disk_error, json_text, sha256_of_file, sync_folder, synced_file
 from instep.record.weights import write_weights
@@ -81,7 +82,8 @@ def save(
     fingerprint: str,
     keep: int,
 ) -> Saved:
-    """Writes the checkpoint of `version` into `folder`, then removes all but the last `keep` (0 keeps all).
+    """Writes the checkpoint of `version` into `folder`, then removes all but the last `keep` (0 keeps all)
+    and the best one, see `instep.record.best`.
 
     training_state: a dict of tensors and plain values, as deep as need be. meta: values that JSON can hold.
     A checkpoint of the same version is replaced; one of a later version (left by a history that was taken back) stays.
@@ -159,11 +161,13 @@ def _put_in_place(aside: Path, final: Path) -> None:
 
 
 def _remove_old(folder: Path, version: int, keep: int) -> None:
-    """Removes what is older than `version`, but for the last ``keep - 1``. What cannot be removed stays, silently."""
+    """Removes what is older than `version`, but for the last ``keep - 1`` and the best. Errors are passed over."""
     with contextlib.suppress(OSError):
         older = sorted((v, path) for v, path in _versions(folder).items() if v < version)
-        for _, path in older[: max(0, len(older) + 1 - keep)]:
-            shutil.rmtree(path, ignore_errors=True)
+        kept = best.read(folder)
+        for v, path in older[: max(0, len(older) + 1 - keep)]:
+            if kept is None or v != kept.version:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _tidy(folder: Path) -> None:
@@ -176,6 +180,11 @@ def _tidy(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.rename(final)
+
+
+def path_of(folder: Path, version: int) -> Path:
+    """Where in `folder` the checkpoint of `version` lies."""
+    return folder / _name(version)
 
 
 def _name(version: int) -> str:

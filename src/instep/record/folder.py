@@ -80,6 +80,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def artifacts(self) -> Path:
+        """The folder of what the recipe leaves at its end: samples, pictures, an exported model."""
+        return self.path / "artifacts"
+
+    @property
     def logs(self) -> Path:
         """The folder of what workers print."""
         return self.path / "logs"

@@ -134,8 +134,17 @@ class Console:
         ):
             if result.get(key) is not None:
                 screen.row(label, form(result[key]))
+        if result.get("skipped"):
+            screen.row("left out", f"{result['skipped']:,} updates")
+        if result.get("stopped"):
+            screen.row("stopped", result["stopped"])
         if result["rule"] != "synchronous":
             self._costs(result)
+        artifacts = result.get("artifacts") or {"figures": {}, "files": []}
+        for name, value in artifacts["figures"].items():
+            screen.row(name, number(value) if isinstance(value, float) else str(value))
+        for path in artifacts["files"]:
+            screen.row("wrote", path)
         if result.get("sample"):
             screen.row("sample", "")
             screen.sample(result["sample"])
@@ -190,7 +199,7 @@ class _Plain(_Screen):
         print(text, file=self.file, flush=True)
 
     def row(self, label: str, value: str) -> None:
-        self.say(f"{label:<{_LABEL}}{value}".rstrip())
+        self.say(f"{_column(label)}{value}".rstrip())
 
     def sample(self, text: str) -> None:
         self.say("\n".join(f"{_INDENT}{line}".rstrip() for line in self.clean(text).split("\n")))
@@ -231,7 +240,7 @@ class _Terminal(_Screen):
         from rich.text import Text
 
         self._gap = False
-        text = Text.assemble((f"{label:<{_LABEL}}", "dim"), self.clean(value))
+        text = Text.assemble((_column(label), "dim"), self.clean(value))
         self._console.print(text, soft_wrap=True)  # the terminal wraps it, so that a copied path or digest stays whole
 
     def sample(self, text: str) -> None:
@@ -265,6 +274,10 @@ class _Terminal(_Screen):
                 line.append("  ").append(self.sign("━", "#") * done, "cyan")
                 line.append(self.sign("─", "-") * (bar - done), "dim")
         return line
+
+
+def _column(label: str) -> str:
+    return f"{label:<{_LABEL - 1}} "
 
 
 def _escape(character: str) -> str:

@@ -78,7 +78,7 @@ class Progress:
         if self.state == "training":
             parts.append(f"objective {number(self.objective)}")
         if len(self.terms) > 1:
-            parts += [f"{name} {number(value)}" for name, value in self.terms.items()]
+            parts += [f"{name} {number(value)}" for name, value in self.terms.items() if name != "objective"]
         if evaluated:
             parts.append(f"held-out {number(self.held_out)}")
             if self.bits_per_byte is not None:

@@ -1,0 +1,99 @@
+"""What the recipes of digits leave: pictures, and figures on how much these are digits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instep.artifacts.pictures import grid, write_png
+from instep.data import Data
+from instep.models.flow import FlowNet, integrate
+from instep.models.vae import VAENet
+
+
+def flow_samples(
+    model: FlowNet, data: Data, folder: Path, *, each: int = 18, columns: int = 12, steps: int = 50
+) -> Mapping[str, float]:
+    """Draws `each` pictures of every class along the flow; the first `columns` of each, a row a class, to samples.png.
+
+    Figures: "recognised", the share whose nearest training picture is of the class that was asked for; "told apart",
+    how often the nearest neighbour among samples and held-out pictures tells which of the two a picture is: 0.5 where
+    they are alike, 1 where they are not (Lopez-Paz and Oquab, 2017, arXiv:1610.06545); "nearest", the mean distance to
+    the nearest training picture, and "nearest, held-out", that of held-out ones, below which lie copies. The pictures
+    are from -1 to 1.
+    """
+    pictures, names = _training(data)
+    real = _tensors(data.held_out)[0].flatten(1)
+    wanted = torch.arange(model.classes).repeat_interleave(each)
+    device = next(model.parameters()).device
+    labels = wanted.to(device)
+    noise = torch.randn(len(wanted), 1, model.side, model.side).to(device)
+    drawn = integrate(lambda x, t: model(x, t, labels), noise, steps).cpu()
+    rows = drawn.view(model.classes, each, model.side, model.side)[:, :columns]
+    write_png(folder / "samples.png", grid((rows.flatten(0, 1) + 1) / 2, min(columns, each)))
+    flat = drawn.flatten(1)
+    return {
+        "recognised": _share(names[_nearest(flat, pictures)] == wanted),
+        "told apart": told_apart(flat[: len(real)], real[: len(flat)]),
+        "nearest": _distance(flat, pictures),
+        "nearest, held-out": _distance(real, pictures),
+    }
+
+
+def vae_reconstructions(
+    model: VAENet, data: Data, folder: Path, *, columns: int = 15, rows: int = 4
+) -> Mapping[str, float]:
+    """Held-out pictures, each above its reconstruction, to reconstructions.png, and pictures of latents drawn from the
+    prior to samples.png. The pictures are from 0 to 1, and the model's are logits.
+
+    Figures: "error", the squared error of a reconstruction by pixel, and "error of the mean", that of the mean training
+    picture; "recognised", the share of reconstructions whose nearest training picture is of the original's class.
+    """
+    pictures, names = _training(data)
+    real, wanted = _tensors(data.held_out)
+    device = next(model.parameters()).device
+    found = model(real.to(device))[0].sigmoid().cpu()
+    shown = [part[row * columns : (row + 1) * columns] for row in range(rows) for part in (real, found)]
+    write_png(folder / "reconstructions.png", grid(torch.cat(shown), columns))
+    drawn = model.decode(torch.randn(columns * rows, model.latents).to(device)).sigmoid()
+    write_png(folder / "samples.png", grid(drawn, columns))
+    mean = pictures.mean(0)
+    return {
+        "error": float((found - real).square().mean()),
+        "error of the mean": float((mean - real.flatten(1)).square().mean()),
+        "recognised": _share(names[_nearest(found.flatten(1), pictures)] == wanted),
+    }
+
+
+def told_apart(drawn: Tensor, real: Tensor) -> float:
+    """The share of `drawn` and `real`, [N, D] each, whose nearest other one is of their own kind."""
+    together = torch.cat((drawn, real))
+    distances = torch.cdist(together, together).fill_diagonal_(torch.inf)
+    kind = torch.arange(len(together)) < len(drawn)
+    return _share(kind[distances.argmin(1)] == kind)
+
+
+def _training(data: Data) -> tuple[Tensor, Tensor]:
+    pictures, names = _tensors(data.train)
+    return pictures.flatten(1), names
+
+
+def _tensors(pictures: Any) -> tuple[Tensor, Tensor]:
+    both: tuple[Tensor, Tensor] = pictures.tensors
+    return both
+
+
+def _nearest(of: Tensor, among: Tensor) -> Tensor:
+    return torch.cdist(of, among).argmin(1)
+
+
+def _distance(of: Tensor, among: Tensor) -> float:
+    return float(torch.cdist(of, among).amin(1).mean())
+
+
+def _share(flags: Tensor) -> float:
+    return float(flags.double().mean())

@@ -1,0 +1,65 @@
+"""What recipes of language models leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from instep.data import Data
+from instep.errors import RecordError
+
+
+def save_pretrained(model: Any, data: Data, folder: Path) -> Mapping[str, str]:
+    """A model of `transformers` saved into hf/, where ``AutoModelForCausalLM.from_pretrained`` finds all it needs.
+
+    It is read back, offline, and must give the same logits. Raises RecordError where it does not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model.config.use_cache = True  # for who generates with it
+    model.save_pretrained(folder / "hf")
+    again = AutoModelForCausalLM.from_pretrained(folder / "hf", local_files_only=True).eval()
+    tokens = torch.arange(16)[None] % model.config.vocab_size
+    device = next(model.parameters()).device
+    if not torch.equal(again(tokens).logits, model(tokens.to(device)).logits.cpu()):
+        raise RecordError(f"the model read back from {folder / 'hf'} gives other logits than the one that was saved.")
+    return {"saved for": "AutoModelForCausalLM.from_pretrained"}
+
+
+def preferences(model: Any, data: Data, folder: Path, *, pairs: int = 8) -> Mapping[str, float]:
+    """Some held-out pairs with their log-probabilities, to pairs.txt.
+
+    The figure "preferred" is the share of all held-out pairs whose real text is likelier than the shuffled one for the
+    model itself, without its reference.
+    """
+    from instep.data.cursor import load
+    from instep.objectives.preference import sequence_log_probabilities
+
+    held_out = data.held_out
+    assert held_out is not None, "the recipe's data have some"
+    device = next(model.parameters()).device
+    lines: list[str] = []
+    right = 0
+    for start in range(0, len(held_out), 64):
+        batch = load(held_out, range(start, min(start + 64, len(held_out))))
+        found = {
+            side: sequence_log_probabilities(model, [part.to(device) for part in batch[side]]).cpu()
+            for side in ("chosen", "rejected")
+        }
+        right += int((found["chosen"] > found["rejected"]).sum())
+        for place in range(len(found["chosen"])):
+            if start + place < pairs:
+                lines += [_shown(batch[side], place, side, float(found[side][place])) for side in found]
+    (folder / "pairs.txt").write_text("\n".join(lines), encoding="utf-8")
+    return {"preferred": right / len(held_out)}
+
+
+def _shown(parts: Any, place: int, side: str, log_probability: float) -> str:
+    inputs, targets = (part[place] for part in parts)
+    tokens = [*inputs.tolist(), int(targets[-1])]
+    prompt = int((targets < 0).sum()) + 1
+    given, judged = (bytes(part).decode("utf-8", errors="replace") for part in (tokens[:prompt], tokens[prompt:]))
+    return f"{side} ({log_probability:.1f}): {given!r} | {judged!r}"

@@ -1,0 +1,133 @@
+"""The objective as engines watch it: spikes before the update, and the held-out objective that stops improving.
+
+What is judged are the objectives of whole updates, which are the same for any team in lockstep, and on the tape under
+any other rule; so every worker, and every replay, comes to the same verdict by itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from instep.engines.evaluation import Progress
+from instep.engines.replica import Replica
+from instep.recipe import Recipe
+from instep.reduce.buffers import Buffers
+from instep.watch import limit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """On one update. answer: "" where it is no spike, else what the watch answers with.
+
+    why: a sentence to warn with, or "".
+    """
+
+    answer: str = ""
+    why: str = ""
+
+    @property
+    def updates(self) -> bool:
+        """Whether the update is made."""
+        return self.answer in ("", "warn")
+
+    def facts(self) -> dict[str, str]:
+        """What the tape says of the update, beside the rest."""
+        return {"spike": self.answer} if self.answer else {}
+
+    def note(self, progress: Progress) -> None:
+        """Keeps count."""
+        progress.skipped += not self.updates
+        if self.answer == "stop":
+            progress.stopped = self.why
+
+
+class Watcher:
+    """Judges each update before it is made, from the objectives before it; keeps states for a rollback."""
+
+    def __init__(self, replica: Replica, buffers: Buffers):
+        self._replica, self._buffers, self._watch = replica, buffers, replica.recipe.watch
+        self._past: deque[float] = deque(maxlen=self._watch.window)
+        self._kept: dict[str, Any] | None = None
+        self._rollbacks = 0
+        self._quiet = 0  # updates for which a spike is no news
+
+    def judge(self, step: int, objective: float) -> Verdict:
+        """The verdict on the update of `step`, whose objective is this. A rollback is carried out.
+
+        `step` is the version under a synchronous rule. The weights are those that the objective was computed from.
+        """
+        watch = self._watch
+        if watch.spike == "ignore":
+            return Verdict()
+        bound = limit(self._past, watch.deviations) if len(self._past) == watch.window else float("inf")
+        self._past.append(objective)
+        self._quiet -= 1
+        if objective > bound:
+            return self._answer(step, objective, bound)
+        if watch.spike == "rollback" and step % watch.rollback_every == 0:
+            self._keep(step)
+        return Verdict()
+
+    def _answer(self, step: int, objective: float, bound: float) -> Verdict:
+        watch = self._watch
+        answer, then = str(watch.spike), ""
+        if answer == "warn":
+            quiet, self._quiet = self._quiet > 0, watch.window
+            if quiet:
+                return Verdict(answer)
+        elif answer == "skip":
+            then = "; the update is left out"
+        elif answer == "stop":
+            then = "; the run ends before this update, as watch.spike says"
+        elif answer == "rollback" and (self._kept is None or self._rollbacks == watch.rollbacks):
+            answer, then = "stop", f"; the run ends before this update, for {self._rollbacks} rollbacks did not help"
+        elif answer == "rollback" and self._kept is not None:
+            then = f"; the weights go back to those of version {self._kept['version']}"
+            self._rollbacks += 1
+            self._replica.load(self._kept["model"], copy.deepcopy(self._kept["training"]))
+            self._buffers.restart()
+        return Verdict(
+            answer,
+            f"the objective is {objective:.6g} in step {step}, a spike: more than {watch.deviations:g} robust standard "
+            f"deviations above the median of the last {watch.window} updates, {bound:.6g}{then}.",
+        )
+
+    def _keep(self, version: int) -> None:
+        replica = self._replica
+        self._kept = {
+            "version": version,
+            "model": {name: tensor.detach().clone() for name, tensor in replica.module.state_dict().items()},
+            "training": copy.deepcopy(replica.training_state()),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"past": list(self._past), "kept": self._kept, "rollbacks": self._rollbacks, "quiet": self._quiet}
+
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Takes back what `state` gave; None starts anew."""
+        state = state or {"past": [], "kept": None, "rollbacks": 0, "quiet": 0}
+        self._past = deque(state["past"], maxlen=self._watch.window)
+        self._kept, self._rollbacks, self._quiet = state["kept"], state["rollbacks"], state["quiet"]
+
+
+def note_evaluation(progress: Progress, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Takes in an evaluation, and ends the run where the watch's patience is at its end."""
+    progress.held_out = dict(facts)
+    if progress.steps == recipe.steps:
+        return  # the last one: a run that is prolonged has not seen it
+    best, patience = progress.best, recipe.watch.patience
+    if not best or facts["objective"] < best["objective"]:
+        progress.best = {"version": facts["version"], "objective": facts["objective"]}
+        progress.evaluations_since = 0
+        return
+    progress.evaluations_since += 1
+    if patience is not None and progress.evaluations_since >= patience and not progress.stopped:
+        progress.stopped = (
+            f"the held-out objective, {facts['objective']:.6g}, is no better than {best['objective']:.6g} at version "
+            f"{best['version']}, {patience} evaluations before; the run ends, as watch.patience says."
+        )

@@ -1,0 +1,41 @@
+"""Which checkpoint has the best held-out objective: `best.json` beside the checkpoints names it, and it is kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from instep.record.files import json_text, write_atomically
+
+NAME = "best.json"
+
+
+class Best(NamedTuple):
+    """A version and its objective on held-out data."""
+
+    version: int
+    objective: float
+
+
+def read(folder: Path) -> Best | None:
+    """The best checkpoint in `folder`, or None where none is known."""
+    try:
+        table = json.loads((folder / NAME).read_bytes())
+        return Best(int(table["version"]), float(table["objective"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_best(folder: Path, version: int, objective: float) -> bool:
+    """Whether `objective` at `version` is below that of the best so far.
+
+    What is known of a later version is of a history that was taken back, and does not count.
+    """
+    known = read(folder)
+    return known is None or known.version >= version or objective < known.objective
+
+
+def mark(folder: Path, version: int, objective: float) -> None:
+    """Notes that the checkpoint of `version`, which is there, is the best. Raises ResourceError."""
+    write_atomically(folder / NAME, json_text({"version": version, "objective": objective}).encode() + b"\n")

@@ -1,0 +1,92 @@
+"""What is done about an objective that goes wrong: data, and the pure function that judges by it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from instep.errors import RecipeError
+from instep.rules import UpdateRule
+from instep.tables import check_types
+
+SIGMA_PER_MAD = 1.4826
+"""Standard deviations of a normal distribution in its median absolute deviation (Hampel, 1974)."""
+
+LEAST_SCALE = 1e-3
+"""The scale is at least this share of the median's size: an objective that stands still has no spread of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """How the objective is watched. It is part of the recipe, for most answers change the result.
+
+    A term or a gradient that is not finite always stops the run, before the update.
+
+    Fields
+    ------
+    spike: what an update is answered with whose objective is a spike, see `limit`. "ignore" and "warn" make it all the
+        same; "warn" warns of those that have none in the window before. "skip" leaves it out: weights, buffers and the
+        optimizer's state stay, and its samples are used up. "stop" leaves it out and ends the run. "rollback" leaves it
+        out and sets weights, buffers and the optimizer's state back to those last kept; the run goes on with the next
+        samples, since the same ones would give the same spike.
+    window: updates, the last ones, that a new objective is compared with. The first `window` are never spikes.
+    deviations: how many robust standard deviations above their median a spike is.
+    rollback_every: steps between states kept for a rollback, in the memory of every process that makes updates. The
+        checkpoints on the disk are the team's affair, and would let it decide the result.
+    rollbacks: how many there may be; the next spike stops the run.
+    patience: evaluations without a new best held-out objective after which the run ends; None for no such end.
+
+    Raises RecipeError for a value out of range.
+    """
+
+    spike: Literal["ignore", "warn", "skip", "stop", "rollback"] = "warn"
+    window: int = 50
+    deviations: float = 10.0
+    rollback_every: int = 100
+    rollbacks: int = 3
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "watch")
+        for key, least in (("window", 3), ("rollback_every", 1), ("rollbacks", 1), ("patience", 1)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise RecipeError(f"'watch.{key}' is {value}; it must be at least {least}.")
+        if not 0 < self.deviations < float("inf"):
+            raise RecipeError(f"'watch.deviations' is {self.deviations}; it must be a finite number above 0.")
+
+    def check(self, rule: UpdateRule, evaluate_every: int) -> None:
+        """Raises RecipeError where the recipe's rule or its evaluations give an answer no meaning."""
+        if self.spike == "rollback" and not rule.synchronous:
+            raise RecipeError(
+                f"'watch.spike' is 'rollback' and the rule is '{rule.name}': contributions computed from the weights "
+                f"that are taken back would still be merged; take the rule 'synchronous', or set watch.spike to 'stop'."
+            )
+        if self.spike == "skip" and not rule.gradients:
+            raise RecipeError(
+                f"'watch.spike' is 'skip' and the rule is '{rule.name}': the workers' own optimizers have taken their "
+                f"steps already, which nobody can leave out; set watch.spike to 'stop' or 'warn'."
+            )
+        if self.patience is not None and not evaluate_every:
+            raise RecipeError(
+                f"'watch.patience' is {self.patience} evaluations, and 'recipe.evaluate_every' is 0, so there are none "
+                f"before the end; set recipe.evaluate_every."
+            )
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether a run may end before its last step."""
+        return self.spike in ("stop", "rollback") or self.patience is not None
+
+
+def limit(past: Sequence[float], deviations: float) -> float:
+    """The objective above which an update is a spike: median + deviations * scale of those before it.
+
+    scale: 1.4826 times the median absolute deviation from the median, which up to half of `past` cannot carry away,
+    and at least a thousandth of the median.
+    """
+    middle = statistics.median(past)
+    spread = statistics.median(abs(value - middle) for value in past)
+    return middle + deviations * max(SIGMA_PER_MAD * spread, LEAST_SCALE * abs(middle))
