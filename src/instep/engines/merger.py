@@ -5,6 +5,7 @@ The server engine, the virtual engine and the replay all make updates here, with
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,8 +83,9 @@ class Merger:
         counts = {name: sum(each.counts[name] for each in facts) for name in terms}
         sums = {name: math.fsum(each.sums[name] for each in facts) for name in terms}
         means = {name: sums[name] / counts[name] for name in terms if counts[name]}
+        objective = dataclasses.replace(self.replica.objective, terms=tuple(terms))
         if self.rule.lockstep:
-            self.replica.objective.check_items(counts, step)
+            objective.check_items(counts, step)
         total = self._total(contributions)
         norm = norm_of(total, self.layout)
         if not math.isfinite(norm):
@@ -92,7 +94,7 @@ class Merger:
         rate = self._apply(total, touched, norm, step)
         self._average_buffers(contributions)
         self.microbatches += sum(each.work.microbatches for each in contributions)
-        return Update(self.replica.objective.whole(means, step), means, counts[terms[0]], rate, norm)
+        return Update(objective.whole(means, step), means, counts[terms[0]], rate, norm)
 
     def checksum(self) -> list[str]:
         """Of the present weights, one for each parameter."""
