@@ -5,6 +5,7 @@ The server engine, the virtual engine and the replay all make updates here, with
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,14 +87,15 @@ class Merger:
         counts = {name: sum(each.counts[name] for each in facts) for name in terms}
         sums = {name: math.fsum(each.sums[name] for each in facts) for name in terms}
         means = {name: sums[name] / counts[name] for name in terms if counts[name]}
+        bound = dataclasses.replace(self.replica.objective, terms=tuple(terms))
         if self.rule.lockstep:
-            self.replica.objective.check_items(counts, step)
+            bound.check_items(counts, step)
         total = self._total(contributions)
         norm = norm_of(total, self.layout)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about(contributions, step))
-        objective = self.replica.objective.whole(means, step)
-        minimised = any(name in means for name in self.replica.objective.minimised)
+        objective = bound.whole(means, step)
+        minimised = any(name in means for name in bound.minimised)
         verdict = self.watcher.judge(step, objective) if minimised else Verdict()
         rate = 0.0
         if verdict.updates:
