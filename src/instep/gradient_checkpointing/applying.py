@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from instep.errors import CheckpointingError, RecomputeError
+from instep.errors import CheckpointingError
 from instep.gradient_checkpointing.replaying import Frame, Repeat, Script, Watch, swapped_buffers
-from instep.gradient_checkpointing.structure import BlockPlan, Plan
+from instep.gradient_checkpointing.structure import Act, BlockPlan, Plan
 
 
 class Applied:
@@ -65,12 +66,17 @@ class _Block:
         self.before: Callable[..., Any] | None = module.__dict__.get("forward")
         self._module, self._applied = module, applied
         self._script = Script(plan)
+        self._compiled = functools.partial(_compiled_contexts, self._script)
         self._selective, self._buffers = plan.choice.selective, plan.kind.buffers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.before or type(self._module).forward.__get__(self._module)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            if not self._selective:
+                return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=self._compiled, **kwargs)
         frame = Frame(self._script, self._applied.verify)
         training = self._module.training
         if self._buffers and training:
@@ -84,6 +90,19 @@ class _Block:
             return checkpoint(
                 forward, *args, use_reentrant=False, early_stop=True, context_fn=contexts, **kwargs
             )
+
+
+def _compiled_contexts(script: Script) -> tuple[Any, Any]:
+    """Torch's own contexts, which its compiler traces: it then keeps in its graph what the plan keeps."""
+    place = -1
+
+    def policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        nonlocal place
+        place += 1
+        keep = place < len(script.acts) and script.fits(place, func) and script.acts[place] is Act.KEEP
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class _Second:

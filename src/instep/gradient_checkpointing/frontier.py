@@ -14,13 +14,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from instep.gradient_checkpointing.structure import Act, BlockKind, Choice
+from instep.gradient_checkpointing.structure import Act, BlockKind, Choice, Operation, Overheads
 
 EXACT = 10
 """Up to so many clusters every subset is tried."""
 
 MOST = 96
 """How many unbeaten choices a state of the dynamic programme carries on; beyond, they are thinned out by bytes."""
+
+_NONE = Overheads()
 
 Price = tuple[float, float]
 """What a second and what a FLOP cost."""
@@ -81,7 +83,7 @@ class Graph:
         return sum(stored[index].nbytes for index in storages if not stored[index].escapes)
 
 
-def choice_of(graph: Graph, kept: Iterable[int], op_overhead_s: float = 0.0, overhead_s: float = 0.0) -> Choice:
+def choice_of(graph: Graph, kept: Iterable[int], overheads: Overheads = _NONE) -> Choice:
     """The choice that keeps these clusters, so far as anything needs them."""
     kind, chosen = graph.kind, set(kept)
     needed, again = graph.settle(chosen)
@@ -94,12 +96,14 @@ def choice_of(graph: Graph, kept: Iterable[int], op_overhead_s: float = 0.0, ove
     last = _last_needed(kind)
     if not selective:  # torch stops where backward has all that it reads
         repeated = list(kind.operations[:last])
-    watched = op_overhead_s * len(kind.operations) if selective else 0.0
+    around = overheads.block_s + overheads.op_s * last
+    if selective:
+        around += overheads.watched_op_s * len(kind.operations)
     return Choice(
         held_bytes=graph.held(stays) + kind.extra_bytes,
         recompute_bytes=_recompute_peak(kind, acts, stays, last) + kind.extra_bytes,
         flops=sum(op.flops for op in repeated),
-        seconds=sum(op.seconds for op in repeated) + watched + overhead_s,
+        seconds=sum(op.seconds for op in repeated) + around,
         acts=acts,
         kept=tuple(sorted(stays)),
     )
@@ -110,10 +114,10 @@ def nothing(kind: BlockKind) -> Choice:
     return Choice(kind.held_bytes, kind.held_bytes, 0, 0.0)
 
 
-def frontier(kind: BlockKind, price: Price, op_overhead_s: float = 0.0, overhead_s: float = 0.0) -> list[Choice]:
+def frontier(kind: BlockKind, price: Price, overheads: Overheads = _NONE) -> list[Choice]:
     """The choices that no other beats in bytes held, bytes while recomputing and price together; cheapest first."""
     graph = Graph(kind)
-    choices = [choice_of(graph, kept, op_overhead_s, overhead_s) for kept in (*_worth_keeping(graph, price), ())]
+    choices = [choice_of(graph, kept, overheads) for kept in (*_worth_keeping(graph, price), ())]
     return unbeaten([nothing(kind), *choices], price)
 
 
@@ -245,8 +249,8 @@ def _acts(graph: Graph, stays: set[int], again: set[int]) -> tuple[Act, ...]:
     return tuple(acts)
 
 
-def _substantial(operation: object) -> bool:
-    return bool(getattr(operation, "writes", ())) or bool(getattr(operation, "constant", False))
+def _substantial(operation: Operation) -> bool:
+    return bool(operation.writes) or operation.constant
 
 
 def _last_needed(kind: BlockKind) -> int:

@@ -55,9 +55,16 @@ def plan(profile: Profile, *, budget_bytes: int, price: Literal["seconds", "flop
     return _plan(profile, best, budget_bytes, price)
 
 
-def plans(profile: Profile, *, price: Literal["seconds", "flops"] = "seconds") -> list[Plan]:
-    """The whole trade: all plans that no other beats in both peak and cost, the largest and cheapest first."""
-    return [_plan(profile, c, c.peak_bytes, price) for c in _unbeaten(_candidates(profile, price))]
+def plans(profile: Profile, *, most: int = 20, price: Literal["seconds", "flops"] = "seconds") -> list[Plan]:
+    """The trade: plans that no other beats in both peak and cost, the largest and cheapest first; of very many, `most`
+    that lie about evenly in bytes, the two ends among them."""
+    best = _unbeaten(_candidates(profile, price))
+    if len(best) > most:
+        top, bottom = best[0].peak_bytes, best[-1].peak_bytes
+        wanted = [top - (top - bottom) * i / (most - 1) for i in range(most)]
+        near = [min(range(len(best)), key=lambda i, n=nbytes: abs(best[i].peak_bytes - n)) for nbytes in wanted]
+        best = [best[i] for i in sorted(set(near))]
+    return [_plan(profile, c, c.peak_bytes, price) for c in best]
 
 
 def least_bytes(profile: Profile) -> int:
@@ -134,9 +141,7 @@ def _candidates(profile: Profile, price: Literal["seconds", "flops"]) -> tuple[_
 def _fronts(profile: Profile, price: Literal["seconds", "flops"]) -> tuple[tuple[Choice, ...], ...]:
     """By kind, the choices to combine."""
     weights = _price(profile, price)
-    fronts = [
-        frontier(kind, weights, profile.op_overhead_s, profile.recompute_overhead_s) for kind in profile.kinds
-    ]
+    fronts = [frontier(kind, weights, profile.overheads) for kind in profile.kinds]
     if _combinations(profile, fronts) > EXHAUSTIVE:
         fronts = [_fewer(front, weights) for front in fronts]
     return tuple(map(tuple, fronts))

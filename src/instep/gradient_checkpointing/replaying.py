@@ -39,6 +39,7 @@ class Script:
         self.changes = [operation.changes for operation in operations]
         self.random = [operation.random for operation in operations]
         self.keeps = [bool(kept.intersection(operation.writes)) for operation in operations]
+        self.skips = Act.SKIP in self.acts
         self.known: list[Any] = [None] * len(operations)  # the operation itself, once its name was seen to fit
 
     def fits(self, place: int, func: Any) -> bool:
@@ -103,7 +104,7 @@ class Watch(TorchDispatchMode):
             frame.versions.clear()
             frame.shapes.clear()
         act = script.acts[place] if frame.planned else Act.REPEAT
-        if act is Act.REPEAT and torch.Tag.nondeterministic_seeded in func.tags:
+        if act is Act.REPEAT and frame.planned and script.random[place]:
             frame.states[place] = _random_state(args, kwargs)[0]
         out = func(*args, **kwargs)
         if act is Act.KEEP:
@@ -161,8 +162,8 @@ class Repeat(TorchDispatchMode):
             return frame.kept.pop(place)
         if act is Act.SKIP:
             return pytree.tree_map_only(_Shape, _without_memory, frame.shapes[place])
-        if not self._whole:
-            _check_read(script, place, args, kwargs)
+        if script.skips and not self._whole:
+            _check_read(script, place, args)
         state = frame.states.get(place)
         if state is None or self._whole:
             out = func(*args, **kwargs)
@@ -200,10 +201,12 @@ def _without_memory(shape: _Shape) -> Tensor:
     return torch._C._dynamo.guards._reinterpret_tensor(empty, shape.size, shape.stride, 0)  # type: ignore[attr-defined,no-any-return]
 
 
-def _check_read(script: Script, place: int, args: Any, kwargs: Any) -> None:
+def _check_read(script: Script, place: int, args: Any) -> None:
     """Raises where an operation would read a tensor without memory: its inputs are others than in the profile."""
-    for value in pytree.arg_tree_leaves(*args, **kwargs):
-        if isinstance(value, Tensor) and value.numel() and not value.untyped_storage().nbytes():
+    for value in args:
+        if isinstance(value, (list, tuple)):
+            _check_read(script, place, value)
+        elif isinstance(value, Tensor) and not value.untyped_storage().nbytes() and value.numel():
             raise RecomputeError(
                 f"operation {place} of block '{script.block}', in '{script.where(place)}', reads another tensor than "
                 f"when the model was profiled, though its operations are the same; profile it again, or leave the "

@@ -7,7 +7,7 @@ around it lies the rest, the base: outputs of blocks, what is outside them, and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
@@ -80,6 +80,19 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Overheads:
+    """What recompute takes beside its operations.
+
+    block_s: a checkpointed block. op_s: an operation that is run again, in Python and autograd. watched_op_s: an
+    operation of a block that is planned by operation, both passes together.
+    """
+
+    block_s: float = 0.0
+    op_s: float = 0.0
+    watched_op_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class Profile:
     """One microbatch, forward and backward, with nothing recomputed.
 
@@ -94,10 +107,7 @@ class Profile:
     flops: int
     seconds: float
     peak_bytes: int
-    op_overhead_s: float = 0.0
-    """What an operation takes longer where its block is planned by operation."""
-    recompute_overhead_s: float = 0.0
-    """What a recomputed block takes longer than its operations."""
+    overheads: Overheads = field(default_factory=lambda: Overheads())
 
     @property
     def held_bytes(self) -> int:
@@ -222,7 +232,7 @@ def kept_in_words(kind: BlockKind, choice: Choice) -> str:
         return "not checkpointed"
     names = []
     for index in choice.kept:
-        made = kind.operations[kind.storages[index].born]
+        made = [op for op in kind.operations if index in op.writes][-1]
         names.append(f"{made.module or 'block'} {made.name.split('.')[1]}")
     return f"keeps {', '.join(dict.fromkeys(names))}" if names else "recomputed whole"
 

@@ -65,6 +65,7 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor], device: torch.device):
         super().__init__()
+        self.device = device
         self.calls: list[Call] = []
         self.memories: list[Memory] = []
         self.visits: dict[int, list[Visit]] = {}
