@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -86,10 +86,7 @@ class _Block:
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             return Watch(frame) if watch else nullcontext(), _Second(self._module, frame)
 
-        with _uncached_casts():
-            return checkpoint(
-                forward, *args, use_reentrant=False, early_stop=True, context_fn=contexts, **kwargs
-            )
+        return checkpoint(forward, *args, use_reentrant=False, early_stop=True, context_fn=contexts, **kwargs)
 
 
 def _compiled_contexts(script: Script) -> tuple[Any, Any]:
@@ -123,17 +120,6 @@ class _Second:
         if self._repeat is not None:
             self._repeat.__exit__(*error)
         swapped_buffers(self._module, self._now)
-
-
-@contextmanager
-def _uncached_casts() -> Iterator[None]:
-    """Autocast casts weights anew in each pass: a cast that only the first pass finds in a cache would be missed."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
 
 
 def planned(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from instep.errors import CheckpointingError
-from instep.gradient_checkpointing.applying import _uncached_casts, planned
+from instep.gradient_checkpointing.applying import planned
 from instep.gradient_checkpointing.blocks import find_blocks, named_blocks
 from instep.gradient_checkpointing.replaying import Frame, Repeat, Script, Watch
 from instep.gradient_checkpointing.structure import (
@@ -149,7 +149,7 @@ def _total(sums: Any) -> Tensor:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    with kept_random_state(), kept_module_state(model), torch.enable_grad(), _uncached_casts():
+    with kept_random_state(), kept_module_state(model), torch.enable_grad():
         yield
 
 

@@ -93,7 +93,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in SAC_IGNORED_OPS:
+        if func in SAC_IGNORED_OPS or is_weight_cast(func, args):
             return func(*args, **kwargs)
         frame, script = self._frame, self._frame.script
         place = len(frame.functions)
@@ -148,7 +148,7 @@ class Repeat(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in SAC_IGNORED_OPS:
+        if func in SAC_IGNORED_OPS or is_weight_cast(func, args):
             return func(*args, **kwargs)
         frame, script, place = self._frame, self._frame.script, self._place
         self._place += 1
@@ -181,6 +181,12 @@ class Repeat(TorchDispatchMode):
                 f"block out of the plan with blocks=."
             )
         return out
+
+
+def is_weight_cast(func: Any, args: Any) -> bool:
+    """Whether this is autocast casting a weight. It does so in one pass and finds it in its cache in another, so it
+    is no part of a block's operations."""
+    return func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 from torch.utils.flop_counter import flop_registry
 
+from instep.gradient_checkpointing.replaying import is_weight_cast
+
 
 @dataclass
 class Memory:
@@ -82,6 +84,11 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in SAC_IGNORED_OPS:
             return func(*args, **kwargs)
+        if is_weight_cast(func, args):
+            out = func(*args, **kwargs)
+            if self._of(out) is None:
+                self._add(out, -1)
+            return out
         inputs = [value for value in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(value, Tensor)]
         seen = {number for value in inputs if (number := self._of(value)) is not None}
         self.clock += 1
@@ -103,7 +110,7 @@ class Tracer(TorchDispatchMode):
         for value in outputs:
             number = self._of(value)
             if number is None and not self._is_known(value) and value.untyped_storage().nbytes():
-                made.append(self._add(value))
+                made.append(self._add(value, self.block))
         taken = {self._of(value) for value in outputs} - set(made) - changed_numbers - {None}
         is_view = not made and not changed and bool(outputs)
         counter = flop_registry.get(getattr(func, "overloadpacket", None))
@@ -128,10 +135,10 @@ class Tracer(TorchDispatchMode):
     def _of(self, value: Tensor) -> int | None:
         return self._number.get(value.untyped_storage()._cdata) if value.layout is torch.strided else None
 
-    def _add(self, value: Tensor) -> int:
+    def _add(self, value: Tensor, block: int) -> int:
         storage = value.untyped_storage()
         number, key = len(self.memories), storage._cdata
-        self.memories.append(Memory(storage.nbytes(), self.clock, self.block))
+        self.memories.append(Memory(storage.nbytes(), self.clock, block))
         self._number[key] = number
 
         def died(_: Any) -> None:
