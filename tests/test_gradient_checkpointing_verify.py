@@ -75,7 +75,10 @@ def planned(fault: str, spoil: bool = False) -> Parts:
         try:
             profile = gc.profile(model, total, torch.randn(4, 8))
         except CheckpointingError:
-            assert fault == "operations"
+            assert fault in (
+                "counter",
+                "operations",
+            )  # another weight has another backward, which the profile itself notices
     assert operations
     plan = gc.plan(profile, budget_bytes=gc.least_bytes(profile))
     gc.apply(model, plan, verify=True)
@@ -89,7 +92,7 @@ def planned(fault: str, spoil: bool = False) -> Parts:
     [
         ("random", r"block 'blocks\.\d', mul\.Tensor in 'blocks\.\d', gave another value"),
         ("global", r"block 'blocks\.\d', mul\.Tensor in 'blocks\.\d', gave another value"),
-        ("counter", r"block 'blocks\.\d', \w+\.default in 'blocks\.\d\.\w+', gave another value"),
+        ("counter", r"block 'blocks\.\d', t\.default in 'blocks\.\d', gave another value"),
         ("operations", r"is relu\.default in recompute, where the first pass had gelu\.default"),
     ],
 )

@@ -54,6 +54,7 @@ def app(settings: Settings) -> App:
         seed: int | None = None,
         rule: str | None = None,
         slow: str | None = None,
+        memory: str | None = None,
         out: Path | None = None,
         resume: Path | None = None,
     ) -> None:
@@ -74,6 +75,9 @@ def app(settings: Settings) -> App:
             diloco:20,outer_lr=0.5.
         slow
             Workers to slow down by sleeping, to compare rules: 1:4x makes worker 1 take 4 times as long.
+        memory
+            Of activations, for each worker: 512MiB, or a share such as 40%. What does not fit is computed again in
+            backward, with the same result; 'instep memory' shows the trade.
         out
             The run folder to make; by default runs/NAME.
         resume
@@ -85,6 +89,7 @@ def app(settings: Settings) -> App:
             ("seed", "recipe.seed", seed),
             ("rule", "recipe.rule", rule),
             ("slow", "team.slow", slow),
+            ("memory", "team.memory", memory),
         )
         _train(recipe, _with_short(settings, short), out, resume)
 

@@ -131,9 +131,7 @@ def unbeaten(choices: Sequence[Choice], price: Price) -> list[Choice]:
     order = sorted(choices, key=lambda c: (priced(c, price), c.held_bytes, c.recompute_bytes, c.kept))
     found: list[Choice] = []
     for choice in order:
-        if not any(
-            f.held_bytes <= choice.held_bytes and f.recompute_bytes <= choice.recompute_bytes for f in found
-        ):
+        if not any(f.held_bytes <= choice.held_bytes and f.recompute_bytes <= choice.recompute_bytes for f in found):
             found.append(choice)
     return found
 

@@ -243,9 +243,7 @@ class _Search:
             yield (*now[:last], place)
 
 
-def _plan(
-    profile: Profile, candidate: _Candidate, budget_bytes: int, price: Literal["seconds", "flops"]
-) -> Plan:
+def _plan(profile: Profile, candidate: _Candidate, budget_bytes: int, price: Literal["seconds", "flops"]) -> Plan:
     fronts = _fronts(profile, price)
     chosen = [fronts[kind][place] for kind, place in zip(profile.kind_of, candidate.choices, strict=True)]
     return Plan(

@@ -39,9 +39,7 @@ PASSES = 2
 """Traced passes; the least time of an operation counts."""
 
 
-def profile(
-    model: nn.Module, objective: Objective, batch: Any, *, blocks: Sequence[str] | None = None
-) -> Profile:
+def profile(model: nn.Module, objective: Objective, batch: Any, *, blocks: Sequence[str] | None = None) -> Profile:
     """What a forward and backward of `objective(model, batch)` keep and cost, with nothing recomputed.
 
     objective: a function of (model, batch) to a scalar tensor, or to a mapping of names to such, which are added up.
@@ -52,7 +50,9 @@ def profile(
     """
     names = find_blocks(model) if blocks is None else named_blocks(model, blocks)
     if planned(model):
-        raise CheckpointingError("the model has a plan on it already, and a profile is of the model without; remove it.")
+        raise CheckpointingError(
+            "the model has a plan on it already, and a profile is of the model without; remove it."
+        )
     names = _used_once(model, objective, batch, names)
     traces = [_trace(model, objective, batch, names) for _ in range(PASSES)]
     buffers = _changed_buffers(model, objective, batch, names)
@@ -181,9 +181,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 # From traces to the profile
 
 
-def _profile(
-    traces: list[Tracer], names: list[str], buffers: list[tuple[str, ...]], seconds: float
-) -> Profile:
+def _profile(traces: list[Tracer], names: list[str], buffers: list[tuple[str, ...]], seconds: float) -> Profile:
     tracer = traces[-1]
     visits = [tracer.visits[index][-1] for index in range(len(names))]
     if any([c.name for c in t.calls] != [c.name for c in tracer.calls] for t in traces):

@@ -54,8 +54,8 @@ class Script:
         return False
 
     def where(self, place: int) -> str:
-        """The block and the part of it that calls the operation at `place`."""
-        module = self.modules[place] if place < len(self.modules) else ""
+        """The block and, where the operations are those of the plan, the part of it that calls the one at `place`."""
+        module = self.modules[place] if place < len(self.modules) and self.known[place] is not None else ""
         return f"{self.block}.{module}" if module else self.block
 
 
@@ -100,6 +100,7 @@ class Watch(TorchDispatchMode):
         frame.functions.append(func)
         if frame.planned and not script.fits(place, func):
             frame.planned = False
+            script.known = [None] * len(script.names)
             frame.kept.clear()
             frame.versions.clear()
             frame.shapes.clear()

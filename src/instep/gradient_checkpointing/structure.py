@@ -216,7 +216,9 @@ class Plan:
         if not step:
             return "the step has no measured work to compare with"
         cost, bound = 100 * self.cost / step, 100 * self.lower_bound / step
-        return f"no plan within the budget costs less than {bound:.1f} % of the step's {unit}; this one costs {cost:.1f} %"
+        return (
+            f"no plan within the budget costs less than {bound:.1f} % of the step's {unit}; this one costs {cost:.1f} %"
+        )
 
     def groups(self) -> list[tuple[str, list[str]]]:
         """What blocks do, in words, each with the names of those that do it."""
