@@ -11,7 +11,7 @@ from torch import nn
 
 from instep import gradient_checkpointing as gc
 from instep.gradient_checkpointing.structure import Act
-from tests.checkpointed import CASES, after_step, gpt, hugging_face, resnet, same, ten_plans
+from checkpointed import CASES, after_step, gpt, hugging_face, resnet, same, ten_plans
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from instep import gradient_checkpointing as gc
 from instep.errors import CheckpointingError, RecomputeError
-from tests.checkpointed import after_step, gpt, ten_plans
+from checkpointed import after_step, gpt, ten_plans
 
 torch.set_num_threads(1)
 

@@ -99,7 +99,8 @@ def _compiled_contexts(script: Script) -> tuple[Any, Any]:
         keep = place < len(script.acts) and script.fits(place, func) and script.acts[place] is Act.KEEP
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
+    return contexts
 
 
 class _Second:

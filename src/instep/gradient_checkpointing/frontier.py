@@ -237,10 +237,8 @@ def _acts(graph: Graph, stays: set[int], again: set[int]) -> tuple[Act, ...]:
             act = Act.REPEAT
         elif operation.views is not None:
             act = Act.REPEAT if operation.views in alive else Act.SKIP
-        elif not operation.writes:  # a view of an input, or a change of nothing that is the block's own
-            act = Act.REPEAT
-        elif graph.cluster_of[operation.writes[0]] in again:
-            act = Act.REPEAT
+        elif not operation.writes or graph.cluster_of[operation.writes[0]] in again:
+            act = Act.REPEAT  # without writes, it is a view of an input
         else:
             act = Act.KEEP if not stays.isdisjoint(operation.writes) else Act.SKIP
         acts.append(act)

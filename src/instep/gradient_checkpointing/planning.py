@@ -9,6 +9,7 @@ choice between.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -47,8 +48,9 @@ def plan(profile: Profile, *, budget_bytes: int, price: Literal["seconds", "flop
     fitting = [candidate for candidate in candidates if candidate.peak_bytes <= budget_bytes]
     if not fitting:
         least = min(candidate.peak_bytes for candidate in candidates)
+        tenths = math.ceil(least / 2**20 * 10) / 10 * 2**20  # so that what is shown suffices
         raise CheckpointingError(
-            f"no plan fits into {_mib(budget_bytes)}: the least that one needs is {_mib(math.ceil(least / 104858) * 104858)}"
+            f"no plan fits into {_mib(budget_bytes)}: the least that one needs is {_mib(tenths)}"
             f", of {_mib(profile.peak_bytes)} with nothing recomputed; give it that, or take smaller microbatches."
         )
     best = min(fitting, key=lambda c: (c.cost, c.peak_bytes, c.choices))
@@ -62,8 +64,8 @@ def plans(profile: Profile, *, most: int = 20, price: Literal["seconds", "flops"
     if len(best) > most:
         top, bottom = best[0].peak_bytes, best[-1].peak_bytes
         wanted = [top - (top - bottom) * i / (most - 1) for i in range(most)]
-        near = [min(range(len(best)), key=lambda i, n=nbytes: abs(best[i].peak_bytes - n)) for nbytes in wanted]
-        best = [best[i] for i in sorted(set(near))]
+        distances = [[abs(candidate.peak_bytes - nbytes) for candidate in best] for nbytes in wanted]
+        best = [best[i] for i in sorted({each.index(min(each)) for each in distances})]
     return [_plan(profile, c, c.peak_bytes, price) for c in best]
 
 
@@ -223,7 +225,7 @@ class _Search:
         for kind, front in enumerate(self.fronts):
             hull = [front.index(choice) for choice in _hull(front, self.weights)]
             starts.append(hull[0])
-            for step, (here, there) in enumerate(zip(hull, hull[1:], strict=False)):
+            for step, (here, there) in enumerate(itertools.pairwise(hull)):
                 price = _slope(front[here], front[there], self.weights)
                 moves += [(price, step, block, there) for block, k in enumerate(kind_of) if k == kind]
         now = [starts[kind] for kind in kind_of]

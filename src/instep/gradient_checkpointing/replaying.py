@@ -87,7 +87,7 @@ class Watch(TorchDispatchMode):
     """The first pass: keeps what the plan says."""
 
     def __init__(self, frame: Frame):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._frame = frame
         frame.watched = True
 
@@ -130,7 +130,7 @@ class Repeat(TorchDispatchMode):
     """The second pass: gives back what was kept, skips what nothing needs and does the rest again."""
 
     def __init__(self, frame: Frame):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._frame = frame
         self._place = 0
         self._whole = False
@@ -140,12 +140,12 @@ class Repeat(TorchDispatchMode):
         if self._whole:
             self._frame.kept.clear()
         self._frame.versions.clear()
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> Any:
         self._frame.kept.clear()  # a second backward through the same graph does everything again
         self._frame.planned = False
-        return super().__exit__(*error)
+        return super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -153,7 +153,7 @@ class Repeat(TorchDispatchMode):
             return func(*args, **kwargs)
         frame, script, place = self._frame, self._frame.script, self._place
         self._place += 1
-        first = frame.functions[place] if place < len(frame.functions) else None
+        first: Any = frame.functions[place] if place < len(frame.functions) else None
         if func is not first:
             raise _other_operation(script, place, func, first)
         act = Act.REPEAT if self._whole else script.acts[place]
@@ -258,8 +258,8 @@ def _short(func: Any) -> str:
 def swapped_buffers(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gives buffers these values; returns those that they had. Past autograd, which counts changes."""
     before = {}
-    for name in values:
+    for name, value in values.items():
         buffer = module.get_buffer(name)
         before[name] = buffer.detach().clone()
-        buffer.data.copy_(values[name])
+        buffer.data.copy_(value)
     return before

@@ -107,7 +107,7 @@ class Profile:
     flops: int
     seconds: float
     peak_bytes: int
-    overheads: Overheads = field(default_factory=lambda: Overheads())
+    overheads: Overheads = field(default_factory=Overheads)
 
     @property
     def held_bytes(self) -> int:

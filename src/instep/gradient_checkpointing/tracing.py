@@ -66,7 +66,7 @@ class Tracer(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor], device: torch.device):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.calls: list[Call] = []
         self.memories: list[Memory] = []
