@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from checkpointed import CASES, after_step, gpt, hugging_face, resnet, same, ten_plans
 from instep import gradient_checkpointing as gc
 from instep.gradient_checkpointing.structure import Act
-from checkpointed import CASES, after_step, gpt, hugging_face, resnet, same, ten_plans
 
 torch.set_num_threads(1)
 

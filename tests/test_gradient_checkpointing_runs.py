@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from checkpointed import ResNet
+from harness import train_here
 from instep.budget import Budget, parse_budget
 from instep.errors import CheckpointingError, RecipeError
 from instep.recipe import Recipe, Team
-from checkpointed import ResNet
-from harness import train_here
 from workloads import classify, gpt, images
 
 BUDGETS = ("100%", "96%", "90%", "85%", "80%", "75%", "70%", "65%", "60%")

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from checkpointed import after_step, gpt, ten_plans
 from instep import gradient_checkpointing as gc
 from instep.errors import CheckpointingError, RecomputeError
-from checkpointed import after_step, gpt, ten_plans
 
 torch.set_num_threads(1)
 

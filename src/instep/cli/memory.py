@@ -26,7 +26,7 @@ def show(trade: Trade, file: object = None) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("peak", "share", "more time", "more FLOPs"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("blocks", overflow="fold")
+    table.add_column("blocks recomputed", overflow="fold")
     mark = _nearest(trade)
     for place, plan in enumerate(trade.plans):
         style = "bold" if place == mark else None
@@ -74,9 +74,12 @@ def _nearest(trade: Trade) -> int | None:
 
 
 def _in_short(plan: Plan) -> str:
+    """How many blocks recompute something."""
+    if not plan.checkpointed:
+        return "nothing recomputed"
     whole = sum(bool(b.choice.acts) and not b.choice.selective for b in plan.blocks)
-    parts = [(plan.checkpointed - whole, "in part"), (whole, "whole"), (len(plan.blocks) - plan.checkpointed, "not")]
-    return "recomputed: " + ", ".join(f"{number} {what}" for number, what in parts if number)
+    parts = [(plan.checkpointed - whole, "in part"), (whole, "whole")]
+    return ", ".join(f"{number} {what}" for number, what in parts if number) + f", of {len(plan.blocks)}"
 
 
 def _names(names: list[str]) -> str:
@@ -88,10 +91,14 @@ def draw(trade: Trade, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("--plot needs matplotlib, which is in the report extra: pip install 'instep[report]'.") from None
+        raise UsageError(
+            "--plot needs matplotlib, which is in the report extra: pip install 'instep[report]'."
+        ) from None
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot([p.peak_bytes / 2**20 for p in trade.plans], [100 * p.extra_time for p in trade.plans], "o-", label="plans")
+    axes.plot(
+        [p.peak_bytes / 2**20 for p in trade.plans], [100 * p.extra_time for p in trade.plans], "o-", label="plans"
+    )
     if trade.plan is not None:
         axes.axvline(trade.plan.budget_bytes / 2**20, linestyle=":", color="gray", label="budget")
         axes.plot(trade.plan.peak_bytes / 2**20, 100 * trade.plan.extra_time, "s", label="the plan, predicted")

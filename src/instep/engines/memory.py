@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from instep import gradient_checkpointing
 from instep.budget import parse_budget
@@ -72,6 +73,4 @@ def facts(plan: Plan, measured: tuple[int, float] | None) -> dict[str, Any]:
 
 
 def _elements(batch: Any) -> int:
-    from torch.utils import _pytree as pytree
-
     return sum(leaf.numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))

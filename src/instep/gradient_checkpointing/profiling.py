@@ -11,20 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from instep.errors import CheckpointingError
 from instep.gradient_checkpointing.applying import planned
 from instep.gradient_checkpointing.blocks import find_blocks, named_blocks
-from instep.gradient_checkpointing.replaying import Frame, Repeat, Script, Watch
+from instep.gradient_checkpointing.overheads import overheads_of
 from instep.gradient_checkpointing.structure import (
-    Act,
     BlockKind,
-    BlockPlan,
-    Choice,
     Moment,
     Operation,
-    Overheads,
     Profile,
     Storage,
 )
@@ -32,8 +27,6 @@ from instep.gradient_checkpointing.tracing import Memory, Tracer, Visit
 from instep.restore import kept_module_state, kept_random_state
 
 Objective = Callable[[Any, Any], Tensor | Mapping[str, Tensor]]
-
-_TINY = 64
 
 PASSES = 2
 """Traced passes; the least time of an operation counts."""
@@ -209,43 +202,8 @@ def _profile(traces: list[Tracer], names: list[str], buffers: list[tuple[str, ..
         flops=tracer.flops,
         seconds=seconds,
         peak_bytes=max(_alive(tracer, range(len(tracer.memories))), default=0),
-        overheads=_overheads(max(0.0, seconds - sum(least)) / max(1, len(least)), device),
+        overheads=overheads_of(max(0.0, seconds - sum(least)) / max(1, len(least)), device),
     )
-
-
-def _overheads(op_s: float, device: torch.device) -> Overheads:
-    """Measured on a block of `_TINY` operations that cost nothing else. A GPU works on meanwhile: none there."""
-    if device.type != "cpu":
-        return Overheads()
-    kind = BlockKind((Operation("aten.neg.default"),) * _TINY, (), 0)
-    script = Script(BlockPlan("", kind, Choice(0, 0, 0, 0.0, (Act.REPEAT,) * _TINY)))
-    start = torch.zeros(1, requires_grad=True)
-
-    def block(x: Tensor, operations: int = _TINY) -> Tensor:
-        for _ in range(operations):
-            x = -x
-        return x * x
-
-    def seconds(contexts: Callable[[], Any] | None, operations: int) -> float:
-        times = []
-        for _ in range(8):
-            began = time.perf_counter()
-            if contexts is None:
-                out = block(start, operations)
-            else:
-                out = checkpoint(block, start, operations, use_reentrant=False, context_fn=contexts)
-            torch.autograd.grad(out, start)
-            times.append(time.perf_counter() - began)
-        return min(times)
-
-    def watched() -> tuple[Any, Any]:
-        frame = Frame(script, False)
-        return Watch(frame), Repeat(frame)
-
-    bare, short = seconds(None, _TINY), seconds(None, 0)
-    block_s = max(0.0, seconds(noop_context_fn, 0) - short)
-    plain = max(0.0, seconds(noop_context_fn, _TINY) - bare - block_s)
-    return Overheads(block_s, op_s, max(0.0, seconds(watched, _TINY) - bare - block_s - plain) / _TINY)
 
 
 def _buffer_bytes(names: tuple[str, ...]) -> int:

@@ -229,14 +229,22 @@ class Plan:
 
 
 def kept_in_words(kind: BlockKind, choice: Choice) -> str:
-    """What a block keeps, such as "keeps attention.into_residual mm, mlp.widen mm"."""
+    """What a block keeps, such as "keeps attention.into_residual matmul, block add"."""
     if not choice.acts:
         return "not checkpointed"
     names = []
     for index in choice.kept:
         made = [op for op in kind.operations if index in op.writes][-1]
-        names.append(f"{made.module or 'block'} {made.name.split('.')[1]}")
+        names.append(f"{made.module or 'block'} {_plain(made.name)}")
     return f"keeps {', '.join(dict.fromkeys(names))}" if names else "recomputed whole"
+
+
+def _plain(name: str) -> str:
+    """An operation in plain words."""
+    base = name.split(".")[1].strip("_")
+    if base.startswith("scaled_dot_product"):
+        return "scores and values"
+    return "matmul" if base in ("mm", "addmm", "bmm", "baddbmm") else base.removeprefix("native_").replace("_", " ")
 
 
 def _mib(nbytes: float) -> str:
