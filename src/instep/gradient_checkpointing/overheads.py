@@ -17,7 +17,7 @@ _TINY = 64
 
 
 def overheads_of(op_s: float, device: torch.device) -> Overheads:
-    """Measured on a block of operations that cost nothing else; `op_s` is known. A GPU works on meanwhile: none there."""
+    """Measured on a block of operations that cost nothing else; `op_s` is known. A GPU works on meanwhile: none."""
     if device.type != "cpu":
         return Overheads()
     kind = BlockKind((Operation("aten.neg.default"),) * _TINY, (), 0)
