@@ -31,7 +31,7 @@ def apply(model: nn.Module, plan: Plan, *, verify: bool = False) -> Applied:
     """Puts `plan` on `model`, in place of any plan before; the model runs as always, with less memory.
 
     verify: every value that is computed again is compared with the first pass, bit by bit through a checksum, and the
-    first operation that differs is named by a RecomputeError. It costs time and no memory to speak of.
+    first operation that differs is named by a RecomputeError. It about doubles a step, and needs 2 MiB of its own.
     Raises CheckpointingError where the plan is of another model. Weights, buffers and names stay as they are.
     """
     modules = dict(model.named_modules())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 """Elements that are summed at once, so that a checksum needs little memory of its own."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
