@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from instep import errors, models, objectives, rules
+    from instep import errors, gradient_checkpointing, models, objectives, rules
     from instep.components import Component
     from instep.data import Data
     from instep.engines.alone import replay, replay_under, simulate
@@ -48,7 +48,7 @@ _PUBLIC = {
     "simulate": "instep.engines.alone",
     "train": "instep.engines.launch",
 }
-_MODULES = ("errors", "models", "objectives", "rules")
+_MODULES = ("errors", "gradient_checkpointing", "models", "objectives", "rules")
 
 __all__ = [
     "Cluster",
@@ -65,6 +65,7 @@ __all__ = [
     "UpdateRule",
     "Watch",
     "errors",
+    "gradient_checkpointing",
     "models",
     "objective",
     "objectives",

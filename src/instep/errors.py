@@ -8,6 +8,8 @@
     ├── DataError            the data set is empty, too small, or fails to give a sample
     ├── ObjectiveError       the objective's answer breaks its protocol
     │   └── NonFiniteError   a term of the objective or the gradient is not finite
+    ├── CheckpointingError   gradient checkpointing: no plan fits, or a block cannot be recomputed
+    │   └── RecomputeError   a recomputed value is not that of the first pass
     ├── RecordError          a run folder, tape or result cannot be made, read or written
     │   └── CheckpointError  a checkpoint is damaged, or belongs to another recipe
     ├── ResourceError        the machine has too little memory or disk, or lacks a device
@@ -54,6 +56,14 @@ class ObjectiveError(InstepError):
 
 class NonFiniteError(ObjectiveError):
     """A term of the objective, or the gradient, is not finite."""
+
+
+class CheckpointingError(InstepError):
+    """Gradient checkpointing: no plan fits the budget, or a block cannot be recomputed."""
+
+
+class RecomputeError(CheckpointingError):
+    """An operation that was done again gave another value, or came in another order, than in the first pass."""
 
 
 class RecordError(InstepError):

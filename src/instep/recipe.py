@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from instep.budget import parse_budget
 from instep.components import Component
 from instep.errors import RecipeError
 from instep.rules import UpdateRule
@@ -182,6 +183,8 @@ class Team:
     keep: how many checkpoints are kept, the last ones; 0 keeps all.
     keep_best: also save, and keep, the checkpoint with the best held-out objective.
     engine: ``lockstep`` has no server and takes synchronous rules alone; ``server`` takes all; ``auto`` picks.
+    memory: bytes for activations, as "512MiB", or a share of what they take, as "40%": what does not fit is computed
+        again in backward (gradient checkpointing). "" recomputes nothing.
     slow: workers to slow down, by sleeping, for comparing rules: "1:4x" makes worker 1 take 4 times as long.
     answer_timeout_s: seconds without a sign of life after which a worker counts as stopped.
     stall_timeout_s: seconds in which a worker that answers may finish no microbatch.
@@ -194,6 +197,7 @@ class Team:
     keep: int = 3
     keep_best: bool = True
     engine: Literal["auto", "lockstep", "server"] = "auto"
+    memory: str = ""
     slow: str = ""
     answer_timeout_s: float = 4.0
     stall_timeout_s: float = 600.0
@@ -201,6 +205,8 @@ class Team:
     def __post_init__(self) -> None:
         check_types(self, "team")
         _at_least("team.workers", self.workers, 1)
+        if self.memory:
+            parse_budget(self.memory, "'team.memory'")
         _at_least("team.checkpoint_every", self.checkpoint_every, 1)
         for key in ("restarts", "keep"):
             _at_least(f"team.{key}", getattr(self, key), 0)

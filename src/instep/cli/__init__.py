@@ -1,4 +1,4 @@
-"""The command ``instep``: train, recipes, digest.
+"""The command ``instep``: train, replay, simulate, memory, recipes, digest.
 
 Exit status: 0; 1 for an `InstepError`, one sentence on stderr; 2 for a wrong command line; 130 after Ctrl-C.
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "Train a recipe, or go on with a run.",
     "replay": "Compute a run again from its recipe and tape.",
     "simulate": "Run a recipe on a virtual cluster.",
+    "memory": "Show what recomputing activations saves in memory and costs in time.",
     "recipes": "List the built-in recipes.",
     "digest": "Print the digest of a run or checkpoint.",
 }

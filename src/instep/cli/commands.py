@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,6 +37,10 @@ _REPLAY = """\
 The digest is the run's own, whatever the rule: everything that a replay needs is on the tape. Where it is not, the \
 first place where the two differ is named."""
 
+_MEMORY = """\
+Profiles one microbatch of the recipe here, and trains nothing. Fields of the recipe are set as for train. A budget \
+goes to a run with instep train --memory."""
+
 _SIMULATE = """\
 Real gradients on a virtual clock: the same rules and the same code as in a real run, with workers and a network that \
 one need not have. Fields of the recipe are set as for train."""
@@ -55,6 +60,7 @@ def app(settings: Settings) -> App:
         seed: int | None = None,
         rule: str | None = None,
         slow: str | None = None,
+        memory: str | None = None,
         out: Path | None = None,
         resume: Path | None = None,
         tensorboard: bool = False,
@@ -76,6 +82,9 @@ def app(settings: Settings) -> App:
             diloco:20,outer_lr=0.5.
         slow
             Workers to slow down by sleeping, to compare rules: 1:4x makes worker 1 take 4 times as long.
+        memory
+            Of activations, for each worker: 512MiB, or a share such as 40%. What does not fit is computed again in
+            backward, with the same result; 'instep memory' shows the trade.
         out
             The run folder to make; by default runs/NAME.
         resume
@@ -89,6 +98,7 @@ def app(settings: Settings) -> App:
             ("seed", "recipe.seed", seed),
             ("rule", "recipe.rule", rule),
             ("slow", "team.slow", slow),
+            ("memory", "team.memory", memory),
         )
         _train(recipe, _with_short(settings, short), out, resume, tensorboard)
 
@@ -191,6 +201,21 @@ def app(settings: Settings) -> App:
             parsed = dataclasses.replace(parsed, steps=steps_for(parsed, workers, contributions))
         _simulate(recipe, parsed, cluster, gradients, out)
 
+    @app.command(help=f"{COMMANDS['memory']}\n\n{_MEMORY}")
+    def memory(recipe: str, /, *, budget: str | None = None, plot: Path | None = None) -> None:
+        """Memory.
+
+        Parameters
+        ----------
+        recipe
+            A built-in name or a TOML file.
+        budget
+            Shows one plan and tries it: 512MiB, or a share such as 40%.
+        plot
+            Draws the trade into this file, .png, .svg or .pdf. Needs the report extra.
+        """
+        _memory(recipe, settings, budget, plot)
+
     @app.command(help=COMMANDS["recipes"])
     def recipes() -> None:
         _refuse(settings)
@@ -259,6 +284,31 @@ def _replay_under(run: Path, rule: str, out: Path | None) -> None:
 
     with Console(path=out) as console:
         replay_under(run, parse_rule(rule), out=out, monitors=(console,))
+
+
+def _memory(given: str, settings: Settings, budget: str | None, plot: Path | None) -> None:
+    from instep.budget import parse_budget
+    from instep.cli.memory import draw, show
+    from instep.engines.trade import memory_trade
+
+    wanted = None if budget is None else parse_budget(budget, "--budget")
+    recipe, team = _parsed(given, settings)
+    with _importable(_import_paths(given)):
+        trade = memory_trade(recipe, team.device, wanted)
+    show(trade)
+    if plot is not None:
+        draw(trade, plot)
+
+
+@contextlib.contextmanager
+def _importable(paths: Iterable[str]) -> Iterator[None]:
+    """The recipe's modules are found at `paths`."""
+    before = list(sys.path)
+    sys.path[:0] = paths
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out: Path | None) -> None:

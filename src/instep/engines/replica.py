@@ -15,6 +15,7 @@ from instep import data, objectives
 from instep.components import Component
 from instep.data.cursor import Cursor, load
 from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, ResourceError
+from instep.gradient_checkpointing import Applied
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 
@@ -54,6 +55,9 @@ class Replica:
         self.optimizer = _build_optimizer(recipe.optimizer, self.parameters)
         self._looked_for_kept_gradients = False
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.checkpointing: Applied | None = None
+        """The gradient checkpointing plan on the model. Its first step is verified."""
+        self._verified: int | None = None
         self._forward: Any = _compiled(self.module) if recipe.compile else self.module
         self._shared: tuple[Any, dict[int, Any]] = (None, {})
         torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
@@ -92,6 +96,9 @@ class Replica:
         """
         shared = self._share(step, microbatch) if self.objective.shares else None
         self.doing = f"computing step {step}, microbatch {microbatch}"
+        if self.checkpointing is not None and self.checkpointing.verify:
+            self._verified = step if self._verified is None else self._verified
+            self.checkpointing.verify = step == self._verified
         seed_all(key(self.recipe.seed, step, microbatch, "compute"))
         with self.autocast():
             sums = self.objective.sums(self._forward, batch, shared)

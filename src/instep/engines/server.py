@@ -23,6 +23,7 @@ from torch import Tensor
 from instep.clock.slow import parse_slow, slow_factors
 from instep.engines.contributor import Contributor, Facts, Vectors
 from instep.engines.evaluation import Progress, batches_held_out, evaluate_alone, passes
+from instep.engines.memory import fit_memory
 from instep.engines.merger import Arrived, Merger
 from instep.engines.replica import Replica
 from instep.engines.session import Session
@@ -46,6 +47,7 @@ def contribute(session: Session, descriptor: int) -> None:
     facts, memory = session.ready(session.facts(), {})
     contributor = Contributor(replica, _pieces(session, facts["cut"]), session.pulse.advance)
     contributor.prepare(0)
+    fit_memory(replica, session.assignment.team.memory, session.emit if session.number == 0 else None)
     weights, vectors = _memory(descriptor, memory)
     slowness = slowness_of(session)
     line, own = assignment.lines[worker].worker, assignment.incarnation

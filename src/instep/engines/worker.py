@@ -13,6 +13,7 @@ from pathlib import Path
 from instep.engines import server
 from instep.engines.evaluation import Progress
 from instep.engines.lockstep import Lockstep
+from instep.engines.memory import fit_memory
 from instep.engines.pulse import PulseBoard, WorkerPulse
 from instep.engines.session import Assignment, Session
 from instep.errors import InstepError
@@ -61,6 +62,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     if saved is not None:
         engine.watcher.load(saved.training_state.get("watch"))
     memory = engine.prepare(progress.version)
+    fit_memory(replica, team.memory, session.emit if worker == 0 else None)
     facts = session.facts(
         version=progress.version, weights=digest_of_state(replica.module.state_dict()), terms=engine.terms
     )

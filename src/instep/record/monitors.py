@@ -59,6 +59,7 @@ class Console:
             "run_started": self._begin,
             "left": self._left,
             "warned": self._warned,
+            "planned": self._planned,
             "run_ended": self._end,
         }.get(event["kind"])
         if show is not None:
@@ -103,6 +104,17 @@ class Console:
 
     def _warned(self, event: Mapping[str, Any]) -> None:
         self._screen.say(f"warning: {event['why']}", "yellow")
+
+    def _planned(self, event: Mapping[str, Any]) -> None:
+        """A gradient checkpointing plan, and what it took when it was tried."""
+        measured = event["measured_bytes"]
+        took = f", measured {nbytes(measured)}" if measured is not None else ""
+        self._screen.row(
+            "memory",
+            f"{nbytes(event['predicted_bytes'])} predicted{took}, of {nbytes(event['nothing_recomputed_bytes'])}; "
+            f"{100 * event['extra_flops']:.1f} % more FLOPs in {event['checkpointed']} of {event['blocks']} blocks",
+        )
+        self._screen.gap()
 
     def _costs(self, result: Mapping[str, Any]) -> None:
         """What the rule gained and cost."""

@@ -1,0 +1,214 @@
+"""Gradient checkpointing against rules of thumb: peak bytes and step time, one run, same model and batch.
+
+Run as ``python benchmarks/checkpointing.py [--depth 12] [--width 256] [--compile]``. One thread, passes interleaved,
+medians. Bytes are the peak of live activations (weights, gradients and the batch left out) and what is held at the end
+of forward. Results go to benchmarks/results/memory.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
+
+from instep import gradient_checkpointing as gc
+from instep.gradient_checkpointing.structure import Plan
+from instep.models import GPT
+
+RESULTS = Path(__file__).parent / "results" / "memory.json"
+
+SAVED = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+
+
+class Bare(nn.Module):
+    """A block that needs its input alone, so that blocks can stand in a `nn.Sequential`."""
+
+    def __init__(self, block: nn.Module, turns: tuple[Tensor, Tensor]):
+        super().__init__()
+        self.block, self.turns = block, turns
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block(x, self.turns)
+        return out
+
+
+class Model(nn.Module):
+    """A GPT whose blocks run under `rule`, a function of (block number, block, x)."""
+
+    def __init__(self, depth: int, width: int, context: int):
+        super().__init__()
+        from instep.models.gpt import rotary_turns
+
+        gpt = GPT(vocabulary=256, context=context, width=width, depth=depth, heads=width // 64)
+        turns = rotary_turns(context, gpt.head_size, torch.device("cpu"))
+        self.embedding, self.norm, self.output = gpt.embedding, gpt.norm, gpt.output
+        self.blocks = nn.ModuleList(Bare(block, turns) for block in gpt.blocks)
+        self.rule: Callable[[int, nn.Module, Tensor], Tensor] | None = None
+        self.segments = 0
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.embedding(tokens)
+        if self.segments:
+            x = checkpoint_sequential(list(self.blocks), self.segments, x, use_reentrant=False)
+        else:
+            for number, block in enumerate(self.blocks):
+                x = self.rule(number, block, x) if self.rule else block(x)
+        out: Tensor = self.output(self.norm(x))
+        return out
+
+
+def objective(model: Any, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten(), reduction="sum")
+
+
+def every(nth: int, number: int, block: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(block, x, use_reentrant=False) if number % nth == 0 else block(x)  # type: ignore[no-any-return]
+
+
+def selective(number: int, block: nn.Module, x: Tensor) -> Tensor:
+    contexts = functools.partial(create_selective_checkpoint_contexts, SAVED)
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)  # type: ignore[no-any-return]
+
+
+def ways(model: Model) -> dict[str, Callable[[], None]]:
+    """The rules of thumb: each a function that puts it on the model."""
+
+    def put(rule: Any = None, segments: int = 0) -> Callable[[], None]:
+        def on() -> None:
+            gc.remove(model)
+            model.rule, model.segments = rule, segments
+
+        return on
+
+    return {
+        "no checkpointing": put(),
+        "every block": put(functools.partial(every, 1)),
+        "every second block": put(functools.partial(every, 2)),
+        "checkpoint_sequential": put(segments=round(math.sqrt(len(model.blocks)))),
+        "matmuls and attention saved": put(selective),
+    }
+
+
+def step_s(model: Any, tokens: Tensor) -> float:
+    began = time.perf_counter()
+    torch.autograd.grad(objective(model, tokens), [p for p in model.parameters() if p.requires_grad])
+    return time.perf_counter() - began
+
+
+def planned(model: Model, plan: Plan) -> Callable[[], None]:
+    def on() -> None:
+        model.rule, model.segments = None, 0
+        gc.apply(model, plan)
+
+    return on
+
+
+def measure(model: Model, tokens: Tensor, candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, Any]:
+    """Peak bytes and median seconds of each, the passes interleaved."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    peaks: dict[str, int] = {}
+    for turn in range(rounds + 1):
+        for name, on in candidates.items():
+            on()
+            if turn == 0:
+                peaks[name] = gc.measure(model, objective, tokens)[0]
+            else:
+                times[name].append(step_s(model, tokens))
+    gc.remove(model)
+    return {name: {"peak_bytes": peaks[name], "step_s": statistics.median(times[name])} for name in candidates}
+
+
+def compiled_by_torch(model: Model, tokens: Tensor) -> dict[str, Any]:
+    """Torch's own planner, under its compiler: step time alone, since its kernels hide what they keep."""
+    found = {}
+    for budget in (1.0, 0.5, 0.2):
+        torch._dynamo.reset()
+        with torch._functorch.config.patch(activation_memory_budget=budget):
+            run = torch.compile(model, dynamic=False)
+            step_s(run, tokens)
+            found[f"activation_memory_budget {budget}"] = statistics.median(step_s(run, tokens) for _ in range(3))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("depth", 12), ("width", 256), ("context", 256), ("batch", 4), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--compile", action="store_true", help="with torch's activation_memory_budget, some minutes")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = Model(given.depth, given.width, given.context)
+    tokens = torch.randint(0, 256, (given.batch, given.context))
+    rules = ways(model)
+    rules["no checkpointing"]()
+    profile = gc.profile(model, objective, tokens)
+
+    # At each rule's own peak, what Instep's plan is; and the frontier.
+    peaks = {}
+    for name, on in rules.items():
+        on()
+        peaks[name] = gc.measure(model, objective, tokens)[0]
+    plans = {f"plan at {name}": gc.plan(profile, budget_bytes=peak) for name, peak in peaks.items()}
+    plans |= {f"plan {100 * p.peak_bytes / profile.peak_bytes:.0f} %": p for p in gc.plans(profile, most=8)}
+    candidates = {**rules, **{name: planned(model, plan) for name, plan in plans.items()}}
+    found = measure(model, tokens, candidates, given.rounds)
+
+    bare = found["no checkpointing"]["step_s"]
+    for name, plan in plans.items():
+        found[name] |= {
+            "predicted_bytes": plan.peak_bytes, "predicted_extra_time": plan.extra_time,
+            "extra_flops": plan.extra_flops, "lower_bound_s": plan.lower_bound, "held_bytes": plan.held_bytes,
+        }  # fmt: skip
+    print(f"{'':<44}{'peak MiB':>9}{'predicted':>10}{'step':>9}{'more':>8}{'predicted':>10}{'FLOPs':>8}")
+    for name, row in found.items():
+        said = f"{row['predicted_bytes'] / 2**20:10.1f}" if "predicted_bytes" in row else " " * 10
+        line = f"{name:<44}{row['peak_bytes'] / 2**20:9.1f}{said}{row['step_s'] * 1e3:6.0f} ms"
+        line += f"{100 * (row['step_s'] / bare - 1):6.1f} %"
+        if "predicted_bytes" in row:
+            line += f"{100 * row['predicted_extra_time']:8.1f} %{100 * row['extra_flops']:6.1f} %"
+        print(line)
+    by_flops = at_flops(profile)
+    for name, value in by_flops.items():
+        print(f"{name}: {value:.4f}")
+    compiled = compiled_by_torch(model, tokens) if given.compile else {}
+    for name, seconds in compiled.items():
+        print(f"{name:<44}{'':>19}{seconds * 1e3:6.0f} ms")
+    RESULTS.parent.mkdir(exist_ok=True)
+    facts = {**vars(given), "torch": torch.__version__, "found": found, "flops": by_flops, "compiled_s": compiled}
+    RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def at_flops(profile: gc.Profile) -> dict[str, float]:
+    """What FLOPs buy, of what blocks hold for backward and of the whole peak, where FLOPs are the price."""
+    answers: dict[str, float] = {}
+    trade = gc.plans(profile, most=10_000, price="flops")
+    free = min((p for p in trade if p.flops == 0), key=lambda p: p.held_bytes)
+    answers["held at 0 extra FLOPs, share"] = free.held_bytes / profile.held_bytes
+    answers["peak at 0 extra FLOPs, share"] = free.peak_bytes / profile.peak_bytes
+    for share in (0.5633, 0.56):
+        fitting = [p for p in trade if p.held_bytes <= share * profile.held_bytes]
+        answers[f"extra FLOPs at {share:.2%} held"] = min(p.extra_flops for p in fitting)
+        fitting = [p for p in trade if p.peak_bytes <= share * profile.peak_bytes]
+        answers[f"extra FLOPs at {share:.2%} of the peak"] = min(p.extra_flops for p in fitting)
+    return answers
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""A budget of memory as people write it: "512MiB", "2 GB", "40%"."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from instep.errors import RecipeError
+
+_SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?i?B|%)\s*")
+_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes, or a share of what a step takes with nothing recomputed: one of the two is None."""
+
+    nbytes: int | None = None
+    share: float | None = None
+
+    def of(self, whole_bytes: int) -> int:
+        """The budget in bytes where the whole is `whole_bytes`."""
+        if self.nbytes is not None:
+            return self.nbytes
+        assert self.share is not None
+        return max(1, int(self.share * whole_bytes))
+
+
+def parse_budget(text: str, name: str) -> Budget:
+    """The budget in a text such as "512MiB" (powers of 1024), "2GB" (powers of 1000) or "40%". `name` says what it is,
+    for the message. Raises RecipeError for a wrong unit, 0, or a share above 100 %."""
+    match = _SIZE.fullmatch(text)
+    if not match or match[2] == "iB":
+        raise RecipeError(
+            f"{name} is {text!r}; write bytes with their unit, such as '512MiB' or '2GB', or a share of what a step "
+            f"takes with nothing recomputed, such as '40%'."
+        )
+    number, unit = float(match[1]), match[2]
+    if unit == "%":
+        if not 0 < number <= 100:
+            raise RecipeError(f"{name} is {text!r}; a share is above 0 % and at most 100 %.")
+        return Budget(share=number / 100)
+    nbytes = int(number * (1024 if "i" in unit else 1000) ** _POWERS[unit.removesuffix("B").removesuffix("i")])
+    if nbytes < 1:
+        raise RecipeError(
+            f"{name} is {text!r}; it must be above 0: activations take some memory whatever is recomputed."
+        )
+    return Budget(nbytes=nbytes)

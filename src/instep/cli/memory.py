@@ -1,0 +1,120 @@
+"""What ``instep memory`` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from instep.cli.flags import UsageError
+from instep.engines.trade import Trade
+from instep.errors import ResourceError
+from instep.gradient_checkpointing.structure import Plan
+
+
+def show(trade: Trade, file: object = None) -> None:
+    """The trade as a table and, with a budget, the plan: predicted and then measured, and what its neighbours cost."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False, file=file)  # type: ignore[arg-type]
+    profile = trade.profile
+    console.print(
+        f"One microbatch takes {_mib(profile.peak_bytes)} for activations at its peak with nothing recomputed, "
+        f"{_mib(profile.held_bytes)} of them held for backward by {len(profile.names)} blocks. Weights, gradients and "
+        f"the optimizer's state come on top."
+    )
+    console.print()
+    table = Table(box=None, pad_edge=False)
+    for name in ("peak", "share", "more time", "more FLOPs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("blocks recomputed", overflow="fold")
+    mark = _nearest(trade)
+    for place, plan in enumerate(trade.plans):
+        style = "bold" if place == mark else None
+        table.add_row(
+            _mib(plan.peak_bytes), _percent(plan.peak_bytes / profile.peak_bytes, 0), _percent(plan.extra_time),
+            _percent(plan.extra_flops), _in_short(plan), style=style,
+        )  # fmt: skip
+    console.print(table)
+    console.print()
+    if trade.plan is None:
+        console.print("Times are predicted. For one plan in detail, tried out: --budget 512MiB, or --budget 50%.")
+    else:
+        _show_plan(console, trade, trade.plan)
+
+
+def _show_plan(console: object, trade: Trade, plan: Plan) -> None:
+    say = console.print  # type: ignore[attr-defined]
+    extra = trade.measured_s / trade.bare_s - 1 if trade.bare_s else 0.0
+    say(f"budget     {_mib(plan.budget_bytes)}")
+    say(f"predicted  {_mib(plan.peak_bytes)}, {_percent(plan.extra_time)} more time, "
+        f"{_percent(plan.extra_flops)} more FLOPs")  # fmt: skip
+    say(f"measured   {_mib(trade.measured_bytes)}, {_percent(extra)} more time (a few passes: other work on this "
+        f"machine shows in it)")  # fmt: skip
+    say(f"bound      {plan.distance()}")
+    for label, other in (("larger", _beside(trade, plan, 1)), ("smaller", _beside(trade, plan, -1))):
+        if other is not None:
+            say(f"{label:<11}{_mib(other.peak_bytes)} would cost {_percent(other.extra_time)} more time")
+    say()
+    for text, names in plan.groups():
+        say(f"{_names(names)}: {text}")
+
+
+def _beside(trade: Trade, plan: Plan, side: int) -> Plan | None:
+    """The nearest plan of the table that takes more, or less."""
+    others = [p for p in trade.plans if (p.peak_bytes - plan.peak_bytes) * side > 0]
+    return min(others, key=lambda p: abs(p.peak_bytes - plan.peak_bytes), default=None)
+
+
+def _nearest(trade: Trade) -> int | None:
+    """The table's plan that is nearest to the budget's."""
+    if trade.plan is None:
+        return None
+    wanted = trade.plan.peak_bytes
+    return min(range(len(trade.plans)), key=lambda place: abs(trade.plans[place].peak_bytes - wanted))
+
+
+def _in_short(plan: Plan) -> str:
+    """How many blocks recompute something."""
+    if not plan.checkpointed:
+        return "nothing recomputed"
+    whole = sum(bool(b.choice.acts) and not b.choice.selective for b in plan.blocks)
+    parts = [(plan.checkpointed - whole, "in part"), (whole, "whole")]
+    return ", ".join(f"{number} {what}" for number, what in parts if number) + f", of {len(plan.blocks)}"
+
+
+def _names(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} blocks)"
+
+
+def draw(trade: Trade, path: Path) -> None:
+    """The trade as a picture, in the format that the file's name ends with. Raises UsageError or ResourceError."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError(
+            "--plot needs matplotlib, which is in the report extra: pip install 'instep[report]'."
+        ) from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(
+        [p.peak_bytes / 2**20 for p in trade.plans], [100 * p.extra_time for p in trade.plans], "o-", label="plans"
+    )
+    if trade.plan is not None:
+        axes.axvline(trade.plan.budget_bytes / 2**20, linestyle=":", color="gray", label="budget")
+        axes.plot(trade.plan.peak_bytes / 2**20, 100 * trade.plan.extra_time, "s", label="the plan, predicted")
+    axes.set(xlabel="peak of activations (MiB)", ylabel="more time for a step, predicted (%)")
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise UsageError(f"--plot {str(path)!r} cannot be drawn: {error}; name a .png, .svg or .pdf.") from None
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"

@@ -1,0 +1,43 @@
+"""What ``instep memory`` finds: a recipe's trade of memory against extra work, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from instep.budget import Budget
+from instep.gradient_checkpointing.structure import Plan, Profile
+from instep.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Trade:
+    """The profile of a microbatch, the plans to choose from, and with a budget the plan for it and its trial.
+
+    measured_bytes, measured_s: the peak and the seconds of a step with the plan; `bare_s` without.
+    """
+
+    profile: Profile
+    plans: Sequence[Plan]
+    plan: Plan | None = None
+    measured_bytes: int = 0
+    measured_s: float = 0.0
+    bare_s: float = 0.0
+
+
+def memory_trade(recipe: Recipe, device: str, budget: Budget | None) -> Trade:
+    """Builds the recipe in this process and profiles its largest microbatch. Raises InstepError."""
+    from instep import gradient_checkpointing as gc
+    from instep.engines.memory import objective_of, profile_of, put_on
+    from instep.engines.replica import Replica
+
+    replica = Replica(recipe, device)
+    replica.learn_terms(0)
+    profile, batch = profile_of(replica)
+    found = gc.plans(profile, most=12)
+    if budget is None:
+        return Trade(profile, found)
+    plan = gc.plan(profile, budget_bytes=budget.of(profile.peak_bytes))
+    bare = gc.measure(replica.module, objective_of(replica), batch)
+    measured = put_on(replica, plan, batch)
+    return Trade(profile, found, plan, measured[0], measured[1], bare[1])

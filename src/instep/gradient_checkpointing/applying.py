@@ -1,0 +1,128 @@
+"""Puts a plan on a model: the planned blocks run under `torch.utils.checkpoint`, and can be taken off again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from instep.errors import CheckpointingError
+from instep.gradient_checkpointing.replaying import Frame, Repeat, Script, Watch, swapped_buffers
+from instep.gradient_checkpointing.structure import Act, BlockPlan, Plan
+
+
+class Applied:
+    """A plan on a model. Set `verify` at any time: it takes effect from the next forward on."""
+
+    def __init__(self, model: nn.Module, plan: Plan, verify: bool):
+        self.model, self.plan, self.verify = model, plan, verify
+
+    def remove(self) -> None:
+        """Takes the plan off the model, which then runs as it was written."""
+        remove(self.model)
+
+
+def apply(model: nn.Module, plan: Plan, *, verify: bool = False) -> Applied:
+    """Puts `plan` on `model`, in place of any plan before; the model runs as always, with less memory.
+
+    verify: every value that is computed again is compared with the first pass, bit by bit through a checksum, and the
+    first operation that differs is named by a RecomputeError. It about doubles a step, and needs 2 MiB of its own.
+    Raises CheckpointingError where the plan is of another model. Weights, buffers and names stay as they are.
+    """
+    modules = dict(model.named_modules())
+    for block in plan.blocks:
+        if block.name not in modules:
+            raise CheckpointingError(
+                f"the plan is of another model: it has a block '{block.name}' and this one has none; profile this one."
+            )
+    remove(model)
+    applied = Applied(model, plan, verify)
+    for block in plan.blocks:
+        if block.choice.acts:
+            module = modules[block.name]
+            module.forward = _Block(module, block, applied)
+    return applied
+
+
+def remove(model: nn.Module) -> None:
+    """Takes a plan off; a model without one is left as it is."""
+    for module in model.modules():
+        block = module.__dict__.get("forward")
+        if isinstance(block, _Block):
+            del module.__dict__["forward"]
+            if block.before is not None:
+                module.__dict__["forward"] = block.before
+
+
+class _Block:
+    """A block's forward under the plan."""
+
+    def __init__(self, module: nn.Module, plan: BlockPlan, applied: Applied):
+        self.before: Callable[..., Any] | None = module.__dict__.get("forward")
+        self._module, self._applied = module, applied
+        self._script = Script(plan)
+        self._compiled = functools.partial(_compiled_contexts, self._script)
+        self._selective, self._buffers = plan.choice.selective, plan.kind.buffers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = self.before or type(self._module).forward.__get__(self._module)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            if not self._selective:
+                return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=self._compiled, **kwargs)
+        frame = Frame(self._script, self._applied.verify)
+        training = self._module.training
+        if self._buffers and training:
+            frame.buffers = {name: self._module.get_buffer(name).detach().clone() for name in self._buffers}
+        watch = self._selective or frame.verify
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+            return Watch(frame) if watch else nullcontext(), _Second(self._module, frame)
+
+        return checkpoint(forward, *args, use_reentrant=False, early_stop=True, context_fn=contexts, **kwargs)
+
+
+def _compiled_contexts(script: Script) -> tuple[Any, Any]:
+    """Torch's own contexts, which its compiler traces: it then keeps in its graph what the plan keeps."""
+    place = -1
+
+    def policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        nonlocal place
+        place += 1
+        keep = place < len(script.acts) and script.fits(place, func) and script.acts[place] is Act.KEEP
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
+    return contexts
+
+
+class _Second:
+    """The second pass: buffers have the values that they had in the first, and keep those that they have now."""
+
+    def __init__(self, module: nn.Module, frame: Frame):
+        self._module, self._frame = module, frame
+        self._repeat: Repeat | None = None
+        self._now: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> None:
+        self._now = swapped_buffers(self._module, self._frame.buffers)
+        if self._frame.watched:
+            self._repeat = Repeat(self._frame)
+            self._repeat.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._repeat is not None:
+            self._repeat.__exit__(*error)
+        swapped_buffers(self._module, self._now)
+
+
+def planned(model: nn.Module) -> bool:
+    """Whether a plan is on the model."""
+    return any(isinstance(module.__dict__.get("forward"), _Block) for module in model.modules())

@@ -1,0 +1,359 @@
+"""Profiles one microbatch: what backward keeps, what it costs to make again, and when memory is alive."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from instep.errors import CheckpointingError
+from instep.gradient_checkpointing.applying import planned
+from instep.gradient_checkpointing.blocks import find_blocks, named_blocks
+from instep.gradient_checkpointing.overheads import overheads_of
+from instep.gradient_checkpointing.structure import (
+    BlockKind,
+    Moment,
+    Operation,
+    Profile,
+    Storage,
+)
+from instep.gradient_checkpointing.tracing import Memory, Tracer, Visit
+from instep.restore import kept_module_state, kept_random_state
+
+Objective = Callable[[Any, Any], Tensor | Mapping[str, Tensor]]
+
+PASSES = 2
+"""Traced passes; the least time of an operation counts."""
+
+
+def profile(model: nn.Module, objective: Objective, batch: Any, *, blocks: Sequence[str] | None = None) -> Profile:
+    """What a forward and backward of `objective(model, batch)` keep and cost, with nothing recomputed.
+
+    objective: a function of (model, batch) to a scalar tensor, or to a mapping of names to such, which are added up.
+    blocks: names of modules that may be recomputed; by default the repeated blocks, see `blocks.find_blocks`.
+
+    It computes some passes; weights, buffers, gradients and random state are left as they were. Raises
+    CheckpointingError where there are no blocks, or one cannot be run twice.
+    """
+    names = find_blocks(model) if blocks is None else named_blocks(model, blocks)
+    if planned(model):
+        raise CheckpointingError(
+            "the model has a plan on it already, and a profile is of the model without; remove it."
+        )
+    names = _used_once(model, objective, batch, names)
+    traces = [_trace(model, objective, batch, names) for _ in range(PASSES)]
+    buffers = _changed_buffers(model, objective, batch, names)
+    seconds = min(_timed(model, objective, batch) for _ in range(2))
+    return _profile(traces, names, buffers, seconds)
+
+
+def measure(model: nn.Module, objective: Objective, batch: Any) -> tuple[int, float]:
+    """The peak of activation bytes in a step of the model as it is, with or without a plan, and the step's seconds.
+
+    Bytes are those of live storages, as the profile counts them: weights, their gradients, buffers and the batch are
+    left out.
+    """
+    tracer = _trace(model, objective, batch, [])
+    seconds = min(_timed(model, objective, batch) for _ in range(2))
+    live = _alive(tracer, range(len(tracer.memories)))
+    return max(live, default=0), seconds
+
+
+def _used_once(model: nn.Module, objective: Objective, batch: Any, names: list[str]) -> list[str]:
+    calls = dict.fromkeys(names, 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Any) -> None:
+            calls[name] += 1
+
+        return note
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(count(name)) for name in names]
+    try:
+        with _untouched(model):
+            _total(objective(model, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [name for name, number in calls.items() if number == 1]
+    if not found:
+        name, number = next(iter(calls.items()))
+        raise CheckpointingError(
+            f"block '{name}' runs {number} times in a forward, and a plan is for blocks that run once; name others "
+            f"with blocks=."
+        )
+    return found
+
+
+def _trace(model: nn.Module, objective: Objective, batch: Any, names: list[str]) -> Tracer:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    known = [*model.parameters(), *model.buffers()]
+    known += [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    tracer = Tracer(known, parameters[0].device if parameters else torch.device("cpu"))
+    handles = tracer.watch(model, names)
+    hooks = torch.autograd.graph.saved_tensors_hooks(tracer.pack, tracer.unpack)
+    try:
+        with _untouched(model), tracer:
+            with hooks if names else _nothing():
+                loss = _total(objective(model, batch))
+            tracer.forward_ends = tracer.clock
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            tracer.gradients(found)
+            del found, loss
+    finally:
+        for handle in handles:
+            handle.remove()
+    for index, visits in tracer.visits.items():
+        if visits[-1].changes_input:
+            raise CheckpointingError(
+                f"block '{names[index]}' changes its input in place ({visits[-1].changes_input}), so its forward "
+                f"cannot be run twice; let it work on a copy, or leave it out with blocks=."
+            )
+    return tracer
+
+
+def _timed(model: nn.Module, objective: Objective, batch: Any) -> float:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    on_gpu = parameters[0].device.type == "cuda"
+    with _untouched(model):
+        if on_gpu:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        torch.autograd.grad(_total(objective(model, batch)), parameters, allow_unused=True)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def _total(sums: Any) -> Tensor:
+    parts = [value.float() for value in sums.values()] if isinstance(sums, Mapping) else [sums]
+    if not all(isinstance(part, Tensor) and part.dim() == 0 for part in parts):
+        raise CheckpointingError(
+            "the objective gave no scalar tensor; it must give one, or a mapping of names to such, from (model, batch)."
+        )
+    return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    with kept_random_state(), kept_module_state(model), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _changed_buffers(model: nn.Module, objective: Objective, batch: Any, names: list[str]) -> list[tuple[str, ...]]:
+    """Of each block, the buffers that a forward changes."""
+    with _untouched(model), torch.no_grad():
+        before = {name: dict(_copies(model.get_submodule(name))) for name in names}
+        objective(model, batch)
+        return [
+            tuple(key for key, value in _copies(model.get_submodule(name)) if not _same(value, before[name][key]))
+            for name in names
+        ]
+
+
+def _copies(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, buffer in module.named_buffers():
+        yield name, buffer.detach().clone()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+# From traces to the profile
+
+
+def _profile(traces: list[Tracer], names: list[str], buffers: list[tuple[str, ...]], seconds: float) -> Profile:
+    tracer = traces[-1]
+    visits = [tracer.visits[index][-1] for index in range(len(names))]
+    if any([c.name for c in t.calls] != [c.name for c in tracer.calls] for t in traces):
+        raise CheckpointingError(
+            "two forwards of the model on the same batch and random state are different operations, so no block can "
+            "be planned; look for a counter or a cache in it (in transformers, use_cache=False)."
+        )
+    device = tracer.device
+    least = [min(t.calls[place].seconds for t in traces) for place in range(len(tracer.calls))]
+    own = [_own(tracer, index, visit) for index, visit in enumerate(visits)]
+    extra = _extra(tracer, visits)
+    kinds: dict[Any, list[int]] = {}
+    built = []
+    for index, visit in enumerate(visits):
+        copies = _buffer_bytes(buffers[index])
+        kind = _kind(tracer, visit, own[index], least, extra[index] + copies, buffers[index])
+        built.append(kind)
+        kinds.setdefault(_signature(kind), []).append(index)
+    order = list(kinds)
+    return Profile(
+        kinds=tuple(_averaged([built[index] for index in kinds[key]]) for key in order),
+        names=tuple(names),
+        kind_of=tuple(order.index(_signature(kind)) for kind in built),
+        moments=_moments(tracer, visits, own),
+        flops=tracer.flops,
+        seconds=seconds,
+        peak_bytes=max(_alive(tracer, range(len(tracer.memories))), default=0),
+        overheads=overheads_of(max(0.0, seconds - sum(least)) / max(1, len(least)), device),
+    )
+
+
+def _buffer_bytes(names: tuple[str, ...]) -> int:
+    return 64 * len(names)  # some numbers a channel; what they are exactly does not matter beside activations
+
+
+def _own(tracer: Tracer, index: int, visit: Visit) -> list[int]:
+    """The memories that the block made."""
+    return [
+        number for number, memory in enumerate(tracer.memories)
+        if memory.block == index and visit.start < memory.born <= visit.stop
+    ]  # fmt: skip
+
+
+def _escapes(memory: Memory, number: int, visit: Visit) -> bool:
+    return number in visit.outputs or bool(memory.packed - {memory.block})
+
+
+def _holds(tracer: Tracer, own: list[int], visit: Visit) -> list[int]:
+    """Of a block's memories, those that only backward's needs keep alive after it."""
+    found = []
+    for number in own:
+        memory = tracer.memories[number]
+        if _died(tracer, memory) > visit.stop and not _escapes(memory, number, visit):
+            found.append(number)
+    return found
+
+
+def _died(tracer: Tracer, memory: Memory) -> int:
+    """The last operation while which the memory was alive."""
+    if memory.gradient:
+        return memory.born
+    return tracer.clock if memory.died < 0 else memory.died
+
+
+def _extra(tracer: Tracer, visits: list[Visit]) -> list[int]:
+    """By block, bytes of inputs that only a checkpointed block holds on to."""
+    counted: set[int] = set()
+    found = []
+    for visit in visits:
+        new = {n for n in visit.inputs if _died(tracer, tracer.memories[n]) < tracer.forward_ends} - counted
+        counted |= new
+        found.append(sum(tracer.memories[number].nbytes for number in new))
+    return found
+
+
+def _kind(
+    tracer: Tracer, visit: Visit, own: list[int], least: list[float], extra: int, buffers: tuple[str, ...]
+) -> BlockKind:
+    place_of = {number: place for place, number in enumerate(own)}
+    length = visit.stop - visit.start
+
+    def local(numbers: Sequence[int]) -> tuple[int, ...]:
+        return tuple(place_of[number] for number in numbers if number in place_of)
+
+    operations = []
+    for place in range(visit.start, visit.stop):
+        call = tracer.calls[place]
+        writes = local(call.writes)
+        operations.append(
+            Operation(
+                call.name, call.module, call.flops, least[place],
+                reads=local(call.reads) if writes or call.changed_outside else (), writes=writes,
+                views=place_of.get(call.views) if call.views is not None else None,
+                changes=call.changes, random=call.random, constant=call.constant,
+                pinned=call.changed_outside and not writes,
+            )
+        )  # fmt: skip
+    storages = []
+    for number in own:
+        memory = tracer.memories[number]
+        died = _died(tracer, memory)
+        packed = memory.block in memory.packed
+        dies = length if died > visit.stop else died - visit.start - 1
+        if packed and not _escapes(memory, number, visit):
+            dies = _last_use(tracer, visit, number)
+        storages.append(
+            Storage(memory.nbytes, memory.born - visit.start - 1, dies, packed, _escapes(memory, number, visit))
+        )
+    held = sum(tracer.memories[number].nbytes for number in _holds(tracer, own, visit))
+    return BlockKind(tuple(operations), tuple(storages), held, extra, buffers)
+
+
+def _last_use(tracer: Tracer, visit: Visit, number: int) -> int:
+    """When backward is not asked, a memory lives as long as somebody uses it in the block."""
+    uses = [
+        place for place in range(visit.start, visit.stop)
+        if number in tracer.calls[place].reads or number in tracer.calls[place].writes
+    ]  # fmt: skip
+    return max(uses) - visit.start
+
+
+def _signature(kind: BlockKind) -> Any:
+    operations = tuple(
+        (o.name, o.module, o.flops, o.reads, o.writes, o.views, o.changes, o.random, o.constant, o.pinned)
+        for o in kind.operations
+    )
+    return (operations, kind.storages, kind.held_bytes, kind.extra_bytes, kind.buffers)
+
+
+def _averaged(kinds: list[BlockKind]) -> BlockKind:
+    """One kind for identical blocks, each operation with the median of its times."""
+    operations = []
+    for same in zip(*(kind.operations for kind in kinds), strict=True):
+        values = {name: getattr(same[0], name) for name in Operation.__dataclass_fields__}
+        operations.append(Operation(**{**values, "seconds": statistics.median(o.seconds for o in same)}))
+    first = kinds[0]
+    return BlockKind(tuple(operations), first.storages, first.held_bytes, first.extra_bytes, first.buffers)
+
+
+def _alive(tracer: Tracer, numbers: Sequence[int] | range) -> list[int]:
+    """Bytes alive while each operation ran, [clock + 1]; of these memories."""
+    change = [0] * (tracer.clock + 2)
+    for number in numbers:
+        memory = tracer.memories[number]
+        change[memory.born] += memory.nbytes
+        change[_died(tracer, memory) + 1] -= memory.nbytes
+    live, found = 0, []
+    for place in range(tracer.clock + 1):
+        live += change[place]
+        found.append(live)
+    return found
+
+
+def _moments(tracer: Tracer, visits: list[Visit], own: list[list[int]]) -> tuple[Moment, ...]:
+    """The step cut where a block ends its forward, and where its backward begins."""
+    end = tracer.clock
+    held = [_holds(tracer, numbers, visit) for numbers, visit in zip(own, visits, strict=True)]
+    base = _alive(tracer, range(len(tracer.memories)))
+    bounds: list[tuple[int, int, int]] = []
+    for index, visit in enumerate(visits):
+        back = visit.back if visit.back >= 0 else end
+        bounds += [(visit.stop, 0, index), (back, 1, index)]
+        for number in held[index]:
+            memory = tracer.memories[number]
+            for place in range(visit.stop + 1, min(_died(tracer, memory), back) + 1):
+                base[place] -= memory.nbytes
+    moments: list[Moment] = []
+    now = 0
+    for place, kind, index in sorted(bounds):
+        if place > now:
+            moments.append(Moment("run", max(base[now + 1 : place + 1])))
+            now = place
+        if kind == 0:
+            moments.append(Moment("hold", block=index))
+        else:
+            gone = sum(
+                m.nbytes for m in tracer.memories if not m.gradient and m.born <= place and m.died == place
+            )  # died between the two operations
+            moments.append(Moment("recompute", base[place] - gone, index))
+    if now < end:
+        moments.append(Moment("run", max(base[now + 1 :])))
+    return tuple(moments)

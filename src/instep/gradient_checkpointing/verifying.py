@@ -1,0 +1,39 @@
+"""Checksums of values, to tell whether a recomputed one is that of the first pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+CHUNK = 1 << 16
+"""Elements that are summed at once, so that a checksum needs little memory of its own."""
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def checksum(values: Any) -> tuple[Any, ...]:
+    """Of each tensor in `values`, in order: its shape, type, the sum of its bits as integers, and their sum weighted by
+    place (both modulo 2**64). Other values stand for themselves. Exact bits count: -0.0 and 0.0 differ, and two NaNs
+    of the same bits are the same."""
+    return tuple(_of(value) for value in pytree.tree_leaves(values))
+
+
+def _of(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    facts = (tuple(value.shape), value.dtype)
+    if value.layout is not torch.strided or value.is_quantized:
+        return facts
+    flat = torch.view_as_real(value) if value.is_complex() else value
+    bits = flat.contiguous().view(-1).view(_INTEGERS[flat.element_size()]) if flat.numel() else flat.new_empty(0)
+    total = weighted = 0
+    for start in range(0, bits.numel(), CHUNK):
+        part = bits[start : start + CHUNK].to(torch.int64)
+        total += int(part.sum())
+        places = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
+        weighted += int((part * places).sum())
+    return (*facts, total % 2**64, weighted % 2**64)

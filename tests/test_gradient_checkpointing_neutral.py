@@ -1,0 +1,129 @@
+"""A plan changes memory, never a bit; and what it takes is what was predicted."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from checkpointed import CASES, after_step, gpt, hugging_face, resnet, same, ten_plans
+from instep import gradient_checkpointing as gc
+from instep.gradient_checkpointing.structure import Act
+
+torch.set_num_threads(1)
+
+
+def check_ten_plans(model: nn.Module, objective: Any, batch: Any) -> None:
+    expected = after_step(model, objective, batch)
+    profile = gc.profile(model, objective, batch)
+    assert same(after_step(model, objective, batch), expected)
+    acts = set()
+    for plan in ten_plans(profile):
+        applied = gc.apply(model, plan, verify=True)
+        assert same(after_step(model, objective, batch), expected)
+        applied.verify = False
+        assert same(after_step(model, objective, batch), expected)
+        measured, _ = gc.measure(model, objective, batch)
+        assert abs(measured / plan.peak_bytes - 1) <= 0.05
+        assert plan.peak_bytes <= plan.budget_bytes
+        applied.remove()
+        acts |= {act for block in plan.blocks for act in block.choice.acts}
+    assert {Act.KEEP, Act.REPEAT} <= acts
+    assert same(after_step(model, objective, batch), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_buffers_and_random_state_are_the_same_at_ten_budgets(case: str) -> None:
+    check_ten_plans(*CASES[case]())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_transformers_model_trains_unmodified(name: str) -> None:
+    pytest.importorskip("transformers")
+    check_ten_plans(*hugging_face(name))
+
+
+def test_autocast_to_bfloat16_is_neutral_too_with_several_forwards_in_one_context() -> None:
+    model, objective, batch = gpt(dropout=0.1)
+
+    def twice(model: nn.Module, batch: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return objective(model, batch) + objective(model, batch.flip(0))
+
+    once_profile = gc.profile(model, lambda m, b: autocast_once(objective, m, b), batch)
+    expected = after_step(model, twice, batch)
+    for plan in list(ten_plans(once_profile))[::3]:
+        gc.apply(model, plan, verify=True)
+        assert same(after_step(model, twice, batch), expected)
+        gc.remove(model)
+
+
+def autocast_once(objective: Any, model: nn.Module, batch: Any) -> Any:
+    with torch.autocast("cpu", torch.bfloat16):
+        return objective(model, batch)
+
+
+def test_another_batch_size_or_mode_than_the_profile_is_neutral_too() -> None:
+    model, objective, batch = gpt(dropout=0.2)
+    plan = list(ten_plans(gc.profile(model, objective, batch)))[4]
+    smaller = batch[:3, :7]
+    expected = after_step(model, objective, smaller)
+    gc.apply(model, plan)
+    assert same(after_step(model, objective, smaller), expected)
+    gc.remove(model)
+    model.eval()  # no dropout: other operations than those of the plan
+    expected = after_step(model, objective, batch)
+    gc.apply(model, plan, verify=True)
+    assert same(after_step(model, objective, batch), expected)
+
+
+def test_a_second_backward_through_the_same_graph_gives_the_same() -> None:
+    model, objective, batch = gpt(dropout=0.2)
+    plan = list(ten_plans(gc.profile(model, objective, batch)))[4]
+    gc.apply(model, plan)
+    torch.manual_seed(0)
+    loss = objective(model, batch)
+    first = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    assert same(list(first), list(torch.autograd.grad(loss, list(model.parameters()))))
+
+
+def test_a_plan_leaves_no_trace_when_it_is_taken_off() -> None:
+    model, objective, batch = resnet()
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    plan = list(ten_plans(gc.profile(model, objective, batch)))[5]
+    gc.apply(model, plan)
+    gc.apply(model, plan).remove()
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys()
+
+
+def test_a_copy_of_a_planned_model_is_planned_and_apart() -> None:
+    model, objective, batch = gpt()
+    gc.apply(model, list(ten_plans(gc.profile(model, objective, batch)))[6])
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    bare = copy.deepcopy(other)
+    gc.remove(bare)
+    assert same(after_step(other, objective, batch), after_step(bare, objective, batch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_compiled_model_has_the_same_gradients_with_plans(dropout: float) -> None:
+    model, objective, batch = gpt(dropout=dropout, depth=2)
+    profile = gc.profile(model, objective, batch)
+
+    def compiled() -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        return after_step(model, lambda m, b: objective(torch.compile(m, dynamic=False), b), batch)
+
+    expected = compiled()
+    for plan in list(ten_plans(profile))[4::5]:
+        gc.apply(model, plan)
+        assert same(compiled(), expected)
+        gc.remove(model)
