@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -60,7 +61,7 @@ def _loop(options: Options, rank: int, module: nn.Module, own: Sequence[int]) ->
     samples, gate, optimizer = text(), Gate(options.address), adamw(module.parameters())
     batch = SAMPLES * options.microbatches
     cursor = Cursor(samples=len(samples), batch=batch, microbatches=options.microbatches, seed=SEED)
-    objective, wait = 0.0, _barrier(options)
+    objective, slow_s, wait = 0.0, 0.0, _barrier(options)
     for step in range(options.steps):
         gate.tick()
         optimizer.zero_grad(set_to_none=True)
@@ -68,9 +69,13 @@ def _loop(options: Options, rank: int, module: nn.Module, own: Sequence[int]) ->
         for microbatch in own:
             tokens = default_collate(samples.__getitems__(cursor.microbatch(step, microbatch)))
             with _unsynced(module) if microbatch != own[-1] else nullcontext():
+                began = time.thread_time()
+                time.sleep(slow_s)
                 logits = module(tokens[:, :-1])
                 loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) / len(own)
                 loss.backward()
+                if rank == options.workers - 1:  # the main thread's own time, without waiting for the other workers
+                    slow_s = (options.slow - 1) * (time.thread_time() - began)
             objective += loss.item()
         optimizer.step()
         wait(step + 1)

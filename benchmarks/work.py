@@ -24,6 +24,7 @@ class Options:
     workers, microbatches: of the team, and of each step.
     own: for a plain loop, the microbatches that it computes; empty for all.
     in_step: of how many plain loops this is one, which wait for each other after every step; 0 for none.
+    slow: how many times as long as it needs the last worker of DDP takes for its computing, by sleeping.
     ddp: arguments for DistributedDataParallel beside the module.
     """
 
@@ -34,6 +35,7 @@ class Options:
     microbatches: int
     own: tuple[int, ...] = ()
     in_step: int = 0
+    slow: float = 1.0
     ddp: dict[str, Any] = field(default_factory=dict)
 
     def leave(self, rank: int, **found: Any) -> None:

@@ -109,8 +109,8 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def ten_plans(profile: Profile) -> Iterator[Plan]:
-    """Plans at ten budgets, from everything kept to nothing kept."""
+    """Plans at ten budgets, from everything kept to nothing kept; by FLOPs, since seconds change from time to time."""
     least = gc.least_bytes(profile)
     for share in range(10):
         budget = profile.peak_bytes - (profile.peak_bytes - least) * share // 9
-        yield gc.plan(profile, budget_bytes=budget)
+        yield gc.plan(profile, budget_bytes=budget, price="flops")

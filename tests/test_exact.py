@@ -131,7 +131,7 @@ OFF_BY = {
     "flow, logit-normal": 0.177,
     "vae": 0.098,
     "vae, bernoulli": 0.059,
-    "clip": 0.488,
+    "clip": 0.43,
 }
 """How far a DDP loop's gradient is from the definition's, as a part of it: 2 processes of 4 microbatches each, 19
 samples of 2 to 9 tokens, each microbatch's mean, and the mean of these. Measured here; the test holds it to 5 %."""

@@ -141,7 +141,9 @@ class Replayer:
 
     def items(self, piece: int) -> int:
         """Items of the objective's first term in a piece, for a ledger that runs before the gradients are computed."""
-        return self._contributor(0).counts(self.pieces.work(piece))[self.terms[0]]
+        work = self.pieces.work(piece)
+        counts = self._together.counts(work) if self._together else self._contributor(0).counts(work)
+        return counts[self.terms[0]]
 
     def _contributor(self, worker: int) -> Contributor:
         key = 0 if self.recipe.rule.gradients else worker

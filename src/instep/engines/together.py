@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
@@ -23,6 +24,9 @@ from instep.rules.work import Work
 
 _FLOATS = 1 << 26
 """Elements of gradients that are computed at once, at most."""
+
+_KEPT_BYTES = 1 << 28
+"""Of batches that were loaded to be counted, and are kept until they are computed."""
 
 Task = tuple[Work, Tensor]
 """A piece of work, and the weights to start from ([pack.size_bytes], uint8)."""
@@ -44,10 +48,30 @@ class Together:
         self._whole = _Whole(contributor.replica.module, contributor.replica.objective)
         self._names = [f"module.{name}" for name in contributor.replica.names]
         self._touched: tuple[int, ...] | None = None
+        self._kept: dict[int, tuple[Inputs, int]] = {}  # by piece, with their bytes
+        self._kept_bytes = 0
+
+    def counts(self, work: Work) -> dict[str, int]:
+        """Items of each term in a piece of work. What is loaded for it is kept for `compute`, within bounds."""
+        if work.piece in self._kept:  # it was lost, and is done again
+            return dict(self._kept[work.piece][0].counts)
+        inputs = self._one.inputs(work)
+        nbytes = sum(leaf.nbytes for leaf in pytree.tree_leaves(inputs.batches) if isinstance(leaf, Tensor))
+        if self._kept_bytes + nbytes <= _KEPT_BYTES:
+            self._kept_bytes += nbytes
+            self._kept[work.piece] = inputs, nbytes
+        return dict(inputs.counts)
+
+    def _inputs(self, work: Work) -> Inputs:
+        if work.piece not in self._kept:
+            return self._one.inputs(work)
+        inputs, nbytes = self._kept.pop(work.piece)
+        self._kept_bytes -= nbytes
+        return inputs
 
     def compute(self, tasks: Sequence[Task]) -> list[tuple[Facts, Vectors]]:
         """The contributions of `tasks`, in their order. Raises NonFiniteError, and RecipeError, see above."""
-        inputs = [self._one.inputs(work) for work, _ in tasks]
+        inputs = [self._inputs(work) for work, _ in tasks]
         groups: dict[Any, list[tuple[int, int]]] = {}  # (task, microbatch) by the shapes of the batch
         for place, each in enumerate(inputs):
             for microbatch, batch in each.batches.items():
@@ -55,7 +79,8 @@ class Together:
                     groups.setdefault(_kind(batch), []).append((place, microbatch))
         found: list[dict[int, dict[str, float]]] = [{} for _ in tasks]
         none, rows = self._one.empty(), max(len(each.nodes) for each in inputs)
-        flat = torch.zeros(len(tasks), rows, self._one.layout.size)
+        # Numpy's zeros cost nothing where nothing is written, as in the gap after a small model.
+        flat = torch.from_numpy(np.zeros((len(tasks), rows, self._one.layout.size), np.float32))
         vectors = [Vectors(gradient, none.buffers, none.integers) for gradient in flat.unbind(0)]
         for entries in groups.values():
             at_once = max(1, _FLOATS // self._one.layout.size)
@@ -108,15 +133,14 @@ class Together:
         except RuntimeError as error:
             raise _refused(str(error).strip().splitlines()[0], traceback.format_exc()) from error
         values = {name: value.tolist() for name, value in sums.items()}
-        flat = torch.zeros(len(entries), self._one.layout.size)
-        for view, name in zip(self._one.layout.views_of_many(flat), self._names, strict=True):
-            view.copy_(gradients[name])
         where = []
         for row, (place, microbatch) in enumerate(entries):
             found[place][microbatch] = {name: value[row] for name, value in values.items()}
             node = next(i for i, (start, stop) in enumerate(inputs[place].nodes) if start <= microbatch < stop)
             where.append(place * into.shape[1] + node)
-        into.view(-1, into.shape[2]).index_add_(0, torch.tensor(where), flat)
+        rows = into.view(-1, into.shape[2])
+        for view, name in zip(self._one.layout.views_of_many(rows), self._names, strict=True):
+            view.index_add_(0, torch.tensor(where), gradients[name])
 
     def _compare(self, task: Task, sums: dict[int, dict[str, float]], vectors: Vectors) -> None:
         """Computes the first contribution by itself too: which parameters have gradients, and whether they agree."""

@@ -349,7 +349,7 @@ class Ledger:
         """The worker computes."""
         self._in_flight += 1
         ahead = (state.piece // self._per_round if self._by_round else state.rounds) - self.round
-        if ahead > self.lead_max:  # noqa: PLR1730  # not a call of max: this is made millions of times
+        if ahead > self.lead_max:  # noqa: PLR1730  # millions of times: no call of max
             self.lead_max = ahead
         if self._limit is not None and not state.doomed:
             self._busy_at.setdefault(state.base, set()).add(state.number)
