@@ -1,0 +1,59 @@
+"""What the built-in recipes reach: ``python benchmarks/recipes.py [RECIPE ...]``.
+
+Each recipe trains twice, with 2 workers and with 1, and both runs must come to one digest. Shown are its figures; a
+recipe's replace its earlier ones in benchmarks/results/recipes.json. `distil` learns from the run of `gpt` before it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
+
+import instep  # noqa: E402
+from benchmarks.lockstep import machine  # noqa: E402
+from instep.recipe import names_of_recipes, parse, read  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "recipes.json"
+
+
+def measure(name: str, teacher: Path | None, folder: Path) -> dict[str, Any]:
+    """Trains twice. Raises SystemExit where the digests differ."""
+    table = read(name)
+    if name == "distil":
+        table["objective"]["args"]["teacher"]["args"]["run"] = str(teacher)
+    recipe, _ = parse(table)
+    runs = [instep.train(recipe, team=instep.Team(workers=w), out=folder / f"{name}-{w}") for w in (2, 1)]
+    if runs[0].digest != runs[1].digest:
+        raise SystemExit(f"recipe '{name}' has other digests with 2 workers and with 1: contract C1 is broken.")
+    result = runs[0].result
+    return {
+        "digest": runs[0].digest,
+        "wall_s": {"2 workers": runs[0].result["wall_s"], "1 worker": runs[1].result["wall_s"]},
+        "held_out": result["held_out"],
+        "bits_per_byte": result["bits_per_byte"],
+        "figures": (result["artifacts"] or {}).get("figures"),
+    }
+
+
+def main() -> None:
+    """Measures, prints, saves after each recipe."""
+    known = json.loads(RESULT.read_text())["recipes"] if RESULT.exists() else {}
+    names = sys.argv[1:] or sorted(names_of_recipes(), key=("gpt", "distil").__contains__, reverse=True)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        teacher = Path(folder, "gpt-2")
+        if "distil" in names:
+            names = ["gpt", *(name for name in names if name != "gpt")]
+        for name in names:
+            known[name] = measure(name, teacher, Path(folder))
+            print(name, json.dumps(known[name], indent=1), flush=True)
+            RESULT.write_text(json.dumps({"machine": machine(), "recipes": known}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
