@@ -69,9 +69,16 @@ def contributor(given: Recipe) -> Contributor:
     return made
 
 
+@objective(counts=lambda batch: {"loss": len(batch[0]), "size": 3 * len(batch[0])}, weights={"size": lambda step: step})
+def weighted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Two terms, the weight of one of which is 0 in the first batch and rises."""
+    return {"loss": classes(model, batch), "size": model(batch[0]).square().sum()}
+
+
+@pytest.mark.parametrize("target", [classes, weighted])
 @pytest.mark.parametrize("rule", ["synchronous", "asynchronous", "softsync:2", "delay_compensated"])
-def test_contributions_equal_those_of_one_worker_at_a_time(rule: str) -> None:
-    one = contributor(recipe(rule))
+def test_contributions_equal_those_of_one_worker_at_a_time(rule: str, target: Any) -> None:
+    one = contributor(recipe(rule, objective=target))
     first, second = one.pack.empty(), one.pack.empty()
     one.pack.save(first)
     second.copy_(first)

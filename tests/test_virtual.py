@@ -15,7 +15,7 @@ from instep.engines.request import Cluster
 from instep.engines.virtual import simulate
 from instep.errors import RecordError
 from instep.recipe import Recipe
-from instep.record import tape
+from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder, digest
 from instep.rules import PRESETS, UpdateRule
 from reference import reference_digests
@@ -89,6 +89,25 @@ def test_recorded_times_are_lived_through_again() -> None:
 def test_a_worker_without_times_is_named() -> None:
     with pytest.raises(RecordError, match="no time of worker 1"):
         RecordedTimes.of({0: [0.1]}, 2)
+
+
+def test_buffers_are_means_with_more_workers_than_microbatches_too(tmp_path: Path) -> None:
+    recipe = convnet(rule=rule("synchronous"), steps=6)
+    found = {}
+    for workers in (8, 16):
+        run(recipe, tmp_path / str(workers), workers=workers)
+        path, _ = checkpoint.newest_sound(tmp_path / str(workers) / "checkpoints")
+        assert path is not None
+        state = checkpoint.load(path).model_state
+        found[workers] = {name: value for name, value in state.items() if "running_var" in name}
+    for name, value in found[8].items():
+        assert float(found[16][name].mean() / value.mean()) == pytest.approx(1, rel=0.3)
+
+
+def test_failures_with_contributions_between_them_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instep.engines.schedule._HOPELESS", 5)
+    failing = WorkerTimes.lognormal(0.1, 0.05, seed=1, failures=Failures(1.0, 0.5))
+    assert run(gpt(rule=rule("asynchronous"), steps=30), gradients=False, times=failing)["restarts"] > 5
 
 
 def test_more_workers_than_microbatches_take_one_each() -> None:

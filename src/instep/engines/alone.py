@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -81,9 +82,14 @@ def simulate(
     Raises InstepError.
     """
     folder = None if out is None else RunFolder.create(Path(out)).path.resolve()
-    found: dict[str, Any] = _in_child(
-        "instep.engines.virtual:simulate", recipe, (cluster, gradients, folder), import_paths, monitors
-    )
+    try:
+        found: dict[str, Any] = _in_child(
+            "instep.engines.virtual:simulate", recipe, (cluster, gradients, folder), import_paths, monitors
+        )
+    except BaseException:
+        if folder is not None:  # half a simulation is of no use, and would be in the way of the next
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     return found
 
 

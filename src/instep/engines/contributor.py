@@ -112,9 +112,11 @@ class Contributor:
         }
 
     def empty(self) -> Vectors:
-        """Vectors for one contribution, in private memory."""
-        regions = self.regions(1)
-        return Vectors(*(torch.zeros(r.shape[1:], dtype=getattr(torch, r.dtype)) for r in regions.values()))
+        """Vectors for one contribution, in private memory; its gradient on the replica's device."""
+        gradient, buffers, integers = (
+            torch.zeros(region.shape[1:], dtype=getattr(torch, region.dtype)) for region in self.regions(1).values()
+        )
+        return Vectors(gradient.to(self.replica.device), buffers, integers)
 
     def prepare(self, batch: int) -> Any:
         """Learns the objective's terms, and which buffers training changes, from a first forward; the batch of it."""

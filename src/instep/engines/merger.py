@@ -164,7 +164,7 @@ class Merger:
         for index in sorted(set().union(*(each.facts.posted for each in contributions))):
             holding = [each for each in contributions if index in each.facts.posted]
             rows = [row for each in holding for row in each.vectors.buffers[: len(each.facts.nodes)]]
-            together = self.rule.synchronous and len(holding) == len(contributions)
+            together = self.rule.synchronous and self.pieces.whole_rounds and len(holding) == len(contributions)
             plan = self._plan(holding) if together else [(0, source) for source in range(1, len(rows))]
             filled = sum(each.facts.filled for each in holding)
             if filled:

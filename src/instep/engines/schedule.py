@@ -366,6 +366,7 @@ class _Run:
 
     def _note_push(self, worker: int, items: int) -> None:
         self._holder[worker] = None
+        self._hopeless = 0
         if self._on_event:
             where = {"t_s": self._loop.now_s, "clock": "virtual", "worker": worker, "version": self._base[worker]}
             where["piece"] = self._piece[worker]

@@ -203,13 +203,13 @@ class _Server:
             left_s = LOOK_S if deadline_s is None else deadline_s - session.clock()
             listened: list[Any] = wait(sources, max(0.0, min(LOOK_S, left_s)))
             session.pulse.waiting(False)
-            for worker, line in enumerate(self._lines):
-                if line in listened:
-                    self._hear(worker, line.receive())
-            if session.pipe in listened:
+            while session.pipe.poll():  # first, for a successor's first word must not come before the news of the death
                 self._heard.append(session.pipe.recv())
             while self._heard:
                 self._hear_supervisor(self._heard.popleft())
+            for worker, line in enumerate(self._lines):
+                if line in listened:
+                    self._hear(worker, line.receive())
             if deadline_s is not None and session.clock() >= deadline_s:
                 self._obey(self._ledger.passed(session.clock()))
             self._progress.train_s = time.monotonic() - began
@@ -272,11 +272,17 @@ class _Server:
         self._obey(ledger.pushed(worker, items, self._session.clock()))
 
     def _obey(self, actions: list[Action]) -> None:
+        before = self._progress.steps
+        last = next((action for action in reversed(actions) if isinstance(action, Merge)), None)
         for action in actions:
+            if self._progress.stopped:
+                return
             if isinstance(action, Release):
                 self._release(action)
             elif isinstance(action, Merge):
                 self._merge(action)
+                if action is last:  # not before: the ledger, which checkpoints hold, has made all updates of the event
+                    self._at_milestones(before, self._progress.steps)
             elif isinstance(action, Drop):
                 self._arrived.pop(action.contribution.seq, None)
                 self._tally.dropped()
@@ -321,7 +327,7 @@ class _Server:
 
     def _merge(self, action: Merge) -> None:
         self._replica.doing = f"making update {action.version}"
-        ledger, steps = self._ledger, self._progress.steps
+        ledger = self._ledger
         arrived = []
         for contribution, weight, staleness in zip(action.contributions, action.weights, action.staleness, strict=True):
             facts, vectors = self._arrived.pop(contribution.seq)
@@ -345,7 +351,6 @@ class _Server:
             "merged", version=action.version, step=done, contributions=contributions, weights=list(action.weights),
             staleness=list(action.staleness), **update.facts(), checksum=self._merger.checksum(),
         )  # fmt: skip
-        self._at_milestones(steps, done)
 
     def _at_milestones(self, before: int, now: int) -> None:
         recipe, team = self._session.recipe, self._session.assignment.team

@@ -45,6 +45,10 @@ class Together:
             raise _refused("training changes its buffers")
         if contributor.replica.recipe.precision != "float32":
             raise _refused("its precision is not float32")
+        if any(parameter.dtype != torch.float32 for parameter in contributor.replica.parameters):
+            raise _refused("its weights are not float32")
+        if contributor.replica.objective.shares:
+            raise _refused("its objective looks at the whole batch")
         self._whole = _Whole(contributor.replica.module, contributor.replica.objective)
         self._names = [f"module.{name}" for name in contributor.replica.names]
         self._touched: tuple[int, ...] | None = None
@@ -87,14 +91,15 @@ class Together:
             for start in range(0, len(entries), at_once):
                 self._group(entries[start : start + at_once], tasks, inputs, found, flat)
         if self._touched is None:
-            self._compare(tasks[0], found[0], vectors[0])
-        assert self._touched is not None
+            first = next((place for place, sums in enumerate(found) if sums), None)
+            if first is not None:
+                self._compare(tasks[first], vectors[first])
         made = []
         for (work, _), each, sums, vector in zip(tasks, inputs, found, vectors, strict=True):
             for microbatch, terms in sums.items():
                 self._one.check(terms, work.batch, microbatch)
             total = {name: math.fsum(terms[name] for terms in sums.values()) for name in self._one.terms}
-            touched = self._touched if sums else ()
+            touched = self._touched if sums and self._touched else ()
             made.append((Facts(tuple(each.nodes), each.counts, total, len(sums), touched, ()), vector))
         return made
 
@@ -113,24 +118,30 @@ class Together:
             torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)
         ]
         dims = [0 if isinstance(leaf, Tensor) else None for leaf in leaves[0]]
-        divisors = {
-            name: torch.tensor([float(max(1, inputs[place].totals[name])) for place, _ in entries])
-            for name in self._one.terms
+        objective = self._one.replica.objective
+        shares = {
+            name: torch.tensor(
+                [
+                    objective.weights(tasks[place][0].batch)[name] / max(1, inputs[place].totals[name])
+                    for place, _ in entries
+                ]
+            )
+            for name in objective.minimised
         }
         packs = [tasks[place][1] for place, _ in entries]
         same = all(pack is packs[0] for pack in packs)
         weights = self._one.pack.parameters(packs[0]) if same else self._one.pack.stacked(packs)
 
-        def one(parameters: dict[str, Tensor], leaves: list[Any], by: dict[str, Tensor]) -> Any:
+        def one(parameters: dict[str, Tensor], leaves: list[Any], shares: dict[str, Tensor]) -> Any:
             sums = functional_call(self._whole, parameters, (pytree.tree_unflatten(leaves, structure[0]),))
-            return torch.stack([sums[name].float() / by[name] for name in by]).sum(), sums
+            return torch.stack([sums[name].float() * share for name, share in shares.items()]).sum(), sums
 
         self._one.replica.doing = f"computing {len(entries)} microbatches at once"
         try:
             gradients, sums = vmap(grad(one, has_aux=True), in_dims=(None if same else 0, dims, 0))(
-                dict(zip(self._names, weights, strict=True)), stacked, divisors
+                dict(zip(self._names, weights, strict=True)), stacked, shares
             )
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise _refused(str(error).strip().splitlines()[0], traceback.format_exc()) from error
         values = {name: value.tolist() for name, value in sums.items()}
         where = []
@@ -142,13 +153,13 @@ class Together:
         for view, name in zip(self._one.layout.views_of_many(rows), self._names, strict=True):
             view.index_add_(0, torch.tensor(where), gradients[name])
 
-    def _compare(self, task: Task, sums: dict[int, dict[str, float]], vectors: Vectors) -> None:
+    def _compare(self, task: Task, vectors: Vectors) -> None:
         """Computes the first contribution by itself too: which parameters have gradients, and whether they agree."""
         alone = self._one.empty()
         facts = self._one.compute(*task, alone)
         scale = float(alone.gradient.abs().max())
         apart = float((alone.gradient - vectors.gradient).abs().max())
-        if sums and not apart <= 1e-3 * scale:
+        if not apart <= 1e-3 * scale:
             raise _refused(f"a gradient came out otherwise than alone, by {apart:.2g} of {scale:.2g}")
         self._touched = facts.touched
 

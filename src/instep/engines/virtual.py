@@ -67,6 +67,7 @@ class _Simulation:
         self._items: int | None = None
         self._objective_first: float | None = None
         self._objective_last: float | None = None
+        self._skipped = 0
         self._held_out: dict[str, Any] = {}
         self._events: list[tuple[str, dict[str, Any]]] = []
 
@@ -77,12 +78,15 @@ class _Simulation:
         size_bytes = 4 * self._replica.size
         weights_bytes = self._replayer.merger.pack.size_bytes
         self._start(microbatch_s)
-        keep = self._gradients or self._tape is not None
+        on_event = self._live if self._tape is not None else None  # without gradients there is nothing to wait for
+        if self._gradients:
+            on_event = self._note
         found = schedule(
-            recipe.rule, self._pieces, times, cluster.network,  # type: ignore[arg-type]  # recorded times have its methods
+            recipe.rule, self._pieces, times,
+            cluster.network,  # type: ignore[arg-type]  # recorded times have its methods
             contribution_bytes=size_bytes, weights_bytes=weights_bytes,
             merge_s=merge_s if cluster.merge_s is None else cluster.merge_s, collective=cluster.collective,
-            items_of=self._replayer.items if self._gradients else None, on_event=self._note if keep else None,
+            items_of=self._replayer.items if self._gradients else None, on_event=on_event,
         )  # fmt: skip
         scheduled_s = time.monotonic() - began
         for kind, fields in self._events:
@@ -146,8 +150,12 @@ class _Simulation:
         if self._tape is not None:
             fields["checksum"] = self._replayer.merger.checksum()
         self._items = (self._items or 0) + update.items
-        self._objective_first = self._objective_first or update.objective
-        self._objective_last = update.objective
+        if update.verdict.why:
+            self._emit("warned", {"t_s": fields["t_s"], "clock": "virtual", "why": update.verdict.why})
+        self._skipped += not update.verdict.updates
+        if update.terms:
+            self._objective_first = update.objective if self._objective_first is None else self._objective_first
+            self._objective_last = update.objective
 
     def _evaluate_at_milestones(self, fields: Mapping[str, Any]) -> None:
         done = fields["step"]
@@ -215,6 +223,7 @@ class _Simulation:
             "lead_max": found.lead_max,
             "idle_share": [round(float(share), 4) for share in found.idle_share],
             "dropped": found.dropped,
+            "skipped": self._skipped,
             "simulated_in_s": round(took_s, 3),
             "scheduled_in_s": round(scheduled_s, 3),
         }

@@ -242,6 +242,7 @@ class Ledger:
         ledger._quorum = rule.quorum_of(len(ledger._workers))
         for number in state["order"]:
             ledger._rest(ledger._workers[number])
+        ledger.lead_max = 0
         return ledger
 
     # What follows from an event
