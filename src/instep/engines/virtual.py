@@ -82,8 +82,9 @@ class _Simulation:
         if self._gradients:
             on_event = self._note
         found = schedule(
-            recipe.rule, self._pieces, times,
-            cluster.network,  # type: ignore[arg-type]  # recorded times have its methods
+            recipe.rule, self._pieces,
+            times,  # type: ignore[arg-type]  # recorded ones have its methods
+            cluster.network,
             contribution_bytes=size_bytes, weights_bytes=weights_bytes,
             merge_s=merge_s if cluster.merge_s is None else cluster.merge_s, collective=cluster.collective,
             items_of=self._replayer.items if self._gradients else None, on_event=on_event,
