@@ -7,7 +7,6 @@ bits. So it is asked for, and stands on the tape.
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,7 +141,7 @@ class Together:
                 dict(zip(self._names, weights, strict=True)), stacked, shares
             )
         except (RuntimeError, TypeError, ValueError) as error:
-            raise _refused(str(error).strip().splitlines()[0], traceback.format_exc()) from error
+            raise _refused("torch.func.vmap cannot take its model or objective", str(error).strip()) from error
         values = {name: value.tolist() for name, value in sums.items()}
         where = []
         for row, (place, microbatch) in enumerate(entries):
