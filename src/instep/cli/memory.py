@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from instep.cli.flags import UsageError
@@ -37,7 +38,11 @@ def show(trade: Trade, file: object = None) -> None:
     console.print(table)
     console.print()
     if trade.plan is None:
-        console.print("Times are predicted. For one plan in detail, tried out: --budget 512MiB, or --budget 50%.")
+        middle = trade.plans[len(trade.plans) // 2].peak_bytes / profile.peak_bytes
+        console.print(
+            f"Times are predicted. For one plan in detail, tried out: --budget {math.ceil(100 * middle)}%, or a size "
+            f"such as --budget 512MiB."
+        )
     else:
         _show_plan(console, trade, trade.plan)
 
