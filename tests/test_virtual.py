@@ -10,10 +10,11 @@ import pytest
 from instep.clock.network import Network
 from instep.clock.recorded import RecordedTimes
 from instep.clock.times import Failures, WorkerTimes
+from instep.engines.launch import train
 from instep.engines.playback import replay
 from instep.engines.request import Cluster
 from instep.engines.virtual import simulate
-from instep.errors import RecordError
+from instep.errors import CheckpointError, RecordError
 from instep.recipe import Recipe
 from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder, digest
@@ -108,6 +109,12 @@ def test_failures_with_contributions_between_them_end_no_run(monkeypatch: pytest
     monkeypatch.setattr("instep.engines.schedule._HOPELESS", 5)
     failing = WorkerTimes.lognormal(0.1, 0.05, seed=1, failures=Failures(1.0, 0.5))
     assert run(gpt(rule=rule("asynchronous"), steps=30), gradients=False, times=failing)["restarts"] > 5
+
+
+def test_a_simulation_cannot_be_resumed(tmp_path: Path) -> None:
+    run(gpt(), tmp_path / "run")
+    with pytest.raises(CheckpointError, match="is the folder of a simulation, which cannot be resumed; train its"):
+        train(gpt(), resume=tmp_path / "run")
 
 
 def test_more_workers_than_microbatches_take_one_each() -> None:

@@ -119,6 +119,11 @@ def train(
         if out is not None:
             raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
         folder = RunFolder.open(Path(resume))
+        if _started(folder).get("engine") == "virtual":
+            raise CheckpointError(
+                f"{folder.path} is the folder of a simulation, which cannot be resumed; train its recipe instead: "
+                f"instep train {folder.recipe_path}."
+            )
         recipe, team, saved_paths = saved(folder, recipe, team)
         import_paths = [*import_paths, *saved_paths]
     else:
@@ -326,14 +331,12 @@ def saved(folder: RunFolder, recipe: Recipe | None, team: Team | None) -> tuple[
             f"the run {folder.path} was trained with another recipe ({'; '.join(differences)}); resume it with its "
             f"own, or start a new run."
         )
-    return recipe, team or saved_team, _import_paths(folder)
+    return recipe, team or saved_team, [str(path) for path in _started(folder).get("import_paths", [])]
 
 
-def _import_paths(folder: RunFolder) -> list[str]:
-    for event in tape.read(folder.tape_path) if folder.tape_path.exists() else ():
-        if event["kind"] == "run_started":
-            return [str(path) for path in event["import_paths"]]
-    return []
+def _started(folder: RunFolder) -> dict[str, Any]:
+    """The first event of the run's tape, which tells of its start; empty where there is no tape."""
+    return next(iter(tape.read(folder.tape_path)), {}) if folder.tape_path.exists() else {}
 
 
 def _pickled(recipe: Recipe) -> bytes:

@@ -65,6 +65,8 @@ class _Playback:
     def start(self, event: Mapping[str, Any]) -> None:
         """The run starts, or starts again from a checkpoint: later updates than that never were."""
         version = event["version"]
+        for later in [kept for kept in self._kept if kept > version]:
+            del self._kept[later]  # of a history that was taken back
         if version not in self._kept:
             self._make_up_for(version)
         if self._engine != _engine_of(event):
