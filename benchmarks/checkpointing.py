@@ -1,8 +1,9 @@
 """Gradient checkpointing against rules of thumb: peak bytes and step time, one run, same model and batch.
 
-Run as ``python benchmarks/checkpointing.py [--depth 12] [--width 256] [--compile]``. One thread, passes interleaved,
-medians. Bytes are the peak of live activations (weights, gradients and the batch left out) and what is held at the end
-of forward. Results go to benchmarks/results/memory.json.
+Run as ``python benchmarks/checkpointing.py [--depth 12] [--width 256] [--compile]``. One thread, passes interleaved in
+random order, medians; extra time is the median over rounds of the ratio to the same round's bare step. Bytes are the
+peak of live activations (weights, gradients and the batch left out) and what is held at the end of forward. Results
+go to benchmarks/results/memory.json.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import argparse
 import functools
 import json
 import math
+import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
-from instep import gradient_checkpointing as gc
-from instep.gradient_checkpointing.structure import Plan
-from instep.models import GPT
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
 
-RESULTS = Path(__file__).parent / "results" / "memory.json"
+from benchmarks.lockstep import machine  # noqa: E402
+from instep import gradient_checkpointing as gc  # noqa: E402
+from instep.gradient_checkpointing.structure import Plan  # noqa: E402
+from instep.models import GPT  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "memory.json"
 
 SAVED = [
     torch.ops.aten.mm.default,
@@ -120,29 +127,65 @@ def planned(model: Model, plan: Plan) -> Callable[[], None]:
 
 
 def measure(model: Model, tokens: Tensor, candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, Any]:
-    """Peak bytes and median seconds of each, the passes interleaved."""
+    """Peak bytes, median seconds and the extra time beside the first of each, the passes interleaved."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     peaks: dict[str, int] = {}
-    for turn in range(rounds + 1):
-        for name, on in candidates.items():
-            on()
-            if turn == 0:
-                peaks[name] = gc.measure(model, objective, tokens)[0]
-            else:
-                times[name].append(step_s(model, tokens))
+    for name, on in candidates.items():
+        on()
+        peaks[name] = gc.measure(model, objective, tokens)[0]
+        step_s(model, tokens)
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(candidates), len(candidates)):
+            candidates[name]()
+            times[name].append(step_s(model, tokens))
     gc.remove(model)
-    return {name: {"peak_bytes": peaks[name], "step_s": statistics.median(times[name])} for name in candidates}
+    bare = times[next(iter(candidates))]
+    return {
+        name: {
+            "peak_bytes": peaks[name],
+            "step_s": statistics.median(times[name]),
+            "extra_time": statistics.median(mine / its for mine, its in zip(times[name], bare, strict=True)) - 1,
+        }
+        for name in candidates
+    }
 
 
-def compiled_by_torch(model: Model, tokens: Tensor) -> dict[str, Any]:
-    """Torch's own planner, under its compiler: step time alone, since its kernels hide what they keep."""
+def held_bytes(run: Any, model: nn.Module, tokens: Tensor) -> int:
+    """What forward leaves for backward, weights and batch left out, where a compiler's kernels hide the rest."""
+    others = {t.untyped_storage().data_ptr() for t in (tokens, *model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in others:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        objective(run, tokens)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def compiled(model: Model, tokens: Tensor, plans: dict[str, Plan], rounds: int) -> dict[str, Any]:
+    """Under torch's compiler: its own planner, and Instep's plans. Bytes are those held at the end of forward."""
+    contenders: dict[str, tuple[float, Plan | None]] = {
+        f"activation_memory_budget {budget}": (budget, None) for budget in (1.0, 0.5, 0.2)
+    } | {f"compiled {name}": (1.0, plan) for name, plan in plans.items()}
     found = {}
-    for budget in (1.0, 0.5, 0.2):
+    for name, (budget, plan) in contenders.items():
         torch._dynamo.reset()
+        model.rule, model.segments = None, 0
+        gc.remove(model)
+        if plan is not None:
+            gc.apply(model, plan)
         with torch._functorch.config.patch(activation_memory_budget=budget):
             run = torch.compile(model, dynamic=False)
+            held = held_bytes(run, model, tokens)
             step_s(run, tokens)
-            found[f"activation_memory_budget {budget}"] = statistics.median(step_s(run, tokens) for _ in range(3))
+            seconds = statistics.median(step_s(run, tokens) for _ in range(rounds))
+        found[name] = {"held_bytes": held, "step_s": seconds}
+        print(f"{name:<44}{held / 2**20:9.1f}{'':>10}{seconds * 1e3:6.0f} ms", flush=True)
+    gc.remove(model)
     return found
 
 
@@ -170,7 +213,6 @@ def main() -> None:
     candidates = {**rules, **{name: planned(model, plan) for name, plan in plans.items()}}
     found = measure(model, tokens, candidates, given.rounds)
 
-    bare = found["no checkpointing"]["step_s"]
     for name, plan in plans.items():
         found[name] |= {
             "predicted_bytes": plan.peak_bytes, "predicted_extra_time": plan.extra_time,
@@ -180,18 +222,17 @@ def main() -> None:
     for name, row in found.items():
         said = f"{row['predicted_bytes'] / 2**20:10.1f}" if "predicted_bytes" in row else " " * 10
         line = f"{name:<44}{row['peak_bytes'] / 2**20:9.1f}{said}{row['step_s'] * 1e3:6.0f} ms"
-        line += f"{100 * (row['step_s'] / bare - 1):6.1f} %"
+        line += f"{100 * row['extra_time']:6.1f} %"
         if "predicted_bytes" in row:
             line += f"{100 * row['predicted_extra_time']:8.1f} %{100 * row['extra_flops']:6.1f} %"
         print(line)
     by_flops = at_flops(profile)
     for name, value in by_flops.items():
         print(f"{name}: {value:.4f}")
-    compiled = compiled_by_torch(model, tokens) if given.compile else {}
-    for name, seconds in compiled.items():
-        print(f"{name:<44}{'':>19}{seconds * 1e3:6.0f} ms")
+    few = {name: plans[name] for name in list(plans)[-6::2]}
+    by_compiler = compiled(model, tokens, few, given.rounds) if given.compile else {}
     RESULTS.parent.mkdir(exist_ok=True)
-    facts = {**vars(given), "torch": torch.__version__, "found": found, "flops": by_flops, "compiled_s": compiled}
+    facts = {**vars(given), "machine": machine(), "found": found, "flops": by_flops, "compiled": by_compiler}
     RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -24,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
 
+from benchmarks.lockstep import machine  # noqa: E402
 from instep.clock.network import Network  # noqa: E402
 from instep.clock.slow import parse_slow  # noqa: E402
 from instep.clock.times import WorkerTimes  # noqa: E402
@@ -92,10 +91,9 @@ def main() -> None:
     print(f"without a network: slowest {slowest:.2f} s, largest {largest / 1e6:.0f} MB:", "met" if met else "not met")
     if options.rule:
         return
-    machine = {"system": platform.platform(), "cores": os.cpu_count(), "python": platform.python_version()}
     work = {"workers": options.workers, "contributions": options.contributions}
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"machine": machine, "work": work, "met": met, "rules": rules}, indent=1) + "\n")
+    RESULT.write_text(json.dumps({"machine": machine(), "work": work, "met": met, "rules": rules}, indent=1) + "\n")
 
 
 def _apart(name: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:
