@@ -463,7 +463,7 @@ def test_an_update_that_fails_leaves_the_weights_and_the_momentum() -> None:
     vectors.gradient.fill_(float("nan"))
     facts = Facts(((0, 1),), {"objective": 3}, {"objective": 1.0}, 1, (0,), ())
     with pytest.raises(NonFiniteError):
-        merger.merge([Arrived(0, pieces.work(0), facts, vectors, 1.0, 0)], contributor.terms)
+        merger.merge([Arrived(0, pieces.work(0), facts, vectors, 1.0, 0)])
     assert all(torch.equal(value, before[name]) for name, value in merger.replica.module.state_dict().items())
     assert merger.training_state()["outer"] == {"momentum": None, "sum": None, "updates": 0}
 

@@ -50,8 +50,9 @@ class Vectors:
 class Facts:
     """What a contribution tells beside its vectors.
 
-    nodes: the microbatches of each row. counts, sums: by term, over all it covers. filled: microbatches with samples.
-    touched: indices of the parameters that had a gradient. posted: indices of the buffers that the rows hold.
+    nodes: the microbatches of each row. counts, sums: by term, in the objective's order, over all it covers.
+    filled: microbatches with samples. touched: indices of the parameters that had a gradient. posted: indices of the
+    buffers that the rows hold.
     """
 
     nodes: tuple[Node, ...]
@@ -60,6 +61,11 @@ class Facts:
     filled: int
     touched: tuple[int, ...]
     posted: tuple[int, ...]
+
+    @property
+    def items(self) -> int:
+        """Of the objective's first term."""
+        return next(iter(self.counts.values()))
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ class Contributor:
         batches = {m: self.replica.batch(work.batch, m) for m in own}
         counts = self._counts(work.batch, own, batches)
         totals = counts
-        if self.rule.synchronous and self.pieces.whole_rounds:
+        if self.pieces.in_tree_order:
             if self._whole[0] != work.batch:  # for all workers of a virtual team, they are counted once
                 self._whole = work.batch, self._counts(work.batch, range(self.pieces.microbatches), batches)
             totals = self._whole[1]
@@ -262,7 +268,7 @@ class Contributor:
 
     def _nodes(self, work: Work) -> list[Node]:
         """The tree nodes that a contribution has a row for: many only where they are merged in tree order."""
-        if self.rule.synchronous and self.pieces.whole_rounds:
+        if self.pieces.in_tree_order:
             return maximal_nodes(work.start, work.stop, self.pieces.microbatches)
         return [(work.start, work.stop)]
 

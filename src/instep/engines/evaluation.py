@@ -107,13 +107,14 @@ def batches_held_out(replica: Replica) -> list[range]:
 
 
 def evaluate(
-    replica: Replica, batches: Sequence[range], places: range, terms: Sequence[str], advance: Callable[[], None]
+    replica: Replica, batches: Sequence[range], places: range, advance: Callable[[], None]
 ) -> Iterator[tuple[int, list[int], list[float]]]:
     """Place, counts and sums by term for those of `batches` that are at `places`, in eval mode and without gradients.
 
     `advance` is called after each batch. The model's mode and buffers are as before once the iterator has ended.
     """
     assert replica.data.held_out is not None
+    terms = replica.objective.terms or ()
     with kept_module_state(replica.module, training=False), torch.no_grad(), replica.autocast():
         for place in places:
             seed_all(key(replica.recipe.seed, "evaluate", place))
@@ -125,12 +126,12 @@ def evaluate(
 
 
 def evaluate_alone(
-    replica: Replica, batches: Sequence[range], terms: Sequence[str], advance: Callable[[], None] = lambda: None
+    replica: Replica, batches: Sequence[range], advance: Callable[[], None] = lambda: None
 ) -> Evaluation | None:
     """The objective on all of `batches`, computed by this process; None if there are none."""
     if not batches:
         return None
-    found = list(evaluate(replica, batches, range(len(batches)), terms, advance))
+    found = list(evaluate(replica, batches, range(len(batches)), advance))
     return Evaluation.of(replica, [counts for _, counts, _ in found], [sums for *_, sums in found])
 
 

@@ -279,7 +279,7 @@ class Lockstep:
             return None
         replica.doing = f"evaluating version {version}"
         own = range(*worker_ranges(len(self._held_out), self.workers)[self.worker])
-        for place, counts, sums in evaluate(replica, self._held_out, own, self.terms, self._pulse.advance):
+        for place, counts, sums in evaluate(replica, self._held_out, own, self._pulse.advance):
             exchange.evaluation_counts[place] = counts
             exchange.evaluation_sums[place] = sums
         mark(exchange.evaluated, self.worker, version + 1)

@@ -5,7 +5,6 @@ The server engine, the virtual engine and the replay all make updates here, with
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,33 +75,33 @@ class Merger:
         """Microbatches merged so far."""
         self._outer = _Outer(self.rule, self.layout)
 
-    def merge(self, contributions: Sequence[Arrived], terms: Sequence[str]) -> Update:
-        """Makes one update, in the order given. May use the vectors up.
+    def merge(self, contributions: Sequence[Arrived]) -> Update:
+        """Makes one update, in the order given. May use the vectors up. The replica's objective must know its terms.
 
         The watch may have it left out. Raises NonFiniteError, or ObjectiveError for whole batches without items, before
         any change.
         """
         step = self.microbatches // self.pieces.microbatches
         facts = [each.facts for each in contributions]
+        objective, terms = self.replica.objective, self.replica.objective.terms or ()
         counts = {name: sum(each.counts[name] for each in facts) for name in terms}
         sums = {name: math.fsum(each.sums[name] for each in facts) for name in terms}
         means = {name: sums[name] / counts[name] for name in terms if counts[name]}
-        bound = dataclasses.replace(self.replica.objective, terms=tuple(terms))
         if self.rule.lockstep:
-            bound.check_items(counts, step)
+            objective.check_items(counts, step)
         total = self._total(contributions)
         norm = norm_of(total, self.layout)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about(contributions, step))
-        objective = bound.whole(means, step)
-        minimised = any(name in means for name in bound.minimised)
-        verdict = self.watcher.judge(step, objective) if minimised else Verdict()
+        value = objective.whole(means, step)
+        minimised = any(name in means for name in objective.minimised)
+        verdict = self.watcher.judge(step, value) if minimised else Verdict()
         rate = 0.0
         if verdict.updates:
             rate = self._apply(total, set().union(*(each.touched for each in facts)), norm, step)
             self._average_buffers(contributions)
         self.microbatches += sum(each.work.microbatches for each in contributions)
-        return Update(objective, means, counts[terms[0]], rate, norm, verdict)
+        return Update(value, means, counts[terms[0]], rate, norm, verdict)
 
     def checksum(self) -> list[str]:
         """Of the present weights, one for each parameter."""
@@ -122,7 +121,7 @@ class Merger:
 
     def _total(self, contributions: Sequence[Arrived]) -> Tensor:
         """The update's gradient or delta, flat."""
-        if self.rule.synchronous and self.pieces.whole_rounds:
+        if self.pieces.in_tree_order:
             rows = [row for each in contributions for row in each.vectors.gradient[: len(each.facts.nodes)]]
             for into, source in self._plan(contributions):
                 rows[into].add_(rows[source])
@@ -164,7 +163,7 @@ class Merger:
         for index in sorted(set().union(*(each.facts.posted for each in contributions))):
             holding = [each for each in contributions if index in each.facts.posted]
             rows = [row for each in holding for row in each.vectors.buffers[: len(each.facts.nodes)]]
-            together = self.rule.synchronous and self.pieces.whole_rounds and len(holding) == len(contributions)
+            together = self.pieces.in_tree_order and len(holding) == len(contributions)
             plan = self._plan(holding) if together else [(0, source) for source in range(1, len(rows))]
             filled = sum(each.facts.filled for each in holding)
             if filled:

@@ -99,7 +99,7 @@ class Replayer:
     @property
     def waiting(self) -> dict[int, int]:
         """The contributions that wait for their update: items of the objective's first term by seq."""
-        return {seq: facts.counts[self.terms[0]] for seq, (*_, facts, _) in self._arrived.items()}
+        return {seq: facts.items for seq, (*_, facts, _) in self._arrived.items()}
 
     def probe(self, work: Work) -> None:
         """Computes a piece from the present weights, for its time alone."""
@@ -128,13 +128,13 @@ class Replayer:
 
     def merged(self, version: int, contributions: Mapping[int, tuple[float, int]]) -> Update:
         """Update number `version`, from contributions by seq, in this order, each with weight and staleness."""
-        arrived, bases = [], []
+        arrived, bases = [], list[int]()
         for seq, (weight, staleness) in contributions.items():
             worker, piece, base, facts, vectors = self._arrived.pop(seq)
             work = self.pieces.work(piece)
             arrived.append(Arrived(worker, work, facts, vectors, weight, staleness, self._weights[base]))
             bases.append(base)
-        update = self.merger.merge(arrived, self.terms)
+        update = self.merger.merge(arrived)
         for base in bases:
             self._forget(base)
         return update

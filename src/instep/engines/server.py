@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from typing import Any
@@ -97,7 +97,7 @@ def serve(session: Session, descriptor: int) -> None:
         terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers
     )
     _, memory = session.ready(facts, _regions(contributor, workers))
-    _Server(session, replica, merger, ledger, progress, contributor.terms, *_memory(descriptor, memory)).run(lost)
+    _Server(session, replica, merger, ledger, progress, *_memory(descriptor, memory)).run(lost)
 
 
 def _check_length(session: Session, pieces: Pieces, meta: Mapping[str, Any]) -> None:
@@ -173,12 +173,11 @@ class _Server:
         merger: Merger,
         ledger: Ledger,
         progress: Progress,
-        terms: Sequence[str],
         weights: list[Tensor],
         vectors: list[Vectors],
     ):
         self._session, self._replica, self._merger, self._ledger = session, replica, merger, ledger
-        self._progress, self._terms, self._weights, self._vectors = progress, terms, weights, vectors
+        self._progress, self._weights, self._vectors = progress, weights, vectors
         self._lines = [line.server for line in session.assignment.lines]
         self._incarnations = [0] * len(self._lines)
         self._slots: dict[int, int] = {}  # where each version that is computed from lies
@@ -260,7 +259,7 @@ class _Server:
         seq, piece, base = ledger.next_seq, *ledger.in_hand(worker)
         work, vectors = ledger.pieces.work(piece), self._vectors[worker]
         covers = work.covers()
-        items = facts.counts[self._terms[0]]
+        items = facts.items
         sent_bytes = 4 * self._replica.size * len(facts.nodes)
         self._session.emit("computed", worker=worker, version=base, from_s=from_s, to_s=to_s, **covers)
         self._session.emit(
@@ -334,7 +333,7 @@ class _Server:
             base = self._base(contribution.base) if ledger.rule.compensation and staleness else None
             work = ledger.pieces.work(contribution.piece)
             arrived.append(Arrived(contribution.worker, work, facts, vectors, weight, staleness, base))
-        update = self._merger.merge(arrived, self._terms)
+        update = self._merger.merge(arrived)
         self._session.pulse.advance()
         done = self._merger.microbatches // ledger.pieces.microbatches
         self._progress.merged(
@@ -365,7 +364,7 @@ class _Server:
     def _evaluate(self) -> bool:
         """Evaluates; whether this version is to be saved as the best."""
         self._replica.doing = f"evaluating version {self._progress.version}"
-        found = evaluate_alone(self._replica, self._held_out, self._terms, self._session.pulse.advance)
+        found = evaluate_alone(self._replica, self._held_out, self._session.pulse.advance)
         return self._session.evaluated(self._progress, found)
 
     def _sync_tape(self) -> None:

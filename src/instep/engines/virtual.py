@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from instep.clock.times import WorkerTimes
 from instep.data import digest
 from instep.engines.child import Tell
-from instep.engines.evaluation import batches_held_out, evaluate_alone, passes
+from instep.engines.evaluation import Progress, batches_held_out, evaluate_alone, passes
 from instep.engines.replay import Replayer, state_of
 from instep.engines.replica import Replica
 from instep.engines.request import Cluster
@@ -64,11 +63,7 @@ class _Simulation:
             recipe, cluster.workers, lambda: Replica(recipe, "cpu"), batched=gradients and cluster.batched
         )
         self._replica = self._replayer.merger.replica
-        self._items: int | None = None
-        self._objective_first: float | None = None
-        self._objective_last: float | None = None
-        self._skipped = 0
-        self._held_out: dict[str, Any] = {}
+        self._progress = Progress()
         self._events: list[tuple[str, dict[str, Any]]] = []
 
     def run(self, began: float) -> dict[str, Any]:
@@ -117,7 +112,7 @@ class _Simulation:
 
     def _live(self, kind: str, fields: dict[str, Any]) -> None:
         """Computes what an event stands for, if gradients are wanted, and hands it on."""
-        replayer = self._replayer
+        replayer, before = self._replayer, self._progress.steps
         if kind in ("computed", "pushed"):
             fields |= self._pieces.work(fields["piece"]).covers()
         if self._gradients:
@@ -136,39 +131,31 @@ class _Simulation:
             elif kind == "merged":
                 self._merge(fields)
         self._emit(kind, fields)
-        if kind == "merged" and self._gradients:
-            self._evaluate_at_milestones(fields)
+        now, steps = self._progress.steps, self._recipe.steps
+        if now < steps and passes(self._recipe.evaluate_every, before, now):
+            self._evaluate(fields["version"], fields["t_s"])
 
     def _merge(self, fields: dict[str, Any]) -> None:
         parts = zip(fields["contributions"], fields["weights"], fields["staleness"], strict=True)
-        self._before = self._replayer.merger.microbatches // self._pieces.microbatches
         update = self._replayer.merged(fields["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
         done = self._replayer.merger.microbatches // self._pieces.microbatches
-        fields |= {
-            "step": done,
-            **update.facts(),
-        }
+        fields |= {"step": done, **update.facts()}
         if self._tape is not None:
             fields["checksum"] = self._replayer.merger.checksum()
-        self._items = (self._items or 0) + update.items
         if update.verdict.why:
             self._emit("warned", {"t_s": fields["t_s"], "clock": "virtual", "why": update.verdict.why})
-        self._skipped += not update.verdict.updates
-        if update.terms:
-            self._objective_first = update.objective if self._objective_first is None else self._objective_first
-            self._objective_last = update.objective
-
-    def _evaluate_at_milestones(self, fields: Mapping[str, Any]) -> None:
-        done = fields["step"]
-        if done < self._recipe.steps and passes(self._recipe.evaluate_every, self._before, done):
-            self._evaluate(fields["version"], fields["t_s"])
+        self._progress.merged(
+            version=fields["version"], steps=done, items=update.items,
+            objective=update.objective if update.terms else None,
+        )  # fmt: skip
+        update.verdict.note(self._progress)
 
     def _evaluate(self, version: int, t_s: float) -> None:
-        found = evaluate_alone(self._replica, batches_held_out(self._replica), self._replayer.terms)
+        found = evaluate_alone(self._replica, batches_held_out(self._replica))
         if found is None:
             return
-        self._held_out = found.facts(version, self._replica)
-        self._emit("evaluated", {"t_s": t_s, "clock": "virtual", **self._held_out})
+        self._progress.held_out = found.facts(version, self._replica)
+        self._emit("evaluated", {"t_s": t_s, "clock": "virtual", **self._progress.held_out})
 
     def _start(self, microbatch_s: float) -> None:
         recipe, data = self._recipe, self._replica.data
@@ -189,7 +176,8 @@ class _Simulation:
         )  # fmt: skip
 
     def _end(self, found: Schedule, scheduled_s: float, took_s: float) -> dict[str, Any]:
-        digest = None
+        digest, progress = None, self._progress
+        items = progress.items if self._gradients else None
         if self._gradients:
             self._evaluate(found.versions, found.wall_s)
             state = state_of(self._replayer)
@@ -207,16 +195,16 @@ class _Simulation:
             "digest": digest,
             "steps": self._recipe.steps,
             "versions": found.versions,
-            "items": self._items,
+            "items": items,
             "workers": self._cluster.workers,
             "microbatches": self._recipe.microbatches,
             "contributions": found.contributions,
-            "objective_first": self._objective_first,
-            "objective_last": self._objective_last,
-            "held_out": self._held_out.get("objective"),
-            "bits_per_byte": self._held_out.get("bits_per_byte"),
+            "objective_first": progress.objective_first,
+            "objective_last": progress.objective_last,
+            "held_out": progress.held_out.get("objective"),
+            "bits_per_byte": progress.held_out.get("bits_per_byte"),
             "wall_s": found.wall_s,
-            "items_per_s": self._items / found.wall_s if self._items and found.wall_s else None,
+            "items_per_s": items / found.wall_s if items and found.wall_s else None,
             "restarts": found.failures,
             "bytes_sent": found.bytes_sent,
             "staleness_mean": found.staleness_mean,
@@ -224,7 +212,7 @@ class _Simulation:
             "lead_max": found.lead_max,
             "idle_share": [round(float(share), 4) for share in found.idle_share],
             "dropped": found.dropped,
-            "skipped": self._skipped,
+            "skipped": progress.skipped,
             "simulated_in_s": round(took_s, 3),
             "scheduled_in_s": round(scheduled_s, 3),
         }

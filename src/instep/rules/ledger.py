@@ -69,7 +69,7 @@ class Ledger:
         if self._by_round and self._limit is not None:  # here a round is a version: what is ahead by n will be n old
             self._lead = self._limit if self._lead is None else min(self._lead, self._limit)
             self._limit = None
-        self._whole = rule.synchronous and pieces.whole_rounds
+        self._whole = pieces.in_tree_order
         self._bare = rule.weight == "items"
         self._count = pieces.count
         self._size, self._size_of = pieces.even_microbatches, pieces.microbatches_of

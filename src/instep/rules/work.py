@@ -64,6 +64,11 @@ class Pieces:
         """Whether a round is the whole of its batches, so that its items can be counted beforehand."""
         return self.workers <= self.microbatches
 
+    @property
+    def in_tree_order(self) -> bool:
+        """Whether updates add as lockstep does: divided by the items of the whole batch, in the canonical tree."""
+        return self.rule.synchronous and self.whole_rounds
+
     def work(self, piece: int) -> Work:
         """Piece number `piece`."""
         group, part = divmod(piece, self.parts)
