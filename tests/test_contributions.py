@@ -458,6 +458,7 @@ def test_an_update_that_fails_leaves_the_weights_and_the_momentum() -> None:
     merger = Merger(Replica(recipe, "cpu"), pieces)
     contributor = Contributor(Replica(recipe, "cpu"), pieces)
     contributor.prepare(0)
+    merger.replica.objective = contributor.replica.objective
     before = {name: value.clone() for name, value in merger.replica.module.state_dict().items()}
     vectors = contributor.empty()
     vectors.gradient.fill_(float("nan"))
