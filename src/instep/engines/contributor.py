@@ -22,7 +22,7 @@ from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.pack import Pack
 from instep.reduce.reduction import clip, norm_of
 from instep.reduce.shared import Region
-from instep.reduce.tree import Node, maximal_nodes
+from instep.reduce.tree import Node, nodes_of
 from instep.rules.work import Pieces, Work
 
 _COUNTED = 100_000
@@ -261,10 +261,7 @@ class Contributor:
         return tuple(sorted(changed | self.changing))
 
     def _nodes(self, work: Work) -> list[Node]:
-        """The tree nodes that a contribution has a row for: many only where they are merged in tree order."""
-        if self.rule.synchronous and self.pieces.whole_rounds:
-            return maximal_nodes(work.start, work.stop, self.pieces.microbatches)
-        return [(work.start, work.stop)]
+        return nodes_of(work, self.pieces)
 
     def _counts(self, batch: int, microbatches: range, loaded: Mapping[int, Any]) -> dict[str, int]:
         totals = dict.fromkeys(self.terms, 0)
