@@ -164,7 +164,7 @@ class _Run:
 
         self._occupied = False  # the server makes an update; who has something for it waits
         self._queue: deque[tuple[Callable[[int], None], int]] = deque()
-        self._alarm, self._alarm_s = 0, math.inf  # for what the ledger waits for, its name in the loop and its time
+        self._alarm, self._alarm_s = 0, math.inf  # its name in the loop, 0 for none, and when it is to ring
         self._finished_s = -1.0
         self._pulls = self._drops = self._present = self._failed = self._hopeless = 0
         self._staleness_sum = self._staleness_max = self._pushed_bytes = self._pulled_bytes = 0
@@ -300,10 +300,8 @@ class _Run:
             self._on_event("left", {"t_s": now_s, "clock": "virtual", "worker": worker, "why": "it failed"})
         self._obey(self._ledger.left(worker, now_s))
 
-    def _passed(self, _: int) -> None:
-        if self._occupied:
-            self._queue.append((self._passed, 0))
-            return
+    def _passed(self, _: None) -> None:
+        """The ledger's deadline. It has none after an update, so the server does not make one now."""
         self._alarm, self._alarm_s = 0, math.inf
         self._obey(self._ledger.passed(self._loop.now_s))
 
@@ -374,11 +372,11 @@ class _Run:
     def _set_alarm(self) -> None:
         """Has the ledger told when time has passed that it waits for."""
         deadline_s = self._ledger.deadline_s
-        wanted_s = math.inf if deadline_s is None else max(deadline_s, self._loop.now_s)
+        wanted_s = math.inf if deadline_s is None else deadline_s
         if wanted_s != self._alarm_s:
             if self._alarm:
                 self._loop.cancel(self._alarm)
-            self._alarm = self._loop.at(wanted_s, self._passed, 0) if wanted_s < math.inf else 0
+            self._alarm = self._loop.at(wanted_s, self._passed, None) if wanted_s < math.inf else 0
             self._alarm_s = wanted_s
 
     # What is noted where somebody wants to know, or workers may fail
