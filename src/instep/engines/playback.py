@@ -108,6 +108,11 @@ class _Playback:
             self._must_be(self._version, event, event["version"])
             self._replayer.released(event["worker"], event["piece"], event["version"])
         elif kind == "pushed":
+            if self._engine[0] == "virtual" and "checksum" not in event:
+                raise RecordError(
+                    "the tape is of a simulation without gradients, so there is nothing to compute again; simulate "
+                    "without --no-gradients, or replay it under a --rule, which takes its times alone."
+                )
             if event["worker"] not in self._replayer.computing:
                 raise event.refers_to(event["worker"])
             self._replayer.pushed(event["seq"], event["worker"])
