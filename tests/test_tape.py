@@ -155,6 +155,17 @@ def test_important_events_are_written_at_once_and_frequent_ones_soon(
     tape.close()
 
 
+@pytest.mark.parametrize("kind", ["released", "computed", "pushed", "merged", "dropped"])
+def test_what_comes_with_every_contribution_is_written_in_one_with_what_follows(kind: str, tmp_path: Path) -> None:
+    with Tape(tmp_path / "tape.jsonl") as tape:
+        tape.write(started())
+        for version in range(3):
+            tape.write({**merged(version), "kind": kind})
+        assert list(read(tape.path)) == [started()]
+        tape.write({**merged(2), "kind": "left"})
+        assert len(list(read(tape.path))) == 5
+
+
 def test_important_events_survive_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "tape.jsonl"
     child = os.fork()
