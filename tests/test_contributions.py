@@ -23,7 +23,7 @@ from instep.recipe import Recipe, Schedule
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import Layout
 from instep.reduce.pack import Pack
-from instep.rules import UpdateRule
+from instep.rules import UpdateRule, parse
 from instep.rules import presets as p
 from instep.rules.ledger import Merge
 from instep.rules.work import Pieces
@@ -466,6 +466,29 @@ def test_an_update_that_fails_leaves_the_weights_and_the_momentum() -> None:
         merger.merge([Arrived(0, pieces.work(0), facts, vectors, 1.0, 0)], contributor.terms)
     assert all(torch.equal(value, before[name]) for name, value in merger.replica.module.state_dict().items())
     assert merger.training_state()["outer"] == {"momentum": None, "sum": None, "updates": 0}
+
+
+class Constants(nn.Module):
+    """BatchNorm, whose buffers training changes, beside buffers that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(3), nn.Linear(3, 1)
+        self.register_buffer("third", torch.full((2,), 1 / 3, dtype=torch.float64))
+        self.register_buffer("tenth", torch.full((), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)) * self.tenth + self.third[0].float()
+
+
+@pytest.mark.parametrize("text", ["local_sgd:2", "async_diloco:2,buffer=4", "asynchronous", "synchronous"])
+def test_buffers_that_training_does_not_change_keep_every_bit(text: str) -> None:
+    run = drive(plain(model=Constants, rule=parse(text)), 3, seed=1)
+    start = Constants().state_dict()
+    assert torch.equal(run.state["third"], start["third"])
+    assert torch.equal(run.state["tenth"], start["tenth"])
+    assert not torch.equal(run.state["norm.running_mean"], start["norm.running_mean"])
+    assert int(run.state["norm.num_batches_tracked"]) > 0
 
 
 # ---------------------------------------------------------------------------------------------- packs and checksums
