@@ -254,6 +254,8 @@ def test_an_update_without_items_changes_nothing_and_is_no_objective() -> None:
     empty = [update for update in run.updates if not update.items]
     assert empty
     assert all(update.terms == {} for update in empty)
+    assert all(update.objective is None and update.facts()["objective"] is None for update in empty)
+    assert all(isinstance(update.objective, float) for update in run.updates if update.items)
     assert sum(update.items for update in run.updates) == 37
 
 
@@ -264,6 +266,24 @@ def test_a_synchronous_step_without_items_is_refused_as_in_lockstep() -> None:
     objective.counts = lambda batch: 0  # type: ignore[attr-defined]
     with pytest.raises(ObjectiveError, match="step 0 has no items to learn from"):
         drive(plain(objective=objective), 2)
+
+
+@pytest.mark.parametrize("text", ["asynchronous", "backup_workers:2", "softsync:2", "async_diloco:2,buffer=4"])
+@pytest.mark.parametrize("workers", [3, 20])
+def test_a_whole_batch_without_items_is_refused_under_rules_that_do_not_wait_for_it_too(
+    text: str, workers: int
+) -> None:
+    """A metric with items is nothing to learn from."""
+
+    def objective(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return {"squares": squares(model, batch), "seen": torch.tensor(1.0)}
+
+    objective.counts = lambda batch: {"squares": 0, "seen": 1}  # type: ignore[attr-defined]
+    objective.metrics = ["seen"]  # type: ignore[attr-defined]
+    with pytest.raises(
+        ObjectiveError, match=r"step \d+ has no items to learn from: the objective counts 0 for term 'sq"
+    ):
+        drive(plain(objective=objective, rule=parse(text)), workers)
 
 
 # ------------------------------------------------------------------------------------------------------- local steps

@@ -18,6 +18,7 @@ from instep.engines.contributor import Facts, Vectors
 from instep.engines.replica import Replica
 from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
+from instep.objectives import Bound
 from instep.reduce.buffers import Buffers
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import BLOCK, Layout
@@ -46,9 +47,12 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Update:
-    """What an update came to: the objective over the items of its contributions, and its parts by term."""
+    """What an update came to: the objective over the items of its contributions, and its parts by term.
 
-    objective: float
+    objective: None where they hold no item of a term that is minimised.
+    """
+
+    objective: float | None
     terms: dict[str, float]
     items: int
     rate: float
@@ -75,6 +79,7 @@ class Merger:
         self.microbatches = 0
         """Microbatches merged so far."""
         self._outer = _Outer(self.rule, self.layout)
+        self._empty: dict[int, int] = {}  # by group of batches: pieces that held no items
 
     def merge(self, contributions: Sequence[Arrived], terms: Sequence[str]) -> Update:
         """Makes one update, in the order given. May use the vectors up.
@@ -90,19 +95,30 @@ class Merger:
         bound = dataclasses.replace(self.replica.objective, terms=tuple(terms))
         if self.rule.lockstep:
             bound.check_items(counts, step)
+        else:
+            self._check_items(contributions, bound)
         total = self._total(contributions)
         norm = norm_of(total, self.layout)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about(contributions, step))
-        objective = bound.whole(means, step)
-        minimised = any(name in means for name in bound.minimised)
-        verdict = self.watcher.judge(step, objective) if minimised else Verdict()
+        objective = bound.whole(means, step) if any(name in means for name in bound.minimised) else None
+        verdict = self.watcher.judge(step, objective) if objective is not None else Verdict()
         rate = 0.0
         if verdict.updates:
             rate = self._apply(total, set().union(*(each.touched for each in facts)), norm, step)
             self._average_buffers(contributions)
         self.microbatches += sum(each.work.microbatches for each in contributions)
         return Update(objective, means, counts[terms[0]], rate, norm, verdict)
+
+    def _check_items(self, contributions: Sequence[Arrived], bound: Bound) -> None:
+        """Raises ObjectiveError where the last piece of a batch holds no items either, whenever the others came."""
+        for each in contributions:
+            if any(each.facts.counts[name] for name in bound.minimised):
+                continue
+            group = each.work.piece // self.pieces.parts
+            self._empty[group] = self._empty.get(group, 0) + 1
+            if self._empty[group] == self.pieces.parts:
+                bound.check_items(dict.fromkeys(each.facts.counts, 0), each.work.batch)
 
     def checksum(self) -> list[str]:
         """Of the present weights, one for each parameter."""

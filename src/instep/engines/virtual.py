@@ -154,7 +154,7 @@ class _Simulation:
         if update.verdict.why:
             self._emit("warned", {"t_s": fields["t_s"], "clock": "virtual", "why": update.verdict.why})
         self._skipped += not update.verdict.updates
-        if update.terms:
+        if update.objective is not None:
             self._objective_first = update.objective if self._objective_first is None else self._objective_first
             self._objective_last = update.objective
 
