@@ -19,8 +19,8 @@ from typing import Any
 from instep.errors import RecordError, ResourceError
 from instep.record.files import disk_error, json_text, sync_folder
 
-SCHEMA = 1
-"""The version of the events' fields, named by ``run_started``."""
+SCHEMA = 2
+"""The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
 
 _QUIET = frozenset({"released", "computed", "pushed", "merged", "dropped"})
 """Kinds that may wait in memory for a while; any other is written through at once.
