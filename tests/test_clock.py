@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from instep.clock.link import Link
 from instep.clock.loop import Loop
-from instep.clock.network import Network, all_reduce_bytes
+from instep.clock.network import Network, gather_bytes, reduce_bytes
 from instep.clock.slow import parse_slow, slow_factors
 from instep.clock.times import Failures, WorkerTimes
 from instep.errors import RecipeError
@@ -181,7 +181,9 @@ def test_collectives_take_what_the_formulas_say() -> None:
     assert network.tree_all_reduce_s(5, 200.0) == 6 * (0.5 + 2.0)
     assert network.ring_all_reduce_s(1, 200.0) == network.tree_all_reduce_s(1, 200.0) == 0
     assert Network().ring_all_reduce_s(8, 1e9) == Network().tree_all_reduce_s(8, 1e9) == 0
-    assert all_reduce_bytes(4, 200) == 1200
+    assert (reduce_bytes(4, 200, 4), reduce_bytes(4, 200, 7), gather_bytes(4, 200)) == (600, 1050, 600)
+    assert network.ring_all_reduce_s(4, 200.0, 3) == 4 * 3 / 4 * 2.0 + 6 * 0.5
+    assert network.tree_all_reduce_s(4, 200.0, 3) == 2 * (0.5 + 3 * 2.0) + 2 * (0.5 + 2.0)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from instep.recipe import Recipe, Schedule
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import Layout
 from instep.reduce.pack import Pack
-from instep.rules import UpdateRule
+from instep.rules import UpdateRule, parse
 from instep.rules import presets as p
 from instep.rules.ledger import Merge
 from instep.rules.work import Pieces
@@ -254,6 +254,8 @@ def test_an_update_without_items_changes_nothing_and_is_no_objective() -> None:
     empty = [update for update in run.updates if not update.items]
     assert empty
     assert all(update.terms == {} for update in empty)
+    assert all(update.objective is None and update.facts()["objective"] is None for update in empty)
+    assert all(isinstance(update.objective, float) for update in run.updates if update.items)
     assert sum(update.items for update in run.updates) == 37
 
 
@@ -264,6 +266,24 @@ def test_a_synchronous_step_without_items_is_refused_as_in_lockstep() -> None:
     objective.counts = lambda batch: 0  # type: ignore[attr-defined]
     with pytest.raises(ObjectiveError, match="step 0 has no items to learn from"):
         drive(plain(objective=objective), 2)
+
+
+@pytest.mark.parametrize("text", ["asynchronous", "backup_workers:2", "softsync:2", "async_diloco:2,buffer=4"])
+@pytest.mark.parametrize("workers", [3, 20])
+def test_a_whole_batch_without_items_is_refused_under_rules_that_do_not_wait_for_it_too(
+    text: str, workers: int
+) -> None:
+    """A metric with items is nothing to learn from."""
+
+    def objective(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return {"squares": squares(model, batch), "seen": torch.tensor(1.0)}
+
+    objective.counts = lambda batch: {"squares": 0, "seen": 1}  # type: ignore[attr-defined]
+    objective.metrics = ["seen"]  # type: ignore[attr-defined]
+    with pytest.raises(
+        ObjectiveError, match=r"step \d+ has no items to learn from: the objective counts 0 for term 'sq"
+    ):
+        drive(plain(objective=objective, rule=parse(text)), workers)
 
 
 # ------------------------------------------------------------------------------------------------------- local steps
@@ -469,6 +489,29 @@ def test_an_update_that_fails_leaves_the_weights_and_the_momentum() -> None:
     assert merger.training_state()["outer"] == {"momentum": None, "sum": None, "updates": 0}
 
 
+class Constants(nn.Module):
+    """BatchNorm, whose buffers training changes, beside buffers that it does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(3), nn.Linear(3, 1)
+        self.register_buffer("third", torch.full((2,), 1 / 3, dtype=torch.float64))
+        self.register_buffer("tenth", torch.full((), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x)) * self.tenth + self.third[0].float()
+
+
+@pytest.mark.parametrize("text", ["local_sgd:2", "async_diloco:2,buffer=4", "asynchronous", "synchronous"])
+def test_buffers_that_training_does_not_change_keep_every_bit(text: str) -> None:
+    run = drive(plain(model=Constants, rule=parse(text)), 3, seed=1)
+    start = Constants().state_dict()
+    assert torch.equal(run.state["third"], start["third"])
+    assert torch.equal(run.state["tenth"], start["tenth"])
+    assert not torch.equal(run.state["norm.running_mean"], start["norm.running_mean"])
+    assert int(run.state["norm.num_batches_tracked"]) > 0
+
+
 # ---------------------------------------------------------------------------------------------- packs and checksums
 
 
@@ -543,12 +586,27 @@ def test_a_module_without_buffers_has_a_pack_too() -> None:
     assert Pack(nn.Identity(), []).size_bytes == 64
 
 
-@given(st.integers(0, 19), st.integers(0, 31), SEEDS)
-def test_any_bit_changes_a_checksum(place: int, bit: int, seed: int) -> None:
-    values = torch.randn(20, generator=torch.Generator().manual_seed(seed))
+def by_definition(words: list[int]) -> str:
+    return f"{sum(word * (2 * (i % 1024) + 1) * 0x9E3779B1 ** (i // 1024) for i, word in enumerate(words)) % 2**32:08x}"
+
+
+@pytest.mark.parametrize("size", [0, 1, 20, 1023, 1024, 1025, 5000])
+def test_a_checksum_is_the_sum_that_its_docstring_says(size: int) -> None:
+    values = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    assert checksum([values]) == [by_definition([word % 2**32 for word in values.view(torch.int32).tolist()])]
+
+
+@given(st.integers(1, 5000), st.data(), SEEDS)
+def test_any_bit_and_any_order_changes_a_checksum(size: int, data: st.DataObject, seed: int) -> None:
+    values = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    place, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 31))
     other = values.clone()
     other.view(torch.int32)[place] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31)).to(torch.int32)
     assert checksum([values]) != checksum([other])
+    swapped = values.clone()
+    with_whom = data.draw(st.integers(0, size - 1))
+    swapped[place], swapped[with_whom] = values[with_whom], values[place]
+    assert (checksum([values]) == checksum([swapped])) == torch.equal(values, swapped)
 
 
 def test_a_checksum_is_of_each_tensor_and_does_not_depend_on_its_layout() -> None:
@@ -557,7 +615,12 @@ def test_a_checksum_is_of_each_tensor_and_does_not_depend_on_its_layout() -> Non
     assert found[0] == found[1] != found[2]
     assert found[3] == "00000000"
     assert all(len(each) == 8 for each in found)
-    words = int(image.flatten().view(torch.int32).to(torch.int64).sum()) % 2**32
-    assert int(found[0], 16) == words
-    assert checksum([torch.tensor([1, 2], dtype=torch.int64)]) == checksum([torch.tensor([1.0, 2.0])])
     assert checksum(nn.Linear(2, 2).parameters())
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.int64, torch.bfloat16, torch.uint8, torch.bool])
+def test_other_bits_of_any_type_change_a_checksum(kind: torch.dtype) -> None:
+    values = torch.tensor([1, 1, 0]).to(kind)
+    other = values.clone()
+    other.view(torch.uint8)[0] ^= 1
+    assert len({*checksum([values, other, values[0], values.flip(0)])}) == 4

@@ -24,6 +24,15 @@ def test_the_pace_leaves_out_evaluations_checkpoints_and_restarts() -> None:
     assert progress.items_per_s == pytest.approx(1000)
 
 
+def test_an_update_without_items_leaves_the_objective_as_it_was() -> None:
+    progress = Progress()
+    progress.see(started(0.0))
+    progress.see(merged(1, 1))
+    progress.see(merged(2, 2, objective=None, terms={}, items=0))
+    assert progress.objective == 3.9
+    assert progress.done == 2
+
+
 def test_a_resumed_run_counts_this_session_only() -> None:
     progress = Progress()
     progress.see(started(1.0, 15, resumed=True))

@@ -28,10 +28,10 @@ from instep.engines.request import Replayed
 from instep.errors import RecordError
 from instep.recipe import Recipe, Team
 from instep.record import tape
-from instep.rules import UpdateRule
+from instep.rules import UpdateRule, parse
 from instep.rules import presets as p
 from serving import RULES, WORKLOADS, at, check_tape, disturbed, kill, killed_altogether, replayed
-from test_faults import one_sentence, regression
+from test_faults import one_sentence, regression, squares
 
 Events = list[dict[str, Any]]
 
@@ -151,6 +151,21 @@ def test_replay_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     found = replay_alone(tmp_path / "run", recipe)
     assert found.same
     assert found.digest == run.digest
+
+
+@pytest.mark.parametrize("text", ["asynchronous", "diloco:2"])
+def test_an_error_of_the_users_own_code_is_not_blamed_on_the_tape(text: str, tmp_path: Path) -> None:
+    calls, table = [10**6], {True: 1.0}
+
+    def objective(model: nn.Module, batch: Any) -> torch.Tensor:
+        calls[0] -= 1
+        return squares(model, batch) * table[calls[0] >= 0]
+
+    recipe = regression(objective=objective, rule=parse(text))
+    run = train_here(recipe, Team(workers=2), tmp_path / "run")
+    calls[0] = 12  # beyond the first forward
+    with pytest.raises(KeyError, match="False"):
+        replay(recipe, run.events)
 
 
 # -------------------------------------------------------------------------------------------------- tapes that lie
@@ -372,7 +387,7 @@ def test_a_tape_of_another_schema_is_refused(honest: tuple[Recipe, Events], tmp_
     events = copy.deepcopy(honest[1])
     events[0]["schema"] = 99
     (tmp_path / "tape.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    with pytest.raises(RecordError, match="has schema 99 at line 1, and this version of Instep reads 1") as caught:
+    with pytest.raises(RecordError, match="has schema 99 at line 1, and this version of Instep reads 2") as caught:
         replayed(honest[0], tmp_path)
     assert one_sentence(caught.value.message)
 

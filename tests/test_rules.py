@@ -250,7 +250,6 @@ def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], expe
         (UpdateRule(quorum=5), 4, "'rule.quorum' is 5 and the team has 4 workers, fewer than an update takes;"),
         (UpdateRule(quorum=2), 1, "'rule.quorum' is 2 and the team has 1 worker,"),
         (backup_workers(4), 4, "'rule.quorum' is 'all-4' and the team has 4 workers, so nobody would be waited for;"),
-        (softsync(5), 4, "'rule.quorum' is 'all/5' and the team has 4 workers: a part of less than one worker;"),
     ],
 )
 def test_a_rule_that_its_team_cannot_obey_is_refused(rule: UpdateRule, workers: int, expected: str) -> None:
@@ -261,8 +260,14 @@ def test_a_rule_that_its_team_cannot_obey_is_refused(rule: UpdateRule, workers: 
 
 
 def test_rules_for_all_workers_go_with_any_team() -> None:
-    for rule in (synchronous(), asynchronous(), diloco(), bounded_staleness(3)):
+    for rule in (synchronous(), asynchronous(), diloco(), bounded_staleness(3), softsync(2)):
         rule.check_workers(1)
+
+
+def test_a_part_of_less_than_one_worker_is_one() -> None:
+    """As it is when workers leave."""
+    softsync(5).check_workers(4)
+    assert [softsync(5).quorum_of(workers) for workers in (1, 4, 5, 6)] == [1, 1, 1, 2]
 
 
 def test_outer_momentum_one_by_one_is_warned_of() -> None:
@@ -286,6 +291,17 @@ def test_no_preset_warns() -> None:
 def test_a_rule_comes_back_from_toml_as_it_was(rule: UpdateRule) -> None:
     table = tomllib.loads(tomli_w.dumps(to_table(rule)))
     assert from_table(UpdateRule, table, "rule") == rule
+
+
+def test_a_quorum_may_be_a_number_in_a_table() -> None:
+    assert from_table(UpdateRule, tomllib.loads("quorum = 2"), "rule") == UpdateRule(quorum="2")
+    for text in ("quorum = true", "quorum = 2.0", "quorum = [2]"):
+        with pytest.raises(RecipeError, match="'rule.quorum' is .*; it must be text"):
+            from_table(UpdateRule, tomllib.loads(text), "rule")
+    with pytest.raises(RecipeError, match="'rule.quorum' is '0'; write a number from 1"):
+        from_table(UpdateRule, tomllib.loads("quorum = 0"), "rule")
+    with pytest.raises(RecipeError, match="'rule.name' is 3, of type int"):
+        from_table(UpdateRule, {"quorum": 2, "name": 3}, "rule")
 
 
 def test_a_misspelt_field_of_a_table_is_refused() -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from instep.clock.loop import Loop
 from instep.clock.network import Network
 from instep.clock.slow import parse_slow
 from instep.clock.times import Failures, WorkerTimes
 from instep.engines.schedule import Schedule, simulate
 from instep.errors import RecipeError
 from instep.rules import PRESETS, UpdateRule, parse
+from instep.rules.ledger import Ledger
 from instep.rules.work import Pieces
 
 RULES = [f"{name}:8,after=3" if name == "post_local_sgd" else name for name in PRESETS]
@@ -250,3 +252,39 @@ def test_an_update_that_waits_for_a_time_is_made_at_that_time() -> None:
     )  # fmt: skip
     assert made[0] == pytest.approx(1.5)
     assert all(b > a for a, b in itertools.pairwise(made))
+
+
+def test_each_deadline_of_the_ledger_rings_once_or_is_taken_back_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the server is busy with; what is taken back and never comes, a loop would look for forever."""
+    asked: dict[int, float] = {}
+    rung: list[float] = []
+
+    class Watched(Loop):
+        def at(self, time_s: float, call: Any, argument: Any) -> int:
+            token = super().at(time_s, call, argument)
+            asked[token] = time_s
+            return token
+
+        def cancel(self, token: int) -> None:
+            assert asked[token] >= self.now_s
+            super().cancel(token)
+
+        def run(self) -> None:
+            super().run()
+            assert not self._cancelled, "all that was taken back was still to come"
+
+    def passed(ledger: Ledger, now_s: float) -> Any:
+        assert now_s == ledger.deadline_s
+        rung.append(now_s)
+        return ledger._settle([], now_s)
+
+    monkeypatch.setattr("instep.engines.schedule.Loop", Watched)
+    monkeypatch.setattr(Ledger, "passed", passed)
+    rule = UpdateRule(name="hurried", quorum="all", max_wait_s=0.5)
+    made: list[float] = []
+    simulate(
+        rule, Pieces(rule, 3, 3, 9), WorkerTimes.constant(1.0, slow=parse_slow("1:1.2x,2:1.7x")), merge_s=0.9,
+        on_event=lambda kind, fields: made.append(fields["t_s"]) if kind == "merged" else None,
+    )  # fmt: skip
+    assert made[0] == pytest.approx(1.5 + 0.9)
+    assert 1 < len(rung) == len(set(rung)) < len(made)

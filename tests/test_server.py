@@ -698,7 +698,6 @@ def test_a_run_that_was_ended_from_outside_is_resumed_and_replayed(rule: str, ho
 TEAMS: list[tuple[str, UpdateRule, dict[str, Any], str]] = [
     ("a quorum", UpdateRule(quorum="5"), {"workers": 4}, "'rule.quorum' is 5 and the team has 4 workers"),
     ("all in reserve", p.backup_workers(2), {"workers": 2}, "nobody would be waited for"),
-    ("parts", p.softsync(4), {"workers": 2}, "a part of less than one worker"),
     ("a slow worker", ASYNC, {"workers": 2, "slow": "2:4x"}, "names no worker of a team of 2"),
     ("no factor", ASYNC, {"workers": 2, "slow": "1:4y"}, "is no factor"),
     ("lockstep", ASYNC, {"workers": 2, "engine": "lockstep"}, "takes synchronous rules alone"),

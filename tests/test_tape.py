@@ -28,7 +28,7 @@ plain = st.recursive(
 
 
 def started(**fields: Any) -> dict[str, Any]:
-    return {"t_s": 0.0, "clock": "wall", "kind": "run_started", "schema": 1, "version": 0} | fields
+    return {"t_s": 0.0, "clock": "wall", "kind": "run_started", "schema": 2, "version": 0} | fields
 
 
 def merged(version: int, **fields: Any) -> dict[str, Any]:
@@ -113,8 +113,8 @@ def test_damage_before_the_last_line_is_named(line: bytes, tmp_path: Path) -> No
 
 
 def test_a_tape_of_another_schema_or_of_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="has schema 2 at line 1, and this version of Instep reads 1"):
-        list(read(make(tmp_path / "a", started(schema=2))))
+    with pytest.raises(RecordError, match="has schema 1 at line 1, and this version of Instep reads 2"):
+        list(read(make(tmp_path / "a", started(schema=1))))
     with pytest.raises(RecordError, match="has schema None at line 2"):
         list(read(make(tmp_path / "b", started(), {"kind": "run_started"})))
     with pytest.raises(RecordError, match="first event is 'merged', not 'run_started'"):
@@ -153,6 +153,17 @@ def test_important_events_are_written_at_once_and_frequent_ones_soon(
     assert len(list(read(path))) == 5
     tape.close()
     tape.close()
+
+
+@pytest.mark.parametrize("kind", ["released", "computed", "pushed", "merged", "dropped"])
+def test_what_comes_with_every_contribution_is_written_in_one_with_what_follows(kind: str, tmp_path: Path) -> None:
+    with Tape(tmp_path / "tape.jsonl") as tape:
+        tape.write(started())
+        for version in range(3):
+            tape.write({**merged(version), "kind": kind})
+        assert list(read(tape.path)) == [started()]
+        tape.write({**merged(2), "kind": "left"})
+        assert len(list(read(tape.path))) == 5
 
 
 def test_important_events_survive_kill_9(tmp_path: Path) -> None:

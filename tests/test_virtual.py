@@ -117,6 +117,16 @@ def test_a_simulation_cannot_be_resumed(tmp_path: Path) -> None:
         train(gpt(), resume=tmp_path / "run")
 
 
+def test_a_simulation_without_gradients_cannot_be_computed_again(tmp_path: Path) -> None:
+    run(gpt(), tmp_path / "run", gradients=False)
+    with pytest.raises(RecordError) as caught:
+        replay(gpt(), tape.read(tmp_path / "run" / "tape.jsonl"))
+    assert caught.value.message == (
+        "the tape is of a simulation without gradients, so there is nothing to compute again; simulate without "
+        "--no-gradients, or replay it under a --rule, which takes its times alone."
+    )
+
+
 def test_more_workers_than_microbatches_take_one_each() -> None:
     result = run(gpt(rule=rule("asynchronous"), steps=4), workers=20)
     assert result["versions"] == 4 * 8

@@ -33,7 +33,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     ]
     if missing:
         raise RecipeError(f"'{where}.{missing[0]}' is missing; it has no default.")
-    return cls(**{key: coerce(hints[key], value, f"{where}.{key}") for key, value in table.items()})
+    return cls(**{key: _coerced(fields[key], hints[key], value, f"{where}.{key}") for key, value in table.items()})
 
 
 def to_table(value: Any) -> dict[str, Any]:
@@ -107,12 +107,17 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
+def _coerced(field: dataclasses.Field[Any], hint: Any, value: Any, where: str) -> Any:
+    """As `coerce`; a field of text with "also" in its metadata takes a value of that type too, as it is written."""
+    return str(value) if type(value) is field.metadata.get("also") else coerce(hint, value, where)
+
+
 def check_types(value: Any, where: str) -> None:
     """Checks every field of the dataclass `value`, and takes plain values for components. For `__post_init__`."""
     hints = get_type_hints(type(value))
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
-        object.__setattr__(value, field.name, coerce(hints[field.name], item, f"{where}.{field.name}"))
+        object.__setattr__(value, field.name, _coerced(field, hints[field.name], item, f"{where}.{field.name}"))
 
 
 def suggest(key: str, known: Iterable[str], what: str = "known keys are") -> str:

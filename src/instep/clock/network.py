@@ -37,25 +37,34 @@ class Network:
             0.0 if latency is None else duration_s(latency, "the latency"),
         )
 
-    def ring_all_reduce_s(self, workers: int, size_bytes: float) -> float:
+    def ring_all_reduce_s(self, workers: int, size_bytes: float, vectors: int = 1) -> float:
         """Seconds of a ring all-reduce of `size_bytes` over W `workers`, the additions left out.
 
         ``2 (W - 1) / W * bytes / bandwidth + 2 (W - 1) * latency``: a reduce-scatter and an all-gather, each of W - 1
         steps with a W-th of the bytes (Thakur, Rabenseifner and Gropp, "Optimization of collective communication
-        operations in MPICH", 2005; optimal in bytes: Patarasuk and Yuan, 2009).
+        operations in MPICH", 2005; optimal in bytes: Patarasuk and Yuan, 2009). Where a worker has more than one
+        vector to be reduced, the reduce-scatter takes as many times as long as the largest number of `vectors`.
         """
-        steps = 2 * (workers - 1)
-        return steps / workers * size_bytes / self.bandwidth_bytes_per_s + steps * self.latency_s
+        steps = workers - 1
+        return (vectors + 1) * steps / workers * size_bytes / self.bandwidth_bytes_per_s + 2 * steps * self.latency_s
 
-    def tree_all_reduce_s(self, workers: int, size_bytes: float) -> float:
+    def tree_all_reduce_s(self, workers: int, size_bytes: float, vectors: int = 1) -> float:
         """Seconds of a reduction up a binomial tree and a broadcast down it, the additions left out.
 
-        ``2 ceil(log2 W) * (latency + bytes / bandwidth)`` (Thakur, Rabenseifner and Gropp, 2005).
+        ``2 ceil(log2 W) * (latency + bytes / bandwidth)`` (Thakur, Rabenseifner and Gropp, 2005); `vectors` as above.
         """
-        steps = 2 * (workers - 1).bit_length()
-        return steps * (self.latency_s + size_bytes / self.bandwidth_bytes_per_s)
+        steps = (workers - 1).bit_length()
+        return steps * (2 * self.latency_s + (vectors + 1) * size_bytes / self.bandwidth_bytes_per_s)
 
 
-def all_reduce_bytes(workers: int, size_bytes: int) -> int:
-    """Bytes that all workers together send in one all-reduce: ``2 (W - 1) * bytes``, over a ring or a tree alike."""
-    return 2 * (workers - 1) * size_bytes
+def reduce_bytes(workers: int, size_bytes: int, vectors: int) -> int:
+    """Bytes that all W `workers` together send to have `vectors` added, each worker a W-th of them.
+
+    ``(W - 1) * bytes`` where each has one vector, over a ring or a tree alike.
+    """
+    return size_bytes * vectors * (workers - 1) // workers
+
+
+def gather_bytes(workers: int, size_bytes: int) -> int:
+    """Bytes that all workers together send until each has the whole of the total."""
+    return size_bytes * (workers - 1)

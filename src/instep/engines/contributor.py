@@ -22,7 +22,7 @@ from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.pack import Pack
 from instep.reduce.reduction import clip, norm_of
 from instep.reduce.shared import Region
-from instep.reduce.tree import Node, maximal_nodes
+from instep.reduce.tree import Node, nodes_of
 from instep.rules.work import Pieces, Work
 
 _COUNTED = 100_000
@@ -185,6 +185,7 @@ class Contributor:
         if self._summed is None:
             self._summed = torch.zeros(self.layout.size, device=self.replica.device)
         moved: set[int] = set()
+        changed = set(self.changing)
         for batch in range(work.batch, work.batch + work.local_steps):
             batches = {m: self.replica.batch(batch, m) for m in range(work.start, work.stop)}
             own = self._counts(batch, range(work.start, work.stop), batches)
@@ -198,7 +199,7 @@ class Contributor:
             clip(self._summed, norm, self.replica.recipe.clip_norm)
             views = self.layout.views(self._summed)
             self.replica.update(batch, [view if i in touched else None for i, view in enumerate(views)])
-            self._own_buffers(batches)
+            changed.update(self._own_buffers(batches))
             moved.update(touched)
             for name in self.terms:
                 counts[name] += own[name]
@@ -209,7 +210,7 @@ class Contributor:
         with torch.no_grad():
             for view, before, parameter in zip(self.layout.views(row), pulled, self.replica.parameters, strict=True):
                 torch.sub(before.to(view.dtype), parameter.to(view.device, view.dtype), out=view)
-        posted = tuple(range(len(self.buffers.names))) if self.changing else ()
+        posted = tuple(sorted(changed))  # no others: what is constant would be rounded in the mean
         self.buffers.begin()
         self.buffers.leave(filled=True)
         self.buffers.post(posted, 0, [(0, 1)], [into.buffers[0]], into.integers)
@@ -252,25 +253,26 @@ class Contributor:
                     f"learning rate, clip the gradient, or look at this microbatch's samples."
                 )
 
-    def _own_buffers(self, batches: Mapping[int, Any]) -> None:
-        """After a local step: the buffers' mean over this worker's microbatches, as one worker alone would have it."""
+    def _own_buffers(self, batches: Mapping[int, Any]) -> list[int]:
+        """After a local step: the buffers' mean over this worker's microbatches, as one worker alone would have it.
+
+        Returns which buffers the step changed.
+        """
         which = [index for index, changed in enumerate(self.buffers.changed()) if changed]
         if not which:
-            return
+            return []
         row = torch.zeros(self.buffers.layout.size)
         integers = torch.zeros(self.buffers.integer_layout.size, dtype=torch.int64)
         self.buffers.post(which, 0, [(0, len(batches))], [row], integers)
         self.buffers.finish(which, [], [row], [integers], sum(b is not None for b in batches.values()))
+        return which
 
     def _posted(self) -> tuple[int, ...]:
         changed = {index for index, flag in enumerate(self.buffers.changed()) if flag}
         return tuple(sorted(changed | self.changing))
 
     def _nodes(self, work: Work) -> list[Node]:
-        """The tree nodes that a contribution has a row for: many only where they are merged in tree order."""
-        if self.pieces.in_tree_order:
-            return maximal_nodes(work.start, work.stop, self.pieces.microbatches)
-        return [(work.start, work.stop)]
+        return nodes_of(work, self.pieces)
 
     def _counts(self, batch: int, microbatches: range, loaded: Mapping[int, Any]) -> dict[str, int]:
         totals = dict.fromkeys(self.terms, 0)

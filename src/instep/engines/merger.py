@@ -45,9 +45,12 @@ class Arrived:
 
 @dataclass(frozen=True)
 class Update:
-    """What an update came to: the objective over the items of its contributions, and its parts by term."""
+    """What an update came to: the objective over the items of its contributions, and its parts by term.
 
-    objective: float
+    objective: None where they hold no item of a term that is minimised.
+    """
+
+    objective: float | None
     terms: dict[str, float]
     items: int
     rate: float
@@ -74,6 +77,7 @@ class Merger:
         self.microbatches = 0
         """Microbatches merged so far."""
         self._outer = _Outer(self.rule, self.layout)
+        self._empty: dict[int, int] = {}  # by group of batches: pieces that held no items
 
     def merge(self, contributions: Sequence[Arrived]) -> Update:
         """Makes one update, in the order given. May use the vectors up. The replica's objective must know its terms.
@@ -89,19 +93,31 @@ class Merger:
         means = {name: sums[name] / counts[name] for name in terms if counts[name]}
         if self.rule.lockstep:
             objective.check_items(counts, step)
+        else:
+            self._check_items(contributions)
         total = self._total(contributions)
         norm = norm_of(total, self.layout)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about(contributions, step))
-        value = objective.whole(means, step)
-        minimised = any(name in means for name in objective.minimised)
-        verdict = self.watcher.judge(step, value) if minimised else Verdict()
+        value = objective.whole(means, step) if any(name in means for name in objective.minimised) else None
+        verdict = self.watcher.judge(step, value) if value is not None else Verdict()
         rate = 0.0
         if verdict.updates:
             rate = self._apply(total, set().union(*(each.touched for each in facts)), norm, step)
             self._average_buffers(contributions)
         self.microbatches += sum(each.work.microbatches for each in contributions)
         return Update(value, means, counts[terms[0]], rate, norm, verdict)
+
+    def _check_items(self, contributions: Sequence[Arrived]) -> None:
+        """Raises ObjectiveError where the last piece of a batch holds no items either, whenever the others came."""
+        objective = self.replica.objective
+        for each in contributions:
+            if any(each.facts.counts[name] for name in objective.minimised):
+                continue
+            group = each.work.piece // self.pieces.parts
+            self._empty[group] = self._empty.get(group, 0) + 1
+            if self._empty[group] == self.pieces.parts:
+                objective.check_items(dict.fromkeys(each.facts.counts, 0), each.work.batch)
 
     def checksum(self) -> list[str]:
         """Of the present weights, one for each parameter."""

@@ -35,18 +35,26 @@ def replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell = lam
                 playback = _Playback(recipe, event)
             playback.start(event)
         elif playback is not None:
-            try:
-                playback.take(event)
-                if event["kind"] in ("merged", "run_ended"):
-                    tell(dict(event))
-            except KeyError as error:
-                raise RecordError(
-                    f"the tape cannot be replayed: its event {event['kind']!r} at {event['t_s']} s refers to {error}, "
-                    f"which no earlier event tells of; a part of the tape is missing."
-                ) from None
+            playback.take(_Event(event))
+            if event["kind"] in ("merged", "run_ended"):
+                tell(dict(event))
     if playback is None:
         raise RecordError("the tape holds no start of a run; there is nothing to replay.")
     return playback.result()
+
+
+class _Event(dict[str, Any]):
+    """An event of the tape, which says what it lacks."""
+
+    def __missing__(self, field: str) -> Any:
+        raise self.refers_to(field)
+
+    def refers_to(self, what: object) -> RecordError:
+        """The error where it refers to what is unknown."""
+        return RecordError(
+            f"the tape cannot be replayed: its event {self['kind']!r} at {self['t_s']} s refers to {what!r}, which no "
+            f"earlier event tells of; a part of the tape is missing."
+        )
 
 
 class _Playback:
@@ -79,8 +87,8 @@ class _Playback:
     def _serving(self) -> bool:
         return self._engine[0] != "lockstep"
 
-    def take(self, event: Mapping[str, Any]) -> None:
-        """One event. Raises KeyError where it refers to what is unknown."""
+    def take(self, event: _Event) -> None:
+        """One event. Raises RecordError where it refers to what is unknown."""
         kind = event["kind"]
         if kind == "checkpointed":
             self._catch_up(event["version"])
@@ -100,6 +108,13 @@ class _Playback:
             self._must_be(self._version, event, event["version"])
             self._replayer.released(event["worker"], event["piece"], event["version"])
         elif kind == "pushed":
+            if self._engine[0] == "virtual" and "checksum" not in event:
+                raise RecordError(
+                    "the tape is of a simulation without gradients, so there is nothing to compute again; simulate "
+                    "without --no-gradients, or replay it under a --rule, which takes its times alone."
+                )
+            if event["worker"] not in self._replayer.computing:
+                raise event.refers_to(event["worker"])
             self._replayer.pushed(event["seq"], event["worker"])
             self._compare_pushed(event, self._replayer.checksum(event["seq"]))
         elif kind == "dropped":
@@ -108,12 +123,14 @@ class _Playback:
         elif kind == "merged":
             self._must_be(self._version, event, event["version"] - 1)
             contributions, weights, staleness = event["contributions"], event["weights"], event["staleness"]
-            seqs = {each["seq"] for each in contributions}
+            seqs = {each.get("seq") for each in contributions}
             if not len(seqs) == len(contributions) == len(weights) == len(staleness) > 0:
                 raise RecordError(
                     f"the tape cannot be replayed: update {event['version']} has {len(contributions)} contributions, "
                     f"{len(weights)} weights and {len(staleness)} numbers of staleness; the tape was changed."
                 )
+            for unknown in seqs - self._replayer.waiting.keys():
+                raise event.refers_to(unknown)
             parts = zip(contributions, weights, staleness, strict=True)
             self._replayer.merged(event["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
             self._version = event["version"]

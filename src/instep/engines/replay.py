@@ -97,6 +97,11 @@ class Replayer:
         return self._made.pop(worker)
 
     @property
+    def computing(self) -> set[int]:
+        """The workers that have work in hand."""
+        return set(self._work)
+
+    @property
     def waiting(self) -> dict[int, int]:
         """The contributions that wait for their update: items of the objective's first term by seq."""
         return {seq: facts.items for seq, (*_, facts, _) in self._arrived.items()}

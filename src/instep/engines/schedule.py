@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from instep.clock.link import Link
 from instep.clock.loop import Loop, uncollected
-from instep.clock.network import Network, all_reduce_bytes
+from instep.clock.network import Network, gather_bytes, reduce_bytes
 from instep.clock.times import WorkerTimes
 from instep.errors import RecipeError
-from instep.rules.ledger import Action, Contribution, Drop, Ledger, Merge, Release
+from instep.reduce.tree import nodes_of
+from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
 
@@ -89,7 +90,7 @@ def simulate(
     """Runs `pieces` under `rule` on the virtual clock, to the end.
 
     network: None where messages take no time.
-    contribution_bytes, weights_bytes: the size of a push and of a pull.
+    contribution_bytes, weights_bytes: the size of a contribution's vector for one node of the tree, and of a pull.
     merge_s: seconds that the server needs for an update, in which it does nothing else.
     collective: under a rule in lockstep, workers reduce among themselves: a round ends with an `all_reduce` of
         `contribution_bytes` over those present, there is no server and no pull. Other rules take no notice.
@@ -130,7 +131,7 @@ class _Run:
         self._items_of, self._on_event = items_of, on_event
         self._contribution_bytes, self._weights_bytes = contribution_bytes, weights_bytes
         self._merge_s = merge_s
-        self._reduce_s: Callable[[int, float], float] | None = None
+        self._reduce_s: Callable[[int, float, int], float] | None = None
         self._latency_s = network.latency_s if network else 0.0
         self._down: Link | None = None
         self._up: Link | None = None
@@ -139,7 +140,10 @@ class _Run:
             self._up = Link(loop, network.bandwidth_bytes_per_s, self._pushed)
 
         self._parts = pieces.parts
-        self._microbatches_of = [work.stop - work.start for work in map(pieces.work, range(self._parts))]
+        works = [pieces.work(part) for part in range(self._parts)]
+        self._microbatches_of = [work.stop - work.start for work in works]
+        vectors = [len(nodes_of(work, pieces)) for work in works]
+        self._vectors_of = vectors if max(vectors) > 1 else None
         self._batches_of = [pieces.batches_of(group)[1] for group in range(pieces.groups)]
 
         self._draw = times.draws(workers)
@@ -151,7 +155,8 @@ class _Run:
         self._since_s = array("d", bytes(8 * workers))  # when it came
         self._away = bytearray(b"\1" * workers)
         self._direct = self._down is None and times.failures is None  # whether a release is the start of computation
-        self._noted = not (on_event is None and items_of is None and times.failures is None)  # these are kept too:
+        bare = on_event is None and items_of is None and times.failures is None and self._vectors_of is None
+        self._noted = not bare  # these are kept too:
         self._piece, self._base = [-1] * workers, [0] * workers
         self._from_s, self._to_s = array("d", bytes(8 * workers)), array("d", bytes(8 * workers))
         self._holder: list[Loop | Link | None] = [None] * workers  # where the worker's next event waits, and
@@ -159,10 +164,11 @@ class _Run:
 
         self._occupied = False  # the server makes an update; who has something for it waits
         self._queue: deque[tuple[Callable[[int], None], int]] = deque()
-        self._alarm, self._alarm_s = 0, math.inf  # for what the ledger waits for, its name in the loop and its time
+        self._alarm, self._alarm_s = 0, math.inf  # its name in the loop, 0 for none, and when it is to ring
         self._finished_s = -1.0
         self._pulls = self._drops = self._present = self._failed = self._hopeless = 0
-        self._staleness_sum = self._staleness_max = self._reduced_bytes = 0
+        self._staleness_sum = self._staleness_max = self._pushed_bytes = self._pulled_bytes = 0
+        self._more_vectors = 0  # that were pushed, beyond one a contribution
 
     def reduce_among_workers(self, network: Network, all_reduce: Literal["ring", "tree"]) -> None:
         """Puts collectives in the place of the server."""
@@ -182,15 +188,17 @@ class _Run:
         for worker in range(self._workers):
             if not self._away[worker]:
                 self._present_s[worker] += max(0.0, wall_s - self._since_s[worker])
-        server, half = self._reduce_s is None, self._reduced_bytes // 2
+        if self._reduce_s is None:
+            self._pushed_bytes = (ledger.next_seq + self._more_vectors) * self._contribution_bytes
+            self._pulled_bytes = self._pulls * self._weights_bytes
         return Schedule(
             wall_s=wall_s,
             versions=ledger.version,
             contributions=ledger.next_seq,
             dropped=self._drops,
             failures=self._failed,
-            bytes_pushed=ledger.next_seq * self._contribution_bytes if server else half,
-            bytes_pulled=self._pulls * self._weights_bytes if server else half,
+            bytes_pushed=self._pushed_bytes,
+            bytes_pulled=self._pulled_bytes,
             staleness_mean=self._staleness_sum / max(1, ledger.merged_pieces),
             staleness_max=self._staleness_max,
             lead_max=ledger.lead_max,
@@ -227,7 +235,7 @@ class _Run:
     def _computed(self, worker: int) -> None:
         """The push reaches the server's link. When it is through, the server hears of it."""
         assert self._up is not None
-        token = self._up.send(self._contribution_bytes, worker)
+        token = self._up.send(self._vectors(self._piece[worker]) * self._contribution_bytes, worker)
         if self._noted:
             self._holder[worker], self._token[worker] = self._up, token
 
@@ -292,10 +300,8 @@ class _Run:
             self._on_event("left", {"t_s": now_s, "clock": "virtual", "worker": worker, "why": "it failed"})
         self._obey(self._ledger.left(worker, now_s))
 
-    def _passed(self, _: int) -> None:
-        if self._occupied:
-            self._queue.append((self._passed, 0))
-            return
+    def _passed(self, _: None) -> None:
+        """The ledger's deadline. It has none after an update, so the server does not make one now."""
         self._alarm, self._alarm_s = 0, math.inf
         self._obey(self._ledger.passed(self._loop.now_s))
 
@@ -334,14 +340,13 @@ class _Run:
                 self._staleness_max = max(self._staleness_max, *action.staleness)
                 at_s += self._merge_s
                 if self._reduce_s is not None:
-                    at_s += self._reduce_s(self._present, self._contribution_bytes)
-                    self._reduced_bytes += all_reduce_bytes(self._present, self._contribution_bytes)
+                    at_s += self._reduce(self._reduce_s, action)
                 if self._on_event:
-                    self._on_event("merged", {"t_s": at_s, "clock": "virtual", **_merge_fields(action)})
+                    self._on_event("merged", {"t_s": at_s, "clock": "virtual", **action.facts()})
             elif type(action) is Drop:
                 self._drops += 1
                 if self._on_event:
-                    fields = {**_contribution_fields(action.contribution), "why": action.why}
+                    fields = {**action.contribution.facts(), "why": action.why}
                     self._on_event("dropped", {"t_s": at_s, "clock": "virtual", **fields})
             else:
                 self._finished_s = at_s
@@ -352,14 +357,26 @@ class _Run:
         if self._timed:
             self._set_alarm()
 
+    def _reduce(self, reduce_s: Callable[[int, float, int], float], action: Merge) -> float:
+        """Seconds of a collective, whose bytes are counted."""
+        workers, size_bytes = self._present, self._contribution_bytes
+        more = [self._vectors(each.piece) - 1 for each in action.contributions]
+        self._pushed_bytes += reduce_bytes(workers, size_bytes, workers + sum(more))
+        self._pulled_bytes += gather_bytes(workers, size_bytes)
+        return reduce_s(workers, size_bytes, 1 + max(more))
+
+    def _vectors(self, piece: int) -> int:
+        """The vectors of the size of a gradient that a contribution has."""
+        return 1 if self._vectors_of is None else self._vectors_of[piece % self._parts]
+
     def _set_alarm(self) -> None:
         """Has the ledger told when time has passed that it waits for."""
         deadline_s = self._ledger.deadline_s
-        wanted_s = math.inf if deadline_s is None else max(deadline_s, self._loop.now_s)
+        wanted_s = math.inf if deadline_s is None else deadline_s
         if wanted_s != self._alarm_s:
             if self._alarm:
                 self._loop.cancel(self._alarm)
-            self._alarm = self._loop.at(wanted_s, self._passed, 0) if wanted_s < math.inf else 0
+            self._alarm = self._loop.at(wanted_s, self._passed, None) if wanted_s < math.inf else 0
             self._alarm_s = wanted_s
 
     # What is noted where somebody wants to know, or workers may fail
@@ -367,11 +384,13 @@ class _Run:
     def _note_push(self, worker: int, items: int) -> None:
         self._holder[worker] = None
         self._hopeless = 0
+        vectors = self._vectors(self._piece[worker])
+        self._more_vectors += vectors - 1
         if self._on_event:
             where = {"t_s": self._loop.now_s, "clock": "virtual", "worker": worker, "version": self._base[worker]}
             where["piece"] = self._piece[worker]
             self._on_event("computed", {**where, "from_s": self._from_s[worker], "to_s": self._to_s[worker]})
-            pushed = {"seq": self._ledger.next_seq, "items": items, "bytes": self._contribution_bytes}
+            pushed = {"seq": self._ledger.next_seq, "items": items, "bytes": vectors * self._contribution_bytes}
             self._on_event("pushed", {**where, **pushed})
 
     def _note_release(self, worker: int, piece: int, version: int, at_s: float) -> None:
@@ -379,19 +398,3 @@ class _Run:
         if self._on_event:
             fields = {"t_s": at_s, "clock": "virtual", "worker": worker, "version": version, "piece": piece}
             self._on_event("released", fields)
-
-
-def _contribution_fields(contribution: Contribution) -> dict[str, Any]:
-    return {
-        "seq": contribution.seq, "worker": contribution.worker, "piece": contribution.piece,
-        "version": contribution.base, "items": contribution.items,
-    }  # fmt: skip
-
-
-def _merge_fields(merge: Merge) -> dict[str, Any]:
-    return {
-        "version": merge.version,
-        "contributions": [_contribution_fields(contribution) for contribution in merge.contributions],
-        "weights": list(merge.weights),
-        "staleness": list(merge.staleness),
-    }

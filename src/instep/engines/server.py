@@ -336,9 +336,7 @@ class _Server:
         update = self._merger.merge(arrived)
         self._session.pulse.advance()
         done = self._merger.microbatches // ledger.pieces.microbatches
-        self._progress.merged(
-            version=action.version, steps=done, items=update.items, objective=update.objective if update.terms else None
-        )
+        self._progress.merged(version=action.version, steps=done, items=update.items, objective=update.objective)
         update.verdict.note(self._progress)
         self._tally.merged(action.staleness)
         contributions = [

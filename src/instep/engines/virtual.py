@@ -144,10 +144,7 @@ class _Simulation:
             fields["checksum"] = self._replayer.merger.checksum()
         if update.verdict.why:
             self._emit("warned", {"t_s": fields["t_s"], "clock": "virtual", "why": update.verdict.why})
-        self._progress.merged(
-            version=fields["version"], steps=done, items=update.items,
-            objective=update.objective if update.terms else None,
-        )  # fmt: skip
+        self._progress.merged(version=fields["version"], steps=done, items=update.items, objective=update.objective)
         update.verdict.note(self._progress)
 
     def _evaluate(self, version: int, t_s: float) -> None:

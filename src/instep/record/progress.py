@@ -39,8 +39,9 @@ class Progress:
         if kind == "run_started":
             self.done, self.steps = event["step"], event["steps"]
         elif kind == "merged":
-            self.done, self.objective, self.state = event["step"], event["objective"], "training"
-            self.terms = event.get("terms", {})
+            self.done, self.state = event["step"], "training"
+            if event["objective"] is not None:  # else the update had no items
+                self.objective, self.terms = event["objective"], event.get("terms", {})
             self.pace.step(event["t_s"], event["items"])
         elif kind == "evaluated":
             self.held_out, self.bits_per_byte = event["objective"], event.get("bits_per_byte")

@@ -19,11 +19,15 @@ from typing import Any
 from instep.errors import RecordError, ResourceError
 from instep.record.files import disk_error, json_text, sync_folder
 
-SCHEMA = 1
-"""The version of the events' fields, named by ``run_started``."""
+SCHEMA = 2
+"""The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
 
-_QUIET = frozenset({"computed", "pushed", "merged"})
-"""Kinds that may wait in memory for a while; any other is written through at once."""
+_QUIET = frozenset({"released", "computed", "pushed", "merged", "dropped"})
+"""Kinds that may wait in memory for a while; any other is written through at once.
+
+They come with every contribution. A tape that lacks the last of them is as good as one of a run that was killed before:
+what a resume and its replay need, the engine has synced before each checkpoint.
+"""
 
 _DURABLE = frozenset({"run_started", "checkpointed", "failed", "run_ended"})
 """Kinds after which the tape is synced, so that it survives a power cut."""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from instep.rules.work import Pieces, Work
+
 T = TypeVar("T")
 Node = tuple[int, int]
 """The microbatches [start, stop) that a node of the tree covers."""
@@ -51,6 +53,13 @@ def maximal_nodes(start: int, stop: int, microbatches: int) -> list[Node]:
         return inside((node[0], middle)) + inside((middle, node[1]))
 
     return inside((0, microbatches)) if start < stop else []
+
+
+def nodes_of(work: Work, pieces: Pieces) -> list[Node]:
+    """The tree nodes that a contribution has a vector for: many only where they are merged in tree order."""
+    if pieces.in_tree_order:
+        return maximal_nodes(work.start, work.stop, pieces.microbatches)
+    return [(work.start, work.stop)]
 
 
 @dataclass(frozen=True)

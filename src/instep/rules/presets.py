@@ -39,7 +39,10 @@ def bounded_staleness(lead: int = 4) -> UpdateRule:
 
 
 def softsync(splits: int = 2) -> UpdateRule:
-    """An update for each W / `splits` contributions, stale ones damped (Zhang et al., 2015, arXiv:1511.05950)."""
+    """An update for each W / `splits` contributions, stale ones damped (Zhang et al., 2015, arXiv:1511.05950).
+
+    W / `splits` is rounded up, so that with fewer workers than splits each contribution is an update.
+    """
     _check_count("softsync", "splits", splits)
     return UpdateRule(name="softsync", quorum=f"all/{splits}", weight="staleness")
 

@@ -8,7 +8,7 @@ contribution (the version gate).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from instep.errors import RecipeError
@@ -24,7 +24,7 @@ class UpdateRule:
     Fields
     ------
     quorum: contributions that make an update: a number, "all" for one of each active worker, "all-2" for two fewer
-        (backup workers), "all/3" for a third of them, rounded up (softsync).
+        (backup workers), "all/3" for a third of them, rounded up (softsync): one at least.
     order: "round" merges the pieces of a round in the order of the canonical tree, once all are there; "arrival"
         merges contributions as they come.
     max_lead: rounds that a worker may be ahead of the slowest when it starts on a contribution; None for no bound.
@@ -49,7 +49,7 @@ class UpdateRule:
     """
 
     name: str = "custom"
-    quorum: str
+    quorum: str = field(metadata={"also": int})
     order: Literal["round", "arrival"] = "arrival"
     max_lead: int | None = None
     max_staleness: int | None = None
@@ -64,9 +64,6 @@ class UpdateRule:
     outer_buffer: int = 1
 
     def __post_init__(self) -> None:
-        quorum: object = self.quorum
-        if type(quorum) is int:
-            object.__setattr__(self, "quorum", str(quorum))
         check_types(self, "rule")
         self._check_numbers()
         self._check_together()
@@ -109,7 +106,7 @@ class UpdateRule:
     def check_workers(self, workers: int) -> None:
         """Raises RecipeError where the rule cannot be obeyed with so many workers at the start."""
         match = _QUORUM.fullmatch(self.quorum)
-        less, divisor, number = (int(group) if group else None for group in (match.groups() if match else ()))
+        less, _, number = (int(group) if group else None for group in (match.groups() if match else ()))
         if number is not None and number > workers:
             raise RecipeError(
                 f"'rule.quorum' is {number} and the team has {workers} {_workers(workers)}, fewer than an "
@@ -119,11 +116,6 @@ class UpdateRule:
             raise RecipeError(
                 f"'rule.quorum' is {self.quorum!r} and the team has {workers} {_workers(workers)}, so nobody would be "
                 f"waited for; keep fewer than {workers} in reserve, or take more workers."
-            )
-        if divisor is not None and divisor > workers:
-            raise RecipeError(
-                f"'rule.quorum' is {self.quorum!r} and the team has {workers} {_workers(workers)}: a part of less than "
-                f"one worker; divide by {workers} at most."
             )
 
     def warnings(self) -> list[str]:
