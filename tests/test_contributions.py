@@ -504,7 +504,8 @@ class Constants(nn.Module):
 
 @pytest.mark.parametrize("text", ["local_sgd:2", "async_diloco:2,buffer=4", "asynchronous", "synchronous"])
 def test_buffers_that_training_does_not_change_keep_every_bit(text: str) -> None:
-    run = drive(plain(model=Constants, rule=parse(text)), 3, seed=1)
+    data = TensorDataset(*(column.repeat(2, 1)[:64] for column in numbers().tensors))  # 2 in each microbatch
+    run = drive(plain(model=Constants, data=lambda: data, rule=parse(text)), 3, seed=1)
     start = Constants().state_dict()
     assert torch.equal(run.state["third"], start["third"])
     assert torch.equal(run.state["tenth"], start["tenth"])
