@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -67,6 +67,32 @@ def contributor(given: Recipe) -> Contributor:
     made = Contributor(Replica(given, "cpu"), Pieces(given.rule, WORKERS, given.microbatches, given.steps))
     made.prepare(0)
     return made
+
+
+class Counted:
+    """Samples that count how often each was loaded."""
+
+    loaded: ClassVar[list[int]] = []
+
+    def __len__(self) -> int:
+        return 101
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.loaded.append(index)
+        return torch.full((5,), index / 101), torch.tensor(index % 3)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("rule", ["synchronous", "asynchronous"])
+def test_a_simulation_loads_each_sample_once_to_count_and_compute_it(rule: str, batched: bool) -> None:
+    given = recipe(rule, data=Counted, steps=4)
+    cluster = Cluster(workers=WORKERS, times=WorkerTimes.lognormal(1.0, 0.5), merge_s=0.0, batched=batched)
+    Counted.loaded = []
+    simulate(given, cluster, True, None, lambda event: None)
+    different = len(set(Counted.loaded))
+    assert different == 4 * given.batch
+    at_the_start = 30  # at most: for the digest of the data, the terms, a piece that is computed both ways
+    assert len(Counted.loaded) <= different + at_the_start
 
 
 @objective(counts=lambda batch: {"loss": len(batch[0]), "size": 3 * len(batch[0])}, weights={"size": lambda step: step})

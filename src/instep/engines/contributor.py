@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from instep.engines.replica import Replica
 from instep.errors import NonFiniteError
@@ -27,6 +28,9 @@ from instep.rules.work import Pieces, Work
 
 _COUNTED = 100_000
 """Microbatches whose items are remembered, for virtual teams, where many ask for the same."""
+
+_KEPT_BYTES = 1 << 28
+"""Of samples that were loaded to be counted, and are kept until they are computed, where one process does both."""
 
 
 @dataclass
@@ -87,10 +91,15 @@ class Contributor:
 
     `advance` is called after each microbatch. Under a rule with local steps the optimizer's state stays from one
     contribution to the next; it is new when a worker joins.
+
+    `alone`: it computes the pieces of all workers, so what it loads to count the items of others it will need itself.
     """
 
-    def __init__(self, replica: Replica, pieces: Pieces, advance: Callable[[], None] = lambda: None):
+    def __init__(
+        self, replica: Replica, pieces: Pieces, advance: Callable[[], None] = lambda: None, *, alone: bool = False
+    ):
         self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
+        self._alone = alone
         self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
         self.pack = Pack(replica.module, replica.parameters)
         self.buffers = Buffers(replica.module)
@@ -102,6 +111,9 @@ class Contributor:
         self._summed: Tensor | None = None
         self._counted: dict[tuple[int, int], Mapping[str, int]] = {}  # items by batch and microbatch, the latest ones
         self._whole: tuple[int, dict[str, int]] = (-1, {})  # the last batch that was counted whole, and its items
+        self._nodes_of: dict[tuple[int, int], list[Node]] = {}
+        self._kept: dict[tuple[int, int], Any] = {}  # samples by batch and microbatch, until they are computed
+        self._room = 1  # how many of them may be kept
 
     @cached_property
     def most_nodes(self) -> int:
@@ -160,7 +172,7 @@ class Contributor:
     def inputs(self, work: Work) -> Inputs:
         """Loads what `work` is computed from, under a rule without local steps."""
         own = range(work.start, work.stop)
-        batches = {m: self.replica.batch(work.batch, m) for m in own}
+        batches = {m: self._load(work.batch, m) for m in own}
         counts = self._counts(work.batch, own, batches)
         totals = counts
         if self.pieces.in_tree_order:
@@ -272,14 +284,31 @@ class Contributor:
         return tuple(sorted(changed | self.changing))
 
     def _nodes(self, work: Work) -> list[Node]:
-        return nodes_of(work, self.pieces)
+        bounds = work.start, work.stop
+        if bounds not in self._nodes_of:
+            self._nodes_of[bounds] = nodes_of(work, self.pieces)
+        return self._nodes_of[bounds]
+
+    def _load(self, batch: int, microbatch: int) -> Any | None:
+        """The samples of a microbatch, perhaps kept since they were counted. Whoever computes them may change them."""
+        key = batch, microbatch
+        return self._kept.pop(key) if key in self._kept else self.replica.batch(batch, microbatch)
+
+    def _load_to_count(self, batch: int, microbatch: int) -> Any | None:
+        samples = self.replica.batch(batch, microbatch)
+        if self._alone and len(self._kept) < self._room:
+            if not self._kept:
+                nbytes = sum(leaf.nbytes for leaf in tree_leaves(samples) if isinstance(leaf, Tensor))
+                self._room = max(1, _KEPT_BYTES // max(1, nbytes))
+            self._kept[batch, microbatch] = samples
+        return samples
 
     def _counts(self, batch: int, microbatches: range, loaded: Mapping[int, Any]) -> dict[str, int]:
         totals = dict.fromkeys(self.terms, 0)
         for microbatch in microbatches:
             key = batch, microbatch
             if key not in self._counted:
-                samples = loaded[microbatch] if microbatch in loaded else self.replica.batch(batch, microbatch)
+                samples = loaded[microbatch] if microbatch in loaded else self._load_to_count(batch, microbatch)
                 self._counted[key] = {} if samples is None else self.replica.objective.counts(samples)
                 if len(self._counted) > _COUNTED:
                     del self._counted[next(iter(self._counted))]

@@ -147,13 +147,12 @@ class Replayer:
     def items(self, piece: int) -> int:
         """Items of the objective's first term in a piece, for a ledger that runs before the gradients are computed."""
         work = self.pieces.work(piece)
-        counts = self._together.counts(work) if self._together else self._contributor(0).counts(work)
-        return counts[self.terms[0]]
+        return self._contributor(0).counts(work)[self.terms[0]]
 
     def _contributor(self, worker: int) -> Contributor:
         key = 0 if self.recipe.rule.gradients else worker
         if key not in self._contributors:
-            contributor = Contributor(self._build(), self.pieces)
+            contributor = Contributor(self._build(), self.pieces, alone=self.recipe.rule.gradients)
             contributor.prepare(0)
             self._contributors[key] = contributor
         return self._contributors[key]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,6 @@ from instep.rules.work import Work
 
 _FLOATS = 1 << 26
 """Elements of gradients that are computed at once, at most."""
-
-_KEPT_BYTES = 1 << 28
-"""Of batches that were loaded to be counted, and are kept until they are computed."""
 
 Task = tuple[Work, Tensor]
 """A piece of work, and the weights to start from ([pack.size_bytes], uint8)."""
@@ -51,35 +49,17 @@ class Together:
         self._whole = _Whole(contributor.replica.module, contributor.replica.objective)
         self._names = [f"module.{name}" for name in contributor.replica.names]
         self._touched: tuple[int, ...] | None = None
-        self._kept: dict[int, tuple[Inputs, int]] = {}  # by piece, with their bytes
-        self._kept_bytes = 0
-
-    def counts(self, work: Work) -> dict[str, int]:
-        """Items of each term in a piece of work. What is loaded for it is kept for `compute`, within bounds."""
-        if work.piece in self._kept:  # it was lost, and is done again
-            return dict(self._kept[work.piece][0].counts)
-        inputs = self._one.inputs(work)
-        nbytes = sum(leaf.nbytes for leaf in pytree.tree_leaves(inputs.batches) if isinstance(leaf, Tensor))
-        if self._kept_bytes + nbytes <= _KEPT_BYTES:
-            self._kept_bytes += nbytes
-            self._kept[work.piece] = inputs, nbytes
-        return dict(inputs.counts)
-
-    def _inputs(self, work: Work) -> Inputs:
-        if work.piece not in self._kept:
-            return self._one.inputs(work)
-        inputs, nbytes = self._kept.pop(work.piece)
-        self._kept_bytes -= nbytes
-        return inputs
 
     def compute(self, tasks: Sequence[Task]) -> list[tuple[Facts, Vectors]]:
         """The contributions of `tasks`, in their order. Raises NonFiniteError, and RecipeError, see above."""
-        inputs = [self._inputs(work) for work, _ in tasks]
-        groups: dict[Any, list[tuple[int, int]]] = {}  # (task, microbatch) by the shapes of the batch
+        inputs = [self._one.inputs(work) for work, _ in tasks]
+        groups: dict[Any, list[_Entry]] = {}  # by the shapes of the batch
         for place, each in enumerate(inputs):
             for microbatch, batch in each.batches.items():
                 if batch is not None:
-                    groups.setdefault(_kind(batch), []).append((place, microbatch))
+                    leaves, structure = pytree.tree_flatten(batch)
+                    entry = _Entry(place, microbatch, leaves, structure)
+                    groups.setdefault(entry.kind, []).append(entry)
         found: list[dict[int, dict[str, float]]] = [{} for _ in tasks]
         none, rows = self._one.empty(), max(len(each.nodes) for each in inputs)
         # Numpy's zeros cost nothing where nothing is written, as in the gap after a small model.
@@ -104,35 +84,33 @@ class Together:
 
     def _group(
         self,
-        entries: Sequence[tuple[int, int]],
+        entries: Sequence[_Entry],
         tasks: Sequence[Task],
         inputs: Sequence[Inputs],
         found: list[dict[int, dict[str, float]]],
         into: Tensor,
     ) -> None:
         """Computes microbatches of one shape, and adds their gradients to `into` ([tasks, nodes, size])."""
-        batches = [inputs[place].batches[microbatch] for place, microbatch in entries]
-        leaves, structure = zip(*(pytree.tree_flatten(batch) for batch in batches), strict=True)
-        stacked = [
-            torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in zip(*leaves, strict=True)
-        ]
-        dims = [0 if isinstance(leaf, Tensor) else None for leaf in leaves[0]]
+        first = entries[0]
+        columns = zip(*(entry.leaves for entry in entries), strict=True)
+        stacked = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+        dims = [0 if isinstance(leaf, Tensor) else None for leaf in first.leaves]
         objective = self._one.replica.objective
+        steps = [tasks[entry.place][0].batch for entry in entries]
+        weight = {step: objective.weights(step) for step in set(steps)}
+        totals = [inputs[entry.place].totals for entry in entries]
         shares = {
             name: torch.tensor(
-                [
-                    objective.weights(tasks[place][0].batch)[name] / max(1, inputs[place].totals[name])
-                    for place, _ in entries
-                ]
+                [weight[step][name] / max(1, total[name]) for step, total in zip(steps, totals, strict=True)]
             )
             for name in objective.minimised
         }
-        packs = [tasks[place][1] for place, _ in entries]
+        packs = [tasks[entry.place][1] for entry in entries]
         same = all(pack is packs[0] for pack in packs)
         weights = self._one.pack.parameters(packs[0]) if same else self._one.pack.stacked(packs)
 
         def one(parameters: dict[str, Tensor], leaves: list[Any], shares: dict[str, Tensor]) -> Any:
-            sums = functional_call(self._whole, parameters, (pytree.tree_unflatten(leaves, structure[0]),))
+            sums = functional_call(self._whole, parameters, (pytree.tree_unflatten(leaves, first.structure),))
             return torch.stack([sums[name].float() * share for name, share in shares.items()]).sum(), sums
 
         self._one.replica.doing = f"computing {len(entries)} microbatches at once"
@@ -144,10 +122,11 @@ class Together:
             raise _refused("torch.func.vmap cannot take its model or objective", str(error).strip()) from error
         values = {name: value.tolist() for name, value in sums.items()}
         where = []
-        for row, (place, microbatch) in enumerate(entries):
-            found[place][microbatch] = {name: value[row] for name, value in values.items()}
-            node = next(i for i, (start, stop) in enumerate(inputs[place].nodes) if start <= microbatch < stop)
-            where.append(place * into.shape[1] + node)
+        for row, entry in enumerate(entries):
+            found[entry.place][entry.microbatch] = {name: value[row] for name, value in values.items()}
+            nodes = enumerate(inputs[entry.place].nodes)
+            node = next(i for i, (start, stop) in nodes if start <= entry.microbatch < stop)
+            where.append(entry.place * into.shape[1] + node)
         rows = into.view(-1, into.shape[2])
         for view, name in zip(self._one.layout.views_of_many(rows), self._names, strict=True):
             view.index_add_(0, torch.tensor(where), gradients[name])
@@ -174,11 +153,20 @@ class _Whole(nn.Module):
         return self._objective.sums(self.module, batch)
 
 
-def _kind(batch: Any) -> Any:
-    leaves, structure = pytree.tree_flatten(batch)
-    return str(structure), tuple(
-        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
-    )
+@dataclass(frozen=True)
+class _Entry:
+    """One microbatch of the task at `place`, taken apart."""
+
+    place: int
+    microbatch: int
+    leaves: list[Any]
+    structure: pytree.TreeSpec
+
+    @property
+    def kind(self) -> Any:
+        """What microbatches that are computed at once have in common."""
+        shapes = ((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in self.leaves)
+        return self.structure, tuple(shapes)
 
 
 def _refused(why: str, detail: str = "") -> RecipeError:

@@ -19,7 +19,8 @@ BLOCK = {"cpu": 1 << 15, "cuda": 1 << 22}
 class Layout:
     """The flat vector that stands for a list of tensors.
 
-    `offsets[i]` is the first element of tensor i; `size`, in elements, is a multiple of `block`. Gaps stay 0.
+    `offsets[i]` is the first element of tensor i; `size`, in elements, is a multiple of `block`. Gaps stay 0. What
+    does not fill a block is a shorter one.
     """
 
     shapes: tuple[torch.Size, ...]
@@ -30,12 +31,13 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], block: int) -> Layout:
-        """The layout of `tensors` in the order given; dense tensors keep their strides."""
+        """The layout of `tensors` in the order given, in blocks of up to `block` elements; dense ones keep strides."""
         offsets: list[int] = []
         end = 0
         for tensor in tensors:
             offsets.append(end)
             end += -(-tensor.numel() // ALIGN) * ALIGN
+        block = min(block, max(end, ALIGN))
         return cls(
             shapes=tuple(tensor.shape for tensor in tensors),
             strides=tuple(_dense_strides(tensor) for tensor in tensors),

@@ -26,6 +26,8 @@ class Pack:
             self._offsets.append(end)
             end += -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
         self.size_bytes = max(end, _ALIGN)
+        self._types = {tensor.dtype for tensor in self._tensors}
+        self._strides = [torch.empty(tensor.shape, device="meta").stride() for tensor in self._tensors]
 
     def save(self, into: Tensor) -> None:
         """Copies the module's present state into `into` ([size_bytes], uint8, on the CPU)."""
@@ -57,8 +59,10 @@ class Pack:
         return torch.empty(self.size_bytes, dtype=torch.uint8)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
+        typed = {dtype: flat.view(dtype) for dtype in self._types}
         views = []
-        for offset, tensor in zip(self._offsets, self._tensors, strict=True):
-            part = flat[offset : offset + tensor.numel() * tensor.element_size()]
-            views.append(part.view(tensor.dtype).view(tensor.shape))
+        for offset, stride, tensor in zip(self._offsets, self._strides, self._tensors, strict=True):
+            whole = typed[tensor.dtype]
+            start = whole.storage_offset() + offset // tensor.element_size()
+            views.append(whole.as_strided(tensor.shape, stride, start))
         return views

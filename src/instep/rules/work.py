@@ -73,8 +73,7 @@ class Pieces:
         """Piece number `piece`."""
         group, part = divmod(piece, self.parts)
         batch, local_steps = self.batches_of(group)
-        start, stop = (edge * self.microbatches // self.parts for edge in (part, part + 1))
-        return Work(piece, batch, local_steps, start, stop)
+        return Work(piece, batch, local_steps, self._edges[part], self._edges[part + 1])
 
     def microbatches_of(self, piece: int) -> int:
         """How many microbatches piece number `piece` holds: its `work(piece).microbatches`, faster."""
@@ -110,8 +109,12 @@ class Pieces:
     @cached_property
     def _sizes(self) -> tuple[int, ...]:
         """Microbatches of each range of a batch."""
-        edges = [part * self.microbatches // self.parts for part in range(self.parts + 1)]
-        return tuple(stop - start for start, stop in pairwise(edges))
+        return tuple(stop - start for start, stop in pairwise(self._edges))
+
+    @cached_property
+    def _edges(self) -> tuple[int, ...]:
+        """Where the ranges of a batch begin, and the last one ends."""
+        return tuple(part * self.microbatches // self.parts for part in range(self.parts + 1))
 
     @cached_property
     def _single(self) -> int:
