@@ -121,8 +121,8 @@ class Together:
         shares = {
             name: torch.tensor(
                 [
-                    objective.weights(tasks[place][0].batch)[name] / max(1, inputs[place].totals[name])
-                    for place, _ in entries
+                    objective.weights(tasks[place][0].batch)[name] / total if total else 0.0
+                    for place, total in ((place, inputs[place].totals[name]) for place, _ in entries)
                 ]
             )
             for name in objective.minimised

@@ -191,6 +191,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
+        _refuse_second_derivatives()
         if ctx.gradients is None:
             raise ObjectiveError(
                 "backward came twice through a loss over a vocabulary, whose gradient is kept for one; compute the "
@@ -217,6 +218,7 @@ class _Each(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
+        _refuse_second_derivatives()
         hidden, weight, bias = ctx.saved_tensors
         work = _Work(ctx.needs_input_grad[2:], hidden, weight, bias, ctx.dtype)
         for start, stop in work.chunks():
@@ -230,6 +232,15 @@ class _Each(torch.autograd.Function):
                 _with_gradient(weighed, block, parts)
             work.add(start, stop, logits)
         return None, None, *work.gradients
+
+
+def _refuse_second_derivatives() -> None:
+    """Raises ObjectiveError in a backward that is itself recorded: what is computed there has no graph of its own."""
+    if torch.is_grad_enabled():
+        raise ObjectiveError(
+            "a loss over a vocabulary in chunks has no second derivative, which create_graph=True asks for; take a "
+            "model without 'hidden', whose logits come at once."
+        )
 
 
 def _with_gradient(f: Rows, logits: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
