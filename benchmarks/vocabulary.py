@@ -114,7 +114,7 @@ def _shown(result: dict[str, Any]) -> int:
 def _measure(name: str, what: str, threads: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.vocabulary", "--threads", str(threads), "--one", name, what]
     # Freed memory goes back at once, so that peaks are of what is held and not of what the allocator keeps.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "1048576"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "262144"}
     if what != "memory":
         environment.pop("MALLOC_MMAP_THRESHOLD_")
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -182,6 +182,7 @@ class _Total(torch.autograd.Function):
             logits = work.logits(start, stop)
             for block, parts, _ in work.blocks(logits, others, start, stop):
                 found.append(_with_gradient(f, block, parts) if work.wanted else f(_wide(block), *parts))
+            del block, parts  # or a chunk of the teacher's logits would live on beside the next
             if work.wanted:
                 work.add(start, stop, logits)
         ctx.gradients = work.gradients
