@@ -23,6 +23,7 @@ from instep.objectives.diffusion import Diffusion, FlowMatching
 from instep.objectives.language import Distillation, MaskedTokens, NextToken, mask_tokens
 from instep.objectives.preference import DPO
 from instep.randomness import seed_all
+from workloads import padded
 
 WORDS, PADDING = 32, -100
 
@@ -46,11 +47,11 @@ class Task:
 
 
 class Texts(Dataset[list[int]]):
-    """Texts of 2 to `longest` tokens."""
+    """Texts of `shortest` to `longest` tokens."""
 
-    def __init__(self, count: int, longest: int, seed: int):
+    def __init__(self, count: int, longest: int, seed: int, shortest: int = 2):
         generator = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(2, longest + 1, (count,), generator=generator).tolist()
+        lengths = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
         self.texts = [torch.randint(0, WORDS, (length,), generator=generator).tolist() for length in lengths]
 
     def __len__(self) -> int:
@@ -94,11 +95,6 @@ class Reader(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         out: Tensor = self.head(self.hidden(tokens))
         return out
-
-
-def padded(samples: list[list[int]]) -> Tensor:
-    longest = max(map(len, samples))
-    return torch.tensor([sample + [PADDING] * (longest - len(sample)) for sample in samples])
 
 
 def masked(samples: list[list[int]]) -> tuple[Tensor, Tensor]:

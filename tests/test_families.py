@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ import tasks
 from harness import train_here
 from instep.components import Component
 from instep.data import Data
-from instep.errors import ComponentError, ObjectiveError
-from instep.objectives import bind, check, from_component, learn_terms
+from instep.errors import ComponentError, ObjectiveError, RecipeError
+from instep.objectives import Warmup, bind, check, from_component, learn_terms
 from instep.objectives.autoencoder import VAE, reparametrised
 from instep.objectives.contrastive import CLIP
 from instep.objectives.diffusion import Diffusion, FlowMatching
@@ -111,6 +112,28 @@ def test_forward_and_reverse_divergence_of_one_s_own_teacher_are_0() -> None:
         assert float(sums["cross_entropy"]) > 1
 
 
+@pytest.mark.parametrize("temperature", [1.0, 10.0])
+def test_words_without_probability_have_none_at_any_temperature(temperature: float) -> None:
+    """However the teacher is given: the divergence is over the two words that it leaves possible."""
+    model, inputs, targets = Reader(0), TOKENS[:1, :-1], TOKENS[:1, 1:]
+    p = torch.zeros(1, 3, WORDS)
+    p[..., 3], p[..., 5] = 0.9, 0.1
+    wanted = 0.0
+    for row in model.double()(inputs)[0]:
+        q = tasks.softmax(row[None], temperature)[0]
+        left = torch.tensor([0.9, 0.1], dtype=torch.float64) ** (1 / temperature)
+        left /= left.sum()
+        wanted += temperature**2 * float((left * (left / q[[3, 5]]).log()).detach().sum())
+    found = Distillation(temperature=temperature)(model.float(), (inputs, targets, p))["objective"]
+    assert float(found.detach()) == pytest.approx(wanted, rel=1e-5)
+    teacher = Calls(lambda tokens: p.log())
+    assert Distillation(teacher, temperature=temperature)(model, TOKENS[:1])["objective"] == found
+    found.backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    reverse = Distillation(direction="reverse", temperature=temperature)(model, (inputs, targets, p))["objective"]
+    assert bool(reverse.isfinite())
+
+
 def test_a_teacher_is_a_frozen_copy_and_can_be_built_from_a_recipe_file() -> None:
     source = Reader(7).train()
     teacher = Distillation(source).teacher
@@ -139,6 +162,17 @@ def test_a_teacher_is_a_frozen_copy_and_can_be_built_from_a_recipe_file() -> Non
 def test_language_objectives_refuse_what_they_cannot_read(objective: Any, batch: Any, sentence: str) -> None:
     with pytest.raises(ObjectiveError, match=sentence):
         objective(Reader(), batch)
+
+
+def test_inputs_outside_a_vocabulary_that_the_model_does_not_tell_are_a_sentence() -> None:
+    model = Calls(Reader())
+    with pytest.raises(
+        ObjectiveError, match=r"failed to look something up .* for input tokens from 1 to 99 in texts of"
+    ):
+        NextToken()(model, torch.tensor([[1, 99, 2]]))
+    model.config = types.SimpleNamespace(vocab_size=WORDS)  # type: ignore[assignment]
+    with pytest.raises(ObjectiveError, match=f"input token 99 is outside the model's vocabulary of {WORDS}"):
+        NextToken()(model, torch.tensor([[1, 99, 2]]))
 
 
 @pytest.mark.parametrize(
@@ -183,6 +217,30 @@ def test_probabilities_that_are_none_are_refused(change: Any, sentence: str) -> 
 def test_fields_out_of_range_are_refused(make: Any) -> None:
     with pytest.raises(ObjectiveError, match=r"it is|it must|take|cannot be"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: NextToken(label_smoothing="a"),
+            "'NextToken.label_smoothing' is 'a', of type str; it must be a number.",
+        ),
+        (lambda: NextToken("pad"), "'NextToken.ignore_index' is 'pad', of type str; it must be a whole number."),
+        (lambda: MaskedTokens(accuracy=1), "'MaskedTokens.accuracy' is 1, of type int; it must be true or false."),
+        (lambda: Distillation(temperature=[2]), "'Distillation.temperature' is [2], of type list"),
+        (lambda: DPO("0.1"), "'DPO.beta' is '0.1', of type str; it must be a number."),
+        (lambda: Diffusion(steps=10.5), "'Diffusion.steps' is 10.5, of type float; it must be a whole number."),
+        (lambda: VAE(kl_weight="1"), "'VAE.kl_weight' is '1', of type str; it must be a number."),
+        (lambda: CLIP(None), "'CLIP.log_scale' is None"),
+        (lambda: Warmup(1.0, 2.5), "'Warmup.steps' is 2.5, of type float; it must be a whole number."),
+    ],
+)
+def test_fields_of_the_wrong_type_are_refused(make: Any, sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make()
+    assert sentence in str(caught.value)
+    assert Distillation(temperature=2).temperature == 2.0, "a whole number is a number"
 
 
 # --------------------------------------------------------------------------------------------------------- preference

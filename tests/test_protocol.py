@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -144,6 +145,21 @@ def test_a_batch_with_items_of_a_metric_alone_has_nothing_to_learn_from() -> Non
     bound.check_items({"absolute": 1, "square": 0}, 3)
     with pytest.raises(ObjectiveError, match="step 3 has no items to learn from: .* 0 for term 'absolute' over"):
         bound.check_items({"absolute": 0, "square": 4}, 3)
+
+
+def test_a_term_without_items_in_the_whole_batch_adds_nothing_whatever_its_sum_is() -> None:
+    def other(model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        return {"loss": model(batch[0]).square().sum(), "none": model(batch[0]).sum()}
+
+    f = objective(counts=lambda batch: {"loss": len(batch[0]), "none": 0})(other)
+    replica = Replica(recipe(objective=f), "cpu")
+    replica.learn_terms(0)
+    batch = replica.batch(0, 0)
+    model = copy.deepcopy(replica.module)
+    other(model, batch)["loss"].div(9).backward()
+    replica.compute(0, 0, batch, {"loss": 9, "none": 0})
+    for found, wanted in zip(replica.module.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad)
 
 
 def test_a_metric_changes_no_bit_of_the_weights(tmp_path: Path) -> None:

@@ -237,6 +237,12 @@ def test_a_family_that_transformers_does_not_know_is_refused() -> None:
 
     with pytest.raises(ComponentError, match="cannot build a causal model 'lama'"):
         causal("lama")
+    with pytest.raises(ComponentError, match=r"'hidden_size': 'wide'.*'hidden_size' expected int.*check 'model.args'"):
+        causal(hidden_size="wide")
+    with pytest.raises(
+        ComponentError, match=r"hidden size \(30\) is not a multiple .* heads \(4\); check 'model.args'"
+    ):
+        causal(hidden_size=30, num_attention_heads=4)
 
 
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +299,8 @@ def test_windows_that_shuffling_does_not_change_are_left_out() -> None:
     assert len(Shuffled(Windows(b"a" * 100, 9), 4, 100)) == 0
     with pytest.raises(RecipeError, match="a 'prompt' of 10 bytes does not fit"):
         Shuffled(Windows(b"a b" * 100, 9), 10, 100)
+    with pytest.raises(RecipeError, match="0 'samples' are no pairs"):
+        Shuffled(Windows(b"a b" * 100, 9), 4, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- an earlier run

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from instep.errors import ResourceError
 from instep.recipe import Team
 from instep.record import tape
 from instep.record.tensorboard import TensorBoard
+from processes import INSTEP, write_project
 from serving import at, kill
 from test_monitors import a_run, merged, started
 
@@ -101,3 +104,37 @@ def test_without_the_package_it_is_a_sentence(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
     with pytest.raises(ResourceError, match=r"not installed; install it with: pip install 'instep\[tensorboard\]'"):
         TensorBoard(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+def train_command(folder: Path, *flags: str, path: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH", "")]))}
+    command = [*INSTEP, "train", *flags]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90, check=False)
+
+
+@pytest.mark.slow
+def test_a_flag_tracks_a_run_in_its_folder_and_goes_on_after_a_resume(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    for flags in (["my.toml", "--out", "run", "--steps", "7"], ["--resume", "run", "--steps", "12"]):
+        done = train_command(tmp_path, *flags, "--workers", "1", "--tensorboard")
+        assert done.returncode == 0, done.stderr
+    merges = tape.latest(list(tape.read(tmp_path / "run" / "tape.jsonl")))
+    assert [event["version"] for event in merges] == list(range(1, 13))
+    found = scalars(tmp_path / "run" / "tensorboard")
+    same(found["objective/train"], {event["version"]: event["objective"] for event in merges})
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 2, "a file for each time it was started"
+    assert train_command(tmp_path, "my.toml", "--out", "plain", "--steps", "2", "--workers", "1").returncode == 0
+    assert not (tmp_path / "plain" / "tensorboard").exists(), "nothing is tracked by default"
+
+
+def test_the_flag_without_the_package_is_one_sentence_before_the_run(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    (tmp_path / "shadow" / "tensorboard").mkdir(parents=True)
+    (tmp_path / "shadow" / "tensorboard" / "__init__.py").touch()
+    done = train_command(tmp_path, "my.toml", "--out", "run", "--tensorboard", path=str(tmp_path / "shadow"))
+    assert done.returncode == 1
+    assert done.stderr == "instep: TensorBoard is not installed; install it with: pip install 'instep[tensorboard]'.\n"
+    assert not (tmp_path / "run").exists()

@@ -101,7 +101,13 @@ def weighted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor
     return {"loss": classes(model, batch), "size": model(batch[0]).square().sum()}
 
 
-@pytest.mark.parametrize("target", [classes, weighted])
+@objective(counts=lambda batch: {"loss": len(batch[0]), "none": 0})
+def with_nothing(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """A term that has a sum and no items."""
+    return {"loss": classes(model, batch), "none": model(batch[0]).sum()}
+
+
+@pytest.mark.parametrize("target", [classes, weighted, with_nothing])
 @pytest.mark.parametrize("rule", ["synchronous", "asynchronous", "softsync:2", "delay_compensated"])
 def test_contributions_equal_those_of_one_worker_at_a_time(rule: str, target: Any) -> None:
     one = contributor(recipe(rule, objective=target))

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
 
 import workloads
 from harness import train_here
@@ -33,24 +32,7 @@ from instep.record import checkpoint
 from instep.reduce.fold import Fold
 from instep.reduce.layout import Layout
 from instep.reduce.reduction import Reduction
-from workloads import padded
-
-PADDING = -100
-
-
-class Texts(Dataset[list[int]]):
-    """Made from a seed: texts of `shortest` to `longest` tokens out of 32."""
-
-    def __init__(self, count: int, shortest: int = 2, longest: int = 12, seed: int = 0):
-        self.generated = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(shortest, longest + 1, (count,), generator=self.generated).tolist()
-        self.texts = [torch.randint(0, 32, (length,), generator=self.generated).tolist() for length in lengths]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> list[int]:
-        return self.texts[index]
+from tasks import PADDING, Texts, padded
 
 
 class Reader(nn.Module):
@@ -152,7 +134,7 @@ def test_the_gradient_is_that_of_the_whole_batch_in_float64(
     recipe = Recipe(
         model=lambda: model().to(weights),
         objective=objective,
-        data=lambda: Data(Texts(samples, 2, longest, seed), collate=padded),
+        data=lambda: Data(Texts(samples, longest, seed), collate=padded),
         batch=batch,
         microbatches=microbatches,
         seed=seed,
@@ -178,7 +160,7 @@ def training(**changes: Any) -> Recipe:
 
 def even_texts(**changes: Any) -> Recipe:
     """The same without padding and ragged batches: each half of a batch has the same number of tokens."""
-    return training(data=lambda: Data(Texts(64, 12, 12), collate=padded), **changes)
+    return training(data=lambda: Data(Texts(64, 12, 0, shortest=12), collate=padded), **changes)
 
 
 def momentum(parameters: list[Tensor]) -> torch.optim.Optimizer:

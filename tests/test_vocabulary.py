@@ -16,6 +16,7 @@ from instep.errors import ObjectiveError
 from instep.models import GPT
 from instep.objectives import bind, vocabulary
 from instep.objectives.language import Distillation, MaskedTokens, NextToken
+from instep.objectives.preference import DPO
 from instep.objectives.vocabulary import Predictions, chunk_rows, predict
 
 WORDS = 11
@@ -169,6 +170,15 @@ def test_a_second_backward_is_refused() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(ObjectiveError, match="backward came twice"):
         total.backward()
+
+
+@pytest.mark.parametrize("objective", [NextToken(), DPO(reference=Offers(seed=1))], ids=["sums", "by row"])
+def test_a_second_derivative_is_refused_and_not_computed_in_part(objective: Any) -> None:
+    tokens, model = torch.randint(0, WORDS, (4, 9)), Offers()
+    batch = {"chosen": tokens, "rejected": tokens.flip(0)} if isinstance(objective, DPO) else tokens
+    total = bind(objective).sums(model, batch)["objective"]
+    with pytest.raises(ObjectiveError, match=r"no second derivative, which create_graph=True asks for; take a model"):
+        torch.autograd.grad(total, list(model.parameters()), create_graph=True)
 
 
 @pytest.mark.parametrize("where", ["autocast", "weights"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import statistics
 from pathlib import Path
@@ -330,10 +331,41 @@ def test_best_is_below_what_was_before_and_not_of_a_later_history(tmp_path: Path
     best.mark(tmp_path, 5, 2.0)
     assert not best.is_best(tmp_path, 6, 2.0)
     assert not best.is_best(tmp_path, 6, float("nan"))
+    assert not best.is_best(tmp_path / "new", 6, float("nan"))
     assert best.is_best(tmp_path, 6, 1.9)
     assert best.is_best(tmp_path, 4, 3.0), "the run went back to before 5"
     (tmp_path / best.NAME).write_text("[")
     assert best.read(tmp_path) is None
+
+
+@objective(counts=lambda batch: int((batch[1] < 100).sum()))
+def near_squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return (model(x)[:, 0] - y)[y < 100].square().sum()
+
+
+@pytest.mark.parametrize(("value", "told"), [(math.inf, "'objective' nan"), (1e3, "no term has an item")])
+def test_held_out_data_without_a_finite_objective_are_no_best_and_no_progress(
+    value: float, told: str, tmp_path: Path
+) -> None:
+    """Infinite samples of both signs, and none that count."""
+
+    def spoilt() -> Data:
+        x, y = noisy().train.tensors  # type: ignore[attr-defined]
+        signs = torch.tensor([1.0, -1.0]).repeat(12)
+        far = x * signs[:, None] * (value if value == math.inf else 1)
+        return Data(TensorDataset(x, y), TensorDataset(far, y if value == math.inf else y + value))
+
+    recipe, path = overfitting(data=spoilt, objective=near_squares, steps=40), tmp_path / "run"
+    before = train_here(recipe, Team(workers=2), path, client=stopping_at(6)).events
+    run = train_here(recipe, Team(workers=2), path, resume=True)
+    assert run.result["versions"] == 15
+    assert run.result["stopped"].startswith(
+        "the held-out objective, nan, is no better than none that is finite, 3 eval"
+    )
+    assert best.read(path / "checkpoints") is None
+    warned = [event["why"].partition(",")[0] for event in [*before, *run.events] if event["kind"] == "warned"]
+    assert warned == [f"the objective on the held-out data is nan at version {v} ({told})" for v in (5, 10, 15)]
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -31,9 +31,8 @@ def digits(scale: Literal["unit", "signed"] = "unit", labels: bool = True) -> Da
     pictures, names = _bundled()
     if scale == "signed":
         pictures = 2 * pictures - 1
-    order = torch.randperm(
-        len(pictures), generator=torch.Generator().manual_seed(0)
-    )  # as they stand, classes take turns
+    # Shuffled, for as they stand classes take turns.
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
     parts = (pictures, names) if labels else (pictures,)
     train, rest = ([part[which] for part in parts] for which in (order[HELD_OUT:], order[:HELD_OUT]))
     return Data(Pictures(*train), Pictures(*rest))

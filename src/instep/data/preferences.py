@@ -35,6 +35,8 @@ class Shuffled(Dataset[Pair]):
         length = windows.context + 1
         if not 1 <= prompt < length:
             raise RecipeError(f"a 'prompt' of {prompt} bytes does not fit texts of {length}; make it shorter.")
+        if samples < 1:
+            raise RecipeError(f"{samples} 'samples' are no pairs to train on or hold out; it must be at least 1.")
         self._windows, self._prompt = windows, prompt
         places = range(0, len(windows), max(1, len(windows) // samples))
         self._kept = [place for place in places[:samples] if self._distinct(place)]

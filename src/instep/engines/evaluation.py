@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from instep.data.cursor import held_out_batches, load
 from instep.engines.replica import Replica
 from instep.errors import RecipeError
+from instep.objectives.bound import exact_sum
 from instep.randomness import key, seed_all
 from instep.record.checkpoint import Loaded
 from instep.restore import kept_module_state
@@ -54,7 +55,8 @@ class Progress:
 class Evaluation:
     """The objective on held-out data, the mean of each term, metrics included, and the items of the first term.
 
-    The terms are weighed as in the recipe's last step, so that the objectives of a run's evaluations compare.
+    The terms are weighed as in the recipe's last step, so that the objectives of a run's evaluations compare. The
+    objective is not a number where no term that is minimised has an item.
     """
 
     objective: float
@@ -67,8 +69,20 @@ class Evaluation:
         terms, last = replica.objective.terms or (), replica.recipe.steps - 1
         totals = [sum(map(int, column)) for column in zip(*_rows(counts), strict=True)]
         columns = list(zip(*_rows(sums), strict=True))
-        means = {name: math.fsum(columns[i]) / totals[i] for i, name in enumerate(terms) if totals[i]}
-        return cls(objective=replica.objective.whole(means, last), terms=means, items=totals[0])
+        means = {name: exact_sum(columns[i]) / totals[i] for i, name in enumerate(terms) if totals[i]}
+        some = any(name in means for name in replica.objective.minimised)
+        objective = replica.objective.whole(means, last) if some else math.nan
+        return cls(objective=objective, terms=means, items=totals[0])
+
+    def problem(self, version: int) -> str:
+        """A sentence to warn with where the objective is not finite, else ""."""
+        if math.isfinite(self.objective):
+            return ""
+        terms = ", ".join(f"'{name}' {value}" for name, value in self.terms.items()) or "no term has an item"
+        return (
+            f"the objective on the held-out data is {self.objective} at version {version} ({terms}), which is no best "
+            f"and no progress; look at these data, which samples they hold and how the objective counts them."
+        )
 
     def facts(self, version: int, replica: Replica) -> dict[str, Any]:
         """What a tape and a result say of it; for text with ``bits_per_byte``.

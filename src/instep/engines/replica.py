@@ -103,7 +103,10 @@ class Replica:
         with self.autocast():
             sums = self.objective.sums(self._forward, batch, shared)
         weights = self.objective.weights(step)
-        parts = [weight * (sums[name].float() / max(1, totals[name])) for name, weight in weights.items()]
+        parts = [
+            (weight if totals[name] else 0.0) * (sums[name].float() / max(1, totals[name]))
+            for name, weight in weights.items()
+        ]
         torch.stack(parts).sum().backward() if len(parts) > 1 else parts[0].backward()
         return {name: value.detach() for name, value in sums.items()}
 

@@ -145,6 +145,9 @@ class Session:
         if not self.leads:
             return False
         self.emit("evaluated", **progress.held_out)
+        problem = found.problem(progress.version)
+        if problem:
+            self.emit("warned", why=problem, version=progress.version)
         return self.assignment.team.keep_best and best.is_best(self._checkpoints, progress.version, found.objective)
 
     def mark_best(self, progress: Progress) -> None:

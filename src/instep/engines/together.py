@@ -101,7 +101,10 @@ class Together:
         totals = [inputs[entry.place].totals for entry in entries]
         shares = {
             name: torch.tensor(
-                [weight[step][name] / max(1, total[name]) for step, total in zip(steps, totals, strict=True)]
+                [
+                    weight[step][name] / total[name] if total[name] else 0.0
+                    for step, total in zip(steps, totals, strict=True)
+                ]
             )
             for name in objective.minimised
         }

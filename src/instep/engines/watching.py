@@ -7,6 +7,7 @@ any other rule; so every worker, and every replay, comes to the same verdict by 
 from __future__ import annotations
 
 import copy
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,13 +122,14 @@ def note_evaluation(progress: Progress, recipe: Recipe, facts: Mapping[str, Any]
     if progress.steps == recipe.steps:
         return  # the last one: a run that is prolonged has not seen it
     best, patience = progress.best, recipe.watch.patience
-    if not best or facts["objective"] < best["objective"]:
+    if facts["objective"] < best.get("objective", math.inf):
         progress.best = {"version": facts["version"], "objective": facts["objective"]}
         progress.evaluations_since = 0
         return
     progress.evaluations_since += 1
     if patience is not None and progress.evaluations_since >= patience and not progress.stopped:
+        known = f"{best['objective']:.6g} at version {best['version']}" if best else "none that is finite"
         progress.stopped = (
-            f"the held-out objective, {facts['objective']:.6g}, is no better than {best['objective']:.6g} at version "
-            f"{best['version']}, {patience} evaluations before; the run ends, as watch.patience says."
+            f"the held-out objective, {facts['objective']:.6g}, is no better than {known}, {patience} evaluations "
+            f"before; the run ends, as watch.patience says."
         )

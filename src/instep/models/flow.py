@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import RecipeError
+from instep.models.sizes import check_sizes
 
 
 class FlowNet(nn.Module):
@@ -21,9 +22,7 @@ class FlowNet(nn.Module):
 
     def __init__(self, *, side: int = 8, classes: int = 10, width: int = 256, depth: int = 4) -> None:
         super().__init__()
-        for name, size in {"side": side, "classes": classes, "width": width, "depth": depth}.items():
-            if type(size) is not int or size < 1:
-                raise RecipeError(f"a FlowNet's {name!r} is {size!r}; it must be a whole number, at least 1.")
+        check_sizes("FlowNet", side=side, classes=classes, width=width, depth=depth)
         if width % 2:
             raise RecipeError(f"a FlowNet's 'width' is {width}; it must be even, for pairs of sine and cosine.")
         self.side, self.classes = side, classes

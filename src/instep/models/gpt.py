@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import DataError, RecipeError
+from instep.models.sizes import check_sizes
 from instep.restore import kept_module_state
 
 EMBEDDING_STD = 0.02
@@ -48,10 +49,7 @@ class GPT(nn.Module):
         tied: bool = True,
     ) -> None:
         super().__init__()
-        sizes = {"vocabulary": vocabulary, "context": context, "width": width, "depth": depth, "heads": heads}
-        for name, size in sizes.items():
-            if type(size) is not int or size < 1:
-                raise RecipeError(f"a GPT's {name!r} is {size!r}; it must be a whole number, at least 1.")
+        check_sizes("GPT", vocabulary=vocabulary, context=context, width=width, depth=depth, heads=heads)
         if width % (2 * heads):
             fitting = max(1, round(width / (2 * heads))) * 2 * heads
             raise RecipeError(

@@ -25,8 +25,9 @@ def causal(family: str = "llama", **config: Any) -> nn.Module:
     try:
         settings = AutoConfig.for_model(family, **{"use_cache": False, **config})
         model: nn.Module = AutoModelForCausalLM.from_config(settings)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # its own classes of errors differ from version to version
+        cause = error.__cause__ or error
+        text = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
         raise ComponentError(
             f"transformers cannot build a causal model {family!r} of {config}: {text[:200]}; check 'model.args'."
         ) from error

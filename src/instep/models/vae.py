@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instep.errors import RecipeError
+from instep.models.sizes import check_sizes
 
 
 class VAENet(nn.Module):
@@ -19,9 +19,7 @@ class VAENet(nn.Module):
 
     def __init__(self, *, side: int = 8, latents: int = 8, width: int = 256) -> None:
         super().__init__()
-        for name, size in {"side": side, "latents": latents, "width": width}.items():
-            if type(size) is not int or size < 1:
-                raise RecipeError(f"a VAENet's {name!r} is {size!r}; it must be a whole number, at least 1.")
+        check_sizes("VAENet", side=side, latents=latents, width=width)
         self.side, self.latents = side, latents
         self.encoder = nn.ModuleList([nn.Linear(side * side, width), nn.Linear(width, width)])
         self.posterior = nn.Linear(width, 2 * latents)

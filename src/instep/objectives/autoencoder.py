@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError
+from instep.objectives.fields import check_numbers
 from instep.objectives.protocol import Warmup, Weight
 
 
@@ -42,6 +43,7 @@ class VAE:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.likelihood not in ("gaussian", "bernoulli"):
             raise ObjectiveError(f"'likelihood' is {self.likelihood!r}; it is 'gaussian' or 'bernoulli'.")
         if not 0 <= self.kl_weight < math.inf:

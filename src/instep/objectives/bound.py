@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -106,7 +106,7 @@ class Bound:
     def whole(self, means: Mapping[str, float], step: int) -> float:
         """The objective in `step` from the mean of each term; a term without items is not among them."""
         weights = self.weights(step)
-        return math.fsum(weights[name] * means[name] for name in self.minimised if name in means)
+        return exact_sum([weights[name] * means[name] for name in self.minimised if name in means])
 
     def check_items(self, totals: Mapping[str, int], step: int) -> None:
         """Raises ObjectiveError where the whole batch of `step` has no item of a term that is minimised."""
@@ -148,6 +148,11 @@ def learn_terms(bound: Bound, model: nn.Module, batch: Any) -> Bound:
     known.counts(batch)
     known.weights(0)
     return known
+
+
+def exact_sum(values: Sequence[float]) -> float:
+    """As `math.fsum`, which does not take infinities of both signs."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 def no_items(step: int, terms: Iterable[str]) -> ObjectiveError:

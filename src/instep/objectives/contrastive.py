@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError
+from instep.objectives.fields import check_numbers
 from instep.objectives.protocol import TERM, Shared
 
 
@@ -44,6 +45,7 @@ class CLIP:
     metrics: tuple[str, ...] = field(default=("accuracy",), init=False)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not math.isfinite(self.log_scale):
             raise ObjectiveError(f"'log_scale' is {self.log_scale}; it must be finite.")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError
+from instep.objectives.fields import check_numbers
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Diffusion:
     steps: int = 1000
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _one_of("prediction", self.prediction, ("epsilon", "v"))
         _one_of("weighting", self.weighting, ("uniform", "min_snr", "truncated_snr"))
         _one_of("schedule", self.schedule, ("linear", "cosine"))

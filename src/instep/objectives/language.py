@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError
+from instep.objectives.fields import check_numbers
 from instep.objectives.frozen import frozen, on_device
 from instep.objectives.protocol import TERM
 from instep.objectives.vocabulary import CrossEntropy, Predictions, predict
@@ -42,7 +44,8 @@ class NextToken:
     accuracy: whether to report, as a metric, how often the likeliest token is the target.
 
     With any of these, the plain cross entropy is the metric "cross_entropy", unless it is the objective itself.
-    Raises ObjectiveError for a share or weight out of range.
+    Raises ObjectiveError for a share or weight out of range. In this and every other objective, RecipeError tells of a
+    field of the wrong type.
     """
 
     ignore_index: int = -100
@@ -52,6 +55,7 @@ class NextToken:
     accuracy: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 <= self.label_smoothing < 1:
             raise ObjectiveError(f"label_smoothing is {self.label_smoothing}; it is a share, from 0 to below 1.")
         if not 0 <= self.z_loss < math.inf:
@@ -129,7 +133,7 @@ class Distillation:
     temperature: t; both softmaxes are of logits / t, and the sum is multiplied by t^2, so that gradients keep their
         size (Hinton et al., 2015, arXiv:1503.02531).
     direction: "forward" is KL(teacher || student), "reverse" KL(student || teacher) (MiniLLM, Gu et al., 2023,
-        arXiv:2306.08543, by token, on given text).
+        arXiv:2306.08543, by token, on given text), where a probability of 0 counts as the least normal number.
     hard: share of the cross entropy of the targets themselves, at temperature 1; the rest is the divergence.
 
     The metric "cross_entropy" is that of the targets. Raises ObjectiveError for a teacher with another vocabulary, for
@@ -145,6 +149,7 @@ class Distillation:
     metrics: tuple[str, ...] = field(default=("cross_entropy",), init=False)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 < self.temperature < math.inf:
             raise ObjectiveError(f"the temperature is {self.temperature}; it must be finite and above 0.")
         if self.direction not in ("forward", "reverse"):
@@ -204,14 +209,24 @@ def read_predictions(
     """What `model` predicts at the targets that are not ignored, and these targets, [N].
 
     `inputs` and `targets` are [B, T]. Padding is fed as token 0. Raises ObjectiveError for inputs outside the
-    vocabulary, where the model tells it as ``model.vocabulary``, and for logits of another shape.
+    vocabulary, where the model tells it, as ``vocabulary`` or ``config.vocab_size``, or fails to look one up, and for
+    logits of another shape.
     """
     inputs = inputs.masked_fill(_padding(inputs, ignore_index), 0)
-    vocabulary = getattr(model, "vocabulary", None)
+    vocabulary = getattr(model, "vocabulary", getattr(getattr(model, "config", None), "vocab_size", None))
     if isinstance(vocabulary, int):
         check_tokens(inputs, vocabulary, "input")
     rows = _kept_rows(targets, ignore_index)
-    return predict(model, inputs, rows, whose), targets.flatten()[rows]
+    try:
+        return predict(model, inputs, rows, whose), targets.flatten()[rows]
+    except IndexError as error:
+        least, most = (int(value) for value in inputs.aminmax())
+        raise ObjectiveError(
+            f"the model failed to look something up ({error}) for input tokens from {least} to {most} in texts of "
+            f"{inputs.shape[1]}; mark padding with the objective's ignore_index, or give the model a vocabulary and a "
+            f"context that hold them.",
+            detail=traceback.format_exc(),
+        ) from error
 
 
 def inputs_and_targets(batch: Any, whose: str) -> tuple[Tensor, Tensor]:
@@ -256,6 +271,7 @@ def _divergence(
 ) -> tuple[Tensor, Tensor]:
     student = F.log_softmax(logits / temperature, dim=1)
     asked = F.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
+    asked.masked_fill_(asked == -math.inf, math.log(torch.finfo(asked.dtype).tiny))  # or 0 log 0 would not be a number
     of, to = (student, asked) if reverse else (asked, student)
     total = temperature**2 * F.kl_div(to, of, reduction="sum", log_target=True)
     with torch.set_grad_enabled(hard > 0 and torch.is_grad_enabled()):
@@ -275,7 +291,7 @@ def _log_of(probabilities: Tensor) -> Tensor:
             f"the teacher's probabilities {what}; they must be at least 0 and sum to 1 over the vocabulary: give the "
             f"softmax of the teacher's logits."
         )
-    return wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
+    return wide.log()
 
 
 def _kept_rows(targets: Tensor, ignore_index: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError
+from instep.objectives.fields import check_numbers
 from instep.objectives.frozen import frozen, on_device
 from instep.objectives.language import check_tokens, inputs_and_targets, read_predictions
 from instep.objectives.protocol import TERM
@@ -50,6 +51,7 @@ class DPO:
     metrics: tuple[str, ...] = field(default=("accuracy", "margin"), init=False)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not 0 < self.beta < math.inf:
             raise ObjectiveError(f"beta is {self.beta}; it must be finite and above 0.")
         if not 0 <= self.label_smoothing < 0.5:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from instep.components import Component
 from instep.errors import ComponentError, ObjectiveError
+from instep.objectives.fields import check_numbers
 
 TERM = "objective"
 """The name of the one term of an objective that answers with a bare tensor."""
@@ -41,6 +42,7 @@ class Warmup:
     steps: int = 0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.steps < 0:
             raise ObjectiveError(f"a warm-up of {self.steps} steps cannot be; give 0 for none, or more.")
 

@@ -182,6 +182,7 @@ class _Total(torch.autograd.Function):
             logits = work.logits(start, stop)
             for block, parts, _ in work.blocks(logits, others, start, stop):
                 found.append(_with_gradient(f, block, parts) if work.wanted else f(_wide(block), *parts))
+            del block, parts  # or a chunk of the teacher's logits would live on beside the next
             if work.wanted:
                 work.add(start, stop, logits)
         ctx.gradients = work.gradients
@@ -191,6 +192,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
+        _refuse_second_derivatives()
         if ctx.gradients is None:
             raise ObjectiveError(
                 "backward came twice through a loss over a vocabulary, whose gradient is kept for one; compute the "
@@ -217,6 +219,7 @@ class _Each(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
+        _refuse_second_derivatives()
         hidden, weight, bias = ctx.saved_tensors
         work = _Work(ctx.needs_input_grad[2:], hidden, weight, bias, ctx.dtype)
         for start, stop in work.chunks():
@@ -230,6 +233,15 @@ class _Each(torch.autograd.Function):
                 _with_gradient(weighed, block, parts)
             work.add(start, stop, logits)
         return None, None, *work.gradients
+
+
+def _refuse_second_derivatives() -> None:
+    """Raises ObjectiveError in a backward that is itself recorded: what is computed there has no graph of its own."""
+    if torch.is_grad_enabled():
+        raise ObjectiveError(
+            "a loss over a vocabulary in chunks has no second derivative, which create_graph=True asks for; take a "
+            "model without 'hidden', whose logits come at once."
+        )
 
 
 def _with_gradient(f: Rows, logits: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:

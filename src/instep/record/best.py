@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,12 +29,12 @@ def read(folder: Path) -> Best | None:
 
 
 def is_best(folder: Path, version: int, objective: float) -> bool:
-    """Whether `objective` at `version` is below that of the best so far.
+    """Whether `objective` at `version` is below that of the best so far. One that is not finite never is.
 
     What is known of a later version is of a history that was taken back, and does not count.
     """
     known = read(folder)
-    return known is None or known.version >= version or objective < known.objective
+    return math.isfinite(objective) and (known is None or known.version >= version or objective < known.objective)
 
 
 def mark(folder: Path, version: int, objective: float) -> None:
