@@ -35,7 +35,8 @@ class Operation:
     reads, writes: indices of the block's storages whose values it reads, and that it makes or changes in place.
     views: the storage that its output is a view of; a view costs nothing and has no values of its own.
     changes: the output is an input, changed in place. random: it draws random numbers. constant: its answer is no
-    tensor but a number, which is always remembered. pinned: it changes a buffer and is always done again.
+    tensor but a number, which is always remembered. pinned: it changes a buffer, or makes what takes no memory in the
+    profile, and is always done again.
     """
 
     name: str
@@ -56,7 +57,8 @@ class BlockKind:
     """What identical blocks have in common.
 
     held_bytes: what the block holds for backward where nothing is recomputed. extra_bytes: what it holds besides when
-    it is checkpointed: inputs that backward does not read, and copies of `buffers`, which forward changes.
+    it is checkpointed: inputs that backward does not read. buffers: those that forward changes, of `buffer_bytes`: a
+    checkpointed block holds copies of them, and makes more to be computed again.
     """
 
     operations: tuple[Operation, ...]
@@ -64,6 +66,7 @@ class BlockKind:
     held_bytes: int
     extra_bytes: int = 0
     buffers: tuple[str, ...] = ()
+    buffer_bytes: int = 0
 
 
 @dataclass(frozen=True)
