@@ -104,8 +104,8 @@ def _compiled_contexts(script: Script) -> tuple[Any, Any]:
 
 
 class _Second:
-    """The second pass leaves no trace on the block's modules: what it sets on them is taken back afterwards, and it works
-    on buffers of its own, with the values that they had before the first pass."""
+    """The second pass. It leaves no trace on the block's modules: what it sets on them is taken back afterwards, and it
+    works on buffers of its own, with the values that they had before the first pass."""
 
     def __init__(self, module: nn.Module, frame: Frame):
         self._module, self._frame = module, frame

@@ -137,8 +137,8 @@ def _gradients(model: nn.Module, loss: Tensor) -> tuple[Tensor | None, ...]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters or not loss.requires_grad:
         raise CheckpointingError(
-            "the objective depends on no weight that requires a gradient, so there is no backward to plan for; let some "
-            "weight require one, and detach nothing on the way to the objective."
+            "the objective depends on no weight that requires a gradient, so there is no backward to plan for; let "
+            "some weight require one, and detach nothing on the way to the objective."
         )
     return torch.autograd.grad(loss, parameters, allow_unused=True)
 

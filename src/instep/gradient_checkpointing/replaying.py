@@ -41,10 +41,9 @@ class Script:
         self.names = [operation.name for operation in operations]
         self.modules = [operation.module for operation in operations]
         self.acts = list(acts)
-        kept = set(plan.choice.kept)
         self.changes = [operation.changes for operation in operations]
         self.random = [operation.random for operation in operations]
-        self.keeps = [bool(kept.intersection(operation.writes)) for operation in operations]
+        self.views = [operation.views is not None for operation in operations]
         self.skips = Act.SKIP in self.acts
         self.known: list[Any] = [None] * len(operations)  # the operation itself, once its name was seen to fit
 
@@ -118,9 +117,15 @@ class Watch(TorchDispatchMode):
             self._keep(place, out)
         elif act is Act.SKIP and not script.changes[place]:
             frame.shapes[place] = pytree.tree_map_only(Tensor, _shape, out)
-        elif frame.verify and act is Act.REPEAT and str(func.overloadpacket) not in UNSET:
+        elif frame.verify and act is Act.REPEAT and self._has_value(place, func):
             frame.sums[place] = _sum(func, out)
         return out
+
+    def _has_value(self, place: int, func: Any) -> bool:
+        """Whether an output is worth checking. A view of what is kept may show a later value in the second pass; who
+        makes what it views is checked."""
+        view = self._frame.planned and self._frame.script.views[place]
+        return not view and str(func.overloadpacket) not in UNSET
 
     def _keep(self, place: int, out: Any) -> None:
         frame, script = self._frame, self._frame.script
@@ -213,9 +218,7 @@ class _Shape:
 
 
 def _shape(tensor: Tensor) -> _Shape:
-    return _Shape(
-        tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
-    )
+    return _Shape(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg())
 
 
 def _without_memory(shape: _Shape) -> Tensor:
@@ -232,7 +235,9 @@ def _check_read(script: Script, place: int, args: Any) -> None:
     for value in args:
         if isinstance(value, (list, tuple)):
             _check_read(script, place, value)
-        elif isinstance(value, Tensor) and not value.untyped_storage().nbytes() and value.numel():
+        elif not isinstance(value, Tensor) or value.layout is not torch.strided:
+            continue
+        elif value.numel() and not value.untyped_storage().nbytes():
             raise RecomputeError(
                 f"operation {place} of block '{script.block}', in '{script.where(place)}', reads another tensor than "
                 f"when the model was profiled, though its operations are the same; profile it again, or leave the "

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from instep.budget import mib
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -205,11 +207,11 @@ class Plan:
     def describe(self) -> str:
         """What is kept, and how far the plan is from the lower bound: some lines of text."""
         lines = [
-            f"predicted peak {_mib(self.peak_bytes)} of {_mib(self.nothing_bytes)} with nothing recomputed; "
+            f"predicted peak {mib(self.peak_bytes)} of {mib(self.nothing_bytes)} with nothing recomputed; "
             f"extra work {100 * self.extra_flops:.1f} % of the step's FLOPs, {100 * self.extra_time:.1f} % of its time",
             self.distance(),
         ]
-        lines += [f"{_listed(names)}: {text}" for text, names in self.groups()]
+        lines += [f"{listed(names)}: {text}" for text, names in self.groups()]
         return "\n".join(lines)
 
     def distance(self) -> str:
@@ -250,9 +252,6 @@ def _plain(name: str) -> str:
     return "matmul" if base in ("mm", "addmm", "bmm", "baddbmm") else base.removeprefix("native_").replace("_", " ")
 
 
-def _mib(nbytes: float) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB"
-
-
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The names of some blocks, shortly."""
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} blocks)"
