@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -46,3 +47,8 @@ def parse_budget(text: str, name: str) -> Budget:
             f"{name} is {text!r}; it must be above 0: activations take some memory whatever is recomputed."
         )
     return Budget(nbytes=nbytes)
+
+
+def mib(nbytes: float) -> str:
+    """Bytes for people, in MiB; rounded up, so that the same as a budget is enough."""
+    return f"{math.ceil(nbytes / 2**20 * 10) / 10:,.1f} MiB"

@@ -298,6 +298,7 @@ def _memory(given: str, settings: Settings, budget: str | None, plot: Path | Non
     show(trade)
     if plot is not None:
         draw(trade, plot)
+        print(f"\nThe trade is drawn in {plot}.")
 
 
 @contextlib.contextmanager

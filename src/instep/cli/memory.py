@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from instep.budget import mib
 from instep.cli.flags import UsageError
 from instep.engines.trade import Trade
 from instep.errors import ResourceError
-from instep.gradient_checkpointing.structure import Plan
+from instep.gradient_checkpointing.structure import Plan, listed
 
 
 def show(trade: Trade, file: object = None) -> None:
@@ -19,8 +20,8 @@ def show(trade: Trade, file: object = None) -> None:
     console = Console(highlight=False, markup=False, file=file)  # type: ignore[arg-type]
     profile = trade.profile
     console.print(
-        f"One microbatch takes {_mib(profile.peak_bytes)} for activations at its peak with nothing recomputed, "
-        f"{_mib(profile.held_bytes)} of them held for backward by {len(profile.names)} blocks. Weights, gradients and "
+        f"One microbatch takes {mib(profile.peak_bytes)} for activations at its peak with nothing recomputed, "
+        f"{mib(profile.held_bytes)} of them held for backward by {len(profile.names)} blocks. Weights, gradients and "
         f"the optimizer's state come on top."
     )
     console.print()
@@ -30,10 +31,10 @@ def show(trade: Trade, file: object = None) -> None:
     table.add_column("blocks recomputed", overflow="fold")
     mark = _nearest(trade)
     for place, plan in enumerate(trade.plans):
-        style = "bold" if place == mark else None
+        share = math.ceil(100 * plan.peak_bytes / profile.peak_bytes)  # so that --budget of it is enough
         table.add_row(
-            _mib(plan.peak_bytes), _percent(plan.peak_bytes / profile.peak_bytes, 0), _percent(plan.extra_time),
-            _percent(plan.extra_flops), _in_short(plan), style=style,
+            mib(plan.peak_bytes), f"{share} %", _percent(plan.extra_time),
+            _percent(plan.extra_flops), _in_short(plan), style="bold" if place == mark else None,
         )  # fmt: skip
     console.print(table)
     console.print()
@@ -50,18 +51,18 @@ def show(trade: Trade, file: object = None) -> None:
 def _show_plan(console: object, trade: Trade, plan: Plan) -> None:
     say = console.print  # type: ignore[attr-defined]
     extra = trade.measured_s / trade.bare_s - 1 if trade.bare_s else 0.0
-    say(f"budget     {_mib(plan.budget_bytes)}")
-    say(f"predicted  {_mib(plan.peak_bytes)}, {_percent(plan.extra_time)} more time, "
+    say(f"budget     {mib(plan.budget_bytes)}")
+    say(f"predicted  {mib(plan.peak_bytes)}, {_percent(plan.extra_time)} more time, "
         f"{_percent(plan.extra_flops)} more FLOPs")  # fmt: skip
-    say(f"measured   {_mib(trade.measured_bytes)}, {_percent(extra)} more time (a few passes: other work on this "
+    say(f"measured   {mib(trade.measured_bytes)}, {_percent(extra)} more time (a few passes: other work on this "
         f"machine shows in it)")  # fmt: skip
     say(f"bound      {plan.distance()}")
     for label, other in (("larger", _beside(trade, plan, 1)), ("smaller", _beside(trade, plan, -1))):
         if other is not None:
-            say(f"{label:<11}{_mib(other.peak_bytes)} would cost {_percent(other.extra_time)} more time")
+            say(f"{label:<11}{mib(other.peak_bytes)} would cost {_percent(other.extra_time)} more time")
     say()
     for text, names in plan.groups():
-        say(f"{_names(names)}: {text}")
+        say(f"{listed(names)}: {text}")
 
 
 def _beside(trade: Trade, plan: Plan, side: int) -> Plan | None:
@@ -85,10 +86,6 @@ def _in_short(plan: Plan) -> str:
     whole = sum(bool(b.choice.acts) and not b.choice.selective for b in plan.blocks)
     parts = [(plan.checkpointed - whole, "in part"), (whole, "whole")]
     return ", ".join(f"{number} {what}" for number, what in parts if number) + f", of {len(plan.blocks)}"
-
-
-def _names(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} blocks)"
 
 
 def draw(trade: Trade, path: Path) -> None:
@@ -117,9 +114,5 @@ def draw(trade: Trade, path: Path) -> None:
         raise ResourceError(f"{path} cannot be written: {error.strerror}.") from None
 
 
-def _mib(nbytes: float) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB"
-
-
-def _percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

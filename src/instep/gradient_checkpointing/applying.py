@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from instep.errors import CheckpointingError
-from instep.gradient_checkpointing.replaying import Frame, Repeat, Script, Watch, swapped_buffers
+from instep.gradient_checkpointing.replaying import Frame, Repeat, Script, Watch
 from instep.gradient_checkpointing.structure import Act, BlockPlan, Plan
 
 
@@ -78,15 +78,15 @@ class _Block:
                 return checkpoint(forward, *args, use_reentrant=False, **kwargs)
             return checkpoint(forward, *args, use_reentrant=False, context_fn=self._compiled, **kwargs)
         frame = Frame(self._script, self._applied.verify)
-        training = self._module.training
-        if self._buffers and training:
-            frame.buffers = {name: self._module.get_buffer(name).detach().clone() for name in self._buffers}
+        frame.buffers = _copies({name: self._module.get_buffer(name) for name in self._buffers})
         watch = self._selective or frame.verify
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             return Watch(frame) if watch else nullcontext(), _Second(self._module, frame)
 
-        return checkpoint(forward, *args, use_reentrant=False, early_stop=True, context_fn=contexts, **kwargs)
+        # kwargs stay apart from checkpoint's own, such as `debug`
+        named = functools.partial(forward, **kwargs)
+        return checkpoint(named, *args, use_reentrant=False, early_stop=True, context_fn=contexts)
 
 
 def _compiled_contexts(script: Script) -> tuple[Any, Any]:
@@ -104,15 +104,21 @@ def _compiled_contexts(script: Script) -> tuple[Any, Any]:
 
 
 class _Second:
-    """The second pass: buffers have the values that they had in the first, and keep those that they have now."""
+    """The second pass. It leaves no trace on the block's modules: what it sets on them is taken back afterwards, and it
+    works on buffers of its own, with the values that they had before the first pass."""
 
     def __init__(self, module: nn.Module, frame: Frame):
         self._module, self._frame = module, frame
         self._repeat: Repeat | None = None
-        self._now: dict[str, torch.Tensor] = {}
+        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def __enter__(self) -> None:
-        self._now = swapped_buffers(self._module, self._frame.buffers)
+        self._before = [(module.__dict__, dict(module.__dict__)) for module in self._module.modules()]
+        for name, copy in _copies(self._frame.buffers).items():
+            owner = self._module.get_submodule(name.rpartition(".")[0])
+            buffers = owner.__dict__["_buffers"]
+            self._before.append((buffers, dict(buffers)))
+            buffers[name.rpartition(".")[2]] = copy
         if self._frame.watched:
             self._repeat = Repeat(self._frame)
             self._repeat.__enter__()
@@ -120,7 +126,19 @@ class _Second:
     def __exit__(self, *error: Any) -> None:
         if self._repeat is not None:
             self._repeat.__exit__(*error)
-        swapped_buffers(self._module, self._now)
+        for now, before in reversed(self._before):
+            for key in now.keys() - before.keys():
+                del now[key]
+            for key, value in before.items():
+                if key not in now or now[key] is not value:
+                    now[key] = value
+        self._before.clear()
+
+
+def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies; what is one tensor under two names stays one."""
+    copies = {id(tensor): tensor.detach().clone() for tensor in tensors.values()}
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
 
 
 def planned(model: nn.Module) -> bool:

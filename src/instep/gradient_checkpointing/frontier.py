@@ -100,8 +100,8 @@ def choice_of(graph: Graph, kept: Iterable[int], overheads: Overheads = _NONE) -
     if selective:
         around += overheads.watched_op_s * len(kind.operations)
     return Choice(
-        held_bytes=graph.held(stays) + kind.extra_bytes,
-        recompute_bytes=_recompute_peak(kind, acts, stays, last) + kind.extra_bytes,
+        held_bytes=graph.held(stays) + kind.extra_bytes + kind.buffer_bytes,
+        recompute_bytes=_recompute_peak(kind, acts, stays, last) + kind.extra_bytes + 2 * kind.buffer_bytes,
         flops=sum(op.flops for op in repeated),
         seconds=sum(op.seconds for op in repeated) + around,
         acts=acts,

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from instep.budget import mib
 from instep.errors import CheckpointingError
 from instep.gradient_checkpointing.frontier import Graph, Price, frontier, priced
-from instep.gradient_checkpointing.structure import BlockKind, BlockPlan, Choice, Plan, Profile, _mib
+from instep.gradient_checkpointing.structure import BlockKind, BlockPlan, Choice, Plan, Profile
 
 EXHAUSTIVE = 4096
 """Up to so many combinations all are tried."""
@@ -48,10 +49,10 @@ def plan(profile: Profile, *, budget_bytes: int, price: Literal["seconds", "flop
     fitting = [candidate for candidate in candidates if candidate.peak_bytes <= budget_bytes]
     if not fitting:
         least = min(candidate.peak_bytes for candidate in candidates)
-        tenths = math.ceil(least / 2**20 * 10) / 10 * 2**20  # so that what is shown suffices
+        share = math.ceil(100 * least / max(1, profile.peak_bytes))
         raise CheckpointingError(
-            f"no plan fits into {_mib(budget_bytes)}: the least that one needs is {_mib(tenths)}"
-            f", of {_mib(profile.peak_bytes)} with nothing recomputed; give it that, or take smaller microbatches."
+            f"no plan fits into {budget_bytes / 2**20:,.1f} MiB: the least that one needs is {mib(least)}, {share} % "
+            f"of the {mib(profile.peak_bytes)} with nothing recomputed; give it that, or take smaller microbatches."
         )
     best = min(fitting, key=lambda c: (c.cost, c.peak_bytes, c.choices))
     return _plan(profile, best, budget_bytes, price)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from instep.errors import CheckpointingError
 from instep.gradient_checkpointing.applying import planned
@@ -23,7 +23,7 @@ from instep.gradient_checkpointing.structure import (
     Profile,
     Storage,
 )
-from instep.gradient_checkpointing.tracing import Memory, Tracer, Visit
+from instep.gradient_checkpointing.tracing import Memory, Tracer, Visit, tensors_in
 from instep.restore import kept_module_state, kept_random_state
 
 Objective = Callable[[Any, Any], Tensor | Mapping[str, Tensor]]
@@ -92,52 +92,64 @@ def _used_once(model: nn.Module, objective: Objective, batch: Any, names: list[s
 
 
 def _trace(model: nn.Module, objective: Objective, batch: Any, names: list[str]) -> Tracer:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    known = [*model.parameters(), *model.buffers()]
-    known += [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
-    tracer = Tracer(known, parameters[0].device if parameters else torch.device("cpu"))
+    known = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
+    tracer = Tracer(known, _device(model))
     handles = tracer.watch(model, names)
     hooks = torch.autograd.graph.saved_tensors_hooks(tracer.pack, tracer.unpack)
     try:
         with _untouched(model), tracer:
-            with hooks if names else _nothing():
+            with hooks if names else nullcontext():
                 loss = _total(objective(model, batch))
             tracer.forward_ends = tracer.clock
-            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            found = _gradients(model, loss)
             tracer.gradients(found)
             del found, loss
     finally:
         for handle in handles:
             handle.remove()
     for index, visits in tracer.visits.items():
-        if visits[-1].changes_input:
+        if visits[-1].spoils:
             raise CheckpointingError(
-                f"block '{names[index]}' changes its input in place ({visits[-1].changes_input}), so its forward "
-                f"cannot be run twice; let it work on a copy, or leave it out with blocks=."
+                f"{visits[-1].spoils} changes in place an input of block '{names[index]}', or a tensor that is none of "
+                f"its buffers, so its forward cannot be run twice; let it work on a copy, make the tensor a buffer of "
+                f"the block, or leave the block out with blocks=."
             )
     return tracer
 
 
 def _timed(model: nn.Module, objective: Objective, batch: Any) -> float:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    on_gpu = parameters[0].device.type == "cuda"
+    on_gpu = _device(model).type == "cuda"
     with _untouched(model):
         if on_gpu:
             torch.cuda.synchronize()
         began = time.perf_counter()
-        torch.autograd.grad(_total(objective(model, batch)), parameters, allow_unused=True)
+        _gradients(model, _total(objective(model, batch)))
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
 
+def _device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> tuple[Tensor | None, ...]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters or not loss.requires_grad:
+        raise CheckpointingError(
+            "the objective depends on no weight that requires a gradient, so there is no backward to plan for; let "
+            "some weight require one, and detach nothing on the way to the objective."
+        )
+    return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
 def _total(sums: Any) -> Tensor:
-    parts = [value.float() for value in sums.values()] if isinstance(sums, Mapping) else [sums]
-    if not all(isinstance(part, Tensor) and part.dim() == 0 for part in parts):
+    parts = list(sums.values()) if isinstance(sums, Mapping) else [sums]
+    if not parts or not all(isinstance(part, Tensor) and part.dim() == 0 for part in parts):
         raise CheckpointingError(
             "the objective gave no scalar tensor; it must give one, or a mapping of names to such, from (model, batch)."
         )
-    return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
+    return torch.stack([part.float() for part in parts]).sum() if len(parts) > 1 else parts[0]
 
 
 @contextmanager
@@ -146,24 +158,23 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-def _changed_buffers(model: nn.Module, objective: Objective, batch: Any, names: list[str]) -> list[tuple[str, ...]]:
-    """Of each block, the buffers that a forward changes."""
+def _changed_buffers(model: nn.Module, objective: Objective, batch: Any, names: list[str]) -> list[dict[str, int]]:
+    """Of each block, the buffers that a forward changes, and their bytes."""
     with _untouched(model), torch.no_grad():
         before = {name: dict(_copies(model.get_submodule(name))) for name in names}
         objective(model, batch)
         return [
-            tuple(key for key, value in _copies(model.get_submodule(name)) if not _same(value, before[name][key]))
+            {
+                key: value.nbytes
+                for key, value in _copies(model.get_submodule(name))
+                if key not in before[name] or not _same(value, before[name][key])
+            }
             for name in names
         ]
 
 
 def _copies(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, buffer in module.named_buffers():
+    for name, buffer in module.named_buffers(remove_duplicate=False):
         yield name, buffer.detach().clone()
 
 
@@ -174,7 +185,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 # From traces to the profile
 
 
-def _profile(traces: list[Tracer], names: list[str], buffers: list[tuple[str, ...]], seconds: float) -> Profile:
+def _profile(traces: list[Tracer], names: list[str], buffers: list[dict[str, int]], seconds: float) -> Profile:
     tracer = traces[-1]
     visits = [tracer.visits[index][-1] for index in range(len(names))]
     if any([c.name for c in t.calls] != [c.name for c in tracer.calls] for t in traces):
@@ -186,11 +197,10 @@ def _profile(traces: list[Tracer], names: list[str], buffers: list[tuple[str, ..
     least = [min(t.calls[place].seconds for t in traces) for place in range(len(tracer.calls))]
     own = [_own(tracer, index, visit) for index, visit in enumerate(visits)]
     extra = _extra(tracer, visits)
-    kinds: dict[Any, list[int]] = {}
+    kinds: dict[BlockKind, list[int]] = {}
     built = []
     for index, visit in enumerate(visits):
-        copies = _buffer_bytes(buffers[index])
-        kind = _kind(tracer, visit, own[index], least, extra[index] + copies, buffers[index])
+        kind = _kind(tracer, visit, own[index], least, extra[index], buffers[index])
         built.append(kind)
         kinds.setdefault(_signature(kind), []).append(index)
     order = list(kinds)
@@ -206,10 +216,6 @@ def _profile(traces: list[Tracer], names: list[str], buffers: list[tuple[str, ..
     )
 
 
-def _buffer_bytes(names: tuple[str, ...]) -> int:
-    return 64 * len(names)  # some numbers a channel; what they are exactly does not matter beside activations
-
-
 def _own(tracer: Tracer, index: int, visit: Visit) -> list[int]:
     """The memories that the block made."""
     return [
@@ -218,18 +224,20 @@ def _own(tracer: Tracer, index: int, visit: Visit) -> list[int]:
     ]  # fmt: skip
 
 
-def _escapes(memory: Memory, number: int, visit: Visit) -> bool:
-    return number in visit.outputs or bool(memory.packed - {memory.block})
+def _escapes(tracer: Tracer, number: int, visit: Visit) -> bool:
+    """Whether the memory leaves the block: as an output, for others' backward, or kept by whoever else refers to it."""
+    memory = tracer.memories[number]
+    if number in visit.outputs or memory.packed - {memory.block}:
+        return True
+    return not memory.packed and _died(tracer, memory) > visit.stop
 
 
 def _holds(tracer: Tracer, own: list[int], visit: Visit) -> list[int]:
     """Of a block's memories, those that only backward's needs keep alive after it."""
-    found = []
-    for number in own:
-        memory = tracer.memories[number]
-        if _died(tracer, memory) > visit.stop and not _escapes(memory, number, visit):
-            found.append(number)
-    return found
+    return [
+        number for number in own
+        if _died(tracer, tracer.memories[number]) > visit.stop and not _escapes(tracer, number, visit)
+    ]  # fmt: skip
 
 
 def _died(tracer: Tracer, memory: Memory) -> int:
@@ -251,7 +259,7 @@ def _extra(tracer: Tracer, visits: list[Visit]) -> list[int]:
 
 
 def _kind(
-    tracer: Tracer, visit: Visit, own: list[int], least: list[float], extra: int, buffers: tuple[str, ...]
+    tracer: Tracer, visit: Visit, own: list[int], least: list[float], extra: int, buffers: dict[str, int]
 ) -> BlockKind:
     place_of = {number: place for place, number in enumerate(own)}
     length = visit.stop - visit.start
@@ -266,25 +274,23 @@ def _kind(
         operations.append(
             Operation(
                 call.name, call.module, call.flops, least[place],
-                reads=local(call.reads) if writes or call.changed_outside else (), writes=writes,
+                reads=local(call.reads) if writes or call.pinned else (), writes=writes,
                 views=place_of.get(call.views) if call.views is not None else None,
                 changes=call.changes, random=call.random, constant=call.constant,
-                pinned=call.changed_outside and not writes,
+                pinned=call.pinned,
             )
         )  # fmt: skip
     storages = []
     for number in own:
         memory = tracer.memories[number]
         died = _died(tracer, memory)
-        packed = memory.block in memory.packed
+        packed, escapes = memory.block in memory.packed, _escapes(tracer, number, visit)
         dies = length if died > visit.stop else died - visit.start - 1
-        if packed and not _escapes(memory, number, visit):
+        if packed and not escapes:
             dies = _last_use(tracer, visit, number)
-        storages.append(
-            Storage(memory.nbytes, memory.born - visit.start - 1, dies, packed, _escapes(memory, number, visit))
-        )
+        storages.append(Storage(memory.nbytes, memory.born - visit.start - 1, dies, packed, escapes))
     held = sum(tracer.memories[number].nbytes for number in _holds(tracer, own, visit))
-    return BlockKind(tuple(operations), tuple(storages), held, extra, buffers)
+    return BlockKind(tuple(operations), tuple(storages), held, extra, tuple(buffers), sum(buffers.values()))
 
 
 def _last_use(tracer: Tracer, visit: Visit, number: int) -> int:
@@ -296,22 +302,18 @@ def _last_use(tracer: Tracer, visit: Visit, number: int) -> int:
     return max(uses) - visit.start
 
 
-def _signature(kind: BlockKind) -> Any:
-    operations = tuple(
-        (o.name, o.module, o.flops, o.reads, o.writes, o.views, o.changes, o.random, o.constant, o.pinned)
-        for o in kind.operations
-    )
-    return (operations, kind.storages, kind.held_bytes, kind.extra_bytes, kind.buffers)
+def _signature(kind: BlockKind) -> BlockKind:
+    """The kind without times: identical blocks have the same."""
+    return replace(kind, operations=tuple(replace(operation, seconds=0.0) for operation in kind.operations))
 
 
 def _averaged(kinds: list[BlockKind]) -> BlockKind:
     """One kind for identical blocks, each operation with the median of its times."""
-    operations = []
-    for same in zip(*(kind.operations for kind in kinds), strict=True):
-        values = {name: getattr(same[0], name) for name in Operation.__dataclass_fields__}
-        operations.append(Operation(**{**values, "seconds": statistics.median(o.seconds for o in same)}))
-    first = kinds[0]
-    return BlockKind(tuple(operations), first.storages, first.held_bytes, first.extra_bytes, first.buffers)
+    operations = tuple(
+        replace(same[0], seconds=statistics.median(operation.seconds for operation in same))
+        for same in zip(*(kind.operations for kind in kinds), strict=True)
+    )
+    return replace(kinds[0], operations=operations)
 
 
 def _alive(tracer: Tracer, numbers: Sequence[int] | range) -> list[int]:

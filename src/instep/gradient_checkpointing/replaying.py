@@ -26,6 +26,12 @@ UNSET = frozenset({"aten.empty", "aten.empty_like", "aten.new_empty", "aten.empt
 """Operations whose output has no value yet."""
 
 
+WORKSPACE = {
+    "aten.mkldnn_rnn_layer": 3, "aten._cudnn_rnn": 3, "aten.miopen_rnn": 3, "aten.cudnn_batch_norm": 3,
+}  # fmt: skip
+"""Operations whose outputs from this one on are scratch memory for backward, in part never written."""
+
+
 class Script:
     """A block's plan by operation, as the contexts read it. Shared by all passes of the block."""
 
@@ -35,10 +41,9 @@ class Script:
         self.names = [operation.name for operation in operations]
         self.modules = [operation.module for operation in operations]
         self.acts = list(acts)
-        kept = set(plan.choice.kept)
         self.changes = [operation.changes for operation in operations]
         self.random = [operation.random for operation in operations]
-        self.keeps = [bool(kept.intersection(operation.writes)) for operation in operations]
+        self.views = [operation.views is not None for operation in operations]
         self.skips = Act.SKIP in self.acts
         self.known: list[Any] = [None] * len(operations)  # the operation itself, once its name was seen to fit
 
@@ -112,9 +117,15 @@ class Watch(TorchDispatchMode):
             self._keep(place, out)
         elif act is Act.SKIP and not script.changes[place]:
             frame.shapes[place] = pytree.tree_map_only(Tensor, _shape, out)
-        elif frame.verify and act is Act.REPEAT and str(func.overloadpacket) not in UNSET:
-            frame.sums[place] = checksum(out)
+        elif frame.verify and act is Act.REPEAT and self._has_value(place, func):
+            frame.sums[place] = _sum(func, out)
         return out
+
+    def _has_value(self, place: int, func: Any) -> bool:
+        """Whether an output is worth checking. A view of what is kept may show a later value in the second pass; who
+        makes what it views is checked."""
+        view = self._frame.planned and self._frame.script.views[place]
+        return not view and str(func.overloadpacket) not in UNSET
 
     def _keep(self, place: int, out: Any) -> None:
         frame, script = self._frame, self._frame.script
@@ -158,7 +169,7 @@ class Repeat(TorchDispatchMode):
             raise _other_operation(script, place, func, first)
         act = Act.REPEAT if self._whole else script.acts[place]
         if act is not Act.REPEAT and script.changes[place]:
-            return args[0]
+            return args[0] if func._schema.returns else None
         if act is Act.KEEP:
             return frame.kept.pop(place)
         if act is Act.SKIP:
@@ -174,7 +185,7 @@ class Repeat(TorchDispatchMode):
             out = func(*args, **kwargs)
             generator.set_state(now)
         expected = frame.sums.get(place)
-        if expected is not None and checksum(out) != expected:
+        if expected is not None and _sum(func, out) != expected:
             raise RecomputeError(
                 f"operation {place} of block '{script.block}', {_short(func)} in '{script.where(place)}', gave another "
                 f"value in recompute than in the first pass: its forward depends on something that changed "
@@ -182,6 +193,12 @@ class Repeat(TorchDispatchMode):
                 f"block out of the plan with blocks=."
             )
         return out
+
+
+def _sum(func: Any, out: Any) -> Any:
+    """The checksum of what an operation gave, scratch memory left out."""
+    values = WORKSPACE.get(str(func.overloadpacket))
+    return checksum(out if values is None else out[:values])
 
 
 def is_weight_cast(func: Any, args: Any) -> bool:
@@ -196,16 +213,21 @@ class _Shape:
     stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    conjugate: bool
+    negative: bool
 
 
 def _shape(tensor: Tensor) -> _Shape:
-    return _Shape(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+    return _Shape(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg())
 
 
 def _without_memory(shape: _Shape) -> Tensor:
     """A tensor of this shape and layout without memory. `_check_read` keeps everybody from reading it."""
     empty = torch.empty(0, dtype=shape.dtype, device=shape.device)
-    return torch._C._dynamo.guards._reinterpret_tensor(empty, shape.size, shape.stride, 0)  # type: ignore[attr-defined,no-any-return]
+    tensor: Tensor = torch._C._dynamo.guards._reinterpret_tensor(empty, shape.size, shape.stride, 0)  # type: ignore[attr-defined]
+    torch._C._set_conj(tensor, shape.conjugate)
+    torch._C._set_neg(tensor, shape.negative)
+    return tensor
 
 
 def _check_read(script: Script, place: int, args: Any) -> None:
@@ -213,7 +235,9 @@ def _check_read(script: Script, place: int, args: Any) -> None:
     for value in args:
         if isinstance(value, (list, tuple)):
             _check_read(script, place, value)
-        elif isinstance(value, Tensor) and not value.untyped_storage().nbytes() and value.numel():
+        elif not isinstance(value, Tensor) or value.layout is not torch.strided:
+            continue
+        elif value.numel() and not value.untyped_storage().nbytes():
             raise RecomputeError(
                 f"operation {place} of block '{script.block}', in '{script.where(place)}', reads another tensor than "
                 f"when the model was profiled, though its operations are the same; profile it again, or leave the "
@@ -253,13 +277,3 @@ def _other_operation(script: Script, place: int, func: Any, first: Any) -> Recom
 
 def _short(func: Any) -> str:
     return str(func).removeprefix("aten.")
-
-
-def swapped_buffers(module: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gives buffers these values; returns those that they had. Past autograd, which counts changes."""
-    before = {}
-    for name, value in values.items():
-        buffer = module.get_buffer(name)
-        before[name] = buffer.detach().clone()
-        buffer.data.copy_(value)
-    return before

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from instep.budget import mib
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -35,7 +37,8 @@ class Operation:
     reads, writes: indices of the block's storages whose values it reads, and that it makes or changes in place.
     views: the storage that its output is a view of; a view costs nothing and has no values of its own.
     changes: the output is an input, changed in place. random: it draws random numbers. constant: its answer is no
-    tensor but a number, which is always remembered. pinned: it changes a buffer and is always done again.
+    tensor but a number, which is always remembered. pinned: it changes a buffer, or makes what takes no memory in the
+    profile, and is always done again.
     """
 
     name: str
@@ -56,7 +59,8 @@ class BlockKind:
     """What identical blocks have in common.
 
     held_bytes: what the block holds for backward where nothing is recomputed. extra_bytes: what it holds besides when
-    it is checkpointed: inputs that backward does not read, and copies of `buffers`, which forward changes.
+    it is checkpointed: inputs that backward does not read. buffers: those that forward changes, of `buffer_bytes`: a
+    checkpointed block holds copies of them, and makes more to be computed again.
     """
 
     operations: tuple[Operation, ...]
@@ -64,6 +68,7 @@ class BlockKind:
     held_bytes: int
     extra_bytes: int = 0
     buffers: tuple[str, ...] = ()
+    buffer_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -202,11 +207,11 @@ class Plan:
     def describe(self) -> str:
         """What is kept, and how far the plan is from the lower bound: some lines of text."""
         lines = [
-            f"predicted peak {_mib(self.peak_bytes)} of {_mib(self.nothing_bytes)} with nothing recomputed; "
+            f"predicted peak {mib(self.peak_bytes)} of {mib(self.nothing_bytes)} with nothing recomputed; "
             f"extra work {100 * self.extra_flops:.1f} % of the step's FLOPs, {100 * self.extra_time:.1f} % of its time",
             self.distance(),
         ]
-        lines += [f"{_listed(names)}: {text}" for text, names in self.groups()]
+        lines += [f"{listed(names)}: {text}" for text, names in self.groups()]
         return "\n".join(lines)
 
     def distance(self) -> str:
@@ -247,9 +252,6 @@ def _plain(name: str) -> str:
     return "matmul" if base in ("mm", "addmm", "bmm", "baddbmm") else base.removeprefix("native_").replace("_", " ")
 
 
-def _mib(nbytes: float) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB"
-
-
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """The names of some blocks, shortly."""
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)} blocks)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class Memory:
 
 @dataclass
 class Call:
-    """One operation. Memories by their number; `inputs` are those made outside the block, or before."""
+    """One operation. Memories by their number. `pinned`: what it makes or changes is no memory with a number, such as a
+    buffer or a tensor without elements, so that it has to be done again whenever the block is."""
 
     name: str
     module: str
@@ -41,7 +42,7 @@ class Call:
     views: int | None
     changes: bool
     constant: bool
-    changed_outside: bool
+    pinned: bool
     random: bool
     flops: int
     seconds: float
@@ -56,7 +57,9 @@ class Visit:
     back: int = -1
     inputs: frozenset[int] = frozenset()
     outputs: frozenset[int] = frozenset()
-    changes_input: str = ""
+    spoils: str = ""
+    """The operation that changes in place what a second pass would find changed: an input, also after the block, or
+    what the block did not make and is none of its buffers."""
 
 
 class Tracer(TorchDispatchMode):
@@ -75,7 +78,8 @@ class Tracer(TorchDispatchMode):
         self.clock = 0
         self.flops = 0
         self.block, self.module = -1, ""
-        self._known = {tensor.untyped_storage()._cdata for tensor in known if tensor.layout is torch.strided}
+        self._buffers: dict[int, set[int]] = {}
+        self._known = set(map(_storage, known))
         self._number: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}
         self._wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -106,13 +110,14 @@ class Tracer(TorchDispatchMode):
         outputs = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
         changed = _changed(func, args, kwargs)
         changed_numbers = {number for value in changed if (number := self._of(value)) is not None}
-        made = []
-        for value in outputs:
-            number = self._of(value)
-            if number is None and not self._is_known(value) and value.untyped_storage().nbytes():
-                made.append(self._add(value, self.block))
-        taken = {self._of(value) for value in outputs} - set(made) - changed_numbers - {None}
-        is_view = not made and not changed and bool(outputs)
+        given = self._known | set(map(_storage, inputs))
+        fresh = [value for value in outputs if _storage(value) not in given]
+        made = [
+            self._add(value, self.block) for value in fresh
+            if value.layout is torch.strided and self._of(value) is None and value.untyped_storage().nbytes()
+        ]  # fmt: skip
+        is_view = not fresh and not changed and bool(outputs)
+        taken = sorted(number for value in outputs if (number := self._of(value)) is not None)
         counter = flop_registry.get(getattr(func, "overloadpacket", None))
         flops = int(counter(*args, **kwargs, out_val=out)) if counter else _attention_flops(func, inputs)
         self.flops += flops
@@ -120,20 +125,28 @@ class Tracer(TorchDispatchMode):
             Call(
                 str(func), self.module,
                 reads=() if is_view else tuple(sorted(seen)), writes=tuple(sorted({*made, *changed_numbers})),
-                views=next(iter(sorted(n for n in taken if n is not None)), None) if is_view else None,
-                changes=bool(changed) and not made, constant=not outputs,
-                changed_outside=len(changed_numbers) < len({v.untyped_storage()._cdata for v in changed}),
+                views=taken[0] if is_view and taken else None,
+                changes=bool(changed) and not made, constant=not outputs and not changed,
+                pinned=not made and not changed_numbers and bool(fresh or changed),
                 random=torch.Tag.nondeterministic_seeded in func.tags, flops=flops, seconds=seconds,
             )
         )  # fmt: skip
-        if self.block >= 0 and changed_numbers & self.visits[self.block][-1].inputs:
-            self.visits[self.block][-1].changes_input = str(func)
+        if not self.forward_ends:
+            self._note_spoils(str(func), changed)
 
-    def _is_known(self, value: Tensor) -> bool:
-        return value.layout is not torch.strided or value.untyped_storage()._cdata in self._known
+    def _note_spoils(self, name: str, changed: list[Tensor]) -> None:
+        for value in changed:
+            number, key = self._of(value), _storage(value)
+            for index, visits in self.visits.items():
+                visit = visits[-1]
+                inside = index == self.block and (
+                    key not in self._buffers[index] if number is None else self.memories[number].born <= visit.start
+                )
+                if inside or number in visit.inputs:
+                    visit.spoils = name
 
     def _of(self, value: Tensor) -> int | None:
-        return self._number.get(value.untyped_storage()._cdata) if value.layout is torch.strided else None
+        return self._number.get(_storage(value)) if value.layout is torch.strided else None
 
     def _add(self, value: Tensor, block: int) -> int:
         storage = value.untyped_storage()
@@ -157,7 +170,7 @@ class Tracer(TorchDispatchMode):
         number = self._of(value)
         if number is not None:
             self.memories[number].packed.add(self.block)
-        return value, self.block
+        return value.detach(), self.block  # an operation that saves its own output would hold on to itself
 
     def unpack(self, packed: tuple[Tensor, int]) -> Tensor:
         """Backward reads what was saved."""
@@ -180,6 +193,7 @@ class Tracer(TorchDispatchMode):
         handles: list[Any] = []
         for index, name in enumerate(names):
             block = model.get_submodule(name)
+            self._buffers[index] = set(map(_storage, block.buffers()))
             handles.append(block.register_forward_pre_hook(self._enter(index), with_kwargs=True, prepend=True))
             handles.append(block.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
             for part, module in block.named_modules():
@@ -190,8 +204,7 @@ class Tracer(TorchDispatchMode):
 
     def _enter(self, index: int) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            inputs = (self._of(v) for v in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(v, Tensor))
-            visit = Visit(self.clock, inputs=frozenset(number for number in inputs if number is not None))
+            visit = Visit(self.clock, inputs=self._numbers([args, kwargs]))
             self.visits.setdefault(index, []).append(visit)
             self.block, self.module = index, ""
 
@@ -199,9 +212,11 @@ class Tracer(TorchDispatchMode):
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         visit = self.visits[self.block][-1]
-        outputs = (self._of(value) for value in pytree.tree_leaves(out) if isinstance(value, Tensor))
-        visit.stop, visit.outputs = self.clock, frozenset(number for number in outputs if number is not None)
+        visit.stop, visit.outputs = self.clock, self._numbers(out)
         self.block, self.module = -1, ""
+
+    def _numbers(self, values: Any) -> frozenset[int]:
+        return frozenset(number for value in tensors_in(values) if (number := self._of(value)) is not None)
 
     def _into(self, part: str) -> Any:
         def into(module: nn.Module, args: Any) -> None:
@@ -214,6 +229,22 @@ class Tracer(TorchDispatchMode):
             self.module = part.rpartition(".")[0]
 
         return out_of
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in lists, dicts, whatever else pytree knows, and dataclasses, in order."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, part.name) for part in fields(leaf)])
+    return found
+
+
+def _storage(value: Tensor) -> int:
+    """Says whether two tensors lie in one memory; a sparse one has a number of its own."""
+    return int(value.untyped_storage()._cdata) if value.layout is torch.strided else id(value)
 
 
 def _changed(func: Any, args: Any, kwargs: Any) -> list[Tensor]:

@@ -28,6 +28,7 @@ def _of(value: Any) -> Any:
     facts = (tuple(value.shape), value.dtype)
     if value.layout is not torch.strided or value.is_quantized:
         return facts
+    value = value.resolve_conj().resolve_neg()
     flat = torch.view_as_real(value) if value.is_complex() else value
     bits = flat.contiguous().view(-1).view(_INTEGERS[flat.element_size()]) if flat.numel() else flat.new_empty(0)
     total = weighted = 0

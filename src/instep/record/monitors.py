@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from instep.budget import mib
 from instep.record.progress import Progress, duration, fit, nbytes, number, rate
 
 _LABEL = 12
@@ -108,12 +109,14 @@ class Console:
     def _planned(self, event: Mapping[str, Any]) -> None:
         """A gradient checkpointing plan, and what it took when it was tried."""
         measured = event["measured_bytes"]
-        took = f", measured {nbytes(measured)}" if measured is not None else ""
-        self._screen.row(
-            "memory",
-            f"{nbytes(event['predicted_bytes'])} predicted{took}, of {nbytes(event['nothing_recomputed_bytes'])}; "
-            f"{100 * event['extra_flops']:.1f} % more FLOPs in {event['checkpointed']} of {event['blocks']} blocks",
-        )
+        took = f", measured {mib(measured)}" if measured is not None else ""
+        work = "nothing recomputed: all of it fits"
+        if event["checkpointed"]:
+            work = (
+                f"{100 * event['extra_flops']:.1f} % more FLOPs in {event['checkpointed']} of {event['blocks']} blocks"
+            )
+        whole = mib(event["nothing_recomputed_bytes"])
+        self._screen.row("memory", f"{mib(event['predicted_bytes'])} predicted{took}, of {whole} a microbatch; {work}")
         self._screen.gap()
 
     def _costs(self, result: Mapping[str, Any]) -> None:
