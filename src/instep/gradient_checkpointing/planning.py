@@ -3,18 +3,20 @@
 Candidates are found without looking at the budget; a plan is the cheapest of them that fits. So a larger budget
 never costs more. Few combinations are all tried, which makes the plan exact. Where they are many, candidates are
 those on the way from nothing recomputed to everything, a step at a time: always the step of a block to another of its
-choices that frees the most bytes for its price, as in a knapsack; and beside each, those with the last block at a
-choice between.
+choices that frees the most bytes for its price, as in a knapsack; beside each, those with the last block at a choice
+between; and mixtures, found block after block.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from operator import attrgetter
+from typing import Any, Literal
 
 from instep.budget import mib
 from instep.errors import CheckpointingError
@@ -23,6 +25,9 @@ from instep.gradient_checkpointing.structure import BlockKind, BlockPlan, Choice
 
 EXHAUSTIVE = 4096
 """Up to so many combinations all are tried."""
+
+STATES = 4096
+"""Of mixtures, about so many are looked at for all blocks together."""
 
 POINTS = 24
 """Of each kind of block, about so many choices are combined."""
@@ -204,8 +209,10 @@ class _Search:
         return _Candidate(cost, peak_bytes(self.profile, chosen), choices)
 
     def ways(self) -> Iterator[tuple[int, ...]]:
-        """All combinations where they are few, else those on the way down."""
-        return self.all() if _combinations(self.profile, self.fronts) <= EXHAUSTIVE else self.steps()
+        """All combinations where they are few, else those on the way down, and mixtures."""
+        if _combinations(self.profile, self.fronts) <= EXHAUSTIVE:
+            return self.all()
+        return itertools.chain(self.steps(), self.mixtures())
 
     def all(self) -> Iterator[tuple[int, ...]]:
         def extended(head: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -244,6 +251,84 @@ class _Search:
         last = len(kind_of) - 1
         for place in range(len(self.fronts[kind_of[last]])):
             yield (*now[:last], place)
+
+    def mixtures(self) -> Iterator[tuple[int, ...]]:
+        """Block after block, the combinations so far that no other beats in bytes held, cost and peak alike (Nemhauser
+        and Ullmann, 1969, on the knapsack), thinned out where they are very many. Exact for a chain of few blocks."""
+        most = max(16, STATES // len(self.profile.kind_of))
+        states = [_State(0, 0.0, 0)]
+        for block, (run_bytes, recompute_bytes) in self._bases().items():
+            front = self.fronts[self.profile.kind_of[block]]
+            costs = [priced(choice, self.weights) for choice in front]
+            found = [
+                _State(
+                    state.held + choice.held_bytes,
+                    state.cost + cost,
+                    max(
+                        state.peak,
+                        state.held + choice.held_bytes + run_bytes,
+                        state.held + choice.recompute_bytes + recompute_bytes,
+                    ),
+                    (block, place, state.way),
+                )
+                for state in states
+                for place, (choice, cost) in enumerate(zip(front, costs, strict=True))
+            ]
+            states = _thinned(_best(found), most)
+        for state in states:
+            places, way = [0] * len(self.profile.kind_of), state.way
+            while way:
+                places[way[0]], way = way[1], way[2]
+            yield tuple(places)
+
+    def _bases(self) -> dict[int, tuple[int, int]]:
+        """By block, in the order in which they hold: the most that is alive beside what it and those before it hold
+        while it is the last that holds, and when its recompute begins."""
+        last: list[int] = []
+        found: dict[int, tuple[int, int]] = {}
+        for moment in self.profile.moments:
+            if moment.kind == "hold":
+                last.append(moment.block)
+                found[moment.block] = (0, 0)
+            elif moment.kind == "recompute":
+                last.remove(moment.block)
+                found[moment.block] = (found[moment.block][0], moment.base_bytes)
+            elif last:
+                found[last[-1]] = (max(found[last[-1]][0], moment.base_bytes), found[last[-1]][1])
+        return found
+
+
+@dataclass(slots=True)
+class _State:
+    """Of the blocks so far: bytes held, cost, peak; and way: (block, place, the way before), innermost the first."""
+
+    held: int
+    cost: float
+    peak: int
+    way: Any = ()
+
+
+def _best(states: list[_State]) -> list[_State]:
+    """Those that no other beats in all three, by rising bytes held."""
+    kept: list[_State] = []
+    costs: list[float] = []  # a staircase of those kept: costs rise and peaks fall
+    peaks: list[int] = []
+    for state in sorted(states, key=attrgetter("held", "cost", "peak")):
+        place = bisect.bisect_right(costs, state.cost)
+        if place and peaks[place - 1] <= state.peak:
+            continue
+        end = place
+        while end < len(peaks) and peaks[end] >= state.peak:
+            end += 1
+        costs[place:end], peaks[place:end] = [state.cost], [state.peak]
+        kept.append(state)
+    return kept
+
+
+def _thinned(states: list[_State], most: int) -> list[_State]:
+    if len(states) <= most:
+        return states
+    return [states[round(i * (len(states) - 1) / (most - 1))] for i in range(most)]
 
 
 def _plan(profile: Profile, candidate: _Candidate, budget_bytes: int, price: Literal["seconds", "flops"]) -> Plan:
