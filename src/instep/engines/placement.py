@@ -240,11 +240,13 @@ def trace_of(parameters: Sequence[Tensor]) -> list[Any]:
 
 
 def _updates_by_parameter(optimizer: optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+    # Fused SGD asks of all parameters together whether this is the first step of their momentum.
     hooks = [value for name, value in vars(optimizer).items() if name.endswith("_hooks")]
     hooks += [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
     known = {id(parameter) for parameter in parameters}
     return (
         type(optimizer) in BY_PARAMETER
+        and not (type(optimizer) is optim.SGD and any(group["fused"] for group in optimizer.param_groups))
         and not any(hooks)
         and "step" not in vars(optimizer)  # where a scheduler of torch counts steps, say
         and all(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"])
