@@ -21,6 +21,8 @@ class Exchange:
     The marks rise with the version and order everything else. In a step, all but `slots` is written before the
     worker's `posted` mark and read by the others between their sight of all of these and their own `done` mark, or
     written between these two and read after all are done; so nothing is overwritten before everybody has read it.
+    Where weights are shared, they and the sum in node 0's slot are written and read by their owners alone between all
+    `done` marks and the meeting at the step's end.
     """
 
     posted: NDArray[np.int64]
@@ -52,7 +54,7 @@ class Exchange:
     evaluation_sums: NDArray[np.float64]
     """[E, T]"""
     slots: NDArray[np.float32]
-    """[nodes, size] the gradient of each node of the tree; [0, 0] where it stays on a device."""
+    """[nodes, size] the gradient of each node of the tree; [0, 0] where it stays on a device. Parcels, too."""
     weights: NDArray[np.uint8]
     """[bytes] the weights, in their types, where all workers share them."""
     buffers: NDArray[np.float32]
