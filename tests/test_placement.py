@@ -221,7 +221,7 @@ def test_a_checkpoint_of_one_kind_is_resumed_by_the_other(
 
 
 def wide() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 20_000), nn.Linear(20_000, 1))
+    return nn.Sequential(nn.Linear(3, 20_000), nn.Linear(20_000, 2))  # of four blocks; worker 1 owns 60 000 weights
 
 
 def test_state_that_is_larger_than_a_slot_is_gathered_in_pieces(tmp_path: Path) -> None:
