@@ -21,16 +21,24 @@ class Exchange:
     The marks rise with the version and order everything else. In a step, all but `slots` is written before the
     worker's `posted` mark and read by the others between their sight of all of these and their own `done` mark, or
     written between these two and read after all are done; so nothing is overwritten before everybody has read it.
+    Where weights are shared, they and the sum in node 0's slot are written and read by their owners alone between all
+    `done` marks and the meeting at the step's end.
     """
 
     posted: NDArray[np.int64]
     """[W] s + 2 once the worker's nodes of step s, and its item counts of step s + 1, are there."""
     done: NDArray[np.int64]
     """[W] s + 2 once the worker has added its slice in step s. All done: the step is committed."""
+    met: NDArray[np.int64]
+    """[W] how often the worker came to a meeting of all, where weights are shared, as when its update is made."""
     evaluated: NDArray[np.int64]
     """[W] version + 1 once the worker's share of an evaluation at that version is there."""
     stop: NDArray[np.int64]
     """[1] as worker 0 saw it when it posted: whether to end after this step."""
+    said: NDArray[np.int64]
+    """[1] what worker 0 answers to a question that all must know the answer to."""
+    parcels: NDArray[np.int64]
+    """[W] bytes that the worker sends to worker 0 for a checkpoint."""
     counts: NDArray[np.int64]
     """[M, T] items of each term in the next step."""
     sums: NDArray[np.float64]
@@ -46,7 +54,9 @@ class Exchange:
     evaluation_sums: NDArray[np.float64]
     """[E, T]"""
     slots: NDArray[np.float32]
-    """[nodes, size] the gradient of each node of the tree; [0, 0] where it stays on a device."""
+    """[nodes, size] the gradient of each node of the tree; [0, 0] where it stays on a device. Parcels, too."""
+    weights: NDArray[np.uint8]
+    """[bytes] the weights, in their types, where all workers share them."""
     buffers: NDArray[np.float32]
     """[nodes, size] floating buffers."""
     integers: NDArray[np.int64]
@@ -67,6 +77,7 @@ def regions(
     parameters: int,
     buffers: Buffers,
     evaluations: int,
+    weight_bytes: int,
     on_device: bool,
 ) -> dict[str, Region]:
     """The sizes of the arrays of an `Exchange`."""
@@ -75,8 +86,11 @@ def regions(
     return {
         "posted": marks,
         "done": marks,
+        "met": marks,
         "evaluated": marks,
         "stop": Region((1,), "int64"),
+        "said": Region((1,), "int64"),
+        "parcels": Region((workers,), "int64"),
         "counts": Region((microbatches, terms), "int64"),
         "sums": Region((microbatches, terms), "float64"),
         "touched": Region((workers, parameters), "uint8"),
@@ -85,6 +99,7 @@ def regions(
         "evaluation_counts": Region((evaluations, terms), "int64"),
         "evaluation_sums": Region((evaluations, terms), "float64"),
         "slots": Region((0, 0) if on_device else (nodes, layout.size), "float32"),
+        "weights": Region((weight_bytes,), "uint8"),
         "buffers": Region((nodes, buffers.layout.size), "float32", reserve=False),
         "integers": Region((workers, buffers.integer_layout.size), "int64", reserve=False),
     }

@@ -1,9 +1,14 @@
 """The lockstep engine: every worker in every update, on collectives over shared memory, without a server.
 
-A step goes in one direction: load, compute and fold, post, add the slices, commit, update. Weights and the
-optimizer's state are private to each worker; only gradients are shared. A step is committed when every slice is
-marked done, and that mark is never taken back, so either all workers can take a step or all can redo it from
-unchanged weights.
+A step goes in one direction: load, compute and fold, post, add the slices, commit, update, settle. Gradients are
+shared. So are the weights, each worker updating its share of them, wherever `instep.engines.placement` finds that this
+changes no bit; else weights and the whole update are private to each worker. A step is committed when every slice is
+marked done, and that mark is never taken back. Before it no weight of the step is changed, after it all are, and they
+are read again only when all have settled; a team that loses a worker in between starts again from a checkpoint, in
+other memory.
+
+Why a worker may read shared weights after a step (to evaluate, to write a checkpoint) though others go on: they can
+compute the next step meanwhile, but update nothing before it is committed, and for that each worker must have posted.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from torch import Tensor
 
 from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate
 from instep.engines.exchange import Exchange, regions
+from instep.engines.placement import Placement, choose, trace_of
 from instep.engines.replica import Replica
 from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
@@ -26,7 +32,7 @@ from instep.objectives import check
 from instep.reduce.buffers import Buffers, changed_by_any
 from instep.reduce.fold import Fold
 from instep.reduce.layout import BLOCK, Layout
-from instep.reduce.reduction import Reduction, clip, total_norm
+from instep.reduce.reduction import Reduction, total_norm
 from instep.reduce.shared import Region, as_tensors, mark, wait_for
 from instep.reduce.tree import worker_ranges
 
@@ -75,12 +81,18 @@ class Lockstep:
         """Seconds it has computed, slowness included."""
         self._batches: list[Any] = []
 
-    def prepare(self, version: int) -> dict[str, Region]:
-        """Loads the first batches and learns the objective's terms. Returns what memory the team must share."""
+    def prepare(self, version: int) -> None:
+        """Loads the first batches and learns the objective's terms."""
+        before = trace_of(self.replica.parameters)
         probe = self.replica.learn_terms(version)
+        self._steady = trace_of(self.replica.parameters) == before
         self.terms = list(self.replica.objective.terms or ())
         if version == 0 and self.worker == 0:
             check(self.replica.objective, self.replica.module, probe)
+
+    def memory(self) -> dict[str, Region]:
+        """Decides where the weights are to lie. Returns what memory the team must share."""
+        self.placement: Placement = choose(self.replica, self.reduction, self.worker, steady=self._steady)
         return regions(
             reduction=self.reduction,
             microbatches=self.replica.recipe.microbatches,
@@ -88,6 +100,7 @@ class Lockstep:
             parameters=len(self.replica.parameters),
             buffers=self.buffers,
             evaluations=len(self._held_out),
+            weight_bytes=self.placement.weight_bytes,
             on_device=self.replica.device.type != "cpu",
         )
 
@@ -99,9 +112,8 @@ class Lockstep:
         else:
             size = self._layout.size
             self._slots = [torch.zeros(size, device=self.replica.device) for _ in self.reduction.nodes]
+        self.placement.attach(self._exchange, self._slots, self._barrier)
         own = self.reduction.slots_of(self.worker)
-        self._home = self._slots[own[0]]
-        self._gradients = self._layout.views(self._home)
         self._fold = Fold(
             self._layout, self.replica.parameters, self.reduction.nodes_of(self.worker), [self._slots[i] for i in own]
         )
@@ -131,6 +143,7 @@ class Lockstep:
 
         from_s = self._clock()
         self._compute(step, totals)
+        self.placement.check(step)
         if self.slowness > 1:
             time.sleep((self.slowness - 1) * (self._clock() - from_s))
         to_s = self._clock()
@@ -153,23 +166,24 @@ class Lockstep:
                 changed, self._own.start, self.reduction.nodes_of(self.worker), [rows[i] for i in own_slots],
                 torch.from_numpy(exchange.integers[self.worker]),
             )  # fmt: skip
-        norms = self.reduction.add_slice(self.worker, self._slots)
+        norms = self.placement.add_slice(self._slots)
         blocks = self._layout.slice_of(self.worker, self.workers)
         exchange.norms[blocks.start : blocks.stop] = norms.cpu().numpy()
 
-        self._barrier(exchange.done, step + 2)  # committed: every worker's home holds the whole gradient
+        self._barrier(exchange.done, step + 2)  # committed: the gradient is whole
         terms = self._terms_of(sums, totals, step)
         norm = total_norm(exchange.norms)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about_gradient(step, touched))
         objective = replica.objective.whole(terms, step)
         verdict = self.watcher.judge(step, objective)
-        rate = self._update(step, norm, touched) if verdict.updates else 0.0
+        rate = self.placement.update(step, norm, touched) if verdict.updates else 0.0
         if changed and verdict.updates:
             self.buffers.finish(
                 changed, self.reduction.plan, as_tensors(exchange.buffers), as_tensors(exchange.integers),
                 sum(1 for m in range(replica.recipe.microbatches) if replica.cursor.microbatch(step, m)),
             )  # fmt: skip
+        self.placement.settle()  # settled: the weights can be read
         self._pulse.advance()
         items = totals[self.terms[0]]
         progress.merged(version=step + 1, steps=step + 1, items=items, objective=objective)
@@ -178,11 +192,6 @@ class Lockstep:
         if self.worker == 0:
             self._emit_merged(step, objective, terms, items, rate, norm, verdict)
         return next_totals, stopped
-
-    def _update(self, step: int, norm: float, touched: Any) -> float:
-        clip(self._home, norm, self.replica.recipe.clip_norm)
-        gradients = [view if seen else None for view, seen in zip(self._gradients, touched, strict=True)]
-        return self.replica.update(step, gradients)
 
     def _compute(self, step: int, totals: dict[str, int]) -> None:
         self._fold.begin()
@@ -229,7 +238,7 @@ class Lockstep:
         return {name: math.fsum(sums[:, place]) / totals[name] for place, name in enumerate(self.terms) if totals[name]}
 
     def _about_gradient(self, step: int, touched: Any) -> str:
-        named = zip(self.replica.names, self._gradients, touched, strict=True)
+        named = zip(self.replica.names, self.placement.gradients, touched, strict=True)
         bad = next((name for name, view, seen in named if seen and not bool(torch.isfinite(view).all())), None)
         which = f"of '{bad}' is not finite" if bad else "is too large to square"
         return (
@@ -241,7 +250,8 @@ class Lockstep:
     def bytes_a_step(self) -> int:
         """Bytes that pass between the team's workers in a step: a reduce-scatter of all nodes, and an all-gather.
 
-        With one node a worker it is ``2 (W - 1)`` times the gradient, as with a ring all-reduce.
+        With one node a worker it is ``2 (W - 1)`` times the gradient, as with a ring all-reduce. The all-gather is of
+        the sum or, where they are shared, of the weights.
         """
         gradient_bytes = 4 * self.replica.size
         others, nodes = self.workers - 1, len(self.reduction.nodes)

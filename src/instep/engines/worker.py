@@ -61,10 +61,14 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     engine = Lockstep(replica, worker, team.workers, session.pulse, session.emit, session.clock)
     if saved is not None:
         engine.watcher.load(saved.training_state.get("watch"))
-    memory = engine.prepare(progress.version)
+    engine.prepare(progress.version)
     fit_memory(replica, team.memory, session.emit if worker == 0 else None)
+    memory = engine.memory()
     facts = session.facts(
-        version=progress.version, weights=digest_of_state(replica.module.state_dict()), terms=engine.terms
+        version=progress.version,
+        weights=digest_of_state(replica.module.state_dict()),
+        terms=engine.terms,
+        shared_weight_bytes=engine.placement.weight_bytes,
     )
     engine.join(descriptor, session.ready(facts, memory)[1])
     engine.slowness = server.slowness_of(session)
@@ -74,7 +78,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         version = progress.version
         best = False
         if version < recipe.steps and recipe.evaluate_every and version % recipe.evaluate_every == 0:
-            best = session.evaluated(progress, engine.evaluate(version))
+            best = engine.placement.agree(session.evaluated(progress, engine.evaluate(version)))
         session.send_events(held=True)
         due = last or bool(progress.stopped) or version % team.checkpoint_every == 0
         if due or best:
@@ -83,10 +87,11 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             session.send_events()  # a checkpoint never holds steps that the tape lacks
             if due:
                 session.pipe.send(("digest", version, digest_of_state(state)))
-            if worker == 0:
-                session.save(progress, state, {**replica.training_state(), "watch": engine.watcher.state()})
-            if best:
-                session.mark_best(progress)
+            training = engine.placement.training_state()
+            if training is not None:
+                session.save(progress, state, {**training, "watch": engine.watcher.state()})
+                if best:
+                    session.mark_best(progress)
 
     interrupted = engine.run(progress, after_step, progress.version if progress.stopped else recipe.steps)
     ended_s = session.clock()
@@ -95,6 +100,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     if not (interrupted or evaluated) and session.evaluated(progress, engine.evaluate(progress.version)):
         session.mark_best(progress)
     digest = digest_of_state(replica.module.state_dict())
+    engine.placement.settle()  # nobody reads the weights any more: what the recipe shows them to may change them
     left = session.leave() if worker == 0 and not interrupted else {}
     session.send_events()
     costs = {

@@ -70,11 +70,16 @@ class Layout:
         return range(worker * self.blocks // workers, (worker + 1) * self.blocks // workers)
 
 
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill its memory without gap or overlap, in any order of dimensions (channels_last, say)."""
     order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), -d))
     step = 1
-    for dim in order:  # dense and without overlap, in any order of dimensions (channels_last, say)
+    for dim in order:
         if tensor.shape[dim] != 1 and tensor.stride(dim) != step:
-            return torch.empty(tensor.shape, device="meta").stride()
+            return False
         step *= tensor.shape[dim]
-    return tensor.stride()
+    return True
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()

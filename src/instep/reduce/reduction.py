@@ -19,8 +19,8 @@ class Reduction:
 
     `slots[i]` is the flat vector ([layout.size], float32) of node i, visible to all workers. The sum of a slice is
     left in the *first* slot of every worker, its home, so that afterwards each worker reads the whole gradient from
-    a vector that only it uses, and an optimizer may change it in place. The bytes that a worker moves are those of a
-    reduce-scatter and an all-gather.
+    a vector that only it uses, and an optimizer may change it in place; or in slot 0 alone. The bytes that a worker
+    moves are those of a reduce-scatter and an all-gather; of the gradient, or else of the weights.
     """
 
     def __init__(self, layout: Layout, microbatches: int, workers: int):
@@ -40,13 +40,13 @@ class Reduction:
         """The worker's maximal nodes, from left to right."""
         return self._own[worker]
 
-    def add_slice(self, worker: int, slots: Sequence[Tensor]) -> Tensor:
-        """Adds the worker's blocks of all slots in tree order, in place.
+    def add_slice(self, worker: int, slots: Sequence[Tensor], *, to_all: bool = True) -> Tensor:
+        """Adds the worker's blocks of all slots in tree order, in place; into every worker's home or slot 0 alone.
 
         Returns the L2 norm of each of these blocks ([blocks of the slice], float32): the parts of the gradient's norm,
         whose order does not depend on the team either.
         """
-        homes = [self.slots_of(other)[0] for other in range(1, self.workers)]
+        homes = [self.slots_of(other)[0] for other in range(1, self.workers)] if to_all else []
         own = self.layout.slice_of(worker, self.workers)
         blocks = [slot.view(-1, self.layout.block)[own.start : own.stop] for slot in slots]
         if self.plan or homes:

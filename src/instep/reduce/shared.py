@@ -135,6 +135,6 @@ def _mib(nbytes: int) -> str:
 
 def _too_little(wanted: int, why: str) -> str:
     return (
-        f"the workers' gradients need {_mib(wanted)} of shared memory, and {why}; "
+        f"the workers' gradients and weights need {_mib(wanted)} of shared memory, and {why}; "
         f"take fewer workers or a smaller model, or free some memory."
     )
