@@ -341,7 +341,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
 def test_memory_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("instep.reduce.shared._available_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match="MiB of shared memory, and 0 MiB are free; take fewer workers"):
-        train_here(regression(), Team(workers=2), tmp_path / "run")
+        train_here(workloads.gpt(steps=2), Team(workers=2), tmp_path / "run")
 
 
 def test_memory_that_the_system_refuses(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_memory_that_the_system_refuses(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
     try:
         with pytest.raises(ResourceError, match="shared memory, and the system answered"):
-            train_here(regression(), Team(workers=2), tmp_path / "run")
+            train_here(workloads.gpt(steps=2), Team(workers=2), tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
