@@ -1,9 +1,9 @@
 """Gradient checkpointing against rules of thumb: peak bytes and step time, one run, same model and batch.
 
 Run as ``python benchmarks/checkpointing.py [--depth 12] [--width 256] [--compile]``. One thread, passes interleaved in
-random order, medians; extra time is the median over rounds of the ratio to the same round's bare step. Bytes are the
-peak of live activations (weights, gradients and the batch left out) and what is held at the end of forward. Results
-go to benchmarks/results/memory.json.
+random order, medians; extra time is the median ratio to the steps with nothing recomputed just before and just after,
+since the machine's speed drifts. Bytes are the peak of live activations (weights, gradients and the batch left out) and
+what is held at the end of forward. Results go to benchmarks/results/memory.json.
 """
 
 from __future__ import annotations
@@ -129,23 +129,30 @@ def planned(model: Model, plan: Plan) -> Callable[[], None]:
 def measure(model: Model, tokens: Tensor, candidates: dict[str, Callable[[], None]], rounds: int) -> dict[str, Any]:
     """Peak bytes, median seconds and the extra time beside the first of each, the passes interleaved."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    ratios: dict[str, list[float]] = {name: [] for name in candidates}
     peaks: dict[str, int] = {}
     for name, on in candidates.items():
         on()
         peaks[name] = gc.measure(model, objective, tokens)[0]
         step_s(model, tokens)
     order = random.Random(0)
+    bare = candidates[next(iter(candidates))]
+    bare()
+    before = step_s(model, tokens)
     for _ in range(rounds):
         for name in order.sample(list(candidates), len(candidates)):
             candidates[name]()
             times[name].append(step_s(model, tokens))
+            bare()
+            after = step_s(model, tokens)
+            ratios[name].append(times[name][-1] / ((before + after) / 2))
+            before = after
     gc.remove(model)
-    bare = times[next(iter(candidates))]
     return {
         name: {
             "peak_bytes": peaks[name],
             "step_s": statistics.median(times[name]),
-            "extra_time": statistics.median(mine / its for mine, its in zip(times[name], bare, strict=True)) - 1,
+            "extra_time": statistics.median(ratios[name]) - 1,
         }
         for name in candidates
     }
@@ -225,7 +232,7 @@ def main() -> None:
         line += f"{100 * row['extra_time']:6.1f} %"
         if "predicted_bytes" in row:
             line += f"{100 * row['predicted_extra_time']:8.1f} %{100 * row['extra_flops']:6.1f} %"
-        print(line)
+        print(line, flush=True)
     by_flops = at_flops(profile)
     for name, value in by_flops.items():
         print(f"{name}: {value:.4f}")

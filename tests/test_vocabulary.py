@@ -57,6 +57,25 @@ class Hides(Offers):
     hidden = None  # type: ignore[assignment]
 
 
+class Scales(Offers):
+    """Its logits are more than what its head gives."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 3 * super().forward(tokens)
+
+
+class Layers(nn.Module):
+    """`hidden` is a layer, and no way to hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.hidden, self.head = nn.Embedding(WORDS, 5), nn.Linear(5, 5), nn.Linear(5, WORDS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.hidden(self.embedding(tokens)))
+        return out
+
+
 OBJECTIVES: dict[str, Callable[[], Any]] = {
     "plain": NextToken,
     "smoothed": lambda: NextToken(label_smoothing=0.1),
@@ -99,7 +118,8 @@ def test_chunks_give_the_sums_and_gradients_of_full_logits(
         objective.teacher.to(dtype)
     wanted_sums, wanted = gradients(objective, hides, batch)
     sums, found = gradients(objective, offers, batch)
-    assert offers.asked["hidden"] == int((batch[1] != -100).sum() > 3), "used where one chunk would not do"
+    in_chunks = bool((batch[1] != -100).sum() > 3)  # where one would not do
+    assert bool(offers.asked["hidden"]) == in_chunks
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     assert sums == pytest.approx(wanted_sums, rel=tolerance, abs=tolerance)
     assert found.keys() == wanted.keys()
@@ -141,7 +161,7 @@ def test_logits_of_more_than_a_chunk_are_never_made(monkeypatch: pytest.MonkeyPa
     batch = torch.randint(0, WORDS, (4, 9))
     for name in ("all", "forward"):
         gradients(OBJECTIVES[name](), model, batch)
-    assert model.asked["whole"] == 0
+    assert model.asked["whole"] == 1  # where it is looked at whether both ways agree
     assert most
     assert max(most) == 3
 
@@ -242,3 +262,27 @@ def test_a_model_that_only_half_offers_is_called_as_it_is() -> None:
     model.forward = lambda tokens: torch.zeros(*tokens.shape, WORDS)  # type: ignore[method-assign]
     found = predict(model, torch.zeros(2, 5, dtype=torch.long), torch.arange(10), "it")
     assert found.logits is not None
+
+
+def test_a_head_that_does_not_make_the_models_logits_is_refused() -> None:
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    with pytest.raises(ObjectiveError, match="not what its 'head' makes of its 'hidden' states") as caught:
+        predict(Scales(), tokens, torch.arange(12), "the objective")
+    assert "\n" not in caught.value.message
+
+
+def test_whether_it_does_is_looked_at_once_and_leaves_no_trace() -> None:
+    model, tokens = Offers().train(), torch.zeros(2, 6, dtype=torch.int64)
+    before = torch.get_rng_state()
+    for _ in range(3):
+        predict(model, tokens, torch.arange(12), "the objective")
+    assert model.asked == {"hidden": 3 + 1, "whole": 1}
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_layer_called_hidden_offers_nothing() -> None:
+    model, tokens = Layers(), torch.zeros(2, 6, dtype=torch.int64)
+    found = predict(model, tokens, torch.arange(12), "the objective")
+    assert found.logits is not None
+    assert torch.equal(found.logits, model(tokens).flatten(0, 1))

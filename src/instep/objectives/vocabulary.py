@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError
+from instep.restore import kept_module_state, kept_random_state
 
 CHUNK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 26}
 """Logits that are held at once, by kind of device: 128 MiB and 256 MiB in float32."""
@@ -28,6 +30,9 @@ BLOCK_ELEMENTS = 1 << 18
 """Logits of a chunk that the loss takes at once on a CPU: 1 MiB, so that they stay in its cache."""
 
 LEAST_ROWS = 64
+
+_APART = 0.05
+"""Share of the largest logit that two ways to it may differ by: low precision and other kernels."""
 """Fewer rows would make the projection slow."""
 
 Rows = Callable[..., tuple[Tensor, ...]]
@@ -147,7 +152,7 @@ def predict(model: nn.Module, inputs: Tensor, rows: Tensor, whose: str) -> Predi
     """
     head: Any = getattr(model, "head", None)
     hidden_of: Any = getattr(model, "hidden", None)
-    offers = isinstance(head, nn.Linear) and callable(hidden_of)
+    offers = isinstance(head, nn.Linear) and callable(hidden_of) and not isinstance(hidden_of, nn.Module)  # a layer
     if offers and len(rows) > chunk_rows(head.weight.shape[0], inputs.device.type):
         hidden = hidden_of(inputs)
         _check_shape(hidden, inputs, whose, f"hidden states of shape [{_listed(inputs)}, {head.in_features}]")
@@ -156,11 +161,38 @@ def predict(model: nn.Module, inputs: Tensor, rows: Tensor, whose: str) -> Predi
                 f"the model's hidden states are {hidden.shape[2]} wide and its head takes {head.in_features}; "
                 f"'head' must make the model's logits from what 'hidden' gives."
             )
+        _check_that_it_agrees(model, inputs)
         return _selected(Predictions(hidden=hidden.flatten(0, 1), head=head), rows)
     answer = model(inputs)
     logits = getattr(answer, "logits", answer)
     _check_shape(logits, inputs, whose, f"logits of shape [{_listed(inputs)}, vocabulary]")
     return _selected(Predictions(logits=logits.flatten(0, 1)), rows)
+
+
+_AGREED: WeakSet[nn.Module] = WeakSet()
+"""Models of which `_check_that_it_agrees` has seen an answer."""
+
+
+def _check_that_it_agrees(model: nn.Module, inputs: Tensor) -> None:
+    """Raises ObjectiveError where the model's logits are not what its head makes of its hidden states.
+
+    Looks at one text, once for each model, in eval mode; leaves no trace.
+    """
+    model = getattr(model, "_orig_mod", model)  # one text would have a compiled model compiled again
+    if model in _AGREED:
+        return
+    written: Any = model
+    with torch.no_grad(), kept_random_state(), kept_module_state(model, training=False):
+        answer = model(inputs[:1])
+        logits, found = getattr(answer, "logits", answer), written.head(written.hidden(inputs[:1]))
+    apart, scale = float((logits - found).abs().max()), float(logits.abs().max())
+    if not apart <= _APART * scale:
+        raise ObjectiveError(
+            f"the model's logits are not what its 'head' makes of its 'hidden' states: they differ by up to "
+            f"{apart:.2g}, where the largest is {scale:.2g}, and a loss in chunks takes them for the same; do in "
+            f"'hidden' all that the model does before its head, or give 'hidden' another name."
+        )
+    _AGREED.add(model)
 
 
 def chunk_rows(vocabulary: int, device: str = "cpu") -> int:

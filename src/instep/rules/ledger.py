@@ -292,15 +292,9 @@ class Ledger:
         return self._in_flight == 0 and not self._returned and self._next_piece == self._count
 
     def _weights(self, ready: Sequence[Contribution], staleness: Sequence[int]) -> tuple[float, ...]:
-        if self._whole:
-            return (1.0,) * len(ready)  # they were divided by the items of the whole batch
-        if self._bare and len(ready) == 1:
-            return (1.0,)
-        items = sum([c.items for c in ready])
-        shares = [c.items / items for c in ready] if items else [1 / len(ready)] * len(ready)
-        if not self._bare:
-            shares = [share / (1 + old) for share, old in zip(shares, staleness, strict=True)]
-        return tuple(shares)
+        if self._whole or (self._bare and len(ready) == 1):  # whole: divided by the items of the whole batch already
+            return (1.0,) * len(ready)
+        return self.rule.weights([c.items for c in ready], staleness)
 
     def _release(self, actions: list[Action]) -> None:
         """Gives work to those who wait, if the gate lets them and there is some."""

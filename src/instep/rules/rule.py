@@ -8,6 +8,7 @@ contribution (the version gate).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -87,6 +88,14 @@ class UpdateRule:
         else:
             wanted = -(-workers // (divisor or 1))
         return max(1, min(wanted, workers))
+
+    def weights(self, items: Sequence[int], staleness: Sequence[int]) -> tuple[float, ...]:
+        """The weight of each contribution of an update; equal ones before staleness where none has items."""
+        total = sum(items)
+        shares = [count / total for count in items] if total else [1 / len(items)] * len(items)
+        if self.weight == "staleness":
+            shares = [share / (1 + old) for share, old in zip(shares, staleness, strict=True)]
+        return tuple(shares)
 
     @property
     def gradients(self) -> bool:
