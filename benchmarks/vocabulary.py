@@ -140,13 +140,17 @@ def _losses(hidden: Tensor, head: Any, targets: Tensor) -> dict[str, Callable[[]
             self.states, self.head = states, head
 
         def hidden(self, tokens: Tensor) -> Tensor:
-            return self.states.view(*tokens.shape, -1)
+            return self.states.view(-1, tokens.shape[1], self.states.shape[1])[: len(tokens)]
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.hidden(tokens))
+            return logits
 
     texts = targets.view(16, -1)
     batch = texts, texts  # the tokens that go in are not looked at
     temperature = 2.0
     teacher = Model(torch.randn(TOKENS, WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False))
-    distillation = Distillation(teacher, temperature=temperature)
+    distillation, student = Distillation(teacher, temperature=temperature), Model(hidden, head)
 
     def torchs(rows: int) -> Tensor:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
@@ -165,9 +169,9 @@ def _losses(hidden: Tensor, head: Any, targets: Tensor) -> dict[str, Callable[[]
         "instep": lambda: Predictions(hidden=hidden, head=head).total(CrossEntropy(), targets)[0],
         "plain": lambda: F.cross_entropy(head(hidden), targets, reduction="sum"),
         **{f"linear_cross_entropy:{rows}": partial(torchs, rows) for rows in CHUNKS},
-        "distillation:instep": lambda: distillation(Model(hidden, head), batch)["objective"],
+        "distillation:instep": lambda: distillation(student, batch)["objective"],
         "distillation:plain": distilled,
-        "log-probabilities:instep": lambda: by_text(sequence_log_probabilities(Model(hidden, head), batch)),
+        "log-probabilities:instep": lambda: by_text(sequence_log_probabilities(student, batch)),
         "log-probabilities:plain": lambda: by_text(-F.cross_entropy(head(hidden), targets, reduction="none")),
     }
 
