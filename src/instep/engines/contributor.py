@@ -111,14 +111,13 @@ class Contributor:
         self._summed: Tensor | None = None
         self._counted: dict[tuple[int, int], Mapping[str, int]] = {}  # items by batch and microbatch, the latest ones
         self._whole: tuple[int, dict[str, int]] = (-1, {})  # the last batch that was counted whole, and its items
-        self._nodes_of: dict[tuple[int, int], list[Node]] = {}
         self._kept: dict[tuple[int, int], Any] = {}  # samples by batch and microbatch, until they are computed
         self._room = 1  # how many of them may be kept
 
     @cached_property
     def most_nodes(self) -> int:
         """The rows that the vectors of any contribution need at most."""
-        return max(len(self._nodes(self.pieces.work(part))) for part in range(self.pieces.parts))
+        return max(len(nodes_of(self.pieces.work(part), self.pieces)) for part in range(self.pieces.parts))
 
     def regions(self, contributions: int) -> dict[str, Region]:
         """The memory that so many contributions need."""
@@ -179,7 +178,7 @@ class Contributor:
             if self._whole[0] != work.batch:  # for all workers of a virtual team, they are counted once
                 self._whole = work.batch, self._counts(work.batch, range(self.pieces.microbatches), batches)
             totals = self._whole[1]
-        return Inputs(batches, counts, totals, self._nodes(work))
+        return Inputs(batches, counts, totals, nodes_of(work, self.pieces))
 
     def _gradient(self, work: Work, into: Vectors) -> Facts:
         inputs = self.inputs(work)
@@ -193,7 +192,7 @@ class Contributor:
 
     def _delta(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
         counts, sums = dict.fromkeys(self.terms, 0), dict.fromkeys(self.terms, 0.0)
-        nodes = self._nodes(work)
+        nodes = nodes_of(work, self.pieces)
         if self._summed is None:
             self._summed = torch.zeros(self.layout.size, device=self.replica.device)
         moved: set[int] = set()
@@ -282,12 +281,6 @@ class Contributor:
     def _posted(self) -> tuple[int, ...]:
         changed = {index for index, flag in enumerate(self.buffers.changed()) if flag}
         return tuple(sorted(changed | self.changing))
-
-    def _nodes(self, work: Work) -> list[Node]:
-        bounds = work.start, work.stop
-        if bounds not in self._nodes_of:
-            self._nodes_of[bounds] = nodes_of(work, self.pieces)
-        return self._nodes_of[bounds]
 
     def _load(self, batch: int, microbatch: int) -> Any | None:
         """The samples of a microbatch, perhaps kept since they were counted. Whoever computes them may change them."""

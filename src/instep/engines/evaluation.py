@@ -67,12 +67,11 @@ class Evaluation:
     def of(cls, replica: Replica, counts: ArrayLike, sums: ArrayLike) -> Evaluation:
         """From what the batches gave: counts [E, T] and sums [E, T] of T terms in E batches."""
         terms, last = replica.objective.terms or (), replica.recipe.steps - 1
-        totals = [sum(map(int, column)) for column in zip(*_rows(counts), strict=True)]
-        columns = list(zip(*_rows(sums), strict=True))
-        means = {name: exact_sum(columns[i]) / totals[i] for i, name in enumerate(terms) if totals[i]}
-        some = any(name in means for name in replica.objective.minimised)
-        objective = replica.objective.whole(means, last) if some else math.nan
-        return cls(objective=objective, terms=means, items=totals[0])
+        totals = dict(zip(terms, (sum(map(int, column)) for column in zip(*_rows(counts), strict=True)), strict=True))
+        columns = dict(zip(terms, zip(*_rows(sums), strict=True), strict=True))
+        means = {name: exact_sum(columns[name]) / total for name, total in totals.items() if total}
+        objective = replica.objective.whole(means, last) if replica.objective.has_items(totals) else math.nan
+        return cls(objective=objective, terms=means, items=totals[terms[0]])
 
     def problem(self, version: int) -> str:
         """A sentence to warn with where the objective is not finite, else ""."""

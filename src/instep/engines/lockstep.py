@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from instep.clock.network import gather_bytes, reduce_bytes
 from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate
 from instep.engines.exchange import Exchange, regions
 from instep.engines.placement import Placement, choose, trace_of
@@ -83,9 +84,10 @@ class Lockstep:
 
     def prepare(self, version: int) -> None:
         """Loads the first batches and learns the objective's terms."""
-        before = trace_of(self.replica.parameters)
+        watched = self.replica.parameters if self.workers > 1 else []  # a worker alone shares none
+        before = trace_of(watched)
         probe = self.replica.learn_terms(version)
-        self._steady = trace_of(self.replica.parameters) == before
+        self._steady = trace_of(watched) == before
         self.terms = list(self.replica.objective.terms or ())
         if version == 0 and self.worker == 0:
             check(self.replica.objective, self.replica.module, probe)
@@ -253,9 +255,9 @@ class Lockstep:
         With one node a worker it is ``2 (W - 1)`` times the gradient, as with a ring all-reduce. The all-gather is of
         the sum or, where they are shared, of the weights.
         """
-        gradient_bytes = 4 * self.replica.size
-        others, nodes = self.workers - 1, len(self.reduction.nodes)
-        return gradient_bytes * nodes * others // self.workers + gradient_bytes * others
+        size_bytes = 4 * self.replica.size
+        reduced = reduce_bytes(self.workers, size_bytes, len(self.reduction.nodes))
+        return reduced + gather_bytes(self.workers, size_bytes)
 
     def _report(self, step: int, totals: dict[str, int], from_s: float, to_s: float) -> None:
         own = [self._own.start, self._own.stop]

@@ -99,7 +99,7 @@ class Merger:
         norm = norm_of(total, self.layout)
         if not math.isfinite(norm):
             raise NonFiniteError(self._about(contributions, step))
-        value = objective.whole(means, step) if any(name in means for name in objective.minimised) else None
+        value = objective.whole(means, step) if objective.has_items(counts) else None
         verdict = self.watcher.judge(step, value) if value is not None else Verdict()
         rate = 0.0
         if verdict.updates:
@@ -112,7 +112,7 @@ class Merger:
         """Raises ObjectiveError where the last piece of a batch holds no items either, whenever the others came."""
         objective = self.replica.objective
         for each in contributions:
-            if any(each.facts.counts[name] for name in objective.minimised):
+            if objective.has_items(each.facts.counts):
                 continue
             group = each.work.piece // self.pieces.parts
             self._empty[group] = self._empty.get(group, 0) + 1

@@ -24,7 +24,7 @@ from instep.engines.exchange import Exchange
 from instep.engines.replica import Replica
 from instep.errors import RecipeError
 from instep.reduce.checksums import checksum
-from instep.reduce.layout import is_dense
+from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
 from instep.reduce.ownership import owners
 from instep.reduce.reduction import Reduction, clip
 
@@ -34,9 +34,6 @@ BY_PARAMETER = (
 )  # fmt: skip
 """Optimizers in which no parameter's update depends on other parameters. Not Adafactor: the first parameter's type
 decides what it adds to all. A subclass may do anything, so it does not count."""
-
-_ALIGN = 64
-"""Bytes, as torch aligns its own memory: some kernels' bits depend on it."""
 
 Barrier = Callable[[NDArray[np.int64], int], None]
 """Marks a worker in the marks given with a value, and waits until all have it."""
@@ -127,11 +124,7 @@ class Sharded(Placement):
         super().__init__(replica, reduction, worker)
         whose = owners([parameter.numel() for parameter in replica.parameters], reduction.workers)
         self._own = [owner == worker for owner in whose]
-        self._offsets: list[int] = []
-        self.weight_bytes = 0
-        for parameter in replica.parameters:
-            self._offsets.append(self.weight_bytes)
-            self.weight_bytes += -(-parameter.numel() * parameter.element_size() // _ALIGN) * _ALIGN
+        self._offsets, self.weight_bytes = placed([parameter.nbytes for parameter in replica.parameters], ALIGN_BYTES)
         self._meetings = 0
 
     def attach(self, exchange: Exchange, slots: Sequence[Tensor], barrier: Barrier) -> None:
@@ -139,7 +132,7 @@ class Sharded(Placement):
         self.gradients = self._reduction.layout.views(slots[0])
         state = self._replica.optimizer.state
         for parameter, offset, own in zip(self._replica.parameters, self._offsets, self._own, strict=True):
-            part = exchange.weights[offset : offset + parameter.numel() * parameter.element_size()]
+            part = exchange.weights[offset : offset + parameter.nbytes]
             shared = torch.from_numpy(part).view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
             shared.copy_(parameter.detach())  # all workers write the same
             parameter.data = shared

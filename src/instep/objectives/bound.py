@@ -108,9 +108,13 @@ class Bound:
         weights = self.weights(step)
         return exact_sum([weights[name] * means[name] for name in self.minimised if name in means])
 
+    def has_items(self, counts: Mapping[str, int]) -> bool:
+        """Whether `counts`, by term, hold an item of a term that is minimised."""
+        return any(counts[name] for name in self.minimised)
+
     def check_items(self, totals: Mapping[str, int], step: int) -> None:
         """Raises ObjectiveError where the whole batch of `step` has no item of a term that is minimised."""
-        if not any(totals[name] for name in self.minimised):
+        if not self.has_items(totals):
             raise no_items(step, self.minimised)
 
     def _check_names(self, found: Mapping[str, Any], kind: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 ALIGN = 16
 """Elements: every tensor starts on a cache line."""
+
+ALIGN_BYTES = 64
+"""The same in bytes. Torch aligns its own memory so, and some kernels' bits depend on it."""
 
 BLOCK = {"cpu": 1 << 15, "cuda": 1 << 22}
 """Elements that are added at a time, by device: on a CPU, two blocks stay in the second-level cache."""
@@ -32,16 +36,12 @@ class Layout:
     @classmethod
     def of(cls, tensors: Sequence[Tensor], block: int) -> Layout:
         """The layout of `tensors` in the order given, in blocks of up to `block` elements; dense ones keep strides."""
-        offsets: list[int] = []
-        end = 0
-        for tensor in tensors:
-            offsets.append(end)
-            end += -(-tensor.numel() // ALIGN) * ALIGN
+        offsets, end = placed([tensor.numel() for tensor in tensors], ALIGN)
         block = min(block, max(end, ALIGN))
         return cls(
             shapes=tuple(tensor.shape for tensor in tensors),
             strides=tuple(_dense_strides(tensor) for tensor in tensors),
-            offsets=tuple(offsets),
+            offsets=offsets,
             size=max(1, -(-end // block)) * block,
             block=block,
         )
@@ -68,6 +68,12 @@ class Layout:
     def slice_of(self, worker: int, workers: int) -> range:
         """The blocks that `worker` adds."""
         return range(worker * self.blocks // workers, (worker + 1) * self.blocks // workers)
+
+
+def placed(sizes: Iterable[int], align: int) -> tuple[tuple[int, ...], int]:
+    """Where each of `sizes` begins, one after the other at multiples of `align`, and where the last ends."""
+    *offsets, end = itertools.accumulate((-(-size // align) * align for size in sizes), initial=0)
+    return tuple(offsets), end
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-_ALIGN = 64
+from instep.reduce.layout import ALIGN_BYTES, placed
 
 
 class Pack:
@@ -20,12 +20,8 @@ class Pack:
         buffers = dict(module.named_buffers())
         self._tensors = [*parameters, *buffers.values()]
         self._parameters = len(parameters)
-        self._offsets: list[int] = []
-        end = 0
-        for tensor in self._tensors:
-            self._offsets.append(end)
-            end += -(-tensor.numel() * tensor.element_size() // _ALIGN) * _ALIGN
-        self.size_bytes = max(end, _ALIGN)
+        self._offsets, end = placed([tensor.nbytes for tensor in self._tensors], ALIGN_BYTES)
+        self.size_bytes = max(end, ALIGN_BYTES)
         self._types = {tensor.dtype for tensor in self._tensors}
         self._strides = [torch.empty(tensor.shape, device="meta").stride() for tensor in self._tensors]
 

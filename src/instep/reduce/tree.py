@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 from instep.rules.work import Pieces, Work
@@ -43,7 +44,11 @@ def maximal_nodes(start: int, stop: int, microbatches: int) -> list[Node]:
 
     One where ranges are equal powers of two, at most ``2 log2(microbatches)``.
     """
+    return list(_maximal_nodes(start, stop, microbatches))
 
+
+@lru_cache(maxsize=16_384)  # of large virtual teams, which ask for the same in every step
+def _maximal_nodes(start: int, stop: int, microbatches: int) -> tuple[Node, ...]:
     def inside(node: Node) -> list[Node]:
         if start <= node[0] and node[1] <= stop:
             return [node]
@@ -52,7 +57,7 @@ def maximal_nodes(start: int, stop: int, microbatches: int) -> list[Node]:
         middle = split(*node)
         return inside((node[0], middle)) + inside((middle, node[1]))
 
-    return inside((0, microbatches)) if start < stop else []
+    return tuple(inside((0, microbatches))) if start < stop else ()
 
 
 def nodes_of(work: Work, pieces: Pieces) -> list[Node]:
