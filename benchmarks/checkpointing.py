@@ -236,12 +236,24 @@ def main() -> None:
     by_flops = at_flops(profile)
     for name, value in by_flops.items():
         print(f"{name}: {value:.4f}")
+    of_100_blocks_s = planning_s()
+    print(f"a plan for 100 blocks: {of_100_blocks_s:.2f} s")
     few = {name: plans[name] for name in list(plans)[-6::2]}
     known = json.loads(RESULTS.read_text())["compiled"] if RESULTS.exists() else {}
     by_compiler = compiled(model, tokens, few, given.rounds) if given.compile else known
     RESULTS.parent.mkdir(exist_ok=True)
     facts = {**vars(given), "machine": machine(), "found": found, "flops": by_flops, "compiled": by_compiler}
+    facts["plan_of_100_blocks_s"] = of_100_blocks_s
     RESULTS.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def planning_s() -> float:
+    """Of a GPT with 100 blocks, from its profile to a plan at half of its memory."""
+    model = Model(100, 64, 64)
+    profile = gc.profile(model, objective, torch.randint(0, 256, (2, 64)))
+    began = time.perf_counter()
+    gc.plan(profile, budget_bytes=profile.peak_bytes // 2)
+    return time.perf_counter() - began
 
 
 def at_flops(profile: gc.Profile) -> dict[str, float]:

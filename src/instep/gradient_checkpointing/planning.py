@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import attrgetter
+from operator import itemgetter
 from typing import Any, Literal
 
 from instep.budget import mib
@@ -84,13 +84,15 @@ def peak_bytes(profile: Profile, choices: Sequence[Choice]) -> int:
     """The peak of a step, [blocks] choices."""
     held = peak = 0
     for moment in profile.moments:
-        if moment.kind == "run":
-            peak = max(peak, held + moment.base_bytes)
-        elif moment.kind == "hold":
+        kind = moment.kind
+        if kind == "hold":
             held += choices[moment.block].held_bytes
-        else:
+            continue
+        now = moment.base_bytes
+        if kind == "recompute":
             held -= choices[moment.block].held_bytes
-            peak = max(peak, held + moment.base_bytes + choices[moment.block].recompute_bytes)
+            now += choices[moment.block].recompute_bytes
+        peak = max(peak, held + now)
     return peak
 
 
@@ -202,11 +204,12 @@ class _Search:
 
     def __init__(self, profile: Profile, fronts: Sequence[Sequence[Choice]], weights: Price):
         self.profile, self.fronts, self.weights = profile, fronts, weights
+        self.costs = [[priced(choice, weights) for choice in front] for front in fronts]
 
     def candidate(self, choices: tuple[int, ...]) -> _Candidate:
         chosen = [self.fronts[kind][place] for kind, place in zip(self.profile.kind_of, choices, strict=True)]
-        cost = math.fsum(priced(choice, self.weights) for choice in chosen)
-        return _Candidate(cost, peak_bytes(self.profile, chosen), choices)
+        costs = [self.costs[kind][place] for kind, place in zip(self.profile.kind_of, choices, strict=True)]
+        return _Candidate(math.fsum(costs), peak_bytes(self.profile, chosen), choices)
 
     def ways(self) -> Iterator[tuple[int, ...]]:
         """All combinations where they are few, else those on the way down, and mixtures."""
@@ -256,29 +259,23 @@ class _Search:
         """Block after block, the combinations so far that no other beats in bytes held, cost and peak alike (Nemhauser
         and Ullmann, 1969, on the knapsack), thinned out where they are very many. Exact for a chain of few blocks."""
         most = max(16, STATES // len(self.profile.kind_of))
-        states = [_State(0, 0.0, 0)]
+        states: list[_State] = [(0, 0.0, 0, ())]
         for block, (run_bytes, recompute_bytes) in self._bases().items():
-            front = self.fronts[self.profile.kind_of[block]]
-            costs = [priced(choice, self.weights) for choice in front]
+            kind = self.profile.kind_of[block]
+            choices = [
+                (place, choice.held_bytes, max(choice.held_bytes + run_bytes, choice.recompute_bytes + recompute_bytes))
+                for place, choice in enumerate(self.fronts[kind])
+            ]
             found = [
-                _State(
-                    state.held + choice.held_bytes,
-                    state.cost + cost,
-                    max(
-                        state.peak,
-                        state.held + choice.held_bytes + run_bytes,
-                        state.held + choice.recompute_bytes + recompute_bytes,
-                    ),
-                    (block, place, state.way),
-                )
-                for state in states
-                for place, (choice, cost) in enumerate(zip(front, costs, strict=True))
+                (held + more, cost + self.costs[kind][place], max(peak, held + top), (block, place, way))
+                for held, cost, peak, way in states
+                for place, more, top in choices
             ]
             states = _thinned(_best(found), most)
-        for state in states:
-            places, way = [0] * len(self.profile.kind_of), state.way
-            while way:
-                places[way[0]], way = way[1], way[2]
+        for *_, way in states:
+            places, here = [0] * len(self.profile.kind_of), way
+            while here:
+                places[here[0]], here = here[1], here[2]
             yield tuple(places)
 
     def _bases(self) -> dict[int, tuple[int, int]]:
@@ -298,14 +295,8 @@ class _Search:
         return found
 
 
-@dataclass(slots=True)
-class _State:
-    """Of the blocks so far: bytes held, cost, peak; and way: (block, place, the way before), innermost the first."""
-
-    held: int
-    cost: float
-    peak: int
-    way: Any = ()
+_State = tuple[int, float, int, Any]
+"""Of the blocks so far: bytes held, cost, peak; and the way: (block, place, the way before)."""
 
 
 def _best(states: list[_State]) -> list[_State]:
@@ -313,14 +304,15 @@ def _best(states: list[_State]) -> list[_State]:
     kept: list[_State] = []
     costs: list[float] = []  # a staircase of those kept: costs rise and peaks fall
     peaks: list[int] = []
-    for state in sorted(states, key=attrgetter("held", "cost", "peak")):
-        place = bisect.bisect_right(costs, state.cost)
-        if place and peaks[place - 1] <= state.peak:
+    for state in sorted(states, key=itemgetter(0, 1, 2)):
+        _, cost, peak, _ = state
+        place = bisect.bisect_right(costs, cost)
+        if place and peaks[place - 1] <= peak:
             continue
         end = place
-        while end < len(peaks) and peaks[end] >= state.peak:
+        while end < len(peaks) and peaks[end] >= peak:
             end += 1
-        costs[place:end], peaks[place:end] = [state.cost], [state.peak]
+        costs[place:end], peaks[place:end] = [cost], [peak]
         kept.append(state)
     return kept
 
