@@ -127,9 +127,13 @@ def saved_bytes(objective: Any, model: nn.Module, batch: Any) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["gpt", "gpt with dropout", "resnet"])
+@pytest.mark.parametrize("case", ["gpt", "gpt tied, with dropout", "resnet"])
 def test_a_compiled_model_has_the_same_gradients_with_plans_and_saves_less(case: str) -> None:
-    model, objective, batch = CASES[case]()
+    """With torch's own `activation_memory_budget`, the last two have others: what its kernels make again lies in memory
+    otherwise, so that products and convolutions add in another order."""
+    tied = {"vocabulary": 32, "context": 12, "width": 16, "depth": 2, "dropout": 0.2, "tied": True}
+    model, objective, batch = gpt(**tied) if "tied" in case else CASES[case]()
+    batch = batch[:, :12] if "tied" in case else batch
     profile = gc.profile(model, objective, batch)
 
     def compiled() -> tuple[list[torch.Tensor], int]:
@@ -143,7 +147,8 @@ def test_a_compiled_model_has_the_same_gradients_with_plans_and_saves_less(case:
         return found, saved
 
     expected, bare = compiled()
-    for plan in list(ten_plans(profile))[4::5]:
+    by_flops = gc.plans(profile, most=3, price="flops")
+    for plan in [*list(ten_plans(profile))[4::5], *by_flops[1:]]:
         gc.apply(model, plan)
         found, saved = compiled()
         assert same(found, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from checkpointed import ResNet
 from harness import train_here
 from instep.budget import Budget, parse_budget
+from instep.data import Data
 from instep.errors import CheckpointingError, RecipeError
 from instep.recipe import Recipe, Team
-from workloads import classify, gpt, images
+from workloads import Sentences, classify, gpt, images, padded
 
 BUDGETS = ("100%", "96%", "90%", "85%", "80%", "75%", "70%", "65%", "60%")
 
@@ -85,3 +87,13 @@ def test_a_budget_is_read(text: str, budget: Budget) -> None:
 def test_a_budget_of_0_or_in_a_wrong_unit_is_a_sentence(text: str) -> None:
     with pytest.raises(RecipeError, match=r"'team.memory' is .*; .*\."):
         Team(memory=text)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_digest_within_a_budget(tmp_path: Path) -> None:
+    recipe = gpt(steps=1, compile=True, data=lambda: Data(Sentences(69), collate=partial(padded, longest=12)))
+    expected = train_here(recipe, Team(), tmp_path / "none").digest
+    outcome = train_here(recipe, Team(workers=2, memory="65%"), tmp_path / "lean")
+    (event,) = planned(outcome)
+    assert event["measured_bytes"] is None
+    assert outcome.digest == expected

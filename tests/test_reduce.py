@@ -526,3 +526,16 @@ def test_waiting_ends_only_when_all_have_come(descriptor: int) -> None:
     assert time.monotonic() - began >= 0.2
     assert marks.tolist() == [5, 4, 9]
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_wait_of_minutes_looks_a_thousand_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks, slept_s = np.zeros(2, dtype=np.int64), [0.0]
+
+    def sleep(seconds: float) -> None:
+        slept_s.append(slept_s[-1] + seconds)
+        marks[:] = slept_s[-1] >= 300
+
+    monkeypatch.setattr("instep.reduce.shared.time.sleep", sleep)
+    wait_for(marks, 1)
+    assert 300_000 <= len(slept_s) < 301_000
+    assert slept_s[1] == 0.00005

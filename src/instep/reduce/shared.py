@@ -99,10 +99,12 @@ def wait_for(marks: NDArray[np.int64], value: int) -> None:
     others. There is no time limit here: who waits is not at fault, and the supervisor ends the team when a worker
     fails.
     """
-    looks = 0
+    looks, pause_s = 0, 0.00005
     while int(marks.min()) < value:
-        time.sleep(0.00005 if looks < 150 else min(0.00005 * 1.05 ** (looks - 150), 0.001))
+        time.sleep(pause_s)
         looks += 1
+        if looks > 150:
+            pause_s = min(1.05 * pause_s, 0.001)
     with _fence:
         pass
 
