@@ -259,6 +259,18 @@ def test_times_depend_on_seed_and_worker_and_on_nothing_else(kind: str) -> None:
     assert not (drawn(TIMES[kind](persistence=0.5, seed=8), 3, 300) == alone).all()
 
 
+def test_times_are_those_of_the_series_worked_out_number_by_number() -> None:
+    times = WorkerTimes.lognormal(2.0, 1.0, persistence=0.6, seed=3, slow=parse_slow("1:3x"))
+    found = drawn(times, 3, 300)
+    scale = math.sqrt(math.log1p(0.25))
+    for worker, factor in enumerate([1.0, 3.0, 1.0]):
+        generator = np.random.default_rng(np.random.SeedSequence(3, spawn_key=(worker, 0)))
+        z = generator.standard_normal()
+        for time_s in found[worker]:
+            assert time_s == np.exp(math.log(2.0) - math.log1p(0.25) / 2 + scale * z) * factor
+            z = 0.6 * z + math.sqrt(1 - 0.6**2) * generator.standard_normal()
+
+
 def test_a_spread_of_nothing_is_constant() -> None:
     for times in (WorkerTimes.constant(2.0), WorkerTimes.normal(2.0, 0.0), WorkerTimes.bootstrap([2.0])):
         assert (drawn(times, 2, 200) == 2.0).all()

@@ -6,10 +6,9 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import repeat
 from pathlib import Path
 from statistics import NormalDist
-from typing import Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,19 +157,26 @@ class WorkerTimes:
         if self.distribution == "constant" or (self.deviation_s == 0 and self.distribution != "bootstrap"):
             always: list[float] = (self.mean_s * factors).tolist()
             return always.__getitem__
-        chunks = [self._chunks(worker, factors[worker]) for worker in range(workers)]
-        # One flat table of C doubles: at 10,000 workers, what is not in the cache is what takes time.
-        table = array("d", bytes(8 * _CHUNK * workers))
-        places = array("q", [_CHUNK]) * workers
+        generators = [self._generator(worker, 0) for worker in range(workers)]
+        z = array("d", [generator.standard_normal() for generator in generators])  # what each worker draws next
+        # One flat table of C doubles, [_CHUNK, workers], since workers are about equally far: at 10,000 workers, what
+        # is not in the cache is what takes time. The first numbers of all are made at once, later ones by worker.
+        quantiles, table = self._quantiles(), array("d")
+        innovations = np.stack([generator.standard_normal(_CHUNK) for generator in generators], axis=1)
+        *series, last = self._series(np.array(z), innovations)
+        for values in series:
+            table.frombytes((quantiles(values) * factors).tobytes())
+        z = array("d", last.tobytes())
+        places, end = array("q", range(workers)), len(table)
 
         def draw(worker: int) -> float:
             place = places[worker]
-            start = worker * _CHUNK
-            if place == _CHUNK:
-                table[start : start + _CHUNK] = next(chunks[worker])
-                place = 0
-            places[worker] = place + 1
-            return table[start + place]
+            if place >= end:
+                *series, z[worker] = self._series(z[worker], generators[worker].standard_normal(_CHUNK).tolist())
+                table[worker::workers] = array("d", (quantiles(np.array(series)) * factors[worker]).tobytes())
+                place = worker
+            places[worker] = place + workers
+            return table[place]
 
         return draw
 
@@ -185,17 +191,13 @@ class WorkerTimes:
     def _generator(self, worker: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng(np.random.SeedSequence(self.seed % (1 << 64), spawn_key=(worker, purpose)))
 
-    def _chunks(self, worker: int, factor: float) -> Iterator[array[float]]:
-        """Without end: the worker's times, `_CHUNK` at once."""
-        generator, quantiles = self._generator(worker, 0), self._quantiles()
+    def _series(self, z: Any, innovations: Iterable[Any]) -> Iterator[Any]:
+        """z and what follows on it by each innovation: of one worker (floats) or of several (arrays)."""
         keep, renew = self.persistence, math.sqrt(1 - self.persistence**2)
-        z = float(generator.standard_normal())
-        while True:
-            series = []
-            for e in generator.standard_normal(_CHUNK).tolist() if renew else repeat(0.0, _CHUNK):
-                series.append(z)
-                z = keep * z + renew * e
-            yield array("d", (quantiles(np.array(series)) * factor).tobytes())
+        yield z
+        for e in innovations:
+            z = keep * z + renew * e
+            yield z
 
     def _quantiles(self) -> Callable[[NDArray[np.float64]], NDArray[np.float64]]:
         """A function from standard normal numbers to those of the distribution at the same quantiles."""

@@ -12,7 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,12 @@ from instep.clock.link import Link
 from instep.clock.loop import Loop, uncollected
 from instep.clock.network import Network, gather_bytes, reduce_bytes
 from instep.clock.times import WorkerTimes
+from instep.engines.notes import Notes, OnEvent
 from instep.errors import RecipeError
 from instep.reduce.tree import nodes_of
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
-
-OnEvent = Callable[[str, dict[str, Any]], None]
-"""Called with an event's kind and its other fields, as they stand on a tape."""
 
 _HOPELESS = 100_000
 """Failures without a contribution between them after which a run counts as one that never ends."""
@@ -113,6 +111,15 @@ def simulate(
 class _Run:
     """The state of one simulation. Lists by worker: [W]."""
 
+    # With slots: of an object with more than 30 attributes, Python looks up each in a dictionary.
+    __slots__ = (
+        "_alarm", "_alarm_s", "_away", "_busy_s", "_contribution_bytes", "_direct", "_down", "_draw", "_drops",
+        "_even", "_failed", "_failures", "_finished_s", "_hopeless", "_items_of", "_latency_s", "_ledger", "_loop",
+        "_merge_s", "_microbatches", "_microbatches_of", "_more_vectors", "_notes", "_occupied", "_present",
+        "_present_s", "_pulled_bytes", "_pulls", "_pushed_bytes", "_queue", "_reduce_s", "_since_s", "_staleness_max",
+        "_staleness_sum", "_then", "_timed", "_up", "_uptimes", "_vectors_of", "_weights_bytes", "_workers",
+    )  # fmt: skip
+
     def __init__(
         self,
         rule: UpdateRule,
@@ -128,23 +135,22 @@ class _Run:
         workers = pieces.workers
         self._loop = loop = Loop()
         self._ledger, self._workers, self._timed = Ledger(rule, pieces), workers, rule.max_wait_s is not None
-        self._items_of, self._on_event = items_of, on_event
+        self._items_of = items_of
         self._contribution_bytes, self._weights_bytes = contribution_bytes, weights_bytes
         self._merge_s = merge_s
         self._reduce_s: Callable[[int, float, int], float] | None = None
         self._latency_s = network.latency_s if network else 0.0
+        self._then = self._pushed  # what comes after a computation
         self._down: Link | None = None
         self._up: Link | None = None
         if network and network.bandwidth_bytes_per_s < math.inf:
             self._down = Link(loop, network.bandwidth_bytes_per_s, self._pulled)
             self._up = Link(loop, network.bandwidth_bytes_per_s, self._pushed)
+            self._then = self._computed
 
-        self._parts = pieces.parts
-        works = [pieces.work(part) for part in range(self._parts)]
-        self._microbatches_of = [work.stop - work.start for work in works]
-        vectors = [len(nodes_of(work, pieces)) for work in works]
+        self._even, self._microbatches_of = pieces.even_microbatches, pieces.microbatches_of
+        vectors = [len(nodes_of(pieces.work(part), pieces)) for part in range(pieces.parts)]
         self._vectors_of = vectors if max(vectors) > 1 else None
-        self._batches_of = [pieces.batches_of(group)[1] for group in range(pieces.groups)]
 
         self._draw = times.draws(workers)
         self._failures = times.failures
@@ -156,11 +162,7 @@ class _Run:
         self._away = bytearray(b"\1" * workers)
         self._direct = self._down is None and times.failures is None  # whether a release is the start of computation
         bare = on_event is None and items_of is None and times.failures is None and self._vectors_of is None
-        self._noted = not bare  # these are kept too:
-        self._piece, self._base = [-1] * workers, [0] * workers
-        self._from_s, self._to_s = array("d", bytes(8 * workers)), array("d", bytes(8 * workers))
-        self._holder: list[Loop | Link | None] = [None] * workers  # where the worker's next event waits, and
-        self._token = [0] * workers  # its name there
+        self._notes = None if bare else Notes(workers, on_event)
 
         self._occupied = False  # the server makes an update; who has something for it waits
         self._queue: deque[tuple[Callable[[int], None], int]] = deque()
@@ -173,6 +175,7 @@ class _Run:
     def reduce_among_workers(self, network: Network, all_reduce: Literal["ring", "tree"]) -> None:
         """Puts collectives in the place of the server."""
         self._down = self._up = None
+        self._then = self._pushed
         self._direct, self._latency_s = self._failures is None, 0.0
         self._reduce_s = network.ring_all_reduce_s if all_reduce == "ring" else network.tree_all_reduce_s
 
@@ -216,40 +219,41 @@ class _Run:
             self._pulled(worker)
         else:
             token = self._down.send(self._weights_bytes, worker)
-            if self._noted:
-                self._holder[worker], self._token[worker] = self._down, token
+            if self._notes is not None:
+                self._notes.waits(worker, self._down, token)
 
     def _pulled(self, worker: int) -> None:
         """The weights have left the server: they travel, the worker computes, and its push travels."""
         self._pulls += 1
         loop, latency_s = self._loop, self._latency_s
-        seconds = self._draw(worker) * self._microbatches[worker]
+        draw = self._draw
+        seconds = draw(worker) * self._microbatches[worker]
         self._busy_s[worker] += seconds
         from_s = loop.now_s + latency_s
         to_s = from_s + seconds
-        token = loop.at(to_s + latency_s, self._pushed if self._up is None else self._computed, worker)
-        if self._noted:
-            self._from_s[worker], self._to_s[worker] = from_s, to_s
-            self._holder[worker], self._token[worker] = loop, token
+        token = loop.at(to_s + latency_s, self._then, worker)
+        if self._notes is not None:
+            self._notes.computes(worker, from_s, to_s)
+            self._notes.waits(worker, loop, token)
 
     def _computed(self, worker: int) -> None:
         """The push reaches the server's link. When it is through, the server hears of it."""
         assert self._up is not None
-        token = self._up.send(self._vectors(self._piece[worker]) * self._contribution_bytes, worker)
-        if self._noted:
-            self._holder[worker], self._token[worker] = self._up, token
+        if self._notes is None:
+            self._up.send(self._contribution_bytes, worker)
+        else:
+            size_bytes = self._vectors(self._notes.piece[worker]) * self._contribution_bytes
+            self._notes.waits(worker, self._up, self._up.send(size_bytes, worker))
 
     def _fails(self, worker: int) -> None:
         """The worker breaks off what it does."""
         assert self._failures is not None
-        now_s = self._loop.now_s
-        holder = self._holder[worker]
-        if holder is not None:
-            holder.cancel(self._token[worker])
-            self._holder[worker] = None
-        if self._to_s[worker] > now_s:
-            self._busy_s[worker] -= self._to_s[worker] - max(now_s, self._from_s[worker])
-            self._to_s[worker] = 0.0
+        assert self._notes is not None
+        now_s, from_s, to_s = self._loop.now_s, self._notes.from_s[worker], self._notes.to_s[worker]
+        self._notes.cancel(worker)
+        if to_s > now_s:
+            self._busy_s[worker] -= to_s - max(now_s, from_s)
+            self._notes.computes(worker, from_s, 0.0)
         self._away[worker] = True
         self._present_s[worker] += now_s - self._since_s[worker]
         self._failed += 1
@@ -267,14 +271,23 @@ class _Run:
 
     def _pushed(self, worker: int) -> None:
         if self._occupied:
-            self._holder[worker] = None  # it is there, and safe whatever becomes of the worker
+            if self._notes is not None:
+                self._notes.arrived(worker)
             self._queue.append((self._pushed, worker))
             return
-        now_s = self._loop.now_s
-        items = self._microbatches[worker] if self._items_of is None else self._items_of(self._piece[worker])
-        if self._noted:
-            self._note_push(worker, items)
-        self._obey(self._ledger.pushed(worker, items, now_s))
+        items = self._microbatches[worker] if self._notes is None else self._note_push(self._notes, worker)
+        self._obey(self._ledger.pushed(worker, items, self._loop.now_s))
+
+    def _note_push(self, notes: Notes, worker: int) -> int:
+        """The items of the contribution."""
+        piece, now_s = notes.piece[worker], self._loop.now_s
+        items = self._microbatches[worker] if self._items_of is None else self._items_of(piece)
+        vectors = self._vectors(piece)
+        self._hopeless = 0
+        self._more_vectors += vectors - 1
+        notes.arrived(worker)
+        notes.pushed(worker, now_s, self._ledger.next_seq, items, vectors * self._contribution_bytes)
+        return items
 
     def _joined(self, worker: int) -> None:
         if self._occupied:
@@ -286,8 +299,8 @@ class _Run:
         self._present += 1
         if self._failures is not None:
             self._loop.at(now_s + next(self._uptimes[worker]), self._fails, worker)
-        if self._on_event:
-            self._on_event("joined", {"t_s": now_s, "clock": "virtual", "worker": worker})
+        if self._notes is not None:
+            self._notes.joined(worker, now_s)
         self._obey(self._ledger.joined(worker, now_s))
 
     def _left(self, worker: int) -> None:
@@ -296,8 +309,8 @@ class _Run:
             return
         now_s = self._loop.now_s
         self._present -= 1
-        if self._on_event:
-            self._on_event("left", {"t_s": now_s, "clock": "virtual", "worker": worker, "why": "it failed"})
+        if self._notes is not None:
+            self._notes.left(worker, now_s)
         self._obey(self._ledger.left(worker, now_s))
 
     def _passed(self, _: None) -> None:
@@ -317,37 +330,36 @@ class _Run:
 
     def _obey(self, actions: list[Action]) -> None:
         """Carries out actions, in order. An update takes its time, and what follows comes after it."""
-        loop = self._loop
+        loop, notes = self._loop, self._notes
         now_s = at_s = loop.now_s
         for action in actions:
             if type(action) is Release:
                 worker, piece, version = action
-                group, part = divmod(piece, self._parts)
-                microbatches = self._batches_of[group] * self._microbatches_of[part]
-                self._microbatches[worker] = microbatches
-                if self._noted:
-                    self._note_release(worker, piece, version, at_s)
+                self._microbatches[worker] = self._even or self._microbatches_of(piece)
+                if notes is not None:
+                    notes.released(worker, piece, version, at_s)
                 if at_s > now_s:
                     token = loop.at(at_s, self._start, worker)
-                    if self._noted:
-                        self._holder[worker], self._token[worker] = loop, token
+                    if notes is not None:
+                        notes.waits(worker, loop, token)
                 elif self._direct:
                     self._pulled(worker)
                 else:
                     self._start(worker)
             elif type(action) is Merge:
                 self._staleness_sum += sum(action.staleness)
-                self._staleness_max = max(self._staleness_max, *action.staleness)
+                stalest = max(action.staleness)
+                if stalest > self._staleness_max:  # noqa: PLR1730  # millions of times: no call of max
+                    self._staleness_max = stalest
                 at_s += self._merge_s
                 if self._reduce_s is not None:
                     at_s += self._reduce(self._reduce_s, action)
-                if self._on_event:
-                    self._on_event("merged", {"t_s": at_s, "clock": "virtual", **action.facts()})
+                if notes is not None:
+                    notes.merged(action, at_s)
             elif type(action) is Drop:
                 self._drops += 1
-                if self._on_event:
-                    fields = {**action.contribution.facts(), "why": action.why}
-                    self._on_event("dropped", {"t_s": at_s, "clock": "virtual", **fields})
+                if notes is not None:
+                    notes.dropped(action, at_s)
             else:
                 self._finished_s = at_s
                 loop.stop()
@@ -367,7 +379,7 @@ class _Run:
 
     def _vectors(self, piece: int) -> int:
         """The vectors of the size of a gradient that a contribution has."""
-        return 1 if self._vectors_of is None else self._vectors_of[piece % self._parts]
+        return 1 if self._vectors_of is None else self._vectors_of[piece % len(self._vectors_of)]
 
     def _set_alarm(self) -> None:
         """Has the ledger told when time has passed that it waits for."""
@@ -378,23 +390,3 @@ class _Run:
                 self._loop.cancel(self._alarm)
             self._alarm = self._loop.at(wanted_s, self._passed, None) if wanted_s < math.inf else 0
             self._alarm_s = wanted_s
-
-    # What is noted where somebody wants to know, or workers may fail
-
-    def _note_push(self, worker: int, items: int) -> None:
-        self._holder[worker] = None
-        self._hopeless = 0
-        vectors = self._vectors(self._piece[worker])
-        self._more_vectors += vectors - 1
-        if self._on_event:
-            where = {"t_s": self._loop.now_s, "clock": "virtual", "worker": worker, "version": self._base[worker]}
-            where["piece"] = self._piece[worker]
-            self._on_event("computed", {**where, "from_s": self._from_s[worker], "to_s": self._to_s[worker]})
-            pushed = {"seq": self._ledger.next_seq, "items": items, "bytes": vectors * self._contribution_bytes}
-            self._on_event("pushed", {**where, **pushed})
-
-    def _note_release(self, worker: int, piece: int, version: int, at_s: float) -> None:
-        self._piece[worker], self._base[worker] = piece, version
-        if self._on_event:
-            fields = {"t_s": at_s, "clock": "virtual", "worker": worker, "version": version, "piece": piece}
-            self._on_event("released", fields)

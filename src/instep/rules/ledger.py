@@ -24,6 +24,7 @@ from operator import attrgetter
 from typing import Any
 
 from instep.rules.actions import Action, Contribution, Drop, Finish, Merge, Release
+from instep.rules.pace import Pace
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
 
@@ -53,6 +54,14 @@ class Ledger:
     Times are seconds since any moment that the caller likes; they matter under a rule with `max_wait_s` alone.
     """
 
+    # With slots: of an object with more than 30 attributes, Python looks up each in a dictionary.
+    __slots__ = (
+        "_bare", "_blocked", "_busy_at", "_by_round", "_count", "_due", "_finished", "_idle", "_in_flight", "_lead",
+        "_limit", "_next_piece", "_open", "_pace", "_pending", "_per_round", "_returned", "_seq", "_size", "_size_of",
+        "_waiting_since_s", "_wanted", "_whole", "_workers", "lead_max", "merged_microbatches", "merged_pieces",
+        "pieces", "round", "rule", "version",
+    )  # fmt: skip
+
     def __init__(self, rule: UpdateRule, pieces: Pieces):
         self.rule, self.pieces = rule, pieces
         self.version = 0
@@ -80,14 +89,17 @@ class Ledger:
         self._pending: dict[int, list[Contribution]] = {}  # by round; all under 0 where order is arrival
         self._waiting_since_s: float | None = None  # when the first of those came, where order is arrival
         self._workers: dict[int, _Worker] = {}
-        self._quorum = 1
+        self._due = 0  # the key in `_pending` of what merges next,
+        self._wanted = 1  # how many contributions make that update,
+        self._open = 0  # and the first piece that may not be started on before it is made, or is none
         self._idle: deque[_Worker] = deque()
         self._blocked: deque[_Worker] = deque()  # held back by max_lead: all are one round too far ahead
         # These two are kept under order "arrival" alone.
-        self._at_round: dict[int, int] = {}  # how many active workers that are not doomed have so many rounds
+        self._pace = Pace()  # of those who are not doomed
         self._busy_at: dict[int, set[int]] = {}  # who computes from which version and is not doomed, with a limit
         self._in_flight = 0
         self._finished = False
+        self._look_ahead()
 
     # Events
 
@@ -96,7 +108,7 @@ class Ledger:
         assert worker not in self._workers, f"worker {worker} is active already"
         state = _Worker(worker, self.round)
         self._workers[worker] = state
-        self._quorum = self.rule.quorum_of(len(self._workers))
+        self._look_ahead()
         self._count_in(state)
         self._rest(state)
         return self._settle([], now_s)
@@ -104,7 +116,7 @@ class Ledger:
     def left(self, worker: int, now_s: float = 0.0) -> list[Action]:
         """A worker is gone. What it pushed stays; what it was computing is given out again."""
         state = self._workers.pop(worker)
-        self._quorum = self.rule.quorum_of(len(self._workers))
+        self._look_ahead()
         state.active = False
         if state.piece >= 0:
             self._stop(state)
@@ -129,12 +141,17 @@ class Ledger:
             staleness = self.version - contribution.base
             why = f"its staleness, {staleness}, is above max_staleness, {self._limit}"
             actions.append(self._drop(contribution, why))
+        elif self._by_round:
+            self._pending.setdefault(contribution.piece // self._per_round, []).append(contribution)
         else:
-            self._count_on(state)
-            if self._waiting_since_s is None and not self._by_round:
+            rounds = state.rounds
+            state.rounds = rounds + 1
+            self._pace.add(rounds + 1)
+            if self._pace.remove(rounds):
+                self.round = self._pace.slowest(self.round)
+            if self._waiting_since_s is None:
                 self._waiting_since_s = now_s
-            key = contribution.piece // self._per_round if self._by_round else 0
-            self._pending.setdefault(key, []).append(contribution)
+            self._pending.setdefault(0, []).append(contribution)
         self._rest(state)
         return self._settle(actions, now_s)
 
@@ -148,11 +165,11 @@ class Ledger:
             if state.piece >= 0:
                 heapq.heappush(self._returned, state.piece)
             state.active = False
-        self._workers, self._at_round, self._busy_at = {}, {}, {}
+        self._workers, self._pace, self._busy_at = {}, Pace(), {}
         self._idle.clear()
         self._blocked.clear()
         self._in_flight = 0
-        self._quorum = 1
+        self._look_ahead()
         lost = [contribution for pending in self._pending.values() for contribution in pending]
         self._pending, self._waiting_since_s = {}, None
         return [self._drop(contribution, "it was not merged before the run ended") for contribution in lost]
@@ -239,7 +256,7 @@ class Ledger:
             if worker.piece >= 0:
                 ledger._start(worker)
         ledger.round = state["round"]
-        ledger._quorum = rule.quorum_of(len(ledger._workers))
+        ledger._look_ahead()
         for number in state["order"]:
             ledger._rest(ledger._workers[number])
         ledger.lead_max = 0
@@ -249,47 +266,55 @@ class Ledger:
 
     def _settle(self, actions: list[Action], now_s: float) -> list[Action]:
         """Updates and releases until nothing more can be done."""
-        while self._pending and self._merge(actions, now_s):
-            pass
+        pending = self._pending
+        while (ready := pending.get(self._due)) and (len(ready) >= self._wanted or self._waits_no_more(now_s)):
+            del pending[self._due]
+            self._merge(ready, actions)
         self._release(actions)
         return actions
 
-    def _merge(self, actions: list[Action], now_s: float) -> bool:
-        """Makes one update if the rule says so; whether it did."""
-        ready = self._pending.get(self.round if self._by_round else 0)
-        if not ready:
-            return False
-        if self._by_round:
-            if len(ready) < self.pieces.size_of(self.round):
-                return False
-            del self._pending[self.round]
-            ready.sort(key=_BY_PIECE)
-            self.round += 1
-        else:
-            if len(ready) < self._quorum and not self._waited_enough(now_s) and not self._nothing_else_can_come():
-                return False
-            del self._pending[0]
-            self._waiting_since_s = None
+    def _merge(self, ready: list[Contribution], actions: list[Action]) -> None:
+        """Makes one update."""
         version = self.version
-        staleness = (version - ready[0].base,) if len(ready) == 1 else tuple([version - c.base for c in ready])
+        if len(ready) == 1:
+            staleness: tuple[int, ...] = (version - ready[0].base,)
+        else:
+            if self._by_round:
+                ready.sort(key=_BY_PIECE)
+            staleness = tuple([version - c.base for c in ready])
         self.version = version = version + 1
         self.merged_pieces += len(ready)
         self.merged_microbatches += self._size * len(ready) or sum([self._size_of(c.piece) for c in ready])
         actions.append(_new(Merge, (version, tuple(ready), self._weights(ready, staleness), staleness)))
-        if self._limit is not None:
-            self._doom(self.version - self._limit - 1)
+        if self._by_round:
+            self.round += 1
+            self._look_ahead()
+        else:
+            self._waiting_since_s = None
+            if self._limit is not None:
+                self._doom(version - self._limit - 1)
         if self.merged_pieces == self._count:
             self._finished = True
-            actions.append(Finish(self.version))
-        return True
+            actions.append(Finish(version))
 
-    def _waited_enough(self, now_s: float) -> bool:
+    def _look_ahead(self) -> None:
+        """Brings up to date what the next update takes, and which pieces may be started on."""
+        if self._by_round:
+            self._due, self._wanted, self._open = self.round, self.pieces.size_of(self.round), self._count
+            if self._lead is not None:
+                self._open = min(self._count, (self.round + self._lead + 1) * self._per_round)
+        else:
+            self._wanted, self._open = self.rule.quorum_of(len(self._workers)), self._count
+
+    def _waits_no_more(self, now_s: float) -> bool:
+        """Whether what is ready, too little as it is, makes an update: the wait is over, or nothing else can come.
+
+        The latter is where nobody computes and no piece is left: at the end of a run, in the middle of a round.
+        """
+        if self._in_flight == 0 and not self._returned and self._next_piece == self._count:
+            return True
         deadline_s = self.deadline_s
         return deadline_s is not None and now_s >= deadline_s
-
-    def _nothing_else_can_come(self) -> bool:
-        """Nobody computes and no piece is left: a run that ends in the middle of a round merges what there is."""
-        return self._in_flight == 0 and not self._returned and self._next_piece == self._count
 
     def _weights(self, ready: Sequence[Contribution], staleness: Sequence[int]) -> tuple[float, ...]:
         if self._whole or (self._bare and len(ready) == 1):  # whole: divided by the items of the whole batch already
@@ -298,39 +323,30 @@ class Ledger:
 
     def _release(self, actions: list[Action]) -> None:
         """Gives work to those who wait, if the gate lets them and there is some."""
-        if self._blocked and self._within_lead(self._blocked[0]):
-            self._idle.extend(self._blocked)
-            self._blocked.clear()
-        idle = self._idle
-        if self._by_round:
-            if not self._may_take():
-                return
-            if len(idle) > 1:  # in order, so that a run in lockstep repeats itself
-                self._idle = idle = deque(sorted(idle, key=_BY_NUMBER))
+        blocked = self._blocked
+        if blocked and self._within_lead(blocked[0]):
+            self._idle.extend(blocked)
+            blocked.clear()
+        idle, version = self._idle, self.version
+        if self._by_round and len(idle) > 1 and self._next() < self._open:
+            self._idle = idle = deque(sorted(idle, key=_BY_NUMBER))  # so that a run in lockstep repeats itself
         while idle:
-            if not idle[0].active:
-                idle.popleft()
-            elif self._may_take():
-                state = idle.popleft()
-                state.piece, state.base = self._take(), self.version
-                self._start(state)
-                actions.append(_new(Release, (state.number, state.piece, self.version)))
-            else:
+            piece = self._next()
+            if piece >= self._open:
                 return
+            state = idle.popleft()
+            if state.active:
+                if self._returned:
+                    heapq.heappop(self._returned)
+                else:
+                    self._next_piece = piece + 1
+                state.piece, state.base = piece, version
+                self._start(state)
+                actions.append(_new(Release, (state.number, piece, version)))
 
-    def _may_take(self) -> bool:
-        """Whether there is a piece that may be started on."""
-        piece = self._returned[0] if self._returned else self._next_piece
-        if piece == self._count:
-            return False
-        return not self._by_round or self._lead is None or piece // self._per_round - self.round <= self._lead
-
-    def _take(self) -> int:
-        """The next piece."""
-        if self._returned:
-            return heapq.heappop(self._returned)
-        self._next_piece += 1
-        return self._next_piece - 1
+    def _next(self) -> int:
+        """The piece that is given out next."""
+        return self._returned[0] if self._returned else self._next_piece
 
     def _rest(self, state: _Worker) -> None:
         """The worker waits for work, or for slower ones."""
@@ -360,41 +376,20 @@ class Ledger:
         for number in self._busy_at.pop(base, ()):
             state = self._workers[number]
             state.doomed = True
-            self._uncount(state.rounds)
-        self._find_slowest()
+            self._pace.remove(state.rounds)
+        self.round = self._pace.slowest(self.round)
 
     def _drop(self, contribution: Contribution, why: str) -> Drop:
         heapq.heappush(self._returned, contribution.piece)
         return Drop(contribution, why)
 
-    # The slowest worker, under order "arrival". `round` never falls: who comes late starts from it.
-
     def _count_in(self, state: _Worker) -> None:
+        """`round` never falls: who comes late starts from it."""
         if not self._by_round:
-            self._at_round[state.rounds] = self._at_round.get(state.rounds, 0) + 1
-            self._find_slowest()
+            self._pace.add(state.rounds)
+            self.round = self._pace.slowest(self.round)
 
     def _count_out(self, state: _Worker) -> None:
         if not self._by_round:
-            self._uncount(state.rounds)
-            self._find_slowest()
-
-    def _count_on(self, state: _Worker) -> None:
-        """The worker has done one more."""
-        if not self._by_round:
-            before = state.rounds
-            state.rounds += 1
-            self._at_round[state.rounds] = self._at_round.get(state.rounds, 0) + 1
-            self._uncount(before)
-            if before == self.round:
-                self._find_slowest()
-
-    def _uncount(self, rounds: int) -> None:
-        self._at_round[rounds] -= 1
-        if not self._at_round[rounds]:
-            del self._at_round[rounds]
-
-    def _find_slowest(self) -> None:
-        """Brings `round` up to date. Nobody at all leaves it as it is."""
-        if self._at_round and self.round not in self._at_round:
-            self.round = min(self._at_round)
+            self._pace.remove(state.rounds)
+            self.round = self._pace.slowest(self.round)
