@@ -50,6 +50,11 @@ def points() -> TensorDataset:
     return TensorDataset(torch.randn(101, 5), torch.randint(0, 3, (101,)))
 
 
+def listed() -> list[tuple[Tensor, Tensor]]:
+    """The same, sample by sample."""
+    return list(points())
+
+
 @objective
 def classes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
@@ -107,10 +112,11 @@ def with_nothing(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Te
     return {"loss": classes(model, batch), "none": model(batch[0]).sum()}
 
 
+@pytest.mark.parametrize("data", [points, listed])
 @pytest.mark.parametrize("target", [classes, weighted, with_nothing])
 @pytest.mark.parametrize("rule", ["synchronous", "asynchronous", "softsync:2", "delay_compensated"])
-def test_contributions_equal_those_of_one_worker_at_a_time(rule: str, target: Any) -> None:
-    one = contributor(recipe(rule, objective=target))
+def test_contributions_equal_those_of_one_worker_at_a_time(rule: str, target: Any, data: Any) -> None:
+    one = contributor(recipe(rule, objective=target, data=data))
     first, second = one.pack.empty(), one.pack.empty()
     one.pack.save(first)
     second.copy_(first)
