@@ -100,6 +100,19 @@ def test_a_simulation_loads_each_sample_once_to_count_and_compute_it(rule: str, 
     assert len(Counted.loaded) <= different + at_the_start
 
 
+@pytest.mark.parametrize("rule", ["synchronous", "diloco:2"])
+def test_the_data_are_built_once_for_all_workers_of_a_simulation(rule: str) -> None:
+    built = []
+
+    def data() -> TensorDataset:
+        built.append(1)
+        return points()
+
+    cluster = Cluster(workers=WORKERS, times=WorkerTimes.constant(1.0), merge_s=0.0)
+    simulate(recipe(rule, data=data, steps=4), cluster, True, None, lambda event: None)
+    assert len(built) == 1
+
+
 @objective(counts=lambda batch: {"loss": len(batch[0]), "size": 3 * len(batch[0])}, weights={"size": lambda step: step})
 def weighted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Two terms, the weight of one of which is 0 in the first batch and rises."""
