@@ -23,7 +23,6 @@ from harness import Client, Outcome, train_here
 from instep.engines.merger import Update
 from instep.engines.playback import replay
 from instep.engines.replay import Replayer, state_of
-from instep.engines.replica import Replica
 from instep.engines.request import Replayed
 from instep.errors import RecordError
 from instep.recipe import Recipe, Team
@@ -90,7 +89,7 @@ def drive(
     called with each update.
     """
     torch.set_num_threads(1)
-    replayer = Replayer(recipe, workers, lambda: Replica(recipe, "cpu"))
+    replayer = Replayer(recipe, workers, "cpu")
     run = Driven(replayer, Ledger(recipe.rule, replayer.pieces))
     chance = random.Random(seed)
     busy: set[int] = set()

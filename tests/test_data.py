@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 import instep.data as data_module
 from instep.components import Component
 from instep.data import Data, as_data, digest
-from instep.data.cursor import Cursor, _order, held_out_batches, load
+from instep.data.cursor import Cursor, _order, held_out_batches, load, rows_of
 from instep.data.text import Bytes, Windows, stdlib_text, text_files
 from instep.errors import ComponentError, DataError, RecipeError
 from instep.randomness import seed_all
@@ -143,6 +143,33 @@ def test_load_collates_samples_in_order():
     assert load(Numbers(9), [4, 2], lambda samples: [s.item() for s in samples]) == [4, 2]
     pair = load(TensorDataset(torch.arange(5), torch.arange(5) * 2), [3, 1])
     assert [part.tolist() for part in pair] == [[3, 1], [6, 2]]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (1, 4, 4), (3, 4, 4), (3, 1, 1), (2, 3, 4, 5)])
+@pytest.mark.parametrize("indices", [[2], [8, 0, 8], list(range(9))])
+def test_rows_of_a_tensor_data_set_are_what_the_default_collate_makes_of_its_samples(shape, indices):
+    tensors = (torch.randn(9, *shape), torch.arange(9), torch.randn(9, *shape) > 0)
+    samples = TensorDataset(*tensors)
+    found, expected = load(samples, indices), default_collate([samples[index] for index in indices])
+    assert rows_of(samples, None) is not None
+    assert type(found) is type(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.dtype, a.stride()) == (b.dtype, b.stride())
+        assert torch.equal(a, b)
+
+
+def test_only_a_plain_tensor_data_set_is_taken_for_rows():
+    class Mine(TensorDataset):
+        def __getitem__(self, index):
+            return tuple(tensor[index] + 1 for tensor in self.tensors)
+
+    ones = torch.ones(4, 2)
+    last_first = TensorDataset(torch.ones(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    assert rows_of(Mine(ones), None) is None
+    assert rows_of(TensorDataset(ones.T), None) is None
+    assert rows_of(last_first, None) is None
+    assert rows_of(TensorDataset(ones), default_collate) is None
+    assert torch.equal(load(Mine(ones), [0])[0], 2 * ones[:1])
 
 
 def test_load_asks_for_several_samples_at_once_where_it_can():

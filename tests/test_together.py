@@ -50,6 +50,11 @@ def points() -> TensorDataset:
     return TensorDataset(torch.randn(101, 5), torch.randint(0, 3, (101,)))
 
 
+def listed() -> list[tuple[Tensor, Tensor]]:
+    """The same, sample by sample."""
+    return list(points())
+
+
 @objective
 def classes(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
@@ -95,6 +100,19 @@ def test_a_simulation_loads_each_sample_once_to_count_and_compute_it(rule: str, 
     assert len(Counted.loaded) <= different + at_the_start
 
 
+@pytest.mark.parametrize("rule", ["synchronous", "diloco:2"])
+def test_the_data_are_built_once_for_all_workers_of_a_simulation(rule: str) -> None:
+    built = []
+
+    def data() -> TensorDataset:
+        built.append(1)
+        return points()
+
+    cluster = Cluster(workers=WORKERS, times=WorkerTimes.constant(1.0), merge_s=0.0)
+    simulate(recipe(rule, data=data, steps=4), cluster, True, None, lambda event: None)
+    assert len(built) == 1
+
+
 @objective(counts=lambda batch: {"loss": len(batch[0]), "size": 3 * len(batch[0])}, weights={"size": lambda step: step})
 def weighted(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Two terms, the weight of one of which is 0 in the first batch and rises."""
@@ -107,10 +125,11 @@ def with_nothing(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Te
     return {"loss": classes(model, batch), "none": model(batch[0]).sum()}
 
 
+@pytest.mark.parametrize("data", [points, listed])
 @pytest.mark.parametrize("target", [classes, weighted, with_nothing])
 @pytest.mark.parametrize("rule", ["synchronous", "asynchronous", "softsync:2", "delay_compensated"])
-def test_contributions_equal_those_of_one_worker_at_a_time(rule: str, target: Any) -> None:
-    one = contributor(recipe(rule, objective=target))
+def test_contributions_equal_those_of_one_worker_at_a_time(rule: str, target: Any, data: Any) -> None:
+    one = contributor(recipe(rule, objective=target, data=data))
     first, second = one.pack.empty(), one.pack.empty()
     one.pack.save(first)
     second.copy_(first)

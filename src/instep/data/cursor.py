@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import TensorDataset, default_collate
 
 from instep.data import Collate, MapStyle, failed, sample
 from instep.errors import DataError
@@ -62,22 +62,35 @@ class Cursor:
 
     def indices(self, step: int) -> list[int]:
         """Indices of the whole batch of `step`: its microbatches, one after the other."""
-        return self._take(step, self._span(step))
+        return _listed(self._take(step, self._span(step)))
 
     def microbatch(self, step: int, index: int) -> list[int]:
         """Indices of microbatch `index`, from 0, of `step`. Empty where a small batch does not reach all."""
+        return _listed(self.microbatch_tensor(step, index))
+
+    def microbatch_tensor(self, step: int, index: int) -> Tensor:
+        """The same as a tensor ([samples of it], int64)."""
+        return self._take(step, self._part(step, index))
+
+    def microbatch_size(self, step: int, index: int) -> int:
+        """How many they are."""
+        return len(self._part(step, index))
+
+    def _part(self, step: int, index: int) -> range:
         span = self._span(step)
-        start, stop = (len(span) * edge // self.microbatches for edge in (index, index + 1))
-        return self._take(step, span[start:stop])
+        return span[len(span) * index // self.microbatches : len(span) * (index + 1) // self.microbatches]
 
     def _span(self, step: int) -> range:
         start = step % self.steps_per_epoch * self.batch
         return range(start, min(start + self.batch, self.samples))
 
-    def _take(self, step: int, span: range) -> list[int]:
-        order = _order(self.samples, self.seed, self.epoch(step))
-        taken: list[int] = order[span.start : span.stop].tolist()
-        return taken
+    def _take(self, step: int, span: range) -> Tensor:
+        return _order(self.samples, self.seed, self.epoch(step))[span.start : span.stop]
+
+
+def _listed(indices: Tensor) -> list[int]:
+    found: list[int] = indices.tolist()
+    return found
 
 
 @lru_cache(maxsize=1)  # of the current epoch: 8 bytes a sample
@@ -88,6 +101,9 @@ def _order(samples: int, seed: int, epoch: int) -> Tensor:
 
 def load(samples: MapStyle, indices: Sequence[int], collate: Collate | None = None) -> Any:
     """The batch of samples `indices`, at least one, in this order. Raises DataError where the data set fails."""
+    tensors = rows_of(samples, collate)
+    if tensors is not None:
+        return take_rows(tensors, torch.tensor(indices))
     together = getattr(samples, "__getitems__", None)
     if callable(together):
         try:
@@ -97,6 +113,19 @@ def load(samples: MapStyle, indices: Sequence[int], collate: Collate | None = No
     else:
         taken = [sample(samples, index) for index in indices]
     return (default_collate if collate is None else collate)(taken)
+
+
+def rows_of(samples: MapStyle, collate: Collate | None) -> tuple[Tensor, ...] | None:
+    """The tensors whose rows make up the samples, collated by default; None for all but a plain TensorDataset."""
+    if collate is not None or type(samples) is not TensorDataset:
+        return None
+    plain = all(type(t) is Tensor and t.layout is torch.strided and t.is_contiguous() for t in samples.tensors)
+    return samples.tensors if plain and all(t.device.type == "cpu" for t in samples.tensors) else None
+
+
+def take_rows(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:
+    """What the default collate makes of these samples: each tensor's rows at `indices` (int64), [N, ...]."""
+    return [tensor.index_select(0, indices) for tensor in tensors]
 
 
 def held_out_batches(samples: int, size: int) -> list[range]:

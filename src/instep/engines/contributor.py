@@ -140,8 +140,9 @@ class Contributor:
         samples = self.replica.learn_terms(batch)
         self.terms = tuple(self.replica.objective.terms or ())
         self.buffers.begin()
-        with torch.no_grad():
-            self.replica.objective.sums(self.replica.module, samples)
+        if self.buffers.names:
+            with torch.no_grad():
+                self.replica.objective.sums(self.replica.module, samples)
         self.buffers.leave(filled=True)
         self.changing = {index for index, changed in enumerate(self.buffers.changed()) if changed}
         self.buffers.begin()
@@ -168,10 +169,13 @@ class Contributor:
                 totals[name] += count
         return totals
 
-    def inputs(self, work: Work) -> Inputs:
-        """Loads what `work` is computed from, under a rule without local steps."""
+    def inputs(self, work: Work, load: Callable[[int, int], Any | None] | None = None) -> Inputs:
+        """Loads what `work` is computed from, under a rule without local steps.
+
+        `load`: what gives a microbatch of a batch; its answer must do for counting items.
+        """
         own = range(work.start, work.stop)
-        batches = {m: self._load(work.batch, m) for m in own}
+        batches = {m: (load or self._load)(work.batch, m) for m in own}
         counts = self._counts(work.batch, own, batches)
         totals = counts
         if self.pieces.in_tree_order:
@@ -296,13 +300,20 @@ class Contributor:
             self._kept[batch, microbatch] = samples
         return samples
 
+    def _count(self, batch: int, microbatch: int, loaded: Mapping[int, Any]) -> Mapping[str, int]:
+        """Items of each term in a microbatch; none at all where it has no samples."""
+        if self.replica.rows is not None:  # they need not be looked at
+            size = self.replica.cursor.microbatch_size(batch, microbatch)
+            return dict.fromkeys(self.terms, size) if size else {}
+        samples = loaded[microbatch] if microbatch in loaded else self._load_to_count(batch, microbatch)
+        return {} if samples is None else self.replica.objective.counts(samples)
+
     def _counts(self, batch: int, microbatches: range, loaded: Mapping[int, Any]) -> dict[str, int]:
         totals = dict.fromkeys(self.terms, 0)
         for microbatch in microbatches:
             key = batch, microbatch
             if key not in self._counted:
-                samples = loaded[microbatch] if microbatch in loaded else self._load_to_count(batch, microbatch)
-                self._counted[key] = {} if samples is None else self.replica.objective.counts(samples)
+                self._counted[key] = self._count(batch, microbatch, loaded)
                 if len(self._counted) > _COUNTED:
                     del self._counted[next(iter(self._counted))]
             for name, count in self._counted[key].items():

@@ -138,7 +138,7 @@ class Merger:
     def _total(self, contributions: Sequence[Arrived]) -> Tensor:
         """The update's gradient or delta, flat."""
         if self.pieces.in_tree_order:
-            rows = [row for each in contributions for row in each.vectors.gradient[: len(each.facts.nodes)]]
+            rows = [row for each in contributions for row in each.vectors.gradient.unbind(0)[: len(each.facts.nodes)]]
             for into, source in self._plan(contributions):
                 rows[into].add_(rows[source])
             whole: Tensor = rows[0]

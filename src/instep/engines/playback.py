@@ -9,7 +9,6 @@ from typing import Any
 
 from instep.engines.child import Tell
 from instep.engines.replay import Replayer, state_of
-from instep.engines.replica import Replica
 from instep.engines.request import Replayed
 from instep.errors import RecordError
 from instep.recipe import Recipe
@@ -200,7 +199,7 @@ class _Playback:
         self._engine = _engine_of(started)
         cut = started["cut"] if self._serving else 1
         recipe = dataclasses.replace(self._recipe, steps=started["steps"])  # its schedule follows them
-        return Replayer(recipe, cut, lambda: Replica(recipe, device), batched=started.get("batched", False))
+        return Replayer(recipe, cut, device, batched=started.get("batched", False))
 
     def _keep(self, version: int) -> None:
         merger = self._replayer.merger

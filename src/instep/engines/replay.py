@@ -7,7 +7,7 @@ schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,10 +32,10 @@ class Replayer:
     hand, see `Together`; this follows from the events alone, so it too gives the same bits again.
     """
 
-    def __init__(self, recipe: Recipe, workers: int, build: Callable[[], Replica], *, batched: bool = False):
-        self.recipe, self._build = recipe, build
+    def __init__(self, recipe: Recipe, workers: int, device: str, *, batched: bool = False):
+        self.recipe, self._device = recipe, device
         self.pieces = Pieces(recipe.rule, workers, recipe.microbatches, recipe.steps)
-        self.merger = Merger(build(), self.pieces)
+        self.merger = Merger(Replica(recipe, device), self.pieces)
         self._contributors: dict[int, Contributor] = {}
         self.terms = self._contributor(0).terms
         self.merger.replica.objective = self._contributor(0).replica.objective  # which knows its terms
@@ -52,14 +52,15 @@ class Replayer:
         self._uses: dict[int, int] = {}  # of weights, by contributions in hand
         self._work: dict[int, tuple[int, int]] = {}
         self._arrived: dict[int, tuple[int, int, int, Facts, Vectors]] = {}
+        self._spare: list[Vectors] = []  # of contributions that are merged, for others: fresh memory takes time
 
     def joined(self, worker: int) -> None:
         """The worker starts, with an optimizer of its own that has no state yet."""
-        if not self.recipe.rule.gradients:
-            self._contributors.pop(worker, None)  # the next contribution builds another
 
     def left(self, worker: int) -> None:
-        """What the worker was computing is lost."""
+        """What the worker was computing is lost, and its optimizer's state."""
+        if not self.recipe.rule.gradients:
+            self._contributors.pop(worker, None)  # its next contribution builds another
         self._made.pop(worker, None)
         if worker in self._work:
             self._forget(self._work.pop(worker)[1])
@@ -88,7 +89,7 @@ class Replayer:
         if self._together is None:
             piece, version = self._work[worker]
             contributor = self._contributor(worker)
-            vectors = contributor.empty()
+            vectors = self._spare.pop() if self._spare else contributor.empty()
             return contributor.compute(self.pieces.work(piece), self._weights[version], vectors), vectors
         if worker not in self._made:
             others = [other for other in self._work if other not in self._made]
@@ -129,7 +130,9 @@ class Replayer:
 
     def dropped(self, seq: int) -> None:
         """A contribution is forgotten."""
-        self._forget(self._arrived.pop(seq)[2])
+        *_, version, _, vectors = self._arrived.pop(seq)
+        self._forget(version)
+        self._reuse(vectors)
 
     def merged(self, version: int, contributions: Mapping[int, tuple[float, int]]) -> Update:
         """Update number `version`, from contributions by seq, in this order, each with weight and staleness."""
@@ -140,8 +143,9 @@ class Replayer:
             arrived.append(Arrived(worker, work, facts, vectors, weight, staleness, self._weights[base]))
             bases.append(base)
         update = self.merger.merge(arrived)
-        for base in bases:
+        for base, each in zip(bases, arrived, strict=True):
             self._forget(base)
+            self._reuse(each.vectors)
         return update
 
     def items(self, piece: int) -> int:
@@ -152,7 +156,8 @@ class Replayer:
     def _contributor(self, worker: int) -> Contributor:
         key = 0 if self.recipe.rule.gradients else worker
         if key not in self._contributors:
-            contributor = Contributor(self._build(), self.pieces, alone=self.recipe.rule.gradients)
+            replica = Replica(self.recipe, self._device, like=self.merger.replica)
+            contributor = Contributor(replica, self.pieces, alone=self.recipe.rule.gradients)
             contributor.prepare(0)
             self._contributors[key] = contributor
         return self._contributors[key]
@@ -162,6 +167,10 @@ class Replayer:
         self._uses[version] -= 1
         if not self._uses[version]:
             del self._weights[version], self._uses[version]
+
+    def _reuse(self, vectors: Vectors) -> None:
+        if self._together is None:  # it makes its own, parts of one large tensor
+            self._spare.append(vectors)
 
 
 def state_of(replayer: Replayer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from instep import data, objectives
 from instep.components import Component
-from instep.data.cursor import Cursor, load
+from instep.data.cursor import Cursor, load, rows_of
 from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, ResourceError
 from instep.gradient_checkpointing import Applied
 from instep.randomness import key, seed_all
@@ -23,15 +23,17 @@ from instep.recipe import Recipe
 class Replica:
     """Model, optimizer, objective and data of a recipe, built on one device.
 
+    `like`: another of the same recipe in this process, whose data it reads too.
+
     Raises ComponentError, DataError, RecipeError or ResourceError where the recipe cannot be built.
     """
 
-    def __init__(self, recipe: Recipe, device: str):
+    def __init__(self, recipe: Recipe, device: str, like: Replica | None = None):
         self.recipe = recipe
         self.device = prepare_device(device, recipe.threads)
         self.doing = "building the data set"
         seed_all(key(recipe.seed, "data"))
-        self.data = data.from_component(recipe.data)
+        self.data: data.Data = data.from_component(recipe.data) if like is None else like.data
         self.cursor = Cursor(
             samples=len(self.data.train), batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed
         )
@@ -67,6 +69,12 @@ class Replica:
     def size(self) -> int:
         """How many weights are trained."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def rows(self) -> tuple[Tensor, ...] | None:
+        """The data's tensors, where a batch is some of their rows and holds as many items; else None."""
+        known = self.objective.counts_samples and self.device.type == "cpu"
+        return rows_of(self.data.train, self.data.collate) if known else None
 
     def batch(self, step: int, microbatch: int) -> Any | None:
         """The samples of one microbatch, collated, on the device; None where the ragged end of an epoch has none."""

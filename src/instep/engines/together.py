@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
+from instep.data.cursor import take_rows
 from instep.engines.contributor import Contributor, Facts, Inputs, Vectors
 from instep.errors import RecipeError
 from instep.objectives import Bound
@@ -49,17 +49,22 @@ class Together:
         self._whole = _Whole(contributor.replica.module, contributor.replica.objective)
         self._names = [f"module.{name}" for name in contributor.replica.names]
         self._touched: tuple[int, ...] | None = None
+        self._rows = contributor.replica.rows
+        self._load = contributor.replica.cursor.microbatch_tensor if self._rows is not None else None
 
     def compute(self, tasks: Sequence[Task]) -> list[tuple[Facts, Vectors]]:
         """The contributions of `tasks`, in their order. Raises NonFiniteError, and RecipeError, see above."""
-        inputs = [self._one.inputs(work) for work, _ in tasks]
+        # Rows of tensors are taken for many at once: until then, a microbatch is its indices.
+        inputs = [self._one.inputs(work, self._load) for work, _ in tasks]
+        of_rows = pytree.tree_structure(list(self._rows or ()))
         groups: dict[Any, list[_Entry]] = {}  # by the shapes of the batch
         for place, each in enumerate(inputs):
             for microbatch, batch in each.batches.items():
-                if batch is not None:
+                if self._rows is not None and len(batch):
+                    groups.setdefault(len(batch), []).append(_Entry(place, microbatch, [batch], of_rows))
+                elif self._rows is None and batch is not None:
                     leaves, structure = pytree.tree_flatten(batch)
-                    entry = _Entry(place, microbatch, leaves, structure)
-                    groups.setdefault(entry.kind, []).append(entry)
+                    groups.setdefault(_kind(leaves, structure), []).append(_Entry(place, microbatch, leaves, structure))
         found: list[dict[int, dict[str, float]]] = [{} for _ in tasks]
         none, rows = self._one.empty(), max(len(each.nodes) for each in inputs)
         # Numpy's zeros cost nothing where nothing is written, as in the gap after a small model.
@@ -91,10 +96,8 @@ class Together:
         into: Tensor,
     ) -> None:
         """Computes microbatches of one shape, and adds their gradients to `into` ([tasks, nodes, size])."""
-        first = entries[0]
-        columns = zip(*(entry.leaves for entry in entries), strict=True)
-        stacked = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
-        dims = [0 if isinstance(leaf, Tensor) else None for leaf in first.leaves]
+        stacked, structure = self._stacked(entries)
+        dims = [0 if isinstance(leaf, Tensor) else None for leaf in stacked]
         objective = self._one.replica.objective
         steps = [tasks[entry.place][0].batch for entry in entries]
         weight = {step: objective.weights(step) for step in set(steps)}
@@ -113,7 +116,7 @@ class Together:
         weights = self._one.pack.parameters(packs[0]) if same else self._one.pack.stacked(packs)
 
         def one(parameters: dict[str, Tensor], leaves: list[Any], shares: dict[str, Tensor]) -> Any:
-            sums = functional_call(self._whole, parameters, (pytree.tree_unflatten(leaves, first.structure),))
+            sums = functional_call(self._whole, parameters, (pytree.tree_unflatten(leaves, structure),))
             return torch.stack([sums[name].float() * share for name, share in shares.items()]).sum(), sums
 
         self._one.replica.doing = f"computing {len(entries)} microbatches at once"
@@ -131,8 +134,21 @@ class Together:
             node = next(i for i, (start, stop) in nodes if start <= entry.microbatch < stop)
             where.append(entry.place * into.shape[1] + node)
         rows = into.view(-1, into.shape[2])
+        once = where == list(range(len(rows)))
         for view, name in zip(self._one.layout.views_of_many(rows), self._names, strict=True):
-            view.index_add_(0, torch.tensor(where), gradients[name])
+            if once:  # a fifth of the time
+                view.copy_(gradients[name])
+            else:
+                view.index_add_(0, torch.tensor(where), gradients[name])
+
+    def _stacked(self, entries: Sequence[_Entry]) -> tuple[list[Any], pytree.TreeSpec]:
+        """The leaves of K microbatches of one shape, tensors as [K, ...], and the structure of a batch."""
+        columns = zip(*(entry.leaves for entry in entries), strict=True)
+        stacked = [torch.stack(column) if isinstance(column[0], Tensor) else column[0] for column in columns]
+        if self._rows is None:
+            return stacked, entries[0].structure
+        taken = [leaf.unflatten(0, stacked[0].shape) for leaf in take_rows(self._rows, stacked[0].flatten())]
+        return taken, entries[0].structure
 
     def _compare(self, task: Task, vectors: Vectors) -> None:
         """Computes the first contribution by itself too: which parameters have gradients, and whether they agree."""
@@ -156,20 +172,19 @@ class _Whole(nn.Module):
         return self._objective.sums(self.module, batch)
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One microbatch of the task at `place`, taken apart."""
+class _Entry(NamedTuple):
+    """One microbatch of the task at `place`, taken apart. leaves: or else the indices of its rows."""
 
     place: int
     microbatch: int
     leaves: list[Any]
     structure: pytree.TreeSpec
 
-    @property
-    def kind(self) -> Any:
-        """What microbatches that are computed at once have in common."""
-        shapes = ((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in self.leaves)
-        return self.structure, tuple(shapes)
+
+def _kind(leaves: list[Any], structure: pytree.TreeSpec) -> Any:
+    """What microbatches that are computed at once have in common."""
+    shapes = ((leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
+    return structure, tuple(shapes)
 
 
 def _refused(why: str, detail: str = "") -> RecipeError:

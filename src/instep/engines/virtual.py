@@ -16,7 +16,6 @@ from instep.data import digest
 from instep.engines.child import Tell
 from instep.engines.evaluation import Progress, batches_held_out, evaluate_alone, passes
 from instep.engines.replay import Replayer, state_of
-from instep.engines.replica import Replica
 from instep.engines.request import Cluster
 from instep.engines.schedule import Schedule
 from instep.engines.schedule import simulate as schedule
@@ -26,6 +25,7 @@ from instep.record import checkpoint
 from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
 from instep.record.tape import SCHEMA, Tape
+from instep.restore import older_kept
 from instep.rules.work import Pieces
 from instep.tables import to_table
 
@@ -46,7 +46,8 @@ def simulate(recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | N
     began = time.monotonic()
     simulation = _Simulation(recipe, cluster, gradients, folder, tell)
     try:
-        return simulation.run(began)
+        with older_kept():
+            return simulation.run(began)
     finally:
         simulation.close()
 
@@ -59,9 +60,7 @@ class _Simulation:
         self._folder = RunFolder(folder) if folder is not None else None
         self._tape = Tape(self._folder.tape_path) if self._folder else None
         self._pieces = Pieces(recipe.rule, cluster.workers, recipe.microbatches, recipe.steps)
-        self._replayer = Replayer(
-            recipe, cluster.workers, lambda: Replica(recipe, "cpu"), batched=gradients and cluster.batched
-        )
+        self._replayer = Replayer(recipe, cluster.workers, "cpu", batched=gradients and cluster.batched)
         self._replica = self._replayer.merger.replica
         self._progress = Progress()
         self._events: list[tuple[str, dict[str, Any]]] = []
@@ -108,12 +107,13 @@ class _Simulation:
         return statistics.median(found[1:]), 2 * (time.monotonic() - began)
 
     def _note(self, kind: str, fields: dict[str, Any]) -> None:
-        self._events.append((kind, dict(fields)))
+        if kind != "computed" or self._tape is not None:
+            self._events.append((kind, fields))
 
     def _live(self, kind: str, fields: dict[str, Any]) -> None:
         """Computes what an event stands for, if gradients are wanted, and hands it on."""
         replayer, before = self._replayer, self._progress.steps
-        if kind in ("computed", "pushed"):
+        if kind in ("computed", "pushed") and self._tape is not None:
             fields |= self._pieces.work(fields["piece"]).covers()
         if self._gradients:
             if kind == "joined":

@@ -43,6 +43,11 @@ class Bound:
         return attribute(self.objective, "share") is not None
 
     @cached_property
+    def counts_samples(self) -> bool:
+        """Whether the items of every term are the samples, as where the objective has no ``counts``."""
+        return attribute(self.objective, "counts") is None
+
+    @cached_property
     def minimised(self) -> tuple[str, ...]:
         """The names of the terms that the objective adds up, once they are known."""
         return tuple(name for name in self.terms or () if name not in self.metrics)
@@ -52,8 +57,7 @@ class Bound:
 
         While the terms are unknown, an objective that gives one number for all gives it as "objective".
         """
-        count = attribute(self.objective, "counts")
-        answer = _samples(batch) if count is None else count(batch)
+        answer = _samples(batch) if self.counts_samples else attribute(self.objective, "counts")(batch)
         if isinstance(answer, Mapping):
             counts = {str(name): _whole(value, f"of term {name!r}") for name, value in answer.items()}
             self._check_names(counts, "counts")
