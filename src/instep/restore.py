@@ -31,6 +31,9 @@ def older_kept() -> Iterator[None]:
 
     What is made meanwhile is searched as ever.
     """
+    if gc.get_freeze_count():  # somebody's own doing, and not ours to undo
+        yield
+        return
     gc.freeze()
     try:
         yield
