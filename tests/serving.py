@@ -111,7 +111,6 @@ def drive(
                     after(run, action)
 
     def join(worker: int) -> None:
-        replayer.joined(worker)
         obey(run.ledger.joined(worker))
 
     for worker in range(workers):

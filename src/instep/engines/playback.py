@@ -99,8 +99,6 @@ class _Playback:
             self._recorded = event["digest"]
         elif not self._serving:
             return  # in lockstep the recipe alone decides
-        elif kind == "joined":
-            self._replayer.joined(event["worker"])
         elif kind == "left":
             self._replayer.left(event["worker"])
         elif kind == "released":

@@ -54,13 +54,10 @@ class Replayer:
         self._arrived: dict[int, tuple[int, int, int, Facts, Vectors]] = {}
         self._spare: list[Vectors] = []  # of contributions that are merged, for others: fresh memory takes time
 
-    def joined(self, worker: int) -> None:
-        """The worker starts, with an optimizer of its own that has no state yet."""
-
     def left(self, worker: int) -> None:
         """What the worker was computing is lost, and its optimizer's state."""
         if not self.recipe.rule.gradients:
-            self._contributors.pop(worker, None)  # its next contribution builds another
+            self._contributors.pop(worker, None)  # the next worker of this number builds another
         self._made.pop(worker, None)
         if worker in self._work:
             self._forget(self._work.pop(worker)[1])

@@ -288,6 +288,9 @@ def _call(component: Component, *positional: Any) -> Any:
 
 
 def _compiled(module: nn.Module) -> Any:
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.pool.cache_clear()  # a forked process has none of the threads that compiled before, and would wait
     # One kernel a shape, never one that depends on which shapes a worker happened to see before.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -116,9 +116,7 @@ class _Simulation:
         if kind in ("computed", "pushed") and self._tape is not None:
             fields |= self._pieces.work(fields["piece"]).covers()
         if self._gradients:
-            if kind == "joined":
-                replayer.joined(fields["worker"])
-            elif kind == "left":
+            if kind == "left":
                 replayer.left(fields["worker"])
             elif kind == "released":
                 replayer.released(fields["worker"], fields["piece"], fields["version"])
