@@ -9,6 +9,7 @@ what is held at the end of forward. Results go to benchmarks/results/memory.json
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import math
@@ -16,6 +17,7 @@ import random
 import statistics
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,7 +160,7 @@ def measure(model: Model, tokens: Tensor, candidates: dict[str, Callable[[], Non
     }
 
 
-def held_bytes(run: Any, model: nn.Module, tokens: Tensor) -> int:
+def held_bytes(model: nn.Module, tokens: Tensor) -> int:
     """What forward leaves for backward, weights and batch left out, where a compiler's kernels hide the rest."""
     others = {t.untyped_storage().data_ptr() for t in (tokens, *model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
@@ -169,37 +171,46 @@ def held_bytes(run: Any, model: nn.Module, tokens: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        objective(run, tokens)
+        objective(model, tokens)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def compiled(model: Model, tokens: Tensor, plans: dict[str, Plan], rounds: int) -> dict[str, Any]:
-    """Under torch's compiler: its own planner, and Instep's plans. Bytes are those held at the end of forward; bits are
-    compared with those of the model compiled as it is, whose steps are timed before and after."""
+    """Under torch's compiler: its own planner, and Instep's plans, each on a copy of the model; steps interleaved.
+    Bytes are those held at the end of forward; bits are compared with those of the model compiled as it is."""
     contenders: dict[str, tuple[float, Plan | None]] = {
-        f"activation_memory_budget {budget}": (budget, None) for budget in (1.0, 0.5, 0.2)
+        f"activation_memory_budget {budget}": (budget, None) for budget in (1.0, 0.5, 0.35, 0.2)
     } | {f"compiled {name}": (1.0, plan) for name, plan in plans.items()}
-    contenders |= {"activation_memory_budget 1.0, again": (1.0, None)}
+    gc.remove(model)
+    model.rule, model.segments = None, 0
+    steps: dict[str, Callable[[], float]] = {}
     found: dict[str, Any] = {}
     expected: Any = None
     for name, (budget, plan) in contenders.items():
-        torch._dynamo.reset()
-        model.rule, model.segments = None, 0
-        gc.remove(model)
+        own = copy.deepcopy(model)
         if plan is not None:
-            gc.apply(model, plan)
+            gc.apply(own, plan)
+        # The compiler caches by code object and would give one contender the graph of another: each has its own.
+        code = Model.forward.__code__.replace(co_name=f"forward_{len(steps)}")
+        alone = types.MethodType(types.FunctionType(code, globals()), own)
+        own.forward = torch.compile(alone, dynamic=False)  # type: ignore[method-assign]
         with torch._functorch.config.patch(activation_memory_budget=budget):
-            run = torch.compile(model, dynamic=False)
-            held = held_bytes(run, model, tokens)
-            step_s(run, tokens)
-            seconds = statistics.median(step_s(run, tokens) for _ in range(3 * rounds))
-            gradients = torch.autograd.grad(objective(run, tokens), list(model.parameters()))
+            held = held_bytes(own, tokens)
+            gradients = torch.autograd.grad(objective(own, tokens), list(own.parameters()))
         expected = gradients if expected is None else expected
-        same = all(map(torch.equal, gradients, expected))
-        found[name] = {"held_bytes": held, "step_s": seconds, "same_bits": same}
-        said = "same bits" if same else "other bits"
-        print(f"{name:<44}{held / 2**20:9.1f}{'':>10}{seconds * 1e3:6.0f} ms   {said}", flush=True)
-    gc.remove(model)
+        found[name] = {"held_bytes": held, "same_bits": all(map(torch.equal, gradients, expected))}
+        steps[name] = functools.partial(step_s, own, tokens)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order = random.Random(0)
+    for _ in range(3 * rounds):
+        for name in order.sample(list(steps), len(steps)):
+            times[name].append(steps[name]())
+    first = next(iter(times))
+    for name, row in found.items():
+        row["step_s"] = statistics.median(times[name])
+        row["extra_time"] = statistics.median(a / b for a, b in zip(times[name], times[first], strict=True)) - 1
+        line = f"{name:<44}{row['held_bytes'] / 2**20:9.1f}{'':>10}{row['step_s'] * 1e3:6.0f} ms"
+        print(f"{line}{100 * row['extra_time']:6.1f} %   {'same' if row['same_bits'] else 'other'} bits", flush=True)
     return found
 
 

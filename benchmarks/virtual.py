@@ -132,6 +132,8 @@ def _plain(recipe: Recipe, versions: int) -> float:
             loss.backward()
             due += 1
             if due >= every:
+                if recipe.clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(replica.parameters, recipe.clip_norm)
                 replica.optimizer.step()
                 replica.optimizer.zero_grad(set_to_none=True)
                 due -= every
