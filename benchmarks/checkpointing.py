@@ -256,7 +256,7 @@ def main() -> None:
         print(f"{name}: {value:.4f}")
     of_100_blocks_s = planning_s()
     print(f"a plan for 100 blocks: {of_100_blocks_s:.2f} s")
-    lean = gc.plans(profile, most=6, price="flops")[1:]  # the compiler fuses what costs no FLOPs into the rest
+    lean = gc.plans(profile, most=5, price="flops")  # the compiler fuses what costs no FLOPs into the rest
     few = {f"plan {100 * p.peak_bytes / profile.peak_bytes:.0f} %, price FLOPs": p for p in lean}
     known = json.loads(RESULTS.read_text())["compiled"] if RESULTS.exists() else {}
     by_compiler = compiled(model, tokens, few, given.rounds) if given.compile else known

@@ -32,7 +32,7 @@ def kinds(draw: st.DrawFn, most: int = 5) -> BlockKind:
         packed = draw(st.booleans()) or place == length - 1
         storages.append(Storage(draw(st.integers(1, 40)), place, draw(st.integers(place, length)), packed))
     held = sum(storage.nbytes for storage in storages if storage.packed)
-    return BlockKind(tuple(operations), tuple(storages), held)
+    return BlockKind(tuple(operations), tuple(storages), held, draw(st.integers(0, 9)))
 
 
 @st.composite
@@ -51,7 +51,7 @@ def chain(found: list[BlockKind], kind_of: list[int], bases: list[int]) -> Profi
     moments.append(Moment("run", bases[8]))
     for block in reversed(range(len(kind_of))):
         held = found[kind_of[block]].held_bytes
-        moments += [Moment("recompute", bases[(block + 4) % 9], block), Moment("run", bases[block % 9] + held)]
+        moments += [Moment("recompute", bases[(block + 4) % 9], block), Moment("run", bases[block % 9] + held, block)]
     return settled(
         Profile(tuple(found), tuple(f"b{i}" for i in range(len(kind_of))), tuple(kind_of), tuple(moments), 300, 10.0, 0)
     )

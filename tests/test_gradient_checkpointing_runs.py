@@ -47,7 +47,7 @@ def test_a_run_has_the_same_digest_at_ten_budgets(make: Any, tmp_path: Path) -> 
         assert event["measured_bytes"] == pytest.approx(event["predicted_bytes"], rel=0.05)
         assert event["predicted_bytes"] <= event["budget_bytes"]
         takes.add(event["predicted_bytes"])
-    assert len(takes) >= 4
+    assert len(takes) >= 3
 
 
 def test_teams_and_autocast_and_the_server_take_plans_too(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ def profile_of(replica: Replica) -> tuple[Profile, Any]:
 def put_on(replica: Replica, plan: Plan, batch: Any) -> tuple[int, float]:
     """Puts `plan` on the model, checked in the first step; the peak in bytes and the seconds of a trial on `batch`."""
     replica.checkpointing = gradient_checkpointing.apply(replica.module, plan)
+    if replica.recipe.compile:  # it warns of operations in place, of which the plan takes care
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     measured = gradient_checkpointing.measure(replica.module, objective_of(replica), batch)
     replica.checkpointing.verify = not replica.recipe.compile
     return measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -66,7 +67,7 @@ class _Block:
         self.before: Callable[..., Any] | None = module.__dict__.get("forward")
         self._module, self._applied = module, applied
         self._script = Script(plan)
-        self._compiled = functools.partial(_compiled_contexts, self._script)
+        self._compiled = functools.partial(_compiled_contexts, _kept(plan))
         self._selective, self._buffers = plan.choice.selective, plan.kind.buffers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,8 +75,6 @@ class _Block:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if torch.compiler.is_compiling():
-            if not self._selective:
-                return checkpoint(forward, *args, use_reentrant=False, **kwargs)
             return checkpoint(forward, *args, use_reentrant=False, context_fn=self._compiled, **kwargs)
         frame = Frame(self._script, self._applied.verify)
         frame.buffers = _copies({name: self._module.get_buffer(name) for name in self._buffers})
@@ -89,18 +88,40 @@ class _Block:
         return checkpoint(named, *args, use_reentrant=False, early_stop=True, context_fn=contexts)
 
 
-def _compiled_contexts(script: Script) -> tuple[Any, Any]:
+def _compiled_contexts(kept: frozenset[tuple[str, int]]) -> tuple[Any, Any]:
     """Torch's own contexts, which its compiler traces: it then keeps in its graph what the plan keeps."""
-    place = -1
+    came: Counter[str] = Counter()
 
     def policy(context: Any, func: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        nonlocal place
-        place += 1
-        keep = place < len(script.acts) and script.fits(place, func) and script.acts[place] is Act.KEEP
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+        name = _functional(str(func))
+        came[name] += 1
+        return CheckpointPolicy.MUST_SAVE if (name, came[name]) in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(policy)
     return contexts
+
+
+def _kept(plan: BlockPlan) -> frozenset[tuple[str, int]]:
+    """The operations whose results a compiled block keeps, each by its name and how many of that name came before.
+
+    Not by their place as in eager mode: the compiler sees views taken apart, copies put in, nothing changed in place.
+    What leaves the block is among them: left to itself, the compiler may rather make a product again than keep a sum.
+    """
+    kind, came = plan.kind, Counter[str]()
+    last = {index: place for place, operation in enumerate(kind.operations) for index in operation.writes}
+    leaving = {last[index] for index, storage in enumerate(kind.storages) if storage.escapes and index in last}
+    found = set()
+    for place, (operation, act) in enumerate(zip(kind.operations, plan.choice.acts, strict=True)):
+        name = _functional(operation.name)
+        came[name] += 1
+        if act is Act.KEEP or place in leaving:
+            found.add((name, came[name]))
+    return frozenset(found)
+
+
+def _functional(name: str) -> str:
+    """The operation that changes nothing in place: aten.relu.default of aten.relu_.default."""
+    return name.replace("_.", ".") if not name.partition(".")[2].startswith("__") else name
 
 
 class _Second:

@@ -43,7 +43,8 @@ class _Candidate:
 def plan(profile: Profile, *, budget_bytes: int, price: Literal["seconds", "flops"] = "seconds") -> Plan:
     """What to keep so that activations never take more than `budget_bytes`, at the least extra work.
 
-    `price` is what is least: predicted seconds, or FLOPs (seconds decide among equals). Raises CheckpointingError
+    `price` is what is least: predicted seconds, or FLOPs, where bytes decide among equals: right under `torch.compile`,
+    which fuses what costs no FLOPs into other kernels, so that it costs next to nothing. Raises CheckpointingError
     where `budget_bytes` is no number above 0, or where no plan meets it, and names the least that one can.
     """
     if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes <= 0:
@@ -92,6 +93,8 @@ def peak_bytes(profile: Profile, choices: Sequence[Choice]) -> int:
         if kind == "recompute":
             held -= choices[moment.block].held_bytes
             now += choices[moment.block].recompute_bytes
+        elif moment.block >= 0 and choices[moment.block].acts:
+            now += profile.kinds[profile.kind_of[moment.block]].extra_bytes
         peak = max(peak, held + now)
     return peak
 
@@ -135,10 +138,10 @@ def _graph(kind: BlockKind) -> Graph:
 
 
 def _price(profile: Profile, price: Literal["seconds", "flops"]) -> Price:
-    """FLOPs in seconds of the step, and seconds so small beside them that they only decide among equals."""
+    """What a second and a FLOP cost."""
     if price == "seconds":
         return (1.0, 0.0)
-    return (1e-6, profile.seconds / max(1, profile.flops) if profile.seconds else 1.0)
+    return (0.0, 1.0)
 
 
 @lru_cache(maxsize=8)
@@ -260,12 +263,13 @@ class _Search:
         and Ullmann, 1969, on the knapsack), thinned out where they are very many. Exact for a chain of few blocks."""
         most = max(16, STATES // len(self.profile.kind_of))
         states: list[_State] = [(0, 0.0, 0, ())]
-        for block, (run_bytes, recompute_bytes) in self._bases().items():
+        for block, bases in self._bases().items():
             kind = self.profile.kind_of[block]
-            choices = [
-                (place, choice.held_bytes, max(choice.held_bytes + run_bytes, choice.recompute_bytes + recompute_bytes))
-                for place, choice in enumerate(self.fronts[kind])
-            ]
+            extra = self.profile.kinds[kind].extra_bytes
+            choices = []
+            for place, choice in enumerate(self.fronts[kind]):
+                own = (choice.held_bytes, choice.recompute_bytes, extra if choice.acts else 0)
+                choices.append((place, choice.held_bytes, max(map(sum, zip(own, bases, strict=True)))))
             found = [
                 (held + more, cost + self.costs[kind][place], max(peak, held + top), (block, place, way))
                 for held, cost, peak, way in states
@@ -278,20 +282,23 @@ class _Search:
                 places[here[0]], here = here[1], here[2]
             yield tuple(places)
 
-    def _bases(self) -> dict[int, tuple[int, int]]:
+    def _bases(self) -> dict[int, list[int]]:
         """By block, in the order in which they hold: the most that is alive beside what it and those before it hold
-        while it is the last that holds, and when its recompute begins."""
+        while it is the last that holds, when its recompute begins, and in its backward."""
         last: list[int] = []
-        found: dict[int, tuple[int, int]] = {}
+        found: dict[int, list[int]] = {}
         for moment in self.profile.moments:
             if moment.kind == "hold":
                 last.append(moment.block)
-                found[moment.block] = (0, 0)
+                found[moment.block] = [0, 0, 0]
             elif moment.kind == "recompute":
                 last.remove(moment.block)
-                found[moment.block] = (found[moment.block][0], moment.base_bytes)
-            elif last:
-                found[last[-1]] = (max(found[last[-1]][0], moment.base_bytes), found[last[-1]][1])
+                found[moment.block][1] = moment.base_bytes
+            else:
+                if moment.block >= 0:
+                    found[moment.block][2] = max(found[moment.block][2], moment.base_bytes)
+                if last:
+                    found[last[-1]][0] = max(found[last[-1]][0], moment.base_bytes)
         return found
 
 

@@ -212,7 +212,7 @@ def _profile(traces: list[Tracer], names: list[str], buffers: list[dict[str, int
         flops=tracer.flops,
         seconds=seconds,
         peak_bytes=max(_alive(tracer, range(len(tracer.memories))), default=0),
-        overheads=overheads_of(max(0.0, seconds - sum(least)) / max(1, len(least)), device),
+        overheads=overheads_of(device),
     )
 
 
@@ -331,27 +331,30 @@ def _alive(tracer: Tracer, numbers: Sequence[int] | range) -> list[int]:
 
 
 def _moments(tracer: Tracer, visits: list[Visit], own: list[list[int]]) -> tuple[Moment, ...]:
-    """The step cut where a block ends its forward, and where its backward begins."""
+    """The step cut where a block ends its forward, and where its backward begins and ends."""
     end = tracer.clock
     held = [_holds(tracer, numbers, visit) for numbers, visit in zip(own, visits, strict=True)]
     base = _alive(tracer, range(len(tracer.memories)))
     bounds: list[tuple[int, int, int]] = []
     for index, visit in enumerate(visits):
         back = visit.back if visit.back >= 0 else end
-        bounds += [(visit.stop, 0, index), (back, 1, index)]
+        bounds += [(visit.stop, 0, index), (back, 1, index), (min(max(visit.done, back), end), 2, index)]
         for number in held[index]:
             memory = tracer.memories[number]
             for place in range(visit.stop + 1, min(_died(tracer, memory), back) + 1):
                 base[place] -= memory.nbytes
     moments: list[Moment] = []
-    now = 0
+    now, inside = 0, -1
     for place, kind, index in sorted(bounds):
         if place > now:
-            moments.append(Moment("run", max(base[now + 1 : place + 1])))
+            moments.append(Moment("run", max(base[now + 1 : place + 1]), inside))
             now = place
         if kind == 0:
             moments.append(Moment("hold", block=index))
+        elif kind == 2:
+            inside = -1 if inside == index else inside
         else:
+            inside = index
             gone = sum(
                 m.nbytes for m in tracer.memories if not m.gradient and m.born <= place and m.died == place
             )  # died between the two operations

@@ -59,8 +59,8 @@ class BlockKind:
     """What identical blocks have in common.
 
     held_bytes: what the block holds for backward where nothing is recomputed. extra_bytes: what it holds besides when
-    it is checkpointed: inputs that backward does not read. buffers: those that forward changes, of `buffer_bytes`: a
-    checkpointed block holds copies of them, and makes more to be computed again.
+    it is checkpointed, to the end of its backward: inputs that backward does not read. buffers: those that forward
+    changes, of `buffer_bytes`: a checkpointed block holds copies of them, and makes more to be computed again.
     """
 
     operations: tuple[Operation, ...]
@@ -75,8 +75,8 @@ class BlockKind:
 class Moment:
     """A part of the step. `base_bytes` is alive then, at its peak, beside what blocks hold.
 
-    kind: ``run``: nothing changes; ``hold``: block `block` has ended its forward and holds from here on; ``recompute``:
-    its backward begins.
+    kind: ``run``: nothing changes, in the backward of `block` if it is one; ``hold``: block `block` has ended its
+    forward and holds from here on; ``recompute``: its backward begins.
     """
 
     kind: Literal["run", "hold", "recompute"]

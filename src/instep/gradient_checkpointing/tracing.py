@@ -50,11 +50,13 @@ class Call:
 
 @dataclass
 class Visit:
-    """One pass of a block: operations `start` to `stop`; `back`: the operation before which backward reached it."""
+    """One pass of a block: operations `start` to `stop`; `back`: the operation before which backward reached it;
+    `done`: the one with which backward left it."""
 
     start: int
     stop: int = -1
     back: int = -1
+    done: int = -1
     inputs: frozenset[int] = frozenset()
     outputs: frozenset[int] = frozenset()
     spoils: str = ""
@@ -175,8 +177,10 @@ class Tracer(TorchDispatchMode):
     def unpack(self, packed: tuple[Tensor, int]) -> Tensor:
         """Backward reads what was saved."""
         value, block = packed
-        if block >= 0 and self.visits[block][-1].back < 0:
-            self.visits[block][-1].back = self.clock
+        if block >= 0:
+            visit = self.visits[block][-1]
+            visit.back = self.clock if visit.back < 0 else visit.back
+            visit.done = self.clock + 1
         return value
 
     def gradients(self, found: Iterable[Tensor | None]) -> None:
