@@ -6,8 +6,8 @@ updates; shown is the median time for all of it, without starting the process. T
 are taken for many workers at once, or the same samples with a collate of one's own, which is called for each worker.
 
 Overhead: the built-in recipe ``gpt``, 30 global batches under several rules with 4 workers, beside a plain PyTorch loop
-that computes the same gradients and as many updates. Both take turns in one process with 1 thread; shown is the median
-of the ratios. The result goes to benchmarks/results/virtual.json.
+that computes the same gradients, clips them and makes as many updates. Both take turns in one process with 1 thread;
+shown is the median of the ratios. The result goes to benchmarks/results/virtual.json.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from instep.restore import kept_module_state, kept_random_state
 
 Objective = Callable[[Any, Any], Tensor | Mapping[str, Tensor]]
 
-PASSES = 2
-"""Traced passes; the least time of an operation counts."""
+PASSES = 3
+"""Traced passes, and timed ones; medians count, so that operations and the step are measured alike."""
 
 
 def profile(model: nn.Module, objective: Objective, batch: Any, *, blocks: Sequence[str] | None = None) -> Profile:
@@ -49,7 +49,7 @@ def profile(model: nn.Module, objective: Objective, batch: Any, *, blocks: Seque
     names = _used_once(model, objective, batch, names)
     traces = [_trace(model, objective, batch, names) for _ in range(PASSES)]
     buffers = _changed_buffers(model, objective, batch, names)
-    seconds = min(_timed(model, objective, batch) for _ in range(2))
+    seconds = statistics.median(_timed(model, objective, batch) for _ in range(PASSES))
     return _profile(traces, names, buffers, seconds)
 
 
@@ -194,13 +194,13 @@ def _profile(traces: list[Tracer], names: list[str], buffers: list[dict[str, int
             "be planned; look for a counter or a cache in it (in transformers, use_cache=False)."
         )
     device = tracer.device
-    least = [min(t.calls[place].seconds for t in traces) for place in range(len(tracer.calls))]
+    took = [statistics.median(t.calls[place].seconds for t in traces) for place in range(len(tracer.calls))]
     own = [_own(tracer, index, visit) for index, visit in enumerate(visits)]
     extra = _extra(tracer, visits)
     kinds: dict[BlockKind, list[int]] = {}
     built = []
     for index, visit in enumerate(visits):
-        kind = _kind(tracer, visit, own[index], least, extra[index], buffers[index])
+        kind = _kind(tracer, visit, own[index], took, extra[index], buffers[index])
         built.append(kind)
         kinds.setdefault(_signature(kind), []).append(index)
     order = list(kinds)
@@ -259,7 +259,7 @@ def _extra(tracer: Tracer, visits: list[Visit]) -> list[int]:
 
 
 def _kind(
-    tracer: Tracer, visit: Visit, own: list[int], least: list[float], extra: int, buffers: dict[str, int]
+    tracer: Tracer, visit: Visit, own: list[int], took: list[float], extra: int, buffers: dict[str, int]
 ) -> BlockKind:
     place_of = {number: place for place, number in enumerate(own)}
     length = visit.stop - visit.start
@@ -273,7 +273,7 @@ def _kind(
         writes = local(call.writes)
         operations.append(
             Operation(
-                call.name, call.module, call.flops, least[place],
+                call.name, call.module, call.flops, took[place],
                 reads=local(call.reads) if writes or call.pinned else (), writes=writes,
                 views=place_of.get(call.views) if call.views is not None else None,
                 changes=call.changes, random=call.random, constant=call.constant,
