@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate, random_split
 
 import instep.data as data_module
 from instep.components import Component
@@ -198,6 +198,20 @@ def test_data_sets_pairs_and_data_are_taken():
     assert as_data(train) == Data(train)
     assert as_data([1, 2]) == Data([1, 2])  # a list is map-style
     assert as_data(torch.zeros(3, 2)).held_out is None
+    by_index = {0: 1, 1: 2}
+    assert as_data(by_index) == Data(by_index)
+
+
+def test_a_random_split_is_a_pair():
+    train, held_out = random_split(Numbers(10), [0.7, 0.3])
+    assert as_data([train, held_out]) == Data(train, held_out)
+    with pytest.raises(DataError, match="tuple of 3"):
+        as_data(random_split(Numbers(9), [3, 3, 3]))
+
+
+def test_data_sets_by_name_are_refused():
+    with pytest.raises(DataError, match=r"the training data is a dict with the keys 'train', 'test', which has no sam"):
+        as_data({"train": Numbers(3), "test": Numbers(2)})
 
 
 class Stream(IterableDataset):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import pickle
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from instep.components import Component
 from instep.errors import DataError
@@ -77,9 +77,14 @@ class Data:
 
 
 def as_data(value: Any) -> Data:
-    """`value` as `Data`: one already, a pair (training, held out), or a map-style data set. Raises DataError."""
+    """`value` as `Data`: one already, a pair (training, held out), or a map-style data set. Raises DataError.
+
+    A list of data sets, as `torch.utils.data.random_split` gives it, is taken for a tuple.
+    """
     if isinstance(value, Data):
         return value
+    if isinstance(value, list) and value and all(isinstance(part, Dataset) for part in value):
+        value = tuple(value)
     if isinstance(value, tuple):
         if len(value) != 2:
             raise DataError(f"the data is a tuple of {len(value)}; give a pair, (training, held out), or one data set.")
@@ -170,6 +175,12 @@ def _check(value: Any, name: str) -> None:
         )
     if len(value) == 0:
         raise DataError(f"the {name} data is empty; give at least one sample.")
+    if isinstance(value, Mapping) and 0 not in value:
+        keys = ", ".join(map(repr, list(value)[:5]))
+        raise DataError(
+            f"the {name} data is a {type(value).__name__} with the keys {keys}, which has no samples by index; give a "
+            f"map-style data set, or a pair (training, held out) of such."
+        )
 
 
 def _indexed(value: Any) -> bool:
