@@ -6,6 +6,8 @@ import math
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +193,19 @@ def test_a_worker_that_exits_is_named(tmp_path: Path) -> None:
     assert "last words" in caught.value.detail
 
 
+def test_what_a_killed_worker_printed_is_in_its_log(tmp_path: Path) -> None:
+    code = """
+import os, pathlib, sys
+from instep.engines.worker import _redirect_output
+_redirect_output(pathlib.Path(sys.argv[1]))
+print("before its end")
+os.kill(os.getpid(), 9)
+"""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "log"], env=buffered, check=False)
+    assert (tmp_path / "log").read_text() == "before its end\n"
+
+
 def test_no_process_outlives_its_client(tmp_path: Path) -> None:
     pids: list[int] = []
 
@@ -228,6 +243,7 @@ CASES: list[tuple[str, dict[str, Any], type[InstepError], str]] = [
     ("lazy", {"model": lambda: nn.LazyLinear(1)}, RecipeError, "has no shape yet"),
     ("no optimizer", {"optimizer": lambda parameters: 3}, ComponentError, "must give a torch.optim.Optimizer"),
     ("closure", {"optimizer": lambda p: torch.optim.LBFGS(p)}, ComponentError, "LBFGS"),
+    ("finished", {"optimizer": torch.optim.SGD(nn.Linear(3, 1).parameters())}, ComponentError, "a finished SGD, whose"),
     ("rate", {"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)}, ComponentError, "Invalid learning rate"),
     ("no data", {"data": lambda: TensorDataset(torch.zeros(0, 3))}, DataError, "empty"),
     ("little data", {"data": lambda: TensorDataset(torch.zeros(7, 3))}, DataError, "7 samples .* batch of 8"),
@@ -310,6 +326,15 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert "step-00000006" in next(e["why"] for e in resumed.events if e["kind"] == "warned")
     assert next(e["version"] for e in resumed.events if e["kind"] == "run_started") == 4
     assert resumed.digest == whole.digest
+
+
+def test_fewer_steps_than_were_done_are_refused(tmp_path: Path) -> None:
+    train_here(regression(), Team(), tmp_path / "run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.toml")}
+    with pytest.raises(RecipeError, match="has done 6 steps already, and 'recipe.steps' is 5; give 6 or more"):
+        train_here(regression(steps=5), Team(), tmp_path / "run", resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+    assert train_here(regression(), Team(), tmp_path / "run", resume=True).result["steps"] == 6
 
 
 def test_only_damaged_checkpoints_end_a_resume(tmp_path: Path) -> None:

@@ -263,6 +263,13 @@ def build_model(component: Component) -> nn.Module:
 
 
 def _build_optimizer(component: Component, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    given = component.load()
+    if isinstance(given, torch.optim.Optimizer):
+        kind = type(given).__name__
+        raise ComponentError(
+            f"the optimizer is a finished {kind}, whose parameters are not those that the workers train; give what "
+            f"builds it from a list of parameters, such as lambda parameters: {kind}(parameters, lr=...)."
+        )
     optimizer = _call(component, list(parameters))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ComponentError(

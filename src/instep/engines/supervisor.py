@@ -21,7 +21,7 @@ from instep.engines.lines import Line
 from instep.engines.pulse import PulseBoard
 from instep.engines.request import Request
 from instep.engines.start import ClientGone, Interrupted, Member, Start, WorkerFailure
-from instep.errors import CheckpointError, InstepError, WorkerError
+from instep.errors import CheckpointError, InstepError, RecipeError, WorkerError
 from instep.record import checkpoint
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
@@ -43,21 +43,32 @@ class Supervisor:
         """Trains to the end, with restarts. Returns the result. Raises InstepError."""
         with self.folder.locked(), Tape(self.folder.tape_path, append=self.run.resumed) as self._tape:
             try:
+                resume_from = self._newest_checkpoint()
+                self._check_steps(resume_from)  # first, or the next resume would find the recipe with these steps
                 write_atomically(self.folder.recipe_path, self.run.recipe_file.encode())
-                return self._with_restarts()
+                return self._with_restarts(resume_from)
             except InstepError as error:
                 self.record("failed", why=error.message)
                 raise
 
-    def _with_restarts(self) -> dict[str, Any]:
+    def _check_steps(self, resume_from: Path | None) -> None:
+        steps = self.run.recipe_table["steps"]
+        done = checkpoint.read_manifest(resume_from).meta["progress"]["steps"] if resume_from is not None else 0
+        if done > steps:
+            raise RecipeError(
+                f"{self.run.folder} has done {done} steps already, and 'recipe.steps' is {steps}; give {done} or more."
+            )
+
+    def _with_restarts(self, resume_from: Path | None) -> dict[str, Any]:
         while True:
             try:
-                return self._start(self._newest_checkpoint())
+                return self._start(resume_from)
             except WorkerFailure as failure:
                 self.record("left", worker=failure.worker, why=failure.why)
                 if self.board.stop_wanted():
                     raise Interrupted from None
                 self.count_restart(failure)
+                resume_from = self._newest_checkpoint()
 
     def count_restart(self, failure: WorkerFailure) -> None:
         """Counts a worker, or a team, that starts again. Raises WorkerError where it was one too often."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import socket
 import sys
@@ -111,7 +112,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
 
 
 def _redirect_output(path: Path) -> None:
-    """Sends what the user's code prints, at any level, to the worker's log."""
+    """Sends what the user's code prints, at any level, to the worker's log, line by line: the killed flush nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
@@ -119,6 +120,8 @@ def _redirect_output(path: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
 
 
 def _own_part(error: BaseException) -> str:
