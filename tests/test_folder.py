@@ -79,6 +79,14 @@ def test_default_paths_count_up(tmp_path: Path) -> None:
     assert RunFolder.default_path("none-such").parts == ("runs", "none-such")
 
 
+def test_what_cannot_be_looked_at_is_named() -> None:
+    path = "n" * 300
+    for look in (RunFolder.open, digest):
+        with pytest.raises(RecordError, match=f"^{path} cannot be read: File name too long; check the path"):
+            look(path)
+    assert RunFolder.default_path(path).name == path
+
+
 def test_results_come_back(run: RunFolder) -> None:
     with pytest.raises(RecordError, match=r"has no result\.json, for it has not ended; go on with it with --resume"):
         run.read_result()

@@ -64,13 +64,15 @@ _ = print(run.digest, digest_of_state(state), digest_of_state(model.state_dict()
 """
 
 LIGHT = """\
-import os, sys
-sys.path.insert(0, os.environ["PROJECT"])
+import os, pathlib, sys
+sys.path.append(pathlib.Path("/nowhere"))
 import instep
 seen = []
 recipe = instep.Recipe(model="mymodel:Net", objective="mymodel:squares", data="mymodel:numbers", batch=8, steps=3)
-run = instep.train(recipe, out=os.environ["OUT"], monitors=[lambda event: seen.append(event["kind"])])
+watch, folder = [lambda event: seen.append(event["kind"])], pathlib.Path(os.environ["PROJECT"])
+run = instep.train(recipe, out=os.environ["OUT"], monitors=watch, import_paths=[folder])
 print("torch" in sys.modules, sorted(seen))
+print(type(run.model()).__name__, os.environ["PROJECT"] in sys.path)
 """
 
 
@@ -225,7 +227,15 @@ def test_the_process_that_calls_train_imports_no_torch_of_its_own(
     started, run = together["light"]
     assert started.ends() == 0, started.err
     kinds = [event["kind"] for event in tape.read(run / "tape.jsonl")]
-    assert started.out == f"False {sorted(kinds)}\n"
+    assert started.out.splitlines()[0] == f"False {sorted(kinds)}"
+
+
+def test_a_recipe_s_modules_are_found_in_folders_given_as_paths(together: dict[str, tuple[Started, Path]]) -> None:
+    """In the workers, and once more where the run's model is asked for. A path in sys.path, which Python passes over,
+    is passed over there too."""
+    started, _ = together["light"]
+    assert started.ends() == 0, started.err
+    assert started.out.splitlines()[1] == "Net False"
 
 
 @pytest.mark.slow

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import instep
 from harness import train_here
-from instep.recipe import Team, parse, read
+from instep.errors import RecipeError, ResourceError
+from instep.recipe import Recipe, Team, parse, read
+from instep.record.monitors import Console
 from processes import INSTEP, RECIPE, Started, one_sentence, write_project
 
 
@@ -65,6 +70,35 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())
     assert saved.read_bytes() == before
+
+
+RECIPE_OBJECT = Recipe(model="mymodel:Net", objective="mymodel:squares", data="mymodel:numbers")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"recipe": "gpt"}, "'recipe' is 'gpt'; it must be an instep.Recipe"),
+        ({"recipe": {"model": "a:b"}}, "'recipe' is {'model': 'a:b'}; it must be an instep.Recipe"),
+        ({"team": 2}, "'team' is 2; it must be an instep.Team"),
+        ({"monitors": Console()}, "'monitors' is <.*Console object .*>; it must be a list of functions of an event"),
+        ({"monitors": [Console]}, "'monitors' is .*<class .*Console'>.; it must be a list of functions of an event"),
+        ({"monitors": None}, "'monitors' is None; it must be a list of functions of an event"),
+    ],
+)
+def test_wrong_arguments_of_train_are_one_sentence(arguments: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=sentence) as caught:
+        instep.train(**{"recipe": RECIPE_OBJECT, "out": tmp_path / "run", **arguments})
+    assert "\n" not in caught.value.message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_log_that_cannot_be_written_is_one_sentence(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(project / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/logs")
+    (tmp_path / "run/logs").write_text("a file")
+    with pytest.raises(ResourceError, match="the log .*supervisor.log cannot be written: File exists; check the fold"):
+        instep.train(resume=tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -9,7 +10,7 @@ import inspect
 import sys
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
@@ -137,6 +138,17 @@ def import_object(address: str) -> Any:
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ComponentError(f"{module_name!r} has no {path!r} (asked for by {address!r}){hint}") from None
     return found
+
+
+@contextlib.contextmanager
+def importable(paths: Iterable[str]) -> Iterator[None]:
+    """In the block, modules are also found in the folders `paths`, and there first."""
+    before = list(sys.path)
+    sys.path[:0] = paths
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def address_of(value: Any) -> str | None:

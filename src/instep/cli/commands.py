@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from cyclopts import App
 from instep.cli import ABOUT, COMMANDS
 from instep.cli.cluster import cluster_of, steps_for
 from instep.cli.flags import Settings, UsageError, merge
+from instep.components import importable
 from instep.engines.request import Cluster
 from instep.errors import RecipeError, RecordError
 from instep.recipe import Recipe, Team, names_of_recipes, parse, path_of, read, table_differences, without_address
@@ -293,23 +293,12 @@ def _memory(given: str, settings: Settings, budget: str | None, plot: Path | Non
 
     wanted = None if budget is None else parse_budget(budget, "--budget")
     recipe, team = _parsed(given, settings)
-    with _importable(_import_paths(given)):
+    with importable(_import_paths(given)):
         trade = memory_trade(recipe, team.device, wanted)
     show(trade)
     if plot is not None:
         draw(trade, plot)
         print(f"\nThe trade is drawn in {plot}.")
-
-
-@contextlib.contextmanager
-def _importable(paths: Iterable[str]) -> Iterator[None]:
-    """The recipe's modules are found at `paths`."""
-    before = list(sys.path)
-    sys.path[:0] = paths
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out: Path | None) -> None:

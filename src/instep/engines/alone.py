@@ -19,7 +19,7 @@ from typing import Any
 import cloudpickle
 
 from instep.clock.recorded import RecordedTimes
-from instep.engines.launch import Monitor, saved, start_process
+from instep.engines.launch import Monitor, folders_of, monitors_of, saved, start_process
 from instep.engines.request import Cluster, Replayed
 from instep.errors import WorkerError, by_name
 from instep.recipe import Recipe
@@ -74,17 +74,18 @@ def simulate(
     gradients: bool = True,
     out: str | os.PathLike[str] | None = None,
     monitors: Iterable[Monitor] = (),
-    import_paths: Sequence[str] = (),
+    import_paths: Sequence[str | os.PathLike[str]] = (),
 ) -> dict[str, Any]:
     """Runs `recipe` on a virtual clock, with the workers and the network of `cluster`. Returns the result's fields.
 
     gradients: False finds times, bytes, staleness and idle shares alone. out: the run folder to make, none if None.
     Raises InstepError.
     """
+    watching = monitors_of(monitors)
     folder = None if out is None else RunFolder.create(Path(out)).path.resolve()
     try:
         found: dict[str, Any] = _in_child(
-            "instep.engines.virtual:simulate", recipe, (cluster, gradients, folder), import_paths, monitors
+            "instep.engines.virtual:simulate", recipe, (cluster, gradients, folder), folders_of(import_paths), watching
         )
     except BaseException:
         if folder is not None:  # half a simulation is of no use, and would be in the way of the next

@@ -20,10 +20,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 import cloudpickle
 
+from instep.components import importable
 from instep.engines.request import Request
 from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name
 from instep.recipe import Recipe, Team, check_team, dumps, engine_of, parse, read, table_differences, without_address
 from instep.record import tape
+from instep.record.files import disk_error
 from instep.record.folder import RunFolder
 from instep.tables import from_table
 
@@ -41,6 +43,8 @@ class Run:
     path: Path
     result: dict[str, Any]
     recipe: Recipe
+    import_paths: tuple[str, ...] = ()
+    """Folders that the recipe's modules were looked for in."""
 
     @property
     def digest(self) -> str:
@@ -89,7 +93,8 @@ class Run:
         """The recipe's model with the final weights, or those with the best held-out objective, on the CPU."""
         from instep.engines.replica import build_model
 
-        model = build_model(self.recipe.model)
+        with importable(self.import_paths):
+            model = build_model(self.recipe.model)
         model.load_state_dict(self.state_dict(best=best))
         return model
 
@@ -101,7 +106,7 @@ def train(
     out: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     monitors: Iterable[Monitor] = (),
-    import_paths: Sequence[str] = (),
+    import_paths: Sequence[str | os.PathLike[str]] = (),
 ) -> Run:
     """Trains `recipe` with `team` and returns the finished run.
 
@@ -115,6 +120,8 @@ def train(
     A KeyboardInterrupt ends the run after the present step, with a checkpoint, and is then raised again; a second one
     ends it at once. Raises InstepError: see `instep.errors`.
     """
+    _check_arguments(recipe, team)
+    watching, folders = monitors_of(monitors), folders_of(import_paths)
     if resume is not None:
         if out is not None:
             raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
@@ -125,7 +132,7 @@ def train(
                 f"instep train {folder.recipe_path}."
             )
         recipe, team, saved_paths = saved(folder, recipe, team)
-        import_paths = [*import_paths, *saved_paths]
+        folders += saved_paths
     else:
         if recipe is None:
             raise RecipeError("there is nothing to train: give a recipe, or a run to resume.")
@@ -144,13 +151,13 @@ def train(
         engine=engine_of(recipe, team),
         folder=folder.path.resolve(),
         resumed=resume is not None,
-        import_paths=tuple(import_paths),
+        import_paths=tuple(folders),
         began=time.monotonic(),
     )
     client = _Client(folder)
     try:
-        client.start(recipe.threads, [*import_paths, *sys.path])
-        result = client.serve(request, list(monitors))
+        client.start(recipe.threads, [*folders, *sys.path])
+        result = client.serve(request, watching)
     except BaseException:
         with _deaf():
             client.close()  # first, or a worker would still write there
@@ -160,7 +167,30 @@ def train(
     client.close()
     if result["interrupted"]:
         raise KeyboardInterrupt
-    return Run(folder.path, result, recipe)
+    return Run(folder.path, result, recipe, tuple(folders))
+
+
+def _check_arguments(recipe: Any, team: Any) -> None:
+    for name, given, kind in (("recipe", recipe, Recipe), ("team", team, Team)):
+        if given is not None and not isinstance(given, kind):
+            raise RecipeError(
+                f"'{name}' is {given!r}; it must be an instep.{kind.__name__}: names and files of recipes are for the "
+                f"command, instep train."
+            )
+
+
+def monitors_of(given: Any) -> list[Monitor]:
+    """The monitors, if they can be called. Raises RecipeError."""
+    monitors: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if any(isinstance(monitor, type) or not callable(monitor) for monitor in monitors):
+        raise RecipeError(f"'monitors' is {given!r}; it must be a list of functions of an event: [instep.Console()].")
+    return monitors
+
+
+def folders_of(import_paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The folders `import_paths`, or the one folder, as they can be used from anywhere."""
+    several = [import_paths] if isinstance(import_paths, (str, os.PathLike)) else import_paths
+    return [os.path.abspath(path) for path in several]
 
 
 class _Client:
@@ -178,15 +208,21 @@ class _Client:
 
     def start(self, threads: int, path: list[str]) -> None:
         """Starts the supervisor. `path` becomes its ``sys.path``."""
-        self._log.parent.mkdir(parents=True, exist_ok=True)
         # What a terminal or a scheduler sends to all is for the client alone, which asks the supervisor to end.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
-            with self._log.open("ab") as log:
+            with self._opened_log() as log:
                 self._process = start_process("instep.engines.supervisor", self._theirs.fileno(), path, threads, log)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._theirs.close()
+
+    def _opened_log(self) -> IO[bytes]:
+        try:
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            return self._log.open("ab")
+        except OSError as error:
+            raise disk_error(f"the log {self._log} cannot be written", error) from error
 
     def serve(self, request: Request, monitors: list[Monitor]) -> dict[str, Any]:
         """Hands events to the monitors until the run ends. Returns the result. Raises InstepError."""
@@ -291,8 +327,9 @@ def start_process(
     module: str, descriptor: int, path: list[str], threads: int, log: IO[bytes]
 ) -> subprocess.Popen[bytes]:
     """Starts ``main(descriptor)`` of `module` in a new process, which prints to `log`; `path` is its sys.path."""
+    usable = [entry for entry in path if isinstance(entry, str)]  # Python itself passes over the others
     return subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}; from {module} import main; main({descriptor})"],
+        [sys.executable, "-c", f"import sys; sys.path[:] = {usable!r}; from {module} import main; main({descriptor})"],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

@@ -50,9 +50,11 @@ class RunFolder:
     def open(cls, path: Path | str) -> RunFolder:
         """The folder of a run that was started before. Raises RecordError if `path` is none."""
         run = cls(Path(path))
-        if not run.path.is_dir():
+        with _readable(path):
+            is_folder, is_run = run.path.is_dir(), run.recipe_path.is_file()
+        if not is_folder:
             raise RecordError(f"there is no folder {path}; give the folder of a run, such as runs/NAME.")
-        if not run.recipe_path.is_file():
+        if not is_run:
             raise RecordError(
                 f"{path} is not the folder of a run: it has no {run.recipe_path.name}; give one that has."
             )
@@ -62,7 +64,7 @@ class RunFolder:
     def default_path(name: str, parent: Path | str = "runs") -> Path:
         """The first of parent/name, parent/name-2, parent/name-3, ... that does not exist."""
         paths = (Path(parent) / (f"{name}-{count}" if count > 1 else name) for count in itertools.count(1))
-        return next(path for path in paths if not path.exists())
+        return next(path for path in paths if not os.path.exists(path))  # False where it cannot be known
 
     @property
     def recipe_path(self) -> Path:
@@ -146,7 +148,20 @@ def digest(path: Path | str) -> str:
 
     Raises CheckpointError if weights are missing or damaged, and RecordError if `path` is none of the three.
     """
-    path = Path(path)
+    with _readable(path):
+        return _digest(Path(path))
+
+
+@contextmanager
+def _readable(path: Path | str) -> Iterator[None]:
+    """What the system refuses in the block, such as a look into another's folder, as a RecordError."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}; check the path and its rights.") from error
+
+
+def _digest(path: Path) -> str:
     if path.is_file():
         return digest_of_file(path)
     if not path.exists():
