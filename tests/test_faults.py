@@ -206,6 +206,27 @@ os.kill(os.getpid(), 9)
     assert (tmp_path / "log").read_text() == "before its end\n"
 
 
+def test_processes_that_the_users_code_starts_can_be_terminated(tmp_path: Path) -> None:
+    def helped(model: nn.Module, batch: Any) -> Tensor:
+        helper = subprocess.Popen(["sleep", "60"])
+        helper.terminate()
+        assert helper.wait(20) == -signal.SIGTERM
+        return squares(model, batch)
+
+    def terminate(pid: int) -> None:
+        os.kill(pid, signal.SIGTERM)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # as the launcher starts the supervisor
+    try:
+        client = Client(act_on("merged", terminate))
+        run = train_here(
+            regression(objective=helped, steps=2), Team(workers=2, restarts=0), tmp_path / "run", client=client
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert run.result["steps"] == 2, "a scheduler's SIGTERM to all is for the client alone"
+
+
 def test_no_process_outlives_its_client(tmp_path: Path) -> None:
     pids: list[int] = []
 
@@ -244,6 +265,7 @@ CASES: list[tuple[str, dict[str, Any], type[InstepError], str]] = [
     ("no optimizer", {"optimizer": lambda parameters: 3}, ComponentError, "must give a torch.optim.Optimizer"),
     ("closure", {"optimizer": lambda p: torch.optim.LBFGS(p)}, ComponentError, "LBFGS"),
     ("finished", {"optimizer": torch.optim.SGD(nn.Linear(3, 1).parameters())}, ComponentError, "a finished SGD, whose"),
+    ("no lr", {"optimizer": lambda p: torch.optim.Optimizer(p, {"rate": 1.0})}, ComponentError, "without 'lr', which"),
     ("rate", {"optimizer": lambda p: torch.optim.SGD(p, lr=-1.0)}, ComponentError, "Invalid learning rate"),
     ("no data", {"data": lambda: TensorDataset(torch.zeros(0, 3))}, DataError, "empty"),
     ("little data", {"data": lambda: TensorDataset(torch.zeros(7, 3))}, DataError, "7 samples .* batch of 8"),

@@ -276,6 +276,11 @@ def _build_optimizer(component: Component, parameters: list[nn.Parameter]) -> to
             f"the optimizer {component.describe()} gave a {type(optimizer).__name__}; called with the list of "
             f"parameters, it must give a torch.optim.Optimizer."
         )
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise ComponentError(
+            f"the optimizer {component.describe()} has a group of parameters without 'lr', which the recipe's schedule "
+            f"sets in each step; name its learning rate so."
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ComponentError(
             "torch.optim.LBFGS computes the objective several times a step, which a team in lockstep cannot; "

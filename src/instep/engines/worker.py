@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -26,6 +27,7 @@ def main(assignment: Assignment, number: int, pipe: Connection, board: PulseBoar
     """The whole life of a process of the team, which was forked. The server comes after the workers in number."""
     pulse = WorkerPulse(board, number, os.getppid())
     pulse.start()
+    _let_helpers_be_terminated()
     name = "server" if number == assignment.team.workers else f"worker {number}"
     _redirect_output(RunFolder(assignment.folder).log_of(name))
     session = Session(assignment, number, pipe, pulse)
@@ -109,6 +111,13 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         "idle_share": [round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
     }
     session.pipe.send(("ended", asdict(progress), digest, interrupted, left, costs))
+
+
+def _let_helpers_be_terminated() -> None:
+    """Has SIGTERM do nothing here, without being blocked: processes that the user's code starts would inherit that."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _redirect_output(path: Path) -> None:
