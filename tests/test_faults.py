@@ -407,6 +407,16 @@ def test_only_one_process_trains_in_a_folder(tmp_path: Path) -> None:
         train_here(regression(), Team(), tmp_path / "run", resume=True)
 
 
+def test_processes_that_the_system_refuses(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 12, limits[1]))
+    try:
+        with pytest.raises(ResourceError, match=r"process \d of the 8 workers cannot be started: Too many open files"):
+            train_here(regression(microbatches=8), Team(workers=8), tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -82,6 +82,14 @@ class WorkerError(InstepError):
     """A worker raised, died or stopped answering."""
 
 
+def no_process(what: str, error: OSError) -> ResourceError:
+    """The error where the system refuses to start a process."""
+    return ResourceError(
+        f"{what} cannot be started: {error.strerror}; take fewer workers, or raise the limits on processes, open files "
+        f"or memory."
+    )
+
+
 def by_name(name: str) -> type[InstepError]:
     """The error class called `name`; WorkerError for a name that is not in the tree."""
     found = globals().get(name)

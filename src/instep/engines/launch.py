@@ -22,7 +22,7 @@ import cloudpickle
 
 from instep.components import importable
 from instep.engines.request import Request
-from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name
+from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name, no_process
 from instep.recipe import Recipe, Team, check_team, dumps, engine_of, parse, read, table_differences, without_address
 from instep.record import tape
 from instep.record.files import disk_error
@@ -213,6 +213,8 @@ class _Client:
         try:
             with self._opened_log() as log:
                 self._process = start_process("instep.engines.supervisor", self._theirs.fileno(), path, threads, log)
+        except OSError as error:
+            raise no_process("the supervisor of the run", error) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._theirs.close()

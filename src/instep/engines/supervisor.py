@@ -21,7 +21,7 @@ from instep.engines.lines import Line
 from instep.engines.pulse import PulseBoard
 from instep.engines.request import Request
 from instep.engines.start import ClientGone, Interrupted, Member, Start, WorkerFailure
-from instep.errors import CheckpointError, InstepError, RecipeError, WorkerError
+from instep.errors import CheckpointError, InstepError, RecipeError, WorkerError, no_process
 from instep.record import checkpoint
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
@@ -119,7 +119,7 @@ class Supervisor:
     def fork(
         self, worker: int, resume_from: Path | None, descriptor: int, others: list[Member], incarnation: int = 0
     ) -> Member:
-        """Starts the process of a worker, or of the server. `others` run already."""
+        """Starts the process of a worker, or of the server. `others` run already. Raises ResourceError."""
         from instep.engines.session import Assignment
 
         run = self.run
@@ -133,14 +133,17 @@ class Supervisor:
             lines=self._lines,
             incarnation=incarnation,
         )
-        ours, theirs = multiprocessing.Pipe()
-        unused = [self.client, ours, *(other.pipe for other in others)]
-        process = multiprocessing.get_context("fork").Process(
-            target=_worker_main,
-            args=(unused, assignment, worker, theirs, self.board, descriptor),
-            name=f"worker-{worker}",
-        )
-        process.start()
+        try:
+            ours, theirs = multiprocessing.Pipe()
+            unused = [self.client, ours, *(other.pipe for other in others)]
+            process = multiprocessing.get_context("fork").Process(
+                target=_worker_main,
+                args=(unused, assignment, worker, theirs, self.board, descriptor),
+                name=f"worker-{worker}",
+            )
+            process.start()
+        except OSError as error:
+            raise no_process(f"process {worker + 1} of the {run.team.workers} workers", error) from error
         theirs.close()
         return Member(process, ours, incarnation)
 
