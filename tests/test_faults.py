@@ -227,6 +227,48 @@ def test_processes_that_the_users_code_starts_can_be_terminated(tmp_path: Path) 
     assert run.result["steps"] == 2, "a scheduler's SIGTERM to all is for the client alone"
 
 
+class Counting(torch.optim.SGD):
+    """Its rate falls by a count of its own."""
+
+    def __init__(self, parameters: list[Tensor]):
+        super().__init__(parameters, lr=0.01)
+        self.count = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        self.param_groups[0]["lr"] /= self.count
+        return super().step(closure)
+
+
+class Saved(Counting):
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "count": self.count}
+
+
+def scheduled(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    made = torch.optim.SGD(parameters, lr=0.01)
+    torch.optim.lr_scheduler.LambdaLR(made, lambda step: 0.1)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "warnings"),
+    [
+        (Counting, ["the optimizer Counting changes its attribute 'count', which is in no state_dict and so"]),
+        (scheduled, ["a learning rate scheduler of torch has set the rates of the optimizer SGD, and will not"]),
+        (Saved, []),
+        (lambda parameters: torch.optim.AdamW(parameters), []),
+    ],
+)
+def test_an_optimizer_that_goes_its_own_way_is_warned_of_once(
+    optimizer: Any, warnings: list[str], tmp_path: Path
+) -> None:
+    run = train_here(regression(optimizer=optimizer), Team(workers=2, checkpoint_every=2), tmp_path / "run")
+    found = [event["why"] for event in run.events if event["kind"] == "warned"]
+    assert [why[: len(start)] for why, start in zip(found, warnings, strict=True)] == warnings
+    assert all(map(one_sentence, found))
+
+
 def test_no_process_outlives_its_client(tmp_path: Path) -> None:
     pids: list[int] = []
 

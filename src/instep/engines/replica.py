@@ -18,6 +18,7 @@ from instep.errors import CheckpointError, ComponentError, InstepError, RecipeEr
 from instep.gradient_checkpointing import Applied
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
+from instep.reduce.checksums import checksum
 
 
 class Replica:
@@ -55,6 +56,7 @@ class Replica:
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
         self.optimizer = _build_optimizer(recipe.optimizer, self.parameters)
+        self._unsaved = _unsaved_state(self.optimizer)
         self._looked_for_kept_gradients = False
         self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.checkpointing: Applied | None = None
@@ -161,6 +163,23 @@ class Replica:
             parameter.grad = None
         return factor * self._rates[0]
 
+    def doubts(self) -> list[str]:
+        """Sentences on an optimizer that goes its own way, by which the result may be another than it seems."""
+        found, kind = [], type(self.optimizer).__name__
+        if any("initial_lr" in group for group in self.optimizer.param_groups):
+            found.append(
+                f"a learning rate scheduler of torch has set the rates of the optimizer {kind}, and will not change "
+                f"them any more; leave it out, and set the recipe's schedule."
+            )
+        now = _unsaved_state(self.optimizer)
+        changed = [name for name in now if name not in self._unsaved or now[name] != self._unsaved[name]]
+        if changed:
+            found.append(
+                f"the optimizer {kind} changes its attribute '{changed[0]}', which is in no state_dict and so in no "
+                f"checkpoint: a resume or restart will give another result; keep it in the optimizer's 'state'."
+            )
+        return found
+
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights: the optimizer's state, and buffers outside the state_dict."""
         kept = self.module.state_dict().keys()
@@ -217,6 +236,16 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) 
         for name, value in state.items():
             if isinstance(value, Tensor) and value.dtype != loaded[name].dtype:
                 loaded[name] = value.to(loaded[name].device, copy=True)
+
+
+def _unsaved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its attributes that are numbers or tensors, and not in its state_dict, unless it has one of its own."""
+    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
+        return {}
+    attributes = vars(optimizer)
+    tensors = {name: value for name, value in attributes.items() if isinstance(value, Tensor) and not value.is_sparse}
+    numbers = {name: value for name, value in attributes.items() if type(value) in (int, float)}
+    return {**numbers, **dict(zip(tensors, checksum(tensors.values()), strict=True))}
 
 
 def _check_state_is_its_own(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:

@@ -61,12 +61,22 @@ class Session:
         self._data: dict[str, Any] | None = None
         self._events: list[dict[str, Any]] = []
         self._sent_s = 0.0
+        self._told: set[str] = set()
 
     def build(self) -> Replica:
         """Builds what the recipe says. Raises InstepError."""
         self.recipe: Recipe = cloudpickle.loads(self.assignment.recipe)
         self.replica = Replica(self.recipe, self.assignment.team.device)
+        self._warn()
         return self.replica
+
+    def _warn(self) -> None:
+        """Tells of what is doubtful, once."""
+        assert self.replica is not None
+        for why in self.replica.doubts() if self.leads else ():
+            if why not in self._told:
+                self._told.add(why)
+                self.emit("warned", why=why)
 
     def saved(self) -> checkpoint.Loaded | None:
         """The checkpoint to go on from, if there is one. Raises CheckpointError if it is of other data or recipe."""
@@ -123,6 +133,7 @@ class Session:
         **meta: Any,
     ) -> None:
         """Writes a checkpoint. Raises ResourceError where the disk refuses."""
+        self._warn()
         saved = checkpoint.save(
             self._checkpoints,
             version=progress.version,
