@@ -101,6 +101,7 @@ def test_contributions_of_each_worker_give_the_steps(called: dict[str, Any], rul
         ("simulate my.toml --failures 1h", "--failures and --persistence go with --times"),
         ("simulate my.toml --steps 3 --contributions 4", "give one of them"),
         ("simulate my.toml --contributions 0", "--contributions is 0"),
+        ("simulate my.toml --team.workers 4", "--team.workers sets a real team"),
         ("simulate nothing", "neither a built-in recipe nor a file"),
         ("replay nothing", "nothing"),
         ("replay nothing --out x", "--out goes with --rule"),

@@ -158,6 +158,47 @@ def test_a_worker_is_named_where_the_reason_does_not() -> None:
     assert "worker 1: no sign of life\n" in plain([{"t_s": 1.0, "kind": "left", "worker": 1, "why": "no sign of life"}])
 
 
+def test_workers_that_were_replaced_count_among_the_restarts() -> None:
+    file = io.StringIO()
+    console = Console(file=file)
+    for event in (
+        started(),
+        {"t_s": 3, "kind": "left", "worker": 1, "why": "worker 1 was killed."},  # a successor takes its place
+        {"t_s": 4, "kind": "left", "worker": 2, "why": "the server was killed."},
+        started(9, resumed=True),
+    ):
+        console(event)
+    assert "restarts left: 1 of 3" in file.getvalue()
+
+
+def simulated(*, digest: str | None = DIGEST) -> str:
+    """What is shown of a simulation whose 20 steps take a minute of virtual time each."""
+    file = io.StringIO()
+    console = Console(file=file)
+    console({**started(), "clock": "virtual", "engine": "virtual"})
+    for version in range(1, 21):
+        console({**merged(60 * version, version), "clock": "virtual"})
+    costs = {"versions": 20, "dropped": 0, "staleness_mean": 0.0, "staleness_max": 0, "lead_max": 0}
+    costs |= {"bytes_sent": 123_000, "idle_share": [0.25, 0.0], "engine": "virtual"}
+    console({**ended(1200, **costs), "digest": digest, "clock": "virtual"})
+    return file.getvalue()
+
+
+def test_lines_about_a_simulation_come_as_time_passes_here_and_foretell_none() -> None:
+    lines = [line for line in simulated().splitlines() if line.startswith("step ")]
+    assert len(lines) == 1  # and not one for each five virtual seconds
+    assert "ETA" not in simulated()
+
+
+def test_a_simulation_tells_what_the_synchronous_rule_costs_too() -> None:
+    assert re.search(r"^sent +123 kB$", simulated(), re.MULTILINE)
+    assert re.search(r"^idle +25 %, 0 %$", simulated(), re.MULTILINE)
+
+
+def test_a_simulation_without_gradients_has_no_digest_to_show() -> None:
+    assert "digest" not in simulated(digest=None)
+
+
 def test_several_terms_are_shown() -> None:
     assert "objective 3.9000  kl 1.0000  bits 2.9000\n" in plain(
         [started(), merged(3, 1, terms={"kl": 1.0, "bits": 2.9})]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from instep.cli.flags import UsageError
+from instep.cli.flags import Settings, UsageError
 from instep.clock.network import Network
 from instep.clock.slow import parse_slow
 from instep.clock.times import Failures, WorkerTimes
@@ -42,6 +42,13 @@ def cluster_of(
         workers=workers, times=found, network=network, collective=collective, slow=slow,
         merge_s=None if merge is None else duration_s(merge, "--merge"),
     )  # fmt: skip
+
+
+def refuse_team(settings: Settings) -> None:
+    """Raises UsageError where a field of a real team is set, which would change nothing."""
+    for name, _ in settings:
+        if name.startswith("team."):
+            raise UsageError(f"--{name} sets a real team; the virtual one has flags of its own, such as --workers.")
 
 
 def steps_for(recipe: Recipe, workers: int, contributions: int) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from cyclopts import App
 
 from instep.cli import ABOUT, COMMANDS
-from instep.cli.cluster import cluster_of, steps_for
+from instep.cli.cluster import cluster_of, refuse_team, steps_for
 from instep.cli.flags import Settings, UsageError, merge
 from instep.components import importable
 from instep.engines.request import Cluster
@@ -31,7 +31,6 @@ Any other field is set by its name with dots: --recipe.optimizer.args.lr 3e-4, -
 optional field away. Flags win over the file.
 
 With --resume the run's own recipe is used; only the team, the steps and fields that decide no result may change."""
-
 
 _REPLAY = """\
 The digest is the run's own, whatever the rule: everything that a replay needs is on the tape. Where it is not, the \
@@ -188,6 +187,7 @@ def app(settings: Settings) -> App:
         out
             The run folder to make; by default none.
         """
+        refuse_team(settings)
         if contributions is not None and steps is not None:
             raise UsageError("--contributions and --steps both set the length; give one of them.")
         short = (("steps", "recipe.steps", steps), ("seed", "recipe.seed", seed), ("rule", "recipe.rule", rule))

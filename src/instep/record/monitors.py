@@ -37,7 +37,8 @@ class Console:
         self._screen: _Plain | _Terminal = _Terminal(file) if live else _Plain(file, every_s)
         self._path = path
         self._progress = Progress()
-        self._starts = 0
+        self._started = False
+        self._losses = 0  # each of which costs a restart: of the team, or of the worker alone
         self._broken = False
 
     def __enter__(self) -> Console:
@@ -82,12 +83,12 @@ class Console:
 
     def _begin(self, event: Mapping[str, Any]) -> None:
         recipe, team = event["recipe"], event["team"]
-        self._starts += 1
-        if self._starts > 1:
-            left = max(0, team["restarts"] - self._starts + 1)
+        if self._started:
+            left = max(0, team["restarts"] - self._losses)
             at = f"restarted from step {event['step']:,}"
             self._screen.say(f"{at}; restarts left: {left} of {team['restarts']}", "yellow")
             return
+        self._started = True
         row = self._screen.row
         resumed = f", resumed at step {event['step']:,}" if event["resumed"] else ""
         row("recipe", f"{recipe['name']}, {event['steps']:,} steps{resumed}")
@@ -101,6 +102,7 @@ class Console:
 
     def _left(self, event: Mapping[str, Any]) -> None:
         worker, why = event["worker"], str(event["why"])
+        self._losses += 1
         self._screen.say(why if f"worker {worker}" in why else f"worker {worker}: {why}", "red")
 
     def _warned(self, event: Mapping[str, Any]) -> None:
@@ -153,7 +155,7 @@ class Console:
             screen.row("left out", f"{result['skipped']:,} updates")
         if result.get("stopped"):
             screen.row("stopped", result["stopped"])
-        if result["rule"] != "synchronous":
+        if result["rule"] != "synchronous" or result.get("engine") == "virtual":
             self._costs(result)
         artifacts = result.get("artifacts") or {"figures": {}, "files": []}
         for name, value in artifacts["figures"].items():
@@ -166,7 +168,8 @@ class Console:
         screen.gap()
         if interrupted and self._path is not None:
             screen.row("go on with", f"instep train --resume {shlex.quote(str(self._path))}")
-        screen.row("digest", event["digest"])
+        if event["digest"] is not None:  # a simulation without gradients has none
+            screen.row("digest", event["digest"])
         if self._path is not None:
             screen.row("run folder", str(self._path))
 
@@ -221,8 +224,11 @@ class _Plain(_Screen):
 
     def update(self, progress: Progress, event: Mapping[str, Any]) -> None:
         evaluated = event["kind"] == "evaluated"
-        if evaluated or (event["kind"] == "merged" and event["t_s"] - self._shown_s >= self._every_s):
-            self._shown_s = event["t_s"]
+        if not evaluated and event["kind"] != "merged":
+            return
+        now_s = time.monotonic() if progress.virtual else event["t_s"]
+        if evaluated or now_s - self._shown_s >= self._every_s:
+            self._shown_s = now_s
             self.say(progress.line(evaluated=evaluated))
 
     def stop(self) -> None:

@@ -26,6 +26,8 @@ class Progress:
     def __init__(self) -> None:
         self.done = 0
         self.steps = 0
+        self.virtual = False
+        """Whether times are those of a virtual clock, which tell nothing of how long a person waits."""
         self.state = "starting"
         self.objective: float | None = None
         self.terms: Mapping[str, float | None] = {}
@@ -38,6 +40,7 @@ class Progress:
         kind = event["kind"]
         if kind == "run_started":
             self.done, self.steps = event["step"], event["steps"]
+            self.virtual = event.get("clock") == "virtual"
         elif kind == "merged":
             self.done, self.state = event["step"], "training"
             if event["objective"] is not None:  # else the update had no items
@@ -97,8 +100,8 @@ class Progress:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds that the remaining steps will take."""
-        return self.pace.eta_s(self.steps - self.done)
+        """Seconds that the remaining steps will take; None on a virtual clock."""
+        return None if self.virtual else self.pace.eta_s(self.steps - self.done)
 
 
 class Pace:
