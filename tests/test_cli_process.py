@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from processes import INSTEP, Started, wait_until, write_project
 
 
 def printed_by(code: str) -> str:
@@ -43,3 +47,21 @@ def test_a_reader_that_leaves_is_no_error(argv: list[str]) -> None:
     os.close(write)
     assert done.stderr == ""
     assert done.returncode == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found through /proc")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_no_simulation_outlives_its_command(how: signal.Signals, tmp_path: Path) -> None:
+    project = write_project(tmp_path)
+    line = (
+        "simulate my.toml --rule asynchronous --workers 10000 --contributions 1000 --no-gradients --times 1s --out out"
+    )
+    started = Started([*INSTEP, *line.split()], project)
+    try:
+        tape = project / "out" / "tape.jsonl"
+        wait_until(lambda: tape.exists() and tape.stat().st_size > 1_000_000, 60, "a schedule that goes on", started)
+        started.process.send_signal(how)
+        assert started.ends() == (130 if how is signal.SIGTERM else -signal.SIGKILL)
+        assert (project / "out").exists() == (how is signal.SIGKILL)  # half of it is of no use to anybody
+    finally:
+        started.end()

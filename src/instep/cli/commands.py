@@ -282,7 +282,7 @@ def _replay(run: Path) -> None:
 def _replay_under(run: Path, rule: str, out: Path | None) -> None:
     from instep.engines.alone import replay_under
 
-    with Console(path=out) as console:
+    with _terminable(), Console(path=out) as console:
         replay_under(run, parse_rule(rule), out=out, monitors=(console,))
 
 
@@ -304,7 +304,7 @@ def _memory(given: str, settings: Settings, budget: str | None, plot: Path | Non
 def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out: Path | None) -> None:
     from instep.engines.alone import simulate
 
-    with Console(path=out) as console:
+    with _terminable(), Console(path=out) as console:
         simulate(recipe, cluster, gradients=gradients, out=out, monitors=(console,), import_paths=_import_paths(given))
 
 

@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from threading import Thread
 from typing import Any
 
 import cloudpickle
@@ -25,6 +26,7 @@ def main(descriptor: int) -> None:
     with Connection(descriptor) as line:
         try:
             address, threads, arguments = cloudpickle.loads(line.recv_bytes())
+            Thread(target=_end_with_parent, args=(line,), daemon=True).start()
             torch.set_num_threads(threads)
             module, _, name = address.partition(":")
             line.send(("done", getattr(import_module(module), name)(*arguments, lambda event: _tell(line, event))))
@@ -33,6 +35,12 @@ def main(descriptor: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _end_with_parent(line: Connection) -> None:
+    """Ends this process once its parent is gone, which sends nothing more: nobody waits for what it computes."""
+    wait([line])
+    os._exit(1)
 
 
 def _tell(line: Connection, event: dict[str, Any]) -> None:
