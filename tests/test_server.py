@@ -184,6 +184,20 @@ def test_held_out_data_are_evaluated_by_items_under_every_rule() -> None:
         assert run.result["held_out"] == evaluated[-1]["objective"]
 
 
+def test_items_a_second_leave_out_evaluations_and_checkpoints(tmp_path: Path) -> None:
+    def long(model: nn.Module, batch: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            time.sleep(0.05)  # 1 s an evaluation, of 20 batches
+        return squares(model, batch)
+
+    recipe = regression(objective=long, data=lambda: (numbers(), numbers()), rule=ASYNC, steps=6, evaluate_every=2)
+    run = train_here(recipe, serving(), tmp_path / "run")
+    from_s = max(event["t_s"] for event in run.events if event["kind"] == "joined")
+    to_s = max(event["t_s"] for event in run.events if event["kind"] == "merged")
+    trained_s = run.result["items"] / run.result["items_per_s"]
+    assert trained_s < to_s - from_s - 1.5, "two evaluations lay between"
+
+
 def test_a_slow_worker_does_less_and_nobody_waits_for_it(tmp_path: Path) -> None:
     def long(model: nn.Module, batch: Any) -> Tensor:
         if torch.is_grad_enabled():

@@ -188,12 +188,12 @@ class _Server:
         self._heard: deque[tuple[Any, ...]] = deque()  # from the supervisor, not yet acted on
         self._waiting: set[int] = set()
         self._begun = False
+        self._began_s = 0.0  # when training would have begun, had it gone on without evaluations and checkpoints
 
     def run(self, lost: list[Action]) -> None:
         """Serves until every piece is merged, or until the run is asked to stop. `lost`: what a restart has cost."""
         session = self._session
         self._obey(lost)
-        began = time.monotonic() - self._progress.train_s
         while not (self._ledger.finished or self._progress.stopped or session.pulse.stop_wanted()):
             self._replica.doing = "waiting for workers"
             session.pulse.waiting(True)
@@ -211,7 +211,8 @@ class _Server:
                     self._hear(worker, line.receive())
             if deadline_s is not None and session.clock() >= deadline_s:
                 self._obey(self._ledger.passed(session.clock()))
-            self._progress.train_s = time.monotonic() - began
+            if self._begun:
+                self._progress.train_s = time.monotonic() - self._began_s
             session.send_events(held=True)
         interrupted = not (self._ledger.finished or self._progress.stopped)
         for line in self._lines:  # those too who come late
@@ -240,7 +241,8 @@ class _Server:
 
     def _begin(self) -> None:
         """Lets in who waits: at first only once all are there, or the quickest would make up a quorum alone."""
-        self._begun = True
+        if not self._begun:
+            self._begun, self._began_s = True, time.monotonic() - self._progress.train_s
         for worker in sorted(self._waiting):
             self._obey(self._ledger.joined(worker, self._session.clock()))
         self._waiting.clear()
@@ -353,11 +355,13 @@ class _Server:
         recipe, team = self._session.recipe, self._session.assignment.team
         if now == recipe.steps:
             return
+        came_s = time.monotonic()
         best = passes(recipe.evaluate_every, before, now) and self._evaluate()
         if best or passes(team.checkpoint_every, before, now):
             self._save()
         if best:
             self._session.mark_best(self._progress)
+        self._began_s += time.monotonic() - came_s
 
     def _evaluate(self) -> bool:
         """Evaluates; whether this version is to be saved as the best."""
