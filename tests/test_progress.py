@@ -59,6 +59,17 @@ def test_the_time_left_counts_evaluations_in() -> None:
     assert pace.eta_s(0) is None
 
 
+@pytest.mark.parametrize(("updates", "steps"), [(4, 1), (1, 1), (1, 20)])
+def test_the_time_left_is_of_steps_however_many_updates_they_take(updates: int, steps: int) -> None:
+    """A step takes a second. Contributions merge one by one, or updates come every `steps`."""
+    progress = Progress()
+    progress.see({**started(0.0), "steps": 1000})
+    for update in range(1, 41):
+        step = update * steps // updates
+        progress.see({**merged(update * steps / updates, update), "step": step})
+    assert progress.eta_s == pytest.approx(1000 - step, rel=0.06)
+
+
 def test_the_pace_follows_a_change() -> None:
     pace = Pace()
     for step in range(100):

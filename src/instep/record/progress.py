@@ -42,10 +42,10 @@ class Progress:
             self.done, self.steps = event["step"], event["steps"]
             self.virtual = event.get("clock") == "virtual"
         elif kind == "merged":
-            self.done, self.state = event["step"], "training"
+            steps, self.done, self.state = event["step"] - self.done, event["step"], "training"
             if event["objective"] is not None:  # else the update had no items
                 self.objective, self.terms = event["objective"], event.get("terms", {})
-            self.pace.step(event["t_s"], event["items"])
+            self.pace.step(event["t_s"], event["items"], steps)
         elif kind == "evaluated":
             self.held_out, self.bits_per_byte = event["objective"], event.get("bits_per_byte")
             self.pace.pause(event["t_s"])
@@ -105,26 +105,38 @@ class Progress:
 
 
 class Pace:
-    """How fast steps go, over the last ones of this session; evaluations, checkpoints and restarts are not counted."""
+    """How fast it goes, over the last steps of this session; evaluations, checkpoints and restarts are not counted.
+
+    An update may be less than a step, as where contributions merge one by one, or several, as after local steps.
+    """
 
     _STEPS = 50
     _SPAN_S = 30.0
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[float, int]] = deque()  # (seconds, items) of each
+        self._totals = deque([(0.0, 0, 0)])  # (seconds, items, steps) up to each of the last updates
         self._last_s: float | None = None
-        self._busy_s = 0.0
         self._paused_s = 0.0
 
-    def step(self, t_s: float, items: int) -> None:
-        """A step of `items` ended at `t_s`."""
+    def step(self, t_s: float, items: int, steps: int = 1) -> None:
+        """An update of `items`, with which `steps` were done, ended at `t_s`."""
         if self._last_s is not None:
-            took_s = max(0.0, t_s - self._last_s)
-            self._busy_s += took_s
-            self._steps.append((took_s, items))
-            while len(self._steps) > self._STEPS or (len(self._steps) > 2 and self._span_s() > self._SPAN_S):
-                self._steps.popleft()
+            busy_s, all_items, all_steps = self._totals[-1]
+            self._totals.append((busy_s + max(0.0, t_s - self._last_s), all_items + items, all_steps + steps))
+            while len(self._totals) > 2 and self._is_long():
+                self._totals.popleft()
         self._last_s = t_s
+
+    def _is_long(self) -> bool:
+        """Whether what follows on the first update is enough to go by."""
+        span_s, _, steps = self._recent
+        return steps > self._STEPS or (len(self._totals) > 3 and span_s > self._SPAN_S)
+
+    @property
+    def _recent(self) -> tuple[float, int, int]:
+        """Seconds, items and steps."""
+        first, last = self._totals[0], self._totals[-1]
+        return last[0] - first[0], last[1] - first[1], last[2] - first[2]
 
     def pause(self, t_s: float) -> None:
         """What kept the workers from training ended at `t_s`."""
@@ -136,20 +148,19 @@ class Pace:
         """The time until the next step says nothing."""
         self._last_s = None
 
-    def _span_s(self) -> float:
-        return sum(took_s for took_s, _ in self._steps)
-
     @property
     def items_per_s(self) -> float | None:
-        """Items a second, or None before there are two steps."""
-        span_s = self._span_s()
-        return sum(items for _, items in self._steps) / span_s if span_s > 0 else None
+        """Items a second, or None before there are two updates."""
+        span_s, items, _ = self._recent
+        return items / span_s if span_s > 0 else None
 
     def eta_s(self, steps: int) -> float | None:
-        """Seconds that `steps` more will take, with pauses as before; None before two steps and after the last."""
-        if steps <= 0 or not self._steps or not self._busy_s:
+        """Seconds that `steps` more will take, with pauses as before; None before there is a pace and at the end."""
+        span_s, _, done = self._recent
+        busy_s = self._totals[-1][0]
+        if steps <= 0 or not done or not busy_s:
             return None
-        return steps * self._span_s() / len(self._steps) * (1 + self._paused_s / self._busy_s)
+        return steps * span_s / done * (1 + self._paused_s / busy_s)
 
 
 def fit(parts: Sequence[Part], columns: int) -> tuple[list[tuple[str, str]], int]:
