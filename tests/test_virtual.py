@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from instep.engines.launch import train
 from instep.engines.playback import replay
 from instep.engines.request import Cluster
 from instep.engines.virtual import simulate
-from instep.errors import CheckpointError, RecordError
+from instep.errors import CheckpointError, RecipeError, RecordError
 from instep.recipe import Recipe
 from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder, digest
@@ -103,6 +104,21 @@ def test_buffers_are_means_with_more_workers_than_microbatches_too(tmp_path: Pat
         found[workers] = {name: value for name, value in state.items() if "running_var" in name}
     for name, value in found[8].items():
         assert float(found[16][name].mean() / value.mean()) == pytest.approx(1, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"workers": 0}, "'cluster.workers' is 0; it must be a whole number from 1"),
+        ({"workers": 2.5}, "'cluster.workers' is 2.5"),
+        ({"times": 0.1}, "'cluster.times' is 0.1; give instep.clock.times.WorkerTimes"),
+        ({"merge_s": -1.0}, "'cluster.merge_s' is -1.0; it must be a finite time from 0"),
+        ({"slow": "1:5x"}, "'cluster.slow' is '1:5x', and 'cluster.times' name other workers"),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(sentence)):
+        Cluster(**{"workers": 2, "times": TIMES, **fields})
 
 
 def test_failures_with_contributions_between_them_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

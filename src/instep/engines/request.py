@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 from instep.clock.network import Network
 from instep.clock.recorded import RecordedTimes
+from instep.clock.slow import parse_slow
 from instep.clock.times import WorkerTimes
+from instep.errors import RecipeError
 from instep.recipe import Team
 from instep.rules import UpdateRule
 
@@ -43,6 +46,8 @@ class Cluster:
     says who takes longer. `merge_s`: of an update at the server; None measures it. `collective`: rules in lockstep
     run on all-reduce instead of a server. `batched`: gradients of many workers are computed at once, many times faster
     for small models, with other bits than those of a real run; rules without local steps only.
+
+    Raises RecipeError for what cannot be.
     """
 
     workers: int
@@ -52,6 +57,21 @@ class Cluster:
     collective: bool = True
     slow: str = ""
     batched: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.workers) is not int or self.workers < 1:
+            raise RecipeError(f"'cluster.workers' is {self.workers!r}; it must be a whole number from 1.")
+        if not isinstance(self.times, WorkerTimes | RecordedTimes | None):
+            raise RecipeError(
+                f"'cluster.times' is {self.times!r}; give instep.clock.times.WorkerTimes, or None to measure them."
+            )
+        if self.merge_s is not None and not 0 <= self.merge_s < math.inf:
+            raise RecipeError(f"'cluster.merge_s' is {self.merge_s}; it must be a finite time from 0, or None.")
+        if self.slow and isinstance(self.times, WorkerTimes) and self.times.slow != parse_slow(self.slow):
+            raise RecipeError(
+                f"'cluster.slow' is {self.slow!r}, and 'cluster.times' name other workers as slow, or none; where "
+                f"times are given, say it there: WorkerTimes.from_text(..., slow=parse_slow({self.slow!r}))."
+            )
 
 
 @dataclass(frozen=True)
