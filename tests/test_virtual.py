@@ -11,11 +11,13 @@ import pytest
 from instep.clock.network import Network
 from instep.clock.recorded import RecordedTimes
 from instep.clock.times import Failures, WorkerTimes
+from instep.components import Component
+from instep.engines.alone import simulate as simulate_alone
 from instep.engines.launch import train
 from instep.engines.playback import replay
 from instep.engines.request import Cluster
 from instep.engines.virtual import simulate
-from instep.errors import CheckpointError, RecipeError, RecordError
+from instep.errors import CheckpointError, RecipeError, RecordError, WorkerError
 from instep.recipe import Recipe
 from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder, digest
@@ -119,6 +121,13 @@ def test_buffers_are_means_with_more_workers_than_microbatches_too(tmp_path: Pat
 def test_a_cluster_that_cannot_be_is_refused(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(sentence)):
         Cluster(**{"workers": 2, "times": TIMES, **fields})
+
+
+def test_a_simulation_that_is_killed_says_so(tmp_path: Path) -> None:
+    (tmp_path / "greedy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    recipe = convnet(model=Component("greedy:Net"))
+    with pytest.raises(WorkerError, match="was killed by SIGKILL, as the kernel does when memory runs out"):
+        simulate_alone(recipe, Cluster(workers=1, times=TIMES), import_paths=[str(tmp_path)])
 
 
 def test_failures_with_contributions_between_them_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

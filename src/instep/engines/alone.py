@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -111,10 +112,10 @@ def _in_child(
                     monitor(content[0])
                 kind, *content = line.recv()
         except (EOFError, OSError):
-            process.wait()
+            status = process.wait()
             log.seek(0)
             raise WorkerError(
-                f"the process that computes (pid {process.pid}) ended early; its log follows.",
+                f"the process that computes (pid {process.pid}) {_how_it_ended(status)}.",
                 detail=log.read().decode(errors="replace")[-4000:],
             ) from None
         except BaseException:
@@ -125,3 +126,14 @@ def _in_child(
     if kind == "failed":
         raise by_name(content[0])(content[1], detail=content[2])
     return content[0]
+
+
+def _how_it_ended(status: int) -> str:
+    if status >= 0:
+        return "ended early; its log follows"
+    name = signal.Signals(-status).name
+    if name == "SIGKILL":
+        return (
+            f"was killed by {name}, as the kernel does when memory runs out; a simulation of fewer workers takes less"
+        )
+    return f"was killed by {name}; its log follows"
