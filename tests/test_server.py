@@ -21,8 +21,10 @@ from torch import Tensor, nn
 import workloads
 from harness import Client, Outcome, train_here
 from instep.engines.launch import train
+from instep.engines.request import Cluster
 from instep.engines.session import Session
 from instep.engines.start import ClientGone
+from instep.engines.virtual import simulate
 from instep.errors import CheckpointError, InstepError, NonFiniteError, ObjectiveError, RecipeError, WorkerError
 from instep.recipe import Recipe, Team, check_team
 from instep.record import checkpoint, tape
@@ -182,6 +184,15 @@ def test_held_out_data_are_evaluated_by_items_under_every_rule() -> None:
         merged = {event["version"]: event["step"] for event in run.events if event["kind"] == "merged"}
         assert [merged[event["version"]] for event in evaluated] == [4, 6]
         assert run.result["held_out"] == evaluated[-1]["objective"]
+
+
+def test_a_rule_that_is_known_to_diverge_is_warned_of(tmp_path: Path) -> None:
+    rule = dataclasses.replace(p.diloco(2), quorum="1", order="arrival", max_lead=None, max_staleness=None)
+    run = train_here(regression(rule=rule), serving(), tmp_path / "run")
+    assert [event["why"] for event in run.events if event["kind"] == "warned"] == rule.warnings() != []
+    told: list[dict[str, Any]] = []
+    simulate(regression(rule=rule), Cluster(workers=2), False, None, told.append)
+    assert [event["why"] for event in told if event["kind"] == "warned"] == rule.warnings()
 
 
 def test_items_a_second_leave_out_evaluations_and_checkpoints(tmp_path: Path) -> None:

@@ -203,6 +203,9 @@ class Start:
             libraries=_libraries(),
             import_paths=list(self._run.import_paths),
         )
+        if self._supervisor.restarts == 0:
+            for why in self._run.rule.warnings():
+                self._supervisor.record("warned", why=why)
         self._facts, self._memory = facts, memory
         for worker in self._workers:
             self._let_start(worker)

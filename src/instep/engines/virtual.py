@@ -169,6 +169,8 @@ class _Simulation:
                 "libraries": {}, "import_paths": [], "microbatch_s": microbatch_s, "batched": self._cluster.batched,
             },
         )  # fmt: skip
+        for why in recipe.rule.warnings():
+            self._emit("warned", {"t_s": 0.0, "clock": "virtual", "why": why})
 
     def _end(self, found: Schedule, scheduled_s: float, took_s: float) -> dict[str, Any]:
         digest, progress = None, self._progress
