@@ -23,11 +23,13 @@ from torch import nn
 import workloads
 from harness import Client, train_here
 from instep.engines.alone import replay as replay_alone
+from instep.engines.alone import replay_under
 from instep.engines.playback import replay
 from instep.engines.request import Replayed
-from instep.errors import RecordError
-from instep.recipe import Recipe, Team
+from instep.errors import RecipeError, RecordError
+from instep.recipe import Recipe, Team, dumps
 from instep.record import tape
+from instep.record.folder import RunFolder
 from instep.rules import UpdateRule, parse
 from instep.rules import presets as p
 from serving import RULES, WORKLOADS, at, check_tape, disturbed, kill, killed_altogether, replayed
@@ -151,6 +153,15 @@ def test_replay_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     found = replay_alone(tmp_path / "run", recipe)
     assert found.same
     assert found.digest == run.digest
+
+
+def test_a_recipe_that_no_file_can_hold_is_asked_for_by_the_call_that_needs_it(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    run.recipe_path.write_text(dumps(regression(), Team()))
+    with pytest.raises(RecipeError, match=r"instep\.replay\('.*run', recipe\)\.$"):
+        replay_alone(run.path)
+    with pytest.raises(RecipeError, match=r"instep\.replay_under\('.*run', rule, recipe\)\.$"):
+        replay_under(run.path, p.asynchronous())
 
 
 @pytest.mark.parametrize("text", ["asynchronous", "diloco:2"])

@@ -36,7 +36,7 @@ def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replaye
     Raises RecordError where the tape is damaged, of another recipe or not whole, and InstepError as the run would.
     """
     folder = RunFolder.open(Path(run))
-    recipe, _, paths = saved(folder, recipe, None)
+    recipe, _, paths = saved(folder, recipe, None, f"replay({str(run)!r}, recipe)")
     events = [event for event in tape.read(folder.tape_path) if event["kind"] not in ("computed", "evaluated")]
     found: Replayed = _in_child("instep.engines.playback:replay", recipe, (events,), paths, ())
     return found
@@ -56,7 +56,7 @@ def replay_under(
     updates take none. Raises RecordError where the tape lacks a worker's times, and InstepError.
     """
     folder = RunFolder.open(Path(run))
-    recipe, team, paths = saved(folder, recipe, None)
+    recipe, team, paths = saved(folder, recipe, None, f"replay_under({str(run)!r}, rule, recipe)")
     times: dict[int, list[float]] = {}
     for event in tape.read(folder.tape_path):
         if event["kind"] == "computed":

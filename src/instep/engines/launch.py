@@ -131,7 +131,7 @@ def train(
                 f"{folder.path} is the folder of a simulation, which cannot be resumed; train its recipe instead: "
                 f"instep train {folder.recipe_path}."
             )
-        recipe, team, saved_paths = saved(folder, recipe, team)
+        recipe, team, saved_paths = saved(folder, recipe, team, f"train(recipe, resume={str(folder.path)!r})")
         folders += saved_paths
     else:
         if recipe is None:
@@ -353,14 +353,17 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def saved(folder: RunFolder, recipe: Recipe | None, team: Team | None) -> tuple[Recipe, Team, list[str]]:
-    """The recipe and team to resume with, and where the run found its modules. Raises CheckpointError."""
+def saved(folder: RunFolder, recipe: Recipe | None, team: Team | None, call: str) -> tuple[Recipe, Team, list[str]]:
+    """The recipe and team to resume with, and where the run found its modules.
+
+    call: of `instep`, with the recipe, for who has to give it. Raises RecipeError and CheckpointError.
+    """
     table = read(folder.recipe_path)
     nameless = without_address(table)
     if recipe is None and nameless is not None:
         raise RecipeError(
             f"the recipe of {folder.path} holds {nameless}, an object that only the program that made it has; give "
-            f"that recipe too: instep.train(recipe, resume={str(folder.path)!r})."
+            f"that recipe too: instep.{call}."
         )
     saved_team = from_table(Team, table.pop("team", {}), "team")
     if recipe is None:
