@@ -169,6 +169,26 @@ class Numbers(Block):
         return super().forward(x * x.abs().mean().item() + torch.tensor(0.5) + torch.arange(WIDTH) / WIDTH)
 
 
+class ReadPastTheDispatcher(Block):
+    """Sizes as a list, numbers through numpy, and a padded sequence, which tells its lengths by a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.lstm = nn.Linear(WIDTH, 3), nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        lengths = (x.detach().mean((1, 2)) > 0) * 5 + 20
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        x = x + nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=LENGTH)[0]
+        scale = torch.from_numpy((x.detach() * 2).sum(-1).numpy() * 0.1)
+        h = self.norm(x).flatten(0, 1)
+        expert = self.router(h).argmax(-1)
+        order = expert.argsort()
+        parts = h[order].split(torch.bincount(expert, minlength=3).tolist())
+        y = torch.cat([F.gelu(self.widen(part)) * number for number, part in enumerate(parts)])
+        return x * scale[..., None] + self.back(y[order.argsort()]).view_as(x)
+
+
 class Sparse(Block):
     def forward(self, x: Tensor) -> Any:
         places = torch.stack([torch.arange(LENGTH)] * 2)
@@ -248,4 +268,5 @@ def case(make: Callable[[], nn.Module], **named: Any) -> tuple[nn.Module, Tensor
 BLOCKS = [
     TableOfItsOwn, HalfInTraining, ReplacedBuffer, Codebook, SharedBuffer, ForeachOnLists, Rotary, Fourier, Experts,
     Recurrent, InPlace, Numbers, CustomFunction, CheckpointInside, Dataclasses, Nested, Sparse,
+    ReadPastTheDispatcher,
 ]  # fmt: skip

@@ -51,7 +51,7 @@ class Graph:
 
     def _roots(self) -> frozenset[int]:
         """Storages that are needed whatever is kept."""
-        packed = {index for index, storage in enumerate(self.kind.storages) if storage.packed}
+        packed = {index for index, storage in enumerate(self.kind.storages) if storage.packed or storage.bare}
         pinned = {index for operation in self.kind.operations if operation.pinned for index in operation.reads}
         return frozenset(packed | pinned)
 
@@ -218,11 +218,12 @@ def _cluster(kind: BlockKind, storages: tuple[int, ...]) -> Cluster:
     reads = {index for i in writers for index in kind.operations[i].reads} - own
     pinned = any(op.pinned and not own.isdisjoint(op.reads) for op in kind.operations[writers[0] : writers[-1]])
     mixed = any(kind.operations[i].changes and kind.storages[s].born == i for s in storages for i in writers)
+    bare = len(writers) > 1 and any(kind.storages[s].bare for s in storages)  # it may be an earlier value that is read
     return Cluster(
         storages, writers, tuple(sorted(reads)),
         flops=sum(kind.operations[i].flops for i in writers),
         seconds=sum(kind.operations[i].seconds for i in writers),
-        keepable=not (pinned or mixed),
+        keepable=not (pinned or mixed or bare),
     )  # fmt: skip
 
 

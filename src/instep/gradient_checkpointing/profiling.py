@@ -23,7 +23,7 @@ from instep.gradient_checkpointing.structure import (
     Profile,
     Storage,
 )
-from instep.gradient_checkpointing.tracing import Memory, Tracer, Visit, tensors_in
+from instep.gradient_checkpointing.tracing import Memory, Readers, Tracer, Visit, tensors_in
 from instep.restore import kept_module_state, kept_random_state
 
 Objective = Callable[[Any, Any], Tensor | Mapping[str, Tensor]]
@@ -98,7 +98,7 @@ def _trace(model: nn.Module, objective: Objective, batch: Any, names: list[str])
     hooks = torch.autograd.graph.saved_tensors_hooks(tracer.pack, tracer.unpack)
     try:
         with _untouched(model), tracer:
-            with hooks if names else nullcontext():
+            with hooks if names else nullcontext(), Readers(tracer):
                 loss = _total(objective(model, batch))
             tracer.forward_ends = tracer.clock
             found = _gradients(model, loss)
@@ -288,7 +288,7 @@ def _kind(
         dies = length if died > visit.stop else died - visit.start - 1
         if packed and not escapes:
             dies = _last_use(tracer, visit, number)
-        storages.append(Storage(memory.nbytes, memory.born - visit.start - 1, dies, packed, escapes))
+        storages.append(Storage(memory.nbytes, memory.born - visit.start - 1, dies, packed, escapes, memory.bare))
     held = sum(tracer.memories[number].nbytes for number in _holds(tracer, own, visit))
     return BlockKind(tuple(operations), tuple(storages), held, extra, tuple(buffers), sum(buffers.values()))
 

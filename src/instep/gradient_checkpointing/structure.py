@@ -20,6 +20,7 @@ class Storage:
 
     After operation `dies` nothing but backward refers to it; it is the number of operations where the block's end
     does not either. `packed`: backward reads it. `escapes`: it leaves the block, so it is there whatever is kept.
+    `bare`: it is, or may be, read past the dispatcher, as by ``tolist``, so it has to be there in recompute too.
     """
 
     nbytes: int
@@ -27,6 +28,7 @@ class Storage:
     dies: int
     packed: bool
     escapes: bool = False
+    bare: bool = False
 
 
 @dataclass(frozen=True)

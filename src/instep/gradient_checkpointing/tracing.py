@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 from torch.utils.flop_counter import flop_registry
 
 from instep.gradient_checkpointing.replaying import is_weight_cast
+
+_WHOLE = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Memory:
     died: int = -1
     packed: set[int] = field(default_factory=set)  # by the blocks in which autograd saved it; -1 outside
     gradient: bool = False
+    bare: bool = False  # read past the dispatcher
 
 
 @dataclass
@@ -153,7 +157,9 @@ class Tracer(TorchDispatchMode):
     def _add(self, value: Tensor, block: int) -> int:
         storage = value.untyped_storage()
         number, key = len(self.memories), storage._cdata
-        self.memories.append(Memory(storage.nbytes(), self.clock, block))
+        # Whole numbers tell how others are cut, and functions made of several operations read them as they lie.
+        counts = value.device.type == "cpu" and value.dtype in _WHOLE
+        self.memories.append(Memory(storage.nbytes(), self.clock, block, bare=counts))
         self._number[key] = number
 
         def died(_: Any) -> None:
@@ -164,6 +170,13 @@ class Tracer(TorchDispatchMode):
 
         self._watched[number] = weakref.ref(storage, died)
         return number
+
+    def read(self, values: Any) -> None:
+        """Tensors in `values` are read past the dispatcher."""
+        for value in pytree.tree_leaves(values):
+            number = self._of(value) if isinstance(value, Tensor) else None
+            if number is not None:
+                self.memories[number].bare = True
 
     # What autograd saves
 
@@ -233,6 +246,22 @@ class Tracer(TorchDispatchMode):
             self.module = part.rpartition(".")[0]
 
         return out_of
+
+
+_READERS = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__dlpack__})
+
+
+class Readers(TorchFunctionMode):
+    """Tells a tracer what is read past the dispatcher."""
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READERS:
+            self._tracer.read(args)
+        return func(*args, **(kwargs or {}))
 
 
 def tensors_in(values: Any) -> list[Tensor]:
