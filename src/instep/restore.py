@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -64,4 +64,10 @@ def kept_module_state(model: nn.Module, *, training: bool | None = None) -> Iter
             module.training = mode
         with torch.no_grad():
             for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer.copy_(value)
+                # An expanded one cannot be written to, by nobody.
+                module._buffers[name] = buffer if is_expanded(buffer) else buffer.copy_(value)
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether several elements lie in one place, as after `expand`."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

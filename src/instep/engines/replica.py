@@ -19,6 +19,7 @@ from instep.gradient_checkpointing import Applied
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.reduce.checksums import checksum
+from instep.restore import is_expanded
 
 
 class Replica:
@@ -263,7 +264,7 @@ def _own_memory_for_buffers(module: nn.Module) -> None:
     """Gives an expanded buffer memory of its own for every element: one that is shared cannot be set back."""
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
-            if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)):
+            if is_expanded(buffer):
                 owner._buffers[name] = buffer.contiguous()
 
 

@@ -78,7 +78,8 @@ class _Block:
             return checkpoint(forward, *args, use_reentrant=False, context_fn=self._compiled, **kwargs)
         frame = Frame(self._script, self._applied.verify)
         frame.buffers = _copies({name: self._module.get_buffer(name) for name in self._buffers})
-        watch = self._selective or frame.verify
+        frame.tables = _tables(self._module)
+        watch = self._selective or frame.verify or self._script.draws
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
             return Watch(frame) if watch else nullcontext(), _Second(self._module, frame)
@@ -126,7 +127,8 @@ def _functional(name: str) -> str:
 
 class _Second:
     """The second pass. It leaves no trace on the block's modules: what it sets on them is taken back afterwards, and it
-    works on buffers of its own, with the values that they had before the first pass."""
+    works on buffers of its own, with the values that they had before the first pass. Its parameters are those of the
+    first pass, which `torch.func.functional_call` has taken off again by then."""
 
     def __init__(self, module: nn.Module, frame: Frame):
         self._module, self._frame = module, frame
@@ -135,6 +137,10 @@ class _Second:
 
     def __enter__(self) -> None:
         self._before = [(module.__dict__, dict(module.__dict__)) for module in self._module.modules()]
+        for table, first in self._frame.tables:
+            if any(table.get(name) is not tensor for name, tensor in first.items()):
+                self._before.append((table, dict(table)))
+                table.update(first)
         for name, copy in _copies(self._frame.buffers).items():
             owner = self._module.get_submodule(name.rpartition(".")[0])
             buffers = owner.__dict__["_buffers"]
@@ -154,6 +160,12 @@ class _Second:
                 if key not in now or now[key] is not value:
                     now[key] = value
         self._before.clear()
+
+
+def _tables(block: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The tables of parameters and buffers of a block's modules, each with what it holds now."""
+    tables = [table for module in block.modules() for table in (module._parameters, module._buffers)]
+    return [(table, dict(table)) for table in tables if table]
 
 
 def _copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

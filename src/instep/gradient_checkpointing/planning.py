@@ -51,6 +51,8 @@ def plan(profile: Profile, *, budget_bytes: int, price: Literal["seconds", "flop
         raise CheckpointingError(
             f"the budget is {budget_bytes!r} bytes; it must be a whole number of bytes above 0, such as 512 * 2**20."
         )
+    if price not in ("seconds", "flops"):
+        raise CheckpointingError(f"the price is {price!r}; it is 'seconds' or 'flops'.")
     candidates = _candidates(profile, price)
     fitting = [candidate for candidate in candidates if candidate.peak_bytes <= budget_bytes]
     if not fitting:

@@ -70,7 +70,7 @@ def _used_once(model: nn.Module, objective: Objective, batch: Any, names: list[s
 
     def count(name: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any) -> None:
-            calls[name] += 1
+            calls[name] += torch.is_grad_enabled()  # else it keeps nothing, and no plan is asked
 
         return note
 
@@ -114,6 +114,11 @@ def _trace(model: nn.Module, objective: Objective, batch: Any, names: list[str])
                 f"its buffers, so its forward cannot be run twice; let it work on a copy, make the tensor a buffer of "
                 f"the block, or leave the block out with blocks=."
             )
+        if visits[-1].early:
+            raise CheckpointingError(
+                f"block '{names[index]}' takes a gradient in its own forward, which so needs what is to be made again "
+                f"before the block has ended; leave the block out with blocks=."
+            )
     return tracer
 
 
@@ -154,13 +159,19 @@ def _total(sums: Any) -> Tensor:
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    with kept_random_state(), kept_module_state(model), torch.enable_grad():
-        yield
+    parts = [value for module in model.modules() for value in vars(module).values()]
+    generators = [(part, part.get_state()) for part in parts if isinstance(part, torch.Generator)]
+    try:
+        with kept_random_state(), kept_module_state(model), torch.enable_grad():
+            yield
+    finally:
+        for generator, state in generators:
+            generator.set_state(state)
 
 
 def _changed_buffers(model: nn.Module, objective: Objective, batch: Any, names: list[str]) -> list[dict[str, int]]:
     """Of each block, the buffers that a forward changes, and their bytes."""
-    with _untouched(model), torch.no_grad():
+    with _untouched(model):  # with gradients, for an objective may take some itself
         before = {name: dict(_copies(model.get_submodule(name))) for name in names}
         objective(model, batch)
         return [
@@ -277,7 +288,7 @@ def _kind(
                 reads=local(call.reads) if writes or call.pinned else (), writes=writes,
                 views=place_of.get(call.views) if call.views is not None else None,
                 changes=call.changes, random=call.random, constant=call.constant,
-                pinned=call.pinned,
+                pinned=call.pinned, generator=call.generator,
             )
         )  # fmt: skip
     storages = []

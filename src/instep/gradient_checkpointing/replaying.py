@@ -43,9 +43,14 @@ class Script:
         self.acts = list(acts)
         self.changes = [operation.changes for operation in operations]
         self.random = [operation.random for operation in operations]
+        self.generators = [operation.generator for operation in operations]
         self.views = [operation.views is not None for operation in operations]
         self.skips = Act.SKIP in self.acts
+        self.draws = any(self.generators)
         self.known: list[Any] = [None] * len(operations)  # the operation itself, once its name was seen to fit
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "known": [None] * len(self.names)}  # not every operation can be pickled
 
     def fits(self, place: int, func: Any) -> bool:
         """Whether `func` is the operation that the plan has at `place`."""
@@ -80,6 +85,8 @@ class Frame:
     states: dict[int, Tensor] = field(default_factory=dict)
     sums: dict[int, Any] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    """The tables of parameters and buffers of the block's modules, each with what it held in the first pass."""
 
     def whole(self) -> bool:
         """Whether everything has to be done again: nothing that was kept can stand in."""
@@ -110,7 +117,7 @@ class Watch(TorchDispatchMode):
             frame.versions.clear()
             frame.shapes.clear()
         act = script.acts[place] if frame.planned else Act.REPEAT
-        if act is Act.REPEAT and frame.planned and script.random[place]:
+        if self._draws_again(place, func, act):
             frame.states[place] = _random_state(args, kwargs)[0]
         out = func(*args, **kwargs)
         if act is Act.KEEP:
@@ -120,6 +127,14 @@ class Watch(TorchDispatchMode):
         elif frame.verify and act is Act.REPEAT and self._has_value(place, func):
             frame.sums[place] = _sum(func, out)
         return out
+
+    def _draws_again(self, place: int, func: Any, act: Act) -> bool:
+        """Whether an operation may need its random state again: where all is done again, torch sets the default
+        generator's once, and nobody sets that of another."""
+        script = self._frame.script
+        if not self._frame.planned:
+            return torch.Tag.nondeterministic_seeded in func.tags
+        return script.random[place] and (act is Act.REPEAT or script.generators[place])
 
     def _has_value(self, place: int, func: Any) -> bool:
         """Whether an output is worth checking. A view of what is kept may show a later value in the second pass; who
@@ -177,7 +192,7 @@ class Repeat(TorchDispatchMode):
         if script.skips and not self._whole:
             _check_read(script, place, args)
         state = frame.states.get(place)
-        if state is None or self._whole:
+        if state is None or (self._whole and given_generator(args, kwargs) is None):
             out = func(*args, **kwargs)
         else:
             now, generator = _random_state(args, kwargs)
@@ -253,9 +268,9 @@ def _detached(tensor: Tensor) -> Tensor:
 
 def _random_state(args: Any, kwargs: Any) -> tuple[Tensor, torch.Generator]:
     """The state of the generator that an operation draws from, and that generator."""
-    leaves = pytree.arg_tree_leaves(*args, **kwargs)
-    generator = next((value for value in leaves if isinstance(value, torch.Generator)), None)
+    generator = given_generator(args, kwargs)
     if generator is None:
+        leaves = pytree.arg_tree_leaves(*args, **kwargs)
         device = next((value.device for value in leaves if isinstance(value, Tensor)), None)
         device = device or torch.device(kwargs.get("device") or "cpu")
         if device.type == "cuda":
@@ -264,6 +279,11 @@ def _random_state(args: Any, kwargs: Any) -> tuple[Tensor, torch.Generator]:
         else:
             generator = torch.default_generator
     return generator.get_state(), generator
+
+
+def given_generator(args: Any, kwargs: Any) -> torch.Generator | None:
+    """The generator that an operation is given to draw from."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)), None)
 
 
 def _other_operation(script: Script, place: int, func: Any, first: Any) -> RecomputeError:

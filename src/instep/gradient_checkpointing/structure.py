@@ -40,7 +40,7 @@ class Operation:
     views: the storage that its output is a view of; a view costs nothing and has no values of its own.
     changes: the output is an input, changed in place. random: it draws random numbers. constant: its answer is no
     tensor but a number, which is always remembered. pinned: it changes a buffer, or makes what takes no memory in the
-    profile, and is always done again.
+    profile, and is always done again. generator: it draws from one that it is given, not from the default one.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Operation:
     random: bool = False
     constant: bool = False
     pinned: bool = False
+    generator: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 from torch.utils.flop_counter import flop_registry
 
-from instep.gradient_checkpointing.replaying import is_weight_cast
+from instep.gradient_checkpointing.replaying import given_generator, is_weight_cast
 
 _WHOLE = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
@@ -48,6 +48,7 @@ class Call:
     constant: bool
     pinned: bool
     random: bool
+    generator: bool
     flops: int
     seconds: float
 
@@ -66,6 +67,8 @@ class Visit:
     spoils: str = ""
     """The operation that changes in place what a second pass would find changed: an input, also after the block, or
     what the block did not make and is none of its buffers."""
+    early: bool = False
+    """Whether a backward came before the block's end: its forward takes a gradient itself."""
 
 
 class Tracer(TorchDispatchMode):
@@ -134,7 +137,8 @@ class Tracer(TorchDispatchMode):
                 views=taken[0] if is_view and taken else None,
                 changes=bool(changed) and not made, constant=not outputs and not changed,
                 pinned=not made and not changed_numbers and bool(fresh or changed),
-                random=torch.Tag.nondeterministic_seeded in func.tags, flops=flops, seconds=seconds,
+                random=torch.Tag.nondeterministic_seeded in func.tags,
+                generator=given_generator(args, kwargs) is not None, flops=flops, seconds=seconds,
             )
         )  # fmt: skip
         if not self.forward_ends:
@@ -192,6 +196,7 @@ class Tracer(TorchDispatchMode):
         value, block = packed
         if block >= 0:
             visit = self.visits[block][-1]
+            visit.early |= visit.stop < 0
             visit.back = self.clock if visit.back < 0 else visit.back
             visit.done = self.clock + 1
         return value
@@ -221,6 +226,8 @@ class Tracer(TorchDispatchMode):
 
     def _enter(self, index: int) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
             visit = Visit(self.clock, inputs=self._numbers([args, kwargs]))
             self.visits.setdefault(index, []).append(visit)
             self.block, self.module = index, ""
@@ -228,6 +235,8 @@ class Tracer(TorchDispatchMode):
         return enter
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
         visit = self.visits[self.block][-1]
         visit.stop, visit.outputs = self.clock, self._numbers(out)
         self.block, self.module = -1, ""
