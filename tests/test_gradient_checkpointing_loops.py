@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checkpointed import after_step, same, ten_plans
+from checkpointed import after_step, gpt, same, ten_plans
 from instep import gradient_checkpointing as gc
 from instep.errors import CheckpointingError
 from wild_blocks import Block, case, squares
@@ -153,3 +153,28 @@ def test_a_price_that_is_none_is_a_sentence() -> None:
     profile = gc.profile(model, squares, batch)
     with pytest.raises(CheckpointingError, match="the price is 'time'; it is 'seconds' or 'flops'"):
         gc.plan(profile, budget_bytes=2**40, price="time")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_that_autocast_casts_are_predicted(frozen: bool) -> None:
+    """They are many beside few tokens. Its cache keeps those that train to its end, whatever the plan, and no others;
+    and of a norm whose output is cast at once, backward needs mean and deviation alone."""
+    model, objective, batch = gpt(width=64, heads=4, tied=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or parameter.dim() < 2 or name.startswith("embedding"))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def cast(model: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            total: Tensor = objective(model, batch)
+        return total
+
+    expected = torch.autograd.grad(cast(model, batch), trained)
+    profile = gc.profile(model, cast, batch)
+    assert gc.measure(model, cast, batch)[0] == profile.peak_bytes
+    for plan in list(ten_plans(profile))[3::3]:
+        applied = gc.apply(model, plan)
+        for applied.verify in (True, False):
+            assert same(list(torch.autograd.grad(cast(model, batch), trained)), list(expected))
+        assert gc.measure(model, cast, batch)[0] == pytest.approx(plan.peak_bytes, rel=0.02)
+        gc.remove(model)

@@ -87,16 +87,18 @@ def peak_bytes(profile: Profile, choices: Sequence[Choice]) -> int:
     """The peak of a step, [blocks] choices."""
     held = peak = 0
     for moment in profile.moments:
-        kind = moment.kind
-        if kind == "hold":
-            held += choices[moment.block].held_bytes
-            continue
-        now = moment.base_bytes
-        if kind == "recompute":
-            held -= choices[moment.block].held_bytes
-            now += choices[moment.block].recompute_bytes
-        elif moment.block >= 0 and choices[moment.block].acts:
-            now += profile.kinds[profile.kind_of[moment.block]].extra_bytes
+        block, now = moment.block, moment.base_bytes
+        if block >= 0:
+            choice, kind = choices[block], profile.kinds[profile.kind_of[block]]
+            if moment.kind == "hold":
+                held += choice.held_bytes + kind.cast_bytes
+            elif moment.kind == "clear":
+                held -= kind.cast_bytes if choice.acts else 0
+            elif moment.kind == "recompute":
+                held -= choice.held_bytes + (0 if choice.acts else kind.cast_bytes)
+                now += choice.recompute_bytes + kind.cast_bytes
+            elif choice.acts:
+                now += kind.extra_bytes
         peak = max(peak, held + now)
     return peak
 
@@ -130,7 +132,7 @@ def _base_at_the_top(profile: Profile) -> int:
     for moment in profile.moments:
         if moment.kind == "run" and held == len(profile.names):
             most = max(most, moment.base_bytes)
-        held += {"run": 0, "hold": 1, "recompute": -1}[moment.kind]
+        held += {"hold": 1, "recompute": -1}.get(moment.kind, 0)
     return most
 
 
@@ -296,7 +298,7 @@ class _Search:
             elif moment.kind == "recompute":
                 last.remove(moment.block)
                 found[moment.block][1] = moment.base_bytes
-            else:
+            elif moment.kind == "run":
                 if moment.block >= 0:
                     found[moment.block][2] = max(found[moment.block][2], moment.base_bytes)
                 if last:

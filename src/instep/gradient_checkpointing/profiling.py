@@ -104,6 +104,7 @@ def _trace(model: nn.Module, objective: Objective, batch: Any, names: list[str])
             found = _gradients(model, loss)
             tracer.gradients(found)
             del found, loss
+        tracer.settle()
     finally:
         for handle in handles:
             handle.remove()
@@ -208,10 +209,12 @@ def _profile(traces: list[Tracer], names: list[str], buffers: list[dict[str, int
     took = [statistics.median(t.calls[place].seconds for t in traces) for place in range(len(tracer.calls))]
     own = [_own(tracer, index, visit) for index, visit in enumerate(visits)]
     extra = _extra(tracer, visits)
+    casts = [_casts(tracer, index, visit) for index, visit in enumerate(visits)]
     kinds: dict[BlockKind, list[int]] = {}
     built = []
     for index, visit in enumerate(visits):
         kind = _kind(tracer, visit, own[index], took, extra[index], buffers[index])
+        kind = replace(kind, cast_bytes=sum(memory.nbytes for memory in casts[index]))
         built.append(kind)
         kinds.setdefault(_signature(kind), []).append(index)
     order = list(kinds)
@@ -219,7 +222,7 @@ def _profile(traces: list[Tracer], names: list[str], buffers: list[dict[str, int
         kinds=tuple(_averaged([built[index] for index in kinds[key]]) for key in order),
         names=tuple(names),
         kind_of=tuple(order.index(_signature(kind)) for kind in built),
-        moments=_moments(tracer, visits, own),
+        moments=_moments(tracer, visits, own, casts),
         flops=tracer.flops,
         seconds=seconds,
         peak_bytes=max(_alive(tracer, range(len(tracer.memories))), default=0),
@@ -248,6 +251,15 @@ def _holds(tracer: Tracer, own: list[int], visit: Visit) -> list[int]:
     return [
         number for number in own
         if _died(tracer, tracer.memories[number]) > visit.stop and not _escapes(tracer, number, visit)
+    ]  # fmt: skip
+
+
+def _casts(tracer: Tracer, index: int, visit: Visit) -> list[Memory]:
+    """The weights that autocast has cast for the block's backward alone, and that its cache lets go of before."""
+    return [
+        memory for memory in tracer.memories
+        if memory.cast_in == index and visit.start <= memory.born <= visit.stop and memory.packed == {index}
+        and visit.stop < _died(tracer, memory) and memory.cached < visit.back
     ]  # fmt: skip
 
 
@@ -341,7 +353,9 @@ def _alive(tracer: Tracer, numbers: Sequence[int] | range) -> list[int]:
     return found
 
 
-def _moments(tracer: Tracer, visits: list[Visit], own: list[list[int]]) -> tuple[Moment, ...]:
+def _moments(
+    tracer: Tracer, visits: list[Visit], own: list[list[int]], casts: list[list[Memory]]
+) -> tuple[Moment, ...]:
     """The step cut where a block ends its forward, and where its backward begins and ends."""
     end = tracer.clock
     held = [_holds(tracer, numbers, visit) for numbers, visit in zip(own, visits, strict=True)]
@@ -349,9 +363,10 @@ def _moments(tracer: Tracer, visits: list[Visit], own: list[list[int]]) -> tuple
     bounds: list[tuple[int, int, int]] = []
     for index, visit in enumerate(visits):
         back = visit.back if visit.back >= 0 else end
-        bounds += [(visit.stop, 0, index), (back, 1, index), (min(max(visit.done, back), end), 2, index)]
-        for number in held[index]:
-            memory = tracer.memories[number]
+        bounds += [(visit.stop, 0, index), (back, 2, index), (min(max(visit.done, back), end), 3, index)]
+        if casts[index]:
+            bounds.append((max(visit.stop, *(memory.cached for memory in casts[index])), 1, index))
+        for memory in [*(tracer.memories[number] for number in held[index]), *casts[index]]:
             for place in range(visit.stop + 1, min(_died(tracer, memory), back) + 1):
                 base[place] -= memory.nbytes
     moments: list[Moment] = []
@@ -362,7 +377,9 @@ def _moments(tracer: Tracer, visits: list[Visit], own: list[list[int]]) -> tuple
             now = place
         if kind == 0:
             moments.append(Moment("hold", block=index))
-        elif kind == 2:
+        elif kind == 1:
+            moments.append(Moment("clear", block=index))
+        elif kind == 3:
             inside = -1 if inside == index else inside
         else:
             inside = index

@@ -45,7 +45,9 @@ class Script:
         self.random = [operation.random for operation in operations]
         self.generators = [operation.generator for operation in operations]
         self.views = [operation.views is not None for operation in operations]
-        self.skips = Act.SKIP in self.acts
+        kept = set(plan.choice.kept)
+        self.parts = [tuple(index in kept for index in operation.writes) for operation in operations]
+        self.skips = Act.SKIP in self.acts or any(len(set(parts)) > 1 for parts in self.parts)
         self.draws = any(self.generators)
         self.known: list[Any] = [None] * len(operations)  # the operation itself, once its name was seen to fit
 
@@ -148,7 +150,7 @@ class Watch(TorchDispatchMode):
             for index, (tensor, _) in enumerate(frame.versions):
                 frame.versions[index] = (tensor, tensor._version)
             return
-        frame.kept[place] = pytree.tree_map_only(Tensor, _detached, out)
+        frame.kept[place] = _needed(out, script.parts[place])
         frame.versions += [(t, t._version) for t in pytree.tree_leaves(frame.kept[place]) if isinstance(t, Tensor)]
 
 
@@ -186,7 +188,7 @@ class Repeat(TorchDispatchMode):
         if act is not Act.REPEAT and script.changes[place]:
             return args[0] if func._schema.returns else None
         if act is Act.KEEP:
-            return frame.kept.pop(place)
+            return pytree.tree_map_only(_Shape, _without_memory, frame.kept.pop(place))
         if act is Act.SKIP:
             return pytree.tree_map_only(_Shape, _without_memory, frame.shapes[place])
         if script.skips and not self._whole:
@@ -218,8 +220,8 @@ def _sum(func: Any, out: Any) -> Any:
 
 def is_weight_cast(func: Any, args: Any) -> bool:
     """Whether this is autocast casting a weight. It does so in one pass and finds it in its cache in another, so it
-    is no part of a block's operations."""
-    return func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
+    is no part of a block's operations. A frozen weight is never in that cache."""
+    return func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter) and args[0].requires_grad
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,21 @@ def _check_read(script: Script, place: int, args: Any) -> None:
                 f"when the model was profiled, though its operations are the same; profile it again, or leave the "
                 f"block out of the plan with blocks=."
             )
+
+
+def _needed(out: Any, parts: tuple[bool, ...]) -> Any:
+    """What to keep of an operation's outputs: of those that nothing needs the shape. `parts`: which memories, of those
+    that it made, in order, are needed."""
+    tensors = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
+    if len(set(parts)) < 2 or any(value.layout is not torch.strided for value in tensors):
+        return pytree.tree_map_only(Tensor, _detached, out)
+    made = dict.fromkeys(s._cdata for s in (value.untyped_storage() for value in tensors) if s.nbytes())
+    needed = dict(zip(made, parts, strict=False)) if len(made) == len(parts) else {}
+
+    def part(value: Tensor) -> Any:
+        return _detached(value) if needed.get(value.untyped_storage()._cdata, True) else _shape(value)
+
+    return pytree.tree_map_only(Tensor, part, out)
 
 
 def _detached(tensor: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class BlockKind:
     held_bytes: what the block holds for backward where nothing is recomputed. extra_bytes: what it holds besides when
     it is checkpointed, to the end of its backward: inputs that backward does not read. buffers: those that forward
     changes, of `buffer_bytes`: a checkpointed block holds copies of them, and makes more to be computed again.
+    cast_bytes: weights that autocast has cast, which stay in its cache for a while whatever becomes of the block.
     """
 
     operations: tuple[Operation, ...]
@@ -72,6 +73,7 @@ class BlockKind:
     extra_bytes: int = 0
     buffers: tuple[str, ...] = ()
     buffer_bytes: int = 0
+    cast_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,11 @@ class Moment:
     """A part of the step. `base_bytes` is alive then, at its peak, beside what blocks hold.
 
     kind: ``run``: nothing changes, in the backward of `block` if it is one; ``hold``: block `block` has ended its
-    forward and holds from here on; ``recompute``: its backward begins.
+    forward and holds from here on; ``clear``: autocast's cache lets go of the weights that it cast for the block;
+    ``recompute``: its backward begins.
     """
 
-    kind: Literal["run", "hold", "recompute"]
+    kind: Literal["run", "hold", "clear", "recompute"]
     base_bytes: int = 0
     block: int = -1
 

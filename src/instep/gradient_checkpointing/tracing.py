@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ class Memory:
     packed: set[int] = field(default_factory=set)  # by the blocks in which autograd saved it; -1 outside
     gradient: bool = False
     bare: bool = False  # read past the dispatcher
+    weight: Tensor | None = None  # whose cast by autocast this is
+    cast_in: int = -1  # the block in which it was cast
+    cached: int = -1  # the operation up to which autocast's cache keeps it, whether or not backward needs it
+    saved: int = -1  # the last operation up to which autograd keeps it
 
 
 @dataclass
@@ -71,6 +76,17 @@ class Visit:
     """Whether a backward came before the block's end: its forward takes a gradient itself."""
 
 
+@dataclass(frozen=True)
+class _Cast:
+    """A view of a memory that is a cast weight."""
+
+    number: int
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
 class Tracer(TorchDispatchMode):
     """Notes the operations of a step and the life of the memory that they make.
 
@@ -88,6 +104,8 @@ class Tracer(TorchDispatchMode):
         self.flops = 0
         self.block, self.module = -1, ""
         self._buffers: dict[int, set[int]] = {}
+        self._casts: list[weakref.ref[Any]] = []
+        self._aside = False  # what it does itself is not noted
         self._known = set(map(_storage, known))
         self._number: dict[int, int] = {}
         self._watched: dict[int, weakref.ref[Any]] = {}
@@ -95,12 +113,13 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in SAC_IGNORED_OPS:
+        if func in SAC_IGNORED_OPS or self._aside:
             return func(*args, **kwargs)
         if is_weight_cast(func, args):
             out = func(*args, **kwargs)
             if self._of(out) is None:
-                self._add(out, -1)
+                memory = self.memories[self._add(out, -1)]
+                memory.weight, memory.cast_in = args[0], self.block
             return out
         inputs = [value for value in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(value, Tensor)]
         seen = {number for value in inputs if (number := self._of(value)) is not None}
@@ -184,22 +203,49 @@ class Tracer(TorchDispatchMode):
 
     # What autograd saves
 
-    def pack(self, value: Tensor) -> tuple[Tensor, int]:
-        """Autograd saves `value`."""
+    def pack(self, value: Tensor) -> tuple[Tensor | _Cast, int]:
+        """Autograd saves `value`. A weight that was cast is not held, to see how long autocast holds it."""
         number = self._of(value)
         if number is not None:
-            self.memories[number].packed.add(self.block)
+            memory = self.memories[number]
+            memory.packed.add(self.block)
+            if memory.weight is not None:
+                cast = _Cast(number, value.dtype, value.size(), value.stride(), value.storage_offset())
+                self._casts.append(weakref.ref(cast, partial(self._released, memory)))
+                return cast, self.block
         return value.detach(), self.block  # an operation that saves its own output would hold on to itself
 
-    def unpack(self, packed: tuple[Tensor, int]) -> Tensor:
+    def unpack(self, packed: tuple[Tensor | _Cast, int]) -> Tensor:
         """Backward reads what was saved."""
         value, block = packed
+        if isinstance(value, _Cast):
+            value = self._again(value)
         if block >= 0:
             visit = self.visits[block][-1]
             visit.early |= visit.stop < 0
             visit.back = self.clock if visit.back < 0 else visit.back
             visit.done = self.clock + 1
         return value
+
+    def _released(self, memory: Memory, _: Any) -> None:
+        memory.saved = self.clock
+
+    def _again(self, cast: _Cast) -> Tensor:
+        weight = self.memories[cast.number].weight
+        assert weight is not None
+        self._aside = True
+        try:
+            return weight.detach().to(cast.dtype).as_strided(cast.size, cast.stride, cast.offset)
+        finally:
+            self._aside = False
+
+    def settle(self) -> None:
+        """Once the step has ended: casts of weights lived as long as autocast or autograd needed them."""
+        for memory in self.memories:
+            if memory.weight is not None:
+                memory.weight = None
+                memory.cached = self.clock if memory.died < 0 else memory.died
+                memory.died = max(memory.cached, memory.saved)
 
     def gradients(self, found: Iterable[Tensor | None]) -> None:
         """Weights' gradients: whoever trains takes them away as soon as they are made."""
