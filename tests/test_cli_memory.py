@@ -65,6 +65,15 @@ def test_a_budget_above_what_there_is_recomputes_nothing(capsys: pytest.CaptureF
     assert "blocks.0 to blocks.2 (3 blocks): not checkpointed" in capsys.readouterr().out
 
 
+def test_a_recipe_that_compiles_is_planned_as_in_its_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """For the least FLOPs: some are made again only where nothing cheaper is left."""
+    assert main(["memory", "small.toml", "--recipe.compile", "true", "--budget", "80%"]) == 0
+    out = " ".join(capsys.readouterr().out.split())  # however wide the terminal
+    assert "The recipe compiles: plans are for the least FLOPs" in out
+    assert re.search(r"predicted [^=]*? 0\.0 % more FLOPs measured", out)
+    assert "of the step's FLOPs; this one costs 0.0 %" in out
+
+
 @pytest.mark.parametrize(
     ("budget", "said"),
     [

@@ -24,6 +24,11 @@ def show(trade: Trade, file: object = None) -> None:
         f"{mib(profile.held_bytes)} of them held for backward by {len(profile.names)} blocks. Weights, gradients and "
         f"the optimizer's state come on top."
     )
+    if trade.compiled:
+        console.print(
+            "The recipe compiles: plans are for the least FLOPs, as in its runs. Bytes and times here are those of "
+            "eager mode; compiled kernels hide what they keep."
+        )
     console.print()
     table = Table(box=None, pad_edge=False)
     for name in ("peak", "share", "more time", "more FLOPs"):

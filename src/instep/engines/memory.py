@@ -13,6 +13,7 @@ from instep import gradient_checkpointing
 from instep.budget import parse_budget
 from instep.engines.replica import Replica
 from instep.gradient_checkpointing.structure import Plan, Profile
+from instep.recipe import Recipe
 
 
 def fit_memory(replica: Replica, text: str, emit: Callable[..., None] | None = None) -> Plan | None:
@@ -26,14 +27,19 @@ def fit_memory(replica: Replica, text: str, emit: Callable[..., None] | None = N
     budget = parse_budget(text, "'team.memory'")
     replica.doing = "profiling the model for gradient checkpointing"
     profile, batch = profile_of(replica)
-    # A compiler fuses what costs no FLOPs into other kernels, where it takes next to no time.
-    price: Literal["seconds", "flops"] = "flops" if replica.recipe.compile else "seconds"
-    found = gradient_checkpointing.plan(profile, budget_bytes=budget.of(profile.peak_bytes), price=price)
+    wanted = budget.of(profile.peak_bytes)
+    found = gradient_checkpointing.plan(profile, budget_bytes=wanted, price=price_in(replica.recipe))
     replica.doing = "trying the gradient checkpointing plan"
     measured = put_on(replica, found, batch)
     if emit is not None:
         emit("planned", **facts(found, None if replica.recipe.compile else measured))
     return found
+
+
+def price_in(recipe: Recipe) -> Literal["seconds", "flops"]:
+    """What plans for a recipe save: a compiler fuses what costs no FLOPs into other kernels, where it takes next to no
+    time."""
+    return "flops" if recipe.compile else "seconds"
 
 
 def profile_of(replica: Replica) -> tuple[Profile, Any]:

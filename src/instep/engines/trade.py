@@ -14,7 +14,8 @@ from instep.recipe import Recipe
 class Trade:
     """The profile of a microbatch, the plans to choose from, and with a budget the plan for it and its trial.
 
-    measured_bytes, measured_s: the peak and the seconds of a step with the plan; `bare_s` without.
+    measured_bytes, measured_s: the peak and the seconds of a step with the plan; `bare_s` without. compiled: whether
+    runs of the recipe compile, so that plans are for the least FLOPs; all figures are those of eager mode.
     """
 
     profile: Profile
@@ -23,21 +24,23 @@ class Trade:
     measured_bytes: int = 0
     measured_s: float = 0.0
     bare_s: float = 0.0
+    compiled: bool = False
 
 
 def memory_trade(recipe: Recipe, device: str, budget: Budget | None) -> Trade:
     """Builds the recipe in this process and profiles its largest microbatch. Raises InstepError."""
     from instep import gradient_checkpointing as gc
-    from instep.engines.memory import objective_of, profile_of, put_on
+    from instep.engines.memory import objective_of, price_in, profile_of, put_on
     from instep.engines.replica import Replica
 
     replica = Replica(recipe, device)
     replica.learn_terms(0)
     profile, batch = profile_of(replica)
-    found = gc.plans(profile, most=12)
+    price = price_in(recipe)
+    found = gc.plans(profile, most=12, price=price)
     if budget is None:
-        return Trade(profile, found)
-    plan = gc.plan(profile, budget_bytes=budget.of(profile.peak_bytes))
+        return Trade(profile, found, compiled=recipe.compile)
+    plan = gc.plan(profile, budget_bytes=budget.of(profile.peak_bytes), price=price)
     bare = gc.measure(replica.module, objective_of(replica), batch)
     measured = put_on(replica, plan, batch)
-    return Trade(profile, found, plan, measured[0], measured[1], bare[1])
+    return Trade(profile, found, plan, measured[0], measured[1], bare[1], recipe.compile)

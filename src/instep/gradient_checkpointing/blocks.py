@@ -21,7 +21,8 @@ def find_blocks(model: nn.Module) -> list[str]:
     if not found:
         raise CheckpointingError(
             f"the model {type(model).__name__} has no repeated block: no two of its parts are of one class and have "
-            f"parts of their own; name what may be recomputed, as in blocks=['encoder', 'head'], or recompute nothing."
+            f"parts of their own; name what may be recomputed, as in blocks=['encoder', 'head'] of "
+            f"gradient_checkpointing.profile, or recompute nothing."
         )
     return found
 

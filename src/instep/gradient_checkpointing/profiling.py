@@ -86,7 +86,7 @@ def _used_once(model: nn.Module, objective: Objective, batch: Any, names: list[s
         name, number = next(iter(calls.items()))
         raise CheckpointingError(
             f"block '{name}' runs {number} times in a forward, and a plan is for blocks that run once; name others "
-            f"with blocks=."
+            f"with blocks= of gradient_checkpointing.profile, or recompute nothing."
         )
     return found
 

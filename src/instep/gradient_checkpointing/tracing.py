@@ -210,7 +210,7 @@ class Tracer(TorchDispatchMode):
             memory = self.memories[number]
             memory.packed.add(self.block)
             if memory.weight is not None:
-                cast = _Cast(number, value.dtype, value.size(), value.stride(), value.storage_offset())
+                cast = _Cast(number, value.dtype, value.size(), value.stride(), int(value.storage_offset()))
                 self._casts.append(weakref.ref(cast, partial(self._released, memory)))
                 return cast, self.block
         return value.detach(), self.block  # an operation that saves its own output would hold on to itself
