@@ -104,6 +104,11 @@ def test_masks_are_as_in_the_paper_and_keyed_by_the_generator() -> None:
     assert (inputs[chosen] == tokens[chosen]).float().mean() == pytest.approx(0.1 + 0.1 / WORDS, abs=0.02)
 
 
+def test_a_share_of_tokens_to_hide_that_is_none_is_refused() -> None:
+    with pytest.raises(ObjectiveError, match="'share' is 15; it is a share of the tokens, from 0 to 1"):
+        mask_tokens(TOKENS, mask=0, vocabulary=WORDS, share=15)
+
+
 def test_forward_and_reverse_divergence_of_one_s_own_teacher_are_0() -> None:
     model = Reader(7)
     for direction in ("forward", "reverse"):
@@ -132,6 +137,25 @@ def test_words_without_probability_have_none_at_any_temperature(temperature: flo
     assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
     reverse = Distillation(direction="reverse", temperature=temperature)(model, (inputs, targets, p))["objective"]
     assert bool(reverse.isfinite())
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_words_that_teacher_and_model_both_rule_out_count_nothing(direction: Any) -> None:
+    """As those that make up a round vocabulary: the divergence is over the others."""
+    inputs, targets = TOKENS[:, :-1] % (WORDS - 2), TOKENS[:, 1:] % (WORDS - 2)
+    ruled_out = torch.tensor([WORDS - 2, WORDS - 1])
+    teacher, model = Reader(1), Reader(0)
+    answers = [
+        [Calls(lambda x, m=m: m(x)[..., :-2]) for m in (teacher, model)],
+        [Calls(lambda x, m=m: m(x).index_fill(-1, ruled_out, -math.inf)) for m in (teacher, model)],
+    ]
+    found = []
+    for asked, answer in answers:
+        value = Distillation(asked, direction=direction)(answer, (inputs, targets))["objective"]
+        model.zero_grad()
+        value.backward()
+        found.append([value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found, strict=True))
 
 
 def test_a_teacher_is_a_frozen_copy_and_can_be_built_from_a_recipe_file() -> None:
@@ -281,7 +305,11 @@ def test_dpo_refuses_other_references() -> None:
     with pytest.raises(ObjectiveError, match=f"the reference knows 40 tokens and the model {WORDS}; take a reference"):
         DPO(reference=Reader(words=40))(Reader(), batch_of("dpo"))
     batch = batch_of("dpo, given")
-    for given, words in ((torch.ones(6), "is 1; give"), (torch.zeros(4), r"is \[4\]; give"), (None, "is NoneType")):
+    nan = torch.tensor([math.nan] * 6)
+    for given, words in (
+        (torch.ones(6), "is 1; give"), (nan, "is nan; give"), (torch.zeros(4), r"is \[4\]; give"),
+        (None, "is NoneType"),
+    ):  # fmt: skip
         with pytest.raises(ObjectiveError, match=f"'rejected_reference' of the batch {words}"):
             DPO()(Reader(), {**batch, "rejected_reference": given})
 

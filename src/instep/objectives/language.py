@@ -110,8 +110,11 @@ def mask_tokens(
     """A pair (inputs, targets), each [B, T], of `tokens` [B, T]: each is hidden with probability `share`.
 
     Of those, 80 % become `mask`, 10 % any of the `vocabulary`, 10 % stay (Devlin et al., 2019). Random numbers are from
-    torch's generator, which is seeded for each microbatch before its samples are read. Padding stays as it is.
+    torch's generator, which is seeded for each microbatch before its samples are read. Padding stays as it is. Raises
+    ObjectiveError for a `share` that is none.
     """
+    if not 0 <= share <= 1:
+        raise ObjectiveError(f"'share' is {share}; it is a share of the tokens, from 0 to 1.")
     chosen = (torch.rand(tokens.shape) < share) & (tokens != ignore_index)
     targets = tokens.masked_fill(~chosen, ignore_index)
     fate, others = torch.rand(tokens.shape), torch.randint(vocabulary, tokens.shape)
@@ -271,7 +274,11 @@ def _divergence(
 ) -> tuple[Tensor, Tensor]:
     student = F.log_softmax(logits / temperature, dim=1)
     asked = F.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
-    asked.masked_fill_(asked == -math.inf, math.log(torch.finfo(asked.dtype).tiny))  # or 0 log 0 would not be a number
+    least, never = math.log(torch.finfo(asked.dtype).tiny), asked == -math.inf
+    asked.masked_fill_(never, least)  # or 0 log 0 would not be a number
+    masked = student.detach() == -math.inf  # such as words that make up a round vocabulary
+    if bool(masked.any()):
+        student = student.masked_fill(masked if reverse else masked & never, least)
     of, to = (student, asked) if reverse else (asked, student)
     total = temperature**2 * F.kl_div(to, of, reduction="sum", log_target=True)
     with torch.set_grad_enabled(hard > 0 and torch.is_grad_enabled()):

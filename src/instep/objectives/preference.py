@@ -87,7 +87,7 @@ class DPO:
         own, vocabulary = _log_probabilities(model, inputs, targets, self.ignore_index, "DPO")
         if self.reference is None:
             given = _of(batch, f"{side}_reference")
-            if not isinstance(given, Tensor) or given.shape != (pairs,) or bool((given > 0).any()):
+            if not isinstance(given, Tensor) or given.shape != (pairs,) or not bool((given <= 0).all()):
                 found = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
                 found = f"{float(given.max()):.6g}" if found == [pairs] else found
                 raise ObjectiveError(
