@@ -99,6 +99,8 @@ def test_contributions_of_each_worker_give_the_steps(called: dict[str, Any], rul
         ("simulate my.toml --latency 5", "'5'"),
         ("simulate my.toml --workers 0", "--workers is 0"),
         ("simulate my.toml --failures 1h", "--failures and --persistence go with --times"),
+        ("simulate my.toml --times 1s --restart 5s", "it goes with --failures"),
+        ("simulate my.toml --batched --no-gradients", "leave one out"),
         ("simulate my.toml --steps 3 --contributions 4", "give one of them"),
         ("simulate my.toml --contributions 0", "--contributions is 0"),
         ("simulate my.toml --team.workers 4", "--team.workers sets a real team"),

@@ -10,7 +10,7 @@ import struct
 import sys
 import termios
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
 import pytest
@@ -171,7 +171,7 @@ def test_workers_that_were_replaced_count_among_the_restarts() -> None:
     assert "restarts left: 1 of 3" in file.getvalue()
 
 
-def simulated(*, digest: str | None = DIGEST) -> str:
+def simulated(*, digest: str | None = DIGEST, idle: Sequence[float] = (0.25, 0.0)) -> str:
     """What is shown of a simulation whose 20 steps take a minute of virtual time each."""
     file = io.StringIO()
     console = Console(file=file)
@@ -179,7 +179,7 @@ def simulated(*, digest: str | None = DIGEST) -> str:
     for version in range(1, 21):
         console({**merged(60 * version, version), "clock": "virtual"})
     costs = {"versions": 20, "dropped": 0, "staleness_mean": 0.0, "staleness_max": 0, "lead_max": 0}
-    costs |= {"bytes_sent": 123_000, "idle_share": [0.25, 0.0], "engine": "virtual"}
+    costs |= {"bytes_sent": 123_000, "idle_share": list(idle), "engine": "virtual"}
     console({**ended(1200, **costs), "digest": digest, "clock": "virtual"})
     return file.getvalue()
 
@@ -193,6 +193,8 @@ def test_lines_about_a_simulation_come_as_time_passes_here_and_foretell_none() -
 def test_a_simulation_tells_what_the_synchronous_rule_costs_too() -> None:
     assert re.search(r"^sent +123 kB$", simulated(), re.MULTILINE)
     assert re.search(r"^idle +25 %, 0 %$", simulated(), re.MULTILINE)
+    many = r"^idle +mean 1 %, from 0 % \(worker 0\) to 75 % \(worker 95\)$"  # the slow ones are the last
+    assert re.search(many, simulated(idle=[0.0] * 95 + [0.75]), re.MULTILINE)
 
 
 def test_a_simulation_without_gradients_has_no_digest_to_show() -> None:

@@ -19,7 +19,7 @@ def cluster_of(
     persistence: float,
     slow: str,
     failures: str | None,
-    restart: str,
+    restart: str | None,
     bandwidth: str | None,
     latency: str | None,
     merge: str | None,
@@ -29,9 +29,12 @@ def cluster_of(
     """The cluster that the flags of ``instep simulate`` name. Raises RecipeError or UsageError."""
     if workers < 1:
         raise UsageError(f"--workers is {workers}; it must be at least 1.")
+    if restart and not failures:
+        raise UsageError("--restart says how long a failed worker is away; it goes with --failures.")
     found = None
     if times is not None:
-        lasting = Failures(duration_s(failures, "--failures"), duration_s(restart, "--restart")) if failures else None
+        away_s = duration_s(restart or "10s", "--restart")
+        lasting = Failures(duration_s(failures, "--failures"), away_s) if failures else None
         found = WorkerTimes.from_text(
             times, persistence=persistence, slow=parse_slow(slow) if slow else (), failures=lasting, seed=seed
         )

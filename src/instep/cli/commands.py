@@ -136,7 +136,7 @@ def app(settings: Settings) -> App:
         times: str | None = None,
         persistence: float = 0.0,
         failures: str | None = None,
-        restart: str = "10s",
+        restart: str | None = None,
         bandwidth: str | None = None,
         latency: str | None = None,
         merge: str | None = None,
@@ -171,7 +171,7 @@ def app(settings: Settings) -> App:
         failures
             Mean time between a worker's failures, such as 1h; by default none.
         restart
-            How long a failed worker is away.
+            How long a failed worker is away; by default 10s.
         bandwidth
             Of each machine's link: 1Gb/s (bits) or 100MB/s (bytes). By default messages take no time.
         latency
@@ -190,6 +190,10 @@ def app(settings: Settings) -> App:
         refuse_team(settings)
         if contributions is not None and steps is not None:
             raise UsageError("--contributions and --steps both set the length; give one of them.")
+        if batched and not gradients:
+            raise UsageError(
+                "--batched says how gradients are computed, and with --no-gradients none are; leave one out."
+            )
         short = (("steps", "recipe.steps", steps), ("seed", "recipe.seed", seed), ("rule", "recipe.rule", rule))
         parsed, _ = _parsed(recipe, _with_short(settings, short))
         cluster = cluster_of(

@@ -130,6 +130,6 @@ def note_evaluation(progress: Progress, recipe: Recipe, facts: Mapping[str, Any]
     if patience is not None and progress.evaluations_since >= patience and not progress.stopped:
         known = f"{best['objective']:.6g} at version {best['version']}" if best else "none that is finite"
         progress.stopped = (
-            f"the held-out objective, {facts['objective']:.6g}, is no better than {known}, {patience} evaluations "
-            f"before; the run ends, as watch.patience says."
+            f"the held-out objective, {facts['objective']:.6g}, is no better than {known}, "
+            f"{patience} evaluation{'' if patience == 1 else 's'} before; the run ends, as watch.patience says."
         )

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -127,10 +127,9 @@ class Console:
         dropped = result["dropped"]
         row("versions", f"{result['versions']:,}" + (f", {dropped:,} contributions dropped" if dropped else ""))
         row("staleness", f"mean {result['staleness_mean']:.2f}, at most {result['staleness_max']:,}")
-        row("lead", f"at most {result['lead_max']:,} rounds")
+        row("lead", f"at most {result['lead_max']:,} round{'' if result['lead_max'] == 1 else 's'}")
         row("sent", nbytes(result["bytes_sent"]))
-        idle = [f"{100 * share:.0f} %" for share in result["idle_share"]]
-        row("idle", ", ".join(idle[:8]) + (f" and {len(idle) - 8} more" if len(idle) > 8 else ""))
+        row("idle", _idle(result["idle_share"]))
 
     def _end(self, event: Mapping[str, Any]) -> None:
         result, screen = event["result"], self._screen
@@ -295,6 +294,17 @@ class _Terminal(_Screen):
                 line.append("  ").append(self.sign("━", "#") * done, "cyan")
                 line.append(self.sign("─", "-") * (bar - done), "dim")
         return line
+
+
+def _idle(shares: Sequence[float]) -> str:
+    """Of a few workers each share, of many what tells who waits."""
+    if len(shares) <= 8:
+        return ", ".join(f"{100 * share:.0f} %" for share in shares)
+    mean, least, most = sum(shares) / len(shares), min(shares), max(shares)
+    return (
+        f"mean {100 * mean:.0f} %, from {100 * least:.0f} % (worker {shares.index(least):,}) "
+        f"to {100 * most:.0f} % (worker {shares.index(most):,})"
+    )
 
 
 def _column(label: str) -> str:
