@@ -251,6 +251,21 @@ def scheduled(parameters: list[Tensor]) -> torch.optim.Optimizer:
     return made
 
 
+def test_a_model_that_grows_is_warned_of(tmp_path: Path) -> None:
+    class Growing(nn.Linear):
+        mask: Tensor | None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if getattr(self, "mask", None) is None:
+                self.register_buffer("mask", torch.ones(1))
+            return super().forward(x)
+
+    run = train_here(regression(model=lambda: Growing(3, 1)), Team(checkpoint_every=2), tmp_path / "run")
+    (why,) = [event["why"] for event in run.events if event["kind"] == "warned"]
+    assert why.startswith("the model gained or lost 'mask' since it was built, so no new one can load")
+    assert one_sentence(why)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "warnings"),
     [

@@ -51,6 +51,7 @@ class Replica:
         if not self.module.training:  # as a pretrained one comes; parts that the user froze stay as they are
             self.module.train()
         _own_memory_for_buffers(self.module)
+        self._built = set(self.module.state_dict())
         self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._check_parameters()
@@ -165,8 +166,14 @@ class Replica:
         return factor * self._rates[0]
 
     def doubts(self) -> list[str]:
-        """Sentences on an optimizer that goes its own way, by which the result may be another than it seems."""
+        """Sentences on a model or optimizer that goes its own way, so that the run is not quite what it seems."""
         found, kind = [], type(self.optimizer).__name__
+        others = sorted(self._built ^ self.module.state_dict().keys())
+        if others:
+            found.append(
+                f"the model gained or lost '{others[0]}' since it was built, so no new one can load its checkpoints: "
+                f"no resume or restart will go on; have it all from the start."
+            )
         if any("initial_lr" in group for group in self.optimizer.param_groups):
             found.append(
                 f"a learning rate scheduler of torch has set the rates of the optimizer {kind}, and will not change "
