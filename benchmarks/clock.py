@@ -26,7 +26,7 @@ from instep.clock.times import WorkerTimes  # noqa: E402
 from instep.record import tape  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "clock.json"
-SLEEP_S = 0.1
+SLEEP_S = 0.2
 MODEL = {"vocabulary": 256, "context": 16, "width": 16, "depth": 1, "heads": 2}
 
 SCENARIOS = [

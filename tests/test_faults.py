@@ -312,6 +312,9 @@ def infinite(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 
 CASES: list[tuple[str, dict[str, Any], type[InstepError], str]] = [
+    ("loss", {"objective": nn.CrossEntropyLoss(reduction="sum")}, ComponentError, "is a loss of .predictions, targets"),
+    ("loss class", {"objective": nn.MSELoss}, ComponentError, "is a loss of .predictions, targets"),
+    ("loss function", {"objective": nn.functional.mse_loss}, ComponentError, "is a loss of .predictions, targets"),
     ("mean", {"objective": mean}, ObjectiveError, "'objective' .*is a mean, not a sum"),
     ("not a sum", {"objective": lambda m, b: m(b[0])}, ObjectiveError, "must be a scalar"),
     ("no tensor", {"objective": lambda m, b: 3.0}, ObjectiveError, "must be a tensor"),

@@ -138,6 +138,12 @@ def from_component(component: Component) -> Objective:
     elif component.args and callable(target):
         _check_arguments(component, target)
         target = functools.partial(target, **component.keywords())
+    if isinstance(target, nn.modules.loss._Loss) or getattr(target, "__module__", None) == "torch.nn.functional":
+        raise ComponentError(
+            f"the objective {component.describe()} is a loss of (predictions, targets); give a function of "
+            f"(model, batch) that calls it with reduction='sum', such as "
+            f"lambda model, batch: cross_entropy(model(batch[0]), batch[1], reduction='sum')."
+        )
     if isinstance(target, nn.Module) and any(parameter.requires_grad for parameter in target.parameters()):
         raise ComponentError(
             f"the objective {component.describe()} is a module with parameters of its own, which nothing would train; "
