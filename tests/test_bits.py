@@ -88,7 +88,7 @@ def test_resumed_from_any_version_with_another_team(name: str, tmp_path: Path) -
         assert resumed.result["objective_first"] == whole.result["objective_first"]
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (8, 1)])
+@pytest.mark.parametrize(("before", "after"), [(2, 3), pytest.param(8, 1, marks=pytest.mark.slow)])
 def test_interrupted_and_resumed(before: int, after: int, tmp_path: Path) -> None:
     recipe = workloads.gpt(steps=30)
     whole = train_here(recipe, Team(workers=2, checkpoint_every=1, keep=0), tmp_path / "whole")

@@ -50,11 +50,11 @@ def test_a_reader_that_leaves_is_no_error(argv: list[str]) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found through /proc")
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_no_simulation_outlives_its_command(how: signal.Signals, tmp_path: Path) -> None:
     project = write_project(tmp_path)
     line = (
-        "simulate my.toml --rule asynchronous --workers 10000 --contributions 1000 --no-gradients --times 1s --out out"
+        "simulate my.toml --rule asynchronous --workers 1000 --contributions 20000 --no-gradients --times 1s --out out"
     )
     started = Started([*INSTEP, *line.split()], project)
     try:

@@ -43,7 +43,7 @@ def test_gradients_buffers_and_random_state_are_the_same_at_ten_budgets(case: st
     check_ten_plans(*CASES[case]())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_a_transformers_model_trains_unmodified(name: str) -> None:
     pytest.importorskip("transformers")
     check_ten_plans(*hugging_face(name))

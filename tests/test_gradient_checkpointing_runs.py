@@ -31,7 +31,9 @@ def planned(outcome: Any) -> list[dict[str, Any]]:
     return [event for event in outcome.events if event["kind"] == "planned"]
 
 
-@pytest.mark.parametrize("make", [lambda: gpt(steps=2), resnet], ids=["gpt", "resnet"])
+@pytest.mark.parametrize(
+    "make", [pytest.param(lambda: gpt(steps=2), marks=pytest.mark.slow), resnet], ids=["gpt", "resnet"]
+)
 def test_a_run_has_the_same_digest_at_ten_budgets(make: Any, tmp_path: Path) -> None:
     recipe = make()
     expected = train_here(recipe, Team(), tmp_path / "none").digest

@@ -618,12 +618,23 @@ def test_more_steps_prolong_a_run(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["local_sgd", *(pytest.param(n, marks=pytest.mark.slow) for n in RULES)])
-def test_fewer_steps_than_are_begun_are_refused(name: str, tmp_path: Path) -> None:
-    """What was given out lies beyond the end; the run would never end, or leave samples out."""
+def test_fewer_steps_than_are_done_are_refused(name: str, tmp_path: Path) -> None:
     recipe = regression(rule=RULES[name], steps=8)
     train_here(recipe, serving(2), tmp_path / "run")
-    with pytest.raises(CheckpointError, match="8 global batches are begun.*resume with at least 8 steps") as caught:
+    with pytest.raises(
+        RecipeError, match="has done 8 steps already, and 'recipe.steps' is 4; give 8 or more"
+    ) as caught:
         train_here(dataclasses.replace(recipe, steps=4), serving(2), tmp_path / "run", resume=True)
+    assert one_sentence(caught.value.message)
+
+
+def test_fewer_steps_than_are_begun_are_refused(tmp_path: Path) -> None:
+    """What was given out lies beyond the end; the run would never end, or leave samples out."""
+    recipe = regression(rule=ASYNC, steps=8)
+    done = stopped_at(recipe, serving(2), tmp_path / "run", 3).result["steps"]
+    assert done < 8
+    with pytest.raises(CheckpointError, match="global batches are begun.*resume with at least . steps") as caught:
+        train_here(dataclasses.replace(recipe, steps=done), serving(2), tmp_path / "run", resume=True)
     assert one_sentence(caught.value.message)
 
 

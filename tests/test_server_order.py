@@ -22,6 +22,7 @@ from instep.rules import presets as p
 from serving import check_tape, replayed
 
 
+@pytest.mark.slow
 def test_the_only_worker_dies_and_is_replaced_while_the_server_is_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def told(spikes: list[bool], answer: str, window: int) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("answer", [*SLOW, "skip", "stop", "rollback"])
+@pytest.mark.parametrize("answer", [*SLOW, "skip", "stop", pytest.param("rollback", marks=pytest.mark.slow)])
 def test_an_answer_to_spikes_holds_for_any_team_and_on_replay(answer: str, tmp_path: Path) -> None:
     recipe = watched(watch={"spike": answer})
     runs: dict[str, Outcome] = {
@@ -171,7 +171,7 @@ def stopping_at(version: int) -> Client:
     return client
 
 
-@pytest.mark.parametrize("answer", ["skip", "stop", "rollback"])
+@pytest.mark.parametrize("answer", [pytest.param("skip", marks=pytest.mark.slow), "stop", "rollback"])
 def test_an_answer_holds_across_resumes_and_deaths(answer: str, tmp_path: Path) -> None:
     recipe = watched(watch={"spike": answer}, evaluate_every=4)
     whole = train_here(recipe, Team(checkpoint_every=7), tmp_path / "whole")
