@@ -73,7 +73,7 @@ def test_an_order_of_arrival_gives_other_bits(tmp_path: Path, monkeypatch: pytes
     assert digests[8] != digests[1]
 
 
-@pytest.mark.parametrize("name", workloads.ALL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "gpt" else n for n in workloads.ALL])
 def test_resumed_from_any_version_with_another_team(name: str, tmp_path: Path) -> None:
     recipe = workloads.ALL[name]()
     whole = train_here(recipe, Team(workers=2, checkpoint_every=1, keep=0), tmp_path / "whole")

@@ -159,6 +159,7 @@ def test_a_compiled_model_has_the_same_gradients_with_plans_and_saves_less(case:
         gc.remove(model)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_makes_again_what_its_plan_says() -> None:
     """The compiler sees views taken apart and copies put in: an operation is not at its place in eager mode."""
     model, objective, batch = gpt(depth=2)

@@ -213,6 +213,7 @@ def until_it_beats(board: PulseBoard) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_real_worker_that_is_stopped_and_goes_on() -> None:
     board = PulseBoard(1)
     with worker(board, lambda: time.sleep(60)) as pid:

@@ -46,6 +46,7 @@ def test_the_only_worker_dies_and_is_replaced_while_the_server_is_busy(
     assert replayed(recipe, run.path).same
 
 
+@pytest.mark.slow
 def test_a_checkpoint_never_stands_between_two_updates_of_one_event(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
