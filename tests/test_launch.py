@@ -227,7 +227,7 @@ def test_the_process_that_calls_train_imports_no_torch_of_its_own(
     started, run = together["light"]
     assert started.ends() == 0, started.err
     kinds = [event["kind"] for event in tape.read(run / "tape.jsonl")]
-    assert started.out.splitlines()[0] == f"False {sorted(kinds)}"
+    assert started.out == f"False {sorted(kinds)}\nNet False\n"
 
 
 def test_a_recipe_s_modules_are_found_in_folders_given_as_paths(together: dict[str, tuple[Started, Path]]) -> None:

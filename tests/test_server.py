@@ -633,7 +633,8 @@ def test_fewer_steps_than_are_begun_are_refused(tmp_path: Path) -> None:
     recipe = regression(rule=ASYNC, steps=8)
     done = stopped_at(recipe, serving(2), tmp_path / "run", 3).result["steps"]
     assert done < 8
-    with pytest.raises(CheckpointError, match="global batches are begun.*resume with at least . steps") as caught:
+    sentence = rf"(\d) global batches are begun, and the run is now to end after {done}; resume with at least \1 steps"
+    with pytest.raises(CheckpointError, match=sentence) as caught:
         train_here(dataclasses.replace(recipe, steps=done), serving(2), tmp_path / "run", resume=True)
     assert one_sentence(caught.value.message)
 

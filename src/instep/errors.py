@@ -21,6 +21,8 @@ follow it, such as the traceback of a worker.
 
 from __future__ import annotations
 
+import signal
+
 
 class InstepError(Exception):
     """The root of the tree."""
@@ -88,6 +90,12 @@ def no_process(what: str, error: OSError) -> ResourceError:
         f"{what} cannot be started: {error.strerror}; take fewer workers, or raise the limits on processes, open files "
         f"or memory."
     )
+
+
+def killed_by(status: int) -> str:
+    """How a process ended whose exit status is `status`, below 0: "killed by SIGTERM"."""
+    name = signal.Signals(-status).name
+    return f"killed by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
 
 
 def by_name(name: str) -> type[InstepError]:

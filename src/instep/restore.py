@@ -64,7 +64,7 @@ def kept_module_state(model: nn.Module, *, training: bool | None = None) -> Iter
             module.training = mode
         with torch.no_grad():
             for module, name, buffer, value in buffers:
-                # An expanded one cannot be written to, by nobody.
+                # Nobody can write to an expanded one.
                 module._buffers[name] = buffer if is_expanded(buffer) else buffer.copy_(value)
 
 

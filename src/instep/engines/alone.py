@@ -22,7 +22,7 @@ import cloudpickle
 from instep.clock.recorded import RecordedTimes
 from instep.engines.launch import Monitor, folders_of, monitors_of, saved, start_process
 from instep.engines.request import Cluster, Replayed
-from instep.errors import WorkerError, by_name
+from instep.errors import WorkerError, by_name, killed_by
 from instep.recipe import Recipe
 from instep.record import tape
 from instep.record.folder import RunFolder
@@ -131,9 +131,5 @@ def _in_child(
 def _how_it_ended(status: int) -> str:
     if status >= 0:
         return "ended early; its log follows"
-    name = signal.Signals(-status).name
-    if name == "SIGKILL":
-        return (
-            f"was killed by {name}, as the kernel does when memory runs out; a simulation of fewer workers takes less"
-        )
-    return f"was killed by {name}; its log follows"
+    remedy = "a simulation of fewer workers takes less" if -status == signal.SIGKILL else "its log follows"
+    return f"was {killed_by(status)}; {remedy}"

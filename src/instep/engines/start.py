@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instep.engines.pulse import Watch
-from instep.errors import WorkerError, by_name
+from instep.errors import WorkerError, by_name, killed_by
 from instep.record.tape import SCHEMA
 from instep.reduce.shared import Region, reserve
 from instep.tables import to_table
@@ -233,9 +232,7 @@ class Start:
         name = self._name(number)
         log = self._supervisor.folder.log_of(name.removeprefix("the "))
         if code is not None and code < 0:
-            by = signal.Signals(-code).name
-            hint = ", as the kernel does when memory runs out" if by == "SIGKILL" else ""
-            why = f"{name} (pid {pid}) was killed by {by}{hint}."
+            why = f"{name} (pid {pid}) was {killed_by(code)}."
         else:
             why = f"{name} (pid {pid}) ended with exit status {code} in the middle of the run."
         return WorkerFailure(number, why, detail=_tail(log))
