@@ -16,7 +16,7 @@ import torch
 from golden import make
 from harness import train_here
 from instep.engines.request import Replayed
-from instep.recipe import Team, names_of_recipes, parse, read
+from instep.recipe import Team, names_of_recipes, parse, read_saved
 from serving import replayed
 from workloads import ALL as WORKLOADS
 
@@ -41,7 +41,7 @@ def test_the_workloads_have_the_digests_of_before(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", make.RULES)
 def test_a_run_of_before_is_replayed(name: str) -> None:
     known = golden("runs")[name]
-    recipe, _ = parse(read(make.RUNS / name / "recipe.toml"))
+    recipe, _ = parse(read_saved(make.RUNS / name / "recipe.toml"))
     found = replayed(recipe, make.RUNS / name)
     assert found == Replayed(known["stopped"], known["stopped"], known["versions"], "")
 
@@ -51,7 +51,7 @@ def test_a_run_of_before_is_resumed(name: str, tmp_path: Path) -> None:
     known = golden("runs")[name]
     run = make.resumed(name, tmp_path / "run")
     assert run.result["steps"] == 12
-    assert replayed(parse(read(run.path / "recipe.toml"))[0], run.path).same
+    assert replayed(parse(read_saved(run.path / "recipe.toml"))[0], run.path).same
     if known["ended"] is not None:
         assert run.digest == known["ended"]
 

@@ -22,9 +22,11 @@ from instep.recipe import (
     parse,
     path_of,
     read,
+    read_saved,
     table_differences,
     without_address,
 )
+from instep.tables import added, as_before, as_saved
 from instep.watch import Watch
 
 PARTS: dict[str, Any] = {"model": "m:Model", "objective": "m:loss", "data": "m:data"}
@@ -349,3 +351,40 @@ def test_the_built_in_recipes_can_be_read() -> None:
         check_team(made, team)
         assert made.name == name
         assert path_of(name).read_text("utf-8").startswith("# "), "its first line describes it"
+
+
+# Fields that were added later
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    old: int = 1
+    new: str = added(before="as ever", default="better")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    limit: int | None = added(before=None, default=None)
+    ways: int = added(before=2, default=2)
+
+
+@pytest.mark.parametrize("table", [{}, {"inner": {}}, {"inner": {"old": 3}, "limit": 4}, {"inner": {"new": "better"}}])
+def test_a_table_of_before_stands_for_the_values_of_before(table: dict[str, Any]) -> None:
+    known = as_saved(Outer, table)
+    assert known["ways"] == 2
+    assert known["inner"]["new"] == table.get("inner", {}).get("new", "as ever")
+    assert known.get("limit") == table.get("limit")
+    assert as_saved(Outer, known) == known
+    assert as_before(Outer, known).get("inner", {}) == table.get("inner", {}), "so that fingerprints stay"
+
+
+def test_what_is_no_table_is_left_to_who_reads_it() -> None:
+    assert as_saved(Outer, {"inner": 7})["inner"] == 7
+    assert as_before(Outer, {"inner": 7}) == {"inner": 7}
+
+
+def test_a_saved_recipe_lacks_no_field(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(dumps(recipe(), Team(workers=3)))
+    assert parse(read_saved(path)) == (recipe(), Team(workers=3))

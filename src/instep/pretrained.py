@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from instep.errors import ComponentError, RecordError
-from instep.recipe import parse, read
+from instep.recipe import parse, read_saved
 from instep.record import checkpoint
 from instep.record.folder import RunFolder
 
@@ -41,7 +41,7 @@ def run_model(run: str | os.PathLike[str] = "", digest: str | None = None) -> nn
             f"the newest weights of {folder.path} have the digest {saved.digest}, and {digest} are asked for; give the "
             f"run that has them, or leave the digest out."
         )
-    recipe, _ = parse(read(folder.recipe_path))
+    recipe, _ = parse(read_saved(folder.recipe_path))
     model = recipe.model.build()
     if not isinstance(model, nn.Module):
         raise ComponentError(f"the model of {folder.path} is a {type(model).__name__}, not a torch.nn.Module.")

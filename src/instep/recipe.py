@@ -21,7 +21,7 @@ from instep.components import Component
 from instep.errors import RecipeError
 from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
-from instep.tables import check_types, from_table, suggest, to_table
+from instep.tables import as_before, as_saved, check_types, from_table, suggest, to_table
 from instep.watch import Watch
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -167,7 +167,9 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """SHA-256 over the fields that decide the result, `steps` left out: a run may be prolonged."""
-        return hashlib.sha256(json.dumps(_result_part(self.to_table()), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(_result_part(as_before(Recipe, self.to_table())), sort_keys=True).encode()
+        ).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +276,14 @@ def read(name_or_path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.") from None
     table.setdefault("name", path.stem)
+    return table
+
+
+def read_saved(path: str | Path) -> dict[str, Any]:
+    """The table in a run's ``recipe.toml``, which any version may have written. Raises RecipeError."""
+    table = as_saved(Recipe, read(Path(path).absolute()))
+    if isinstance(table.get("team"), Mapping):
+        table["team"] = as_saved(Team, table["team"])
     return table
 
 

@@ -50,6 +50,48 @@ def to_table(value: Any) -> dict[str, Any]:
     return table
 
 
+def added(before: Any, **options: Any) -> Any:
+    """A field of a dataclass, as `dataclasses.field`, that tables saved before it was added lack.
+
+    before: what it is for those, as a table holds it; None leaves it out.
+    """
+    return dataclasses.field(metadata={**options.pop("metadata", {}), "before": before}, **options)
+
+
+def as_saved(cls: type, table: Mapping[str, Any]) -> dict[str, Any]:
+    """`table`, saved by any version, with the fields that it lacks since they were added later."""
+    known = dict(table)
+    for name, field, inner in _fields(cls):
+        if inner is not None:
+            if isinstance(table.get(name, {}), Mapping) and (deeper := as_saved(inner, table.get(name, {}))):
+                known[name] = deeper
+        elif name not in table and field.metadata.get("before") is not None:
+            known[name] = field.metadata["before"]
+    return known
+
+
+def as_before(cls: type, table: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` without added fields that have the value that those of before stand for: what is equal stays equal."""
+    known = dict(table)
+    for name, field, inner in _fields(cls):
+        if name not in table:
+            continue
+        if inner is not None and isinstance(table[name], Mapping):
+            known[name] = as_before(inner, table[name])
+        elif "before" in field.metadata and table[name] == field.metadata["before"]:
+            del known[name]
+    return known
+
+
+def _fields(cls: type) -> list[tuple[str, dataclasses.Field[Any], type | None]]:
+    """Name, field and, where it is a table of its own, its dataclass."""
+    hints = get_type_hints(cls)
+    return [
+        (field.name, field, hints[field.name] if dataclasses.is_dataclass(hints[field.name]) else None)
+        for field in dataclasses.fields(cls)
+    ]
+
+
 def _component_table(component: Component) -> dict[str, Any]:
     table: dict[str, Any] = {"use": component.describe()}
     if component.args:

@@ -23,7 +23,7 @@ import torch
 
 from harness import Client, Outcome, train_here
 from instep.cli.flags import merge
-from instep.recipe import Recipe, Team, names_of_recipes, parse, read
+from instep.recipe import Recipe, Team, names_of_recipes, parse, read, read_saved
 from instep.record import tape
 from instep.rules import UpdateRule
 from instep.rules import presets as p
@@ -91,7 +91,7 @@ def interrupted(name: str, path: Path) -> Outcome:
 def resumed(name: str, path: Path) -> Outcome:
     """A copy of a run folder, at `path`, trained to its end as its own files say."""
     shutil.copytree(RUNS / name, path)
-    return train_here(*parse(read(path / "recipe.toml")), path, resume=True)
+    return train_here(*parse(read_saved(path / "recipe.toml")), path, resume=True)
 
 
 def _runs() -> None:

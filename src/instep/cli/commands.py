@@ -18,7 +18,17 @@ from instep.cli.flags import Settings, UsageError, merge
 from instep.components import importable
 from instep.engines.request import Cluster
 from instep.errors import RecipeError, RecordError
-from instep.recipe import Recipe, Team, names_of_recipes, parse, path_of, read, table_differences, without_address
+from instep.recipe import (
+    Recipe,
+    Team,
+    names_of_recipes,
+    parse,
+    path_of,
+    read,
+    read_saved,
+    table_differences,
+    without_address,
+)
 from instep.record.folder import RunFolder
 from instep.record.folder import digest as digest_of
 from instep.record.monitors import Console
@@ -350,7 +360,7 @@ def _saved(resume: Path, given: str | None, settings: Settings) -> tuple[Recipe,
 
     Raises RecipeError where they change more, or where the recipe `given` is another one.
     """
-    table = read(RunFolder.open(resume).recipe_path)
+    table = read_saved(RunFolder.open(resume).recipe_path)
     nameless = without_address(table)
     if nameless is not None:
         raise RecordError(

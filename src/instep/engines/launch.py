@@ -23,7 +23,17 @@ import cloudpickle
 from instep.components import importable
 from instep.engines.request import Request
 from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name, no_process
-from instep.recipe import Recipe, Team, check_team, dumps, engine_of, parse, read, table_differences, without_address
+from instep.recipe import (
+    Recipe,
+    Team,
+    check_team,
+    dumps,
+    engine_of,
+    parse,
+    read_saved,
+    table_differences,
+    without_address,
+)
 from instep.record import tape
 from instep.record.files import disk_error
 from instep.record.folder import RunFolder
@@ -358,7 +368,7 @@ def saved(folder: RunFolder, recipe: Recipe | None, team: Team | None, call: str
 
     call: of `instep`, with the recipe, for who has to give it. Raises RecipeError and CheckpointError.
     """
-    table = read(folder.recipe_path)
+    table = read_saved(folder.recipe_path)
     nameless = without_address(table)
     if recipe is None and nameless is not None:
         raise RecipeError(
