@@ -482,7 +482,7 @@ def test_an_update_that_fails_leaves_the_weights_and_the_momentum() -> None:
     before = {name: value.clone() for name, value in merger.replica.module.state_dict().items()}
     vectors = contributor.empty()
     vectors.gradient.fill_(float("nan"))
-    facts = Facts(((0, 1),), {"objective": 3}, {"objective": 1.0}, 1, (0,), ())
+    facts = Facts(((0, 1),), {"objective": 3}, {"objective": (1.0,)}, 1, (0,), ())
     with pytest.raises(NonFiniteError):
         merger.merge([Arrived(0, pieces.work(0), facts, vectors, 1.0, 0)])
     assert all(torch.equal(value, before[name]) for name, value in merger.replica.module.state_dict().items())

@@ -20,13 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 
 from harness import train_here
 from instep.engines.replica import Replica
+from instep.engines.request import Cluster
+from instep.engines.virtual import simulate
 from instep.errors import RecipeError
 from instep.objectives import vocabulary
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe, Team
+from instep.record import tape
+from instep.record.folder import RunFolder
 from instep.rules import UpdateRule
 from tasks import TASKS, WORDS, Drawn
 from test_truth import instep_gradient
@@ -201,6 +206,41 @@ def test_a_ddp_loop_with_the_usual_mean_fails_the_same_check(tmp_path: Path) -> 
         off[name] = float((found[name] - wanted).norm() / wanted.norm())
         assert (flat(instep_gradient(replica, STEP, 2)) - wanted).norm() <= 1e-6 * wanted.norm()
     assert off == pytest.approx(OFF_BY, rel=0.05)
+
+
+# ------------------------------------------------------------------------------------------------- the objective's bits
+
+
+def doubles() -> TensorDataset:
+    inputs = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return TensorDataset(inputs, (inputs[:, :1] * 3).tanh())
+
+
+def squares(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().sum()
+
+
+def test_the_objective_on_the_tape_is_one_number_for_any_team_engine_and_clock(tmp_path: Path) -> None:
+    """With sums in float64 each way of adding them up in parts rounds another way."""
+    made = Recipe(
+        model=lambda: torch.nn.Linear(5, 1).double(),
+        objective=squares,
+        data=doubles,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01),
+        batch=16,
+        microbatches=8,
+        steps=8,
+    )
+    teams: list[tuple[Any, int]] = [(engine, workers) for engine in ("lockstep", "server") for workers in (1, 2, 3)]
+    tapes = [
+        train_here(made, Team(workers=workers, engine=engine), tmp_path / f"{engine}{workers}").events
+        for engine, workers in teams
+    ]
+    RunFolder.create(tmp_path / "virtual")
+    simulate(made, Cluster(workers=3), True, tmp_path / "virtual", lambda event: None)
+    tapes.append(list(tape.read(tmp_path / "virtual" / "tape.jsonl")))
+    found = {tuple(e["objective"] for e in events if e["kind"] == "merged") for events in tapes}
+    assert len(found) == 1
 
 
 # ------------------------------------------------------------------------------------------------- the global negatives

@@ -54,14 +54,15 @@ class Vectors:
 class Facts:
     """What a contribution tells beside its vectors.
 
-    nodes: the microbatches of each row. counts, sums: by term, in the objective's order, over all it covers.
-    filled: microbatches with samples. touched: indices of the parameters that had a gradient. posted: indices of the
+    nodes: the microbatches of each row. counts: by term, in the objective's order, over all it covers. sums: by term,
+    of each microbatch by itself, so that an update adds up all of them at once, whoever sent them. filled:
+    microbatches with samples. touched: indices of the parameters that had a gradient. posted: indices of the
     buffers that the rows hold.
     """
 
     nodes: tuple[Node, ...]
     counts: Mapping[str, int]
-    sums: Mapping[str, float]
+    sums: Mapping[str, tuple[float, ...]]
     filled: int
     touched: tuple[int, ...]
     posted: tuple[int, ...]
@@ -195,7 +196,8 @@ class Contributor:
         return Facts(tuple(nodes), inputs.counts, sums, filled, touched, posted)
 
     def _delta(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
-        counts, sums = dict.fromkeys(self.terms, 0), dict.fromkeys(self.terms, 0.0)
+        counts = dict.fromkeys(self.terms, 0)
+        sums: dict[str, tuple[float, ...]] = dict.fromkeys(self.terms, ())
         nodes = nodes_of(work, self.pieces)
         if self._summed is None:
             self._summed = torch.zeros(self.layout.size, device=self.replica.device)
@@ -238,8 +240,8 @@ class Contributor:
         totals: Mapping[str, int],
         nodes: Sequence[Node],
         rows: Sequence[Tensor],
-    ) -> tuple[dict[str, float], tuple[int, ...]]:
-        """Folds the gradients of a batch's microbatches into `rows`. Sums by term, and the parameters touched."""
+    ) -> tuple[dict[str, tuple[float, ...]], tuple[int, ...]]:
+        """Folds the gradients of a batch's microbatches into `rows`. Returns sums, and the parameters touched."""
         if self._fold is None:
             self._fold = Fold(self.layout, self.replica.parameters, nodes, rows)
         else:
@@ -257,7 +259,7 @@ class Contributor:
             self.buffers.leave(filled=samples is not None)
             self._advance()
         touched = tuple(index for index, seen in enumerate(self._fold.touched) if seen)
-        return {name: math.fsum(each[name] for each in found) for name in self.terms}, touched
+        return {name: tuple(each[name] for each in found) for name in self.terms}, touched
 
     def check(self, sums: Mapping[str, float], batch: int, microbatch: int) -> None:
         """Raises NonFiniteError where a term is not finite."""

@@ -5,6 +5,7 @@ The server engine, the virtual engine and the replay all make updates here, with
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class Merger:
         facts = [each.facts for each in contributions]
         objective, terms = self.replica.objective, self.replica.objective.terms or ()
         counts = {name: sum(each.counts[name] for each in facts) for name in terms}
-        sums = {name: math.fsum(each.sums[name] for each in facts) for name in terms}
+        sums = {name: math.fsum(itertools.chain(*(each.sums[name] for each in facts))) for name in terms}
         means = {name: sums[name] / counts[name] for name in terms if counts[name]}
         if self.rule.lockstep:
             objective.check_items(counts, step)

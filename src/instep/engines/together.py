@@ -6,7 +6,6 @@ bits. So it is asked for, and stands on the tape.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -82,9 +81,9 @@ class Together:
         for (work, _), each, sums, vector in zip(tasks, inputs, found, vectors, strict=True):
             for microbatch, terms in sums.items():
                 self._one.check(terms, work.batch, microbatch)
-            total = {name: math.fsum(terms[name] for terms in sums.values()) for name in self._one.terms}
+            by_term = {name: tuple(sums[m][name] for m in sorted(sums)) for name in self._one.terms}
             touched = self._touched if sums and self._touched else ()
-            made.append((Facts(tuple(each.nodes), each.counts, total, len(sums), touched, ()), vector))
+            made.append((Facts(tuple(each.nodes), each.counts, by_term, len(sums), touched, ()), vector))
         return made
 
     def _group(
