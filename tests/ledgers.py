@@ -6,7 +6,7 @@ The observer keeps its own books, slowly, from the events and the actions alone;
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,9 +41,9 @@ BOUNDS = st.none() | st.integers(0, 3)
 
 
 @st.composite
-def presets(draw: st.DrawFn) -> UpdateRule:
-    """Any preset with small arguments."""
-    name = draw(st.sampled_from(sorted(PRESETS)))
+def presets(draw: st.DrawFn, names: Sequence[str] = tuple(sorted(PRESETS))) -> UpdateRule:
+    """Any preset, or any of these, with small arguments."""
+    name = draw(st.sampled_from(names))
     return PRESETS[name](**draw(st.fixed_dictionaries({}, optional=ARGUMENTS[name])))
 
 
@@ -104,6 +104,10 @@ class Observed:
     waiting_since_s: float = 0.0
     merges: list[Merge] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
+    late: dict[int, int] = field(default_factory=dict)
+    held: set[int] = field(default_factory=set)
+    given_out_at: dict[int, int] = field(default_factory=dict)
+    delayed: list[int] = field(default_factory=list)
     history: list[list[Action]] = field(default_factory=list)
     finished: bool = False
 
@@ -143,6 +147,7 @@ class Observed:
 
     def leave(self, worker: int) -> None:
         del self.active[worker]
+        self.held.discard(worker)
         self._see(lambda ledger: ledger.left(worker, self.now_s))
 
     def push(self, worker: int, items: int = 1) -> None:
@@ -156,6 +161,8 @@ class Observed:
         else:
             seen.piece = None
             seen.rounds += 1
+            if self.holds():
+                self.held.add(worker)
         self.waiting_since_s = self.waiting_since_s if self.waiting else self.now_s
         self.waiting.append(contribution)
         self._see(lambda ledger: ledger.pushed(worker, items, self.now_s))
@@ -166,6 +173,7 @@ class Observed:
 
     def recover(self) -> None:
         self.active.clear()
+        self.held.clear()
         lost = list(self.waiting)
         self._see(lambda ledger: ledger.recover())
         assert len(self.history[-1]) == len(lost)
@@ -208,6 +216,12 @@ class Observed:
         limit = self.rule.max_staleness
         return limit is not None and seen.piece is not None and self.version - seen.base > limit
 
+    def holds(self) -> bool:
+        """Whether somebody computes a piece that was dropped before, and the next update would make it too old."""
+        limit = self.rule.max_staleness
+        awaited = [seen.base for seen in self.active.values() if seen.piece in self.late]
+        return limit is not None and any(self.version + 1 - base > limit for base in awaited)
+
     def least(self, but: int | None = None) -> int:
         """The rounds of the slowest who counts; while nobody does, of the last who did."""
         counts = [s.rounds for worker, s in self.active.items() if worker != but and not self.hopeless(s)]
@@ -239,6 +253,8 @@ class Observed:
 
     def _see(self, event: Callable[[Ledger], list[Action]]) -> None:
         self._least = self.least()
+        if not self.holds():
+            self.held.clear()
         actions = event(self.ledger)
         self.history.append(actions)
         if self.twin is not None:
@@ -265,8 +281,10 @@ class Observed:
         seen = self.active[release.worker]
         assert seen.piece is None, "it had work"
         assert release.version == self.version
-        assert release.piece == min(self.free)
+        assert release.piece == min({p for p in self.free if self.late.get(p) != release.worker} or self.free)
         assert self.may_start(release.worker, release.piece)
+        assert release.worker not in self.held, "it has sent something for an update that waits for a late piece"
+        self.given_out_at.setdefault(release.piece, self.version)
         seen.piece, seen.base = release.piece, release.version
 
     def _merged(self, merge: Merge) -> None:
@@ -281,8 +299,13 @@ class Observed:
         else:
             assert list(contributions) == self.waiting, "all that came, as it came"
             assert self._must_merge()
+        assert not self.holds(), "a piece that was dropped before is waited for"
+        for piece in [c.piece for c in contributions]:
+            self.late.pop(piece, None)
+            self.delayed.append(self.version - self.given_out_at.pop(piece))
         assert merge.weights == pytest.approx(self._weights(merge))
         self.waiting = [c for c in self.waiting if c not in contributions]
+        self.held.clear()
         self.merges.append(merge)
         self.version += 1
 
@@ -303,6 +326,8 @@ class Observed:
             assert limit is not None
             assert self.version - drop.contribution.base > limit
             assert self.rule.order == "arrival"
+            assert drop.contribution.piece not in self.late, "no piece is dropped twice while its worker lives"
+            self.late[drop.contribution.piece] = drop.contribution.worker
         self.waiting.remove(drop.contribution)
         self.drops.append(drop)
 
@@ -311,7 +336,7 @@ class Observed:
         wait_s = self.rule.max_wait_s
         enough = len(self.waiting) >= self.rule.quorum_of(len(self.active))
         late = wait_s is not None and self.now_s >= self.waiting_since_s + wait_s
-        return bool(self.waiting) and (enough or late or not (self.busy or self.free))
+        return bool(self.waiting) and not self.holds() and (enough or late or not (self.busy or self.free))
 
     def _check_now(self) -> None:
         assert self.ledger.finished == self.finished
@@ -319,7 +344,9 @@ class Observed:
         assert self.ledger.active == sorted(self.active)
         assert self.ledger.merged_pieces == len(self.merged)
         assert self.ledger.bases == {self.active[w].base for w in self.busy} | {c.base for c in self.waiting}
-        waits = self.rule.max_wait_s is not None and self.waiting
+        for worker in self.busy:
+            assert not (self.active[worker].piece in self.late and self.hopeless(self.active[worker])), "dropped twice"
+        waits = self.rule.max_wait_s is not None and self.waiting and not self.holds()
         assert self.ledger.deadline_s == (self.waiting_since_s + self.rule.max_wait_s if waits else None)
         if self.rule.order == "arrival":
             assert not self._must_merge(), "an update was withheld"
@@ -328,7 +355,7 @@ class Observed:
         assert {worker: self.ledger.lead_of(worker) for worker in self.busy} == {w: self.lead(w) for w in self.busy}
         if self.active and not self.finished:
             assert self.busy, "deadlock: somebody is there, work is left, and nobody has any"
-        for worker in self.active.keys() - set(self.busy):
+        for worker in self.active.keys() - set(self.busy) - self.held:
             assert not (self.free and self.may_start(worker, min(self.free))), f"worker {worker} is idle for nothing"
 
     def _compare(self) -> None:

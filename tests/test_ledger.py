@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from instep.rules import PRESETS, UpdateRule
 from instep.rules.ledger import Action, Drop, Finish, Ledger, Merge, Release
 from instep.rules.work import Pieces
-from ledgers import ANY_RULE, EVENTS, KINDS, Event, Observed, list_pieces, presets, started
+from ledgers import ANY_RULE, EVENTS, KINDS, Event, Observed, custom_rules, list_pieces, presets, started
 
 WORKERS, MICROBATCHES, STEPS = st.integers(1, 6), st.integers(1, 8), st.integers(1, 12)
 
@@ -41,6 +41,41 @@ def test_every_promise_holds_in_any_order_of_events(
     assert not run.waiting
     assert run.ledger.merged_microbatches == microbatches * steps
     assert [type(action) for actions in run.history for action in actions].count(Finish) == 1
+    staleness = [old for merge in run.merges for old in merge.staleness]
+    assert max([run.ledger.delays.longest, *staleness]) == max(run.delayed)
+
+
+DROPPING = custom_rules().filter(lambda rule: rule.order == "arrival" and rule.max_staleness is not None)
+PUSHING = EVENTS.map(lambda events: [event for event in events if event[0] != "recover"])
+
+
+@settings(max_examples=200)
+@given(DROPPING | presets(["backup_workers"]), st.integers(2, 6), MICROBATCHES, STEPS, PUSHING)
+def test_no_piece_is_dropped_twice_while_its_worker_lives(
+    rule: UpdateRule, workers: int, microbatches: int, steps: int, events: list[Event]
+) -> None:
+    """However slow it is: the second time, updates wait for it. That they do not wait for ever, the observer sees."""
+    run = lived(rule, workers, microbatches, steps, events)
+    dropped = [drop.contribution.piece for drop in run.drops]
+    assert len(dropped) == len(set(dropped))
+
+
+def test_random_histories_hold_updates_that_wait_for_a_late_piece_and_workers_that_leave_with_one() -> None:
+    """Or the test above would test nothing."""
+    seen = set()
+
+    @settings(max_examples=100, database=None)
+    @given(DROPPING, st.integers(2, 6), PUSHING)
+    def look(rule: UpdateRule, workers: int, events: list[Event]) -> None:
+        run = started(rule, workers, workers, 12)
+        for event in events:
+            holds, drops = run.holds(), len(run.drops)
+            run.happens(event)
+            seen.update({event[0]} if holds else set(), {"held"} if run.held else set())
+            seen.update({"drop while held"} if holds and len(run.drops) > drops else set())
+
+    look()
+    assert seen >= {"push", "join", "leave", "wait", "round trip", "held", "drop while held"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -216,8 +251,65 @@ def test_backup_workers_go_on_without_the_slowest_whose_work_is_done_again() -> 
     (drop, release) = ledger.pushed(2, 1)
     assert isinstance(drop, Drop)
     assert drop.why == "its staleness, 1, is above max_staleness, 0"
-    assert spoken([release]) == ["2>2@1"]
-    assert pushes(ledger, 2, 0) == [[], ["v2(2,0)", "2>5@2", "0>6@2"]]
+    assert spoken([release]) == ["2>5@1"], "another worker does again what this one was late with"
+    assert pushes(ledger, 2, 0) == [[], ["v2(2,0)", "2>6@2", "0>2@2"]]
+
+
+def test_backup_workers_wait_for_a_piece_that_was_dropped_once() -> None:
+    """However slow it is: else it would be merged in the last update of the epoch."""
+    ledger = team(PRESETS["backup_workers"](1), 3)
+    assert pushes(ledger, 0, 1, 2) == [[], ["v1(0,1)", "0>3@1", "1>4@1"], ["drop 2", "2>5@1"]]
+    assert pushes(ledger, 0, 1) == [[], ["v2(0,1)", "0>2@2", "1>6@2"]], "another worker has it"
+    assert pushes(ledger, 2, 1, 2) == [["drop 2", "2>7@2"], [], []], "the update waits for piece 2"
+    assert pushes(ledger, 0) == [["v3(1,2,0)", "0>5@3", "1>8@3", "2>9@3"]]
+    assert ledger.delays.longest == 2
+
+
+def test_a_slow_worker_is_waited_for_no_more_than_before_for_others_do_what_it_was_late_with() -> None:
+    ledger = team(PRESETS["backup_workers"](1), 3)
+    for round_ in range(4):
+        assert pushes(ledger, 0, 1)[1][0] == f"v{round_ + 1}(0,1)", "no update waits"
+        assert pushes(ledger, 2)[0][0] == "drop 2"
+    assert ledger.delays.longest == 2
+
+
+def test_a_late_piece_goes_to_the_worker_that_was_late_where_no_other_work_is_left() -> None:
+    ledger = team(PRESETS["backup_workers"](1), 3, steps=1)
+    assert pushes(ledger, 0, 1) == [[], ["v1(0,1)"]]
+    assert spoken(ledger.left(0)) == spoken(ledger.left(1)) == []
+    assert pushes(ledger, 2) == [["drop 2", "2>2@1"]]
+    assert pushes(ledger, 2) == [["v2(2)", "end v2"]]
+
+
+def test_no_worker_starts_from_a_version_that_would_make_a_late_piece_too_old() -> None:
+    ledger = team(UpdateRule(quorum="1", max_staleness=1), 3)
+    assert pushes(ledger, 0, 0, 2, 0)[-2:] == [["drop 2", "2>5@2"], ["v3(0)", "0>2@3"]]
+    assert pushes(ledger, 2, 2) == [["v4(2)", "2>6@4"], []], "4 is one more than piece 2 started from, and 5 too many"
+    assert spoken(ledger.joined(3)) == ["3>7@4"], "who has sent nothing may start from it"
+    assert pushes(ledger, 3) == [[]]
+    assert pushes(ledger, 0) == [["v5(2,3,0)", "0>8@5", "2>9@5", "3>10@5"]]
+
+
+def test_a_late_piece_whose_worker_leaves_is_waited_for_again_at_the_next_one() -> None:
+    ledger = team(PRESETS["backup_workers"](1), 3)
+    pushes(ledger, 0, 1, 2, 0, 1)
+    assert pushes(ledger, 2, 1) == [["drop 2", "2>7@2"], []]
+    assert spoken(ledger.left(0)) == ["v3(1)", "1>2@3"]
+    assert pushes(ledger, 2) == [["drop 2", "2>8@3"]]
+    assert pushes(ledger, 2) == [[]], "a quorum of one, and piece 2 is waited for"
+    assert pushes(ledger, 1) == [["v4(2,1)", "1>5@4", "2>9@4"]]
+    assert ledger.delays.longest == 3
+
+
+def test_a_state_of_before_late_pieces_were_waited_for_still_loads() -> None:
+    ledger = team(PRESETS["backup_workers"](1), 3)
+    pushes(ledger, 0, 1, 2)
+    state = {key: value for key, value in ledger.state().items() if key not in ("held", "first", "late")}
+    again = Ledger.from_state(ledger.rule, ledger.pieces, state)
+    assert pushes(again, 0, 1) == [[], ["v2(0,1)", "0>2@2", "1>6@2"]]
+    assert pushes(again, 1, 2, 2) == [[], ["drop 2", "2>7@2"], ["v3(1,2)", "1>5@3", "2>8@3"]], (
+        "nobody knows that piece 2 was dropped before"
+    )
 
 
 def test_softsync_merges_by_splits_and_damps_what_is_stale() -> None:
@@ -349,8 +441,20 @@ def test_where_all_are_too_old_at_once_they_go_on_from_where_the_slowest_was() -
     ledger = team(waiting(max_staleness=0), 2)
     ledger.pushed(1, 1, now_s=0.0)
     assert spoken(ledger.passed(2.0)) == ["v1(1)"]
-    assert pushes(ledger, 0, 1) == [["drop 0", "0>0@1"], ["drop 1", "1>2@1"]]
+    assert pushes(ledger, 0, 1) == [["drop 0", "0>3@1"], ["drop 1", "1>0@1"]]
     assert [ledger.lead_of(worker) for worker in (0, 1)] == [0, 1]
+
+
+def test_a_wait_that_is_over_makes_no_update_that_a_late_piece_is_waited_for_in() -> None:
+    ledger = team(waiting(max_lead=0, max_staleness=0), 3)
+    ledger.pushed(0, 1, now_s=0.0)
+    assert spoken(ledger.passed(2.0)) == ["v1(0)", "0>3@1"]
+    assert spoken(ledger.pushed(1, 1, now_s=2.0)) == ["drop 1", "1>4@1"]
+    assert spoken(ledger.pushed(2, 1, now_s=2.0)) == ["drop 2", "2>1@1"]
+    ledger.pushed(0, 1, now_s=3.0)
+    assert ledger.deadline_s is None, "or the engine would ask again and again"
+    assert ledger.passed(9.0) == []
+    assert spoken(ledger.pushed(2, 1, now_s=9.0))[0] == "v2(0,2)"
 
 
 def test_without_max_wait_s_time_changes_nothing() -> None:

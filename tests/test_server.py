@@ -120,6 +120,18 @@ def test_the_tape_of_every_rule_has_each_sample_once_and_its_events_in_order(nam
     assert [event["worker"] for event in run.events if event["kind"] == "joined"].count(1) == 2, "it was replaced"
 
 
+def delays(events: list[Any]) -> list[int]:
+    """Of each piece, the versions between the first release of it and its update."""
+    released: dict[int, int] = {}
+    found = []
+    for event in events:
+        if event["kind"] == "released":
+            released.setdefault(event["piece"], event["version"])
+        if event["kind"] == "merged":
+            found += [event["version"] - 1 - released[each["piece"]] for each in event["contributions"]]
+    return found
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_result_tells_what_the_rule_cost(name: str) -> None:
     """Each figure against the tape."""
@@ -134,6 +146,7 @@ def test_the_result_tells_what_the_rule_cost(name: str) -> None:
     assert result["steps"] == recipe.steps == merged[-1]["step"]
     assert result["items"] == sum(event["items"] for event in merged)
     assert result["staleness_max"] == max(staleness)
+    assert result["delayed_max"] == max(delays(run.events)) >= result["staleness_max"]
     assert result["staleness_mean"] == pytest.approx(sum(staleness) / len(staleness))
     assert result["lead_max"] == max(event["lead"] for event in released)
     assert result["dropped"] == sum(event["kind"] == "dropped" for event in run.events)
@@ -165,6 +178,7 @@ def test_the_result_has_the_same_fields_under_both_engines(tmp_path: Path) -> No
         "items",
         "staleness_mean",
         "staleness_max",
+        "delayed_max",
         "lead_max",
         "dropped",
         "digest",

@@ -68,7 +68,17 @@ def test_synchronous_has_the_digest_of_lockstep(workload: str, workers: int, col
 def test_times_and_bytes_do_not_depend_on_gradients(name: str) -> None:
     recipe = convnet(rule=rule(name))
     with_them, without = run(recipe), run(recipe, gradients=False)
-    keys = ("wall_s", "versions", "bytes_sent", "staleness_mean", "staleness_max", "lead_max", "idle_share", "dropped")
+    keys = (
+        "wall_s",
+        "versions",
+        "bytes_sent",
+        "staleness_mean",
+        "staleness_max",
+        "delayed_max",
+        "lead_max",
+        "idle_share",
+        "dropped",
+    )
     assert {key: with_them[key] for key in keys} == {key: without[key] for key in keys}
     assert without["digest"] is None
 

@@ -50,6 +50,8 @@ class Schedule:
     staleness_mean: float
     """Over merged contributions."""
     staleness_max: int
+    delayed_max: int
+    """The most versions that a piece was merged after those that its first worker started from."""
     lead_max: int
     """Rounds that a worker was ahead when it started on a contribution: of the slowest, or under order "round" of the
     round that merged next."""
@@ -204,6 +206,7 @@ class _Run:
             bytes_pulled=self._pulled_bytes,
             staleness_mean=self._staleness_sum / max(1, ledger.merged_pieces),
             staleness_max=self._staleness_max,
+            delayed_max=max(self._staleness_max, ledger.delays.longest),
             lead_max=ledger.lead_max,
             busy_s=np.array(self._busy_s),
             present_s=np.array(self._present_s),

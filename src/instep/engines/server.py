@@ -223,7 +223,16 @@ class _Server:
         digest = digest_of_state(self._replica.module.state_dict())
         left = {} if interrupted else session.leave()
         session.send_events()
-        session.pipe.send(("ended", asdict(self._progress), digest, interrupted, left, self._tally.result()))
+        session.pipe.send(
+            (
+                "ended",
+                asdict(self._progress),
+                digest,
+                interrupted,
+                left,
+                self._tally.result(self._ledger.delays.longest),
+            )
+        )
 
     def _hear(self, worker: int, message: tuple[Any, ...]) -> None:
         kind, incarnation, *rest = message

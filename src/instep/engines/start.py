@@ -289,6 +289,7 @@ class Start:
             "bytes_sent": found[0]["bytes_sent"],
             "staleness_mean": 0.0,
             "staleness_max": 0,
+            "delayed_max": 0,
             "lead_max": 0,
             "idle_share": [share for each in found for share in each["idle_share"]],
             "dropped": 0,

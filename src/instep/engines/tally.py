@@ -48,8 +48,8 @@ class Tally:
         """A contribution was dropped."""
         self._dropped += 1
 
-    def result(self) -> dict[str, Any]:
-        """The fields of ``result.json``, of this session."""
+    def result(self, longest: int) -> dict[str, Any]:
+        """The fields of ``result.json``, of this session. `longest`: versions, of pieces that were given out again."""
         for worker, since_s in enumerate(self._since_s):
             if since_s is not None:
                 self.left(worker)
@@ -57,6 +57,7 @@ class Tally:
             "bytes_sent": self._bytes,
             "staleness_mean": self._staleness_sum / self._merged if self._merged else 0.0,
             "staleness_max": self._staleness_max,
+            "delayed_max": max(self._staleness_max, longest),
             "lead_max": self._lead_max,
             "idle_share": [
                 round(max(0.0, 1 - busy / there), 4) if there else 0.0

@@ -206,6 +206,7 @@ class _Simulation:
             "bytes_sent": found.bytes_sent,
             "staleness_mean": found.staleness_mean,
             "staleness_max": found.staleness_max,
+            "delayed_max": found.delayed_max,
             "lead_max": found.lead_max,
             "idle_share": [round(float(share), 4) for share in found.idle_share],
             "dropped": found.dropped,

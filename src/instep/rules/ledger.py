@@ -4,6 +4,9 @@ Every engine drives the same ledger: it tells it who joined, left and pushed, an
 order. What is promised, in any order of events:
 
 - A piece is merged exactly once. One whose worker left, or whose contribution was dropped, is given out again.
+- A piece is dropped once at most while its worker lives: when it is given out again, to another worker where there is
+  other work for the one that was late, updates that would make it too old wait for it, and who has sent something for
+  such an update waits too.
 - Under order "arrival", no worker starts on a contribution while it is more than `max_lead` rounds ahead of the
   slowest one whose contribution can still be merged; under order "round", none starts on a round that is more than
   `max_lead` after the one that merges next, nor on one that would be too old when it merges.
@@ -24,6 +27,7 @@ from operator import attrgetter
 from typing import Any
 
 from instep.rules.actions import Action, Contribution, Drop, Finish, Merge, Release
+from instep.rules.delays import Delays
 from instep.rules.pace import Pace
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
@@ -56,10 +60,10 @@ class Ledger:
 
     # With slots: of an object with more than 30 attributes, Python looks up each in a dictionary.
     __slots__ = (
-        "_bare", "_blocked", "_busy_at", "_by_round", "_count", "_due", "_finished", "_idle", "_in_flight", "_lead",
-        "_limit", "_next_piece", "_open", "_pace", "_pending", "_per_round", "_returned", "_seq", "_size", "_size_of",
-        "_waiting_since_s", "_wanted", "_whole", "_workers", "lead_max", "merged_microbatches", "merged_pieces",
-        "pieces", "round", "rule", "version",
+        "_bare", "_blocked", "_busy_at", "_by_round", "_count", "_due", "_finished", "_held", "_idle", "_in_flight",
+        "_lead", "_limit", "_next_piece", "_open", "_pace", "_pending", "_per_round", "_returned", "_seq", "_size",
+        "_size_of", "_waiting_since_s", "_wanted", "_whole", "_workers", "delays", "lead_max", "merged_microbatches",
+        "merged_pieces", "pieces", "round", "rule", "version",
     )  # fmt: skip
 
     def __init__(self, rule: UpdateRule, pieces: Pieces):
@@ -78,6 +82,8 @@ class Ledger:
         if self._by_round and self._limit is not None:  # here a round is a version: what is ahead by n will be n old
             self._lead = self._limit if self._lead is None else min(self._lead, self._limit)
             self._limit = None
+        self.delays = Delays(self._limit)
+        """How long pieces that were given out again have waited, and which of them are waited for."""
         self._whole = pieces.in_tree_order
         self._bare = rule.weight == "items"
         self._count = pieces.count
@@ -94,6 +100,7 @@ class Ledger:
         self._open = 0  # and the first piece that may not be started on before it is made, or is none
         self._idle: deque[_Worker] = deque()
         self._blocked: deque[_Worker] = deque()  # held back by max_lead: all are one round too far ahead
+        self._held: deque[_Worker] = deque()  # held back with an update that waits for a late piece
         # These two are kept under order "arrival" alone.
         self._pace = Pace()  # of those who are not doomed
         self._busy_at: dict[int, set[int]] = {}  # who computes from which version and is not doomed, with a limit
@@ -120,7 +127,7 @@ class Ledger:
         state.active = False
         if state.piece >= 0:
             self._stop(state)
-            heapq.heappush(self._returned, state.piece)
+            self._give_back(state.piece, state.base)
         if not state.doomed:
             self._count_out(state)
         return self._settle([], now_s)
@@ -140,6 +147,7 @@ class Ledger:
             self._count_in(state)
             staleness = self.version - contribution.base
             why = f"its staleness, {staleness}, is above max_staleness, {self._limit}"
+            self.delays.late(contribution.piece, worker)
             actions.append(self._drop(contribution, why))
         elif self._by_round:
             self._pending.setdefault(contribution.piece // self._per_round, []).append(contribution)
@@ -152,6 +160,9 @@ class Ledger:
             if self._waiting_since_s is None:
                 self._waiting_since_s = now_s
             self._pending.setdefault(0, []).append(contribution)
+            if self.delays.hold(self.version):
+                self._held.append(state)
+                return self._settle(actions, now_s)
         self._rest(state)
         return self._settle(actions, now_s)
 
@@ -163,11 +174,13 @@ class Ledger:
         """After a restart of everything: nobody is active, and what was not merged is given out again."""
         for state in self._workers.values():
             if state.piece >= 0:
-                heapq.heappush(self._returned, state.piece)
+                self._give_back(state.piece, state.base)
             state.active = False
         self._workers, self._pace, self._busy_at = {}, Pace(), {}
         self._idle.clear()
         self._blocked.clear()
+        self._held.clear()
+        self.delays.nobody_computes()
         self._in_flight = 0
         self._look_ahead()
         lost = [contribution for pending in self._pending.values() for contribution in pending]
@@ -189,7 +202,7 @@ class Ledger:
     @property
     def deadline_s(self) -> float | None:
         """When `passed` must be called, unless another event changes it before; None while nothing waits for time."""
-        if self.rule.max_wait_s is None or self._waiting_since_s is None:
+        if self.rule.max_wait_s is None or self._waiting_since_s is None or self.delays.hold(self.version):
             return None
         return self._waiting_since_s + self.rule.max_wait_s
 
@@ -233,12 +246,16 @@ class Ledger:
                 for s in self._workers.values()
             ],
             "order": [state.number for state in [*self._idle, *self._blocked] if state.active],
+            "held": [state.number for state in self._held if state.active],
+            **self.delays.state(),
         }
 
     @classmethod
     def from_state(cls, rule: UpdateRule, pieces: Pieces, state: Mapping[str, Any]) -> Ledger:
         """The ledger whose `state` this was, under the same rule and pieces."""
+        state = {"held": [], "first": [], "late": [], **state}  # which states of before lack
         ledger = cls(rule, pieces)
+        ledger.delays.load(state)
         ledger.version = state["version"]
         ledger.merged_pieces, ledger.merged_microbatches = state["merged_pieces"], state["merged_microbatches"]
         ledger._next_piece, ledger._returned, ledger._seq = state["next_piece"], list(state["returned"]), state["seq"]
@@ -259,6 +276,7 @@ class Ledger:
         ledger._look_ahead()
         for number in state["order"]:
             ledger._rest(ledger._workers[number])
+        ledger._held.extend(map(ledger._workers.__getitem__, state["held"]))
         ledger.lead_max = 0
         return ledger
 
@@ -266,8 +284,10 @@ class Ledger:
 
     def _settle(self, actions: list[Action], now_s: float) -> list[Action]:
         """Updates and releases until nothing more can be done."""
-        pending = self._pending
+        pending, delays = self._pending, self.delays
         while (ready := pending.get(self._due)) and (len(ready) >= self._wanted or self._waits_no_more(now_s)):
+            if delays.hold(self.version):
+                break
             del pending[self._due]
             self._merge(ready, actions)
         self._release(actions)
@@ -285,12 +305,14 @@ class Ledger:
         self.version = version = version + 1
         self.merged_pieces += len(ready)
         self.merged_microbatches += self._size * len(ready) or sum([self._size_of(c.piece) for c in ready])
+        self.delays.merged(ready, version - 1)
         actions.append(_new(Merge, (version, tuple(ready), self._weights(ready, staleness), staleness)))
         if self._by_round:
             self.round += 1
             self._look_ahead()
         else:
             self._waiting_since_s = None
+            self._let_go()
             if self._limit is not None:
                 self._doom(version - self._limit - 1)
         if self.merged_pieces == self._count:
@@ -323,6 +345,8 @@ class Ledger:
 
     def _release(self, actions: list[Action]) -> None:
         """Gives work to those who wait, if the gate lets them and there is some."""
+        if self._held and not self.delays.hold(self.version):
+            self._let_go()
         blocked = self._blocked
         if blocked and self._within_lead(blocked[0]):
             self._idle.extend(blocked)
@@ -336,13 +360,31 @@ class Ledger:
                 return
             state = idle.popleft()
             if state.active:
-                if self._returned:
+                if not self._returned:
+                    self._next_piece = piece + 1
+                elif self.delays.late_by(piece) != state.number:
                     heapq.heappop(self._returned)
                 else:
-                    self._next_piece = piece + 1
+                    piece = self._another(state.number)
                 state.piece, state.base = piece, version
                 self._start(state)
                 actions.append(_new(Release, (state.number, piece, version)))
+
+    def _another(self, worker: int) -> int:
+        """The next piece that the worker has not been too late with; where there is none, one that it has."""
+        returned, own = self._returned, list[int]()
+        while returned and self.delays.late_by(returned[0]) == worker:
+            own.append(heapq.heappop(returned))
+        if returned:
+            piece = heapq.heappop(returned)
+        elif self._next_piece < self._count:
+            piece = self._next_piece
+            self._next_piece += 1
+        else:
+            piece = own.pop(0)
+        for each in own:
+            heapq.heappush(returned, each)
+        return piece
 
     def _next(self) -> int:
         """The piece that is given out next."""
@@ -351,6 +393,11 @@ class Ledger:
     def _rest(self, state: _Worker) -> None:
         """The worker waits for work, or for slower ones."""
         (self._idle if self._within_lead(state) else self._blocked).append(state)
+
+    def _let_go(self) -> None:
+        """Those who were held back with an update wait for work as others do."""
+        while self._held:
+            self._rest(self._held.popleft())
 
     def _within_lead(self, state: _Worker) -> bool:
         """Whether the worker may start on something, which under order "round" is asked of pieces instead."""
@@ -364,12 +411,14 @@ class Ledger:
             self.lead_max = ahead
         if self._limit is not None and not state.doomed:
             self._busy_at.setdefault(state.base, set()).add(state.number)
+            self.delays.started(state.piece, state.base)
 
     def _stop(self, state: _Worker) -> None:
         """The worker no longer computes."""
         self._in_flight -= 1
         if self._limit is not None and not state.doomed:
             self._busy_at[state.base].discard(state.number)
+            self.delays.stopped(state.piece, state.base)
 
     def _doom(self, base: int) -> None:
         """Those who compute from version `base`, now too old, no longer hold anybody back."""
@@ -380,8 +429,12 @@ class Ledger:
         self.round = self._pace.slowest(self.round)
 
     def _drop(self, contribution: Contribution, why: str) -> Drop:
-        heapq.heappush(self._returned, contribution.piece)
+        self._give_back(contribution.piece, contribution.base)
         return Drop(contribution, why)
+
+    def _give_back(self, piece: int, base: int) -> None:
+        heapq.heappush(self._returned, piece)
+        self.delays.returned(piece, base)
 
     def _count_in(self, state: _Worker) -> None:
         """`round` never falls: who comes late starts from it."""

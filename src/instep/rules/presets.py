@@ -22,7 +22,7 @@ def synchronous() -> UpdateRule:
 def backup_workers(spare: int = 1) -> UpdateRule:
     """Synchronous, without waiting for the `spare` slowest of each round (Chen et al., 2016, arXiv:1604.00981).
 
-    Departs from the paper in that a late worker's samples are not lost: they are given out again.
+    Departs from the paper in that a late worker's samples are not lost: they are given out again, and waited for then.
     """
     _check_count("backup_workers", "spare", spare)
     return UpdateRule(name="backup_workers", quorum=f"all-{spare}", max_lead=0, max_staleness=0)

@@ -30,7 +30,7 @@ class UpdateRule:
         merges contributions as they come.
     max_lead: rounds that a worker may be ahead of the slowest when it starts on a contribution; None for no bound.
     max_staleness: versions that a contribution may be behind when it is merged; older ones are dropped and their
-        samples are given out again. None for no bound.
+        samples are given out again, and then waited for, so that no piece is dropped twice. None for no bound.
     max_wait_s: seconds after the first waiting contribution at which an update is made with what has come, though the
         quorum has not; only with order "arrival". None waits on.
     local_steps: steps, H, that a worker takes by itself for one contribution.
