@@ -7,12 +7,14 @@ import random
 import sysconfig
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate, random_split
 
 import instep.data as data_module
@@ -20,6 +22,7 @@ from instep.components import Component
 from instep.data import Data, as_data, digest
 from instep.data.cursor import Cursor, _order, held_out_batches, load, rows_of
 from instep.data.text import Bytes, Windows, stdlib_text, text_files
+from instep.engines.replica import Replica
 from instep.errors import ComponentError, DataError, RecipeError
 from instep.randomness import seed_all
 
@@ -441,3 +444,11 @@ def test_a_python_without_its_source_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(DataError, match="source"):
         stdlib_text(8)
+
+
+def test_a_packed_sequence_moves_to_a_device_as_a_whole():
+    """Its batch_sizes must stay on the CPU."""
+    packed = pack_sequence([torch.zeros(5, 2), torch.zeros(3, 2)])
+    replica = SimpleNamespace(device=torch.device("meta"))
+    moved, other = Replica.to_device(replica, (packed, torch.zeros(2)))
+    assert (moved.data.device.type, moved.batch_sizes.device.type, other.device.type) == ("meta", "cpu", "meta")

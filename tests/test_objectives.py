@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 from instep.components import Component
 from instep.errors import ComponentError, ObjectiveError
@@ -140,6 +141,12 @@ def test_other_counts_are_refused(answer):
 )
 def test_samples_are_counted_without_counts(batch):
     assert bind(squares).counts(batch) == {"objective": 4}
+
+
+def test_sequences_are_the_samples_of_a_packed_sequence():
+    packed = pack_sequence([torch.zeros(5, 2), torch.zeros(3, 2), torch.zeros(1, 2)])
+    assert bind(lambda m, b: m(b)).counts(packed) == {"objective": 3}
+    assert bind(lambda m, b: m(b)).counts({"x": packed, "y": torch.zeros(7)}) == {"objective": 3}
 
 
 @pytest.mark.parametrize("batch", [["a", "b"], torch.tensor(1.0), 3, {}])

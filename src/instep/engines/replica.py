@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from instep import data, objectives
@@ -214,7 +215,11 @@ class Replica:
         """`batch` with its tensors on the replica's device."""
         if self.device.type == "cpu":
             return batch
-        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.device, non_blocking=True), batch)
+        # A packed sequence moves as a whole: its batch_sizes stay on the CPU.
+        leaves, structure = pytree.tree_flatten(batch, is_leaf=lambda part: isinstance(part, PackedSequence))
+        movable: Any = (Tensor, PackedSequence)  # torch's types for the latter's `to` lack devices
+        moved = [leaf.to(self.device, non_blocking=True) if isinstance(leaf, movable) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(moved, structure)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the recipe asks for."""

@@ -11,7 +11,7 @@ Four attributes, or methods, may stand beside it; the decorator `objective` give
 ``counts(batch)``
     How many items there are, which must be known before the first forward, from the batch alone: a whole number, for
     every term, or a mapping from the same names to whole numbers. Without it, each term counts samples: the length of
-    the batch's first tensor.
+    the batch's first tensor, or the sequences of a `PackedSequence`.
 ``weights``
     A mapping from names of terms to their weights in the objective: numbers, or functions of the step, from 0, such as
     `Warmup`. A term that is not named weighs 1.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from instep.errors import ObjectiveError
@@ -188,7 +189,9 @@ def _weight(name: str, given: Any, step: int) -> float:
 
 
 def _samples(batch: Any) -> int:
-    for leaf in pytree.tree_leaves(batch):
+    for leaf in pytree.tree_leaves(batch, is_leaf=lambda part: isinstance(part, PackedSequence)):
+        if isinstance(leaf, PackedSequence):  # its tensors are by time
+            return int(leaf.batch_sizes[0])
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return len(leaf)
     raise ObjectiveError(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +17,14 @@ from instep.objectives.bound import Bound
 from instep.objectives.protocol import TERM
 from instep.randomness import seed_all
 from instep.restore import kept_module_state, kept_random_state
+
+_DRAWS = 128
+"""Draws of a random term's values at most; of a small microbatch's more, up to `_DRAWN_SAMPLES` samples in all."""
+
+_DRAWN_SAMPLES = 1024
+
+_DRAWING_S = 8.0
+"""Seconds after which a random term that is not decided is let pass."""
 
 
 def check(bound: Bound, model: nn.Module, batch: Any) -> None:
@@ -50,48 +61,97 @@ def check_is_sum(bound: Bound, model: nn.Module, batch: Any) -> None:
 
     The batch and the batch doubled along dimension 0 are evaluated in eval mode with the same random seed. A sum
     doubles, a mean stays. A term is blamed where its count doubled and its value changed by under 2 %, with three
-    seeds. A batch that cannot be doubled, or an objective that cannot take it, is let pass, and so is one that compares
-    samples, since each then meets its double. `model` and the random state are left as they were. A compiled model runs
-    as it was written, so that no other shape is compiled.
+    seeds. One that random numbers change by more is judged over many draws, see `_is_mean`: about 10 for a sum, and
+    never more than some seconds, after which it is let pass. So is a batch that cannot be doubled, an objective that
+    cannot take it, and one that compares samples, since each then meets its double. `model` and the random state are
+    left as they were. A compiled model runs as it was written, so that no other shape is compiled.
     """
     doubled = _doubled(batch)
     if doubled is None or bound.shares:
         return
     model = getattr(model, "_orig_mod", model)
-    suspects: list[dict[str, tuple[float, float]]] = []
     with torch.no_grad(), kept_random_state(), kept_module_state(model, training=False):
-        for seed in range(3):
-            try:
-                suspects.append(_unmoved(bound, model, batch, doubled, seed))
-            except Exception:  # a check must not fail where training might not
-                return
-            if not suspects[-1]:
-                return
-    for name, (once, twice) in suspects[0].items():
-        if all(name in found for found in suspects):
-            raise ObjectiveError(
-                f"term {name!r} of the objective is a mean, not a sum: it is {once:.6g} for a batch and {twice:.6g} "
-                f"for the same samples twice over; return the sum over its items (reduction='sum'), which the engine "
-                f"divides by their count."
-            )
+        try:
+            blamed = _first_mean(bound, model, batch, doubled)
+        except Exception:  # a check must not fail where training might not
+            return
+    if blamed is not None:
+        name, once, twice, drawn = blamed
+        values = f"{once:.6g} for a batch and {twice:.6g} for the same samples twice over"
+        raise ObjectiveError(
+            f"term {name!r} of the objective is a mean, not a sum: it is {values}"
+            f"{f', in the mean of {drawn} draws' if drawn > 1 else ''}; return the sum over its items "
+            f"(reduction='sum'), which the engine divides by their count."
+        )
 
 
-def _unmoved(bound: Bound, model: nn.Module, batch: Any, doubled: Any, seed: int) -> dict[str, tuple[float, float]]:
-    """The terms whose count doubles while the value stays, with the values for `batch` and `doubled`."""
+def _first_mean(bound: Bound, model: nn.Module, batch: Any, doubled: Any) -> tuple[str, float, float, int] | None:
+    """A term that is a mean, its values for `batch` and `doubled`, and over how many draws these are means; or None."""
     counts, counts_doubled = bound.counts(batch), bound.counts(doubled)
-    values = []
-    for each in (batch, doubled):
+    twice_the_items = [name for name, count in counts.items() if 0 < 2 * count == counts_doubled.get(name)]
+
+    def values(samples: Any, seed: int) -> dict[str, float]:
         seed_all(seed)
-        values.append({name: value.item() for name, value in bound.sums(model, each).items()})
-    found: dict[str, tuple[float, float]] = {}
-    for name, once in values[0].items():
-        twice = values[1][name]
-        count = counts.get(name, counts.get(TERM, 0))
-        count_doubled = counts_doubled.get(name, counts_doubled.get(TERM, 0))
-        stays = once != 0 and math.isfinite(once) and abs(twice - once) <= 0.02 * abs(once)
-        if stays and count > 0 and count_doubled == 2 * count:
-            found[name] = (once, twice)
-    return found
+        sums = bound.sums(model, samples)
+        counted = set(sums) if TERM in twice_the_items and TERM not in sums else set(twice_the_items)
+        return {name: value.item() for name, value in sums.items() if name in counted}
+
+    began = time.monotonic()
+    once, twice = [values(batch, 0)], [values(doubled, 0)]
+    names = [name for name, value in once[0].items() if math.isfinite(value) and math.isfinite(twice[0][name])]
+    if not any(_stays(once[0][name], twice[0][name]) for name in names):
+        another = values(batch, 1)
+        names = [name for name in names if not math.isclose(another[name], once[0][name], rel_tol=1e-6)]
+    samples = next(len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+    draws = max(_DRAWS, _DRAWN_SAMPLES // max(1, samples))
+    for seed in range(1, draws):
+        if not names or (seed >= 3 and time.monotonic() - began > _DRAWING_S):
+            return None
+        once.append(values(batch, seed))
+        twice.append(values(doubled, seed))
+        for name in list(names):
+            pairs = [(a[name], b[name]) for a, b in zip(once, twice, strict=True)]
+            if len(pairs) == 3 and all(_stays(a, b) for a, b in pairs):
+                return name, *pairs[0], 1
+            verdict = _is_mean(pairs)
+            if verdict:
+                return name, statistics.fmean(a for a, _ in pairs), statistics.fmean(b for _, b in pairs), len(pairs)
+            if verdict is False:
+                names.remove(name)
+    return None
+
+
+def _stays(once: float, twice: float) -> bool:
+    return once != 0 and math.isfinite(once) and abs(twice - once) <= 0.02 * abs(once)
+
+
+def _is_mean(pairs: Sequence[tuple[float, float]]) -> bool | None:
+    """Whether a random term is a mean, from its values for a batch, a, and for that batch twice over, b, by draw.
+
+    In the mean over draws b is 2 a for a sum and a for a mean. So b - 1.5 a, with the sign of a, is above 0 for a sum
+    and below for a mean: from 6 draws on it is taken for a sum by 4 standard errors, from 8 on for a mean by 5, if
+    b - a is within 3 of nothing as well. None where more draws are needed. Outliers widen the error, and so decide
+    nothing.
+    """
+    if not all(math.isfinite(value) for pair in pairs for value in pair):
+        return False
+    if len(pairs) < 6:
+        return None
+    if all(math.isclose(a, pairs[0][0], rel_tol=1e-6) for a, _ in pairs):
+        return False  # it is not random, and it did not stay
+    once, twice = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    sign = math.copysign(1.0, once)
+    between = _standard_errors([sign * (b - 1.5 * a) for a, b in pairs])
+    if between > 4:
+        return False
+    stays = abs(twice - once) <= 0.25 * abs(once) and abs(_standard_errors([b - a for a, b in pairs])) <= 3
+    return True if len(pairs) >= 8 and between < -5 and stays else None
+
+
+def _standard_errors(values: Sequence[float]) -> float:
+    """The mean of `values` in its standard errors, the t statistic."""
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    return mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
 
 
 def _doubled(batch: Any) -> Any:
