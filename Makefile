@@ -1,6 +1,8 @@
-# `make help` lists the targets. PYTHON=python3.12 picks another Python; ARGS="..." is added to the command that is run.
+# `make help` lists the targets. PYTHON=python3.12 picks another Python; ARGS="..." is added to the command that is run;
+# JOBS=1 runs one test at a time.
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 BIN := .venv/bin
 # The first variable pins the packages that build Instep in new versions of pip, the second in old ones.
 PIP := PIP_BUILD_CONSTRAINT=constraints.txt PIP_CONSTRAINT=constraints.txt \
@@ -23,10 +25,10 @@ train: .venv/.runtime
 	$(BIN)/instep train gpt $(ARGS)
 
 test: .venv/.dev
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) $(ARGS)
 
 test-slow: .venv/.dev
-	$(BIN)/pytest -m slow $(ARGS)
+	$(BIN)/pytest -m slow -n $(JOBS) $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check

@@ -85,8 +85,8 @@ class Contender:
     in_step: bool = False
     ddp: dict[str, Any] = field(default_factory=dict)
 
-    def start(self, folder: Path, steps: int) -> Team:
-        """Starts its programs, which will do `steps` steps in all. `folder` is made."""
+    def start(self, folder: Path, steps: int, source: Path = ROOT / "src") -> Team:
+        """Starts its programs, which will do `steps` steps in all, with Instep from `source`. `folder` is made."""
         folder.mkdir()
         programs = []
         share = self.microbatches // self.workers
@@ -103,7 +103,7 @@ class Contender:
                 ddp=self.ddp,
             )
             programs.append([sys.executable, "-m", self.module, json.dumps(asdict(options))])
-        environment = {**os.environ, **THREADS, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+        environment = {**os.environ, **THREADS, "PYTHONPATH": f"{ROOT}:{source}", "GLOO_SOCKET_IFNAME": "lo"}
         return Team(programs, self.workers, folder / "gate", environment)
 
 

@@ -27,3 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A suite of which nothing passed, all being skipped, say, has shown nothing: its exit status is not 0."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    collecting = session.config.option.collectonly
+    if reporter is not None and exitstatus == pytest.ExitCode.OK and not collecting and not reporter.stats.get("passed"):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED

@@ -341,7 +341,7 @@ def sgd(parameters: list[Tensor]) -> optim.Optimizer:
         {"watch": Watch(spike="rollback")},
         *({"model": partial(Odd, name)} for name in ODDITIES),
     ],
-    ids=lambda changes: str(next(iter(changes.values()))),
+    ids=["subclass", "adafactor", "fused SGD", "hook", "scheduler", "more parameters", "rollback", *ODDITIES],
 )  # fmt: skip
 def test_weights_stay_private_where_others_could_see_the_difference(changes: dict[str, Any]) -> None:
     recipe = Recipe(

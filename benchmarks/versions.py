@@ -1,0 +1,137 @@
+"""Step time of Instep in lockstep beside that of another version of it: ``python benchmarks/versions.py COMMIT``.
+
+Both versions train the model of `benchmarks.lockstep` with 1 and with 2 workers, one microbatch a worker. The teams are
+started first and take turns at a gate, in blocks of about `--seconds`, in an order drawn anew for each round; the first
+step of a block is not counted. Worker i is pinned to core i. For each number of workers the figure is the median
+over rounds of (time of a step here / time of a step there), with its 95 % interval from 10,000 bootstrap samples of the
+rounds. Beside it stands the same ratio for the processor time of the workers, which other programs disturb less.
+
+The result goes to benchmarks/results/versions.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
+
+from benchmarks.gate import Team  # noqa: E402
+from benchmarks.lockstep import INSTEP, WARM_UP, Contender, machine  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "versions.json"
+HERE, THERE = "here", "there"
+
+
+@dataclass(frozen=True)
+class Block:
+    """One version's turn: wall and processor seconds of a step, the means of its workers."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def measure(sources: dict[str, Path], workers: int, rounds: int, seconds: float) -> dict[str, list[Block]]:
+    """[rounds] blocks of each version."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder, ExitStack() as stack:
+        most = WARM_UP + 1 + int(rounds * (seconds / 0.02 + 2))  # a step takes 20 ms at least
+        teams: dict[str, Team] = {}
+        for name, source in sources.items():
+            contender = Contender(f"{name}, W = {workers}", INSTEP, workers, workers)
+            teams[name] = contender.start(Path(folder, name), most, source)
+            stack.callback(teams[name].close)
+        for team in teams.values():
+            team.admit()
+            for core, pid in enumerate(team.pids):
+                for thread in psutil.Process(pid).threads():
+                    os.sched_setaffinity(thread.id, {core})
+        step_s = max(_block(team, WARM_UP).wall_s for team in teams.values())
+        steps = max(2, round(seconds / step_s))
+        order = random.Random(0)
+        found: dict[str, list[Block]] = {name: [] for name in teams}
+        for number in range(rounds):
+            for name in order.sample(list(teams), len(teams)):
+                found[name].append(_block(teams[name], steps))
+            here, there = (1000 * found[name][-1].wall_s for name in (HERE, THERE))
+            print(f"W = {workers}, round {number + 1} of {rounds}: {here:.1f} and {there:.1f} ms", file=sys.stderr)
+        return found
+
+
+def _block(team: Team, steps: int) -> Block:
+    before = _cpu_s(team)
+    stamps = team.work(steps + 1)
+    wall_s = statistics.mean((worker[-1] - worker[1]) / steps for worker in stamps)
+    return Block(wall_s, (_cpu_s(team) - before) / (steps + 1) / len(stamps))
+
+
+def _cpu_s(team: Team) -> float:
+    times = [psutil.Process(pid).cpu_times() for pid in team.pids]
+    return float(sum(each.user + each.system for each in times))
+
+
+def ratio(here: list[float], there: list[float]) -> dict[str, float]:
+    """The median ratio by round, and its 95 % interval."""
+    ratios = [mine / other for mine, other in zip(here, there, strict=True)]
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(10_000))
+    return {"median": statistics.median(ratios), "low": medians[250], "high": medians[9749]}
+
+
+def main() -> None:
+    """Measures, prints, saves."""
+    parser = argparse.ArgumentParser(description="Step time of Instep beside another version of it.")
+    parser.add_argument("commit", help="the other version")
+    parser.add_argument("--rounds", type=int, default=40, help="blocks of each version")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long a block lasts, about")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        archive = subprocess.run(["git", "archive", arguments.commit, "src"], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+        sources = {HERE: ROOT / "src", THERE: Path(folder, "src")}
+        found: dict[str, Any] = {}
+        for workers in arguments.workers:
+            blocks = measure(sources, workers, arguments.rounds, arguments.seconds)
+            found[f"{workers} workers"] = {
+                kind: {
+                    **ratio(*([getattr(block, kind) for block in blocks[name]] for name in (HERE, THERE))),
+                    "ms": {
+                        name: 1000 * statistics.median(getattr(block, kind) for block in blocks[name])
+                        for name in sources
+                    },
+                }
+                for kind in ("wall_s", "cpu_s")
+            }
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
+    print(json.dumps(found, indent=1))
+    RESULT.write_text(
+        json.dumps(
+            {
+                "machine": machine(),
+                "here": commit.stdout.strip(),
+                "there": arguments.commit,
+                "rounds": arguments.rounds,
+                "seconds_a_block": arguments.seconds,
+                "ratios": found,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
