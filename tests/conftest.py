@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A suite of which nothing passed, all being skipped, say, has shown nothing: its exit status is not 0."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    collecting = session.config.option.collectonly
-    if reporter is not None and exitstatus == pytest.ExitCode.OK and not collecting and not reporter.stats.get("passed"):
+    if reporter is None or session.config.option.collectonly or exitstatus != pytest.ExitCode.OK:
+        return
+    if not reporter.stats.get("passed"):
         session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
