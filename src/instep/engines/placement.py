@@ -130,7 +130,7 @@ class Sharded(Placement):
     def attach(self, exchange: Exchange, slots: Sequence[Tensor], barrier: Barrier) -> None:
         self._exchange, self._barrier = exchange, barrier
         self.gradients = self._reduction.layout.views(slots[0])
-        state = self._replica.optimizer.state
+        state = self._replica.optimizer.of_torch.state
         for parameter, offset, own in zip(self._replica.parameters, self._offsets, self._own, strict=True):
             part = exchange.weights[offset : offset + parameter.nbytes]
             shared = torch.from_numpy(part).view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
@@ -173,7 +173,7 @@ class Sharded(Placement):
         replica = self._replica
         if self._worker:
             own = io.BytesIO()
-            torch.save(replica.optimizer.state_dict()["state"], own)
+            torch.save(replica.optimizer.state()["state"], own)
             self._send(own.getvalue())
             return None
         training = replica.training_state()
@@ -219,7 +219,7 @@ def choose(replica: Replica, reduction: Reduction, worker: int, *, steady: bool)
         and replica.device.type == "cpu"
         and steady
         and replica.recipe.watch.spike != "rollback"  # it reads all weights, and puts them back, before the update
-        and _updates_by_parameter(replica.optimizer, replica.parameters)
+        and _updates_by_parameter(replica.optimizer.of_torch, replica.parameters)
         and _can_move(replica.parameters)
     )
     return (Sharded if sharded else Replicated)(replica, reduction, worker)

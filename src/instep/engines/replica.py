@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from instep import data, objectives
 from instep.components import Component
 from instep.data.cursor import Cursor, load, rows_of
-from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, ResourceError
+from instep.engines.optimizer import Optimizer, call
+from instep.errors import CheckpointError, ComponentError, RecipeError, ResourceError
 from instep.gradient_checkpointing import Applied
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
-from instep.reduce.checksums import checksum
 from instep.restore import is_expanded
 
 
@@ -46,6 +46,18 @@ class Replica:
                 f"the objective {recipe.objective.describe()} compares each sample with its whole global batch, which "
                 f"rule '{recipe.rule.name}' never computes from the same weights; set rule to 'synchronous'."
             )
+        self._build()
+        self.checkpointing: Applied | None = None
+        """The gradient checkpointing plan on the model. Its first step is verified."""
+        self._verified: int | None = None
+        self._forward: Any = _compiled(self.module) if recipe.compile else self.module
+        self._shared: tuple[Any, dict[int, Any]] = (None, {})
+        torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
+        self.doing = "waiting for the team"
+
+    def _build(self) -> None:
+        """Builds model and optimizer."""
+        recipe = self.recipe
         self.doing = "building the model"
         seed_all(key(recipe.seed, "model"))
         self.module = build_model(recipe.model).to(self.device)
@@ -58,17 +70,15 @@ class Replica:
         self._check_parameters()
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
-        self.optimizer = _build_optimizer(recipe.optimizer, self.parameters)
-        self._unsaved = _unsaved_state(self.optimizer)
-        self._looked_for_kept_gradients = False
-        self._rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.checkpointing: Applied | None = None
-        """The gradient checkpointing plan on the model. Its first step is verified."""
-        self._verified: int | None = None
-        self._forward: Any = _compiled(self.module) if recipe.compile else self.module
-        self._shared: tuple[Any, dict[int, Any]] = (None, {})
-        torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
-        self.doing = "waiting for the team"
+        self.optimizer = Optimizer(recipe.optimizer, self.names, self.parameters)
+
+    def again(self, device: str) -> Replica:
+        """One whose model and optimizer are built again, as after a restart, in eager mode; all else is this one's."""
+        other = copy.copy(self)
+        other.device = torch.device(device)
+        other._build()
+        other.checkpointing, other._forward = None, other.module
+        return other
 
     @property
     def size(self) -> int:
@@ -150,50 +160,30 @@ class Replica:
         """
         self.doing = f"updating the weights in step {step}"
         factor = self.recipe.schedule.factor(step, self.recipe.steps)
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate * factor)
-            else:
-                group["lr"] = rate * factor
         seed_all(key(self.recipe.seed, step, "update"))
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
-        self.optimizer.step()
-        if not self._looked_for_kept_gradients:
-            self._looked_for_kept_gradients = True
-            _check_state_is_its_own(self.optimizer, self.parameters)
+        rate = self.optimizer.step(factor)
         for parameter in self.parameters:
             parameter.grad = None
-        return factor * self._rates[0]
+        return rate
 
     def doubts(self) -> list[str]:
         """Sentences on a model or optimizer that goes its own way, so that the run is not quite what it seems."""
-        found, kind = [], type(self.optimizer).__name__
+        found = []
         others = sorted(self._built ^ self.module.state_dict().keys())
         if others:
             found.append(
                 f"the model gained or lost '{others[0]}' since it was built, so no new one can load its checkpoints: "
                 f"no resume or restart will go on; have it all from the start."
             )
-        if any("initial_lr" in group for group in self.optimizer.param_groups):
-            found.append(
-                f"a learning rate scheduler of torch has set the rates of the optimizer {kind}, and will not change "
-                f"them any more; leave it out, and set the recipe's schedule."
-            )
-        now = _unsaved_state(self.optimizer)
-        changed = [name for name in now if name not in self._unsaved or now[name] != self._unsaved[name]]
-        if changed:
-            found.append(
-                f"the optimizer {kind} changes its attribute '{changed[0]}', which is in no state_dict and so in no "
-                f"checkpoint: a resume or restart will give another result; keep it in the optimizer's 'state'."
-            )
-        return found
+        return found + self.optimizer.doubts()
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights: the optimizer's state, and buffers outside the state_dict."""
         kept = self.module.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name not in kept}
-        return {"optimizer": self.optimizer.state_dict(), "buffers": buffers}
+        return {"optimizer": self.optimizer.state(), "buffers": buffers}
 
     def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
         """Takes the state of a checkpoint of the same recipe. Raises CheckpointError where it does not fit."""
@@ -203,13 +193,13 @@ class Replica:
             with torch.no_grad():
                 for name, value in training_state["buffers"].items():
                     buffers[name].copy_(value)
-            _load_optimizer(self.optimizer, training_state["optimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
-                "the model or optimizer that the recipe builds has other tensors than the checkpoint; build all "
-                "of them at the start, and the same ones each time.",
+                "the model that the recipe builds has other tensors than the checkpoint; build all of them at the "
+                "start, and the same ones each time.",
                 detail=f"{type(error).__name__}: {error}",
             ) from error
+        self.optimizer.load(training_state["optimizer"])
 
     def to_device(self, batch: Any) -> Any:
         """`batch` with its tensors on the replica's device."""
@@ -240,38 +230,6 @@ class Replica:
                 raise RecipeError(f"parameter '{name}' is complex; hold it as two real parameters.")
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
-    """As `load_state_dict`, but the state keeps its types: torch casts it to those of the parameters."""
-    optimizer.load_state_dict(dict(saved))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, state in saved["state"].items():
-        loaded = optimizer.state[parameters[index]]
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.dtype != loaded[name].dtype:
-                loaded[name] = value.to(loaded[name].device, copy=True)
-
-
-def _unsaved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its attributes that are numbers or tensors, and not in its state_dict, unless it has one of its own."""
-    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
-        return {}
-    attributes = vars(optimizer)
-    tensors = {name: value for name, value in attributes.items() if isinstance(value, Tensor) and not value.is_sparse}
-    numbers = {name: value for name, value in attributes.items() if type(value) in (int, float)}
-    return {**numbers, **dict(zip(tensors, checksum(tensors.values()), strict=True))}
-
-
-def _check_state_is_its_own(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    gradients = {p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None}
-    for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.numel() and value.untyped_storage().data_ptr() in gradients:
-                raise ComponentError(
-                    f"the optimizer {type(optimizer).__name__} keeps a gradient itself as its state {name!r}, and the "
-                    f"next step's gradient will lie in the same memory; let it keep a clone."
-                )
-
-
 def _own_memory_for_buffers(module: nn.Module) -> None:
     """Gives an expanded buffer memory of its own for every element: one that is shared cannot be set back."""
     for owner in module.modules():
@@ -296,49 +254,12 @@ def prepare_device(device: str, threads: int) -> torch.device:
 def build_model(component: Component) -> nn.Module:
     """The recipe's model, on the CPU. Raises ComponentError."""
     target = component.load()
-    model = copy.deepcopy(target) if isinstance(target, nn.Module) else _call(component)
+    model = copy.deepcopy(target) if isinstance(target, nn.Module) else call(component)
     if not isinstance(model, nn.Module):
         raise ComponentError(
             f"the model {component.describe()} gave a {type(model).__name__}; it must give a torch.nn.Module."
         )
     return model
-
-
-def _build_optimizer(component: Component, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    given = component.load()
-    if isinstance(given, torch.optim.Optimizer):
-        kind = type(given).__name__
-        raise ComponentError(
-            f"the optimizer is a finished {kind}, whose parameters are not those that the workers train; give what "
-            f"builds it from a list of parameters, such as lambda parameters: {kind}(parameters, lr=...)."
-        )
-    optimizer = _call(component, list(parameters))
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ComponentError(
-            f"the optimizer {component.describe()} gave a {type(optimizer).__name__}; called with the list of "
-            f"parameters, it must give a torch.optim.Optimizer."
-        )
-    if not all("lr" in group for group in optimizer.param_groups):
-        raise ComponentError(
-            f"the optimizer {component.describe()} has a group of parameters without 'lr', which the recipe's schedule "
-            f"sets in each step; name its learning rate so."
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ComponentError(
-            "torch.optim.LBFGS computes the objective several times a step, which a team in lockstep cannot; "
-            "take an optimizer whose step() needs no closure."
-        )
-    return optimizer
-
-
-def _call(component: Component, *positional: Any) -> Any:
-    """Builds, turning what the user's code raises about its arguments into a sentence."""
-    try:
-        return component.build(*positional)
-    except InstepError:
-        raise
-    except (TypeError, ValueError, AssertionError) as error:
-        raise ComponentError(f"{component.describe()} could not be built: {type(error).__name__}: {error}.") from error
 
 
 def _compiled(module: nn.Module) -> Any:

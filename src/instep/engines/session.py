@@ -18,6 +18,7 @@ from instep.engines.evaluation import Evaluation, Progress
 from instep.engines.lines import Line
 from instep.engines.pulse import WorkerPulse
 from instep.engines.replica import Replica
+from instep.engines.trial import try_checkpoint
 from instep.engines.watching import note_evaluation
 from instep.errors import CheckpointError
 from instep.models import generate
@@ -39,7 +40,7 @@ class Assignment:
 
     `recipe` is pickled, so that only workers run the user's code. `began` is the run's start on the monotonic clock.
     `lines` are those between the server and each worker, none in lockstep; `incarnation` counts the processes that
-    had this worker's place before.
+    had this worker's place before. `first`: nothing of the run was trained before, and no team of it has started.
     """
 
     recipe: bytes
@@ -50,6 +51,7 @@ class Assignment:
     began: float
     lines: tuple[Line, ...] = field(default=())
     incarnation: int = 0
+    first: bool = False
 
 
 class Session:
@@ -147,6 +149,17 @@ class Session:
         self.emit(
             "checkpointed", version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest
         )
+
+    def tries_checkpoint(self, version: int) -> bool:
+        """Whether it is to be tried now, once in a run, if a checkpoint can be loaded: alike at all workers."""
+        return self.assignment.first and version == 1 and not self.assignment.team.memory
+
+    def try_checkpoint(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
+        """Tries it, see `instep.engines.trial`. Raises CheckpointError or RecordError where it cannot be loaded."""
+        assert self.replica is not None
+        why = try_checkpoint(self.replica, model_state, training_state)
+        if why is not None:
+            self.emit("warned", why=why)
 
     def evaluated(self, progress: Progress, found: Evaluation | None) -> bool:
         """Notes the objective on held-out data. Returns whether this version is to be saved as the best."""

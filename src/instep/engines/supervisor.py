@@ -132,6 +132,7 @@ class Supervisor:
             began=run.began,
             lines=self._lines,
             incarnation=incarnation,
+            first=resume_from is None and self.restarts == 0,
         )
         try:
             ours, theirs = multiprocessing.Pipe()

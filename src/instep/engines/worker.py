@@ -84,14 +84,17 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             best = engine.placement.agree(session.evaluated(progress, engine.evaluate(version)))
         session.send_events(held=True)
         due = last or bool(progress.stopped) or version % team.checkpoint_every == 0
-        if due or best:
+        trying = session.tries_checkpoint(version)
+        if due or best or trying:
             replica.doing = f"saving version {version}"
             state = replica.module.state_dict()
             session.send_events()  # a checkpoint never holds steps that the tape lacks
             if due:
                 session.pipe.send(("digest", version, digest_of_state(state)))
             training = engine.placement.training_state()
-            if training is not None:
+            if training is not None and trying:
+                session.try_checkpoint(state, training)
+            if training is not None and (due or best):
                 session.save(progress, state, {**training, "watch": engine.watcher.state()})
                 if best:
                     session.mark_best(progress)

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -37,6 +39,7 @@ FORMAT = 1
 MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
 
 _NAME = re.compile(r"(\.replaced-)?step-(\d{8,})")
+_ONLY_PLAIN = "keep only tensors, numbers, text, lists and dicts in the optimizer's state."
 _SAVING, _REPLACED = ".saving-", ".replaced-"
 
 
@@ -115,19 +118,12 @@ def _write(
     aside: Path, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any], about: Mapping[str, Any]
 ) -> tuple[int, str]:
     """Writes the three files, the manifest with `about`; gives their size in bytes and the digest of the model."""
-    import torch
-
     digest = digest_of_state(model_state)
     with synced_file(aside / MODEL) as model:
         write_weights(model, model_state)
     with synced_file(aside / TRAINING) as training:
-        torch.save(dict(training_state), cast("IO[bytes]", training))
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(aside / TRAINING)
-    if unsafe:
-        raise RecordError(
-            f"the training state holds {', '.join(sorted(unsafe))}, which torch.load refuses with weights_only=True; "
-            "keep only tensors, numbers, text, lists and dicts in the optimizer's state."
-        )
+        _save_training(training_state, cast("IO[bytes]", training))
+    _check_safe(aside / TRAINING)
     files = {
         name: {"bytes": file.size_bytes, "sha256": file.sha256} for name, file in ((MODEL, model), (TRAINING, training))
     }
@@ -136,6 +132,42 @@ def _write(
         manifest.write(_manifest_bytes(table))
     sync_folder(aside)
     return model.size_bytes + training.size_bytes + manifest.size_bytes, digest
+
+
+def repacked(training_state: Mapping[str, Any]) -> dict[str, Any]:
+    """The training state as a checkpoint would give it back. Raises RecordError as `save` does."""
+    import torch
+
+    file = io.BytesIO()
+    _save_training(training_state, file)
+    file.seek(0)
+    _check_safe(file)
+    file.seek(0)
+    found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    return found
+
+
+def _save_training(training_state: Mapping[str, Any], file: IO[bytes]) -> None:
+    import torch
+
+    try:
+        torch.save(dict(training_state), file)
+    except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
+        raise RecordError(
+            f"the training state cannot be saved ({type(error).__name__}: {error}); {_ONLY_PLAIN}"
+        ) from error
+
+
+def _check_safe(file: Path | IO[bytes]) -> None:
+    """Raises RecordError where the training state in `file` holds what could not be loaded safely."""
+    import torch
+
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(cast("Any", file))
+    if unsafe:
+        raise RecordError(
+            f"the training state holds {', '.join(sorted(unsafe))}, which torch.load refuses with weights_only=True; "
+            f"{_ONLY_PLAIN}"
+        )
 
 
 def _manifest_bytes(table: Mapping[str, Any]) -> bytes:

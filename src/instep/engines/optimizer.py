@@ -1,0 +1,139 @@
+"""The recipe's optimizer as a run uses it: built, given its rates, stepped, saved and loaded.
+
+Nothing is assumed about what it keeps: its state is what its own `state_dict` gives and `load_state_dict` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from instep.components import Component
+from instep.engines.state import is_plain, put_back, tensors_in
+from instep.errors import CheckpointError, ComponentError, InstepError
+from instep.reduce.checksums import checksum
+
+
+class Optimizer:
+    """What updates `parameters`, which `names` names in the same order.
+
+    Raises ComponentError where it cannot be built, or is none.
+    """
+
+    def __init__(self, component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter]):
+        self.of_torch = _built(component, parameters)
+        self._names, self._parameters = names, parameters
+        self._rates = [float(group["lr"]) for group in self.of_torch.param_groups]
+        self._unsaved = _unsaved_state(self.of_torch)
+        self._looked_for_kept_gradients = False
+
+    @property
+    def kind(self) -> str:
+        """Its class's name."""
+        return type(self.of_torch).__name__
+
+    def step(self, factor: float) -> float:
+        """One update by the parameters' `grad`, all learning rates times `factor`; returns the first of them."""
+        for group, rate in zip(self.of_torch.param_groups, self._rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
+        self.of_torch.step()
+        if not self._looked_for_kept_gradients:
+            self._looked_for_kept_gradients = True
+            self._check_gradients_are_not_kept()
+        return factor * self._rates[0]
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return self.of_torch.state_dict()
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave, with the types it had. May use it up. Raises CheckpointError."""
+        try:
+            self.of_torch.load_state_dict(pytree.tree_map(lambda leaf: leaf, dict(saved)))  # which it may change
+            put_back(saved, self.of_torch.state_dict())
+        except Exception as error:  # its own code, which may raise anything
+            raise CheckpointError(
+                f"the optimizer {self.kind} that the recipe builds does not load the state that is saved "
+                f"({type(error).__name__}: {error}); build the same one each time, whose 'load_state_dict' takes what "
+                f"its 'state_dict' gave."
+            ) from error
+
+    def doubts(self) -> list[str]:
+        """Sentences on what it does its own way."""
+        found = []
+        if any("initial_lr" in group for group in self.of_torch.param_groups):
+            found.append(
+                f"a learning rate scheduler of torch has set the rates of the optimizer {self.kind}, and will not "
+                f"change them any more; leave it out, and set the recipe's schedule."
+            )
+        now = _unsaved_state(self.of_torch)
+        changed = [name for name in now if name not in self._unsaved or now[name] != self._unsaved[name]]
+        if changed:
+            found.append(
+                f"the optimizer {self.kind} changes its attribute '{changed[0]}', which is in no state_dict and so in "
+                f"no checkpoint: a resume or restart will give another result; keep it in the optimizer's 'state'."
+            )
+        return found
+
+    def _check_gradients_are_not_kept(self) -> None:
+        gradients = {p.grad.untyped_storage().data_ptr() for p in self._parameters if p.grad is not None}
+        for where, value in tensors_in(self.state()):
+            if is_plain(value) and value.numel() and value.untyped_storage().data_ptr() in gradients:
+                raise ComponentError(
+                    f"the optimizer {self.kind} keeps a gradient itself as its state '{where}', and the next step's "
+                    f"gradient will lie in the same memory; let it keep a clone."
+                )
+
+
+def call(component: Component, *positional: Any) -> Any:
+    """Builds, turning what the user's code raises about its arguments into a sentence."""
+    try:
+        return component.build(*positional)
+    except InstepError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ComponentError(f"{component.describe()} could not be built: {type(error).__name__}: {error}.") from error
+
+
+def _built(component: Component, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    given = component.load()
+    if isinstance(given, torch.optim.Optimizer):
+        kind = type(given).__name__
+        raise ComponentError(
+            f"the optimizer is a finished {kind}, whose parameters are not those that the workers train; give what "
+            f"builds it from a list of parameters, such as lambda parameters: {kind}(parameters, lr=...)."
+        )
+    optimizer = call(component, list(parameters))
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ComponentError(
+            f"the optimizer {component.describe()} gave a {type(optimizer).__name__}; called with the list of "
+            f"parameters, it must give a torch.optim.Optimizer."
+        )
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise ComponentError(
+            f"the optimizer {component.describe()} has a group of parameters without 'lr', which the recipe's schedule "
+            f"sets in each step; name its learning rate so."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ComponentError(
+            "torch.optim.LBFGS computes the objective several times a step, which a team in lockstep cannot; "
+            "take an optimizer whose step() needs no closure."
+        )
+    return optimizer
+
+
+def _unsaved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its attributes that are numbers or tensors, and not in its state_dict, unless it has one of its own."""
+    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
+        return {}
+    attributes = vars(optimizer)
+    tensors = {n: v for n, v in attributes.items() if isinstance(v, Tensor) and is_plain(v) and not v.is_complex()}
+    numbers = {name: value for name, value in attributes.items() if type(value) in (int, float)}
+    return {**numbers, **dict(zip(tensors, checksum(tensors.values()), strict=True))}
