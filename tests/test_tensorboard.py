@@ -118,8 +118,8 @@ def train_command(folder: Path, *flags: str, path: str = "") -> subprocess.Compl
 @pytest.mark.slow
 def test_a_flag_tracks_a_run_in_its_folder_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     write_project(tmp_path)
-    for flags in (["my.toml", "--out", "run", "--steps", "7"], ["--resume", "run", "--steps", "12"]):
-        done = train_command(tmp_path, *flags, "--workers", "1", "--tensorboard")
+    for flags in (["my.toml", "--out", "run", "--steps", "7", "--tensorboard"], ["--resume", "run", "--steps", "12"]):
+        done = train_command(tmp_path, *flags, "--workers", "1")
         assert done.returncode == 0, done.stderr
     merges = tape.latest(list(tape.read(tmp_path / "run" / "tape.jsonl")))
     assert [event["version"] for event in merges] == list(range(1, 13))

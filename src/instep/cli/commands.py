@@ -72,7 +72,7 @@ def app(settings: Settings) -> App:
         memory: str | None = None,
         out: Path | None = None,
         resume: Path | None = None,
-        tensorboard: bool = False,
+        tensorboard: bool | None = None,
     ) -> None:
         """Train.
 
@@ -99,7 +99,8 @@ def app(settings: Settings) -> App:
         resume
             The folder of a run to go on with, where it stands.
         tensorboard
-            Also write the run's events for TensorBoard, into tensorboard/ in the run folder.
+            Also write the run's events for TensorBoard, into tensorboard/ in the run folder. A resume goes on writing
+            there.
         """
         short = (
             ("workers", "team.workers", workers),
@@ -323,7 +324,7 @@ def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out
 
 
 def _train(
-    given: str | None, settings: Settings, out: Path | None, resume: Path | None, tensorboard: bool = False
+    given: str | None, settings: Settings, out: Path | None, resume: Path | None, tensorboard: bool | None = None
 ) -> None:
     merge({}, settings)  # a wrong flag is named before a wrong file
     if out is not None and resume is not None:
@@ -346,7 +347,7 @@ def _train(
     assert folder is not None, "a new run has one by now"
     with _terminable(), Console(path=folder) as console, contextlib.ExitStack() as trackers:
         monitors: list[Monitor] = [console]
-        if tensorboard:
+        if tensorboard or (tensorboard is None and (folder / "tensorboard").is_dir()):
             monitors.append(trackers.enter_context(TensorBoard(folder / "tensorboard")))
         train(recipe, team=team, out=out, resume=resume, monitors=monitors, import_paths=paths)
 

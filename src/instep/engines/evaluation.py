@@ -36,6 +36,7 @@ class Progress:
     evaluations_since: int = 0
     skipped: int = 0  # updates that were left out because of a spike
     stopped: str = ""  # why the run ended before its last step
+    unevaluated: bool = False  # an evaluation was due at this version, and raised: a resume makes up for it
 
     @classmethod
     def resumed(cls, saved: Loaded) -> Progress:

@@ -13,6 +13,9 @@ from instep.reduce.buffers import Buffers
 from instep.reduce.reduction import Reduction
 from instep.reduce.shared import Region, attach
 
+LEFT = 9
+"""The mark, in `Exchange.stopped`, of a worker for which nobody needs to wait any more."""
+
 
 @dataclass(frozen=True)
 class Exchange:
@@ -33,6 +36,14 @@ class Exchange:
     """[W] how often the worker came to a meeting of all, where weights are shared, as when its update is made."""
     evaluated: NDArray[np.int64]
     """[W] version + 1 once the worker's share of an evaluation at that version is there."""
+    raised: NDArray[np.int64]
+    """[W] 1 once the worker stops for what its code, or another's, raised; 2 if it could not even do that."""
+    stopped: NDArray[np.int64]
+    """[W] how far the worker is with its stopping, see `Lockstep.stop`; `LEFT` if it ended as it should."""
+    sound: NDArray[np.int64]
+    """[W] version + 1 of the worker's weights when it stopped; 0 where an update, or another change, is half made."""
+    saved: NDArray[np.int64]
+    """[1] the version of the newest checkpoint, as worker 0 says when it has stopped or done its part; 0 for none."""
     stop: NDArray[np.int64]
     """[1] as worker 0 saw it when it posted: whether to end after this step."""
     said: NDArray[np.int64]
@@ -88,6 +99,10 @@ def regions(
         "done": marks,
         "met": marks,
         "evaluated": marks,
+        "raised": marks,
+        "stopped": marks,
+        "sound": marks,
+        "saved": Region((1,), "int64"),
         "stop": Region((1,), "int64"),
         "said": Region((1,), "int64"),
         "parcels": Region((workers,), "int64"),

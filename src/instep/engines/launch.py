@@ -241,21 +241,41 @@ class _Client:
         with contextlib.suppress(OSError):  # it could not start: `_ending` says so
             self._connection.send(request)
         self._receiver.start()
-        asked_to_stop = False
+        stopping: BaseException | None = None
+        watching = list(monitors)
         while True:
             try:
                 kind, *content = self._messages.get()
                 if kind == "gone":
                     break
-                for monitor in monitors:
-                    monitor(content[0])
-            except KeyboardInterrupt:
-                if asked_to_stop:
+                for place, monitor in enumerate(watching):
+                    try:
+                        monitor(content[0])
+                    except Exception as error:  # as Ctrl-C; the others still see the end
+                        watching[place] = _deaf_monitor
+                        stopping = self._ask_to_stop(stopping, error)
+            except KeyboardInterrupt as interrupt:
+                if isinstance(stopping, KeyboardInterrupt):
                     raise
-                asked_to_stop = True
-                with contextlib.suppress(OSError):  # it may be ending already
-                    self._connection.send("stop")
-        return self._ending()
+                stopping = self._ask_to_stop(None, interrupt)
+        try:
+            result = self._ending()
+        except KeyboardInterrupt:
+            if isinstance(stopping, Exception):
+                raise stopping from None
+            raise
+        if isinstance(stopping, Exception):
+            if result["interrupted"]:
+                stopping.add_note(f"The run ended after the step that it was at, and is saved: {request.folder}.")
+            raise stopping
+        return result
+
+    def _ask_to_stop(self, before: BaseException | None, why: BaseException) -> BaseException:
+        """Has the run end after the present step, with a checkpoint, unless it is ending. Returns the first reason."""
+        if before is None:
+            with contextlib.suppress(OSError):  # it may be ending already
+                self._connection.send("stop")
+        return before or why
 
     def _ending(self) -> dict[str, Any]:
         kind, *content = self._final or ("killed",)
@@ -319,6 +339,10 @@ class _Client:
             self._receiver.join()
         self._connection.close()
         self._socket.close()
+
+
+def _deaf_monitor(event: dict[str, Any]) -> None:
+    """In the place of a monitor that has raised."""
 
 
 @contextlib.contextmanager

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from instep.clock.network import gather_bytes, reduce_bytes
 from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate
-from instep.engines.exchange import Exchange, regions
+from instep.engines.exchange import LEFT, Exchange, regions
 from instep.engines.placement import Placement, choose, trace_of
 from instep.engines.replica import Replica
+from instep.engines.stopping import OtherRaised
 from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
 from instep.objectives import check
@@ -81,6 +82,10 @@ class Lockstep:
         self.busy_s = 0.0
         """Seconds it has computed, slowness included."""
         self._batches: list[Any] = []
+        self._exchange: Exchange
+        self._sound = True  # whether the weights are those of a version, with no update or other change half made
+        self._stopping = False
+        self._late: tuple[str, Exception] | None = None  # what loading the next step raised, and where
 
     def prepare(self, version: int) -> None:
         """Loads the first batches and learns the objective's terms."""
@@ -141,17 +146,22 @@ class Lockstep:
     def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], bool]:
         exchange, replica, step = self._exchange, self.replica, progress.version
         began = time.monotonic()
+        if self._late is not None:
+            self.replica.doing, error = self._late
+            raise error
         self.replica.objective.check_items(totals, step)
 
         from_s = self._clock()
         self._compute(step, totals)
+        self._sound = False  # if the check finds that the computing has changed weights
         self.placement.check(step)
+        self._sound = True
         if self.slowness > 1:
             time.sleep((self.slowness - 1) * (self._clock() - from_s))
         to_s = self._clock()
         self.busy_s += to_s - from_s
         if step + 1 < steps:
-            self._load(step + 1)
+            self._load_ahead(step + 1)
         if self.worker == 0:
             exchange.stop[0] = self._pulse.stop_wanted()
         self._report(step, totals, from_s, to_s)
@@ -179,6 +189,7 @@ class Lockstep:
             raise NonFiniteError(self._about_gradient(step, touched))
         objective = replica.objective.whole(terms, step)
         verdict = self.watcher.judge(step, objective)
+        self._sound = False
         rate = self.placement.update(step, norm, touched) if verdict.updates else 0.0
         if changed and verdict.updates:
             self.buffers.finish(
@@ -189,6 +200,7 @@ class Lockstep:
         self._pulse.advance()
         items = totals[self.terms[0]]
         progress.merged(version=step + 1, steps=step + 1, items=items, objective=objective)
+        self._sound = True
         verdict.note(progress)
         progress.train_s += time.monotonic() - began
         if self.worker == 0:
@@ -219,14 +231,66 @@ class Lockstep:
             counts = dict.fromkeys(self.terms, 0) if batch is None else self.replica.objective.counts(batch)
             self._exchange.counts[microbatch] = [counts[name] for name in self.terms]
 
+    def _load_ahead(self, step: int) -> None:
+        """Loads the next step's batches. What that raises waits until it is that step's turn: this one is sound."""
+        try:
+            self._load(step)
+        except Exception as error:
+            self._late = self.replica.doing, error
+
     def _totals(self) -> dict[str, int]:
         return dict(zip(self.terms, (int(n) for n in self._exchange.counts.sum(axis=0)), strict=True))
 
     def _barrier(self, marks: Any, value: int) -> None:
         mark(marks, self.worker, value)
+        self._wait(marks, value)
+
+    def _wait(self, marks: Any, value: int) -> None:
+        """Waits for marks. Raises OtherRaised where somebody will never set them."""
         self._pulse.waiting(True)
-        wait_for(marks, value)
+        came = wait_for(marks, value, self._exchange.raised, 1 + self._stopping)
         self._pulse.waiting(False)
+        if not came:
+            raise OtherRaised
+
+    def stop(self, version: int, save: Callable[[dict[str, Any]], None], *, saved: int, needed: bool) -> int:
+        """After this worker's code, or another's, has raised at `version`: has the weights saved if they are sound.
+
+        All workers come here, wherever they were: who raised had not posted the next step, so nobody is further. Worker
+        0 calls `save` with the training state, where it is `needed`; the newest checkpoint is that of version `saved`.
+        Returns the version of the newest checkpoint then, 0 if there is none.
+        """
+        exchange, lead = self._exchange, self.worker == 0
+        try:
+            exchange.sound[self.worker] = version + 1 if self._sound else 0
+            self.buffers.put_back()
+            exchange.raised[self.worker] = 1
+            self._stopping = True
+            self._barrier(exchange.stopped, 1)  # all have stopped: what they have is known, and nobody meets any more
+            sound = exchange.sound.tolist()
+            self.placement.rejoin()
+            if lead:
+                exchange.said[0] = needed and sound == [version + 1] * self.workers
+                exchange.saved[0] = saved
+            self._barrier(exchange.stopped, 2)
+            if exchange.said[0]:
+                training = self.placement.training_state()
+                if training is not None:
+                    save(training)
+                    exchange.saved[0] = version
+                mark(exchange.stopped, self.worker, LEFT)
+                self._wait(exchange.stopped[:1], LEFT)
+        except BaseException:
+            exchange.raised[self.worker] = 2
+            raise
+        return int(exchange.saved[0])
+
+    def leave(self, version: int) -> None:
+        """The worker has done its part, and version is saved: whoever raises later need not wait for it."""
+        self._exchange.sound[self.worker] = version + 1
+        if self.worker == 0:
+            self._exchange.said[0], self._exchange.saved[0] = False, version
+        mark(self._exchange.stopped, self.worker, LEFT)
 
     def _terms_of(self, sums: Any, totals: dict[str, int], step: int) -> dict[str, float]:
         bad = np.argwhere(~np.isfinite(sums))
@@ -297,7 +361,5 @@ class Lockstep:
         mark(exchange.evaluated, self.worker, version + 1)
         if self.worker and replica.recipe.watch.patience is None:
             return None
-        self._pulse.waiting(True)
-        wait_for(exchange.evaluated, version + 1)
-        self._pulse.waiting(False)
+        self._wait(exchange.evaluated, version + 1)
         return Evaluation.of(replica, exchange.evaluation_counts, exchange.evaluation_sums)

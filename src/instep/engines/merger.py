@@ -77,6 +77,8 @@ class Merger:
         self.watcher = Watcher(replica, self.buffers)
         self.microbatches = 0
         """Microbatches merged so far."""
+        self.sound = True
+        """Whether the weights are those of a version, with no update half made."""
         self._outer = _Outer(self.rule, self.layout)
         self._empty: dict[int, int] = {}  # by group of batches: pieces that held no items
 
@@ -103,9 +105,11 @@ class Merger:
         value = objective.whole(means, step) if objective.has_items(counts) else None
         verdict = self.watcher.judge(step, value) if value is not None else Verdict()
         rate = 0.0
+        self.sound = False
         if verdict.updates:
             rate = self._apply(total, set().union(*(each.touched for each in facts)), norm, step)
             self._average_buffers(contributions)
+        self.sound = True
         self.microbatches += sum(each.work.microbatches for each in contributions)
         return Update(value, means, counts[terms[0]], rate, norm, verdict)
 

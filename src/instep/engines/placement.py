@@ -78,6 +78,10 @@ class Placement(ABC):
     def agree(self, flag: bool) -> bool:
         """What worker 0 says, if the others must know; else the worker's own `flag`."""
 
+    def rejoin(self) -> None:
+        """All workers have stopped, wherever they were: from here on they meet again."""
+        return
+
     @abstractmethod
     def training_state(self) -> dict[str, Any] | None:
         """As that of a replica alone, at worker 0; None at the others. All must ask at the same version."""
@@ -168,6 +172,9 @@ class Sharded(Placement):
             self._exchange.said[0] = flag
         self._meet()
         return bool(self._exchange.said[0])
+
+    def rejoin(self) -> None:
+        self._meetings = int(self._exchange.met.max())
 
     def training_state(self) -> dict[str, Any] | None:
         replica = self._replica

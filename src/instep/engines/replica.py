@@ -22,6 +22,9 @@ from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.restore import is_expanded
 
+SHOWN_SAMPLES = 16
+"""Indices of samples that a message names at most."""
+
 
 class Replica:
     """Model, optimizer, objective and data of a recipe, built on one device.
@@ -52,6 +55,7 @@ class Replica:
         self._verified: int | None = None
         self._forward: Any = _compiled(self.module) if recipe.compile else self.module
         self._shared: tuple[Any, dict[int, Any]] = (None, {})
+        self._in_hand: tuple[int, int] | None = None
         torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
         self.doing = "waiting for the team"
 
@@ -96,7 +100,7 @@ class Replica:
         indices = self.cursor.microbatch(step, microbatch)
         if not indices:
             return None
-        self.doing = f"loading step {step}, microbatch {microbatch}"
+        self.doing, self._in_hand = f"loading step {step}, microbatch {microbatch}", (step, microbatch)
         seed_all(key(self.recipe.seed, step, microbatch, "data"))
         return self.to_device(load(self.data.train, indices, self.data.collate))
 
@@ -118,7 +122,7 @@ class Replica:
         batch adds nothing, nor does a metric. Returns the sums, metrics included, detached.
         """
         shared = self._share(step, microbatch) if self.objective.shares else None
-        self.doing = f"computing step {step}, microbatch {microbatch}"
+        self.doing, self._in_hand = f"computing step {step}, microbatch {microbatch}", (step, microbatch)
         if self.checkpointing is not None and self.checkpointing.verify:
             self._verified = step if self._verified is None else self._verified
             self.checkpointing.verify = step == self._verified
@@ -200,6 +204,21 @@ class Replica:
                 detail=f"{type(error).__name__}: {error}",
             ) from error
         self.optimizer.load(training_state["optimizer"])
+
+    def samples_in_hand(self) -> str:
+        """The samples of the microbatch that is loaded or computed, in brackets for a message; "" in other work."""
+        if self._in_hand is None or not self.doing.startswith(("loading", "computing")):
+            return ""
+        return f" ({self.samples_of(*self._in_hand)})"
+
+    def samples_of(self, step: int, microbatch: int) -> str:
+        """The samples of a microbatch, for a message: "samples 3, 17 and 204"."""
+        indices = self.cursor.microbatch(step, microbatch)
+        shown = [f"{index}" for index in indices[:SHOWN_SAMPLES]]
+        if len(indices) > len(shown):
+            shown.append(f"{len(indices) - len(shown)} more")
+        listed = " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
+        return f"sample{'' if len(indices) == 1 else 's'} {listed}"
 
     def to_device(self, batch: Any) -> Any:
         """`batch` with its tensors on the replica's device."""

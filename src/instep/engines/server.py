@@ -7,6 +7,7 @@ A worker that dies is a `left` event: its piece is given out again, and nobody e
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -97,7 +98,15 @@ def serve(session: Session, descriptor: int) -> None:
         terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers
     )
     _, memory = session.ready(facts, _regions(contributor, workers))
-    _Server(session, replica, merger, ledger, progress, *_memory(descriptor, memory)).run(lost)
+    server = _Server(session, replica, merger, ledger, progress, *_memory(descriptor, memory))
+    try:
+        server.run(lost)
+    except BaseException:
+        doing = replica.doing
+        with contextlib.suppress(Exception):  # the first error is the one to tell of
+            server.stop()
+        replica.doing = doing
+        raise
 
 
 def _check_length(session: Session, pieces: Pieces, meta: Mapping[str, Any]) -> None:
@@ -188,13 +197,17 @@ class _Server:
         self._heard: deque[tuple[Any, ...]] = deque()  # from the supervisor, not yet acted on
         self._waiting: set[int] = set()
         self._begun = False
+        self._told_to_stop = False  # since a worker's code has raised
+        self._unmade: list[Action] = []  # what the ledger asked for last, and was not done since the run ends there
         self._began_s = 0.0  # when training would have begun, had it gone on without evaluations and checkpoints
 
     def run(self, lost: list[Action]) -> None:
         """Serves until every piece is merged, or until the run is asked to stop. `lost`: what a restart has cost."""
         session = self._session
         self._obey(lost)
-        while not (self._ledger.finished or self._progress.stopped or session.pulse.stop_wanted()):
+        if self._progress.unevaluated:
+            self._save_evaluated()
+        while not (self._over or self._told_to_stop or session.pulse.stop_wanted()):
             self._replica.doing = "waiting for workers"
             session.pulse.waiting(True)
             sources: list[Any] = [session.pipe, *self._lines]
@@ -214,7 +227,11 @@ class _Server:
             if self._begun:
                 self._progress.train_s = time.monotonic() - self._began_s
             session.send_events(held=True)
-        interrupted = not (self._ledger.finished or self._progress.stopped)
+        if self._told_to_stop and not self._over:
+            self.stop()
+            session.pipe.send(("saved", session.saved_version))
+            return
+        interrupted = not self._over
         for line in self._lines:  # those too who come late
             line.send(("end", -1))
         self._save()
@@ -233,6 +250,18 @@ class _Server:
                 self._tally.result(self._ledger.delays.longest),
             )
         )
+
+    @property
+    def _over(self) -> bool:
+        return self._ledger.finished or bool(self._progress.stopped)
+
+    def stop(self) -> None:
+        """Somebody's code has raised, a worker's or the server's: saves the weights if they are sound."""
+        session, version = self._session, self._progress.version
+        if self._merger.sound and session.must_save(version):
+            self._save()
+            session.send_events()
+        session.stopped_at = session.saved_version
 
     def _hear(self, worker: int, message: tuple[Any, ...]) -> None:
         kind, incarnation, *rest = message
@@ -257,7 +286,10 @@ class _Server:
         self._waiting.clear()
 
     def _hear_supervisor(self, message: tuple[Any, ...]) -> None:
-        _, worker, why = message
+        what, worker, why = message
+        if what == "stop":
+            self._told_to_stop = True
+            return
         self._incarnations[worker] += 1
         self._session.emit("left", worker=worker, why=why)
         self._tally.left(worker)
@@ -284,13 +316,15 @@ class _Server:
     def _obey(self, actions: list[Action]) -> None:
         before = self._progress.steps
         last = next((action for action in reversed(actions) if isinstance(action, Merge)), None)
-        for action in actions:
+        for place, action in enumerate(actions):
+            self._unmade = actions[place:]
             if self._progress.stopped:
                 return
             if isinstance(action, Release):
                 self._release(action)
             elif isinstance(action, Merge):
                 self._merge(action)
+                self._unmade = actions[place + 1 :]
                 if action is last:  # not before: the ledger, which checkpoints hold, has made all updates of the event
                     self._at_milestones(before, self._progress.steps)
             elif isinstance(action, Drop):
@@ -299,6 +333,7 @@ class _Server:
                 self._session.emit(
                     "dropped", seq=action.contribution.seq, worker=action.contribution.worker, why=action.why
                 )
+        self._unmade = []
 
     def _release(self, action: Release) -> None:
         worker = action.worker
@@ -367,12 +402,18 @@ class _Server:
         if now == recipe.steps:
             return
         came_s = time.monotonic()
-        best = passes(recipe.evaluate_every, before, now) and self._evaluate()
-        if best or passes(team.checkpoint_every, before, now):
+        self._progress.unevaluated = passes(recipe.evaluate_every, before, now)
+        self._save_evaluated(due=passes(team.checkpoint_every, before, now))
+        self._began_s += time.monotonic() - came_s
+
+    def _save_evaluated(self, *, due: bool = False) -> None:
+        """Evaluates if it must, and saves what is the best, or is `due`."""
+        best = self._progress.unevaluated and self._evaluate()
+        self._progress.unevaluated = False
+        if best or due:
             self._save()
         if best:
             self._session.mark_best(self._progress)
-        self._began_s += time.monotonic() - came_s
 
     def _evaluate(self) -> bool:
         """Evaluates; whether this version is to be saved as the best."""
@@ -390,7 +431,8 @@ class _Server:
     def _save(self) -> None:
         self._replica.doing = f"saving version {self._progress.version}"
         self._sync_tape()
+        unmade = [action for action in self._unmade if isinstance(action, Merge)]
         self._session.save(
             self._progress, self._replica.module.state_dict(), self._merger.training_state(),
-            ledger=self._ledger.state(), cut=self._ledger.pieces.workers, steps=self._session.recipe.steps,
+            ledger=self._ledger.state(unmade), cut=self._ledger.pieces.workers, steps=self._session.recipe.steps,
         )  # fmt: skip

@@ -64,6 +64,11 @@ class Session:
         self._events: list[dict[str, Any]] = []
         self._sent_s = 0.0
         self._told: set[str] = set()
+        self.saved_version = 0
+        """The version of the newest checkpoint that this process has written, or found at the start."""
+        self._tried_version = 0
+        self.stopped_at = 0
+        """Where the run stops for an error: the version of the newest checkpoint, 0 for none."""
 
     def build(self) -> Replica:
         """Builds what the recipe says. Raises InstepError."""
@@ -94,6 +99,7 @@ class Session:
                 f"the data are not those that {path} was trained on: {self.data_facts()['samples']} samples here and "
                 f"{saved.meta['data']['samples']} there, or other content; give back those, or start a new run."
             )
+        self.saved_version = saved.version
         return saved
 
     def data_facts(self) -> dict[str, Any]:
@@ -136,6 +142,7 @@ class Session:
     ) -> None:
         """Writes a checkpoint. Raises ResourceError where the disk refuses."""
         self._warn()
+        self._tried_version = progress.version
         saved = checkpoint.save(
             self._checkpoints,
             version=progress.version,
@@ -145,6 +152,7 @@ class Session:
             fingerprint=self.assignment.fingerprint,
             keep=self.assignment.team.keep,
         )
+        self.saved_version = progress.version
         self.pulse.advance()
         self.emit(
             "checkpointed", version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest
@@ -160,6 +168,10 @@ class Session:
         why = try_checkpoint(self.replica, model_state, training_state)
         if why is not None:
             self.emit("warned", why=why)
+
+    def must_save(self, version: int) -> bool:
+        """Whether a checkpoint of `version` is worth a try: there is something to save, and the disk did not refuse."""
+        return 0 < version not in (self.saved_version, self._tried_version)
 
     def evaluated(self, progress: Progress, found: Evaluation | None) -> bool:
         """Notes the objective on held-out data. Returns whether this version is to be saved as the best."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instep.engines.pulse import Watch
-from instep.errors import WorkerError, by_name, killed_by
+from instep.engines.stopping import with_saved
+from instep.errors import InstepError, WorkerError, by_name, killed_by
 from instep.record.tape import SCHEMA
 from instep.reduce.shared import Region, reserve
 from instep.tables import to_table
@@ -64,6 +65,7 @@ class Start:
         self._workers, self._descriptor = workers, descriptor
         self._digests: dict[int, dict[int, str]] = {}
         self._going = False
+        self._raised: InstepError | None = None  # by a worker of the server engine, while the server saves
         self._serving = supervisor.run.engine == "server"
         self._leader = len(workers) - 1 if self._serving else 0
         team = self._run.team
@@ -106,6 +108,9 @@ class Start:
             yield
         except WorkerFailure as failure:
             number = failure.worker
+            if self._raised is not None:
+                self._fail(number, self._workers[number], self._raised)
+                return
             if not self._serving or not self._going or number == self._leader:
                 raise
             if not self._board.stop_wanted():
@@ -168,7 +173,25 @@ class Start:
             self._watch.leave_out(number)
         elif what == "failed":
             name, sentence, detail = rest
-            raise by_name(name)(sentence, detail=detail)
+            self._fail(number, worker, by_name(name)(sentence, detail=detail))
+        elif what == "saved":
+            assert self._raised is not None, "the server was told to stop"
+            sentence = with_saved(self._raised.message, rest[0], self._run.folder)
+            raise type(self._raised)(sentence, detail=self._raised.detail)
+
+    def _fail(self, number: int, worker: Member, error: InstepError) -> None:
+        """What a process's code raised ends the run; in lockstep, and at the server, it is saved by then."""
+        if not self._serving or not self._going or number == self._leader:
+            raise self._raised or error
+        worker.ended = ({}, "", True, {}, {})
+        self._watch.leave_out(number)
+        if self._raised is not None:
+            return
+        self._raised = error
+        try:
+            self._workers[self._leader].pipe.send(("stop", number, ""))
+        except OSError:
+            raise error from None
 
     def _go(self) -> None:
         """All workers are built: checks that they agree, gives them memory, lets them start."""

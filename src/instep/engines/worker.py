@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -11,6 +12,7 @@ import traceback
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from instep.engines import server
 from instep.engines.evaluation import Progress
@@ -18,6 +20,7 @@ from instep.engines.lockstep import Lockstep
 from instep.engines.memory import fit_memory
 from instep.engines.pulse import PulseBoard, WorkerPulse
 from instep.engines.session import Assignment, Session
+from instep.engines.stopping import OtherRaised, with_saved
 from instep.errors import InstepError
 from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
@@ -38,15 +41,22 @@ def main(assignment: Assignment, number: int, pipe: Connection, board: PulseBoar
             server.serve(session, descriptor)
         else:
             server.contribute(session, descriptor)
+    except OtherRaised:
+        session.send_events()
+        sys.stdout.flush()
+        with contextlib.suppress(EOFError):
+            pipe.recv()  # until the supervisor, which hears of it from another, ends this process
     except InstepError as error:
         session.send_events()
-        pipe.send(("failed", type(error).__name__, error.message, error.detail))
+        sentence = with_saved(error.message, session.stopped_at, assignment.folder)
+        pipe.send(("failed", type(error).__name__, sentence, error.detail))
     except BaseException as error:
         session.send_events()
-        where = f" while {session.replica.doing}" if session.replica else ""
+        where = f" while {session.replica.doing}{session.replica.samples_in_hand()}" if session.replica else ""
         text = str(error).strip().splitlines()
         what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-        pipe.send(("failed", "WorkerError", f"{name} raised {what}{where}.", _own_part(error)))
+        sentence = with_saved(f"{name} raised {what}{where}.", session.stopped_at, assignment.folder)
+        pipe.send(("failed", "WorkerError", sentence, _own_part(error)))
     sys.stdout.flush()
     sys.stderr.flush()
 
@@ -81,7 +91,9 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         version = progress.version
         best = False
         if version < recipe.steps and recipe.evaluate_every and version % recipe.evaluate_every == 0:
+            progress.unevaluated = True
             best = engine.placement.agree(session.evaluated(progress, engine.evaluate(version)))
+            progress.unevaluated = False
         session.send_events(held=True)
         due = last or bool(progress.stopped) or version % team.checkpoint_every == 0
         trying = session.tries_checkpoint(version)
@@ -99,14 +111,31 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
                 if best:
                     session.mark_best(progress)
 
-    interrupted = engine.run(progress, after_step, progress.version if progress.stopped else recipe.steps)
-    ended_s = session.clock()
-    # After the last checkpoint: nothing that was learnt can be lost by it.
-    evaluated = progress.held_out.get("version") == progress.version
-    if not (interrupted or evaluated) and session.evaluated(progress, engine.evaluate(progress.version)):
-        session.mark_best(progress)
-    digest = digest_of_state(replica.module.state_dict())
-    engine.placement.settle()  # nobody reads the weights any more: what the recipe shows them to may change them
+    def save_at_stop(training: dict[str, Any]) -> None:
+        session.save(progress, replica.module.state_dict(), {**training, "watch": engine.watcher.state()})
+        session.send_events()
+
+    try:
+        if progress.unevaluated:
+            after_step(progress, False)
+        interrupted = engine.run(progress, after_step, progress.version if progress.stopped else recipe.steps)
+        ended_s = session.clock()
+        # After the last checkpoint: nothing that was learnt can be lost by it.
+        evaluated = progress.held_out.get("version") == progress.version
+        if not (interrupted or evaluated) and session.evaluated(progress, engine.evaluate(progress.version)):
+            session.mark_best(progress)
+        digest = digest_of_state(replica.module.state_dict())
+        engine.placement.settle()  # nobody reads the weights any more: what the recipe shows them to may change them
+    except BaseException:
+        session.send_events()
+        doing = replica.doing
+        with contextlib.suppress(Exception):  # the first error is the one to tell of
+            session.stopped_at = engine.stop(
+                progress.version, save_at_stop, saved=session.saved_version, needed=session.must_save(progress.version)
+            )
+        replica.doing = doing
+        raise
+    engine.leave(progress.version)
     left = session.leave() if worker == 0 and not interrupted else {}
     session.send_events()
     costs = {

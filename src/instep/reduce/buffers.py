@@ -74,6 +74,14 @@ class Buffers:
         self._left.append(left)
         self._filled.append(filled)
 
+    def put_back(self) -> None:
+        """Sets the buffers back to what the step began with, wherever a microbatch was broken off."""
+        for index, (start, original) in enumerate(zip(self._start, self._objects, strict=True)):
+            if self._current(index) is not original:
+                setattr(*self._owners[index], original)
+            with torch.no_grad():
+                original.copy_(start)
+
     def changed(self) -> list[bool]:
         """Whether each buffer was changed by one of the worker's microbatches of this step."""
         return [any(left[index] is not None for left in self._left) for index in range(len(self.names))]

@@ -92,8 +92,8 @@ def mark(marks: NDArray[np.int64], worker: int, value: int) -> None:
     marks[worker] = value
 
 
-def wait_for(marks: NDArray[np.int64], value: int) -> None:
-    """Returns when every mark is at least `value`.
+def wait_for(marks: NDArray[np.int64], value: int, raised: NDArray[np.int64] | None = None, level: int = 1) -> bool:
+    """Returns when every mark is at least `value`: True; or, False, once one of `raised` is at least `level`.
 
     It sleeps between looks, after a while ever longer, so that workers without a core of their own don't hold up the
     others. There is no time limit here: who waits is not at fault, and the supervisor ends the team when a worker
@@ -101,12 +101,15 @@ def wait_for(marks: NDArray[np.int64], value: int) -> None:
     """
     looks, pause_s = 0, 0.00005
     while int(marks.min()) < value:
+        if raised is not None and int(raised.max()) >= level:
+            return False
         time.sleep(pause_s)
         looks += 1
         if looks > 150:
             pause_s = min(1.05 * pause_s, 0.001)
     with _fence:
         pass
+    return True
 
 
 def _padded(nbytes: int) -> int:

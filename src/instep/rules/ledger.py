@@ -229,17 +229,21 @@ class Ledger:
             return self.pieces.round_of(state.piece) - self.round if state.piece >= 0 else 0
         return max(0, state.rounds - self.round)  # below 0 where what it computes is too old
 
-    def state(self) -> dict[str, Any]:
-        """All of it, as plain values that JSON can hold."""
+    def state(self, unmade: Sequence[Merge] = ()) -> dict[str, Any]:
+        """All of it, as plain values that JSON can hold.
+
+        `unmade`: the last updates that it asked for, which were not made: their contributions still wait.
+        """
+        waiting = [contribution for merge in unmade for contribution in merge.contributions]
         return {
-            "version": self.version,
-            "round": self.round,
-            "merged_pieces": self.merged_pieces,
-            "merged_microbatches": self.merged_microbatches,
+            "version": self.version - len(unmade),
+            "round": self.round - len(unmade) * self._by_round,
+            "merged_pieces": self.merged_pieces - len(waiting),
+            "merged_microbatches": self.merged_microbatches - sum(self._size_of(c.piece) for c in waiting),
             "next_piece": self._next_piece,
             "returned": sorted(self._returned),
             "seq": self._seq,
-            "pending": [list(c) for pending in self._pending.values() for c in pending],
+            "pending": [list(c) for pending in [waiting, *self._pending.values()] for c in pending],
             "waiting_since_s": self._waiting_since_s,
             "workers": [
                 {"number": s.number, "rounds": s.rounds, "piece": s.piece, "base": s.base, "doomed": s.doomed}
