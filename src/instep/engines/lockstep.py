@@ -326,7 +326,10 @@ class Lockstep:
     def _report(self, step: int, totals: dict[str, int], from_s: float, to_s: float) -> None:
         own = [self._own.start, self._own.stop]
         nbytes = 4 * self.replica.size * len(self.reduction.nodes_of(self.worker))
-        self._emit("computed", worker=self.worker, version=step, from_s=from_s, to_s=to_s, microbatches=own)
+        self._emit(
+            "computed", worker=self.worker, version=step, from_s=from_s, to_s=to_s, microbatches=own,
+            **self.replica.verified(),
+        )  # fmt: skip
         self._emit("pushed", worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]])
 
     def _emit_merged(

@@ -12,27 +12,38 @@ from torch.utils import _pytree as pytree
 from instep import gradient_checkpointing
 from instep.budget import parse_budget
 from instep.engines.replica import Replica
+from instep.engines.spot_checks import SpotChecks
+from instep.gradient_checkpointing import Applied
 from instep.gradient_checkpointing.structure import Plan, Profile
-from instep.recipe import Recipe
+from instep.recipe import Recipe, Team
 
 
-def fit_memory(replica: Replica, text: str, emit: Callable[..., None] | None = None) -> Plan | None:
-    """Plans for the budget `text`, such as "40%", and puts the plan on the replica's model; "" does nothing.
+def fit_memory(
+    replica: Replica, team: Team, emit: Callable[..., None] | None = None, *, workers: int = 1
+) -> Plan | None:
+    """Plans for the team's budget, such as "40%", and puts the plan on the replica's model; "" does nothing.
 
-    Recomputed values are checked in the first step. `emit("planned", ...)` tells what was predicted and then measured
-    (`measured_bytes` is None for a compiled model, whose kernels hide what they keep). Raises CheckpointingError.
+    Recomputed values are checked in the first step, and by samples later; `workers` wait for each other.
+    `emit("planned", ...)` tells what was predicted and then measured (`measured_bytes` is None for a compiled model,
+    whose kernels hide what they keep). Raises CheckpointingError.
     """
-    if not text:
+    if not team.memory:
         return None
-    budget = parse_budget(text, "'team.memory'")
+    budget = parse_budget(team.memory, "'team.memory'")
     replica.doing = "profiling the model for gradient checkpointing"
     profile, batch = profile_of(replica)
     wanted = budget.of(profile.peak_bytes)
     found = gradient_checkpointing.plan(profile, budget_bytes=wanted, price=price_in(replica.recipe))
     replica.doing = "trying the gradient checkpointing plan"
-    measured = put_on(replica, found, batch)
+    applied, measured = put_on(replica, found, batch)
+    recipe = replica.recipe
+    if not recipe.compile:
+        replica.checks = SpotChecks(
+            applied, microbatches=recipe.microbatches, steps=recipe.steps, checkpoint_every=team.checkpoint_every,
+            workers=workers,
+        )  # fmt: skip
     if emit is not None:
-        emit("planned", **facts(found, None if replica.recipe.compile else measured))
+        emit("planned", **facts(found, None if recipe.compile else measured))
     return found
 
 
@@ -49,14 +60,12 @@ def profile_of(replica: Replica) -> tuple[Profile, Any]:
     return gradient_checkpointing.profile(replica.module, objective_of(replica), batch), batch
 
 
-def put_on(replica: Replica, plan: Plan, batch: Any) -> tuple[int, float]:
-    """Puts `plan` on the model, checked in the first step; the peak in bytes and the seconds of a trial on `batch`."""
-    replica.checkpointing = gradient_checkpointing.apply(replica.module, plan)
+def put_on(replica: Replica, plan: Plan, batch: Any) -> tuple[Applied, tuple[int, float]]:
+    """Puts `plan` on the model; also gives the peak in bytes and the seconds of a trial on `batch`."""
+    applied = gradient_checkpointing.apply(replica.module, plan)
     if replica.recipe.compile:  # it warns of operations in place, of which the plan takes care
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    measured = gradient_checkpointing.measure(replica.module, objective_of(replica), batch)
-    replica.checkpointing.verify = not replica.recipe.compile
-    return measured
+    return applied, gradient_checkpointing.measure(replica.module, objective_of(replica), batch)
 
 
 def objective_of(replica: Replica) -> Callable[[nn.Module, Any], dict[str, Tensor]]:

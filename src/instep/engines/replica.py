@@ -16,8 +16,8 @@ from instep import data, objectives
 from instep.components import Component
 from instep.data.cursor import Cursor, load, rows_of
 from instep.engines.optimizer import Optimizer, call
-from instep.errors import CheckpointError, ComponentError, RecipeError, ResourceError
-from instep.gradient_checkpointing import Applied
+from instep.engines.spot_checks import SpotChecks
+from instep.errors import CheckpointError, ComponentError, RecipeError, RecomputeError, ResourceError
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.restore import is_expanded
@@ -50,9 +50,8 @@ class Replica:
                 f"rule '{recipe.rule.name}' never computes from the same weights; set rule to 'synchronous'."
             )
         self._build()
-        self.checkpointing: Applied | None = None
-        """The gradient checkpointing plan on the model. Its first step is verified."""
-        self._verified: int | None = None
+        self.checks: SpotChecks | None = None
+        """What is verified of the gradient checkpointing plan that is on the model."""
         self._forward: Any = _compiled(self.module) if recipe.compile else self.module
         self._shared: tuple[Any, dict[int, Any]] = (None, {})
         self._in_hand: tuple[int, int] | None = None
@@ -81,7 +80,7 @@ class Replica:
         other = copy.copy(self)
         other.device = torch.device(device)
         other._build()
-        other.checkpointing, other._forward = None, other.module
+        other.checks, other._forward = None, other.module
         return other
 
     @property
@@ -123,9 +122,8 @@ class Replica:
         """
         shared = self._share(step, microbatch) if self.objective.shares else None
         self.doing, self._in_hand = f"computing step {step}, microbatch {microbatch}", (step, microbatch)
-        if self.checkpointing is not None and self.checkpointing.verify:
-            self._verified = step if self._verified is None else self._verified
-            self.checkpointing.verify = step == self._verified
+        if self.checks is not None:
+            self.checks.choose(step, microbatch)
         seed_all(key(self.recipe.seed, step, microbatch, "compute"))
         with self.autocast():
             sums = self.objective.sums(self._forward, batch, shared)
@@ -134,8 +132,18 @@ class Replica:
             (weight if totals[name] else 0.0) * (sums[name].float() / max(1, totals[name]))
             for name, weight in weights.items()
         ]
-        torch.stack(parts).sum().backward() if len(parts) > 1 else parts[0].backward()
+        try:
+            torch.stack(parts).sum().backward() if len(parts) > 1 else parts[0].backward()
+        except RecomputeError as error:
+            raise (error if self.checks is None else self.checks.say(error)) from None
+        if self.checks is not None:
+            self.checks.computed(step)
         return {name: value.detach() for name, value in sums.items()}
+
+    def verified(self) -> dict[str, float]:
+        """For the tape: `verify_s`, the seconds of comparing recomputed values since this was asked last, if any."""
+        seconds = 0.0 if self.checks is None else self.checks.took_s()
+        return {"verify_s": round(seconds, 6)} if seconds else {}
 
     def _share(self, step: int, microbatch: int) -> objectives.Shared:
         """What all microbatches of `step` share, computed once for the present weights: a forward of the whole batch.

@@ -48,7 +48,7 @@ def contribute(session: Session, descriptor: int) -> None:
     facts, memory = session.ready(session.facts(), {})
     contributor = Contributor(replica, _pieces(session, facts["cut"]), session.pulse.advance)
     contributor.prepare(0)
-    fit_memory(replica, session.assignment.team.memory, session.emit if session.number == 0 else None)
+    fit_memory(replica, assignment.team, session.emit if session.number == 0 else None)
     weights, vectors = _memory(descriptor, memory)
     slowness = slowness_of(session)
     line, own = assignment.lines[worker].worker, assignment.incarnation
@@ -68,7 +68,7 @@ def contribute(session: Session, descriptor: int) -> None:
         found = contributor.compute(work, weights[slot], vectors[worker])
         if slowness > 1:
             time.sleep((slowness - 1) * (session.clock() - from_s))
-        line.send(("pushed", own, found, from_s, session.clock()))
+        line.send(("pushed", own, found, from_s, session.clock(), replica.verified()))
     session.pipe.send(("ended", asdict(Progress()), "", False, {}, {}))
 
 
@@ -297,14 +297,14 @@ class _Server:
         if worker in self._ledger.active:
             self._obey(self._ledger.left(worker, self._session.clock()))
 
-    def _pushed(self, worker: int, facts: Facts, from_s: float, to_s: float) -> None:
+    def _pushed(self, worker: int, facts: Facts, from_s: float, to_s: float, verified: dict[str, float]) -> None:
         ledger = self._ledger
         seq, piece, base = ledger.next_seq, *ledger.in_hand(worker)
         work, vectors = ledger.pieces.work(piece), self._vectors[worker]
         covers = work.covers()
         items = facts.items
         sent_bytes = 4 * self._replica.size * len(facts.nodes)
-        self._session.emit("computed", worker=worker, version=base, from_s=from_s, to_s=to_s, **covers)
+        self._session.emit("computed", worker=worker, version=base, from_s=from_s, to_s=to_s, **covers, **verified)
         self._session.emit(
             "pushed", seq=seq, worker=worker, version=base, piece=piece, **covers, items=items, bytes=sent_bytes,
             checksum=checksum(vectors.gradient[: len(facts.nodes)]),

@@ -42,5 +42,5 @@ def memory_trade(recipe: Recipe, device: str, budget: Budget | None) -> Trade:
         return Trade(profile, found, compiled=recipe.compile)
     plan = gc.plan(profile, budget_bytes=budget.of(profile.peak_bytes), price=price)
     bare = gc.measure(replica.module, objective_of(replica), batch)
-    measured = put_on(replica, plan, batch)
+    _, measured = put_on(replica, plan, batch)
     return Trade(profile, found, plan, measured[0], measured[1], bare[1], recipe.compile)

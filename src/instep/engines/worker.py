@@ -75,7 +75,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     if saved is not None:
         engine.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version)
-    fit_memory(replica, team.memory, session.emit if worker == 0 else None)
+    fit_memory(replica, team, session.emit if worker == 0 else None, workers=team.workers)
     memory = engine.memory()
     facts = session.facts(
         version=progress.version,

@@ -18,21 +18,28 @@ from instep.gradient_checkpointing.structure import Act, BlockPlan, Plan
 
 
 class Applied:
-    """A plan on a model. Set `verify` at any time: it takes effect from the next forward on."""
+    """A plan on a model.
 
-    def __init__(self, model: nn.Module, plan: Plan, verify: bool):
+    verify: whether values are compared, or the name of the one block whose values are. It may be set at any time, and
+        takes effect from the next forward on.
+    verify_s: by block that computes anything again, the seconds that comparing its values has taken so far.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, verify: bool | str):
         self.model, self.plan, self.verify = model, plan, verify
+        self.verify_s: dict[str, float] = {block.name: 0.0 for block in plan.blocks if block.choice.acts}
 
     def remove(self) -> None:
         """Takes the plan off the model, which then runs as it was written."""
         remove(self.model)
 
 
-def apply(model: nn.Module, plan: Plan, *, verify: bool = False) -> Applied:
+def apply(model: nn.Module, plan: Plan, *, verify: bool | str = False) -> Applied:
     """Puts `plan` on `model`, in place of any plan before; the model runs as always, with less memory.
 
     verify: every value that is computed again is compared with the first pass, bit by bit through a checksum, and the
-    first operation that differs is named by a RecomputeError. It about doubles a step, and needs 2 MiB of its own.
+    first operation that differs is named by a RecomputeError. It about doubles a step, and needs 2 MiB of its own. The
+    name of a block has that one alone compared.
     Raises CheckpointingError where the plan is of another model. Weights, buffers and names stay as they are.
     """
     modules = dict(model.named_modules())
@@ -76,7 +83,8 @@ class _Block:
             return forward(*args, **kwargs)
         if torch.compiler.is_compiling():
             return checkpoint(forward, *args, use_reentrant=False, context_fn=self._compiled, **kwargs)
-        frame = Frame(self._script, self._applied.verify)
+        verify, name = self._applied.verify, self._script.block
+        frame = Frame(self._script, verify in (True, name), self._applied.verify_s)
         frame.buffers = _copies({name: self._module.get_buffer(name) for name in self._buffers})
         frame.tables = _tables(self._module)
         watch = self._selective or frame.verify or self._script.draws

@@ -51,7 +51,7 @@ def overheads_of(device: torch.device) -> Overheads:
     script = Script(BlockPlan("", kind, Choice(0, 0, 0, 0.0, acts)))
 
     def watched() -> tuple[Any, Any]:
-        frame = Frame(script, False)
+        frame = Frame(script, False, {})
         return Watch(frame), Repeat(frame)
 
     def step(contexts: Callable[[], Any] | None, parts: int = PARTS) -> None:

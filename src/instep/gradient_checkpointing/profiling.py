@@ -16,6 +16,7 @@ from instep.errors import CheckpointingError
 from instep.gradient_checkpointing.applying import planned
 from instep.gradient_checkpointing.blocks import find_blocks, named_blocks
 from instep.gradient_checkpointing.overheads import overheads_of
+from instep.gradient_checkpointing.replaying import LEAVE_OUT
 from instep.gradient_checkpointing.structure import (
     BlockKind,
     Moment,
@@ -113,12 +114,12 @@ def _trace(model: nn.Module, objective: Objective, batch: Any, names: list[str])
             raise CheckpointingError(
                 f"{visits[-1].spoils} changes in place an input of block '{names[index]}', or a tensor that is none of "
                 f"its buffers, so its forward cannot be run twice; let it work on a copy, make the tensor a buffer of "
-                f"the block, or leave the block out with blocks=."
+                f"the block, or {LEAVE_OUT}."
             )
         if visits[-1].early:
             raise CheckpointingError(
                 f"block '{names[index]}' takes a gradient in its own forward, which so needs what is to be made again "
-                f"before the block has ended; leave the block out with blocks=."
+                f"before the block has ended; {LEAVE_OUT}."
             )
     return tracer
 

@@ -9,6 +9,7 @@ memory. Random operations that are done again get the random state that they had
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from instep.gradient_checkpointing.verifying import checksum
 UNSET = frozenset({"aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_strided", "aten.new_empty_strided"})
 """Operations whose output has no value yet."""
 
+LEAVE_OUT = "leave the block out of the plan with blocks= (in a run, train without team.memory)"
 
 WORKSPACE = {
     "aten.mkldnn_rnn_layer": 3, "aten._cudnn_rnn": 3, "aten.miopen_rnn": 3, "aten.cudnn_batch_norm": 3,
@@ -77,6 +79,8 @@ class Frame:
 
     script: Script
     verify: bool
+    verify_s: dict[str, float]
+    """Seconds of comparing, by block."""
     watched: bool = False
     planned: bool = True
     """Whether the operations were those of the plan so far. If they were not, everything is done again."""
@@ -89,6 +93,14 @@ class Frame:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     """The tables of parameters and buffers of the block's modules, each with what it held in the first pass."""
+
+    def sum(self, func: Any, out: Any) -> Any:
+        """The checksum of what an operation gave, scratch memory left out."""
+        began = time.perf_counter()
+        values = WORKSPACE.get(str(func.overloadpacket))
+        found = checksum(out if values is None else out[:values])
+        self.verify_s[self.script.block] += time.perf_counter() - began
+        return found
 
     def whole(self) -> bool:
         """Whether everything has to be done again: nothing that was kept can stand in."""
@@ -127,7 +139,7 @@ class Watch(TorchDispatchMode):
         elif act is Act.SKIP and not script.changes[place]:
             frame.shapes[place] = pytree.tree_map_only(Tensor, _shape, out)
         elif frame.verify and act is Act.REPEAT and self._has_value(place, func):
-            frame.sums[place] = _sum(func, out)
+            frame.sums[place] = frame.sum(func, out)
         return out
 
     def _draws_again(self, place: int, func: Any, act: Act) -> bool:
@@ -202,20 +214,13 @@ class Repeat(TorchDispatchMode):
             out = func(*args, **kwargs)
             generator.set_state(now)
         expected = frame.sums.get(place)
-        if expected is not None and _sum(func, out) != expected:
+        if expected is not None and frame.sum(func, out) != expected:
             raise RecomputeError(
                 f"operation {place} of block '{script.block}', {_short(func)} in '{script.where(place)}', gave another "
                 f"value in recompute than in the first pass: its forward depends on something that changed "
-                f"meanwhile, such as a counter, a global or random numbers of its own; mend that, or leave the "
-                f"block out of the plan with blocks=."
+                f"meanwhile, such as a counter, a global or random numbers of its own; mend that, or {LEAVE_OUT}."
             )
         return out
-
-
-def _sum(func: Any, out: Any) -> Any:
-    """The checksum of what an operation gave, scratch memory left out."""
-    values = WORKSPACE.get(str(func.overloadpacket))
-    return checksum(out if values is None else out[:values])
 
 
 def is_weight_cast(func: Any, args: Any) -> bool:
@@ -257,8 +262,7 @@ def _check_read(script: Script, place: int, args: Any) -> None:
         elif value.numel() and not value.untyped_storage().nbytes():
             raise RecomputeError(
                 f"operation {place} of block '{script.block}', in '{script.where(place)}', reads another tensor than "
-                f"when the model was profiled, though its operations are the same; profile it again, or leave the "
-                f"block out of the plan with blocks=."
+                f"when the model was profiled, though its operations are the same; profile it again, or {LEAVE_OUT}."
             )
 
 
@@ -308,7 +312,7 @@ def _other_operation(script: Script, place: int, func: Any, first: Any) -> Recom
     return RecomputeError(
         f"operation {place} of block '{script.block}', in '{script.where(place)}', is {_short(func)} in recompute, "
         f"{then}: its forward cannot be run twice alike; mend what differs between the two, such as a counter or a "
-        f"cache (in transformers, use_cache=False), or leave the block out of the plan with blocks=."
+        f"cache (in transformers, use_cache=False), or {LEAVE_OUT}."
     )
 
 
