@@ -16,7 +16,7 @@ from instep.engines import session
 from instep.engines.request import Request
 from instep.engines.supervisor import Supervisor, import_before_forks
 from instep.recipe import Recipe, Team, dumps, engine_of
-from instep.record.folder import RunFolder
+from instep.record.folder import About, RunFolder
 
 
 class Client:
@@ -69,7 +69,7 @@ def train_here(
 ) -> Outcome:
     """As `instep.train`, in this process. `digests` are those of the checkpoints, by version."""
     if not resume:
-        RunFolder.create(path)
+        RunFolder.create(path, dumps(recipe, team), About())
     request = Request(
         recipe=cloudpickle.dumps(recipe),
         recipe_table=recipe.to_table(),

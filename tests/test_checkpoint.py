@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import errno
+import hashlib
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
@@ -96,9 +98,16 @@ def test_a_training_goes_on_exactly(tmp_path: Path) -> None:
     assert digest_of_state(again.state_dict()) == digest_of_state(model.state_dict())
 
 
+def test_a_folder_that_is_gone_is_not_born_again(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match="cannot be saved: No such file or directory"):
+        save(tmp_path / "gone" / "checkpoints", 1)
+    assert not (tmp_path / "gone").exists()
+
+
 def test_what_is_saved_is_what_is_read(tmp_path: Path) -> None:
     state = {"w": torch.randn(3, 2).T, "b": torch.tensor(True)}
     meta = {2: "two", 10: [1.5, None], "nan": math.nan, "é": {"deep": (1, 2)}}
+    (tmp_path / "a").mkdir()
     saved = save(tmp_path / "a" / "checkpoints", 123, model_state=state, meta=meta, fingerprint="print")
     assert saved.path == tmp_path / "a" / "checkpoints" / "step-00000123"
     assert names(saved.path) == sorted(FILES)
@@ -446,3 +455,25 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
         assert path is not None
         loaded = load(path)
         assert loaded.model_state["n"].item() == loaded.version == loaded.training_state["step"]
+
+
+class Foreign:
+    """What runs code as it is read."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_pickle_in_the_training_state_is_told_as_what_it_is(plain: bool, tmp_path: Path) -> None:
+    saved = save(tmp_path, 1)
+    with (saved.path / TRAINING).open("wb") as file:
+        pickle.dump({"optimizer": Foreign()}, file) if plain else torch.save({"optimizer": Foreign()}, file)
+    table = json.loads((saved.path / MANIFEST).read_bytes())
+    data = (saved.path / TRAINING).read_bytes()
+    table["files"][TRAINING] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    del table["sha256"]
+    (saved.path / MANIFEST).write_bytes(checkpoint._manifest_bytes(table))
+    verify(saved.path)
+    with pytest.raises(CheckpointError, match=r"training\.pt holds objects that could run code \(.*system\)"):
+        load(saved.path)

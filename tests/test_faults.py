@@ -21,6 +21,7 @@ from torch.utils.data import TensorDataset
 import workloads
 from full_disk import full_disk
 from harness import Client, train_here
+from instep.engines.replica import Replica
 from instep.engines.start import ClientGone
 from instep.errors import (
     CheckpointError,
@@ -273,6 +274,23 @@ def test_a_model_that_grows_is_warned_of(tmp_path: Path) -> None:
     assert one_sentence(why)
 
 
+@pytest.mark.parametrize("part", [False, True])
+def test_a_model_that_was_compiled_by_wrapping_is_warned_of_by_its_names(part: bool) -> None:
+    def model() -> nn.Module:
+        whole = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+        if not part:
+            return torch.compile(whole)  # type: ignore[return-value]
+        whole[0] = torch.compile(whole[0])  # type: ignore[assignment]
+        return whole
+
+    (why,) = Replica(regression(model=model), "cpu").doubts()
+    name = "0._orig_mod.bias" if part else "_orig_mod.0.bias"
+    assert f"one is named '{name}' instead of '0.bias'; set recipe.compile, or compile in place with module.comp" in why
+    in_place = nn.Linear(3, 1)
+    in_place.compile()
+    assert Replica(regression(model=in_place), "cpu").doubts() == []
+
+
 @pytest.mark.parametrize(
     ("optimizer", "warnings"),
     [
@@ -462,7 +480,7 @@ def test_memory_that_the_system_refuses(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limits[1]))
     try:
-        with pytest.raises(ResourceError, match="shared memory, and the system answered"):
+        with pytest.raises(ResourceError, match="limit on the size of files, ulimit -f, is smaller; raise it"):
             train_here(workloads.gpt(steps=2), Team(workers=2), tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

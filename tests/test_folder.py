@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 from full_disk import full_disk
+from instep.engines.launch import train
 from instep.errors import CheckpointError, RecordError, ResourceError
 from instep.record import checkpoint
 from instep.record.checkpoint import MANIFEST, MODEL, TRAINING
-from instep.record.folder import RunFolder, digest
+from instep.record.folder import About, RunFolder, digest, remove
+from instep.record.held import identity_of
 
 
 def save(run: RunFolder, version: int) -> checkpoint.Saved:
@@ -41,8 +44,10 @@ def test_a_run_folder_is_made_and_found(tmp_path: Path) -> None:
         "tape.jsonl",
         "result.json",
     )
-    with pytest.raises(RecordError, match=r"is not the folder of a run: it has no recipe\.toml"):
+    with pytest.raises(RecordError, match="a run was ended before its recipe was there, .* start it with --out"):
         RunFolder.open(path)
+    with pytest.raises(RecordError, match=r"is not the folder of a run: it has no recipe\.toml"):
+        RunFolder.open(tmp_path)
     run.recipe_path.write_text("")
     assert RunFolder.open(str(path)) == run
     with pytest.raises(RecordError, match="there is no folder"):
@@ -55,36 +60,48 @@ def test_an_empty_folder_is_taken_and_a_full_one_is_not(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
-    for path in (tmp_path / "empty", tmp_path / "file", tmp_path / "file" / "deep", tmp_path / "full"):
-        with pytest.raises(RecordError, match="exists and is not an empty folder; choose another one with --out, or"):
+    for path in (tmp_path / "file", tmp_path / "file" / "deep", tmp_path / "full"):
+        with pytest.raises(RecordError, match=r"exists and is not an empty folder; choose another one with --out\.$"):
             RunFolder.create(path)
     assert (tmp_path / "file").read_text() == (tmp_path / "full" / "mine").read_text() == "mine"
     assert os.listdir(tmp_path / "full") == ["mine"]
 
 
-def test_of_two_runs_at_once_only_one_gets_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = RunFolder.create(tmp_path / "gpt")
-    monkeypatch.setattr(Path, "iterdir", lambda path: iter([]))  # the second looked before the first wrote
-    with pytest.raises(RecordError, match="exists and is not an empty folder"):
-        RunFolder.create(first.path)
+def test_of_two_runs_at_once_only_one_gets_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "gpt").mkdir()
+    with RunFolder(tmp_path / "gpt").locked(), pytest.raises(RecordError, match="by another process"):
+        RunFolder.create(tmp_path / "gpt")  # while the first makes what it holds
+    RunFolder.create(tmp_path / "gpt", "name = 'gpt'")
+    with pytest.raises(RecordError, match=r"is not an empty folder; .* or go on with the run in it with --resume"):
+        RunFolder.create(tmp_path / "gpt", "name = 'gpt'")
+    RunFolder.create(tmp_path / "virtual", "name = 'gpt'", About("simulation"))
+    with pytest.raises(RecordError, match=r"is not an empty folder; choose another one with --out\.$"):
+        RunFolder.create(tmp_path / "virtual")
 
 
 def test_default_paths_count_up(tmp_path: Path) -> None:
-    made = []
-    for _ in range(3):
-        path = RunFolder.default_path("gpt", tmp_path / "runs")
-        made.append(path.name)
-        RunFolder.create(path)
+    made = [RunFolder.claim("gpt", tmp_path / "runs").name for _ in range(3)]
     assert made == ["gpt", "gpt-2", "gpt-3"]
-    assert RunFolder.default_path("none-such").parts == ("runs", "none-such")
+    RunFolder.create(tmp_path / "runs" / "gpt-2")  # an empty folder is taken
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="file is a file, so no run folder fits in it"):
+        RunFolder.claim("gpt", tmp_path / "file")
 
 
-def test_what_cannot_be_looked_at_is_named() -> None:
+def test_runs_that_start_at_once_without_a_folder_each_get_the_next_name(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        paths = list(pool.map(lambda _: RunFolder.create(RunFolder.claim("gpt", tmp_path)).path.name, range(48)))
+    assert sorted(paths) == sorted(["gpt", *(f"gpt-{number}" for number in range(2, 49))])
+
+
+def test_what_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     path = "n" * 300
     for look in (RunFolder.open, digest):
         with pytest.raises(RecordError, match=f"^{path} cannot be read: File name too long; check the path"):
             look(path)
-    assert RunFolder.default_path(path).name == path
+    with pytest.raises(ResourceError, match="cannot be made: File name too long; .*; or give --out"):
+        RunFolder.claim(path)
 
 
 def test_results_come_back(run: RunFolder) -> None:
@@ -120,6 +137,58 @@ def test_folders_that_cannot_be_made_are_sentences(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(ResourceError, match=r"the run folder .* cannot be made: Permission denied; make the folder w"):
         RunFolder.create(tmp_path / "gpt")
+
+
+def test_a_folder_that_is_held_tells_where_it_is_now(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    with run.locked() as held:
+        held.check()
+        run.path.rename(tmp_path / "moved")
+        with pytest.raises(RecordError, match=f"{run.path} was moved to {tmp_path / 'moved'} while .* with --resume"):
+            held.check()
+        RunFolder.create(run.path)  # another one in its place
+        with pytest.raises(RecordError, match=f"was moved to {tmp_path / 'moved'}"):
+            held.check()
+        shutil.rmtree(tmp_path / "moved")
+        with pytest.raises(RecordError, match=f"{run.path} was deleted while .* nothing of it is left; start it again"):
+            held.check()
+
+
+def test_only_the_folder_that_was_made_is_removed(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    identity = identity_of(run.path)
+    run.path.rename(tmp_path / "moved")
+    remove(run.path, identity)
+    RunFolder.create(run.path)
+    remove(run.path, identity)
+    assert run.path.exists()
+    shutil.rmtree(run.path)
+    (tmp_path / "moved").rename(run.path)
+    remove(run.path, identity)
+    assert not run.path.exists()
+
+
+def test_what_run_json_says_comes_back_or_is_a_sentence(run: RunFolder) -> None:
+    assert run.about() is None  # as of an earlier version
+    about = About(import_paths=("/a",))
+    for damaged in ("", "[]", "{}", '{"kind": "x", "import_paths": [], "id": "a"}', '{"kind": "training", "id": 3}'):
+        run.about_path.write_text(damaged)
+        with pytest.raises(RecordError, match=r"run\.json is not what Instep wrote there; restore it, or take it away"):
+            run.about()
+    again = RunFolder.create(run.path.with_name("again"), "x", about)
+    assert again.about() == about
+    assert about.id != About().id
+
+
+def test_a_path_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    with pytest.raises(RecordError, match=r"has a path that is not UTF-8, which .* choose another one with --out"):
+        RunFolder.create(path)
+    assert not path.exists()
+    path.mkdir()
+    (path / "recipe.toml").write_text("")
+    with pytest.raises(RecordError, match=r"has a path that is not UTF-8, .* or move the folder of the run"):
+        train(resume=path)
 
 
 # The digest of what lies somewhere

@@ -389,7 +389,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(training: dict[str, tuple[St
 
 def test_a_killed_client_takes_the_run_with_it(training: dict[str, tuple[Started, Path]]) -> None:
     started, run = training["client"]
-    started.says("step ")
+    wait_until(lambda: b'"merged"' in (run / "tape.jsonl").read_bytes(), 60, "an update", started)
     assert started.workers() == 2
     started.process.kill()
     assert started.ends() == -signal.SIGKILL
@@ -397,14 +397,28 @@ def test_a_killed_client_takes_the_run_with_it(training: dict[str, tuple[Started
 
 
 def test_a_killed_supervisor_takes_its_workers_with_it(training: dict[str, tuple[Started, Path]]) -> None:
-    started, _ = training["supervisor"]
-    started.says("step ")
+    started, run = training["supervisor"]
+    wait_until(lambda: b'"merged"' in (run / "tape.jsonl").read_bytes(), 60, "an update", started)
     supervisor = started.supervisor()
     began = time.monotonic()
     os.kill(supervisor, signal.SIGKILL)
     assert started.ends() == 1
     assert time.monotonic() - began < 10
-    assert f"the supervisor of the run (pid {supervisor}) was killed" in one_sentence(started)
+    assert f"the supervisor of the run (pid {supervisor}) was killed by SIGKILL" in one_sentence(started)
+    assert f"and its workers with it; go on with --resume {run}." in one_sentence(started)
+
+
+def test_a_supervisor_killed_before_any_training_leaves_nothing_to_resume(start: Start, tmp_path: Path) -> None:
+    project = write_project(tmp_path)
+    slow = "\nclass Slow(Net):\n    def __init__(self):\n        time.sleep(60)\n"
+    (project / "mymodel.py").write_text((project / "mymodel.py").read_text() + slow)
+    run = tmp_path / "run"
+    started = start(*INSTEP, "train", project / "my.toml", "--recipe.model", "mymodel:Slow", "--out", run)
+    wait_until(lambda: started.workers() == 2, 60, "workers that build", started)
+    os.kill(started.supervisor(), signal.SIGKILL)
+    assert started.ends() == 1
+    assert "nothing was trained, and no folder is left of it: start the run again." in one_sentence(started)
+    assert not run.exists()
 
 
 def test_a_killed_and_a_stopped_worker_are_named_and_change_nothing(

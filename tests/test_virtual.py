@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from instep.clock.network import Network
 from instep.clock.recorded import RecordedTimes
 from instep.clock.times import Failures, WorkerTimes
 from instep.components import Component
+from instep.engines.alone import replay as replay_alone
 from instep.engines.alone import simulate as simulate_alone
 from instep.engines.launch import train
 from instep.engines.playback import replay
 from instep.engines.request import Cluster
 from instep.engines.virtual import simulate
 from instep.errors import CheckpointError, RecipeError, RecordError, WorkerError
-from instep.recipe import Recipe
+from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint, tape
-from instep.record.folder import RunFolder, digest
+from instep.record.folder import About, RunFolder, digest
 from instep.rules import PRESETS, UpdateRule
 from reference import reference_digests
 from workloads import ALL, convnet, gpt
@@ -138,6 +140,18 @@ def test_a_simulation_that_is_killed_says_so(tmp_path: Path) -> None:
     recipe = convnet(model=Component("greedy:Net"))
     with pytest.raises(WorkerError, match="was killed by SIGKILL, as the kernel does when memory runs out"):
         simulate_alone(recipe, Cluster(workers=1, times=TIMES), import_paths=[str(tmp_path)])
+
+
+def test_a_replay_that_is_killed_is_not_told_as_a_simulation(tmp_path: Path) -> None:
+    (tmp_path / "greedy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    recipe = convnet(model=Component("greedy:Net"))
+    about = About(import_paths=(str(tmp_path),))
+    folder = RunFolder.create(tmp_path / "run", dumps(recipe, Team()), about)
+    started = {"t_s": 0, "clock": "wall", "kind": "run_started", "schema": 2, "fingerprint": recipe.fingerprint()}
+    started |= {"engine": "lockstep", "cut": 1, "steps": 6, "team": {}, "version": 0}
+    folder.tape_path.write_text(json.dumps(started) + "\n")
+    with pytest.raises(WorkerError, match="was killed by SIGKILL, as the kernel .*; a replay takes the memory of one"):
+        replay_alone(folder.path, recipe)
 
 
 def test_failures_with_contributions_between_them_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

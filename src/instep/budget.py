@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from instep.errors import RecipeError
 
 _SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?i?B|%)\s*")
+_MOST_BYTES = 1 << 60
+
 _POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -41,7 +43,10 @@ def parse_budget(text: str, name: str) -> Budget:
         if not 0 < number <= 100:
             raise RecipeError(f"{name} is {text!r}; a share is above 0 % and at most 100 %.")
         return Budget(share=number / 100)
-    nbytes = int(number * (1024 if "i" in unit else 1000) ** _POWERS[unit.removesuffix("B").removesuffix("i")])
+    size = number * (1024 if "i" in unit else 1000) ** _POWERS[unit.removesuffix("B").removesuffix("i")]
+    if size > _MOST_BYTES:
+        raise RecipeError(f"{name} is {text!r}, more than any machine has; leave it out to recompute nothing.")
+    nbytes = int(size)
     if nbytes < 1:
         raise RecipeError(
             f"{name} is {text!r}; it must be above 0: activations take some memory whatever is recomputed."

@@ -29,7 +29,7 @@ def run_model(run: str | os.PathLike[str] = "", digest: str | None = None) -> nn
         folder = RunFolder.open(Path(run))
     except RecordError as error:
         raise ComponentError(f"no model can be taken from an earlier run: {error.message}") from None
-    path, problems = checkpoint.newest_sound(folder.checkpoints)
+    path, problems = folder.newest_checkpoint()
     if path is None:
         raise ComponentError(
             f"the run {folder.path} has no sound checkpoint to take a model from; train it first, or give another one.",

@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 else:
     ComponentLike = Component  # a field takes whatever `Component.of` does, and is a Component afterwards
 
+_MOST = {"batch": 1 << 40, "microbatches": 1 << 20, "steps": 1 << 53, "threads": 1024, "sample_length": 1 << 20}
+"""Beyond these no machine gets, or floating-point numbers cannot count."""
+
+MOST_WORKERS = 1 << 20
+"""Of a team, virtual ones too."""
+
+LEAST_TIMEOUT_S = 0.5
+"""Seconds: two beats of a worker. With less, workers that are well would count as stopped."""
+
 _NO_RESULT = {"result": False}
 """Marks a field of a recipe that changes what is shown, never the weights."""
 
@@ -142,6 +151,8 @@ class Recipe:
             _at_least(f"recipe.{key}", getattr(self, key), 1)
         for key in ("evaluate_every", "sample_length"):
             _at_least(f"recipe.{key}", getattr(self, key), 0)
+        for key, most in _MOST.items():
+            _at_most(f"recipe.{key}", getattr(self, key), most)
         if self.evaluate_samples is not None:
             _at_least("recipe.evaluate_samples", self.evaluate_samples, 1)
         if self.batch % self.microbatches:
@@ -207,14 +218,18 @@ class Team:
     def __post_init__(self) -> None:
         check_types(self, "team")
         _at_least("team.workers", self.workers, 1)
+        _at_most("team.workers", self.workers, MOST_WORKERS)
         if self.memory:
             parse_budget(self.memory, "'team.memory'")
         _at_least("team.checkpoint_every", self.checkpoint_every, 1)
         for key in ("restarts", "keep"):
             _at_least(f"team.{key}", getattr(self, key), 0)
         for key in ("answer_timeout_s", "stall_timeout_s"):
-            if not getattr(self, key) > 0:
-                raise RecipeError(f"'team.{key}' is {getattr(self, key)}; it is a number of seconds above 0.")
+            if not getattr(self, key) >= LEAST_TIMEOUT_S:
+                raise RecipeError(
+                    f"'team.{key}' is {getattr(self, key):g} s; it must be at least {LEAST_TIMEOUT_S:g}: "
+                    f"workers give four signs of life a second."
+                )
         if self.device == "cuda" and self.workers != 1:
             raise RecipeError(f"team.device 'cuda' takes 1 worker, not {self.workers}; set team.workers to 1.")
 
@@ -341,6 +356,11 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _at_most(where: str, value: int, most: int) -> None:
+    if value > most:
+        raise RecipeError(f"'{where}' is {value}; it must be at most {most}.")
 
 
 def _at_least(where: str, value: int, least: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import math
 import os
 import types
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,9 @@ from instep.components import Component
 from instep.errors import ComponentError, RecipeError
 
 T = TypeVar("T")
+
+_BEYOND = 1 << 64
+"""No whole number of a recipe or team is as large: neither files nor arrays would hold it."""
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -143,7 +147,11 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
             raise RecipeError(f"'{where}' is {value!r}; it must be a table.")
         return from_table(hint, value, where)
     if hint is float and type(value) is int:
+        if abs(value) >= _BEYOND:
+            raise RecipeError(f"'{where}' is a number of {_digits(value)} digits; write a large number as 1e30.")
         return float(value)
+    if type(value) is int and hint is int and abs(value) >= _BEYOND:
+        raise RecipeError(f"'{where}' is a number of {_digits(value)} digits; a whole number here has at most 64 bits.")
     if type(value) is not hint:
         raise RecipeError(f"'{where}' is {value!r}, of type {type(value).__name__}; it must be {_type_name(hint)}.")
     return value
@@ -167,6 +175,11 @@ def suggest(key: str, known: Iterable[str], what: str = "known keys are") -> str
     known = list(known)
     close = difflib.get_close_matches(key, known, 1)
     return f"; did you mean {close[0]!r}?" if close else f"; {what} {', '.join(known) or '(none)'}."
+
+
+def _digits(value: int) -> int:
+    """About how many digits it has; Python refuses to write very many down."""
+    return int(value.bit_length() * math.log10(2)) + 1
 
 
 def _type_name(hint: Any) -> str:

@@ -8,7 +8,7 @@ from instep.clock.slow import parse_slow
 from instep.clock.times import Failures, WorkerTimes
 from instep.clock.units import duration_s
 from instep.engines.request import Cluster
-from instep.recipe import Recipe
+from instep.recipe import MOST_WORKERS, Recipe
 from instep.rules.work import Pieces
 
 
@@ -27,8 +27,8 @@ def cluster_of(
     seed: int,
 ) -> Cluster:
     """The cluster that the flags of ``instep simulate`` name. Raises RecipeError or UsageError."""
-    if workers < 1:
-        raise UsageError(f"--workers is {workers}; it must be at least 1.")
+    if not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"--workers is {workers}; it must be from 1 to {MOST_WORKERS}.")
     if restart and not failures:
         raise UsageError("--restart says how long a failed worker is away; it goes with --failures.")
     found = None

@@ -21,6 +21,7 @@ from instep.errors import RecipeError, RecordError
 from instep.recipe import (
     Recipe,
     Team,
+    check_team,
     names_of_recipes,
     parse,
     path_of,
@@ -334,7 +335,7 @@ def _train(
         recipe, team = _saved(resume, given, settings)
     elif given is not None:
         recipe, team = _parsed(given, settings)
-        out = out or RunFolder.default_path(recipe.name)
+        check_team(recipe, team)  # before a folder is made
     else:
         raise UsageError(
             "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
@@ -343,13 +344,23 @@ def _train(
     from instep.engines.launch import Monitor, train
 
     paths = _import_paths(given)
-    folder = out or resume
-    assert folder is not None, "a new run has one by now"
-    with _terminable(), Console(path=folder) as console, contextlib.ExitStack() as trackers:
+    with _terminable(), contextlib.ExitStack() as stack:
+        if resume is None and out is None:
+            out = RunFolder.claim(recipe.name)
+            stack.callback(_give_back, out)
+        folder = out or resume
+        assert folder is not None, "a new run has one by now"
+        console = stack.enter_context(Console(path=folder))
         monitors: list[Monitor] = [console]
         if tensorboard or (tensorboard is None and (folder / "tensorboard").is_dir()):
-            monitors.append(trackers.enter_context(TensorBoard(folder / "tensorboard")))
+            monitors.append(stack.enter_context(TensorBoard(folder / "tensorboard")))
         train(recipe, team=team, out=out, resume=resume, monitors=monitors, import_paths=paths)
+
+
+def _give_back(claimed: Path) -> None:
+    """Removes the folder of a run that did not come about."""
+    with contextlib.suppress(OSError):  # something lies in it, or it is gone
+        claimed.rmdir()
 
 
 def _parsed(given: str, settings: Settings) -> tuple[Recipe, Team]:

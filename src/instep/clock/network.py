@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from instep.clock.units import duration_s, rate_bytes_per_s
+from instep.clock.units import duration_s, number, rate_bytes_per_s
 from instep.errors import RecipeError
 
 
@@ -21,13 +21,14 @@ class Network:
     latency_s: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.bandwidth_bytes_per_s > 0:
+        bandwidth_bytes_per_s, latency_s = number(self.bandwidth_bytes_per_s), number(self.latency_s)
+        if not bandwidth_bytes_per_s > 0:
             raise RecipeError(
-                f"the bandwidth is {self.bandwidth_bytes_per_s:g} bytes/s, over which nothing would ever arrive; give "
+                f"the bandwidth is {bandwidth_bytes_per_s:g} bytes/s, over which nothing would ever arrive; give "
                 f"one above 0, or leave it out for no limit."
             )
-        if not 0 <= self.latency_s < math.inf:
-            raise RecipeError(f"the latency is {self.latency_s:g} s; it must be a finite time from 0.")
+        if not 0 <= latency_s < math.inf:
+            raise RecipeError(f"the latency is {latency_s:g} s; it must be a finite time from 0.")
 
     @classmethod
     def from_text(cls, bandwidth: str | None = None, latency: str | None = None) -> Network:

@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 
 from instep.errors import RecipeError
 
-_SPEC = re.compile(r"(?P<number>\d+)|(?P<percent>\d+\.?\d*|\.\d+)\s*%")
+_SPEC = re.compile(r"(?P<number>\d{1,18})|(?P<percent>\d+\.?\d*|\.\d+)\s*%")
+
+
+_MOST = 1_000_000
+"""Times as long: a second's work then takes more than a week."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,10 @@ def _parse_one(part: str) -> Slow:
         factor = float(times.removesuffix("x"))
     except ValueError:
         factor = math.nan
-    if not 1 <= factor < math.inf:
+    if not 1 <= factor <= _MOST:
         raise RecipeError(
-            f"{times!r} in {part!r} is no factor by which a worker is slow; write a number from 1, as in '{who}:4x'."
+            f"{times!r} in {part!r} is no factor by which a worker is slow; write a number from 1 to {_MOST}, as in "
+            f"'{who}:4x'."
         )
     if match["number"] is not None:
         return Slow(factor, int(match["number"]), 0.0, part)

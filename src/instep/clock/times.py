@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from instep.clock.slow import Slow, slow_factors
-from instep.clock.units import duration_s
+from instep.clock.units import duration_s, number
 from instep.errors import RecipeError
 
 _CHUNK = 128
@@ -33,14 +33,11 @@ class Failures:
     restart_s: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.mean_time_between_s < math.inf:
-            raise RecipeError(
-                f"the mean time between failures is {self.mean_time_between_s:g} s; it must be above 0 and finite."
-            )
-        if not 0 <= self.restart_s < math.inf:
-            raise RecipeError(
-                f"the restart after a failure takes {self.restart_s:g} s; it must be a finite time from 0."
-            )
+        mean_s, restart_s = number(self.mean_time_between_s), number(self.restart_s)
+        if not 0 < mean_s < math.inf:
+            raise RecipeError(f"the mean time between failures is {mean_s:g} s; it must be above 0 and finite.")
+        if not 0 <= restart_s < math.inf:
+            raise RecipeError(f"the restart after a failure takes {restart_s:g} s; it must be a finite time from 0.")
 
 
 class _Rest(TypedDict, total=False):
@@ -87,21 +84,24 @@ class WorkerTimes:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.persistence <= 1:
+        if not 0 <= number(self.persistence) <= 1:
             raise RecipeError(
-                f"the persistence is {self.persistence:g}; it must be from 0 (times are drawn anew for every "
+                f"the persistence is {number(self.persistence):g}; it must be from 0 (times are drawn anew for every "
                 f"contribution) to 1 (a worker keeps its own)."
             )
+        mean_s, deviation_s = number(self.mean_s), number(self.deviation_s)
         if self.distribution == "bootstrap":
             if not self.samples_s:
                 raise RecipeError("there are no times to draw from; give at least one.")
-            for time_s in self.samples_s:
+            for time_s in map(number, self.samples_s):
                 if not 0 < time_s < math.inf:
                     raise RecipeError(f"{time_s:g} s is among the times to draw from; they must be above 0 and finite.")
-        elif not 0 < self.mean_s < math.inf:
-            raise RecipeError(f"the mean time of a microbatch is {self.mean_s:g} s; it must be above 0 and finite.")
-        if not 0 <= self.deviation_s < math.inf:
-            raise RecipeError(f"the standard deviation of times is {self.deviation_s:g} s; it must be finite, from 0.")
+        elif not 0 < mean_s < math.inf:
+            raise RecipeError(f"the mean time of a microbatch is {mean_s:g} s; it must be above 0 and finite.")
+        if not 0 <= deviation_s < math.inf:
+            raise RecipeError(f"the standard deviation of times is {deviation_s:g} s; it must be finite, from 0.")
+        if type(self.seed) is not int:
+            raise RecipeError(f"the seed of the worker times is {self.seed!r}; it must be a whole number.")
 
     @classmethod
     def constant(cls, time_s: float, **rest: Unpack[_Rest]) -> WorkerTimes:

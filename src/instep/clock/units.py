@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
+
+import numpy as np
 
 from instep.errors import RecipeError
 
@@ -23,6 +26,16 @@ _SECONDS = {
     "d": 86400.0,
 }
 _POWERS: dict[str, int] = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def number(value: Any) -> float:
+    """`value` as a float: infinite where it is too large for one, and not a number where it is no number at all."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def duration_s(text: str, name: str) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -25,8 +24,11 @@ from instep.engines.request import Cluster, Replayed
 from instep.errors import WorkerError, by_name, killed_by
 from instep.recipe import Recipe
 from instep.record import tape
-from instep.record.folder import RunFolder
+from instep.record.folder import About, RunFolder, remove
+from instep.record.held import identity_of
 from instep.rules import UpdateRule
+
+_SIMULATE = "instep.engines.virtual:simulate"
 
 
 def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replayed:
@@ -83,14 +85,18 @@ def simulate(
     Raises InstepError.
     """
     watching = monitors_of(monitors)
-    folder = None if out is None else RunFolder.create(Path(out)).path.resolve()
+    folder = None
+    if out is not None:
+        about = About("simulation", tuple(folders_of(import_paths)))
+        folder = RunFolder.create(Path(out), about=about).path.resolve()
+        identity = identity_of(folder)
     try:
         found: dict[str, Any] = _in_child(
-            "instep.engines.virtual:simulate", recipe, (cluster, gradients, folder), folders_of(import_paths), watching
+            _SIMULATE, recipe, (cluster, gradients, folder), folders_of(import_paths), watching
         )
     except BaseException:
         if folder is not None:  # half a simulation is of no use, and would be in the way of the next
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder, identity)
         raise
     return found
 
@@ -115,7 +121,7 @@ def _in_child(
             status = process.wait()
             log.seek(0)
             raise WorkerError(
-                f"the process that computes (pid {process.pid}) {_how_it_ended(status)}.",
+                f"the process that computes (pid {process.pid}) {_how_it_ended(status, address)}.",
                 detail=log.read().decode(errors="replace")[-4000:],
             ) from None
         except BaseException:
@@ -128,8 +134,12 @@ def _in_child(
     return content[0]
 
 
-def _how_it_ended(status: int) -> str:
+def _how_it_ended(status: int, address: str) -> str:
     if status >= 0:
         return "ended early; its log follows"
-    remedy = "a simulation of fewer workers takes less" if -status == signal.SIGKILL else "its log follows"
+    remedy = "its log follows"
+    if -status == signal.SIGKILL and address == _SIMULATE:
+        remedy = "a simulation of fewer workers takes less"
+    elif -status == signal.SIGKILL:
+        remedy = "a replay takes the memory of one worker, under local steps of all: replay it where there is more"
     return f"was {killed_by(status)}; {remedy}"

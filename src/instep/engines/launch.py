@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +21,7 @@ import cloudpickle
 
 from instep.components import importable
 from instep.engines.request import Request
-from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name, no_process
+from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name, killed_by, no_process
 from instep.recipe import (
     Recipe,
     Team,
@@ -36,7 +35,8 @@ from instep.recipe import (
 )
 from instep.record import tape
 from instep.record.files import disk_error
-from instep.record.folder import RunFolder
+from instep.record.folder import About, RunFolder, check_path, remove
+from instep.record.held import identity_of
 from instep.tables import from_table
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class Run:
                     f"{self.path} has no best checkpoint: nothing was evaluated, or team.keep_best was off."
                 )
             return checkpoint.load(checkpoint.path_of(folder, found.version)).model_state
-        path, _ = checkpoint.newest_sound(folder)
+        path, _ = RunFolder(self.path).newest_checkpoint()
         if path is None:
             raise CheckpointError(f"{self.path} has no sound checkpoint.")
         saved = checkpoint.load(path)
@@ -136,7 +136,8 @@ def train(
         if out is not None:
             raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
         folder = RunFolder.open(Path(resume))
-        if _started(folder).get("engine") == "virtual":
+        check_path(folder.path)
+        if _is_simulation(folder):
             raise CheckpointError(
                 f"{folder.path} is the folder of a simulation, which cannot be resumed; train its recipe instead: "
                 f"instep train {folder.recipe_path}."
@@ -149,12 +150,15 @@ def train(
         team = team or Team()
     check_team(recipe, team)
     pickled = _pickled(recipe)
+    recipe_file = dumps(recipe, team)
     if resume is None:
-        folder = RunFolder.create(Path(out) if out is not None else RunFolder.default_path(recipe.name))
+        path = Path(out) if out is not None else RunFolder.claim(recipe.name)
+        folder = RunFolder.create(path, recipe_file, About(import_paths=tuple(folders)))
+    identity = identity_of(folder.path)
     request = Request(
         recipe=pickled,
         recipe_table=recipe.to_table(),
-        recipe_file=dumps(recipe, team),
+        recipe_file=recipe_file,
         fingerprint=recipe.fingerprint(),
         team=team,
         rule=recipe.rule,
@@ -164,7 +168,7 @@ def train(
         import_paths=tuple(folders),
         began=time.monotonic(),
     )
-    client = _Client(folder)
+    client = _Client(folder, resume is not None)
     try:
         client.start(recipe.threads, [*folders, *sys.path])
         result = client.serve(request, watching)
@@ -172,7 +176,7 @@ def train(
         with _deaf():
             client.close()  # first, or a worker would still write there
             if resume is None and not client.trained:
-                shutil.rmtree(folder.path, ignore_errors=True)  # nothing was trained: the name is free again
+                remove(folder.path, identity)  # nothing was trained: the name is free again
         raise
     client.close()
     if result["interrupted"]:
@@ -206,8 +210,8 @@ def folders_of(import_paths: str | os.PathLike[str] | Iterable[str | os.PathLike
 class _Client:
     """The supervisor's process, as its client sees it."""
 
-    def __init__(self, folder: RunFolder):
-        self.trained = False
+    def __init__(self, folder: RunFolder, resumed: bool):
+        self.trained, self._resumed, self._folder = False, resumed, folder
         self._log = folder.logs / "supervisor.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._socket, self._theirs = socket.socketpair()
@@ -231,7 +235,7 @@ class _Client:
 
     def _opened_log(self) -> IO[bytes]:
         try:
-            self._log.parent.mkdir(parents=True, exist_ok=True)
+            self._log.parent.mkdir(exist_ok=True)
             return self._log.open("ab")
         except OSError as error:
             raise disk_error(f"the log {self._log} cannot be written", error) from error
@@ -293,12 +297,17 @@ class _Client:
                 f"the supervisor of the run could not start (exit status {status}); its log follows.",
                 detail=self._tail(),
             )
-        how = f"was killed by {signal.Signals(-status).name}" if status else "ended early"
+        how = f"was {killed_by(status)}" if status else "ended early"
         raise WorkerError(
-            f"the supervisor of the run (pid {self._process.pid}) {how}, and its workers with it; resume the run from "
-            f"its last checkpoint.",
+            f"the supervisor of the run (pid {self._process.pid}) {how}, and its workers with it; {self._remedy()}.",
             detail=self._tail(),
         )
+
+    def _remedy(self) -> str:
+        """What to do after the supervisor was killed. `train` removes the folder of a run that has trained nothing."""
+        if self.trained or self._resumed:
+            return f"go on with --resume {self._folder.path}"
+        return "nothing was trained, and no folder is left of it: start the run again"
 
     def _wait(self) -> int:
         """The supervisor's exit status; it is killed if it does not end by itself."""
@@ -407,7 +416,14 @@ def saved(folder: RunFolder, recipe: Recipe | None, team: Team | None, call: str
             f"the run {folder.path} was trained with another recipe ({'; '.join(differences)}); resume it with its "
             f"own, or start a new run."
         )
-    return recipe, team or saved_team, [str(path) for path in _started(folder).get("import_paths", [])]
+    about = folder.about()
+    paths = about.import_paths if about is not None else _started(folder).get("import_paths", [])
+    return recipe, team or saved_team, list(paths)
+
+
+def _is_simulation(folder: RunFolder) -> bool:
+    about = folder.about()
+    return (about is not None and about.kind == "simulation") or _started(folder).get("engine") == "virtual"
 
 
 def _started(folder: RunFolder) -> dict[str, Any]:

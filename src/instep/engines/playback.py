@@ -81,6 +81,8 @@ class _Playback:
             self._version = -1
         self._restore(version)
         self._recorded = None
+        if "digest" in event:  # earlier versions did not say
+            self._expect(event["digest"], f"the start at version {version}")
 
     @property
     def _serving(self) -> bool:

@@ -183,6 +183,13 @@ class Replica:
     def doubts(self) -> list[str]:
         """Sentences on a model or optimizer that goes its own way, so that the run is not quite what it seems."""
         found = []
+        compiled = next((name for name in sorted(self._built) if "_orig_mod." in name), None)
+        if compiled is not None:
+            found.append(
+                f"the model, or a part of it, is wrapped by torch.compile, so a plain one cannot load its weights: one "
+                f"is named '{compiled}' instead of '{compiled.replace('_orig_mod.', '')}'; set "
+                f"recipe.compile, or compile in place with module.compile()."
+            )
         others = sorted(self._built ^ self.module.state_dict().keys())
         if others:
             found.append(

@@ -12,8 +12,9 @@ from instep.clock.network import Network
 from instep.clock.recorded import RecordedTimes
 from instep.clock.slow import parse_slow
 from instep.clock.times import WorkerTimes
+from instep.clock.units import number
 from instep.errors import RecipeError
-from instep.recipe import Team
+from instep.recipe import MOST_WORKERS, Team
 from instep.rules import UpdateRule
 
 
@@ -59,19 +60,26 @@ class Cluster:
     batched: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.workers) is not int or self.workers < 1:
-            raise RecipeError(f"'cluster.workers' is {self.workers!r}; it must be a whole number from 1.")
+        if type(self.workers) is not int or not 1 <= self.workers <= MOST_WORKERS:
+            raise RecipeError(
+                f"'cluster.workers' is {_shown(self.workers)}; it must be a whole number from 1 to {MOST_WORKERS}."
+            )
         if not isinstance(self.times, WorkerTimes | RecordedTimes | None):
             raise RecipeError(
                 f"'cluster.times' is {self.times!r}; give instep.clock.times.WorkerTimes, or None to measure them."
             )
-        if self.merge_s is not None and not 0 <= self.merge_s < math.inf:
-            raise RecipeError(f"'cluster.merge_s' is {self.merge_s}; it must be a finite time from 0, or None.")
+        if self.merge_s is not None and not 0 <= number(self.merge_s) < math.inf:
+            raise RecipeError(f"'cluster.merge_s' is {_shown(self.merge_s)}; it must be a finite time from 0, or None.")
         if self.slow and isinstance(self.times, WorkerTimes) and self.times.slow != parse_slow(self.slow):
             raise RecipeError(
                 f"'cluster.slow' is {self.slow!r}, and 'cluster.times' name other workers as slow, or none; where "
                 f"times are given, say it there: WorkerTimes.from_text(..., slow=parse_slow({self.slow!r}))."
             )
+
+
+def _shown(value: Any) -> str:
+    """Its value for a message; of very large whole numbers, which Python does not write down, about how large."""
+    return f"{number(value):g}" if isinstance(value, int) and abs(value) >= 1 << 64 else repr(value)
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,9 @@ def serve(session: Session, descriptor: int) -> None:
     else:
         check(replica.objective, replica.module, probe)
     facts = session.facts(
-        terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers
-    )
+        terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers,
+        weights=digest_of_state(replica.module.state_dict()),
+    )  # fmt: skip
     _, memory = session.ready(facts, _regions(contributor, workers))
     server = _Server(session, replica, merger, ledger, progress, *_memory(descriptor, memory))
     try:

@@ -20,13 +20,14 @@ from instep.engines.pulse import WorkerPulse
 from instep.engines.replica import Replica
 from instep.engines.trial import try_checkpoint
 from instep.engines.watching import note_evaluation
-from instep.errors import CheckpointError
+from instep.errors import CheckpointError, RecordError
 from instep.models import generate
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe, Team
 from instep.record import best, checkpoint
 from instep.record.files import json_text
 from instep.record.folder import RunFolder
+from instep.record.held import Identity, is_there
 from instep.reduce.shared import Region
 from instep.restore import kept_module_state
 
@@ -41,6 +42,7 @@ class Assignment:
     `recipe` is pickled, so that only workers run the user's code. `began` is the run's start on the monotonic clock.
     `lines` are those between the server and each worker, none in lockstep; `incarnation` counts the processes that
     had this worker's place before. `first`: nothing of the run was trained before, and no team of it has started.
+    `run_id` is kept in checkpoints; `identity` is that of the run folder.
     """
 
     recipe: bytes
@@ -49,6 +51,8 @@ class Assignment:
     fingerprint: str
     resume_from: Path | None
     began: float
+    identity: Identity
+    run_id: str | None = None
     lines: tuple[Line, ...] = field(default=())
     incarnation: int = 0
     first: bool = False
@@ -143,6 +147,10 @@ class Session:
         """Writes a checkpoint. Raises ResourceError where the disk refuses."""
         self._warn()
         self._tried_version = progress.version
+        if not is_there(self.assignment.folder, self.assignment.identity):  # the supervisor says what became of it
+            raise RecordError(f"the run folder {self.assignment.folder} is not where it was; resume it from there.")
+        if self.assignment.run_id is not None:
+            meta["run"] = self.assignment.run_id
         saved = checkpoint.save(
             self._checkpoints,
             version=progress.version,

@@ -89,6 +89,7 @@ class Start:
                         self._hear(number, worker)
             if time.monotonic() - looked >= LOOK_S:
                 looked = time.monotonic()
+                self._supervisor.held.check()
                 found = self._watch.look()
                 if found:
                     with self._replacing():
@@ -206,10 +207,12 @@ class Start:
                         "the seed alone."
                     )
         reserve(self._descriptor, memory)
+        about = self._supervisor.about
         self._supervisor.record(
             "run_started",
             schema=SCHEMA,
             folder=str(self._run.folder),
+            run=about.id if about is not None else None,
             recipe=dict(self._run.recipe_table),
             team=to_table(self._run.team),
             fingerprint=self._run.fingerprint,
@@ -219,9 +222,10 @@ class Start:
             cut=facts.get("cut", self._run.team.workers),
             parameters=facts["parameters"],
             version=facts["version"],
+            digest=facts["weights"],
             step=facts.get("step", facts["version"]),
             steps=self._run.recipe_table["steps"],
-            resumed=self._run.resumed or self._supervisor.restarts > 0,
+            resumed=self._supervisor.begun or self._supervisor.restarts > 0,
             libraries=_libraries(),
             import_paths=list(self._run.import_paths),
         )
@@ -297,6 +301,7 @@ class Start:
             "sample": left.get("sample"),
             "artifacts": left.get("artifacts"),
         }
+        self._supervisor.held.check()
         self._supervisor.folder.write_result(result)
         self._supervisor.record(
             "run_ended", version=progress["version"], digest=digest, result=result, interrupted=interrupted

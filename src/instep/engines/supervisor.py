@@ -21,12 +21,15 @@ from instep.engines.lines import Line
 from instep.engines.pulse import PulseBoard
 from instep.engines.request import Request
 from instep.engines.start import ClientGone, Interrupted, Member, Start, WorkerFailure
-from instep.errors import CheckpointError, InstepError, RecipeError, WorkerError, no_process
+from instep.errors import CheckpointError, InstepError, RecipeError, RecordError, WorkerError, no_process
 from instep.record import checkpoint
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
-from instep.record.tape import Tape
+from instep.record.tape import Tape, Told, told
 from instep.reduce.shared import anonymous_file
+
+PATIENCE_S = 1.0
+"""Seconds to wait for the lock of the run folder: the workers of a run that was killed hold it a moment longer."""
 
 
 class Supervisor:
@@ -37,19 +40,33 @@ class Supervisor:
         self.folder = RunFolder(run.folder)
         self.restarts = 0
         self._early: list[dict[str, Any]] = []
-        self._started = run.resumed  # the tape of a resumed run has its beginning
+        self.begun = False  # whether the tape had the run's beginning already, whatever the client takes it for
+        self._started = False
+        self._told = Told()
 
     def supervise(self) -> dict[str, Any]:
         """Trains to the end, with restarts. Returns the result. Raises InstepError."""
-        with self.folder.locked(), Tape(self.folder.tape_path, append=self.run.resumed) as self._tape:
+        with self.folder.locked(PATIENCE_S) as self.held, Tape(self.folder.tape_path, append=True) as self._tape:
             try:
+                self.begun = self._started = self._tape.begun
+                self._told = told(self.folder.tape_path)
+                self.about = self.folder.about()
                 resume_from = self._newest_checkpoint()
                 self._check_steps(resume_from)  # first, or the next resume would find the recipe with these steps
                 write_atomically(self.folder.recipe_path, self.run.recipe_file.encode())
                 return self._with_restarts(resume_from)
             except InstepError as error:
-                self.record("failed", why=error.message)
-                raise
+                why = self._cause(error)
+                self.record("failed", why=why.message)
+                raise why from error.__cause__
+
+    def _cause(self, error: InstepError) -> InstepError:
+        """What is to be told: where the run folder is gone, that is why something else failed."""
+        try:
+            self.held.check()
+        except RecordError as gone:
+            return gone
+        return error
 
     def _check_steps(self, resume_from: Path | None) -> None:
         steps = self.run.recipe_table["steps"]
@@ -81,9 +98,7 @@ class Supervisor:
         self.restarts += 1
 
     def _newest_checkpoint(self) -> Path | None:
-        if not self.folder.checkpoints.exists():
-            return None
-        path, problems = checkpoint.newest_sound(self.folder.checkpoints)
+        path, problems = self.folder.newest_checkpoint(self._told)
         for problem in problems:
             self.record("warned", why=problem)
         if path is None and problems and self.run.resumed:
@@ -95,6 +110,7 @@ class Supervisor:
 
     def _start(self, resume_from: Path | None) -> dict[str, Any]:
         """One start of the team, until it ends. Raises InstepError, WorkerFailure or ClientGone."""
+        self.held.check()
         descriptor = anonymous_file()
         serving = self.run.engine == "server"
         count = self.run.team.workers + serving
@@ -133,6 +149,8 @@ class Supervisor:
             lines=self._lines,
             incarnation=incarnation,
             first=resume_from is None and self.restarts == 0,
+            run_id=self.about.id if self.about is not None else None,
+            identity=self.held.identity,
         )
         try:
             ours, theirs = multiprocessing.Pipe()
@@ -168,6 +186,8 @@ class Supervisor:
     def pass_on(self, events: list[dict[str, Any]]) -> None:
         """Writes events to the tape and sends them to the client. On the tape, ``run_started`` comes first."""
         self._early += events
+        for event in events:
+            self._told.note(event)
         if self._started or any(event["kind"] == "run_started" for event in events):
             self._started = True
             for waiting in sorted(self._early, key=lambda early: early["kind"] != "run_started"):

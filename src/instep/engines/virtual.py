@@ -6,6 +6,7 @@ the replay's machine, which computes as real workers do.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from pathlib import Path
@@ -23,7 +24,9 @@ from instep.errors import RecipeError
 from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint
 from instep.record.digest import digest_of_state
+from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
+from instep.record.held import Held
 from instep.record.tape import SCHEMA, Tape
 from instep.restore import older_kept
 from instep.rules.work import Pieces
@@ -44,20 +47,21 @@ def simulate(recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | N
     Without `gradients` only times, bytes, staleness and idle shares are found. Raises InstepError.
     """
     began = time.monotonic()
-    simulation = _Simulation(recipe, cluster, gradients, folder, tell)
-    try:
-        with older_kept():
-            return simulation.run(began)
-    finally:
-        simulation.close()
+    with contextlib.ExitStack() as stack:
+        held = stack.enter_context(RunFolder(folder).locked()) if folder is not None else None
+        simulation = _Simulation(recipe, cluster, gradients, held, tell)
+        stack.callback(simulation.close)
+        stack.enter_context(older_kept())
+        return simulation.run(began)
 
 
 class _Simulation:
-    def __init__(self, recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | None, tell: Tell):
+    def __init__(self, recipe: Recipe, cluster: Cluster, gradients: bool, held: Held | None, tell: Tell):
         self._recipe, self._cluster, self._gradients, self._tell = recipe, cluster, gradients, tell
         if gradients and recipe.watch.ends_early:
             raise RecipeError(_NO_END)
-        self._folder = RunFolder(folder) if folder is not None else None
+        self._held = held
+        self._folder = RunFolder(held.path) if held is not None else None
         self._tape = Tape(self._folder.tape_path) if self._folder else None
         self._pieces = Pieces(recipe.rule, cluster.workers, recipe.microbatches, recipe.steps)
         self._replayer = Replayer(recipe, cluster.workers, "cpu", batched=gradients and cluster.batched)
@@ -156,7 +160,7 @@ class _Simulation:
         recipe, data = self._recipe, self._replica.data
         team = Team(workers=self._cluster.workers, slow=self._cluster.slow)
         if self._folder is not None:
-            self._folder.recipe_path.write_text(dumps(recipe, team))
+            write_atomically(self._folder.recipe_path, dumps(recipe, team).encode())
         self._emit(
             "run_started",
             {
@@ -174,6 +178,8 @@ class _Simulation:
 
     def _end(self, found: Schedule, scheduled_s: float, took_s: float) -> dict[str, Any]:
         digest, progress = None, self._progress
+        if self._held is not None:
+            self._held.check()
         items = progress.items if self._gradients else None
         if self._gradients:
             self._evaluate(found.versions, found.wall_s)

@@ -154,7 +154,7 @@ def _let_helpers_be_terminated() -> None:
 
 def _redirect_output(path: Path) -> None:
     """Sends what the user's code prints, at any level, to the worker's log, line by line: the killed flush nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()

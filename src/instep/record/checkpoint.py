@@ -17,9 +17,10 @@ import hashlib
 import io
 import json
 import pickle
+import pickletools
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -97,7 +98,7 @@ def save(
     final = folder / _name(version)
     aside = folder / f"{_SAVING}{final.name}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not born again
         _tidy(folder)
         aside.mkdir()
         about = {"version": version, "fingerprint": fingerprint, "meta": dict(meta)}
@@ -281,9 +282,12 @@ def verify(path: Path) -> Manifest:
     return manifest
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_sound(
+    folder: Path, check: Callable[[Path, Manifest], None] = lambda path, manifest: None
+) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in `folder` that passes `verify`, or None, and a sentence on each newer one that does not.
 
+    check: raises CheckpointError for one that is sound and yet not to be taken.
     Raises CheckpointError if `folder` is there and cannot be listed.
     """
     problems: list[str] = []
@@ -295,7 +299,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
         ) from error
     for _, path in sorted(versions.items(), reverse=True):
         try:
-            verify(path)
+            check(path, verify(path))
         except CheckpointError as error:
             problems.append(error.message)
         else:
@@ -313,12 +317,42 @@ def load(path: Path) -> Loaded:
         model_state = safetensors.torch.load_file(path / MODEL)
         training_state = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
     except Exception as error:  # the files are as they were written, so only the libraries can differ
+        unsafe = _unsafe(path / TRAINING)
+        if unsafe:
+            raise CheckpointError(
+                f"{path / TRAINING} holds objects that could run code ({', '.join(unsafe)}), which Instep never "
+                f"writes; do not use this checkpoint."
+            ) from None
         raise CheckpointError(
             f"the checkpoint {path} is sound, but the installed torch and safetensors cannot load it; use the versions "
             "it was saved with.",
             detail=f"{type(error).__name__}: {error}",
         ) from error
     return Loaded(manifest.version, model_state, training_state, manifest.meta, manifest.fingerprint, manifest.digest)
+
+
+def _unsafe(path: Path) -> list[str]:
+    """What the file of `torch.save` holds that `torch.load` refuses with ``weights_only=True``."""
+    import torch
+
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # it is no such file: a plain pickle, or torn
+        return sorted(_globals_of(path.read_bytes()))
+
+
+def _globals_of(data: bytes) -> set[str]:
+    """The names that a plain pickle imports as it is read, without reading it; empty for what is none."""
+    found, strings = set[str](), list[str]()
+    with contextlib.suppress(Exception):
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "GLOBAL":
+                found.add(str(argument).replace(" ", "."))
+            elif opcode.name == "STACK_GLOBAL":
+                found.add(".".join(strings[-2:]))
+            elif isinstance(argument, str):
+                strings.append(argument)
+    return found
 
 
 def check_recipe(path: Path, *, saved: str, current: str) -> None:

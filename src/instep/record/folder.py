@@ -6,45 +6,97 @@ import fcntl
 import itertools
 import json
 import os
+import re
+import shutil
+import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from instep.errors import CheckpointError, RecordError
-from instep.record import checkpoint
+from instep.record import checkpoint, tape
 from instep.record.digest import digest_of_file
 from instep.record.files import disk_error, json_text, write_atomically
+from instep.record.held import Held, Identity, is_there
+
+_LOG = re.compile(r"(supervisor|server|worker-\d+)\.log")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run keeps of its start beside the recipe, in `run.json`. Folders of earlier versions have none.
+
+    id: tells it from every other run, of the same recipe too. import_paths: where its modules were looked for.
+    """
+
+    kind: Literal["training", "simulation"] = "training"
+    import_paths: tuple[str, ...] = ()
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder: `recipe.toml`, `tape.jsonl`, `checkpoints/`, `logs/` and, after an ending, `result.json`."""
+    """A run's folder: `recipe.toml`, `run.json`, `tape.jsonl`, `checkpoints/`, `logs/` and, after an ending,
+    `result.json`. From the moment that `recipe.toml` is there, the run can be resumed.
+    """
 
     path: Path
 
     @classmethod
-    def create(cls, path: Path | str) -> RunFolder:
-        """Makes the folder `path`, its parents, and the folders in it; an empty folder is taken as it is.
+    def create(cls, path: Path | str, recipe: str = "", about: About | None = None) -> RunFolder:
+        """Makes the folder `path`, its parents, and what is in it at a start. An empty folder is taken as it is, and
+        so is what a start left that was killed before its recipe was there.
 
-        Raises RecordError if there is something at `path` already, and ResourceError if the disk refuses.
+        recipe: the text of the recipe file; "" writes none. Raises RecordError if there is something else at `path`
+        already, and ResourceError if the disk refuses.
         """
         run = cls(Path(path))
+        check_path(run.path)
         try:
             run.path.mkdir(parents=True, exist_ok=True)
-            if any(run.path.iterdir()):
-                raise FileExistsError
-            run.checkpoints.mkdir()  # of two runs that start at once, only one makes this one
-            run.logs.mkdir()
+            with run.locked():  # of two runs that start at once, only one gets on
+                if not run._unused():
+                    raise FileExistsError
+                run.checkpoints.mkdir(exist_ok=True)
+                run.logs.mkdir(exist_ok=True)
+                if about is not None:
+                    write_atomically(run.about_path, json_text(asdict(about)).encode() + b"\n")
+                if recipe:  # last: a folder with a recipe has all that a resume needs
+                    write_atomically(run.recipe_path, recipe.encode())
         except (FileExistsError, NotADirectoryError):
-            raise RecordError(
-                f"{path} exists and is not an empty folder; choose another one with --out, or go on with the run in it "
-                f"with --resume {path}."
-            ) from None
+            remedy = "choose another one with --out"
+            if run._holds_training():
+                remedy += f", or go on with the run in it with --resume {path}"
+            raise RecordError(f"{path} exists and is not an empty folder; {remedy}.") from None
         except OSError as error:
             raise disk_error(f"the run folder {path} cannot be made", error) from error
         return run
+
+    def _holds_training(self) -> bool:
+        with suppress(OSError, RecordError):
+            about = self.about()
+            return self.recipe_path.is_file() and (about is None or about.kind == "training")
+        return False
+
+    def _unused(self) -> bool:
+        """Whether nothing lies here but what a start that was killed leaves; its empty tape is taken away."""
+        names = {path.name for path in self.path.iterdir()}
+        known = {self.checkpoints.name, self.logs.name, self.about_path.name, self.tape_path.name}
+        aside = {f".{self.about_path.name}.new", f".{self.recipe_path.name}.new"}
+        if names - known - aside:
+            return False
+        made = [self.checkpoints, self.logs]
+        if names and not all(path.is_dir() for path in made if path.name in names):
+            return False
+        begun = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        foreign = self.logs.is_dir() and not all(_LOG.fullmatch(path.name) for path in self.logs.iterdir())
+        if begun or foreign or (self.tape_path.exists() and self.tape_path.stat().st_size):
+            return False
+        self.tape_path.unlink(missing_ok=True)
+        return True
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
@@ -54,6 +106,11 @@ class RunFolder:
             is_folder, is_run = run.path.is_dir(), run.recipe_path.is_file()
         if not is_folder:
             raise RecordError(f"there is no folder {path}; give the folder of a run, such as runs/NAME.")
+        if not is_run and run.checkpoints.is_dir() and not any(run.checkpoints.iterdir()):
+            raise RecordError(
+                f"in {path} a run was ended before its recipe was there, so there is nothing to resume; start it with "
+                f"--out {path}."
+            )
         if not is_run:
             raise RecordError(
                 f"{path} is not the folder of a run: it has no {run.recipe_path.name}; give one that has."
@@ -61,10 +118,47 @@ class RunFolder:
         return run
 
     @staticmethod
-    def default_path(name: str, parent: Path | str = "runs") -> Path:
-        """The first of parent/name, parent/name-2, parent/name-3, ... that does not exist."""
-        paths = (Path(parent) / (f"{name}-{count}" if count > 1 else name) for count in itertools.count(1))
-        return next(path for path in paths if not os.path.exists(path))  # False where it cannot be known
+    def claim(name: str, parent: Path | str = "runs") -> Path:
+        """Makes the first of the folders parent/name, parent/name-2, parent/name-3, ... that does not exist.
+
+        Of several processes that claim at once, each gets another one. Raises ResourceError if the disk refuses.
+        """
+        for count in itertools.count(1):
+            path = Path(parent) / (f"{name}-{count}" if count > 1 else name)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir()
+            except FileExistsError:
+                if not path.parent.is_dir():
+                    raise RecordError(f"{path.parent} is a file, so no run folder fits in it; give --out.") from None
+            except OSError as error:
+                raise disk_error(f"the run folder {path} cannot be made", error, also="or give --out") from error
+            else:
+                return path
+        raise AssertionError("names never end")
+
+    def about(self) -> About | None:
+        """What `run.json` says; None for a run of an earlier version. Raises RecordError where it is damaged."""
+        try:
+            table = json.loads(self.about_path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError):
+            table = None
+        match table:
+            case {"kind": "training" | "simulation" as kind, "import_paths": list(paths), "id": str(id)} if all(
+                isinstance(path, str) for path in paths
+            ):
+                return About(kind, tuple(paths), id)
+        raise RecordError(
+            f"{self.about_path} is not what Instep wrote there; restore it, or take it away: then its id and "
+            f"the folders of its modules are read from the tape."
+        )
+
+    @property
+    def about_path(self) -> Path:
+        """The run's id and where its modules are, see `About`."""
+        return self.path / "run.json"
 
     @property
     def recipe_path(self) -> Path:
@@ -101,18 +195,55 @@ class RunFolder:
         return self.path / "result.json"
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps other processes from training in this folder. Raises RecordError if one does already."""
-        descriptor = os.open(self.path, os.O_RDONLY)
+    def locked(self, patience_s: float = 0.0) -> Iterator[Held]:
+        """Keeps other processes from training in this folder, and holds on to it whatever becomes of its name.
+
+        patience_s: how long to wait for others, such as workers that die with their supervisor. Raises RecordError if
+        another process trains here already, and ResourceError where the folder cannot be locked.
+        """
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-        except BlockingIOError:
-            raise RecordError(
-                f"{self.path} is being trained by another process; wait for its end, or end it first."
-            ) from None
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            raise RecordError(f"there is no folder {self.path} any more; start the run again.") from None
+        try:
+            _lock(descriptor, patience_s)
+        except OSError as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise RecordError(
+                    f"{self.path} is being trained by another process; wait for its end, or end it first."
+                ) from None
+            raise disk_error(f"the run folder {self.path} cannot be locked", error) from error
+        try:
+            yield Held(self.path, descriptor)
         finally:
             os.close(descriptor)
+
+    def newest_checkpoint(self, told: tape.Told | None = None) -> tuple[Path | None, list[str]]:
+        """The newest sound checkpoint of this run, or None, and a sentence on each newer one that is damaged or of
+        another run.
+
+        told: what the tape tells of them; read from there if None. Raises CheckpointError if the checkpoints are there
+        and cannot be listed, and RecordError where `run.json` is damaged.
+        """
+        about = self.about()
+        told = tape.told(self.tape_path) if told is None else told
+        own = about.id if about is not None else told.run
+
+        def check(path: Path, manifest: checkpoint.Manifest) -> None:
+            run = manifest.meta.get("run")
+            if run is not None and run != own:
+                raise CheckpointError(
+                    f"the checkpoint {path} is of another run ({run}), so it is passed over; move it back to its own."
+                )
+            expected = told.digests.get(manifest.version, manifest.digest)
+            if expected != manifest.digest:
+                raise CheckpointError(
+                    f"the checkpoint {path} has the digest {manifest.digest}, and the tape of the run says {expected} "
+                    f"for version {manifest.version}, so it is passed over; move it back to the run that it is of."
+                )
+
+        return checkpoint.newest_sound(self.checkpoints, check)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes the result whole or not at all; numbers that are not finite become null. Raises ResourceError."""
@@ -152,6 +283,35 @@ def digest(path: Path | str) -> str:
         return _digest(Path(path))
 
 
+def _lock(descriptor: int, patience_s: float) -> None:
+    """Raises BlockingIOError where somebody else still holds the lock after `patience_s`, and OSError."""
+    until = time.monotonic() + patience_s
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.02)
+
+
+def remove(path: Path, identity: Identity) -> None:
+    """Removes the run folder `path` of a start that came to nothing, unless another folder lies there by now."""
+    if is_there(path, identity):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_path(path: Path) -> None:
+    """Raises RecordError where not every library that reads and writes there could open the path."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise RecordError(
+            f"the run folder {str(path).encode(errors='replace').decode()} has a path that is not UTF-8, which "
+            f"safetensors and torch cannot open; choose another one with --out, or move the folder of the run."
+        ) from None
+
+
 @contextmanager
 def _readable(path: Path | str) -> Iterator[None]:
     """What the system refuses in the block, such as a look into another's folder, as a RecordError."""
@@ -185,7 +345,7 @@ def _recomputed(path: Path, manifest: checkpoint.Manifest) -> str:
 
 
 def _digest_of_run(run: RunFolder) -> str:
-    newest, problems = checkpoint.newest_sound(run.checkpoints)
+    newest, problems = run.newest_checkpoint()
     detail = "\n".join(problems)
     if newest is None:
         raise CheckpointError(

@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,6 +67,8 @@ class Tape:
             ) from None
         except OSError as error:
             raise disk_error(f"the tape {self.path} cannot be opened", error) from error
+        self.begun = self._end > 0
+        """Whether it had events when it was opened."""
 
     def write(self, event: Mapping[str, Any]) -> None:
         """Adds `event`, a mapping of plain values with a ``kind``. Raises ResourceError if the disk refuses.
@@ -161,6 +164,43 @@ def latest(events: Iterable[Mapping[str, Any]], kind: str = "merged") -> list[di
         if event["kind"] == kind:
             kept[event["version"]] = dict(event)
     return list(kept.values())
+
+
+@dataclass
+class Told:
+    """What a tape tells of its run's checkpoints: the run's id, if it has one, and the digest of each version's."""
+
+    run: str | None = None
+    digests: dict[int, str] = field(default_factory=dict)
+
+    def note(self, event: Mapping[str, Any]) -> None:
+        """Takes an event in. A start of the run takes later checkpoints back."""
+        match event:
+            case {"kind": "run_started", "version": int(version)}:
+                if isinstance(event.get("run"), str):
+                    self.run = event["run"]
+                for later in [known for known in self.digests if known > version]:
+                    del self.digests[later]
+            case {"kind": "checkpointed", "version": int(version), "digest": str(digest)}:
+                self.digests[version] = digest
+
+
+def told(path: Path | str) -> Told:
+    """What the tape tells of checkpoints; nothing where there is none. Raises RecordError where it cannot be read.
+
+    Only the lines that matter are looked at, and damaged ones are passed over, so that a resume need not read it whole.
+    """
+    found = Told()
+    try:
+        with open(path, "rb") as file:
+            for line in file:
+                if b'"checkpointed"' in line or b'"run_started"' in line:
+                    found.note(_event(line) or {})
+    except FileNotFoundError:
+        return found
+    except OSError as error:
+        raise RecordError(f"the tape {path} cannot be read: {error.strerror}; check the path.") from error
+    return found
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

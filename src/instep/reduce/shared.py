@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
 import mmap
 import os
 import tempfile
@@ -62,6 +64,11 @@ def reserve(descriptor: int, regions: Mapping[str, Region]) -> None:
             for start, length in spans:
                 os.posix_fallocate(descriptor, start, length)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise ResourceError(
+                f"the workers share {math.ceil(total / 2**20):,} MiB of memory as a file without a name, and the limit "
+                f"on the size of files, ulimit -f, is smaller; raise it."
+            ) from None
         raise ResourceError(_too_little(wanted, f"the system answered: {error.strerror}")) from None
 
 

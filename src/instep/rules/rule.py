@@ -15,7 +15,7 @@ from typing import Literal
 from instep.errors import RecipeError
 from instep.tables import check_types
 
-_QUORUM = re.compile(r"all|all-(\d+)|all/(\d+)|(\d+)")
+_QUORUM = re.compile(r"all|all-(\d{1,18})|all/(\d{1,18})|(\d{1,18})")
 
 
 @dataclass(frozen=True, kw_only=True)
