@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from harness import train_here
+import workloads
+from harness import Client, train_here
+from instep.engines.request import Cluster
 from instep.engines.state import difference, put_back, tensors_in
-from instep.engines.trial import try_checkpoint
-from instep.errors import CheckpointError, RecordError
-from instep.recipe import Recipe, Team
+from instep.engines.trial import try_checkpoint, try_optimizer
+from instep.engines.virtual import simulate
+from instep.errors import CheckpointError, ComponentError, RecipeError, RecordError
+from instep.recipe import Recipe, Schedule, Team
 from instep.rules import UpdateRule
 from instep.rules import presets as p
 from serving import replayed
-from test_faults import one_sentence
+from test_faults import act_on, one_sentence
 
 
 class Narrow(nn.Module):
@@ -269,17 +276,238 @@ def test_what_cannot_be_resumed_is_refused_in_the_first_step(
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
-def test_a_checkpoint_is_tried_once_in_a_run_and_not_on_a_resume(
+@pytest.mark.parametrize("engine", ["lockstep", "server"])
+def test_all_is_tried_once_in_a_run_and_not_on_a_restart_or_resume(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noted(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            with (tmp_path / "tried").open("a") as file:
+                file.write(f"{name} ")
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr("instep.engines.session.try_checkpoint", noted("checkpoint", try_checkpoint))
+    monkeypatch.setattr("instep.engines.session.try_optimizer", noted("optimizer", try_optimizer))
+    team = Team(workers=2, checkpoint_every=1, engine=engine)
+    client = Client(act_on("merged", lambda pid: os.kill(pid, signal.SIGKILL), version=1))
+    train_here(recipe_of(Plain, steps=2), team, tmp_path / "run", client=client)
+    train_here(recipe_of(Plain, steps=3), team, tmp_path / "run", resume=True)
+    assert (tmp_path / "tried").read_text() == "optimizer checkpoint "
+
+
+def test_a_budget_for_memory_leaves_the_checkpoint_untried_with_a_line(tmp_path: Path) -> None:
+    run = train_here(workloads.gpt(steps=2), Team(memory="80%"), tmp_path / "run")
+    lines = [event["why"] for event in run.events if event["kind"] == "warned"]
+    assert lines == ["whether a checkpoint can be loaded is not tried in a run with a memory budget."]
+
+
+def test_a_state_above_the_limit_leaves_the_checkpoint_untried_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def noted(*arguments: Any) -> None:
-        with (tmp_path / "tried").open("a") as file:
-            file.write("x")
-        try_checkpoint(*arguments)
+    monkeypatch.setattr("instep.engines.trial.MOST_BYTES", 11)
+    run = train_here(recipe_of(Deep), Team(workers=2), tmp_path / "run")
+    (line,) = (event["why"] for event in run.events if event["kind"] == "warned")
+    assert line.startswith("whether a checkpoint can be loaded was not tried: the optimizer's state takes 0.0 GB, and")
+    assert one_sentence(line)
 
-    monkeypatch.setattr("instep.engines.session.try_checkpoint", noted)
-    resumed_halfway(lambda steps: recipe_of(Plain, steps=steps), Team(workers=2, checkpoint_every=1), tmp_path / "run")
-    assert (tmp_path / "tried").read_text() == "x"
+
+# ------------------------------------------------------------------------------------------------------ the trial step
+
+
+class Closed(torch.optim.SGD):
+    """As sharpness-aware ones: it computes the objective again within a step."""
+
+    def __init__(self, parameters: list[Tensor]):
+        super().__init__(parameters, lr=0.01)
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is None:
+            raise RuntimeError("Sharpness Aware Minimization requires closure, but it was not provided")
+
+
+class Second(Closed):
+    """As those that use the Hessian."""
+
+    def step(self, closure: Any = None) -> Any:
+        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        torch.autograd.grad([each.sum() for each in gradients], self.param_groups[0]["params"])
+
+
+class Wanting(Closed):
+    def step(self, closure: Any = None) -> Any:
+        raise RuntimeError("Gradient tensor 0 has no graph. When calling loss.backward(), set create_graph to True")
+
+
+class Failing(Closed):
+    def step(self, closure: Any = None) -> Any:
+        raise IndexError("no such group")
+
+
+class Counted(torch.optim.SGD):
+    """Every fifth step is another one, by a count that is in no state."""
+
+    def __init__(self, parameters: list[Tensor]):
+        super().__init__(parameters, lr=0.01)
+        self.count = [0]
+
+    def step(self, closure: Any = None) -> Any:
+        self.count[0] += 1
+        for _ in range(2 if self.count[0] % 5 == 0 else 1):
+            super().step(closure)
+
+
+class Keeper(torch.optim.SGD):
+    def __init__(self, parameters: list[Tensor]):
+        super().__init__(parameters, lr=0.01)
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["last"] = [parameter.grad]
+        return super().step(closure)
+
+
+REFUSED: list[tuple[Any, str]] = [
+    (Closed, "the optimizer Closed needs a closure, which computes the objective again within a step"),
+    (lambda p: torch.optim.LBFGS(p), "the optimizer LBFGS needs a closure"),
+    (Second, "the optimizer Second needs gradients of gradients .create_graph=True., and Instep's are sums over"),
+    (Wanting, "the optimizer Wanting needs gradients of gradients"),
+    (Failing, "the optimizer Failing cannot make a step, tried on random gradients .IndexError: no such group.; it"),
+    (lambda p: torch.optim.SparseAdam(p), "the optimizer SparseAdam takes sparse gradients alone, and Instep adds up"),
+    (Counted, "the optimizer Counted goes on otherwise after a resume: tried on random gradients, it comes to another"),
+    (
+        Keeper,
+        "the optimizer Keeper keeps a gradient itself as its state 'state.0.last.0', and the next step's gradient",
+    ),
+    (lambda p: torch.optim.SGD(p, lr="fast"), "could not be built|has the learning rate 'fast'; it must be a number"),
+]
+
+
+@pytest.mark.parametrize(("optimizer", "sentence"), REFUSED, ids=[words.split()[2] for _, words in REFUSED])
+def test_what_an_optimizer_asks_for_in_vain_is_a_sentence_before_the_first_step(
+    optimizer: Any, sentence: str, tmp_path: Path
+) -> None:
+    client = Client()
+    with pytest.raises(ComponentError, match=sentence) as caught:
+        train_here(recipe_of(optimizer), Team(workers=2), tmp_path / "run", client=client)
+    assert one_sentence(caught.value.message)
+    assert "merged" not in {event["kind"] for event in client.events}
+
+
+@pytest.mark.parametrize("optimizer", [Failing, Counted])
+def test_the_server_and_the_virtual_clock_try_the_optimizer_too(optimizer: Any, tmp_path: Path) -> None:
+    name = optimizer.__name__
+    for rule in (p.asynchronous(), UpdateRule.from_text("local_sgd:2")):
+        with pytest.raises(ComponentError, match=f"the optimizer {name}"):
+            train_here(recipe_of(optimizer, rule=rule), Team(workers=2), tmp_path / rule.name)
+        with pytest.raises(ComponentError, match=f"the optimizer {name}"):
+            simulate(recipe_of(optimizer, rule=rule), Cluster(workers=2), True, None, lambda event: None)
+
+
+def test_the_trial_leaves_no_trace_on_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawing(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        made = Deep(parameters)
+        made.param_groups[0]["lr"] = 0.05 + torch.rand(()).item() / 100 + random.random() / 100
+        return made
+
+    digests = []
+    for name in ("with", "without"):
+        digests.append(train_here(recipe_of(drawing), Team(workers=2), tmp_path / name).digest)
+        monkeypatch.setattr("instep.engines.session.try_optimizer", lambda build, **_: None)
+        monkeypatch.setattr("instep.engines.session.try_checkpoint", lambda *_: None)
+    assert digests[0] == digests[1]
+
+
+def test_a_trial_that_dies_is_a_warning(tmp_path: Path) -> None:
+    before = os.getpid()
+
+    class Dying(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            if os.getppid() != before:  # neither here nor in a worker
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().step(closure)
+
+    run = train_here(recipe_of(lambda p: Dying(p, lr=0.01)), Team(workers=2), tmp_path / "run")
+    (line,) = (event["why"] for event in run.events if event["kind"] == "warned")
+    assert line == (
+        "a first step of the optimizer could not be tried aside: it was killed by SIGKILL, as the kernel does when "
+        "memory runs out; the run goes on all the same."
+    )
+
+
+# ------------------------------------------------------------------------------------------- rates, names, parameters
+
+
+def test_an_optimizer_without_a_learning_rate_is_left_alone_under_a_constant_schedule(tmp_path: Path) -> None:
+    def adafactor(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        made = torch.optim.Adafactor(parameters, lr=0.05)
+        made.param_groups[0]["lr"] = None
+        made.register_step_pre_hook(lambda own, *_: own.param_groups[0].update(lr=0.05))
+        made.register_step_post_hook(lambda own, *_: own.param_groups[0].update(lr=None))
+        return made
+
+    run = train_here(recipe_of(adafactor), Team(workers=2), tmp_path / "run")
+    assert {event["lr"] for event in run.events if event["kind"] == "merged"} == {None}
+    plain = train_here(recipe_of(lambda p: torch.optim.Adafactor(p, lr=0.05)), Team(), tmp_path / "plain")
+    assert run.digest == plain.digest
+    for schedule in (Schedule("cosine"), Schedule(warmup_steps=1)):
+        with pytest.raises(
+            RecipeError, match=r"Adafactor has no learning rate .'lr' is None., which the recipe's"
+        ) as e:
+            train_here(recipe_of(adafactor, schedule=schedule), Team(), tmp_path / schedule.kind)
+        assert one_sentence(e.value.message)
+
+
+def test_an_initial_rate_of_the_optimizers_own_is_no_scheduler(tmp_path: Path) -> None:
+    def own(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        made = torch.optim.SGD(parameters, lr=0.01)
+        made.param_groups[0]["initial_lr"] = 0.01
+        return made
+
+    run = train_here(recipe_of(own), Team(), tmp_path / "run")
+    assert [event for event in run.events if event["kind"] == "warned"] == []
+
+
+def test_parameters_of_another_copy_of_the_model_are_refused(tmp_path: Path) -> None:
+    model = Narrow()
+
+    def configure(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": [p for p in model.parameters() if p.dim() > 1]}], lr=0.01)
+
+    with pytest.raises(
+        ComponentError, match=r"SGD holds 2 parameters, the first of shape .4, 3., that are none of the 3"
+    ):
+        train_here(recipe_of(configure, model=model), Team(workers=2), tmp_path / "run")
+    extra = torch.zeros(3, requires_grad=True)
+    with pytest.raises(ComponentError, match=r"SGD holds 1 parameters, the first of shape .3., that are none of"):
+        train_here(recipe_of(lambda p: torch.optim.SGD([*p, extra], lr=0.01)), Team(), tmp_path / "extra")
+
+
+def test_parameters_in_no_group_are_warned_of(tmp_path: Path) -> None:
+    run = train_here(recipe_of(lambda p: torch.optim.SGD(p[:1], lr=0.01)), Team(workers=2), tmp_path / "run")
+    (line,) = (event["why"] for event in run.events if event["kind"] == "warned")
+    assert line.startswith("the optimizer SGD has 2 of the 3 parameters in no group, 'first.bias' among them, so they")
+    assert one_sentence(line)
+
+
+def by_keyword(parameters: list[Tensor], lr: float, *, named_parameters: Any) -> torch.optim.Optimizer:
+    named = dict(named_parameters)
+    assert [id(p) for p in named.values()] == [id(p) for p in parameters]
+    decayed = [p for name, p in named.items() if name.endswith("weight")]
+    others = [p for name, p in named.items() if not name.endswith("weight")]
+    return torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=lr)
+
+
+def first_of_all(named_parameters: Any, lr: float) -> torch.optim.Optimizer:
+    return by_keyword([p for _, p in named_parameters], lr, named_parameters=named_parameters)
+
+
+def test_names_reach_an_optimizer_that_asks_for_them(tmp_path: Path) -> None:
+    made = [partial(by_keyword, lr=0.01), partial(first_of_all, lr=0.01)]
+    runs = [train_here(recipe_of(each), Team(workers=w), tmp_path / str(w)) for w, each in enumerate(made, 1)]
+    assert runs[0].digest == runs[1].digest
+    assert not [event for event in runs[0].events if event["kind"] == "warned"]
 
 
 # ----------------------------------------------------------------------------------------------------- walking in state

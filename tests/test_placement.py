@@ -282,10 +282,6 @@ def scheduled(parameters: list[Tensor]) -> optim.Optimizer:
     return made
 
 
-def with_more(parameters: list[Tensor]) -> optim.Optimizer:
-    return optim.SGD([*parameters, torch.zeros(3, requires_grad=True)], lr=0.1)
-
-
 class Sub(nn.Parameter):
     pass
 
@@ -337,11 +333,10 @@ def sgd(parameters: list[Tensor]) -> optim.Optimizer:
         {"optimizer": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, fused=True)},
         {"optimizer": with_hook},
         {"optimizer": scheduled},
-        {"optimizer": with_more},
         {"watch": Watch(spike="rollback")},
         *({"model": partial(Odd, name)} for name in ODDITIES),
     ],
-    ids=["subclass", "adafactor", "fused SGD", "hook", "scheduler", "more parameters", "rollback", *ODDITIES],
+    ids=["subclass", "adafactor", "fused SGD", "hook", "scheduler", "rollback", *ODDITIES],
 )  # fmt: skip
 def test_weights_stay_private_where_others_could_see_the_difference(changes: dict[str, Any]) -> None:
     recipe = Recipe(

@@ -333,7 +333,7 @@ class Lockstep:
         self._emit("pushed", worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]])
 
     def _emit_merged(
-        self, step: int, objective: float, terms: dict[str, float], items: int, rate: float, norm: float,
+        self, step: int, objective: float, terms: dict[str, float], items: int, rate: float | None, norm: float,
         verdict: Verdict,
     ) -> None:  # fmt: skip
         contributions = [

@@ -54,7 +54,7 @@ class Update:
     objective: float | None
     terms: dict[str, float]
     items: int
-    rate: float
+    rate: float | None
     norm: float
     verdict: Verdict
 
@@ -104,7 +104,7 @@ class Merger:
             raise NonFiniteError(self._about(contributions, step))
         value = objective.whole(means, step) if objective.has_items(counts) else None
         verdict = self.watcher.judge(step, value) if value is not None else Verdict()
-        rate = 0.0
+        rate: float | None = 0.0
         self.sound = False
         if verdict.updates:
             rate = self._apply(total, set().union(*(each.touched for each in facts)), norm, step)
@@ -171,7 +171,7 @@ class Merger:
         nodes = [node for each in contributions for node in each.facts.nodes]
         return merge_plan(nodes, self.pieces.microbatches)
 
-    def _apply(self, total: Tensor, touched: set[int], norm: float, step: int) -> float:
+    def _apply(self, total: Tensor, touched: set[int], norm: float, step: int) -> float | None:
         if not self.rule.gradients:
             self._outer.step(total, self.replica.parameters)
             return self.rule.outer_lr

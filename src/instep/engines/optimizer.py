@@ -5,6 +5,7 @@ Nothing is assumed about what it keeps: its state is what its own `state_dict` g
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,20 +15,23 @@ from torch.utils import _pytree as pytree
 
 from instep.components import Component
 from instep.engines.state import is_plain, put_back, tensors_in
-from instep.errors import CheckpointError, ComponentError, InstepError
+from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError
+from instep.recipe import Recipe
 from instep.reduce.checksums import checksum
 
 
 class Optimizer:
     """What updates `parameters`, which `names` names in the same order.
 
-    Raises ComponentError where it cannot be built, or is none.
+    Raises ComponentError where it cannot be built, is none or is one of other parameters, and RecipeError where the
+    recipe's schedule has no learning rate to change.
     """
 
-    def __init__(self, component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter]):
-        self.of_torch = _built(component, parameters)
+    def __init__(self, recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter]):
+        self.of_torch = _built(recipe.optimizer, names, parameters)
         self._names, self._parameters = names, parameters
-        self._rates = [float(group["lr"]) for group in self.of_torch.param_groups]
+        self._check_parameters()
+        self._rates = [self._rate_of(group, recipe) for group in self.of_torch.param_groups]
         self._unsaved = _unsaved_state(self.of_torch)
         self._looked_for_kept_gradients = False
 
@@ -36,9 +40,14 @@ class Optimizer:
         """Its class's name."""
         return type(self.of_torch).__name__
 
-    def step(self, factor: float) -> float:
-        """One update by the parameters' `grad`, all learning rates times `factor`; returns the first of them."""
+    def step(self, factor: float) -> float | None:
+        """One update by the parameters' `grad`, all learning rates times `factor`; returns the first of them, if any.
+
+        An optimizer without one (`lr` is None) finds its own, under a constant schedule.
+        """
         for group, rate in zip(self.of_torch.param_groups, self._rates, strict=True):
+            if rate is None:
+                continue
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * factor)
             else:
@@ -47,7 +56,7 @@ class Optimizer:
         if not self._looked_for_kept_gradients:
             self._looked_for_kept_gradients = True
             self._check_gradients_are_not_kept()
-        return factor * self._rates[0]
+        return None if self._rates[0] is None else factor * self._rates[0]
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -68,7 +77,18 @@ class Optimizer:
     def doubts(self) -> list[str]:
         """Sentences on what it does its own way."""
         found = []
-        if any("initial_lr" in group for group in self.of_torch.param_groups):
+        held = {id(parameter) for group in self.of_torch.param_groups for parameter in group["params"]}
+        left = [name for name, p in zip(self._names, self._parameters, strict=True) if id(p) not in held]
+        if left:
+            found.append(
+                f"the optimizer {self.kind} has {len(left)} of the {len(self._names)} parameters in no group, "
+                f"'{left[0]}' among them, so they keep their first values; give it all, or build the model with "
+                f"requires_grad=False on those."
+            )
+        scheduled = hasattr(
+            self.of_torch.step, "_wrapped_by_lr_sched"
+        )  # an optimizer may have an initial_lr of its own
+        if scheduled and any("initial_lr" in group for group in self.of_torch.param_groups):
             found.append(
                 f"a learning rate scheduler of torch has set the rates of the optimizer {self.kind}, and will not "
                 f"change them any more; leave it out, and set the recipe's schedule."
@@ -81,6 +101,34 @@ class Optimizer:
                 f"no checkpoint: a resume or restart will give another result; keep it in the optimizer's 'state'."
             )
         return found
+
+    def _check_parameters(self) -> None:
+        known = {id(parameter) for parameter in self._parameters}
+        held = [parameter for group in self.of_torch.param_groups for parameter in group["params"]]
+        others = [parameter for parameter in held if id(parameter) not in known]
+        if others:
+            raise ComponentError(
+                f"the optimizer {self.kind} holds {len(others)} parameters, the first of shape "
+                f"{list(others[0].shape)}, that are none of the {len(known)} it was given to train, as where it is "
+                f"made from another copy of the model; build it from what it is called with: the list of parameters "
+                f"and, where it asks for 'named_parameters', their names."
+            )
+
+    def _rate_of(self, group: Mapping[str, Any], recipe: Recipe) -> float | None:
+        if group["lr"] is None:
+            if recipe.schedule.kind == "constant" and not recipe.schedule.warmup_steps:
+                return None
+            raise RecipeError(
+                f"the optimizer {self.kind} has no learning rate ('lr' is None), which the recipe's schedule would "
+                f"change; give it one, or leave 'recipe.schedule' constant, without a warm-up."
+            )
+        try:
+            return float(group["lr"])
+        except (TypeError, ValueError):
+            raise ComponentError(
+                f"the optimizer {self.kind} has the learning rate {group['lr']!r}; it must be a number, which the "
+                f"recipe's schedule changes by step."
+            ) from None
 
     def _check_gradients_are_not_kept(self) -> None:
         gradients = {p.grad.untyped_storage().data_ptr() for p in self._parameters if p.grad is not None}
@@ -102,7 +150,21 @@ def call(component: Component, *positional: Any) -> Any:
         raise ComponentError(f"{component.describe()} could not be built: {type(error).__name__}: {error}.") from error
 
 
-def _built(component: Component, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def _called(component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> Any:
+    """What the component gives for the parameters and, where it has an argument `named_parameters`, for their names."""
+    named = list(zip(names, parameters, strict=True))
+    try:
+        arguments = list(inspect.signature(component.load()).parameters)
+    except (TypeError, ValueError):  # it has no signature, or cannot be called
+        arguments = []
+    if "named_parameters" not in arguments or "named_parameters" in component.args:
+        return call(component, list(parameters))
+    if arguments[0] == "named_parameters":
+        return call(component, named)
+    return call(Component(component.use, {**component.args, "named_parameters": named}), list(parameters))
+
+
+def _built(component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     given = component.load()
     if isinstance(given, torch.optim.Optimizer):
         kind = type(given).__name__
@@ -110,7 +172,7 @@ def _built(component: Component, parameters: Sequence[nn.Parameter]) -> torch.op
             f"the optimizer is a finished {kind}, whose parameters are not those that the workers train; give what "
             f"builds it from a list of parameters, such as lambda parameters: {kind}(parameters, lr=...)."
         )
-    optimizer = call(component, list(parameters))
+    optimizer = _called(component, names, parameters)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ComponentError(
             f"the optimizer {component.describe()} gave a {type(optimizer).__name__}; called with the list of "
@@ -121,12 +183,18 @@ def _built(component: Component, parameters: Sequence[nn.Parameter]) -> torch.op
             f"the optimizer {component.describe()} has a group of parameters without 'lr', which the recipe's schedule "
             f"sets in each step; name its learning rate so."
         )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ComponentError(
-            "torch.optim.LBFGS computes the objective several times a step, which a team in lockstep cannot; "
-            "take an optimizer whose step() needs no closure."
-        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise needs_closure(type(optimizer).__name__)
     return optimizer
+
+
+def needs_closure(kind: str) -> ComponentError:
+    """The error for an optimizer that computes the objective itself."""
+    return ComponentError(
+        f"the optimizer {kind} needs a closure, which computes the objective again within a step, and that a team "
+        f"cannot; take an optimizer whose step() needs none."
+    )
 
 
 def _unsaved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -60,10 +60,10 @@ class Placement(ABC):
         """Adds the worker's slice of the gradient; the norms of its blocks."""
 
     @abstractmethod
-    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float:
+    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
         """The worker's part of the update from version `step`; the gradient, of L2 norm `norm`, is clipped before.
 
-        touched[i]: whether parameter i has a gradient. Returns the factor on the learning rates.
+        touched[i]: whether parameter i has a gradient. Returns the learning rate, the first one, if there is any.
         """
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Replicated(Placement):
     def add_slice(self, slots: Sequence[Tensor]) -> Tensor:
         return self._reduction.add_slice(self._worker, slots)
 
-    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float:
+    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
         clip(self._sum, norm, self._replica.recipe.clip_norm)
         gradients = [view if seen else None for view, seen in zip(self.gradients, touched, strict=True)]
         return self._replica.update(step, gradients)
@@ -147,7 +147,7 @@ class Sharded(Placement):
     def add_slice(self, slots: Sequence[Tensor]) -> Tensor:
         return self._reduction.add_slice(self._worker, slots, to_all=False)
 
-    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float:
+    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
         known = zip(self.gradients, touched, self._own, strict=True)
         gradients = [view if seen and own else None for view, seen, own in known]
         for gradient in gradients:
@@ -226,7 +226,7 @@ def choose(replica: Replica, reduction: Reduction, worker: int, *, steady: bool)
         and replica.device.type == "cpu"
         and steady
         and replica.recipe.watch.spike != "rollback"  # it reads all weights, and puts them back, before the update
-        and _updates_by_parameter(replica.optimizer.of_torch, replica.parameters)
+        and _updates_by_parameter(replica.optimizer.of_torch)
         and _can_move(replica.parameters)
     )
     return (Sharded if sharded else Replicated)(replica, reduction, worker)
@@ -239,17 +239,15 @@ def trace_of(parameters: Sequence[Tensor]) -> list[Any]:
     return [*marks, *checksum(plain)]
 
 
-def _updates_by_parameter(optimizer: optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool:
+def _updates_by_parameter(optimizer: optim.Optimizer) -> bool:
     # Fused SGD asks of all parameters together whether this is the first step of their momentum.
     hooks = [value for name, value in vars(optimizer).items() if name.endswith("_hooks")]
     hooks += [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
-    known = {id(parameter) for parameter in parameters}
     return (
         type(optimizer) in BY_PARAMETER
         and not (type(optimizer) is optim.SGD and any(group["fused"] for group in optimizer.param_groups))
         and not any(hooks)
         and "step" not in vars(optimizer)  # where a scheduler of torch counts steps, say
-        and all(id(parameter) in known for group in optimizer.param_groups for parameter in group["params"])
     )
 
 

@@ -73,12 +73,12 @@ class Replica:
         self._check_parameters()
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
-        self.optimizer = Optimizer(recipe.optimizer, self.names, self.parameters)
+        self.optimizer = Optimizer(recipe, self.names, self.parameters)
 
-    def again(self, device: str) -> Replica:
+    def again(self, device: torch.device) -> Replica:
         """One whose model and optimizer are built again, as after a restart, in eager mode; all else is this one's."""
         other = copy.copy(self)
-        other.device = torch.device(device)
+        other.device = device
         other._build()
         other.checks, other._forward = None, other.module
         return other
@@ -165,8 +165,8 @@ class Replica:
         self.doing = f"computing step {step}, microbatch {microbatch}"
         return objectives.Shared(tuple(parts.values()), list(parts).index(microbatch))
 
-    def update(self, step: int, gradients: list[Tensor | None]) -> float:
-        """The optimizer's update from version `step`; returns the factor on its learning rates.
+    def update(self, step: int, gradients: list[Tensor | None]) -> float | None:
+        """The optimizer's update from version `step`; returns its learning rate, the first one, if it has any.
 
         gradients[i] has parameter i's shape, float32; None means that no microbatch gave the parameter a gradient.
         """

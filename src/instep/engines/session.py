@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +18,7 @@ from instep.engines.evaluation import Evaluation, Progress
 from instep.engines.lines import Line
 from instep.engines.pulse import WorkerPulse
 from instep.engines.replica import Replica
-from instep.engines.trial import try_checkpoint
+from instep.engines.trial import try_checkpoint, try_optimizer
 from instep.engines.watching import note_evaluation
 from instep.errors import CheckpointError, RecordError
 from instep.models import generate
@@ -77,9 +77,23 @@ class Session:
     def build(self) -> Replica:
         """Builds what the recipe says. Raises InstepError."""
         self.recipe: Recipe = cloudpickle.loads(self.assignment.recipe)
-        self.replica = Replica(self.recipe, self.assignment.team.device)
+        device = self.assignment.team.device
+        if device != "cpu":  # before the build: a process that uses a GPU has no copies that can
+            self._try_optimizer(lambda: Replica(self.recipe, device))
+        self.replica = replica = Replica(self.recipe, device)
+        if device == "cpu":
+            self._try_optimizer(lambda: replica)
         self._warn()
         return self.replica
+
+    def _try_optimizer(self, build: Callable[[], Replica]) -> None:
+        """Tries it once in a run, see `instep.engines.trial`. Raises InstepError."""
+        if not (self.assignment.first and self.leads):
+            return
+        if (why := try_optimizer(build, resume=not self.assignment.team.memory)) is not None:
+            self.emit("warned", why=why)
+        if self.assignment.team.memory:
+            self.emit("warned", why="whether a checkpoint can be loaded is not tried in a run with a memory budget.")
 
     def _warn(self) -> None:
         """Tells of what is doubtful, once."""

@@ -1,23 +1,108 @@
-"""What is tried once, while a run is young: whether its checkpoints can be loaded."""
+"""What is tried once, at the start of a run: whether its optimizer makes a step, and its checkpoints can be loaded.
+
+All is done in a copy of the process, which leaves no trace: a run's bits are as without it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+import traceback
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from instep.engines.aside import CopyLost, in_a_copy
+from instep.engines.optimizer import needs_closure
 from instep.engines.replica import Replica
 from instep.engines.state import bytes_in, difference
-from instep.errors import CheckpointError
+from instep.errors import CheckpointError, ComponentError, InstepError
+from instep.randomness import key, seed_all
 from instep.record import checkpoint
 from instep.restore import kept_random_state
 
 MOST_BYTES = 2 * 10**9
 """Of the state, beside the model's, up to which a checkpoint is tried."""
+
+
+FEW = 1_000_000
+"""Weights up to which several steps are tried, not one: what changes with every few steps shows then too."""
+
+SEVERAL = 3
+
+
+def try_optimizer(build: Callable[[], Replica], *, resume: bool = True) -> str | None:
+    """Tries steps with random gradients, before anything is trained; `build` gives the replica to do it with.
+
+    With `resume`, a state up to MOST_BYTES is loaded into an optimizer that is built again, and both go on: they must
+    stay the same, bit for bit. Returns a sentence to warn with where that could not be tried. Raises ComponentError
+    where the optimizer cannot make a step or would go on otherwise after a resume, and what `try_checkpoint` raises.
+    """
+    try:
+        in_a_copy(lambda: _try_steps(build(), resume))
+    except CopyLost as lost:
+        return f"a first step of the optimizer could not be tried aside: {lost.why}; the run goes on all the same."
+    return None
+
+
+def _try_steps(replica: Replica, resume: bool) -> None:
+    count = SEVERAL if replica.size <= FEW else 1
+    noise = _noise(replica)
+    for step in range(count):
+        _step(replica, step, noise)
+    training_state = replica.training_state()
+    if not resume or bytes_in(training_state) > MOST_BYTES:
+        return
+    again = _there_and_back(replica, replica.device, replica.module.state_dict(), training_state)
+    for step in range(count, 2 * count):
+        for each in (replica, again):
+            _step(each, step, noise)
+    one, other = ({"weights": dict(each.module.state_dict()), **each.training_state()} for each in (replica, again))
+    where = difference(one, other)
+    if where is not None:
+        raise ComponentError(
+            f"the optimizer {replica.optimizer.kind} goes on otherwise after a resume: tried on random gradients, it "
+            f"comes to another '{where}'; it must keep all that its steps change in its 'state', or in what its own "
+            f"'state_dict' gives and 'load_state_dict' takes."
+        )
+
+
+def _noise(replica: Replica) -> list[Tensor]:
+    seed_all(key(replica.recipe.seed, "trial"))
+    return [0.01 * torch.randn(p.shape, device=p.device, dtype=torch.float32) for p in replica.parameters]
+
+
+def _step(replica: Replica, step: int, noise: list[Tensor]) -> None:
+    """One update, with other gradients in each step. Raises ComponentError for what the optimizer raises."""
+    try:
+        replica.update(step, [each.flatten().roll(step).view(each.shape) for each in noise])
+    except InstepError:
+        raise
+    except Exception as error:
+        raise _refused(replica.optimizer.kind, error) from error
+
+
+def _refused(kind: str, error: Exception) -> ComponentError:
+    told = f"{type(error).__name__}: {error}".strip()
+    words = told.lower()
+    if "closure" in words:
+        return needs_closure(kind)
+    if "create_graph" in words or "grad_fn" in words:
+        return ComponentError(
+            f"the optimizer {kind} needs gradients of gradients (create_graph=True), and Instep's are sums over "
+            f"microbatches, without a graph; take an optimizer that needs the gradient alone."
+        )
+    if "sparse" in words and "dense" in words:
+        return ComponentError(
+            f"the optimizer {kind} takes sparse gradients alone, and Instep adds up dense ones; take an optimizer for "
+            f"these, such as Adam in place of SparseAdam."
+        )
+    return ComponentError(
+        f"the optimizer {kind} cannot make a step, tried on random gradients ({told}); it must update the parameters "
+        f"it was given from their 'grad' alone.",
+        detail="".join(traceback.format_exception(error)),
+    )
 
 
 def try_checkpoint(
@@ -35,7 +120,10 @@ def try_checkpoint(
             f"up to {MOST_BYTES / 1e9:.0f} GB it is tried."
         )
     replica.doing = "trying whether its checkpoint can be loaded"
-    there_and_back = partial(_there_and_back, replica, model_state, training_state)
+
+    def there_and_back() -> None:
+        _there_and_back(replica, torch.device("cpu"), model_state, training_state)
+
     if replica.device.type != "cpu":  # a GPU is not for a copy of this process
         with kept_random_state():
             there_and_back()
@@ -47,12 +135,14 @@ def try_checkpoint(
     return None
 
 
-def _there_and_back(replica: Replica, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
-    saved = checkpoint.repacked({"model": dict(model_state), **training_state})
-    again = replica.again("cpu")
-    again.load(saved["model"], saved)
+def _there_and_back(
+    replica: Replica, device: torch.device, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]
+) -> Replica:
+    """A replica on `device` that is built again and loads what was saved, compared with that."""
+    again = replica.again(device)
+    again.load(model_state, checkpoint.repacked(training_state))
+    expected = {"model": model_state, **training_state}
     found = {"model": again.module.state_dict(), **again.training_state()}
-    expected = {"model": dict(model_state), **training_state}
     for part, value in found.items():
         where = difference(_on_cpu(expected[part]), _on_cpu(value))
         if where is not None:
@@ -62,6 +152,7 @@ def _there_and_back(replica: Replica, model_state: Mapping[str, Tensor], trainin
                 f"has another '{where}'; keep all that a step changes in tensors and numbers that the state_dict holds "
                 f"and load_state_dict takes."
             )
+    return again
 
 
 def _on_cpu(state: Any) -> Any:

@@ -20,6 +20,7 @@ from instep.engines.replay import Replayer, state_of
 from instep.engines.request import Cluster
 from instep.engines.schedule import Schedule
 from instep.engines.schedule import simulate as schedule
+from instep.engines.trial import try_optimizer
 from instep.errors import RecipeError
 from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint
@@ -71,11 +72,15 @@ class _Simulation:
 
     def run(self, began: float) -> dict[str, Any]:
         recipe, cluster = self._recipe, self._cluster
+        steps = self._gradients or not recipe.rule.gradients  # local ones are made to be timed
+        doubt = try_optimizer(lambda: self._replica) if steps else None
         microbatch_s, merge_s = self._measured()
         times = cluster.times or WorkerTimes.constant(microbatch_s, slow=_slow(cluster.slow), seed=recipe.seed)
         size_bytes = 4 * self._replica.size
         weights_bytes = self._replayer.merger.pack.size_bytes
         self._start(microbatch_s)
+        if doubt is not None:
+            self._emit("warned", {"t_s": 0.0, "clock": "virtual", "why": doubt})
         on_event = self._live if self._tape is not None else None  # without gradients there is nothing to wait for
         if self._gradients:
             on_event = self._note
