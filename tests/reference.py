@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,11 +31,12 @@ def reference_digests(recipe: Recipe) -> dict[int, str]:
 
         start = {name: buffer.clone() for name, buffer in replica.module.named_buffers()}
         leaves: list[Tensor] = []
-        left: list[dict[str, Tensor]] = []
+        left: list[dict[str, Tensor] | None] = []
         present = [False] * len(replica.parameters)
         for microbatch, batch in enumerate(batches):
             if batch is None:
                 leaves.append(flatten([torch.zeros_like(p) for p in replica.parameters], replica.parameters))
+                left.append(None)
                 continue
             seed_all(key(recipe.seed, step, microbatch, "compute"))
             sums = replica.objective.sums(replica.module, batch)
@@ -54,18 +57,35 @@ def reference_digests(recipe: Recipe) -> dict[int, str]:
         whole = unflatten(total, replica.parameters)
         replica.update(step, [g if seen else None for g, seen in zip(whole, present, strict=True)])
         for name, buffer in replica.module.named_buffers():
-            values = [state[name] for state in left]
-            if all(torch.equal(value, start[name]) for value in values):
-                continue
-            if buffer.is_floating_point():
-                zeros = [torch.zeros_like(buffer)] * (len(batches) - len(values))
-                filled = iter(values)
-                padded = [next(filled) if batch is not None else zeros.pop() for batch in batches]
-                buffer.copy_(tree_sum(padded, torch.add) / len(values))
-            else:
-                buffer.copy_(torch.stack(values).amax(0))
+            found_by = [None if state is None else state[name] for state in left]
+            if any(value is not None and not torch.equal(value, start[name]) for value in found_by):
+                buffer.copy_(next_buffer(mode_of(recipe, name, buffer), start[name], found_by))
         digests[step + 1] = digest_of_state(replica.module.state_dict())
     return digests
+
+
+def mode_of(recipe: Recipe, name: str, buffer: Tensor) -> str:
+    """The first pattern that matches decides."""
+    matching = [mode for pattern, mode in recipe.buffers.items() if fnmatch.fnmatchcase(name, pattern)]
+    return matching[0] if matching else "mean" if buffer.is_floating_point() else "max"
+
+
+def next_buffer(mode: str, start: Tensor, left: Sequence[Tensor | None]) -> Tensor:
+    """What a buffer is after a step that began with `start`, from what the microbatches left."""
+    present = [value for value in left if value is not None]
+    if mode == "frozen":
+        return start
+    if mode == "last":
+        return present[-1]
+    if mode == "max":
+        return torch.stack(present).amax(0)
+    wide = start.dtype if start.dtype in (torch.float64, torch.int64) else torch.float32
+    none = torch.zeros(start.shape, dtype=wide)
+    if mode == "mean":
+        return tree_sum([none if value is None else value.to(wide) for value in left], torch.add) / len(present)
+    decay = float(mode.partition(":")[2] or 1)
+    before = start.to(wide) * (decay if start.is_floating_point() else int(decay))
+    return before + tree_sum([none if value is None else value.to(wide) - before for value in left], torch.add)
 
 
 def flatten(tensors: list[Tensor], like: list[Tensor]) -> Tensor:

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from instep import buffer_modes
 from instep.budget import parse_budget
 from instep.components import Component
 from instep.errors import RecipeError
 from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
-from instep.tables import as_before, as_saved, check_types, from_table, suggest, to_table
+from instep.tables import added, as_before, as_saved, check_types, from_table, suggest, to_table
 from instep.watch import Watch
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -105,6 +106,9 @@ class Recipe:
     threads: CPU threads inside each worker. It is part of the recipe since matrix kernels change their order with it.
     watch: what is done about an objective that spikes, or no longer improves. With its `patience`, `evaluate_every` and
         `evaluate_samples` decide the result too.
+    buffers: what becomes of the model's buffers at the end of a step, from patterns of their names to "mean", "max",
+        "last", "frozen", "sum" or "sum:D", as in {"codebook.*": "sum:0.99"}; the first pattern that matches decides.
+        See `instep.buffer_modes`.
 
     These change only what is measured and shown:
 
@@ -131,6 +135,7 @@ class Recipe:
     compile: bool = False
     threads: int = 1
     watch: Watch = field(default_factory=Watch)
+    buffers: Mapping[str, str] = added(before={}, default_factory=dict)
 
     name: str = field(default="custom", metadata=_NO_RESULT)
     evaluate_every: int = field(default=0, metadata=_NO_RESULT)
@@ -145,6 +150,8 @@ class Recipe:
         if self.artifacts is not None:
             object.__setattr__(self, "artifacts", Component.of(self.artifacts))
         check_types(self, "recipe")
+        modes = buffer_modes.parse(buffer_modes.flat(self.buffers))
+        object.__setattr__(self, "buffers", {pattern: str(mode) for pattern, mode in modes.items()})
         if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
             raise RecipeError(f"'recipe.name' is {self.name!r}; it names the run folder: write a name without '/'.")
         for key in ("batch", "microbatches", "steps", "threads"):
@@ -345,7 +352,10 @@ def _result_part(table: Mapping[str, Any]) -> dict[str, Any]:
     decisive = {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("result", True)} - {"steps"}
     if table.get("watch", {}).get("patience") is not None:
         decisive |= {"evaluate_every", "evaluate_samples"}
-    return {key: value for key, value in table.items() if key in decisive}
+    part = {key: value for key, value in table.items() if key in decisive}
+    if part.get("buffers"):  # their order decides too, which a table does not compare
+        part["buffers"] = [list(pair) for pair in part["buffers"].items()]
+    return part
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

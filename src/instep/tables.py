@@ -49,6 +49,8 @@ def to_table(value: Any) -> dict[str, Any]:
             table[field.name] = _component_table(item)
         elif dataclasses.is_dataclass(item):
             table[field.name] = to_table(item)
+        elif isinstance(item, Mapping):
+            table[field.name] = dict(item)
         elif item is not None:
             table[field.name] = item
     return table
@@ -138,6 +140,10 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is Component:
         return Component.of(value)
+    if origin is Mapping:
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"'{where}' is {value!r}; it must be a table.")
+        return dict(value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
             return value

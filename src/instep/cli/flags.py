@@ -8,12 +8,17 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
+from instep.buffer_modes import flat
 from instep.components import Component
 from instep.errors import InstepError, RecipeError
 from instep.recipe import Recipe, Team
 
 Settings = Sequence[tuple[str, str]]
 """Names of fields, such as ``recipe.schedule.kind``, each with the text of its value."""
+
+
+_PATTERNS = "recipe.buffers."
+"""What follows it is one name, whose dots are its own."""
 
 
 class UsageError(InstepError):
@@ -48,7 +53,10 @@ def merge(table: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
     Raises UsageError for a name that no field has, and RecipeError where the table has no room for it.
     """
-    for name, text in sorted(settings, key=lambda setting: setting[0].count(".")):  # a whole before its parts
+    ordered = sorted(settings, key=lambda setting: setting[0].count("."))  # a whole before its parts
+    patterns = [setting for setting in settings if setting[0].startswith(_PATTERNS)]
+    # Of patterns the first that matches decides: each goes before those that are there, the last of all first.
+    for name, text in [*(setting for setting in ordered if setting not in patterns), *reversed(patterns)]:
         side, *parts = name.split(".")
         if side == "recipe":
             _set(Recipe, table, parts, text, name)
@@ -72,6 +80,10 @@ def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: st
     elif hint is Component or Component in get_args(hint):
         table[key] = _component_table(cls, key, table.get(key))
         _set(Component, _room(table, key, where), rest, text, name)
+    elif name.startswith(_PATTERNS):
+        given = flat(_room(table, key, where))
+        pattern = ".".join(rest)
+        table[key] = {pattern: toml_value(text), **{other: mode for other, mode in given.items() if other != pattern}}
     elif hasattr(hint, "__dataclass_fields__"):
         _set(hint, _room(table, key, where), rest, text, name)
     elif get_origin(hint) is Mapping and all(rest):

@@ -6,8 +6,8 @@ The server engine's workers, the virtual engine and the replay all compute contr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -33,12 +33,16 @@ _KEPT_BYTES = 1 << 28
 """Of samples that were loaded to be counted, and are kept until they are computed, where one process does both."""
 
 
+NOTHING = (-1, -1)
+"""In place of a batch and a microbatch, where none had samples."""
+
+
 @dataclass
 class Vectors:
     """The tensors of a contribution. N tree nodes (1 but under a synchronous rule).
 
     gradient: [N, layout.size] float32; a delta instead where the rule has local steps.
-    buffers: [N, size] float32, sums over microbatches. integers: [size] int64.
+    buffers: [N, row_size] float32 and integers: [size] int64, as `Buffers.post` writes them.
     """
 
     gradient: Tensor
@@ -56,8 +60,9 @@ class Facts:
 
     nodes: the microbatches of each row. counts: by term, in the objective's order, over all it covers. sums: by term,
     of each microbatch by itself, so that an update adds up all of them at once, whoever sent them. filled:
-    microbatches with samples. touched: indices of the parameters that had a gradient. posted: indices of the
-    buffers that the rows hold.
+    microbatches with samples. touched: indices of the parameters that had a gradient. posted: indices of the buffers
+    that the rows hold; changed: of those that were changed. latest: batch and microbatch of the last samples. ends: of
+    the run's first batch, `Buffers.ends`.
     """
 
     nodes: tuple[Node, ...]
@@ -66,6 +71,9 @@ class Facts:
     filled: int
     touched: tuple[int, ...]
     posted: tuple[int, ...]
+    changed: tuple[int, ...] = ()
+    latest: tuple[int, int] = NOTHING
+    ends: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def items(self) -> int:
@@ -103,7 +111,7 @@ class Contributor:
         self._alone = alone
         self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
         self.pack = Pack(replica.module, replica.parameters)
-        self.buffers = Buffers(replica.module)
+        self.buffers = Buffers(replica.module, replica.recipe.buffers)
         self.terms: tuple[str, ...] = ()
         self.changing: set[int] = set()
         """The buffers that training changes, by index."""
@@ -125,7 +133,7 @@ class Contributor:
         nodes = self.most_nodes
         return {
             "gradient": Region((contributions, nodes, self.layout.size), "float32"),
-            "buffers": Region((contributions, nodes, self.buffers.layout.size), "float32"),
+            "buffers": Region((contributions, nodes, self.buffers.row_size), "float32"),
             "integers": Region((contributions, self.buffers.integer_layout.size), "int64"),
         }
 
@@ -190,10 +198,14 @@ class Contributor:
         nodes = inputs.nodes
         rows = list(into.gradient[: len(nodes)])
         sums, touched = self._microbatches(work.batch, inputs.batches, inputs.totals, nodes, rows)
-        posted = self._posted()
+        changed = self._changed()
+        posted = tuple(sorted({*changed, *self.changing}))
         self.buffers.post(posted, work.start, nodes, list(into.buffers[: len(nodes)]), into.integers)
-        filled = sum(batch is not None for batch in inputs.batches.values())
-        return Facts(tuple(nodes), inputs.counts, sums, filled, touched, posted)
+        filled = len(_filled(inputs.batches))
+        return Facts(
+            tuple(nodes), inputs.counts, sums, filled, touched, posted, changed,
+            latest=latest_of(work.batch, _filled(inputs.batches)), ends=self.buffers.ends() if work.batch == 0 else {},
+        )  # fmt: skip
 
     def _delta(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
         counts = dict.fromkeys(self.terms, 0)
@@ -202,7 +214,8 @@ class Contributor:
         if self._summed is None:
             self._summed = torch.zeros(self.layout.size, device=self.replica.device)
         moved: set[int] = set()
-        changed = set(self.changing)
+        changed: set[int] = set()
+        began, latest, ends = self.buffers.start, NOTHING, dict[int, tuple[int, int]]()
         for batch in range(work.batch, work.batch + work.local_steps):
             batches = {m: self.replica.batch(batch, m) for m in range(work.start, work.stop)}
             own = self._counts(batch, range(work.start, work.stop), batches)
@@ -216,6 +229,8 @@ class Contributor:
             clip(self._summed, norm, self.replica.recipe.clip_norm)
             views = self.layout.views(self._summed)
             self.replica.update(batch, [view if i in touched else None for i, view in enumerate(views)])
+            latest = max(latest, latest_of(batch, _filled(batches)))
+            ends = self.buffers.ends() if batch == 0 else ends
             changed.update(self._own_buffers(batches))
             moved.update(touched)
             for name in self.terms:
@@ -227,11 +242,14 @@ class Contributor:
         with torch.no_grad():
             for view, before, parameter in zip(self.layout.views(row), pulled, self.replica.parameters, strict=True):
                 torch.sub(before.to(view.dtype), parameter.to(view.device, view.dtype), out=view)
-        posted = tuple(sorted(changed))  # no others: what is constant would be rounded in the mean
-        self.buffers.begin()
-        self.buffers.leave(filled=True)
-        self.buffers.post(posted, 0, [(0, 1)], [into.buffers[0]], into.integers)
-        return Facts(((0, 1),), counts, sums, 1, tuple(sorted(moved)), posted)
+        posted = tuple(sorted({*changed, *self.changing}))  # no others: what is constant would be rounded in the mean
+        self.buffers.untouched([True])
+        self.buffers.post(
+            posted, 0, [(0, 1)], [into.buffers[0]], into.integers, start=began, steps=work.local_steps
+        )  # fmt: skip
+        return Facts(
+            ((0, 1),), counts, sums, 1, tuple(sorted(moved)), posted, tuple(sorted(changed)), latest=latest, ends=ends
+        )
 
     def _microbatches(
         self,
@@ -271,22 +289,23 @@ class Contributor:
                 )
 
     def _own_buffers(self, batches: Mapping[int, Any]) -> list[int]:
-        """After a local step: the buffers' mean over this worker's microbatches, as one worker alone would have it.
+        """After a local step: the buffers take from this worker's microbatches what those of one worker alone would.
 
         Returns which buffers the step changed.
         """
-        which = [index for index, changed in enumerate(self.buffers.changed()) if changed]
+        which = list(self._changed())
+        if all(samples is None for samples in batches.values()):
+            which = [index for index in self.buffers.decaying if index in self.changing]  # as others do in this step
         if not which:
             return []
-        row = torch.zeros(self.buffers.layout.size)
+        row = torch.zeros(self.buffers.row_size)
         integers = torch.zeros(self.buffers.integer_layout.size, dtype=torch.int64)
         self.buffers.post(which, 0, [(0, len(batches))], [row], integers)
         self.buffers.finish(which, [], [row], [integers], sum(b is not None for b in batches.values()))
         return which
 
-    def _posted(self) -> tuple[int, ...]:
-        changed = {index for index, flag in enumerate(self.buffers.changed()) if flag}
-        return tuple(sorted(changed | self.changing))
+    def _changed(self) -> tuple[int, ...]:
+        return tuple(index for index, flag in enumerate(self.buffers.changed()) if flag)
 
     def _load(self, batch: int, microbatch: int) -> Any | None:
         """The samples of a microbatch, perhaps kept since they were counted. Whoever computes them may change them."""
@@ -321,3 +340,12 @@ class Contributor:
             for name, count in self._counted[key].items():
                 totals[name] += count
         return totals
+
+
+def latest_of(batch: int, filled: Iterable[int]) -> tuple[int, int]:
+    """A batch and the last of its microbatches `filled` with samples; `NOTHING` where there are none."""
+    return max(((batch, microbatch) for microbatch in filled), default=NOTHING)
+
+
+def _filled(batches: Mapping[int, Any]) -> list[int]:
+    return [microbatch for microbatch, samples in batches.items() if samples is not None]

@@ -58,6 +58,8 @@ class Exchange:
     """[W, P] whether a parameter had a gradient."""
     changed: NDArray[np.uint8]
     """[W, B] whether a buffer was changed."""
+    ends: NDArray[np.int64]
+    """[W, B] in the first step, what tells whether a buffer ended differently from piece to piece; else 0."""
     norms: NDArray[np.float32]
     """[blocks] L2 norms of the blocks of the gradient."""
     evaluation_counts: NDArray[np.int64]
@@ -69,7 +71,7 @@ class Exchange:
     weights: NDArray[np.uint8]
     """[bytes] the weights, in their types, where all workers share them."""
     buffers: NDArray[np.float32]
-    """[nodes, size] floating buffers."""
+    """[nodes, row_size] floating buffers."""
     integers: NDArray[np.int64]
     """[W, size] other buffers."""
 
@@ -110,11 +112,12 @@ def regions(
         "sums": Region((microbatches, terms), "float64"),
         "touched": Region((workers, parameters), "uint8"),
         "changed": Region((workers, len(buffers.names)), "uint8"),
+        "ends": Region((workers, len(buffers.names)), "int64"),
         "norms": Region((layout.blocks,), "float32"),
         "evaluation_counts": Region((evaluations, terms), "int64"),
         "evaluation_sums": Region((evaluations, terms), "float64"),
         "slots": Region((0, 0) if on_device else (nodes, layout.size), "float32"),
         "weights": Region((weight_bytes,), "uint8"),
-        "buffers": Region((nodes, buffers.layout.size), "float32", reserve=False),
+        "buffers": Region((nodes, buffers.row_size), "float32", reserve=False),
         "integers": Region((workers, buffers.integer_layout.size), "int64", reserve=False),
     }

@@ -31,7 +31,7 @@ from instep.engines.stopping import OtherRaised
 from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
 from instep.objectives import check
-from instep.reduce.buffers import Buffers, changed_by_any
+from instep.reduce.buffers import APART, Buffers, about_means, changed_by_any
 from instep.reduce.fold import Fold
 from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.reduction import Reduction, total_norm
@@ -72,7 +72,7 @@ class Lockstep:
         self._pulse, self._emit, self._clock = pulse, emit, clock
         self._layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
         self.reduction = Reduction(self._layout, recipe.microbatches, workers)
-        self.buffers = Buffers(replica.module)
+        self.buffers = Buffers(replica.module, recipe.buffers)
         self._own = range(*self.reduction.ranges[worker])
         self.watcher = Watcher(replica, self.buffers)
         self._held_out = batches_held_out(replica)
@@ -194,7 +194,7 @@ class Lockstep:
         if changed and verdict.updates:
             self.buffers.finish(
                 changed, self.reduction.plan, as_tensors(exchange.buffers), as_tensors(exchange.integers),
-                sum(1 for m in range(replica.recipe.microbatches) if replica.cursor.microbatch(step, m)),
+                *self._filled(step),
             )  # fmt: skip
         self.placement.settle()  # settled: the weights can be read
         self._pulse.advance()
@@ -205,7 +205,20 @@ class Lockstep:
         progress.train_s += time.monotonic() - began
         if self.worker == 0:
             self._emit_merged(step, objective, terms, items, rate, norm, verdict)
+            if step == 0 and (apart := self._apart()):
+                self._emit("warned", why=about_means(apart), version=1)
         return next_totals, stopped
+
+    def _filled(self, step: int) -> tuple[int, tuple[int, int]]:
+        """How many microbatches have samples, and where the worker that has the last of them posts its buffers."""
+        filled = [m for m in range(self.replica.recipe.microbatches) if self.replica.cursor.microbatch_size(step, m)]
+        worker = next(w for w, (start, stop) in enumerate(self.reduction.ranges) if start <= filled[-1] < stop)
+        return len(filled), (self.reduction.slots_of(worker)[0], worker)
+
+    def _apart(self) -> list[str]:
+        """The buffers that ended differently from piece to piece in the first step, and take the mean unasked."""
+        named = zip(self.buffers.names, self._exchange.ends.T.tolist(), strict=True)
+        return [name for name, ends in named if APART in ends or len(set(ends) - {0}) > 1]
 
     def _compute(self, step: int, totals: dict[str, int]) -> None:
         self._fold.begin()
@@ -223,6 +236,9 @@ class Lockstep:
                 self._exchange.sums[microbatch, place] = float(sums[name]) if sums else 0.0
         self._exchange.touched[self.worker] = self._fold.touched
         self._exchange.changed[self.worker] = self.buffers.changed()
+        if step == 0:
+            for index, (_, end) in self.buffers.ends().items():
+                self._exchange.ends[self.worker, index] = end if end == APART else end + 1  # 0 is no word
 
     def _load(self, step: int) -> None:
         """Loads the worker's batches of `step` and posts their item counts."""

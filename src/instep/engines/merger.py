@@ -18,7 +18,7 @@ from instep.engines.contributor import Facts, Vectors
 from instep.engines.replica import Replica
 from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
-from instep.reduce.buffers import Buffers
+from instep.reduce.buffers import APART, Buffers, about_means
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.pack import Pack
@@ -48,7 +48,7 @@ class Arrived:
 class Update:
     """What an update came to: the objective over the items of its contributions, and its parts by term.
 
-    objective: None where they hold no item of a term that is minimised.
+    objective: None where they hold no item of a term that is minimised. doubts: sentences to warn with.
     """
 
     objective: float | None
@@ -57,6 +57,7 @@ class Update:
     rate: float | None
     norm: float
     verdict: Verdict
+    doubts: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """What a tape says of it."""
@@ -73,7 +74,7 @@ class Merger:
         self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
         self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
         self.pack = Pack(replica.module, replica.parameters)
-        self.buffers = Buffers(replica.module)
+        self.buffers = Buffers(replica.module, replica.recipe.buffers)
         self.watcher = Watcher(replica, self.buffers)
         self.microbatches = 0
         """Microbatches merged so far."""
@@ -81,6 +82,8 @@ class Merger:
         """Whether the weights are those of a version, with no update half made."""
         self._outer = _Outer(self.rule, self.layout)
         self._empty: dict[int, int] = {}  # by group of batches: pieces that held no items
+        self._ends: dict[tuple[int, int], set[int]] = {}  # by buffer and start: what pieces of the first batch left
+        self._told: set[int] = set()  # buffers that were warned of
 
     def merge(self, contributions: Sequence[Arrived]) -> Update:
         """Makes one update, in the order given. May use the vectors up. The replica's objective must know its terms.
@@ -108,10 +111,10 @@ class Merger:
         self.sound = False
         if verdict.updates:
             rate = self._apply(total, set().union(*(each.touched for each in facts)), norm, step)
-            self._average_buffers(contributions)
+            self._take_buffers(contributions)
         self.sound = True
         self.microbatches += sum(each.work.microbatches for each in contributions)
-        return Update(value, means, counts[terms[0]], rate, norm, verdict)
+        return Update(value, means, counts[terms[0]], rate, norm, verdict, self._doubts(facts))
 
     def _check_items(self, contributions: Sequence[Arrived]) -> None:
         """Raises ObjectiveError where the last piece of a batch holds no items either, whenever the others came."""
@@ -179,16 +182,44 @@ class Merger:
         views = self.layout.views(total)
         return self.replica.update(step, [view if i in touched else None for i, view in enumerate(views)])
 
-    def _average_buffers(self, contributions: Sequence[Arrived]) -> None:
-        """Each buffer takes the mean over the microbatches of those contributions that hold it."""
-        for index in sorted(set().union(*(each.facts.posted for each in contributions))):
-            holding = [each for each in contributions if index in each.facts.posted]
+    def _take_buffers(self, contributions: Sequence[Arrived]) -> None:
+        """Each buffer takes its value from the microbatches of those contributions that hold it."""
+        for index in sorted(set().union(*(each.facts.changed for each in contributions))):
+            if self.pieces.in_tree_order:
+                self._complete(contributions, index)
+            holding = [each for each in contributions if self.pieces.in_tree_order or index in each.facts.posted]
             rows = [row for each in holding for row in each.vectors.buffers[: len(each.facts.nodes)]]
-            together = self.pieces.in_tree_order and len(holding) == len(contributions)
-            plan = self._plan(holding) if together else [(0, source) for source in range(1, len(rows))]
+            plan = self._plan(holding) if self.pieces.in_tree_order else [(0, place) for place in range(1, len(rows))]
+            newest = max(range(len(holding)), key=lambda place: holding[place].facts.latest)
+            first_row = sum(len(each.facts.nodes) for each in holding[:newest])
             filled = sum(each.facts.filled for each in holding)
             if filled:
-                self.buffers.finish([index], plan, rows, [each.vectors.integers for each in holding], filled)
+                self.buffers.finish(
+                    [index], plan, rows, [each.vectors.integers for each in holding], filled, (first_row, newest),
+                    steps=max(each.work.local_steps for each in holding),
+                )  # fmt: skip
+
+    def _complete(self, contributions: Sequence[Arrived], index: int) -> None:
+        """Has those contributions too hold a buffer whose workers had not seen it change before."""
+        for each in contributions:
+            if index not in each.facts.posted:
+                work, vectors = each.work, each.vectors
+                sizes = [self.replica.cursor.microbatch_size(work.batch, m) for m in range(work.start, work.stop)]
+                self.buffers.untouched([size > 0 for size in sizes])
+                rows = list(vectors.buffers[: len(each.facts.nodes)])
+                self.buffers.post([index], work.start, each.facts.nodes, rows, vectors.integers)
+
+    def _doubts(self, facts: Sequence[Facts]) -> tuple[str, ...]:
+        """Warns, once, of buffers that pieces of the first batch left with different values of the same start."""
+        found = []
+        for each in facts:
+            for index, (start, end) in each.ends.items():
+                ends = self._ends.setdefault((index, start), set())
+                ends.add(end)
+                if index not in self._told and (APART in ends or len(ends) > 1):
+                    self._told.add(index)
+                    found.append(self.buffers.names[index])
+        return (about_means(found),) if found else ()
 
     def _about(self, contributions: Sequence[Arrived], step: int) -> str:
         bad = next((each.worker for each in contributions if not bool(torch.isfinite(each.vectors.gradient).all())), -1)

@@ -389,8 +389,8 @@ class _Server:
         contributions = [
             {"seq": c.seq, "worker": c.worker, "version": c.base, "piece": c.piece} for c in action.contributions
         ]
-        if update.verdict.why:
-            self._session.emit("warned", why=update.verdict.why, version=action.version)
+        for why in filter(None, (update.verdict.why, *update.doubts)):
+            self._session.emit("warned", why=why, version=action.version)
         self._session.emit(
             "merged", version=action.version, step=done, contributions=contributions, weights=list(action.weights),
             staleness=list(action.staleness), **update.facts(), checksum=self._merger.checksum(),

@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from instep.data.cursor import take_rows
-from instep.engines.contributor import Contributor, Facts, Inputs, Vectors
+from instep.engines.contributor import Contributor, Facts, Inputs, Vectors, latest_of
 from instep.errors import RecipeError
 from instep.objectives import Bound
 from instep.rules.work import Work
@@ -37,7 +37,7 @@ class Together:
 
     def __init__(self, contributor: Contributor):
         self._one = contributor
-        if contributor.changing:
+        if contributor.buffers.disturbed:
             raise _refused("training changes its buffers")
         if contributor.replica.recipe.precision != "float32":
             raise _refused("its precision is not float32")
@@ -83,7 +83,9 @@ class Together:
                 self._one.check(terms, work.batch, microbatch)
             by_term = {name: tuple(sums[m][name] for m in sorted(sums)) for name in self._one.terms}
             touched = self._touched if sums and self._touched else ()
-            made.append((Facts(tuple(each.nodes), each.counts, by_term, len(sums), touched, ()), vector))
+            latest = latest_of(work.batch, sums)
+            facts = Facts(tuple(each.nodes), each.counts, by_term, len(sums), touched, (), latest=latest)
+            made.append((facts, vector))
         return made
 
     def _group(

@@ -149,8 +149,8 @@ class _Simulation:
         fields |= {"step": done, **update.facts()}
         if self._tape is not None:
             fields["checksum"] = self._replayer.merger.checksum()
-        if update.verdict.why:
-            self._emit("warned", {"t_s": fields["t_s"], "clock": "virtual", "why": update.verdict.why})
+        for why in filter(None, (update.verdict.why, *update.doubts)):
+            self._emit("warned", {"t_s": fields["t_s"], "clock": "virtual", "why": why})
         self._progress.merged(version=fields["version"], steps=done, items=update.items, objective=update.objective)
         update.verdict.note(self._progress)
 
