@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
+import math
 import random
 import sysconfig
 from collections import Counter
@@ -28,10 +31,11 @@ from instep.randomness import seed_all
 
 
 @st.composite
-def cursors(draw):
+def cursors(draw, **fixed):
     microbatches = draw(st.integers(1, 9))
     batch = microbatches * draw(st.integers(1, 5))
-    return Cursor(draw(st.integers(batch, 5 * batch + 3)), batch, microbatches, draw(st.integers(0, 2**40)))
+    fields = {"ragged": draw(st.sampled_from(["even", "spread"])), "drop_last": draw(st.booleans()), **fixed}
+    return Cursor(draw(st.integers(batch, 5 * batch + 3)), batch, microbatches, draw(st.integers(0, 2**40)), **fields)
 
 
 def microbatches_of(cursor, step):
@@ -42,36 +46,74 @@ def microbatches_of(cursor, step):
 
 
 @given(cursors(), st.integers(0, 3))
-def test_each_epoch_uses_every_sample_exactly_once(cursor, epoch):
+def test_each_epoch_uses_every_sample_exactly_once_but_for_a_batch_that_is_dropped(cursor, epoch):
     first = epoch * cursor.steps_per_epoch
     steps = range(first, first + cursor.steps_per_epoch)
     used = Counter(index for step in steps for piece in microbatches_of(cursor, step) for index in piece)
-    assert used == dict.fromkeys(range(cursor.samples), 1)
     assert {cursor.epoch(step) for step in steps} == {epoch}
     assert cursor.epoch(steps.stop) == epoch + 1
+    assert set(used.values()) == {1}
+    dropped = cursor.samples % cursor.batch if cursor.drop_last else 0
+    assert len(used) == cursor.samples - dropped
+    assert used.keys() <= set(range(cursor.samples))
 
 
 @given(cursors(), st.integers(0, 20))
-def test_microbatches_make_up_the_batch_and_are_of_one_size_give_or_take_one(cursor, step):
+def test_microbatches_make_up_the_batch_in_order(cursor, step):
     pieces = microbatches_of(cursor, step)
     assert [index for piece in pieces for index in piece] == cursor.indices(step)
     assert len(cursor.indices(step)) == cursor.size(step)
-    sizes = [len(piece) for piece in pieces]
-    assert max(sizes) - min(sizes) <= (1 if cursor.size(step) < cursor.batch else 0)
+    assert [len(piece) for piece in pieces] == [cursor.microbatch_size(step, m) for m in range(cursor.microbatches)]
+
+
+@given(cursors(ragged="even"), st.integers(0, 20))
+def test_a_batch_is_cut_into_as_few_pieces_as_hold_it_of_one_size_give_or_take_one(cursor, step):
+    sizes = [len(piece) for piece in microbatches_of(cursor, step)]
+    pieces = math.ceil(cursor.size(step) / cursor.usual_size)
+    assert min(sizes[:pieces]) > 0
+    assert max(sizes[:pieces]) - min(sizes[:pieces]) <= 1
+    assert max(sizes) <= cursor.usual_size
+    assert sizes[pieces:] == [0] * (cursor.microbatches - pieces)
+    if cursor.usual_size > 2:
+        assert 1 not in sizes or cursor.size(step) == 1
+
+
+@given(cursors(ragged="spread"), st.integers(0, 20))
+def test_the_cut_over_all_microbatches_is_what_it_was(cursor, step):
+    batch, parts = cursor.indices(step), cursor.microbatches
+    edges = [len(batch) * part // parts for part in range(parts + 1)]
+    assert microbatches_of(cursor, step) == [batch[a:b] for a, b in itertools.pairwise(edges)]
+
+
+@given(cursors())
+def test_whole_batches_and_the_order_do_not_depend_on_how_the_last_one_is_cut(cursor):
+    for change in ({"ragged": "even"}, {"ragged": "spread"}, {"drop_last": not cursor.drop_last}):
+        other = dataclasses.replace(cursor, **change)
+        for step in range(cursor.samples // cursor.batch):
+            assert microbatches_of(cursor, step) == microbatches_of(other, step)
 
 
 @given(cursors())
 def test_only_the_last_batch_of_an_epoch_is_smaller(cursor):
     sizes = [cursor.size(step) for step in range(cursor.steps_per_epoch)]
     assert set(sizes[:-1]) <= {cursor.batch}
-    assert sizes[-1] == (cursor.samples % cursor.batch or cursor.batch)
+    assert sizes[-1] == (cursor.batch if cursor.drop_last else cursor.samples % cursor.batch or cursor.batch)
+
+
+def test_the_sizes_of_the_last_batch_that_leave_a_piece_of_one_sample():
+    def single(ragged):
+        ends = {rest: Cursor(320 + rest, 32, 8, 0, ragged) for rest in range(1, 33)}
+        return [rest for rest, c in ends.items() if 1 in map(len, microbatches_of(c, 10))]
+
+    assert single("even") == [1]  # as in a plain loop
+    assert single("spread") == list(range(1, 16))
 
 
 @given(cursors(), st.lists(st.tuples(st.integers(0, 20), st.integers(0, 8)), max_size=10))
 def test_an_address_means_the_same_whatever_was_asked_before(cursor, asked):
     for step, index in asked:
         cursor.microbatch(step, index % cursor.microbatches)
-    fresh = Cursor(cursor.samples, cursor.batch, cursor.microbatches, cursor.seed)
+    fresh = dataclasses.replace(cursor)
     _order.cache_clear()
     assert [fresh.indices(step) for step in range(12)] == [cursor.indices(step) for step in range(12)]
 

@@ -185,6 +185,8 @@ DECISIVE: dict[str, Any] = {
     "rule": "asynchronous",
     "batch": 64,
     "microbatches": 4,
+    "drop_last": True,
+    "ragged": "spread",
     "seed": 1,
     "clip_norm": 1.0,
     "precision": "bfloat16",

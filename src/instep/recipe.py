@@ -97,6 +97,9 @@ class Recipe:
     schedule: the learning rate by step, which under every rule is a global batch of items.
     rule: who waits for whom, and what makes an update: an `instep.UpdateRule`, or text such as "diloco:20".
     batch: samples in the global batch of one step. The last batch of an epoch may be smaller.
+    drop_last: leave that smaller batch out. Each epoch then leaves out other samples, fewer than a batch.
+    ragged: how that smaller batch is cut: "even" into as few microbatches as hold it at their usual size,
+        batch / microbatches, or one sample less; "spread" over all, however small they become.
     microbatches: pieces, M, that each batch is cut into; a worker computes whole pieces. `batch` is a multiple of it.
     steps: global batches. Under a synchronous rule each is one update of the weights.
     seed: keys every random number.
@@ -128,6 +131,8 @@ class Recipe:
     rule: UpdateRule = field(default_factory=synchronous)
     batch: int = 32
     microbatches: int = 8
+    drop_last: bool = added(before=False, default=False)
+    ragged: Literal["even", "spread"] = added(before="spread", default="even")
     steps: int = 100
     seed: int = 0
     clip_norm: float | None = None

@@ -70,7 +70,7 @@ def small(rule: UpdateRule) -> Recipe:
 
 def built_in(name: str, teacher: Path) -> Recipe:
     """A built-in recipe at `STEPS` steps. `teacher`: a run of gpt, which distil learns from."""
-    table = merge(read(name), [("recipe.steps", str(STEPS))])
+    table = merge(read(name), [("recipe.steps", str(STEPS)), ("recipe.ragged", "spread")])  # the cut of before
     if name == "distil":
         table["objective"]["args"]["teacher"]["args"]["run"] = str(teacher)
     return parse(table)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,15 +20,19 @@ from instep.randomness import key
 class Cursor:
     """Addresses every sample of every epoch, by step and microbatch. It has no state.
 
-    Each epoch goes through all samples once, in an order of its own. Its last batch may be smaller than `batch`; it is
-    used, cut into the same number of microbatches, some of which may then be empty. No batch spans two epochs.
+    Each epoch goes through all samples once, in an order of its own. Its last batch may be smaller than `batch`; unless
+    it is dropped it is used, cut into as many microbatches as their usual size asks for, and those beyond are empty. No
+    batch spans two epochs.
 
     Fields
     ------
     samples: length of the data set.
     batch: samples of one step.
-    microbatches: pieces of each batch. Their sizes differ by at most one.
+    microbatches: pieces of each batch. Their sizes differ by at most one, empty ones aside.
     seed: the recipe's.
+    ragged: "even" cuts a last batch of n samples into ceil(n / usual size) pieces; "spread" over all microbatches,
+        however small the pieces become.
+    drop_last: leaves the last, smaller batch of each epoch out.
 
     Raises DataError for a data set that is empty or smaller than a batch.
     """
@@ -37,6 +41,8 @@ class Cursor:
     batch: int
     microbatches: int
     seed: int
+    ragged: Literal["even", "spread"] = "even"
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -49,8 +55,13 @@ class Cursor:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one epoch, the one with the smaller batch included."""
-        return -(-self.samples // self.batch)
+        """Steps of one epoch, the one with the smaller batch included unless it is dropped."""
+        return self.samples // self.batch if self.drop_last else -(-self.samples // self.batch)
+
+    @property
+    def usual_size(self) -> int:
+        """Samples of each microbatch of a whole batch."""
+        return self.batch // self.microbatches
 
     def epoch(self, step: int) -> int:
         """The epoch, from 0, that `step`, from 0, lies in."""
@@ -78,7 +89,9 @@ class Cursor:
 
     def _part(self, step: int, index: int) -> range:
         span = self._span(step)
-        return span[len(span) * index // self.microbatches : len(span) * (index + 1) // self.microbatches]
+        pieces = self.microbatches if self.ragged == "spread" else -(-len(span) // self.usual_size)
+        index = min(index, pieces)  # those beyond begin and end where the batch does
+        return span[len(span) * index // pieces : len(span) * min(index + 1, pieces) // pieces]
 
     def _span(self, step: int) -> range:
         start = step % self.steps_per_epoch * self.batch
@@ -104,15 +117,18 @@ def load(samples: MapStyle, indices: Sequence[int], collate: Collate | None = No
     tensors = rows_of(samples, collate)
     if tensors is not None:
         return take_rows(tensors, torch.tensor(indices))
+    return (default_collate if collate is None else collate)(fetch(samples, indices))
+
+
+def fetch(samples: MapStyle, indices: Sequence[int]) -> list[Any]:
+    """The samples themselves, in this order. Raises DataError where the data set fails."""
     together = getattr(samples, "__getitems__", None)
-    if callable(together):
-        try:
-            taken = list(together(list(indices)))
-        except Exception as error:
-            raise failed(samples, f"samples {list(indices)}", error) from error
-    else:
-        taken = [sample(samples, index) for index in indices]
-    return (default_collate if collate is None else collate)(taken)
+    if not callable(together):
+        return [sample(samples, index) for index in indices]
+    try:
+        return list(together(list(indices)))
+    except Exception as error:
+        raise failed(samples, f"samples {list(indices)}", error) from error
 
 
 def rows_of(samples: MapStyle, collate: Collate | None) -> tuple[Tensor, ...] | None:

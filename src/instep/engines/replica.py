@@ -16,6 +16,7 @@ from instep import data, objectives
 from instep.components import Component
 from instep.data.cursor import Cursor, load, rows_of
 from instep.engines.optimizer import Optimizer, call
+from instep.engines.single import check_single_samples
 from instep.engines.spot_checks import SpotChecks
 from instep.errors import CheckpointError, ComponentError, RecipeError, RecomputeError, ResourceError
 from instep.randomness import key, seed_all
@@ -41,8 +42,9 @@ class Replica:
         seed_all(key(recipe.seed, "data"))
         self.data: data.Data = data.from_component(recipe.data) if like is None else like.data
         self.cursor = Cursor(
-            samples=len(self.data.train), batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed
-        )
+            samples=len(self.data.train), batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed,
+            ragged=recipe.ragged, drop_last=recipe.drop_last,
+        )  # fmt: skip
         self.objective = objectives.bind(objectives.from_component(recipe.objective))
         if self.objective.shares and not recipe.rule.synchronous:
             raise RecipeError(
@@ -105,6 +107,8 @@ class Replica:
 
     def learn_terms(self, step: int) -> Any:
         """Learns the objective's terms from a first batch, which it returns."""
+        self.doing = "looking for microbatches that are too small"
+        check_single_samples(self, step)
         places = range(self.recipe.microbatches)
         first = next(place for place in places if self.cursor.microbatch(step, place))
         batch = self.batch(step, first)
