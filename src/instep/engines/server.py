@@ -399,7 +399,9 @@ class _Server:
     def _at_milestones(self, before: int, now: int) -> None:
         recipe, team = self._session.recipe, self._session.assignment.team
         if self._session.tries_checkpoint(self._progress.version):
-            self._session.try_checkpoint(self._replica.module.state_dict(), self._replica.training_state())
+            self._session.try_checkpoint(
+                self._progress.version, self._replica.module.state_dict(), self._replica.training_state()
+            )
         if now == recipe.steps:
             return
         came_s = time.monotonic()

@@ -184,10 +184,14 @@ class Session:
         """Whether it is to be tried now, once in a run, if a checkpoint can be loaded: alike at all workers."""
         return self.assignment.first and version == 1 and not self.assignment.team.memory
 
-    def try_checkpoint(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
+    def try_checkpoint(
+        self, version: int, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]
+    ) -> None:
         """Tries it, see `instep.engines.trial`. Raises CheckpointError or RecordError where it cannot be loaded."""
         assert self.replica is not None
+        before, self._tried_version = self._tried_version, version  # one that cannot be loaded is not saved
         why = try_checkpoint(self.replica, model_state, training_state)
+        self._tried_version = before
         if why is not None:
             self.emit("warned", why=why)
 

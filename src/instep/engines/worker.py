@@ -105,7 +105,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
                 session.pipe.send(("digest", version, digest_of_state(state)))
             training = engine.placement.training_state()
             if training is not None and trying:
-                session.try_checkpoint(state, training)
+                session.try_checkpoint(version, state, training)
             if training is not None and (due or best):
                 session.save(progress, state, {**training, "watch": engine.watcher.state()})
                 if best:
