@@ -66,7 +66,7 @@ def test_a_step_whose_targets_are_all_ignored_stops_the_run(tmp_path: Any) -> No
         microbatches=4,
         steps=2,
     )
-    with pytest.raises(ObjectiveError, match="step 0 has no items to learn from: the objective counts 0 for term"):
+    with pytest.raises(ObjectiveError, match="step 1 has no items to learn from: the objective counts 0 for term"):
         train_here(recipe, Team(workers=2), tmp_path / "run")
 
 

@@ -356,7 +356,7 @@ CASES: list[tuple[str, dict[str, Any], type[InstepError], str]] = [
     ("mean", {"objective": mean}, ObjectiveError, "'objective' .*is a mean, not a sum"),
     ("not a sum", {"objective": lambda m, b: m(b[0])}, ObjectiveError, "must be a scalar"),
     ("no tensor", {"objective": lambda m, b: 3.0}, ObjectiveError, "must be a tensor"),
-    ("infinite", {"objective": infinite}, NonFiniteError, "term 'bar' of the objective is .* in step 0, microbatch 0"),
+    ("infinite", {"objective": infinite}, NonFiniteError, "term 'bar' of the objective is .* in step 1, microbatch 0"),
     ("no model", {"model": lambda: 3}, ComponentError, "must give a torch.nn.Module"),
     ("frozen", {"model": lambda: nn.Linear(3, 1).requires_grad_(False)}, RecipeError, "no parameter that requires"),
     ("lazy", {"model": lambda: nn.LazyLinear(1)}, RecipeError, "has no shape yet"),
@@ -387,7 +387,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter(tmp_path: Path) -> No
     def root(model: nn.Module, batch: Any) -> Tensor:
         return (model(batch[0]) * 0).sqrt().sum() + squares(model, batch)
 
-    with pytest.raises(NonFiniteError, match="gradient of 'weight' is not finite in step 0"):
+    with pytest.raises(NonFiniteError, match="gradient of 'weight' is not finite in step 1"):
         train_here(regression(objective=root), Team(workers=2), tmp_path / "run")
 
 
@@ -399,7 +399,7 @@ def test_a_step_without_items_is_refused(tmp_path: Path) -> None:
         return squares(model, batch)
 
     objective.counts = nothing  # type: ignore[attr-defined]
-    with pytest.raises(ObjectiveError, match="step 0 has no items to learn from"):
+    with pytest.raises(ObjectiveError, match="step 1 has no items to learn from"):
         train_here(regression(objective=objective), Team(), tmp_path / "run")
 
 

@@ -435,7 +435,7 @@ def test_a_killed_and_a_stopped_worker_are_named_and_change_nothing(
     killed = worker(1)
     os.kill(killed, signal.SIGKILL)
     assert started.says(f"worker 1 (pid {killed}) was killed by SIGKILL") < 5
-    started.says("restarted from step")
+    started.says("restarted after step")
     stopped = worker(0)
     assert stopped != killed
     os.kill(stopped, signal.SIGSTOP)

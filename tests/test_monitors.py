@@ -106,7 +106,7 @@ step  1/20  objective 3.9000
 step  6/20  objective 3.4000  1,000 items/s  ETA 0:14
 step 10/20  objective 3.0000  held-out 3.2500  2.5000 bits/byte  1,000 items/s  ETA 0:12
 worker 1 (pid 7) was killed by SIGKILL.
-restarted from step 10; restarts left: 2 of 3
+restarted after step 10; restarts left: 2 of 3
 step 11/20  objective 2.9000  1,000 items/s  ETA 0:10
 step 16/20  objective 2.4000  1,000 items/s  ETA 0:04
 step 20/20  objective 2.0000  held-out 3.2500  2.5000 bits/byte  1,000 items/s
@@ -134,7 +134,7 @@ def test_a_run_as_plain_lines() -> None:
 
 def test_an_interrupted_run_says_how_to_go_on() -> None:
     printed = plain([started(5.0, 7, resumed=True), merged(6, 8), ended(7, 8, interrupted=True)], path="my runs/a")
-    assert "recipe      gpt, 20 steps, resumed at step 7\n" in printed
+    assert "recipe      gpt, 20 steps, resumed after step 7\n" in printed
     assert "steps       8 of 20, interrupted\n" in printed
     assert printed.endswith(
         f"go on with  instep train --resume 'my runs/a'\ndigest      {DIGEST}\nrun folder  my runs/a\n"

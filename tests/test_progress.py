@@ -159,3 +159,15 @@ def test_the_highest_ranks_go_first() -> None:
 )
 def test_forms(form: Callable[[Any], str], value: Any, text: str) -> None:
     assert form(value) == text
+
+
+def test_a_part_of_the_first_step_is_step_1_and_not_0() -> None:
+    """Where contributions merge one by one, the first updates are each a part of it."""
+    progress = Progress()
+    progress.see({"kind": "run_started", "step": 0, "steps": 3, "t_s": 0.0})
+    assert progress.parts()[0].long == "0/3", "nothing is done"
+    progress.see({"kind": "merged", "step": 0, "objective": 4.5, "items": 2, "t_s": 1.0})
+    assert progress.line(evaluated=False).startswith("step 1/3  objective 4.5")
+    assert progress.parts()[0].long == "1/3"
+    progress.see({"kind": "merged", "step": 2, "objective": 4.5, "items": 2, "t_s": 2.0})
+    assert progress.line(evaluated=False).startswith("step 2/3")

@@ -93,7 +93,7 @@ def test_the_objective_is_the_weighted_sum_of_its_means() -> None:
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, None, "1", True, lambda step: None])
 def test_a_weight_that_is_no_number_is_refused(weight: Any) -> None:
-    with pytest.raises(ObjectiveError, match=r"weight of term 'square' is .* in step 0; it must be a finite number"):
+    with pytest.raises(ObjectiveError, match=r"weight of term 'square' is .* in step 1; it must be a finite number"):
         learnt(marked(weights={"square": weight}))
 
 
@@ -143,7 +143,7 @@ def test_metrics_come_last_have_no_gradient_and_are_not_in_the_objective() -> No
 def test_a_batch_with_items_of_a_metric_alone_has_nothing_to_learn_from() -> None:
     bound = learnt(marked(metrics=("square",)))
     bound.check_items({"absolute": 1, "square": 0}, 3)
-    with pytest.raises(ObjectiveError, match="step 3 has no items to learn from: .* 0 for term 'absolute' over"):
+    with pytest.raises(ObjectiveError, match="step 4 has no items to learn from: .* 0 for term 'absolute' over"):
         bound.check_items({"absolute": 0, "square": 4}, 3)
 
 

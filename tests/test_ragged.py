@@ -115,12 +115,12 @@ def test_batch_norm_trains_on_every_last_batch_that_a_plain_loop_takes(rest: int
 @pytest.mark.parametrize(
     ("recipe", "step", "remedy"),
     [
-        (normed(33), "0 of step 2 with its 1 samples", "set recipe.drop_last to true, which leaves out that smaller b"),
-        (normed(37, microbatches=8), "0 of step 2 with its 5 samples", "set recipe.microbatches to 4."),
-        (normed(48, microbatches=16), "0 of step 0 with its 16 samples", "set recipe.microbatches to 8."),
-        (normed(49, microbatches=16), "0 of step 0 with its 16 samples", "take a larger recipe.batch."),
-        (normed(37, ragged="spread"), "0 of step 2 with its 5 samples", "set recipe.ragged to 'even', which cuts a s"),
-        (normed(36, batch=1, microbatches=1), "0 of step 0 with its 1 samples", "take a larger recipe.batch."),
+        (normed(33), "0 of step 3 with its 1 samples", "set recipe.drop_last to true, which leaves out that smaller b"),
+        (normed(37, microbatches=8), "0 of step 3 with its 5 samples", "set recipe.microbatches to 4."),
+        (normed(48, microbatches=16), "0 of step 1 with its 16 samples", "set recipe.microbatches to 8."),
+        (normed(49, microbatches=16), "0 of step 1 with its 16 samples", "take a larger recipe.batch."),
+        (normed(37, ragged="spread"), "0 of step 3 with its 5 samples", "set recipe.ragged to 'even', which cuts a s"),
+        (normed(36, batch=1, microbatches=1), "0 of step 1 with its 1 samples", "take a larger recipe.batch."),
     ],
 )
 @pytest.mark.parametrize("team", [Team(workers=1), Team(workers=1, engine="server")])

@@ -90,10 +90,13 @@ def recipe(fault: str = "", flag: Path | None = None, **fields: Any) -> Recipe:
 
 FAULTS: dict[str, tuple[type[InstepError], str]] = {
     "unreadable": (DataError, f"failed to give sample {BAD}"),
-    "infinite": (NonFiniteError, f"in step {STOP}, microbatch 1"),
-    "gradient": (NonFiniteError, f"in step {STOP}"),
-    "empty": (ObjectiveError, f"step {STOP} has no items"),
-    "forward": (WorkerError, f"a forward that raises while computing step {STOP}, microbatch 1 (samples {BAD} and "),
+    "infinite": (NonFiniteError, f"in step {STOP + 1}, microbatch 1"),
+    "gradient": (NonFiniteError, f"in step {STOP + 1}"),
+    "empty": (ObjectiveError, f"step {STOP + 1} has no items"),
+    "forward": (
+        WorkerError,
+        f"a forward that raises while computing step {STOP + 1}, microbatch 1 (samples {BAD} and ",
+    ),
 }
 
 
@@ -213,7 +216,7 @@ def test_a_half_made_update_is_never_saved(engine: Any, workers: int, tmp_path: 
     path = tmp_path / "run"
     broken = recipe(optimizer=lambda p: Broken(p, lr=0.01))
     told = caught(WorkerError, broken, Team(workers=workers, engine=engine, checkpoint_every=2), path)
-    assert "half an update while updating the weights in step 3" in told
+    assert "half an update while updating the weights in step 4" in told
     assert f"; version 2 is saved: {path}" in told
     assert checkpoints(path) == [2]
 

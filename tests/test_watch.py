@@ -433,7 +433,7 @@ def test_what_is_not_finite_stops_the_run_whatever_the_watch_says(tmp_path: Path
 
     for engine in ("lockstep", "server"):
         with pytest.raises(
-            NonFiniteError, match=r"term 'objective' of the objective is nan in (step|batch) \d+, micro"
+            NonFiniteError, match=r"term 'objective' of the objective is nan in (step|global batch) \d+, micro"
         ):
             train_here(
                 watched(data=broken, watch={"spike": "skip"}),

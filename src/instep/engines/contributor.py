@@ -224,7 +224,7 @@ class Contributor:
             if not math.isfinite(norm):
                 raise NonFiniteError(
                     f"the gradient is not finite in local step {batch - work.batch + 1} of {work.local_steps} on "
-                    f"batch {batch}; lower the learning rate, clip the gradient, or train in float32."
+                    f"global batch {batch + 1}; lower the learning rate, clip the gradient, or train in float32."
                 )
             clip(self._summed, norm, self.replica.recipe.clip_norm)
             views = self.layout.views(self._summed)
@@ -284,8 +284,8 @@ class Contributor:
         for name, value in sums.items():
             if not math.isfinite(value):
                 raise NonFiniteError(
-                    f"term '{name}' of the objective is {value} in batch {batch}, microbatch {microbatch}; lower the "
-                    f"learning rate, clip the gradient, or look at this microbatch's samples."
+                    f"term '{name}' of the objective is {value} in global batch {batch + 1}, microbatch {microbatch}; "
+                    f"lower the learning rate, clip the gradient, or look at this microbatch's samples."
                 )
 
     def _own_buffers(self, batches: Mapping[int, Any]) -> list[int]:

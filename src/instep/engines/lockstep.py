@@ -313,9 +313,9 @@ class Lockstep:
         if len(bad):
             microbatch, place = (int(index) for index in bad[0])
             raise NonFiniteError(
-                f"term '{self.terms[place]}' of the objective is {sums[microbatch, place]} in step {step}, microbatch "
-                f"{microbatch}; the weights were left as they were before this step: lower the learning rate, "
-                f"clip the gradient, or look at this microbatch's samples."
+                f"term '{self.terms[place]}' of the objective is {sums[microbatch, place]} in step {step + 1}, "
+                f"microbatch {microbatch}; the weights were left as they were before this step: lower the "
+                f"learning rate, clip the gradient, or look at this microbatch's samples."
             )
         return {name: math.fsum(sums[:, place]) / totals[name] for place, name in enumerate(self.terms) if totals[name]}
 
@@ -324,7 +324,7 @@ class Lockstep:
         bad = next((name for name, view, seen in named if seen and not bool(torch.isfinite(view).all())), None)
         which = f"of '{bad}' is not finite" if bad else "is too large to square"
         return (
-            f"the gradient {which} in step {step}, though every term of the objective is; the weights were left as "
+            f"the gradient {which} in step {step + 1}, though every term of the objective is; the weights were left as "
             f"they were before this step: lower the learning rate, clip the gradient, or train in float32."
         )
 

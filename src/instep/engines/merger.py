@@ -225,8 +225,9 @@ class Merger:
         bad = next((each.worker for each in contributions if not bool(torch.isfinite(each.vectors.gradient).all())), -1)
         whose = f"of worker {bad} is not finite" if bad >= 0 else "is too large to square"
         return (
-            f"the contribution {whose} at global batch {step}, though every term of the objective is; the weights were "
-            f"left as they were before this update: lower the learning rate, clip the gradient, or train in float32."
+            f"the contribution {whose} at global batch {step + 1}, though every term of the objective is; the weights "
+            f"were left as they were before this update: lower the learning rate, clip the gradient, or train in "
+            f"float32."
         )
 
 

@@ -163,7 +163,7 @@ class Sharded(Placement):
         for name, parameter, version in zip(self._replica.names, self._replica.parameters, self._versions, strict=True):
             if parameter._version != version:
                 raise RecipeError(
-                    f"parameter '{name}' was changed while step {step} was computed, and not in the model's first "
+                    f"parameter '{name}' was changed while step {step + 1} was computed, and not in the model's first "
                     f"forward, so that all workers share its memory; change it in each forward or in none."
                 )
 

@@ -101,7 +101,7 @@ class Replica:
         indices = self.cursor.microbatch(step, microbatch)
         if not indices:
             return None
-        self.doing, self._in_hand = f"loading step {step}, microbatch {microbatch}", (step, microbatch)
+        self.doing, self._in_hand = f"loading step {step + 1}, microbatch {microbatch}", (step, microbatch)
         seed_all(key(self.recipe.seed, step, microbatch, "data"))
         return self.to_device(load(self.data.train, indices, self.data.collate))
 
@@ -112,7 +112,7 @@ class Replica:
         places = range(self.recipe.microbatches)
         first = next(place for place in places if self.cursor.microbatch(step, place))
         batch = self.batch(step, first)
-        self.doing = f"computing a first forward on step {step}, microbatch {first}"
+        self.doing = f"computing a first forward on step {step + 1}, microbatch {first}"
         seed_all(key(self.recipe.seed, "terms"))
         self.objective = objectives.learn_terms(self.objective, self.module, batch)
         return batch
@@ -125,7 +125,7 @@ class Replica:
         batch adds nothing, nor does a metric. Returns the sums, metrics included, detached.
         """
         shared = self._share(step, microbatch) if self.objective.shares else None
-        self.doing, self._in_hand = f"computing step {step}, microbatch {microbatch}", (step, microbatch)
+        self.doing, self._in_hand = f"computing step {step + 1}, microbatch {microbatch}", (step, microbatch)
         if self.checks is not None:
             self.checks.choose(step, microbatch)
         seed_all(key(self.recipe.seed, step, microbatch, "compute"))
@@ -160,13 +160,13 @@ class Replica:
             for place in range(self.recipe.microbatches):
                 batch = self.batch(step, place)
                 if batch is not None:
-                    self.doing = f"computing what microbatch {place} of step {step} shares"
+                    self.doing = f"computing what microbatch {place} of step {step + 1} shares"
                     seed_all(key(self.recipe.seed, step, place, "compute"))
                     with self.autocast():
                         parts[place] = self.objective.share(self._forward, batch)
             self._shared = now, parts
         parts = self._shared[1]
-        self.doing = f"computing step {step}, microbatch {microbatch}"
+        self.doing = f"computing step {step + 1}, microbatch {microbatch}"
         return objectives.Shared(tuple(parts.values()), list(parts).index(microbatch))
 
     def update(self, step: int, gradients: list[Tensor | None]) -> float | None:
@@ -174,7 +174,7 @@ class Replica:
 
         gradients[i] has parameter i's shape, float32; None means that no microbatch gave the parameter a gradient.
         """
-        self.doing = f"updating the weights in step {step}"
+        self.doing = f"updating the weights in step {step + 1}"
         factor = self.recipe.schedule.factor(step, self.recipe.steps)
         seed_all(key(self.recipe.seed, step, "update"))
         for parameter, gradient in zip(self.parameters, gradients, strict=True):

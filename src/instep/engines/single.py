@@ -37,8 +37,8 @@ def check_single_samples(replica: Replica, first: int) -> None:
         if _REFUSED in str(error):
             step, microbatch = place
             raise RecipeError(
-                f"a microbatch of one sample, {microbatch} of step {step} with its {replica.cursor.size(step)} samples "
-                f"in all, is refused by BatchNorm ('{normed[0]}'), which takes the variance over a microbatch; "
+                f"a microbatch of one sample, {microbatch} of step {step + 1} with its {replica.cursor.size(step)} "
+                f"samples in all, is refused by BatchNorm ('{normed[0]}'), which takes the variance over a microbatch; "
                 f"{_remedy(replica.cursor)}."
             ) from error
 

@@ -93,8 +93,8 @@ class Watcher:
             self._buffers.restart()
         return Verdict(
             answer,
-            f"the objective is {objective:.6g} in step {step}, a spike: more than {watch.deviations:g} robust standard "
-            f"deviations above the median of the last {watch.window} updates, {bound:.6g}{then}.",
+            f"the objective is {objective:.6g} in step {step + 1}, a spike: more than {watch.deviations:g} robust "
+            f"standard deviations above the median of the last {watch.window} updates, {bound:.6g}{then}.",
         )
 
     def _keep(self, version: int) -> None:

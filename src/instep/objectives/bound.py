@@ -168,7 +168,7 @@ def no_items(step: int, terms: Iterable[str]) -> ObjectiveError:
     """The error for a step whose whole batch has no items of any of `terms`."""
     counted = " and ".join(f"0 for term '{name}'" for name in terms)
     return ObjectiveError(
-        f"step {step} has no items to learn from: the objective counts {counted} over the whole batch; leave such "
+        f"step {step + 1} has no items to learn from: the objective counts {counted} over the whole batch; leave such "
         f"samples out of the data set, or take a larger batch."
     )
 
@@ -183,7 +183,7 @@ def _weight(name: str, given: Any, step: int) -> float:
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not fits:
         raise ObjectiveError(
-            f"the weight of term {name!r} is {_shown(value)} in step {step}; it must be a finite number."
+            f"the weight of term {name!r} is {_shown(value)} in step {step + 1}; it must be a finite number."
         )
     return float(value)
 

@@ -85,12 +85,12 @@ class Console:
         recipe, team = event["recipe"], event["team"]
         if self._started:
             left = max(0, team["restarts"] - self._losses)
-            at = f"restarted from step {event['step']:,}"
+            at = f"restarted after step {event['step']:,}"
             self._screen.say(f"{at}; restarts left: {left} of {team['restarts']}", "yellow")
             return
         self._started = True
         row = self._screen.row
-        resumed = f", resumed at step {event['step']:,}" if event["resumed"] else ""
+        resumed = f", resumed after step {event['step']:,}" if event["resumed"] else ""
         row("recipe", f"{recipe['name']}, {event['steps']:,} steps{resumed}")
         row("rule", f"{recipe['rule']['name']}, by the {event['engine']} engine")
         row("parameters", f"{event['parameters']:,}")

@@ -55,11 +55,16 @@ class Progress:
             self.state = "restarting"
             self.pace.interrupt()
 
+    @property
+    def step(self) -> int:
+        """The last step that is done, counted from 1; the first from its first update on."""
+        return max(self.done, int(self.state == "training"))
+
     def parts(self) -> list[Part]:
         """What the live line shows, from left to right."""
         if not self.steps:
             return [Part("", self.state, self.state, 0)]
-        steps = f"{self.done:>{len(f'{self.steps:,}')},}/{self.steps:,}"
+        steps = f"{self.step:>{len(f'{self.steps:,}')},}/{self.steps:,}"
         parts = [Part("step", steps, steps, 0)]
         if self.state != "training":
             return [*parts, Part("", self.state, self.state, 1)]
@@ -78,7 +83,7 @@ class Progress:
 
     def line(self, *, evaluated: bool) -> str:
         """What a plain line shows; the held-out figures only where they are new."""
-        parts = [f"step {self.done:>{len(f'{self.steps:,}')},}/{self.steps:,}"]
+        parts = [f"step {self.step:>{len(f'{self.steps:,}')},}/{self.steps:,}"]
         if self.state == "training":
             parts.append(f"objective {number(self.objective)}")
         if len(self.terms) > 1:
