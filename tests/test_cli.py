@@ -292,7 +292,9 @@ def test_an_error_with_detail(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert printed == "instep: worker 1 raised ValueError: no.\nTraceback ...\n  more\n"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+)
 def test_signals_end_a_run_as_an_interrupt(
     number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,7 +306,7 @@ def test_signals_end_a_run_as_an_interrupt(
             time.sleep(30)
         except KeyboardInterrupt:
             if number != signal.SIGINT:
-                os.kill(os.getpid(), number)  # a second one must not disturb the ending
+                os.kill(os.getpid(), signal.SIGHUP)  # one more warning must not disturb the ending
                 time.sleep(0.01)
             seen.append("saved")
             raise

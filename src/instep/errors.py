@@ -92,9 +92,19 @@ def no_process(what: str, error: OSError) -> ResourceError:
     )
 
 
+def signal_name(number: int) -> str:
+    """The name of a signal: SIGTERM, or SIGRTMIN+1 for one of those that have none of their own."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        if signal.SIGRTMIN < number < signal.SIGRTMAX:
+            return f"SIGRTMIN+{number - signal.SIGRTMIN}"
+        return f"signal {number}"
+
+
 def killed_by(status: int) -> str:
     """How a process ended whose exit status is `status`, below 0: "killed by SIGTERM"."""
-    name = signal.Signals(-status).name
+    name = signal_name(-status)
     return f"killed by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import signal
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from cyclopts import App
@@ -17,6 +15,7 @@ from instep.cli.cluster import cluster_of, refuse_team, steps_for
 from instep.cli.flags import Settings, UsageError, merge
 from instep.components import importable
 from instep.engines.request import Cluster
+from instep.engines.signals import interrupting
 from instep.errors import RecipeError, RecordError
 from instep.recipe import (
     Recipe,
@@ -298,7 +297,7 @@ def _replay(run: Path) -> None:
 def _replay_under(run: Path, rule: str, out: Path | None) -> None:
     from instep.engines.alone import replay_under
 
-    with _terminable(), Console(path=out) as console:
+    with interrupting(), Console(path=out) as console:
         replay_under(run, parse_rule(rule), out=out, monitors=(console,))
 
 
@@ -320,7 +319,7 @@ def _memory(given: str, settings: Settings, budget: str | None, plot: Path | Non
 def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out: Path | None) -> None:
     from instep.engines.alone import simulate
 
-    with _terminable(), Console(path=out) as console:
+    with interrupting(), Console(path=out) as console:
         simulate(recipe, cluster, gradients=gradients, out=out, monitors=(console,), import_paths=_import_paths(given))
 
 
@@ -344,7 +343,7 @@ def _train(
     from instep.engines.launch import Monitor, train
 
     paths = _import_paths(given)
-    with _terminable(), contextlib.ExitStack() as stack:
+    with interrupting(), contextlib.ExitStack() as stack:
         if resume is None and out is None:
             out = RunFolder.claim(recipe.name)
             stack.callback(_give_back, out)
@@ -392,24 +391,3 @@ def _saved(resume: Path, given: str | None, settings: Settings) -> tuple[Recipe,
                 f"{given!r} is not the recipe of {resume}: {changed[0]}; leave it out, or start a new run."
             )
     return recipe, team
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, and SIGHUP unless it is ignored as under nohup, end the block as Ctrl-C does."""
-
-    def interrupt(*_: object) -> None:
-        for number in before:  # what follows is the ending: once is enough
-            signal.signal(number, lambda *_: None)
-        raise KeyboardInterrupt
-
-    catchable = threading.current_thread() is threading.main_thread()
-    wanted = (signal.SIGTERM, signal.SIGHUP) if catchable else ()
-    before = {number: signal.getsignal(number) for number in wanted if signal.getsignal(number) == signal.SIG_DFL}
-    for number in before:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -5,12 +5,15 @@ As in the launcher, torch is not imported here: the process that computes does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,10 +22,12 @@ from typing import Any
 import cloudpickle
 
 from instep.clock.recorded import RecordedTimes
-from instep.engines.launch import Monitor, folders_of, monitors_of, saved, start_process
+from instep.engines.descendants import Stopped
+from instep.engines.launch import LOOK_S, Monitor, ended, folders_of, monitors_of, saved, start_process
 from instep.engines.request import Cluster, Replayed
+from instep.engines.signals import deaf
 from instep.errors import WorkerError, by_name, killed_by
-from instep.recipe import Recipe
+from instep.recipe import Recipe, Team
 from instep.record import tape
 from instep.record.folder import About, RunFolder, remove
 from instep.record.held import identity_of
@@ -106,32 +111,45 @@ def _in_child(
 ) -> Any:
     """What the function at `address` gives for (recipe, *arguments), in a process as a run's workers are."""
     ours, theirs = socket.socketpair()
+    mark = uuid.uuid4().hex
     with tempfile.TemporaryFile() as log, ours, Connection(os.dup(ours.fileno())) as line:
         path = [*paths, *sys.path]
-        process = start_process("instep.engines.child", theirs.fileno(), path, recipe.threads, log)
+        process = start_process("instep.engines.child", theirs.fileno(), path, recipe.threads, log, mark)
         theirs.close()
         try:
             line.send_bytes(cloudpickle.dumps((address, recipe.threads, (recipe, *arguments))))
-            kind, *content = line.recv()
+            kind, *content = _next(line, process)
             while kind == "event":
                 for monitor in monitors:
                     monitor(content[0])
-                kind, *content = line.recv()
+                kind, *content = _next(line, process)
         except (EOFError, OSError):
-            status = process.wait()
+            status = ended(process, mark)
             log.seek(0)
             raise WorkerError(
-                f"the process that computes (pid {process.pid}) {_how_it_ended(status, address)}.",
+                f"the process that computes {_how_it_ended(status, address)}.",
                 detail=log.read().decode(errors="replace")[-4000:],
             ) from None
-        except BaseException:
-            process.kill()
-            raise
         finally:
-            process.wait()
+            with deaf(), contextlib.suppress(OSError):
+                ours.shutdown(socket.SHUT_RDWR)  # which ends it, with all that it started, where it has not ended yet
+            with deaf():
+                ended(process, mark)
     if kind == "failed":
         raise by_name(content[0])(content[1], detail=content[2])
     return content[0]
+
+
+def _next(line: Connection, process: subprocess.Popen[bytes]) -> tuple[Any, ...]:
+    """The next message of the process. Raises EOFError where there is none, and WorkerError where it is stopped."""
+    stopped = Stopped(process.pid, Team().answer_timeout_s, children=True)
+    while not line.poll(LOOK_S):
+        why = stopped.look()
+        if why:
+            process.kill()
+            raise WorkerError(f"the process that computes {why}; start it again.")
+    message: tuple[Any, ...] = line.recv()
+    return message
 
 
 def _how_it_ended(status: int, address: str) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
-import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -13,9 +11,8 @@ from typing import Any
 
 import torch
 
+from instep.engines.descendants import die_with_parent
 from instep.errors import InstepError, by_name, killed_by
-
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
 
 
 def in_a_copy(function: Callable[[], Any]) -> Any:
@@ -53,7 +50,7 @@ class CopyLost(Exception):
 
 
 def _main(function: Callable[[], Any], line: Connection, parent: int) -> None:
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
     torch.set_num_threads(1)  # a copy has none of the threads that its original computes with

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +20,9 @@ from typing import IO, TYPE_CHECKING, Any
 import cloudpickle
 
 from instep.components import importable
+from instep.engines.descendants import MARK, Stopped, end_marked
 from instep.engines.request import Request
+from instep.engines.signals import Stop, blocked, deaf, interrupting
 from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name, killed_by, no_process
 from instep.recipe import (
     Recipe,
@@ -41,6 +43,12 @@ from instep.tables import from_table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+LOOK_S = 0.5
+"""Seconds without news after which a client looks whether the process that it started is stopped."""
+
+ENDING_S = 15.0
+"""Seconds that such a process has to end, with all its own, once it was told to."""
 
 Monitor = Callable[[dict[str, Any]], None]
 """Called with every event of the tape, in order, in the process that called `train`."""
@@ -109,6 +117,7 @@ class Run:
         return model
 
 
+@interrupting()
 def train(
     recipe: Recipe | None = None,
     *,
@@ -128,7 +137,8 @@ def train(
     import_paths: folders to look for the recipe's modules in, before ``sys.path``.
 
     A KeyboardInterrupt ends the run after the present step, with a checkpoint, and is then raised again; a second one
-    ends it at once. Raises InstepError: see `instep.errors`.
+    ends it at once. So do SIGTERM, SIGHUP and what schedulers warn with, SIGUSR1, SIGUSR2 and SIGXCPU, where the
+    program leaves them alone and calls `train` from its main thread. Raises InstepError: see `instep.errors`.
     """
     _check_arguments(recipe, team)
     watching, folders = monitors_of(monitors), folders_of(import_paths)
@@ -171,9 +181,10 @@ def train(
     client = _Client(folder, resume is not None)
     try:
         client.start(recipe.threads, [*folders, *sys.path])
-        result = client.serve(request, watching)
+        with interrupting() as stop, stop.noting():
+            result = client.serve(request, watching, stop)
     except BaseException:
-        with _deaf():
+        with deaf():
             client.close()  # first, or a worker would still write there
             if resume is None and not client.trained:
                 remove(folder.path, identity)  # nothing was trained: the name is free again
@@ -212,6 +223,7 @@ class _Client:
 
     def __init__(self, folder: RunFolder, resumed: bool):
         self.trained, self._resumed, self._folder = False, resumed, folder
+        self._mark = uuid.uuid4().hex
         self._log = folder.logs / "supervisor.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._socket, self._theirs = socket.socketpair()
@@ -222,15 +234,13 @@ class _Client:
 
     def start(self, threads: int, path: list[str]) -> None:
         """Starts the supervisor. `path` becomes its ``sys.path``."""
-        # What a terminal or a scheduler sends to all is for the client alone, which asks the supervisor to end.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         try:
             with self._opened_log() as log:
-                self._process = start_process("instep.engines.supervisor", self._theirs.fileno(), path, threads, log)
+                self._process = start_process(
+                    "instep.engines.supervisor", self._theirs.fileno(), path, threads, log, self._mark
+                )
         except OSError as error:
             raise no_process("the supervisor of the run", error) from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._theirs.close()
 
     def _opened_log(self) -> IO[bytes]:
@@ -240,16 +250,23 @@ class _Client:
         except OSError as error:
             raise disk_error(f"the log {self._log} cannot be written", error) from error
 
-    def serve(self, request: Request, monitors: list[Monitor]) -> dict[str, Any]:
+    def serve(self, request: Request, monitors: list[Monitor], stop: Stop) -> dict[str, Any]:
         """Hands events to the monitors until the run ends. Returns the result. Raises InstepError."""
         with contextlib.suppress(OSError):  # it could not start: `_ending` says so
             self._connection.send(request)
         self._receiver.start()
-        stopping: BaseException | None = None
+        assert self._process is not None, "it was started"
+        stopped = Stopped(self._process.pid, request.team.answer_timeout_s)
+        asked = pressed = False
+        failed: Exception | None = None
         watching = list(monitors)
         while True:
             try:
-                kind, *content = self._messages.get()
+                if (stop.wanted or pressed or failed is not None) and not asked:
+                    asked = True
+                    with contextlib.suppress(OSError):  # it may be ending already
+                        self._connection.send("stop")
+                kind, *content = self._messages.get(timeout=LOOK_S)
                 if kind == "gone":
                     break
                 for place, monitor in enumerate(watching):
@@ -257,29 +274,28 @@ class _Client:
                         monitor(content[0])
                     except Exception as error:  # as Ctrl-C; the others still see the end
                         watching[place] = _deaf_monitor
-                        stopping = self._ask_to_stop(stopping, error)
-            except KeyboardInterrupt as interrupt:
-                if isinstance(stopping, KeyboardInterrupt):
+                        failed = failed or error
+            except queue.Empty:
+                why = stopped.look()
+                if why:
+                    self._process.kill()
+                    raise WorkerError(f"the supervisor of the run {why}; {self._remedy()}.") from None
+            except KeyboardInterrupt:
+                if pressed or stop.terminated:
                     raise
-                stopping = self._ask_to_stop(None, interrupt)
+                pressed = True
+        interrupted = pressed or stop.wanted
         try:
             result = self._ending()
         except KeyboardInterrupt:
-            if isinstance(stopping, Exception):
-                raise stopping from None
+            if failed is not None and not interrupted:
+                raise failed from None
             raise
-        if isinstance(stopping, Exception):
+        if failed is not None and not interrupted:
             if result["interrupted"]:
-                stopping.add_note(f"The run ended after the step that it was at, and is saved: {request.folder}.")
-            raise stopping
+                failed.add_note(f"The run ended after the step that it was at, and is saved: {request.folder}.")
+            raise failed
         return result
-
-    def _ask_to_stop(self, before: BaseException | None, why: BaseException) -> BaseException:
-        """Has the run end after the present step, with a checkpoint, unless it is ending. Returns the first reason."""
-        if before is None:
-            with contextlib.suppress(OSError):  # it may be ending already
-                self._connection.send("stop")
-        return before or why
 
     def _ending(self) -> dict[str, Any]:
         kind, *content = self._final or ("killed",)
@@ -313,11 +329,7 @@ class _Client:
         """The supervisor's exit status; it is killed if it does not end by itself."""
         if self._process is None:
             return 0
-        try:
-            return self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        return ended(self._process, self._mark)
 
     def _tail(self) -> str:
         return self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
@@ -354,33 +366,41 @@ def _deaf_monitor(event: dict[str, Any]) -> None:
     """In the place of a monitor that has raised."""
 
 
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Ctrl-C does nothing in the block: pressed once more, it would cut a run's ending short."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is None:
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda *_: None)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def start_process(
-    module: str, descriptor: int, path: list[str], threads: int, log: IO[bytes]
+    module: str, descriptor: int, path: list[str], threads: int, log: IO[bytes], mark: str
 ) -> subprocess.Popen[bytes]:
-    """Starts ``main(descriptor)`` of `module` in a new process, which prints to `log`; `path` is its sys.path."""
+    """Starts ``main(descriptor)`` of `module` in a new process, which prints to `log`; `path` is its sys.path.
+
+    What a terminal or a scheduler sends to all is for the client: the process starts with these signals blocked.
+    """
     usable = [entry for entry in path if isinstance(entry, str)]  # Python itself passes over the others
-    return subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path[:] = {usable!r}; from {module} import main; main({descriptor})"],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        pass_fds=[descriptor],
-        env=_environment(threads),
-    )
+    with blocked():
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path[:] = {usable!r}; from {module} import main; main({descriptor})",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[descriptor],
+            env={**_environment(threads), MARK: mark},
+        )
+
+
+def ended(process: subprocess.Popen[bytes], mark: str) -> int:
+    """The exit status of a process of `start_process` that has been told to end, killed if it does not; what it could
+    not end itself is killed too.
+    """
+    try:
+        status = process.wait(ENDING_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        status = process.wait()
+    if status:
+        end_marked(mark)
+    return status
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from instep.engines.descendants import die_with_parent
 
 BEAT_S = 0.25
 """Seconds between two beats of a worker."""
@@ -45,9 +45,7 @@ class WorkerPulse:
 
     def start(self) -> None:
         """Starts to beat. On Linux the kernel ends a worker without supervisor even if it is stopped."""
-        if sys.platform == "linux":
-            parent_death_signal = 1  # PR_SET_PDEATHSIG
-            ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+        die_with_parent()
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
     def advance(self) -> None:

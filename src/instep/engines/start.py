@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -52,9 +53,21 @@ class WorkerFailure(Exception):
 class Member:
     process: BaseProcess
     pipe: Connection
+    death: int
+    """A descriptor that is ready to read once the process is dead."""
     incarnation: int = 0
     ready: tuple[dict[str, Any], Mapping[str, Region]] | None = None
     ended: tuple[dict[str, Any], str, bool, dict[str, Any], dict[str, Any]] | None = None
+
+    def join(self, within_s: float) -> None:
+        """Waits for the process's end, for so long. Its own `join` waits for all that it forked, too."""
+        if wait([self.death], within_s):
+            self.process.join()
+
+    def close(self) -> None:
+        """Closes what is open here for the process, which has ended."""
+        self.pipe.close()
+        os.close(self.death)
 
 
 class Start:
@@ -64,7 +77,8 @@ class Start:
         self._supervisor, self._run, self._board = supervisor, supervisor.run, supervisor.board
         self._workers, self._descriptor = workers, descriptor
         self._digests: dict[int, dict[int, str]] = {}
-        self._going = False
+        self._going, self._parent = False, os.getppid()
+        self._orphans: set[int] = set()  # of processes that lived at the last look
         self._raised: InstepError | None = None  # by a worker of the server engine, while the server saves
         self._serving = supervisor.run.engine == "server"
         self._leader = len(workers) - 1 if self._serving else 0
@@ -79,17 +93,21 @@ class Start:
         looked = time.monotonic()
         while not self._over():
             active = [worker for worker in self._workers if worker.ended is None]
-            sources: list[Any] = [client, *(w.pipe for w in active), *(w.process.sentinel for w in active)]
+            sources: list[Any] = [client, *(w.pipe for w in active), *(w.death for w in active)]
             ready = wait(sources, timeout=LOOK_S)
             if client in ready:
                 self._hear_client(client)
+            self._hear_signals()
             for number, worker in enumerate(self._workers):
-                if worker in active and (worker.pipe in ready or worker.process.sentinel in ready):
+                if worker in active and (worker.pipe in ready or worker.death in ready):
                     with self._replacing():
                         self._hear(number, worker)
             if time.monotonic() - looked >= LOOK_S:
                 looked = time.monotonic()
                 self._supervisor.held.check()
+                if os.getppid() != self._parent:  # whoever it was that held the client's end of the pipe open
+                    raise ClientGone
+                self._orphans = self._supervisor.orphans(self._workers)
                 found = self._watch.look()
                 if found:
                     with self._replacing():
@@ -123,8 +141,9 @@ class Start:
             old = self._workers[number]
             old.process.kill()
             old.process.join()
+            self._supervisor.end_orphans([w for w in self._workers if w is not old], but=self._orphans)
             self._supervisor.pass_on_the_rest(old.pipe)
-            old.pipe.close()
+            old.close()
             with contextlib.suppress(OSError):  # the server is dead too, as will be seen
                 self._workers[self._leader].pipe.send(("left", number, failure.why))
             if self._board.stop_wanted():
@@ -140,6 +159,16 @@ class Start:
             client.recv()
         except (EOFError, ConnectionResetError):
             raise ClientGone from None
+        self._stop()
+
+    def _hear_signals(self) -> None:
+        requests = self._supervisor.requests
+        if requests.at_once:
+            raise Interrupted
+        if requests.end and not self._board.stop_wanted():
+            self._stop()
+
+    def _stop(self) -> None:
         self._board.ask_to_stop()
         if not self._going:
             raise Interrupted
@@ -254,7 +283,7 @@ class Start:
             del self._digests[version]
 
     def _death(self, number: int, worker: Member) -> WorkerFailure:
-        worker.process.join(1)
+        worker.join(1)
         code, pid = worker.process.exitcode, worker.process.pid
         name = self._name(number)
         log = self._supervisor.folder.log_of(name.removeprefix("the "))
@@ -267,7 +296,7 @@ class Start:
     def _result(self) -> dict[str, Any]:
         until = time.monotonic() + SERVED_GRACE_S
         for number, worker in enumerate(self._workers):
-            worker.process.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
+            worker.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
             if not self._serving:
                 assert worker.ended is not None
                 self._compare(number, -1, worker.ended[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -17,9 +18,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from instep.engines.descendants import adopting_orphans, children, death_of, die_with_parent, end_children, reap
 from instep.engines.lines import Line
 from instep.engines.pulse import PulseBoard
 from instep.engines.request import Request
+from instep.engines.signals import Requests
 from instep.engines.start import ClientGone, Interrupted, Member, Start, WorkerFailure
 from instep.errors import CheckpointError, InstepError, RecipeError, RecordError, WorkerError, no_process
 from instep.record import checkpoint
@@ -35,8 +38,9 @@ PATIENCE_S = 1.0
 class Supervisor:
     """One run, over all starts of its team."""
 
-    def __init__(self, run: Request, client: Connection):
+    def __init__(self, run: Request, client: Connection, requests: Requests | None = None):
         self.run, self.client = run, client
+        self.requests = requests or Requests()
         self.folder = RunFolder(run.folder)
         self.restarts = 0
         self._early: list[dict[str, Any]] = []
@@ -46,7 +50,12 @@ class Supervisor:
 
     def supervise(self) -> dict[str, Any]:
         """Trains to the end, with restarts. Returns the result. Raises InstepError."""
-        with self.folder.locked(PATIENCE_S) as self.held, Tape(self.folder.tape_path, append=True) as self._tape:
+        self._others = children()  # which are not this run's: none, unless a program supervises by itself
+        with (
+            adopting_orphans(),
+            self.folder.locked(PATIENCE_S) as self.held,
+            Tape(self.folder.tape_path, append=True) as self._tape,
+        ):
             try:
                 self.begun = self._started = self._tape.begun
                 self._told = told(self.folder.tape_path)
@@ -126,8 +135,10 @@ class Supervisor:
                 started.process.kill()
             for started in workers:
                 started.process.join()
+            end_children(but=self._others)
+            for started in workers:
                 self.pass_on_the_rest(started.pipe)
-                started.pipe.close()
+                started.close()
             for line in self._lines:
                 line.close()
             os.close(descriptor)
@@ -161,10 +172,26 @@ class Supervisor:
                 name=f"worker-{worker}",
             )
             process.start()
+            try:
+                death = death_of(process)
+            except OSError:
+                process.kill()
+                process.join()
+                raise
         except OSError as error:
             raise no_process(f"process {worker + 1} of the {run.team.workers} workers", error) from error
         theirs.close()
-        return Member(process, ours, incarnation)
+        return Member(process, ours, death, incarnation)
+
+    def orphans(self, workers: list[Member]) -> set[int]:
+        """The living processes that the run's processes started and left behind. Dead ones are waited for."""
+        found = children() - self._others - {worker.process.pid for worker in workers}
+        reap(found)
+        return found
+
+    def end_orphans(self, workers: list[Member], but: set[int]) -> None:
+        """Kills what a dead worker left behind; `workers` live, and `but` are orphans that are not its own."""
+        end_children(self._others | but | {worker.process.pid or 0 for worker in workers})
 
     def pass_on_the_rest(self, pipe: Connection) -> None:
         """What a worker told before its end belongs on the tape: a checkpoint may hold those very steps."""
@@ -212,6 +239,7 @@ def _worker_main(unused: list[Connection], *arguments: Any) -> None:
 
 def main(descriptor: int) -> None:
     """Entry of the process: serves one run for the client at the other end of `descriptor`, and ends."""
+    die_with_parent(signal.SIGCONT)  # it is woken, should it be stopped then, and ends its workers
     _serve(Connection(descriptor))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -224,8 +252,10 @@ def _serve(client: Connection) -> None:
     except EOFError:
         return
     import_before_forks()
+    requests = Requests()
+    requests.listen()
     try:
-        client.send(("ended", Supervisor(run, client).supervise()))
+        client.send(("ended", Supervisor(run, client, requests).supervise()))
     except ClientGone:
         pass
     except Interrupted:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import socket
 import sys
 import traceback
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from instep.engines import server
+from instep.engines.descendants import take_care_of_helpers
 from instep.engines.evaluation import Progress
 from instep.engines.lockstep import Lockstep
 from instep.engines.memory import fit_memory
 from instep.engines.pulse import PulseBoard, WorkerPulse
 from instep.engines.session import Assignment, Session
+from instep.engines.signals import leave_to_others
 from instep.engines.stopping import OtherRaised, with_saved
 from instep.errors import InstepError
 from instep.record.digest import digest_of_state
@@ -30,7 +31,8 @@ def main(assignment: Assignment, number: int, pipe: Connection, board: PulseBoar
     """The whole life of a process of the team, which was forked. The server comes after the workers in number."""
     pulse = WorkerPulse(board, number, os.getppid())
     pulse.start()
-    _let_helpers_be_terminated()
+    take_care_of_helpers([pipe.close, *(line.close for line in assignment.lines), lambda: os.close(descriptor)])
+    leave_to_others(board.ask_to_stop)
     name = "server" if number == assignment.team.workers else f"worker {number}"
     _redirect_output(RunFolder(assignment.folder).log_of(name))
     session = Session(assignment, number, pipe, pulse)
@@ -143,13 +145,6 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         "idle_share": [round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
     }
     session.pipe.send(("ended", asdict(progress), digest, interrupted, left, costs))
-
-
-def _let_helpers_be_terminated() -> None:
-    """Has SIGTERM do nothing here, without being blocked: processes that the user's code starts would inherit that."""
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _redirect_output(path: Path) -> None:

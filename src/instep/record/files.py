@@ -32,6 +32,31 @@ def disk_error(what: str, error: OSError, *, also: str = "") -> ResourceError:
     return ResourceError(f"{what}: {words}; {remedy}{'; ' if also else ''}{also}.")
 
 
+_own: set[int] = set()
+"""Open descriptors that this process alone holds."""
+
+
+def hold_alone(descriptor: int) -> None:
+    """Has processes that this one forks close the descriptor: they hold no lock, and keep no file open."""
+    _own.add(descriptor)
+
+
+def close_own(descriptor: int) -> None:
+    """Closes a descriptor of `hold_alone`, here. Raises OSError."""
+    _own.discard(descriptor)
+    os.close(descriptor)
+
+
+def _close_in_fork() -> None:
+    for descriptor in _own:
+        with suppress(OSError):
+            os.close(descriptor)
+    _own.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_fork)
+
+
 def sync_folder(path: Path) -> None:
     """Makes the names in the folder `path` durable. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)

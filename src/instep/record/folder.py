@@ -19,7 +19,7 @@ from typing import Any, Literal
 from instep.errors import CheckpointError, RecordError
 from instep.record import checkpoint, tape
 from instep.record.digest import digest_of_file
-from instep.record.files import disk_error, json_text, write_atomically
+from instep.record.files import close_own, disk_error, hold_alone, json_text, write_atomically
 from instep.record.held import Held, Identity, is_there
 
 _LOG = re.compile(r"(supervisor|server|worker-\d+)\.log")
@@ -214,10 +214,11 @@ class RunFolder:
                     f"{self.path} is being trained by another process; wait for its end, or end it first."
                 ) from None
             raise disk_error(f"the run folder {self.path} cannot be locked", error) from error
+        hold_alone(descriptor)
         try:
             yield Held(self.path, descriptor)
         finally:
-            os.close(descriptor)
+            close_own(descriptor)
 
     def newest_checkpoint(self, told: tape.Told | None = None) -> tuple[Path | None, list[str]]:
         """The newest sound checkpoint of this run, or None, and a sentence on each newer one that is damaged or of

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from instep.errors import RecordError, ResourceError
-from instep.record.files import disk_error, json_text, sync_folder
+from instep.record.files import close_own, disk_error, hold_alone, json_text, sync_folder
 
 SCHEMA = 2
 """The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
@@ -55,6 +55,7 @@ class Tape:
         try:
             flags = os.O_RDWR | os.O_CREAT | (0 if append else os.O_EXCL)
             self._descriptor = os.open(self.path, flags, 0o666)
+            hold_alone(self._descriptor)
             self._end = _sound_end(self._descriptor)
             os.ftruncate(self._descriptor, self._end)
             os.lseek(self._descriptor, self._end, os.SEEK_SET)
@@ -111,7 +112,7 @@ class Tape:
         try:
             self.flush(sync=True)
         finally:
-            os.close(self._descriptor)
+            close_own(self._descriptor)
             self._descriptor = -1
 
     def __enter__(self) -> Tape:
