@@ -43,12 +43,15 @@ def older_kept() -> Iterator[None]:
 
 @contextmanager
 def kept_module_state(model: nn.Module, *, training: bool | None = None) -> Iterator[None]:
-    """Puts back every submodule's train mode and every buffer, such as BatchNorm's. Parameters are not covered.
+    """Puts back every submodule's train mode, by name, every buffer, such as BatchNorm's, and whether a parameter
+    requires a gradient. The values of parameters are not covered.
 
     `training` sets the mode of all submodules meanwhile; None leaves it. The flag is set as such, past any `train`
     that a module overrides: an override may do more than can be undone.
     """
     modules = [(module, module.training) for module in model.modules()]
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module, _ in modules
@@ -62,6 +65,11 @@ def kept_module_state(model: nn.Module, *, training: bool | None = None) -> Iter
     finally:
         for module, mode in modules:
             module.training = mode
+        for name, module in model.named_modules(remove_duplicate=False):  # one that was put in another's place, too
+            module.training = modes.get(name, module.training)
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
         with torch.no_grad():
             for module, name, buffer, value in buffers:
                 # Nobody can write to an expanded one.

@@ -6,7 +6,7 @@ The server engine's workers, the virtual engine and the replay all compute contr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -62,7 +62,7 @@ class Facts:
     of each microbatch by itself, so that an update adds up all of them at once, whoever sent them. filled:
     microbatches with samples. touched: indices of the parameters that had a gradient. posted: indices of the buffers
     that the rows hold; changed: of those that were changed. latest: batch and microbatch of the last samples. ends: of
-    the run's first batch, `Buffers.ends`.
+    the run's first batch, `Buffers.ends`. ceased, begun: of the parameters, see `Trainable`.
     """
 
     nodes: tuple[Node, ...]
@@ -74,6 +74,8 @@ class Facts:
     changed: tuple[int, ...] = ()
     latest: tuple[int, int] = NOTHING
     ends: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    ceased: tuple[int, ...] = ()
+    begun: tuple[int, ...] = ()
 
     @property
     def items(self) -> int:
@@ -153,6 +155,7 @@ class Contributor:
             with torch.no_grad():
                 self.replica.objective.sums(self.replica.module, samples)
         self.buffers.leave(filled=True)
+        self.replica.trainable.begin()
         self.changing = {index for index, changed in enumerate(self.buffers.changed()) if changed}
         self.buffers.begin()
         return samples
@@ -162,12 +165,13 @@ class Contributor:
         self.pack.load(saved)
         self.buffers.restart()
 
-    def compute(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
-        """The contribution of `work` from the weights `saved`, written into `into`.
+    def compute(self, work: Work, saved: Tensor, into: Vectors, off: Collection[int] = ()) -> Facts:
+        """The contribution of `work` from the weights `saved`, written into `into`. off: see `Trainable`.
 
         Raises NonFiniteError for a term or, with local steps, a gradient that is not finite.
         """
         self.load(saved)
+        self.replica.trainable.take(off)
         return self._gradient(work, into) if self.rule.gradients else self._delta(work, saved, into)
 
     def counts(self, work: Work) -> dict[str, int]:
@@ -205,6 +209,7 @@ class Contributor:
         return Facts(
             tuple(nodes), inputs.counts, sums, filled, touched, posted, changed,
             latest=latest_of(work.batch, _filled(inputs.batches)), ends=self.buffers.ends() if work.batch == 0 else {},
+            ceased=self.replica.trainable.ceased, begun=self.replica.trainable.begun,
         )  # fmt: skip
 
     def _delta(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
@@ -216,6 +221,7 @@ class Contributor:
         moved: set[int] = set()
         changed: set[int] = set()
         began, latest, ends = self.buffers.start, NOTHING, dict[int, tuple[int, int]]()
+        trainable, off = self.replica.trainable, self.replica.trainable.off
         for batch in range(work.batch, work.batch + work.local_steps):
             batches = {m: self.replica.batch(batch, m) for m in range(work.start, work.stop)}
             own = self._counts(batch, range(work.start, work.stop), batches)
@@ -231,6 +237,7 @@ class Contributor:
             self.replica.update(batch, [view if i in touched else None for i, view in enumerate(views)])
             latest = max(latest, latest_of(batch, _filled(batches)))
             ends = self.buffers.ends() if batch == 0 else ends
+            trainable.take(trainable.off if trainable.ended is None else trainable.ended)
             changed.update(self._own_buffers(batches))
             moved.update(touched)
             for name in self.terms:
@@ -248,8 +255,9 @@ class Contributor:
             posted, 0, [(0, 1)], [into.buffers[0]], into.integers, start=began, steps=work.local_steps
         )  # fmt: skip
         return Facts(
-            ((0, 1),), counts, sums, 1, tuple(sorted(moved)), posted, tuple(sorted(changed)), latest=latest, ends=ends
-        )
+            ((0, 1),), counts, sums, 1, tuple(sorted(moved)), posted, tuple(sorted(changed)), latest=latest, ends=ends,
+            ceased=tuple(sorted(trainable.off - off)), begun=tuple(sorted(off - trainable.off)),
+        )  # fmt: skip
 
     def _microbatches(
         self,
@@ -266,6 +274,7 @@ class Contributor:
             self._fold.assign(nodes, rows)
         self._fold.begin()
         self.buffers.begin()
+        self.replica.trainable.begin()
         found: list[dict[str, float]] = []
         for microbatch, samples in batches.items():
             self._fold.begin_leaf()
@@ -275,6 +284,8 @@ class Contributor:
                 self.check(found[-1], batch, microbatch)
             self._fold.end_leaf()
             self.buffers.leave(filled=samples is not None)
+            if samples is not None:
+                self.replica.trainable.leave(batch)
             self._advance()
         touched = tuple(index for index, seen in enumerate(self._fold.touched) if seen)
         return {name: tuple(each[name] for each in found) for name in self.terms}, touched

@@ -55,7 +55,7 @@ class Exchange:
     sums: NDArray[np.float64]
     """[M, T] the sum of each term."""
     touched: NDArray[np.uint8]
-    """[W, P] whether a parameter had a gradient."""
+    """[W, P] 1 where a parameter had a gradient, and 2 where a microbatch left it requiring none."""
     changed: NDArray[np.uint8]
     """[W, B] whether a buffer was changed."""
     ends: NDArray[np.int64]

@@ -38,6 +38,9 @@ from instep.reduce.reduction import Reduction, total_norm
 from instep.reduce.shared import Region, as_tensors, mark, wait_for
 from instep.reduce.tree import worker_ranges
 
+_OFF = 2
+"""Beside 1, for a gradient, in what workers tell of a parameter: a microbatch left it requiring none."""
+
 
 class Pulse(Protocol):
     """How a worker shows that it lives and gets on."""
@@ -168,7 +171,8 @@ class Lockstep:
 
         self._barrier(exchange.posted, step + 2)  # posted: what the others wrote can be read
         sums, stopped = exchange.sums.copy(), bool(exchange.stop[0])
-        touched = exchange.touched.max(axis=0).tolist()
+        seen = np.bitwise_or.reduce(exchange.touched, axis=0)
+        touched, off = (seen & 1).tolist(), np.flatnonzero(seen & _OFF)
         next_totals = self._totals()
         changed = changed_by_any(exchange.changed)
         own_slots = self.reduction.slots_of(self.worker)
@@ -191,6 +195,8 @@ class Lockstep:
         verdict = self.watcher.judge(step, objective)
         self._sound = False
         rate = self.placement.update(step, norm, touched) if verdict.updates else 0.0
+        if verdict.updates and (off.size or replica.trainable.off):
+            replica.trainable.take(off.tolist())
         if changed and verdict.updates:
             self.buffers.finish(
                 changed, self.reduction.plan, as_tensors(exchange.buffers), as_tensors(exchange.integers),
@@ -223,18 +229,23 @@ class Lockstep:
     def _compute(self, step: int, totals: dict[str, int]) -> None:
         self._fold.begin()
         self.buffers.begin()
+        self.replica.trainable.begin()
         found: list[Mapping[str, Tensor]] = []
         for microbatch, batch in zip(self._own, self._batches, strict=True):
             self._fold.begin_leaf()
             found.append({} if batch is None else self.replica.compute(step, microbatch, batch, totals))
             self._fold.end_leaf()
             self.buffers.leave(filled=batch is not None)
+            if batch is not None:
+                self.replica.trainable.leave(step)
             self._pulse.advance()
         self._batches = []
         for microbatch, sums in zip(self._own, found, strict=True):
             for place, name in enumerate(self.terms):
                 self._exchange.sums[microbatch, place] = float(sums[name]) if sums else 0.0
         self._exchange.touched[self.worker] = self._fold.touched
+        if ended := self.replica.trainable.ended:
+            self._exchange.touched[self.worker, list(ended)] |= _OFF
         self._exchange.changed[self.worker] = self.buffers.changed()
         if step == 0:
             for index, (_, end) in self.buffers.ends().items():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instep.engines.contributor import Facts, Vectors
+from instep.engines.contributor import NOTHING, Facts, Vectors
 from instep.engines.replica import Replica
 from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
@@ -112,6 +112,7 @@ class Merger:
         if verdict.updates:
             rate = self._apply(total, set().union(*(each.touched for each in facts)), norm, step)
             self._take_buffers(contributions)
+            self._take_flags(facts)
         self.sound = True
         self.microbatches += sum(each.work.microbatches for each in contributions)
         return Update(value, means, counts[terms[0]], rate, norm, verdict, self._doubts(facts))
@@ -208,6 +209,14 @@ class Merger:
                 self.buffers.untouched([size > 0 for size in sizes])
                 rows = list(vectors.buffers[: len(each.facts.nodes)])
                 self.buffers.post([index], work.start, each.facts.nodes, rows, vectors.integers)
+
+    def _take_flags(self, facts: Sequence[Facts]) -> None:
+        """Parameters cease to require a gradient where one contribution has them cease, and begin where all do."""
+        filled, trainable = [each for each in facts if each.latest != NOTHING], self.replica.trainable
+        if any(each.ceased or each.begun for each in filled):
+            ceased = set().union(*(each.ceased for each in filled))
+            begun = set(filled[0].begun).intersection(*(each.begun for each in filled))
+            trainable.take((trainable.off | ceased) - begun)
 
     def _doubts(self, facts: Sequence[Facts]) -> tuple[str, ...]:
         """Warns, once, of buffers that pieces of the first batch left with different values of the same start."""

@@ -7,7 +7,7 @@ schedule.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +51,7 @@ class Replayer:
         self._weights: dict[int, Tensor] = {}
         self._uses: dict[int, int] = {}  # of weights, by contributions in hand
         self._work: dict[int, tuple[int, int]] = {}
+        self._off: dict[int, Collection[int]] = {}  # by version: parameters that require no gradient
         self._arrived: dict[int, tuple[int, int, int, Facts, Vectors]] = {}
         self._spare: list[Vectors] = []  # of contributions that are merged, for others: fresh memory takes time
 
@@ -69,6 +70,7 @@ class Replayer:
         if version not in self._weights:
             self._weights[version] = self.merger.pack.empty()
             self.merger.pack.save(self._weights[version])
+            self._off[version] = self.merger.replica.trainable.off
 
     def pushed(self, seq: int, worker: int) -> None:
         """The worker has finished."""
@@ -87,7 +89,8 @@ class Replayer:
             piece, version = self._work[worker]
             contributor = self._contributor(worker)
             vectors = self._spare.pop() if self._spare else contributor.empty()
-            return contributor.compute(self.pieces.work(piece), self._weights[version], vectors), vectors
+            weights, off = self._weights[version], self._off[version]
+            return contributor.compute(self.pieces.work(piece), weights, vectors, off), vectors
         if worker not in self._made:
             others = [other for other in self._work if other not in self._made]
             tasks = [(self.pieces.work(piece), self._weights[v]) for piece, v in map(self._work.__getitem__, others)]
@@ -114,7 +117,7 @@ class Replayer:
 
     def everybody_left(self) -> None:
         """The run starts again: what was computed and not merged is lost."""
-        self._work, self._arrived, self._weights, self._uses, self._made = {}, {}, {}, {}, {}
+        self._work, self._arrived, self._weights, self._uses, self._made, self._off = {}, {}, {}, {}, {}, {}
         if not self.recipe.rule.gradients:
             self._contributors = {}
 
@@ -163,7 +166,7 @@ class Replayer:
         """One contribution less needs these weights."""
         self._uses[version] -= 1
         if not self._uses[version]:
-            del self._weights[version], self._uses[version]
+            del self._weights[version], self._uses[version], self._off[version]
 
     def _reuse(self, vectors: Vectors) -> None:
         if self._together is None:  # it makes its own, parts of one large tensor

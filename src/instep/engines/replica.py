@@ -18,6 +18,8 @@ from instep.data.cursor import Cursor, load, rows_of
 from instep.engines.optimizer import Optimizer, call
 from instep.engines.single import check_single_samples
 from instep.engines.spot_checks import SpotChecks
+from instep.engines.trainable import Trainable
+from instep.engines.training_mode import idle_dropouts, into_training
 from instep.errors import CheckpointError, ComponentError, RecipeError, RecomputeError, ResourceError
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
@@ -66,13 +68,14 @@ class Replica:
         self.doing = "building the model"
         seed_all(key(recipe.seed, "model"))
         self.module = build_model(recipe.model).to(self.device)
-        if not self.module.training:  # as a pretrained one comes; parts that the user froze stay as they are
-            self.module.train()
+        into_training(self.module)
         _own_memory_for_buffers(self.module)
         self._built = set(self.module.state_dict())
         self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._check_parameters()
+        self.trainable = Trainable(self.module, self.names, self.parameters)
+        """Which of them require a gradient at present."""
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
         self.optimizer = Optimizer(recipe, self.names, self.parameters)
@@ -194,6 +197,13 @@ class Replica:
                 f"is named '{compiled}' instead of '{compiled.replace('_orig_mod.', '')}'; set "
                 f"recipe.compile, or compile in place with module.compile()."
             )
+        idle = idle_dropouts(self.module)
+        if idle:
+            also = f", and so are {len(idle) - 1} others" if idle[1:] else ""
+            found.append(
+                f"dropout layer '{idle[0]}' is in eval mode while the model trains, and drops nothing{also}; if it is "
+                f"to drop, call train() on it where the model is built, else set its p to 0."
+            )
         others = sorted(self._built ^ self.module.state_dict().keys())
         if others:
             found.append(
@@ -203,10 +213,14 @@ class Replica:
         return found + self.optimizer.doubts()
 
     def training_state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights: the optimizer's state, and buffers outside the state_dict."""
+        """What a checkpoint holds beside the weights: the optimizer's state, and buffers outside the state_dict.
+
+        Where parameters ceased to require a gradient, "ceased" are their names.
+        """
         kept = self.module.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name not in kept}
-        return {"optimizer": self.optimizer.state(), "buffers": buffers}
+        off = {"ceased": self.trainable.off_names} if self.trainable.off else {}
+        return {"optimizer": self.optimizer.state(), "buffers": buffers, **off}
 
     def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
         """Takes the state of a checkpoint of the same recipe. Raises CheckpointError where it does not fit."""
@@ -222,6 +236,7 @@ class Replica:
                 "start, and the same ones each time.",
                 detail=f"{type(error).__name__}: {error}",
             ) from error
+        self.trainable.take_names(training_state.get("ceased", ()))
         self.optimizer.load(training_state["optimizer"])
 
     def samples_in_hand(self) -> str:

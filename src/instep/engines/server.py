@@ -61,11 +61,11 @@ def contribute(session: Session, descriptor: int) -> None:
             break
         if incarnation != own:
             continue  # it was meant for the process that had this place before
-        piece, slot = rest
+        piece, slot, off = rest
         work = contributor.pieces.work(piece)
         replica.doing = f"computing piece {piece}"
         from_s = session.clock()
-        found = contributor.compute(work, weights[slot], vectors[worker])
+        found = contributor.compute(work, weights[slot], vectors[worker], off)
         if slowness > 1:
             time.sleep((slowness - 1) * (session.clock() - from_s))
         line.send(("pushed", own, found, from_s, session.clock(), replica.verified()))
@@ -345,7 +345,8 @@ class _Server:
         self._session.emit("released", worker=worker, version=action.version, piece=action.piece, lead=lead)
         self._tally.released(worker, lead, self._merger.pack.size_bytes)
         slot = self._publish(action.version)
-        self._lines[worker].send(("work", self._incarnations[worker], action.piece, slot))
+        off = tuple(self._replica.trainable.off)
+        self._lines[worker].send(("work", self._incarnations[worker], action.piece, slot, off))
 
     def _publish(self, version: int) -> int:
         """Where the present weights lie for workers to read."""
