@@ -64,7 +64,7 @@ def test_random_histories_hold_updates_that_wait_for_a_late_piece_and_workers_th
     """Or the test above would test nothing."""
     seen = set()
 
-    @settings(max_examples=100, database=None)
+    @settings(max_examples=200, database=None, derandomize=True)
     @given(DROPPING, st.integers(2, 6), PUSHING)
     def look(rule: UpdateRule, workers: int, events: list[Event]) -> None:
         run = started(rule, workers, workers, 12)

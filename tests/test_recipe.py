@@ -187,6 +187,7 @@ DECISIVE: dict[str, Any] = {
     "microbatches": 4,
     "drop_last": True,
     "ragged": "spread",
+    "buffers": {"*.count": "sum"},
     "seed": 1,
     "clip_norm": 1.0,
     "precision": "bfloat16",

@@ -462,7 +462,7 @@ def test_what_the_system_refuses_is_a_sentence(descriptor: int) -> None:
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(ResourceError, match="and the system answered: File too large; take fewer workers"):
+        with pytest.raises(ResourceError, match="the limit on the size of files, ulimit -f, is smaller; raise it"):
             reserve(descriptor, REGIONS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
