@@ -129,7 +129,7 @@ def evaluate(
     """
     assert replica.data.held_out is not None
     terms = replica.objective.terms or ()
-    with kept_module_state(replica.module, training=False), torch.no_grad(), replica.autocast():
+    with replica.averaged(), kept_module_state(replica.module, training=False), torch.no_grad(), replica.autocast():
         for place in places:
             seed_all(key(replica.recipe.seed, "evaluate", place))
             batch = replica.to_device(load(replica.data.held_out, list(batches[place]), replica.data.collate))

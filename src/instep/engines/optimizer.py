@@ -32,6 +32,10 @@ class Optimizer:
         self._names, self._parameters = names, parameters
         self._check_parameters()
         self._rates = [self._rate_of(group, recipe) for group in self.of_torch.param_groups]
+        self.averages = all(callable(getattr(self.of_torch, name, None)) for name in ("train", "eval"))
+        """Whether it trains other weights than are to be evaluated and saved, as schedule-free ones do."""
+        self._alone = not recipe.rule.gradients  # each worker has its own, which nobody sees
+        self.train()
         self._unsaved = _unsaved_state(self.of_torch)
         self._looked_for_kept_gradients = False
 
@@ -57,6 +61,16 @@ class Optimizer:
             self._looked_for_kept_gradients = True
             self._check_gradients_are_not_kept()
         return None if self._rates[0] is None else factor * self._rates[0]
+
+    def train(self) -> None:
+        """Makes the parameters those that it trains, where it tells them from others."""
+        if self.averages:
+            self.of_torch.train()  # type: ignore[attr-defined]
+
+    def eval(self) -> None:
+        """Makes the parameters those that are to be evaluated and saved."""
+        if self.averages:
+            self.of_torch.eval()  # type: ignore[attr-defined]
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -92,6 +106,12 @@ class Optimizer:
             found.append(
                 f"a learning rate scheduler of torch has set the rates of the optimizer {self.kind}, and will not "
                 f"change them any more; leave it out, and set the recipe's schedule."
+            )
+        if self.averages and self._alone:
+            found.append(
+                f"the optimizer {self.kind} averages the weights of its own steps, and under a rule with local steps "
+                f"each worker has its own: the weights that are evaluated and saved are not averages; take a rule "
+                f"without local steps, or another optimizer."
             )
         now = _unsaved_state(self.of_torch)
         changed = [name for name in now if name not in self._unsaved or now[name] != self._unsaved[name]]

@@ -175,4 +175,4 @@ class Replayer:
 
 def state_of(replayer: Replayer) -> dict[str, Any]:
     """The module's state_dict as it is now."""
-    return dict(replayer.merger.replica.module.state_dict())
+    return replayer.merger.replica.saved_state()

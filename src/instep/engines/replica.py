@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class Replica:
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
         self.optimizer = Optimizer(recipe, self.names, self.parameters)
+        self._stepped = self._averaged = False
 
     def again(self, device: torch.device) -> Replica:
         """One whose model and optimizer are built again, as after a restart, in eager mode; all else is this one's."""
@@ -183,6 +184,7 @@ class Replica:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         rate = self.optimizer.step(factor)
+        self._stepped = True
         for parameter in self.parameters:
             parameter.grad = None
         return rate
@@ -212,15 +214,50 @@ class Replica:
             )
         return found + self.optimizer.doubts()
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In the block, the model has the weights to be evaluated and saved, where the optimizer trains others.
+
+        Afterwards it has those again, to the bit, which the optimizer's `train` alone would not give.
+        """
+        if self._averaged or not (self._stepped and self.optimizer.averages):
+            yield
+            return
+        trained = self._trained()
+        self._averaged = True
+        try:
+            self.optimizer.eval()
+            yield
+        finally:
+            self._averaged = False
+            self.optimizer.train()
+            self._take(trained)
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """The model's state_dict with the weights that are to be evaluated and saved; copies where it trains others."""
+        with self.averaged():
+            state = dict(self.module.state_dict())
+            return {name: value.clone() for name, value in state.items()} if self._averaged else state
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in zip(self.names, self.parameters, strict=True)}
+
+    @torch.no_grad()
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            parameter.copy_(weights[name])
+
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights: the optimizer's state, and buffers outside the state_dict.
 
-        Where parameters ceased to require a gradient, "ceased" are their names.
+        Where parameters ceased to require a gradient, "ceased" are their names. Where the optimizer trains other
+        weights than are saved, those are "weights".
         """
         kept = self.module.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name not in kept}
         off = {"ceased": self.trainable.off_names} if self.trainable.off else {}
-        return {"optimizer": self.optimizer.state(), "buffers": buffers, **off}
+        trained = {"weights": self._trained()} if self._stepped and self.optimizer.averages else {}
+        return {"optimizer": self.optimizer.state(), "buffers": buffers, **trained, **off}
 
     def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
         """Takes the state of a checkpoint of the same recipe. Raises CheckpointError where it does not fit."""
@@ -230,6 +267,8 @@ class Replica:
             with torch.no_grad():
                 for name, value in training_state["buffers"].items():
                     buffers[name].copy_(value)
+            if "weights" in training_state:
+                self._take(training_state["weights"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
                 "the model that the recipe builds has other tensors than the checkpoint; build all of them at the "
@@ -238,6 +277,7 @@ class Replica:
             ) from error
         self.trainable.take_names(training_state.get("ceased", ()))
         self.optimizer.load(training_state["optimizer"])
+        self._stepped = "weights" in training_state
 
     def samples_in_hand(self) -> str:
         """The samples of the microbatch that is loaded or computed, in brackets for a message; "" in other work."""

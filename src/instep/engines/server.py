@@ -96,7 +96,7 @@ def serve(session: Session, descriptor: int) -> None:
         check(replica.objective, replica.module, probe)
     facts = session.facts(
         terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers,
-        weights=digest_of_state(replica.module.state_dict()),
+        weights=digest_of_state(replica.saved_state()),
     )  # fmt: skip
     _, memory = session.ready(facts, _regions(contributor, workers))
     server = _Server(session, replica, merger, ledger, progress, *_memory(descriptor, memory))
@@ -238,7 +238,7 @@ class _Server:
         self._save()
         if not interrupted and self._progress.held_out.get("version") != self._progress.version and self._evaluate():
             session.mark_best(self._progress)
-        digest = digest_of_state(self._replica.module.state_dict())
+        digest = digest_of_state(self._replica.saved_state())
         left = {} if interrupted else session.leave()
         session.send_events()
         session.pipe.send(
@@ -401,7 +401,7 @@ class _Server:
         recipe, team = self._session.recipe, self._session.assignment.team
         if self._session.tries_checkpoint(self._progress.version):
             self._session.try_checkpoint(
-                self._progress.version, self._replica.module.state_dict(), self._replica.training_state()
+                self._progress.version, self._replica.saved_state(), self._replica.training_state()
             )
         if now == recipe.steps:
             return
@@ -437,6 +437,6 @@ class _Server:
         self._sync_tape()
         unmade = [action for action in self._unmade if isinstance(action, Merge)]
         self._session.save(
-            self._progress, self._replica.module.state_dict(), self._merger.training_state(),
+            self._progress, self._replica.saved_state(), self._merger.training_state(),
             ledger=self._ledger.state(unmade), cut=self._ledger.pieces.workers, steps=self._session.recipe.steps,
         )  # fmt: skip

@@ -227,7 +227,9 @@ class Session:
 
     def leave(self) -> dict[str, Any]:
         """What a finished run leaves beside its weights, as `result.json` tells of it."""
-        return {"sample": self.sample(), "artifacts": self.artifacts()}
+        assert self.replica is not None
+        with self.replica.averaged():
+            return {"sample": self.sample(), "artifacts": self.artifacts()}
 
     def artifacts(self) -> dict[str, Any] | None:
         """Has the recipe's artifacts written; their files, relative to the run folder, and figures."""

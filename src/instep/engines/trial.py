@@ -5,6 +5,7 @@ All is done in a copy of the process, which leaves no trace: a run's bits are as
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,7 +55,14 @@ def _try_steps(replica: Replica, resume: bool) -> None:
     training_state = replica.training_state()
     if not resume or bytes_in(training_state) > MOST_BYTES:
         return
-    again = _there_and_back(replica, replica.device, replica.module.state_dict(), training_state)
+    before = copy.deepcopy(training_state)
+    again = _there_and_back(replica, replica.device, replica.saved_state(), training_state)
+    where = difference(before, replica.training_state())
+    if where is not None:
+        raise ComponentError(
+            f"the optimizer {replica.optimizer.kind} does not come back to its own '{where}' when 'eval' is called and "
+            f"then 'train', as around each evaluation; these may change the parameters alone."
+        )
     for step in range(count, 2 * count):
         for each in (replica, again):
             _step(each, step, noise)
@@ -142,7 +150,7 @@ def _there_and_back(
     again = replica.again(device)
     again.load(model_state, checkpoint.repacked(training_state))
     expected = {"model": model_state, **training_state}
-    found = {"model": again.module.state_dict(), **again.training_state()}
+    found = {**again.training_state(), "model": again.saved_state()}
     for part, value in found.items():
         where = difference(_on_cpu(expected[part]), _on_cpu(value))
         if where is not None:

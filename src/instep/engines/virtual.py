@@ -79,8 +79,8 @@ class _Simulation:
         size_bytes = 4 * self._replica.size
         weights_bytes = self._replayer.merger.pack.size_bytes
         self._start(microbatch_s)
-        if doubt is not None:
-            self._emit("warned", {"t_s": 0.0, "clock": "virtual", "why": doubt})
+        for why in [*([] if doubt is None else [doubt]), *(self._replica.doubts() if self._gradients else ())]:
+            self._emit("warned", {"t_s": 0.0, "clock": "virtual", "why": why})
         on_event = self._live if self._tape is not None else None  # without gradients there is nothing to wait for
         if self._gradients:
             on_event = self._note

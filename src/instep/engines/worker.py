@@ -81,7 +81,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     memory = engine.memory()
     facts = session.facts(
         version=progress.version,
-        weights=digest_of_state(replica.module.state_dict()),
+        weights=digest_of_state(replica.saved_state()),
         terms=engine.terms,
         shared_weight_bytes=engine.placement.weight_bytes,
     )
@@ -101,7 +101,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         trying = session.tries_checkpoint(version)
         if due or best or trying:
             replica.doing = f"saving version {version}"
-            state = replica.module.state_dict()
+            state = replica.saved_state()
             session.send_events()  # a checkpoint never holds steps that the tape lacks
             if due:
                 session.pipe.send(("digest", version, digest_of_state(state)))
@@ -114,7 +114,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
                     session.mark_best(progress)
 
     def save_at_stop(training: dict[str, Any]) -> None:
-        session.save(progress, replica.module.state_dict(), {**training, "watch": engine.watcher.state()})
+        session.save(progress, replica.saved_state(), {**training, "watch": engine.watcher.state()})
         session.send_events()
 
     try:
@@ -126,7 +126,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         evaluated = progress.held_out.get("version") == progress.version
         if not (interrupted or evaluated) and session.evaluated(progress, engine.evaluate(progress.version)):
             session.mark_best(progress)
-        digest = digest_of_state(replica.module.state_dict())
+        digest = digest_of_state(replica.saved_state())
         engine.placement.settle()  # nobody reads the weights any more: what the recipe shows them to may change them
     except BaseException:
         session.send_events()
