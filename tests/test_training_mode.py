@@ -197,8 +197,8 @@ def test_a_parameter_that_begins_to_require_a_gradient_is_refused_by_name(
 ) -> None:
     with pytest.raises(RecipeError) as caught:
         train_here(recipe(lambda: Freezing("late")), Team(workers=workers, engine=engine), tmp_path / "run")
-    assert caught.value.message.startswith("parameter 'first.weight' began to require a gradient in step 5, and")
-    assert "build it requiring a gradient and freeze it after the first step" in caught.value.message
+    assert caught.value.message.startswith("parameter 'first.weight' began to require a gradient in step 6, and")
+    assert "build it requiring one and freeze it after the first step" in caught.value.message
 
 
 @pytest.mark.parametrize("how", ["from 5 on", "between"])
@@ -235,3 +235,38 @@ def test_a_run_whose_parameters_cease_to_require_a_gradient_can_be_replayed_unde
     made = recipe(lambda: Freezing("once"), rule=UpdateRule.from_text(rule))
     run = train_here(made, Team(workers=2, checkpoint_every=2), tmp_path / "run")
     assert replayed(made, run.path).same
+
+
+# --------------------------------------------------------------------------------------------------------- extra state
+
+
+class Counting(nn.Linear):
+    """Keeps a number in its state_dict, which it may change."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(8, 4)
+        self.calls, self.at = 0, at
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([max(0, self.calls - self.at)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.calls = int(state[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("lockstep", 1), ("lockstep", 2), ("server", 2)])
+def test_extra_state_that_a_step_changes_is_refused_by_module_for_any_team(
+    engine: Any, workers: int, tmp_path: Path
+) -> None:
+    team = Team(workers=workers, engine=engine)
+    made = recipe(lambda: nn.Sequential(nn.Linear(8, 8), Counting(6)), microbatches=4)
+    with pytest.raises(RecipeError) as caught:
+        train_here(made, team, tmp_path / "run")
+    assert caught.value.message.startswith("module '1' changed its extra state (get_extra_state) in step ")
+    assert "hold what changes in a buffer" in caught.value.message
+    still = train_here(recipe(lambda: Counting(1000), microbatches=4), team, tmp_path / "still")
+    assert int(state_of(still)["_extra_state"]) == 0

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from instep import data, objectives
 from instep.components import Component
 from instep.data.cursor import Cursor, load, rows_of
+from instep.engines.extra_state import ExtraState
 from instep.engines.optimizer import Optimizer, call
 from instep.engines.single import check_single_samples
 from instep.engines.spot_checks import SpotChecks
@@ -74,6 +75,7 @@ class Replica:
         self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._check_parameters()
+        self._extra_state = ExtraState(self.module)
         self.trainable = Trainable(self.module, self.names, self.parameters)
         """Which of them require a gradient at present."""
         self.doing = "building the optimizer"
@@ -146,6 +148,7 @@ class Replica:
             raise (error if self.checks is None else self.checks.say(error)) from None
         if self.checks is not None:
             self.checks.computed(step)
+        self._extra_state.check(step)
         return {name: value.detach() for name, value in sums.items()}
 
     def verified(self) -> dict[str, float]:
@@ -275,6 +278,7 @@ class Replica:
                 "start, and the same ones each time.",
                 detail=f"{type(error).__name__}: {error}",
             ) from error
+        self._extra_state.restart()
         self.trainable.take_names(training_state.get("ceased", ()))
         self.optimizer.load(training_state["optimizer"])
         self._stepped = "weights" in training_state

@@ -44,9 +44,9 @@ class Trainable:
         for name, parameter in self._others:
             if parameter.requires_grad:
                 raise RecipeError(
-                    f"parameter '{name}' began to require a gradient in step {step}, and which are trained is settled "
-                    f"when the model is built; build it requiring a gradient and freeze it after the first step, with "
-                    f"requires_grad_(False): then it may begin again."
+                    f"parameter '{name}' began to require a gradient in step {step + 1}, and which are trained is "
+                    f"settled when the model is built; build it requiring one and freeze it after the first step, "
+                    f"with requires_grad_(False): then it may begin again."
                 )
         flags, off = [parameter.requires_grad for parameter in self._parameters], self.off
         if flags != self._flags:
