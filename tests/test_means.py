@@ -9,9 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from harness import train_here
 from instep.data.cursor import load
+from instep.engines.request import Cluster
+from instep.engines.virtual import simulate
 from instep.errors import ObjectiveError
 from instep.objectives import bind, check_is_sum
+from instep.recipe import Recipe, Team
 from tasks import TASKS
 
 
@@ -96,3 +100,35 @@ def test_a_sum_that_is_not_random_takes_few_forwards_and_a_random_one_some_ten()
     assert len(calls) == 3
     check_is_sum(bind(partial(sums, 1.0)), linear(), torch.randn(16, 3))
     assert len(calls) - 3 <= 30
+
+
+class Named:
+    """Samples with a name, which no tensor doubles."""
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
+        return torch.full((3,), float(index)), str(index)
+
+
+@pytest.mark.parametrize("engine", ["lockstep", "server"])
+def test_a_mean_is_caught_where_only_the_data_set_can_double_the_batch(engine, tmp_path):
+    def run(reduction, name):
+        recipe = Recipe(
+            model=linear, objective=lambda m, b: getattr(m(b[0]).square(), reduction)(), data=Named, batch=8,
+            microbatches=4, steps=2,
+        )  # fmt: skip
+        return train_here(recipe, Team(workers=2, engine=engine), tmp_path / name)
+
+    run("sum", "sum")
+    with pytest.raises(ObjectiveError, match="is a mean, not a sum"):
+        run("mean", "mean")
+
+
+def test_a_simulation_refuses_a_mean():
+    recipe = Recipe(
+        model=linear, objective=lambda m, b: m(b).square().mean(), data=torch.ones(20, 3), batch=8, microbatches=4
+    )
+    with pytest.raises(ObjectiveError, match="is a mean, not a sum"):
+        simulate(recipe, Cluster(workers=2), True, None, lambda event: None)

@@ -96,7 +96,7 @@ def test_a_simulation_loads_each_sample_once_to_count_and_compute_it(rule: str, 
     simulate(given, cluster, True, None, lambda event: None)
     different = len(set(Counted.loaded))
     assert different == 4 * given.batch
-    at_the_start = 30  # at most: for the digest of the data, the terms, a piece that is computed both ways
+    at_the_start = 50  # at most: for the digest, the look at samples twice, the terms, a piece computed both ways
     assert len(Counted.loaded) <= different + at_the_start
 
 
@@ -170,9 +170,9 @@ def looking(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def across(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Depends on how often it was called."""
-    across.calls = getattr(across, "calls", 0) + 1  # type: ignore[attr-defined]
-    return classes(model, batch) * across.calls  # type: ignore[attr-defined]
+    """Has another value where it is computed for many at once."""
+    alone = torch._C._functorch.maybe_current_level() is None  # type: ignore[attr-defined]
+    return classes(model, batch) * (1 if alone else 2)
 
 
 @pytest.mark.parametrize(

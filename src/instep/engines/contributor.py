@@ -146,9 +146,12 @@ class Contributor:
         )
         return Vectors(gradient.to(self.replica.device), buffers, integers)
 
-    def prepare(self, batch: int) -> Any:
-        """Learns the objective's terms, and which buffers training changes, from a first forward; the batch of it."""
-        samples = self.replica.learn_terms(batch)
+    def prepare(self, batch: int, samples: Any | None = None) -> Any:
+        """Learns the objective's terms, and which buffers training changes, from a first forward; the batch of it.
+
+        `samples`: those of its first microbatch, if they were read already.
+        """
+        samples = self.replica.learn_terms(batch, samples)
         self.terms = tuple(self.replica.objective.terms or ())
         self.buffers.begin()
         if self.buffers.names:

@@ -25,12 +25,12 @@ from torch import Tensor
 from instep.clock.network import gather_bytes, reduce_bytes
 from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate
 from instep.engines.exchange import LEFT, Exchange, regions
+from instep.engines.first_look import look_at_data, look_at_objective
 from instep.engines.placement import Placement, choose, trace_of
 from instep.engines.replica import Replica
 from instep.engines.stopping import OtherRaised
 from instep.engines.watching import Verdict, Watcher
 from instep.errors import NonFiniteError
-from instep.objectives import check
 from instep.reduce.buffers import APART, Buffers, about_means, changed_by_any
 from instep.reduce.fold import Fold
 from instep.reduce.layout import BLOCK, Layout
@@ -94,11 +94,13 @@ class Lockstep:
         """Loads the first batches and learns the objective's terms."""
         watched = self.replica.parameters if self.workers > 1 else []  # a worker alone shares none
         before = trace_of(watched)
-        probe = self.replica.learn_terms(version)
+        looks = version == 0 and self.worker == 0
+        first = look_at_data(self.replica, lambda why: self._emit("warned", why=why)) if looks else None
+        probe = self.replica.learn_terms(version, first)
         self._steady = trace_of(watched) == before
         self.terms = list(self.replica.objective.terms or ())
-        if version == 0 and self.worker == 0:
-            check(self.replica.objective, self.replica.module, probe)
+        if looks:
+            look_at_objective(self.replica, probe)
 
     def memory(self) -> dict[str, Region]:
         """Decides where the weights are to lie. Returns what memory the team must share."""

@@ -7,12 +7,13 @@ schedule.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from instep.engines.contributor import Contributor, Facts, Vectors
+from instep.engines.first_look import look_at_data, look_at_objective
 from instep.engines.merger import Arrived, Merger, Update
 from instep.engines.replica import Replica
 from instep.engines.together import Together
@@ -114,6 +115,12 @@ class Replayer:
         self.merger.pack.save(saved)
         contributor.compute(work, saved, contributor.empty())
         self._contributors = {} if not self.recipe.rule.gradients else self._contributors
+
+    def look(self, warn: Callable[[str], None]) -> None:
+        """Raises DataError or ObjectiveError where a run would be refused before its first step, see `first_look`."""
+        replica = self._contributor(0).replica  # its weights are set anew for each piece
+        batch = look_at_data(replica, warn)
+        look_at_objective(replica, replica.batch(0, 0) if batch is None else batch)
 
     def everybody_left(self) -> None:
         """The run starts again: what was computed and not merged is lost."""

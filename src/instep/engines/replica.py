@@ -111,13 +111,13 @@ class Replica:
         seed_all(key(self.recipe.seed, step, microbatch, "data"))
         return self.to_device(load(self.data.train, indices, self.data.collate))
 
-    def learn_terms(self, step: int) -> Any:
-        """Learns the objective's terms from a first batch, which it returns."""
+    def learn_terms(self, step: int, batch: Any | None = None) -> Any:
+        """Learns the objective's terms from the first microbatch of `step`, which it reads, if need be, and returns."""
         self.doing = "looking for microbatches that are too small"
         check_single_samples(self, step)
         places = range(self.recipe.microbatches)
         first = next(place for place in places if self.cursor.microbatch(step, place))
-        batch = self.batch(step, first)
+        batch = self.batch(step, first) if batch is None else batch
         self.doing = f"computing a first forward on step {step + 1}, microbatch {first}"
         seed_all(key(self.recipe.seed, "terms"))
         self.objective = objectives.learn_terms(self.objective, self.module, batch)

@@ -24,13 +24,13 @@ from torch import Tensor
 from instep.clock.slow import parse_slow, slow_factors
 from instep.engines.contributor import Contributor, Facts, Vectors
 from instep.engines.evaluation import Progress, batches_held_out, evaluate_alone, passes
+from instep.engines.first_look import look_at_data, look_at_objective
 from instep.engines.memory import fit_memory
 from instep.engines.merger import Arrived, Merger
 from instep.engines.replica import Replica
 from instep.engines.session import Session
 from instep.engines.tally import Tally
 from instep.errors import CheckpointError
-from instep.objectives import check
 from instep.record.digest import digest_of_state
 from instep.reduce.checksums import checksum
 from instep.reduce.shared import Region, attach
@@ -79,7 +79,8 @@ def serve(session: Session, descriptor: int) -> None:
     saved = session.saved()
     pieces = _pieces(session, workers if saved is None else saved.meta.get("cut", workers))
     contributor = Contributor(replica, pieces)
-    probe = contributor.prepare(0)
+    first = look_at_data(replica, lambda why: session.emit("warned", why=why)) if saved is None else None
+    probe = contributor.prepare(0, first)
     merger = Merger(replica, pieces)
     ledger, progress = Ledger(session.recipe.rule, pieces), Progress()
     lost: list[Action] = []
@@ -93,7 +94,7 @@ def serve(session: Session, descriptor: int) -> None:
         lost = ledger.recover()
         merger.microbatches = ledger.merged_microbatches
     else:
-        check(replica.objective, replica.module, probe)
+        look_at_objective(replica, probe)
     facts = session.facts(
         terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers,
         weights=digest_of_state(replica.saved_state()),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from instep.data import digest as digest_of_data
+from instep.data.repeats import what_does_not_repeat
 from instep.engines.evaluation import Evaluation, Progress
 from instep.engines.lines import Line
 from instep.engines.pulse import WorkerPulse
@@ -113,6 +114,9 @@ class Session:
         saved = checkpoint.load(path)
         checkpoint.check_recipe(path, saved=saved.fingerprint, current=self.assignment.fingerprint)
         if saved.meta["data"] != self.data_facts():
+            changing = what_does_not_repeat(self.replica.data)
+            if changing:
+                raise CheckpointError(f"the data of {path} cannot be told from others: {changing}")
             raise CheckpointError(
                 f"the data are not those that {path} was trained on: {self.data_facts()['samples']} samples here and "
                 f"{saved.meta['data']['samples']} there, or other content; give back those, or start a new run."

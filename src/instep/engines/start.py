@@ -233,7 +233,7 @@ class Start:
                     raise WorkerError(
                         f"worker {number} starts from other {name} than {self._name(self._leader)} "
                         f"({theirs.get(name)} instead of {value}); what builds them must depend on its arguments and "
-                        "the seed alone."
+                        f"the seed alone{', and each sample on its index besides' if name == 'data' else ''}."
                     )
         reserve(self._descriptor, memory)
         about = self._supervisor.about

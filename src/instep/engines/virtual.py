@@ -74,12 +74,15 @@ class _Simulation:
         recipe, cluster = self._recipe, self._cluster
         steps = self._gradients or not recipe.rule.gradients  # local ones are made to be timed
         doubt = try_optimizer(lambda: self._replica) if steps else None
+        doubts = [] if doubt is None else [doubt]
+        if self._gradients:
+            self._replayer.look(doubts.append)
         microbatch_s, merge_s = self._measured()
         times = cluster.times or WorkerTimes.constant(microbatch_s, slow=_slow(cluster.slow), seed=recipe.seed)
         size_bytes = 4 * self._replica.size
         weights_bytes = self._replayer.merger.pack.size_bytes
         self._start(microbatch_s)
-        for why in [*([] if doubt is None else [doubt]), *(self._replica.doubts() if self._gradients else ())]:
+        for why in [*doubts, *(self._replica.doubts() if self._gradients else ())]:
             self._emit("warned", {"t_s": 0.0, "clock": "virtual", "why": why})
         on_event = self._live if self._tape is not None else None  # without gradients there is nothing to wait for
         if self._gradients:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ _DRAWING_S = 8.0
 """Seconds after which a random term that is not decided is let pass."""
 
 
-def check(bound: Bound, model: nn.Module, batch: Any) -> None:
-    """Both checks. Raises ObjectiveError."""
-    check_is_sum(bound, model, batch)
+def check(bound: Bound, model: nn.Module, batch: Any, double: Callable[[], Any] | None = None) -> None:
+    """Both checks, see `check_is_sum` for `double`. Raises ObjectiveError."""
+    check_is_sum(bound, model, batch, double)
     check_repeats(bound, model, batch)
 
 
@@ -56,22 +56,27 @@ def check_repeats(bound: Bound, model: nn.Module, batch: Any) -> None:
             )
 
 
-def check_is_sum(bound: Bound, model: nn.Module, batch: Any) -> None:
+def check_is_sum(bound: Bound, model: nn.Module, batch: Any, double: Callable[[], Any] | None = None) -> None:
     """Raises ObjectiveError where a term looks like a mean: the batch twice over leaves it as it is.
 
     The batch and the batch doubled along dimension 0 are evaluated in eval mode with the same random seed. A sum
     doubles, a mean stays. A term is blamed where its count doubled and its value changed by under 2 %, with three
     seeds. One that random numbers change by more is judged over many draws, see `_is_mean`: about 10 for a sum, and
-    never more than some seconds, after which it is let pass. So is a batch that cannot be doubled, an objective that
-    cannot take it, and one that compares samples, since each then meets its double. `model` and the random state are
-    left as they were. A compiled model runs as it was written, so that no other shape is compiled.
+    never more than some seconds, after which it is let pass. So is a batch that cannot be doubled, neither by its
+    tensors nor by `double`, which gives the same samples twice over; an objective that cannot take it; and one that
+    compares samples, since each then meets its double. `model` and the random state are left as they were. A compiled
+    model runs as it was written, so that no other shape is compiled.
     """
-    doubled = _doubled(batch)
-    if doubled is None or bound.shares:
+    if bound.shares:
         return
     model = getattr(model, "_orig_mod", model)
     with torch.no_grad(), kept_random_state(), kept_module_state(model, training=False):
         try:
+            doubled = _doubled(batch)
+            if doubled is None:
+                doubled = double() if double is not None else None
+            if doubled is None:
+                return
             blamed = _first_mean(bound, model, batch, doubled)
         except Exception:  # a check must not fail where training might not
             return
@@ -102,7 +107,7 @@ def _first_mean(bound: Bound, model: nn.Module, batch: Any, doubled: Any) -> tup
     if not any(_stays(once[0][name], twice[0][name]) for name in names):
         another = values(batch, 1)
         names = [name for name in names if not math.isclose(another[name], once[0][name], rel_tol=1e-6)]
-    samples = next(len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+    samples = next((len(leaf) for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()), 1)
     draws = max(_DRAWS, _DRAWN_SAMPLES // max(1, samples))
     for seed in range(1, draws):
         if not names or (seed >= 3 and time.monotonic() - began > _DRAWING_S):
