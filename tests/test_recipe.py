@@ -225,11 +225,18 @@ def test_a_harmless_field_does_not(key: str) -> None:
     assert table_differences(other.to_table(), recipe().to_table()) == []
 
 
+def test_another_rule_is_named_before_the_fields_that_come_with_it() -> None:
+    mine, theirs = recipe(rule="asynchronous").to_table(), recipe(rule="synchronous").to_table()
+    first, *others = table_differences(mine, theirs)
+    assert first == "recipe.rule.name is 'asynchronous' here and 'synchronous' there"
+    assert others
+
+
 def test_differences_name_field_and_values() -> None:
     other = recipe(seed=3, clip_norm=1.0, model=Component("m:Model", {"width": 3}))
     assert table_differences(other.to_table(), recipe().to_table()) == [
-        "recipe.clip_norm is 1.0 here and 'not set' there",
-        "recipe.model.args.width is 3 here and 'not set' there",
+        "recipe.clip_norm is 1.0 here and not set there",
+        "recipe.model.args.width is 3 here and not set there",
         "recipe.seed is 3 here and 0 there",
     ]
 

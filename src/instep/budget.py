@@ -36,7 +36,7 @@ def parse_budget(text: str, name: str) -> Budget:
     if not match or match[2] == "iB":
         raise RecipeError(
             f"{name} is {text!r}; write bytes with their unit, such as '512MiB' or '2GB', or a share of what a step "
-            f"takes with nothing recomputed, such as '40%'."
+            f"takes with nothing recomputed, such as '70%'."
         )
     number, unit = float(match[1]), match[2]
     if unit == "%":

@@ -208,7 +208,7 @@ class Team:
     keep: how many checkpoints are kept, the last ones; 0 keeps all.
     keep_best: also save, and keep, the checkpoint with the best held-out objective.
     engine: ``lockstep`` has no server and takes synchronous rules alone; ``server`` takes all; ``auto`` picks.
-    memory: bytes for activations, as "512MiB", or a share of what they take, as "40%": what does not fit is computed
+    memory: bytes for activations, as "512MiB", or a share of what they take, as "70%": what does not fit is computed
         again in backward (gradient checkpointing). "" recomputes nothing.
     slow: workers to slow down, by sleeping, for comparing rules: "1:4x" makes worker 1 take 4 times as long.
     answer_timeout_s: seconds without a sign of life after which a worker counts as stopped.
@@ -298,6 +298,11 @@ def read(name_or_path: str | Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}.") from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # ValueError: a null byte
+        if (path / "recipe.toml").is_file():
+            raise RecipeError(
+                f"{path} is the folder of a run; go on with it by --resume {path}, or take its recipe for a new one: "
+                f"{path / 'recipe.toml'}."
+            ) from None
         hint = suggest(str(name_or_path), names_of_recipes(), "the built-in recipes are")
         raise RecipeError(f"{str(name_or_path)!r} is neither a built-in recipe nor a file{hint}") from None
     except OSError as error:
@@ -334,11 +339,16 @@ def dumps(recipe: Recipe, team: Team) -> str:
 def table_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """Clauses on the fields of two recipes' tables that decide the result and differ, `steps` left out."""
     mine, theirs = _flat(_result_part(here)), _flat(_result_part(there))
+    keys = sorted(mine.keys() | theirs.keys(), key=lambda key: "rule" if key == "rule.name" else key)
     return [
-        f"recipe.{key} is {mine.get(key, 'not set')!r} here and {theirs.get(key, 'not set')!r} there"
-        for key in sorted(mine.keys() | theirs.keys())
+        f"recipe.{key} is {_shown(mine, key)} here and {_shown(theirs, key)} there"
+        for key in keys
         if mine.get(key) != theirs.get(key)
     ]
+
+
+def _shown(table: Mapping[str, Any], key: str) -> str:
+    return repr(table[key]) if key in table else "not set"
 
 
 def without_address(value: Any) -> str | None:

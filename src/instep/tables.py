@@ -179,7 +179,8 @@ def check_types(value: Any, where: str) -> None:
 def suggest(key: str, known: Iterable[str], what: str = "known keys are") -> str:
     """The end of a sentence about an unknown key: the nearest known one, or all of them, after `what`."""
     known = list(known)
-    close = difflib.get_close_matches(key, known, 1)
+    begun = [each for each in known if len(key) > 2 and each.startswith(key.lower())]
+    close = begun or difflib.get_close_matches(key, known, 1)
     return f"; did you mean {close[0]!r}?" if close else f"; {what} {', '.join(known) or '(none)'}."
 
 

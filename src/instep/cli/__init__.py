@@ -75,9 +75,8 @@ def _run(argv: list[str]) -> None:
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    commands = "\n".join(f"  {name:<{width}}  {line}" for name, line in COMMANDS.items())
-    return (
-        f"Usage: instep COMMAND\n\n{ABOUT}\n\nCommands:\n{commands}\n\n"
-        "'instep COMMAND --help' tells more about a command, 'instep --version' the version."
-    )
+    from instep.cli.helping import table, wrapped
+
+    commands = table(COMMANDS.items(), max(map(len, COMMANDS)))
+    more = wrapped("'instep COMMAND --help' tells more about a command, 'instep --version' the version.")
+    return f"Usage: instep COMMAND\n\n{wrapped(ABOUT)}\n\nCommands:\n{commands}\n\n{more}"

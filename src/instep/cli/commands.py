@@ -13,6 +13,7 @@ from cyclopts import App
 from instep.cli import ABOUT, COMMANDS
 from instep.cli.cluster import cluster_of, refuse_team, steps_for
 from instep.cli.flags import Settings, UsageError, merge
+from instep.cli.helping import Formatter, table
 from instep.components import importable
 from instep.engines.request import Cluster
 from instep.engines.signals import interrupting
@@ -57,7 +58,7 @@ one need not have. Fields of the recipe are set as for train."""
 
 def app(settings: Settings) -> App:
     """The commands. `settings`, the flags with dots, are for ``train``; the others refuse them."""
-    app = App(name="instep", help=ABOUT, help_format="plaintext", help_formatter="plain", version_flags=[])
+    app = App(name="instep", help=ABOUT, help_format="plaintext", help_formatter=Formatter(), version_flags=[])
 
     @app.command(help=f"{COMMANDS['train']}\n\n{_TRAIN}")
     def train(
@@ -92,7 +93,7 @@ def app(settings: Settings) -> App:
         slow
             Workers to slow down by sleeping, to compare rules: 1:4x makes worker 1 take 4 times as long.
         memory
-            Of activations, for each worker: 512MiB, or a share such as 40%. What does not fit is computed again in
+            Of activations, for each worker: 512MiB, or a share such as 70%. What does not fit is computed again in
             backward, with the same result; 'instep memory' shows the trade.
         out
             The run folder to make; by default runs/NAME.
@@ -225,7 +226,7 @@ def app(settings: Settings) -> App:
         recipe
             A built-in name or a TOML file.
         budget
-            Shows one plan and tries it: 512MiB, or a share such as 40%.
+            Shows one plan and tries it: 512MiB, or a share such as 70%.
         plot
             Draws the trade into this file, .png, .svg or .pdf. Needs the report extra.
         """
@@ -273,10 +274,11 @@ def _refuse(settings: Settings) -> None:
 
 def _recipes() -> None:
     names = names_of_recipes()
-    width = max(map(len, names), default=0)
+    rows = []
     for name in names:
         first = path_of(name).read_text("utf-8").partition("\n")[0]
-        print(f"{name:<{width}}  {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
+        rows.append((name, first.lstrip("# ") if first.startswith("#") else ""))
+    print(table(rows, max(map(len, names), default=0), indent=""))
 
 
 def _replay(run: Path) -> None:
@@ -303,11 +305,13 @@ def _replay_under(run: Path, rule: str, out: Path | None) -> None:
 
 def _memory(given: str, settings: Settings, budget: str | None, plot: Path | None) -> None:
     from instep.budget import parse_budget
-    from instep.cli.memory import draw, show
+    from instep.cli.memory import check_plot, draw, show
     from instep.engines.trade import memory_trade
 
     wanted = None if budget is None else parse_budget(budget, "--budget")
     recipe, team = _parsed(given, settings)
+    if plot is not None:
+        check_plot(plot)  # not after the work
     with importable(_import_paths(given)):
         trade = memory_trade(recipe, team.device, wanted)
     show(trade)

@@ -143,7 +143,11 @@ def unknown_flag(token: str, flags: Sequence[str], command: str) -> UsageError:
     if command == "train":  # which takes any field by its whole name
         ends = {known.rpartition(".")[2]: f"--{known}" for known in _names()}
     name = flag.lstrip("-").replace("-", "_")
-    near = [ends.get(name), *difflib.get_close_matches(flag, flags, 1)]
+    near = [
+        ends.get(name),
+        _MEANT.get(name) if command in ("train", "simulate") else None,
+        *difflib.get_close_matches(flag, flags, 1),
+    ]
     near += [ends[end] for end in difflib.get_close_matches(name, list(ends), 1)]
     return UsageError(f"there is no flag {flag}; {_hint(next(filter(None, near), ''), command)}")
 
@@ -155,7 +159,24 @@ def _unknown(name: str) -> UsageError:
         near = ".".join([*parts[:2], "args", *parts[2:]])
     else:
         near = next(iter(difflib.get_close_matches(name.replace("-", "_"), known, 1)), "")
+    if len(parts) == 2 and parts[1] in _MEANT:
+        return UsageError(f"there is no flag --{name}; {_hint(_MEANT[parts[1]])}")
     return UsageError(f"there is no flag --{name}; {_hint(near and f'--{near}')}")
+
+
+_MEANT = {
+    "lr": "--recipe.optimizer.args.lr", "learning_rate": "--recipe.optimizer.args.lr",
+    "weight_decay": "--recipe.optimizer.args.weight_decay", "betas": "--recipe.optimizer.args.betas",
+    "momentum": "--recipe.optimizer.args.momentum", "batch_size": "--recipe.batch",
+    "warmup": "--recipe.schedule.warmup_steps", "warmup_steps": "--recipe.schedule.warmup_steps",
+    "max_steps": "--steps", "iterations": "--steps",
+    "num_workers": "--workers", "nproc": "--workers", "nproc_per_node": "--workers", "world_size": "--workers",
+    "output": "--out", "output_dir": "--out", "fp16": "--recipe.precision", "bf16": "--recipe.precision",
+    "clip": "--recipe.clip_norm", "max_grad_norm": "--recipe.clip_norm",
+    "gradient_accumulation_steps": "--recipe.microbatches", "accumulation": "--recipe.microbatches",
+    "resume_from_checkpoint": "--resume",
+}  # fmt: skip
+"""Names that other programs have for what flags here set."""
 
 
 def _hint(near: str, command: str = "train") -> str:

@@ -55,7 +55,7 @@ def show(trade: Trade, file: object = None) -> None:
 
 def _show_plan(console: object, trade: Trade, plan: Plan) -> None:
     say = console.print  # type: ignore[attr-defined]
-    extra = trade.measured_s / trade.bare_s - 1 if trade.bare_s else 0.0
+    extra = _measured(trade)
     say(f"budget     {mib(plan.budget_bytes)}")
     say(f"predicted  {mib(plan.peak_bytes)}, {_percent(plan.extra_time)} more time, "
         f"{_percent(plan.extra_flops)} more FLOPs")  # fmt: skip
@@ -93,30 +93,51 @@ def _in_short(plan: Plan) -> str:
     return ", ".join(f"{number} {what}" for number, what in parts if number) + f", of {len(plan.blocks)}"
 
 
-def draw(trade: Trade, path: Path) -> None:
-    """The trade as a picture, in the format that the file's name ends with. Raises UsageError or ResourceError."""
+def check_plot(path: Path) -> None:
+    """Raises UsageError where no picture can be drawn into this file."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError(
             "--plot needs matplotlib, which is in the report extra: pip install 'instep[report]'."
         ) from None
+    if path.suffix.removeprefix(".").lower() not in Figure().canvas.get_supported_filetypes():
+        raise UsageError(f"--plot {str(path)!r} has no format that can be drawn; name a .png, .svg or .pdf.")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--plot {str(path)!r} lies in a folder that is not there; make it, or name another file.")
+
+
+def draw(trade: Trade, path: Path) -> None:
+    """The trade as a picture, in the format that the file's name ends with, see `check_plot`. Raises ResourceError."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(
-        [p.peak_bytes / 2**20 for p in trade.plans], [100 * p.extra_time for p in trade.plans], "o-", label="plans"
-    )
+    plans = sorted(trade.plans, key=lambda plan: plan.peak_bytes)
+    axes.plot(  # between two plans a budget buys the smaller one
+        [p.peak_bytes / 2**20 for p in plans], [100 * p.extra_time for p in plans], "o-", drawstyle="steps-post",
+        label="plans, predicted",
+    )  # fmt: skip
+    ylabel = "more time for a step, predicted (%)"
     if trade.plan is not None:
         axes.axvline(trade.plan.budget_bytes / 2**20, linestyle=":", color="gray", label="budget")
         axes.plot(trade.plan.peak_bytes / 2**20, 100 * trade.plan.extra_time, "s", label="the plan, predicted")
-    axes.set(xlabel="peak of activations (MiB)", ylabel="more time for a step, predicted (%)")
+        axes.plot(trade.measured_bytes / 2**20, 100 * _measured(trade), "D", label="the plan, measured")
+        ylabel = "more time for a step (%)"
+    axes.set(xlabel="peak of activations for a microbatch (MiB)", ylabel=ylabel)
+    name = f"{trade.name}: " if trade.name else ""
+    axes.set_title(f"{name}memory against time by gradient checkpointing", loc="left")
+    axes.grid(alpha=0.25)
     axes.legend()
     try:
         figure.savefig(path)
-    except ValueError as error:
-        raise UsageError(f"--plot {str(path)!r} cannot be drawn: {error}; name a .png, .svg or .pdf.") from None
     except OSError as error:
         raise ResourceError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _measured(trade: Trade) -> float:
+    """The share of a step's time that the plan was measured to take more."""
+    return trade.measured_s / trade.bare_s - 1 if trade.bare_s else 0.0
 
 
 def _percent(share: float) -> str:

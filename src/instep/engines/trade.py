@@ -25,6 +25,8 @@ class Trade:
     measured_s: float = 0.0
     bare_s: float = 0.0
     compiled: bool = False
+    name: str = ""
+    """Of the recipe."""
 
 
 def memory_trade(recipe: Recipe, device: str, budget: Budget | None) -> Trade:
@@ -39,8 +41,8 @@ def memory_trade(recipe: Recipe, device: str, budget: Budget | None) -> Trade:
     price = price_in(recipe)
     found = gc.plans(profile, most=12, price=price)
     if budget is None:
-        return Trade(profile, found, compiled=recipe.compile)
+        return Trade(profile, found, compiled=recipe.compile, name=recipe.name)
     plan = gc.plan(profile, budget_bytes=budget.of(profile.peak_bytes), price=price)
     bare = gc.measure(replica.module, objective_of(replica), batch)
     _, measured = put_on(replica, plan, batch)
-    return Trade(profile, found, plan, measured[0], measured[1], bare[1], recipe.compile)
+    return Trade(profile, found, plan, measured[0], measured[1], bare[1], recipe.compile, recipe.name)

@@ -103,6 +103,14 @@ PRESETS = {preset.__name__: preset for preset in _ALL}
 """All presets by name, from the strictest to the loosest."""
 
 
+_SHORT = {
+    "bsp": "synchronous", "ssp": "bounded_staleness", "asp": "asynchronous", "hogwild": "asynchronous",
+    "downpour": "asynchronous", "stale": "bounded_staleness", "dc_asgd": "delay_compensated", "localsgd": "local_sgd",
+    "fedavg": "local_sgd",
+}  # fmt: skip
+"""What the field calls some of them, to guess what was meant."""
+
+
 def parse(text: str) -> UpdateRule:
     """The rule written as ``NAME[:VALUE][,field=value ...]``, as on the command line.
 
@@ -112,7 +120,8 @@ def parse(text: str) -> UpdateRule:
     head, *rest = (part.strip() for part in text.split(","))
     name, colon, value = (word.strip() for word in head.partition(":"))
     if name not in PRESETS:
-        raise RecipeError(f"{name!r} is no update rule{suggest(name, PRESETS, 'the rules are')}")
+        meant = _SHORT.get(name.lower().replace("-", "_"), name)
+        raise RecipeError(f"{name!r} is no update rule{suggest(meant, PRESETS, 'the rules are')}")
     preset = PRESETS[name]
     arguments = inspect.signature(preset).parameters
     given: dict[str, Any] = {}
