@@ -134,8 +134,8 @@ def _plain(recipe: Recipe, versions: int) -> float:
             if due >= every:
                 if recipe.clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(replica.parameters, recipe.clip_norm)
-                replica.optimizer.of_torch.step()
-                replica.optimizer.of_torch.zero_grad(set_to_none=True)
+                replica.optimizer.each[0].of_torch.step()
+                replica.optimizer.each[0].of_torch.zero_grad(set_to_none=True)
                 due -= every
     return time.perf_counter() - began
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from instep import buffer_modes
 from instep.budget import parse_budget
+from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.errors import RecipeError
 from instep.rules import UpdateRule
@@ -30,8 +31,10 @@ RECIPES = Path(__file__).parent / "recipes"
 
 if TYPE_CHECKING:
     ComponentLike = Any
+    ComponentsLike = Any
 else:
     ComponentLike = Component  # a field takes whatever `Component.of` does, and is a Component afterwards
+    ComponentsLike = ByPattern  # or several, by patterns of names
 
 _MOST = {"batch": 1 << 40, "microbatches": 1 << 20, "steps": 1 << 53, "threads": 1024, "sample_length": 1 << 20}
 """Beyond these no machine gets, or floating-point numbers cannot count."""
@@ -93,7 +96,8 @@ class Recipe:
     model: builds a `torch.nn.Module`, or is one.
     objective: see `instep.objectives`: a function of (model, batch) to sums, or a class of such.
     data: gives a map-style data set, a pair (training, held out), or an `instep.Data`.
-    optimizer: called with the list of parameters, gives a `torch.optim.Optimizer`.
+    optimizer: called with the list of parameters, gives a `torch.optim.Optimizer`; or several, a mapping of patterns of
+        the parameters' names to such, see `instep.by_pattern`.
     schedule: the learning rate by step, which under every rule is a global batch of items.
     rule: who waits for whom, and what makes an update: an `instep.UpdateRule`, or text such as "diloco:20".
     batch: samples in the global batch of one step. The last batch of an epoch may be smaller.
@@ -126,7 +130,7 @@ class Recipe:
     model: ComponentLike
     objective: ComponentLike
     data: ComponentLike
-    optimizer: ComponentLike = field(default_factory=lambda: Component("instep.optimizers:adamw"))
+    optimizer: ComponentsLike = field(default_factory=lambda: Component("instep.optimizers:adamw"))
     schedule: Schedule = field(default_factory=Schedule)
     rule: UpdateRule = field(default_factory=synchronous)
     batch: int = 32
@@ -150,8 +154,9 @@ class Recipe:
     artifacts: ComponentLike | None = field(default=None, metadata=_NO_RESULT)
 
     def __post_init__(self) -> None:
-        for key in ("model", "objective", "data", "optimizer"):
+        for key in ("model", "objective", "data"):
             object.__setattr__(self, key, Component.of(getattr(self, key)))
+        object.__setattr__(self, "optimizer", ByPattern.of(self.optimizer))
         if self.artifacts is not None:
             object.__setattr__(self, "artifacts", Component.of(self.artifacts))
         check_types(self, "recipe")

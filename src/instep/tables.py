@@ -11,6 +11,7 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.errors import ComponentError, RecipeError
 
@@ -47,6 +48,11 @@ def to_table(value: Any) -> dict[str, Any]:
         item = getattr(value, field.name)
         if isinstance(item, Component):
             table[field.name] = _component_table(item)
+        elif isinstance(item, ByPattern):
+            table[field.name] = [
+                {"parameters": patterns[0] if len(patterns) == 1 else list(patterns), **_component_table(component)}
+                for patterns, component in item.parts
+            ]
         elif dataclasses.is_dataclass(item):
             table[field.name] = to_table(item)
         elif isinstance(item, Mapping):
@@ -138,8 +144,8 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
             listed = ", ".join(map(repr, options))
             raise RecipeError(f"'{where}' is {value!r}; it must be one of {listed}.")
         return value
-    if hint is Component:
-        return Component.of(value)
+    if hint is Component or hint is ByPattern:
+        return hint.of(value)
     if origin is Mapping:
         if not isinstance(value, Mapping):
             raise RecipeError(f"'{where}' is {value!r}; it must be a table.")

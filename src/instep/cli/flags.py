@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 from instep.buffer_modes import flat
+from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.errors import InstepError, RecipeError
 from instep.recipe import Recipe, Team
@@ -77,7 +78,7 @@ def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: st
     if not rest:
         value = _value(text, hint)
         table.pop(key, None) if value is None else table.update({key: value})
-    elif hint is Component or Component in get_args(hint):
+    elif hint in (Component, ByPattern) or Component in get_args(hint):
         table[key] = _component_table(cls, key, table.get(key))
         _set(Component, _room(table, key, where), rest, text, name)
     elif name.startswith(_PATTERNS):
@@ -188,5 +189,6 @@ def _names() -> Iterator[str]:
     for side, cls in (("recipe", Recipe), ("team", Team)):
         for key, hint in get_type_hints(cls).items():
             yield f"{side}.{key}"
-            for part in getattr(hint, "__dataclass_fields__", ()):
+            one = Component if hint is ByPattern else hint
+            for part in getattr(one, "__dataclass_fields__", ()):
                 yield f"{side}.{key}.{part}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.engines.state import is_plain, put_back, tensors_in
 from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError
@@ -20,15 +21,24 @@ from instep.recipe import Recipe
 from instep.reduce.checksums import checksum
 
 
-class Optimizer:
-    """What updates `parameters`, which `names` names in the same order.
+def optimizer_of(recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> Optimizer | Several:
+    """The recipe's optimizer, or optimizers, of `parameters`, which `names` names in the same order.
 
-    Raises ComponentError where it cannot be built, is none or is one of other parameters, and RecipeError where the
-    recipe's schedule has no learning rate to change.
+    Raises ComponentError where one cannot be built, is none or is one of other parameters, or where patterns leave a
+    parameter or an optimizer out, and RecipeError where the recipe's schedule has no learning rate to change.
     """
+    if isinstance(recipe.optimizer, ByPattern):
+        named = dict(zip(names, parameters, strict=True))
+        parts = zip(recipe.optimizer.parts, recipe.optimizer.split(names), strict=True)
+        return Several([Optimizer(c, recipe, own, [named[name] for name in own]) for (_, c), own in parts])
+    return Optimizer(recipe.optimizer, recipe, names, parameters)
 
-    def __init__(self, recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter]):
-        self.of_torch = _built(recipe.optimizer, names, parameters)
+
+class Optimizer:
+    """One of torch's that `component` builds."""
+
+    def __init__(self, component: Component, recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter]):
+        self.of_torch = _built(component, names, parameters)
         self._names, self._parameters = names, parameters
         self._check_parameters()
         self._rates = [self._rate_of(group, recipe) for group in self.of_torch.param_groups]
@@ -43,6 +53,11 @@ class Optimizer:
     def kind(self) -> str:
         """Its class's name."""
         return type(self.of_torch).__name__
+
+    @property
+    def each(self) -> list[Optimizer]:
+        """Itself, as one of one."""
+        return [self]
 
     def step(self, factor: float) -> float | None:
         """One update by the parameters' `grad`, all learning rates times `factor`; returns the first of them, if any.
@@ -160,6 +175,46 @@ class Optimizer:
                 )
 
 
+class Several:
+    """Optimizers of parts of the parameters, used as one: each makes its step in turn."""
+
+    def __init__(self, each: list[Optimizer]):
+        self.each = each
+        self.averages = any(one.averages for one in each)
+
+    @property
+    def kind(self) -> str:
+        """Their classes' names."""
+        return " and ".join(one.kind for one in self.each)
+
+    def step(self, factor: float) -> float | None:
+        """As of one; the learning rate is that of the first."""
+        return [one.step(factor) for one in self.each][0]  # noqa: RUF015  # all of them make it
+
+    def train(self) -> None:
+        """As of one."""
+        for one in self.each:
+            one.train()
+
+    def eval(self) -> None:
+        """As of one."""
+        for one in self.each:
+            one.eval()
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: theirs, in order."""
+        return {"several": [one.state() for one in self.each]}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave. Raises CheckpointError."""
+        for one, state in zip(self.each, saved["several"], strict=True):
+            one.load(state)
+
+    def doubts(self) -> list[str]:
+        """Sentences on what they do their own way."""
+        return [why for one in self.each for why in one.doubts()]
+
+
 def call(component: Component, *positional: Any) -> Any:
     """Builds, turning what the user's code raises about its arguments into a sentence."""
     try:
@@ -196,7 +251,7 @@ def _built(component: Component, names: Sequence[str], parameters: Sequence[nn.P
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ComponentError(
             f"the optimizer {component.describe()} gave a {type(optimizer).__name__}; called with the list of "
-            f"parameters, it must give a torch.optim.Optimizer."
+            f"parameters, it must give one torch.optim.Optimizer (the recipe takes several, by patterns of names)."
         )
     if not all("lr" in group for group in optimizer.param_groups):
         raise ComponentError(

@@ -134,13 +134,13 @@ class Sharded(Placement):
     def attach(self, exchange: Exchange, slots: Sequence[Tensor], barrier: Barrier) -> None:
         self._exchange, self._barrier = exchange, barrier
         self.gradients = self._reduction.layout.views(slots[0])
-        state = self._replica.optimizer.of_torch.state
+        states = [one.of_torch.state for one in self._replica.optimizer.each]
         for parameter, offset, own in zip(self._replica.parameters, self._offsets, self._own, strict=True):
             part = exchange.weights[offset : offset + parameter.nbytes]
             shared = torch.from_numpy(part).view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
             shared.copy_(parameter.detach())  # all workers write the same
             parameter.data = shared
-            if not own:
+            for state in [] if own else states:
                 state.pop(parameter, None)
         self._note_versions()
 
@@ -180,14 +180,16 @@ class Sharded(Placement):
         replica = self._replica
         if self._worker:
             own = io.BytesIO()
-            torch.save(replica.optimizer.state()["state"], own)
+            torch.save([one.state()["state"] for one in replica.optimizer.each], own)
             self._send(own.getvalue())
             return None
         training = replica.training_state()
-        state = training["optimizer"]["state"]
-        for parcel in self._send(b""):
-            state.update(torch.load(io.BytesIO(parcel), weights_only=True) if parcel else {})
-        training["optimizer"]["state"] = dict(sorted(state.items()))
+        wholes = training["optimizer"].get("several", [training["optimizer"]])
+        for parcel in filter(None, self._send(b"")):
+            for whole, state in zip(wholes, torch.load(io.BytesIO(parcel), weights_only=True), strict=True):
+                whole["state"].update(state)
+        for whole in wholes:
+            whole["state"] = dict(sorted(whole["state"].items()))
         return training
 
     def _send(self, parcel: bytes) -> list[bytes]:
@@ -226,7 +228,7 @@ def choose(replica: Replica, reduction: Reduction, worker: int, *, steady: bool)
         and replica.device.type == "cpu"
         and steady
         and replica.recipe.watch.spike != "rollback"  # it reads all weights, and puts them back, before the update
-        and _updates_by_parameter(replica.optimizer.of_torch)
+        and all(_updates_by_parameter(one.of_torch) for one in replica.optimizer.each)
         and _can_move(replica.parameters)
     )
     return (Sharded if sharded else Replicated)(replica, reduction, worker)

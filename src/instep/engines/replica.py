@@ -16,7 +16,7 @@ from instep import data, objectives
 from instep.components import Component
 from instep.data.cursor import Cursor, load, rows_of
 from instep.engines.extra_state import ExtraState
-from instep.engines.optimizer import Optimizer, call
+from instep.engines.optimizer import call, optimizer_of
 from instep.engines.single import check_single_samples
 from instep.engines.spot_checks import SpotChecks
 from instep.engines.trainable import Trainable
@@ -80,7 +80,7 @@ class Replica:
         """Which of them require a gradient at present."""
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
-        self.optimizer = Optimizer(recipe, self.names, self.parameters)
+        self.optimizer = optimizer_of(recipe, self.names, self.parameters)
         self._stepped = self._averaged = False
 
     def again(self, device: torch.device) -> Replica:

@@ -1,0 +1,92 @@
+"""Several components, each for what has some names: a recipe's optimizers, each for a part of the parameters."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from instep.components import Component
+from instep.errors import ComponentError
+
+
+@dataclass(frozen=True)
+class ByPattern:
+    """Components with the patterns of names that each is for, in order: the first that matches a name has it.
+
+    A pattern is one of `fnmatch`, for whole names, such as ``"blocks.*.weight"``, where ``*`` stands for dots too.
+    """
+
+    parts: tuple[tuple[tuple[str, ...], Component], ...]
+
+    @classmethod
+    def of(cls, value: Any) -> ByPattern | Component:
+        """`value` as a component, or as several.
+
+        Several are a list of tables ``{parameters = "...", use = ..., args = ...}``, whose `parameters` are a pattern
+        or a list of them, or a mapping of patterns to components. Raises ComponentError.
+        """
+        if isinstance(value, ByPattern):
+            return value
+        if type(value) in (list, tuple):
+            return cls(tuple(_part(item) for item in value)).checked()
+        if type(value) is dict and value and not value.keys() & {"use", "args"}:
+            return cls(tuple((_patterns(key), Component.of(item)) for key, item in value.items())).checked()
+        return Component.of(value)
+
+    def checked(self) -> ByPattern:
+        """Itself. Raises ComponentError where it is empty."""
+        if not self.parts:
+            raise ComponentError("'optimizer' is an empty list; give one optimizer, or several by patterns of names.")
+        return self
+
+    def describe(self) -> str:
+        """The components' descriptions."""
+        return " and ".join(component.describe() for _, component in self.parts)
+
+    def split(self, names: Sequence[str]) -> list[list[str]]:
+        """The names of each part, in their order. Raises ComponentError for a name that nothing matches, and a part
+        without a name.
+        """
+        found: list[list[str]] = [[] for _ in self.parts]
+        for name in names:
+            matching = (place for place, (patterns, _) in enumerate(self.parts) if _matches(name, patterns))
+            place = next(matching, None)
+            if place is None:
+                raise ComponentError(
+                    f"parameter '{name}' matches no pattern of 'optimizer'; add a last part for the others, with "
+                    f'parameters = "*", or freeze it.'
+                )
+            found[place].append(name)
+        for names_of_part, (patterns, component) in zip(found, self.parts, strict=True):
+            if not names_of_part:
+                raise ComponentError(
+                    f"no parameter is left for the optimizer {component.describe()}, whose 'parameters' are "
+                    f"{', '.join(map(repr, patterns))}: the first pattern that matches a name has it; the names are "
+                    f"such as '{names[0]}'."
+                )
+        return found
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _part(item: Any) -> tuple[tuple[str, ...], Component]:
+    if not isinstance(item, Mapping) or "parameters" not in item:
+        raise ComponentError(
+            f"{item!r} has no key 'parameters', which each of several optimizers has; write "
+            f'{{parameters = "pattern of names", use = "package.module:name"}}.'
+        )
+    rest = {key: value for key, value in item.items() if key != "parameters"}
+    return _patterns(item["parameters"]), Component.of(rest)
+
+
+def _patterns(value: Any) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ComponentError(
+            f"'parameters' of an optimizer is {value!r}; it must be a pattern of names, or a list of them."
+        )
+    return patterns
