@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
-
 from instep.engines import session
+from instep.engines.pickling import dump
 from instep.engines.request import Request
 from instep.engines.supervisor import Supervisor, import_before_forks
 from instep.recipe import Recipe, Team, dumps, engine_of
@@ -71,7 +70,7 @@ def train_here(
     if not resume:
         RunFolder.create(path, dumps(recipe, team), About())
     request = Request(
-        recipe=cloudpickle.dumps(recipe),
+        recipe=dump(recipe),
         recipe_table=recipe.to_table(),
         recipe_file=dumps(recipe, team),
         fingerprint=recipe.fingerprint(),

@@ -19,11 +19,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
-
 from instep.clock.recorded import RecordedTimes
 from instep.engines.descendants import Stopped
-from instep.engines.launch import LOOK_S, Monitor, ended, folders_of, monitors_of, saved, start_process
+from instep.engines.launch import LOOK_S, Monitor, ended, folders_of, monitors_of, pickled, saved, start_process
 from instep.engines.request import Cluster, Replayed
 from instep.engines.signals import deaf
 from instep.errors import WorkerError, by_name, killed_by
@@ -114,10 +112,11 @@ def _in_child(
     mark = uuid.uuid4().hex
     with tempfile.TemporaryFile() as log, ours, Connection(os.dup(ours.fileno())) as line:
         path = [*paths, *sys.path]
-        process = start_process("instep.engines.child", theirs.fileno(), path, recipe.threads, log, mark)
+        sent = pickled(recipe, *arguments)
+        process = start_process("instep.engines.child", theirs.fileno(), path, recipe.threads, log, mark, sent)
         theirs.close()
         try:
-            line.send_bytes(cloudpickle.dumps((address, recipe.threads, (recipe, *arguments))))
+            line.send((address, recipe.threads, sent))
             kind, *content = _next(line, process)
             while kind == "event":
                 for monitor in monitors:

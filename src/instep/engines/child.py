@@ -89,11 +89,12 @@ def _compute(descriptor: int) -> None:
 
 
 def _answer(line: Connection) -> None:
-    import cloudpickle
     import torch
 
     try:
-        address, threads, arguments = cloudpickle.loads(line.recv_bytes())
+        address, threads, sent = line.recv()
+        arguments = sent.load()
+        os.close(sent.descriptor)  # what is mapped stays
         torch.set_num_threads(threads)
         module, _, name = address.partition(":")
         line.send(("done", getattr(import_module(module), name)(*arguments, lambda event: _tell(line, event))))

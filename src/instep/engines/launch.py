@@ -17,13 +17,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import cloudpickle
-
 from instep.components import importable
 from instep.engines.descendants import MARK, Stopped, end_marked
+from instep.engines.pickling import Pickled, dump
 from instep.engines.request import Request
 from instep.engines.signals import Stop, blocked, deaf, interrupting
-from instep.errors import CheckpointError, ComponentError, RecipeError, WorkerError, by_name, killed_by, no_process
+from instep.errors import (
+    CheckpointError,
+    ComponentError,
+    InstepError,
+    RecipeError,
+    WorkerError,
+    by_name,
+    killed_by,
+    no_process,
+)
 from instep.recipe import (
     Recipe,
     Team,
@@ -159,14 +167,14 @@ def train(
             raise RecipeError("there is nothing to train: give a recipe, or a run to resume.")
         team = team or Team()
     check_team(recipe, team)
-    pickled = _pickled(recipe)
+    sent = pickled(recipe)
     recipe_file = dumps(recipe, team)
     if resume is None:
         path = Path(out) if out is not None else RunFolder.claim(recipe.name)
         folder = RunFolder.create(path, recipe_file, About(import_paths=tuple(folders)))
     identity = identity_of(folder.path)
     request = Request(
-        recipe=pickled,
+        recipe=sent,
         recipe_table=recipe.to_table(),
         recipe_file=recipe_file,
         fingerprint=recipe.fingerprint(),
@@ -180,7 +188,7 @@ def train(
     )
     client = _Client(folder, resume is not None)
     try:
-        client.start(recipe.threads, [*folders, *sys.path])
+        client.start(recipe.threads, [*folders, *sys.path], sent)
         with interrupting() as stop, stop.noting():
             result = client.serve(request, watching, stop)
     except BaseException:
@@ -232,12 +240,12 @@ class _Client:
         self._final: tuple[Any, ...] | None = None
         self._receiver = threading.Thread(target=self._receive, name="instep-client", daemon=True)
 
-    def start(self, threads: int, path: list[str]) -> None:
-        """Starts the supervisor. `path` becomes its ``sys.path``."""
+    def start(self, threads: int, path: list[str], sent: Pickled) -> None:
+        """Starts the supervisor. `path` becomes its ``sys.path``; it has the memory of `sent`."""
         try:
             with self._opened_log() as log:
                 self._process = start_process(
-                    "instep.engines.supervisor", self._theirs.fileno(), path, threads, log, self._mark
+                    "instep.engines.supervisor", self._theirs.fileno(), path, threads, log, self._mark, sent
                 )
         except OSError as error:
             raise no_process("the supervisor of the run", error) from error
@@ -367,9 +375,10 @@ def _deaf_monitor(event: dict[str, Any]) -> None:
 
 
 def start_process(
-    module: str, descriptor: int, path: list[str], threads: int, log: IO[bytes], mark: str
+    module: str, descriptor: int, path: list[str], threads: int, log: IO[bytes], mark: str, sent: Pickled
 ) -> subprocess.Popen[bytes]:
     """Starts ``main(descriptor)`` of `module` in a new process, which prints to `log`; `path` is its sys.path.
+    It has the memory of `sent`.
 
     What a terminal or a scheduler sends to all is for the client: the process starts with these signals blocked.
     """
@@ -384,7 +393,7 @@ def start_process(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            pass_fds=[descriptor],
+            pass_fds=[descriptor, sent.descriptor],
             env={**_environment(threads), MARK: mark},
         )
 
@@ -451,14 +460,21 @@ def _started(folder: RunFolder) -> dict[str, Any]:
     return next(iter(tape.read(folder.tape_path)), {}) if folder.tape_path.exists() else {}
 
 
-def _pickled(recipe: Recipe) -> bytes:
-    for key in ("model", "objective", "data", "optimizer", "artifacts"):
-        try:
-            cloudpickle.dumps(getattr(recipe, key))
-        except Exception as error:
-            raise ComponentError(
-                f"the {key} {getattr(recipe, key).describe()} cannot be sent to workers ({type(error).__name__}: "
-                f"{error}); give a callable that builds it there."
-            ) from error
-    pickled: bytes = cloudpickle.dumps(recipe)
-    return pickled
+def pickled(recipe: Recipe, *more: Any) -> Pickled:
+    """(recipe, *more), or the recipe alone, for other processes. Raises ComponentError and ResourceError."""
+    try:
+        return dump((recipe, *more) if more else recipe)
+    except InstepError:
+        raise
+    except Exception:
+        for key in ("model", "objective", "data", "optimizer", "artifacts"):
+            try:
+                dump(getattr(recipe, key))
+            except InstepError:
+                raise
+            except Exception as error:
+                raise ComponentError(
+                    f"the {key} {getattr(recipe, key).describe()} cannot be sent to workers ({type(error).__name__}: "
+                    f"{error}); give a callable that builds it there."
+                ) from error
+        raise

@@ -13,6 +13,7 @@ from instep.clock.recorded import RecordedTimes
 from instep.clock.slow import parse_slow
 from instep.clock.times import WorkerTimes
 from instep.clock.units import number
+from instep.engines.pickling import Pickled
 from instep.errors import RecipeError
 from instep.recipe import MOST_WORKERS, Team
 from instep.rules import UpdateRule
@@ -20,13 +21,13 @@ from instep.rules import UpdateRule
 
 @dataclass(frozen=True)
 class Request:
-    """One run. `recipe` is pickled, so that only workers run the user's code; `recipe_table` and
-    `recipe_file`, the file to save, are for the record.
+    """One run. `recipe` is pickled, into memory that all workers map, so that only they run the user's code;
+    `recipe_table` and `recipe_file`, the file to save, are for the record.
 
     `began`, in seconds on the machine's monotonic clock, is the zero of the tape's times.
     """
 
-    recipe: bytes
+    recipe: Pickled
     recipe_table: Mapping[str, Any]
     recipe_file: str
     fingerprint: str

@@ -9,7 +9,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from instep.data import digest as digest_of_data
 from instep.data.repeats import what_does_not_repeat
 from instep.engines.evaluation import Evaluation, Progress
 from instep.engines.lines import Line
+from instep.engines.pickling import Pickled
 from instep.engines.pulse import WorkerPulse
 from instep.engines.replica import Replica
 from instep.engines.trial import try_checkpoint, try_optimizer
@@ -46,7 +46,7 @@ class Assignment:
     `run_id` is kept in checkpoints; `identity` is that of the run folder.
     """
 
-    recipe: bytes
+    recipe: Pickled
     team: Team
     folder: Path
     fingerprint: str
@@ -77,7 +77,7 @@ class Session:
 
     def build(self) -> Replica:
         """Builds what the recipe says. Raises InstepError."""
-        self.recipe: Recipe = cloudpickle.loads(self.assignment.recipe)
+        self.recipe: Recipe = self.assignment.recipe.load()
         device = self.assignment.team.device
         if device != "cpu":  # before the build: a process that uses a GPU has no copies that can
             self._try_optimizer(lambda: Replica(self.recipe, device))
