@@ -381,6 +381,14 @@ def test_a_complex_buffer_may_be_constant_or_frozen_and_is_refused_where_it_chan
             model.turn.fill_(1)
 
 
+def test_frozen_buffers_that_forwards_change_are_set_back_and_not_computed_for_many_workers_at_once() -> None:
+    made = recipe(
+        Doubtful, buffers={"*": "frozen"}, data=lambda: samples(64), rule=UpdateRule.from_text("asynchronous")
+    )
+    with pytest.raises(RecipeError, match="at once: training changes its buffers"):
+        simulate(made, Cluster(workers=2, batched=True), True, None, lambda event: None)
+
+
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 

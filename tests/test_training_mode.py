@@ -129,6 +129,17 @@ def test_parts_in_eval_mode_under_a_root_in_training_stay_so_and_come_back_after
     assert all(part.training for part in model.modules())
 
 
+def test_a_method_of_another_kind_that_is_named_train_is_not_called() -> None:
+    class Fitted(nn.Sequential):
+        def train(self, samples: Any) -> Any:  # type: ignore[override]
+            raise AssertionError(samples)
+
+    model = Fitted(nn.Linear(2, 2).eval(), nn.Dropout(0.5))
+    model.training = False
+    into_training(model)
+    assert all(part.training for part in model.modules())
+
+
 class Adapted(nn.Module):
     """Laid out as peft does it: the wrapper says training, and its base is as `from_pretrained` left it."""
 
@@ -235,6 +246,27 @@ def test_a_run_whose_parameters_cease_to_require_a_gradient_can_be_replayed_unde
     made = recipe(lambda: Freezing("once"), rule=UpdateRule.from_text(rule))
     run = train_here(made, Team(workers=2, checkpoint_every=2), tmp_path / "run")
     assert replayed(made, run.path).same
+
+
+class Growing(nn.Linear):
+    """Puts another parameter in its weight's place in the third step."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.register_buffer("n", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.n += self.training
+        if self.training and int(self.n) == 3:
+            self.weight = nn.Parameter(self.weight.detach() * 2)
+        return super().forward(x)
+
+
+def test_a_parameter_that_is_put_in_the_place_of_another_is_warned_of(tmp_path: Path) -> None:
+    run = train_here(recipe(Growing, steps=4, microbatches=1), Team(), tmp_path / "run")
+    assert [why[:68] for why in warnings_of(run)] == [
+        "parameter 'weight' is another object than when the model was built, "
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------- extra state

@@ -209,6 +209,12 @@ class Replica:
                 f"dropout layer '{idle[0]}' is in eval mode while the model trains, and drops nothing{also}; if it is "
                 f"to drop, call train() on it where the model is built, else set its p to 0."
             )
+        replaced = self.trainable.replaced()
+        if replaced:
+            found.append(
+                f"parameter '{replaced[0]}' is another object than when the model was built, so that the optimizer "
+                f"trains one which the model no longer uses; change its values in place, under torch.no_grad()."
+            )
         others = sorted(self._built ^ self.module.state_dict().keys())
         if others:
             found.append(

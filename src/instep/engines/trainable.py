@@ -8,11 +8,14 @@ trained.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
 from instep.errors import RecipeError
+
+_requires_grad = operator.attrgetter("requires_grad")  # of all parameters after every microbatch: the quickest way
 
 
 class Trainable:
@@ -23,9 +26,10 @@ class Trainable:
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str], parameters: Sequence[nn.Parameter]):
-        self._names, self._parameters = names, parameters
+        self._module, self._names, self._parameters = module, names, parameters
         trained = {id(parameter) for parameter in parameters}
-        self._others = [(name, p) for name, p in module.named_parameters() if id(p) not in trained]
+        others = [(name, p) for name, p in module.named_parameters() if id(p) not in trained]
+        self._others, self._other_names = [p for _, p in others], [name for name, _ in others]
         self._flags = [True] * len(parameters)
         self.off: frozenset[int] = frozenset()
         self.ended: frozenset[int] | None = None
@@ -33,7 +37,7 @@ class Trainable:
     def begin(self) -> None:
         """Starts a step."""
         self.ended = None
-        if [parameter.requires_grad for parameter in self._parameters] != self._flags:
+        if list(map(_requires_grad, self._parameters)) != self._flags:
             self._put_back()
 
     def leave(self, step: int) -> None:
@@ -41,14 +45,15 @@ class Trainable:
 
         Raises RecipeError where a parameter that is not trained requires a gradient.
         """
-        for name, parameter in self._others:
-            if parameter.requires_grad:
-                raise RecipeError(
-                    f"parameter '{name}' began to require a gradient in step {step + 1}, and which are trained is "
-                    f"settled when the model is built; build it requiring one and freeze it after the first step, "
-                    f"with requires_grad_(False): then it may begin again."
-                )
-        flags, off = [parameter.requires_grad for parameter in self._parameters], self.off
+        others = list(map(_requires_grad, self._others))
+        if any(others):
+            name = self._other_names[others.index(True)]
+            raise RecipeError(
+                f"parameter '{name}' began to require a gradient in step {step + 1}, and which are trained is "
+                f"settled when the model is built; build it requiring one and freeze it after the first step, "
+                f"with requires_grad_(False): then it may begin again."
+            )
+        flags, off = list(map(_requires_grad, self._parameters)), self.off
         if flags != self._flags:
             off = frozenset(index for index, flag in enumerate(flags) if not flag)
             self._put_back()
@@ -77,6 +82,11 @@ class Trainable:
     def take_names(self, off: Collection[str]) -> None:
         """Takes back what `off_names` gave."""
         self.take(index for index, name in enumerate(self._names) if name in off)
+
+    def replaced(self) -> list[str]:
+        """The names under which the model now has other parameters than those that are trained."""
+        now = dict(self._module.named_parameters())
+        return [name for name, p in zip(self._names, self._parameters, strict=True) if now.get(name, p) is not p]
 
     def _put_back(self) -> None:
         for parameter, flag in zip(self._parameters, self._flags, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import nn
 
 
@@ -12,7 +14,12 @@ def into_training(module: nn.Module) -> None:
     base of an adapted model, which peft leaves in eval mode under a root that says training.
     """
     frozen = _frozen(module) if module.training else []
-    module.train()
+    try:
+        inspect.signature(module.train).bind()
+    except TypeError:  # another method of that name
+        nn.Module.train(module)
+    else:
+        module.train()
     for part in frozen:
         part.training = False
 
