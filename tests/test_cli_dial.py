@@ -11,7 +11,7 @@ from instep import Cluster, rules
 from instep.cli import main
 from instep.clock.times import WorkerTimes
 from instep.engines import alone, launch
-from instep.engines.request import Replayed
+from instep.engines.request import Proof, Replayed
 from instep.recipe import Recipe, Team
 
 FILE = 'model = "m:M"\nobjective = "m:o"\ndata = "m:d"\nmicrobatches = 4\nbatch = 4\n'
@@ -114,18 +114,20 @@ def test_what_is_wrong_is_one_sentence(capsys: pytest.CaptureFixture[str], line:
 
 
 def test_a_replay_says_whether_it_is_exact(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alone, "replay", lambda run: Replayed("ab" * 32, "ab" * 32, 7, ""))
+    monkeypatch.setattr(alone, "replay", lambda run: Replayed("ab" * 32, "ab" * 32, 7, "", Proof(1, 7, 21)))
     assert main(["replay", "run"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "versions  7",
         f"digest    {'ab' * 32}",
+        "compared  21 contributions, 7 updates and 1 checkpoint",
         "The run's own digest: the replay is exact.",
     ]
     monkeypatch.setattr(alone, "replay", lambda run: Replayed("cd" * 32, "ab" * 32, 7, "version 3 differs in 'w'."))
     assert "version 3 differs in 'w'" in refused(capsys, "replay run")
     capsys.readouterr()
-    monkeypatch.setattr(alone, "replay", lambda run: Replayed("cd" * 32, None, 7, ""))
-    assert "never ended" in refused(capsys, "replay run")
+    monkeypatch.setattr(alone, "replay", lambda run: Replayed("cd" * 32, None, 7, "", Proof(0, 7)))
+    said = refused(capsys, "replay run")
+    assert "the run run never ended, so the tape has no digest to compare with; 7 updates" in said
 
 
 @pytest.mark.slow

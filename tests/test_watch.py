@@ -26,7 +26,7 @@ from instep.data import Data
 from instep.engines.request import Cluster
 from instep.engines.virtual import simulate
 from instep.engines.watching import Verdict
-from instep.errors import RecipeError
+from instep.errors import RecipeError, RecordError
 from instep.objectives import objective
 from instep.recipe import Recipe, Team
 from instep.record import best, checkpoint, tape
@@ -337,7 +337,8 @@ def test_best_is_below_what_was_before_and_not_of_a_later_history(tmp_path: Path
     assert best.is_best(tmp_path, 6, 1.9)
     assert best.is_best(tmp_path, 4, 3.0), "the run went back to before 5"
     (tmp_path / best.NAME).write_text("[")
-    assert best.read(tmp_path) is None
+    with pytest.raises(RecordError, match=r"best\.json cannot be read as JSON .*; restore it, or take it away"):
+        best.read(tmp_path)
 
 
 @objective(counts=lambda batch: int((batch[1] < 100).sum()))

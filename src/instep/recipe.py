@@ -370,11 +370,13 @@ def without_address(value: Any) -> str | None:
 
 def _result_part(table: Mapping[str, Any]) -> dict[str, Any]:
     decisive = {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("result", True)} - {"steps"}
-    if table.get("watch", {}).get("patience") is not None:
+    watch = table.get("watch")
+    if isinstance(watch, Mapping) and watch.get("patience") is not None:
         decisive |= {"evaluate_every", "evaluate_samples"}
     part = {key: value for key, value in table.items() if key in decisive}
-    if part.get("buffers"):  # their order decides too, which a table does not compare
-        part["buffers"] = [list(pair) for pair in part["buffers"].items()]
+    modes = part.get("buffers")
+    if modes and isinstance(modes, Mapping):  # their order decides too, which a table does not compare
+        part["buffers"] = [list(pair) for pair in modes.items()]
     return part
 
 

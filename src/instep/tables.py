@@ -26,6 +26,8 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
     Raises RecipeError for an unknown key (with a suggestion), a missing one, or a value of the wrong type.
     """
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"'{where}' is {table!r}; it must be a table.")
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in table:

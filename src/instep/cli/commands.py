@@ -288,11 +288,17 @@ def _replay(run: Path) -> None:
     print(f"versions  {found.versions:,}")
     print(f"digest    {found.digest}")
     if found.same:
+        print(f"compared  {found.proof}")
         print("The run's own digest: the replay is exact.")
         return
+    if not found.divergence and found.recorded is None:
+        raise RecordError(
+            f"the run {run} never ended, so the tape has no digest to compare with; {found.proof} of it are the "
+            f"replay's own, up to version {found.versions:,}."
+        )
     raise RecordError(
         f"the replay of {run} gave another result than the run: "
-        + (found.divergence or f"the run's digest is {found.recorded or 'not on the tape, it never ended'}.")
+        + (found.divergence or f"the run's digest is {found.recorded}.")
     )
 
 

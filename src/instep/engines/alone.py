@@ -24,7 +24,7 @@ from instep.engines.descendants import Stopped
 from instep.engines.launch import LOOK_S, Monitor, ended, folders_of, monitors_of, pickled, saved, start_process
 from instep.engines.request import Cluster, Replayed
 from instep.engines.signals import deaf
-from instep.errors import WorkerError, by_name, killed_by
+from instep.errors import RecordError, WorkerError, by_name, killed_by
 from instep.recipe import Recipe, Team
 from instep.record import tape
 from instep.record.folder import About, RunFolder, remove
@@ -62,15 +62,27 @@ def replay_under(
     """
     folder = RunFolder.open(Path(run))
     recipe, team, paths = saved(folder, recipe, None, f"replay_under({str(run)!r}, rule, recipe)")
+    times = recorded_times(folder, team.workers)
+    cluster = Cluster(workers=team.workers, times=times, merge_s=0.0, collective=False)
+    changed = dataclasses.replace(recipe, rule=rule)
+    return simulate(changed, cluster, out=out, monitors=monitors, import_paths=paths)
+
+
+def recorded_times(folder: RunFolder, workers: int) -> RecordedTimes:
+    """The seconds a microbatch of each worker, as the tape tells them. Raises RecordError."""
     times: dict[int, list[float]] = {}
     for event in tape.read(folder.tape_path):
         if event["kind"] == "computed":
             start, stop = event["microbatches"]
             count = (stop - start) * event.get("local_steps", 1)
-            times.setdefault(event["worker"], []).append((event["to_s"] - event["from_s"]) / max(1, count))
-    cluster = Cluster(workers=team.workers, times=RecordedTimes.of(times, team.workers), merge_s=0.0, collective=False)
-    changed = dataclasses.replace(recipe, rule=rule)
-    return simulate(changed, cluster, out=out, monitors=monitors, import_paths=paths)
+            seconds = event["to_s"] - event["from_s"]
+            if seconds < 0:
+                raise RecordError(
+                    f"worker {event['worker']} computed for {seconds:g} s, as the tape {folder.tape_path} tells, which "
+                    f"cannot be; restore the file."
+                )
+            times.setdefault(event["worker"], []).append(seconds / max(1, count))
+    return RecordedTimes.of(times, workers)
 
 
 def simulate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from instep.data.cursor import held_out_batches, load
 from instep.engines.replica import Replica
-from instep.errors import RecipeError
+from instep.errors import CheckpointError, RecipeError
 from instep.objectives.bound import exact_sum
 from instep.randomness import key, seed_all
 from instep.record.checkpoint import Loaded
@@ -40,8 +40,15 @@ class Progress:
 
     @classmethod
     def resumed(cls, saved: Loaded) -> Progress:
-        """Where the run stood at a checkpoint."""
-        return cls(**{**saved.meta["progress"], "version": saved.version})
+        """Where the run stood at a checkpoint. Raises CheckpointError where it tells of what nobody here knows."""
+        told = saved.meta.get("progress", {})
+        unknown = sorted(told.keys() - {each.name for each in fields(cls)})
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint of version {saved.version} tells of '{unknown[0]}', which this version of Instep does "
+                f"not know; go on with the version that wrote it."
+            )
+        return cls(**{**told, "version": saved.version})
 
     def merged(self, *, version: int, steps: int, items: int, objective: float | None) -> None:
         """Notes an update; `objective` is None for one without items."""

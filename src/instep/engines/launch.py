@@ -441,9 +441,10 @@ def saved(folder: RunFolder, recipe: Recipe | None, team: Team | None, call: str
     if recipe is None:
         recipe = parse(table)[0]
     elif differences := table_differences(recipe.to_table(), table):
+        shown = "; ".join([*differences[:3], *([f"and {len(differences) - 3} more"] if len(differences) > 3 else [])])
         raise CheckpointError(
-            f"the run {folder.path} was trained with another recipe ({'; '.join(differences)}); resume it with its "
-            f"own, or start a new run."
+            f"the run {folder.path} was trained with another recipe ({shown}); resume it with its own, or start a new "
+            f"run."
         )
     about = folder.about()
     paths = about.import_paths if about is not None else _started(folder).get("import_paths", [])

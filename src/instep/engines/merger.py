@@ -17,7 +17,7 @@ from torch import Tensor
 from instep.engines.contributor import NOTHING, Facts, Vectors
 from instep.engines.replica import Replica
 from instep.engines.watching import Verdict, Watcher
-from instep.errors import NonFiniteError
+from instep.errors import CheckpointError, NonFiniteError
 from instep.reduce.buffers import APART, Buffers, about_means
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import BLOCK, Layout
@@ -290,5 +290,13 @@ class _Outer:
         return {"momentum": self._momentum, "sum": self._sum, "updates": self._updates}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state` gave."""
-        self._momentum, self._sum, self._updates = state["momentum"], state["sum"], state["updates"]
+        """Takes back what `state` gave. Raises CheckpointError where it is none."""
+        if not isinstance(state, Mapping) or type(state.get("updates")) is not int:
+            raise CheckpointError("the outer optimizer's state is not in the checkpoint; use an earlier one.")
+        for name in ("momentum", "sum"):
+            value = state.get(name)
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or (value.shape, value.dtype) != ((self._layout.size,), torch.float32):
+                raise CheckpointError(f"the outer optimizer's '{name}' in the checkpoint is none; use an earlier one.")
+        self._momentum, self._sum, self._updates = state.get("momentum"), state.get("sum"), state["updates"]

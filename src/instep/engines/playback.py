@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from instep.engines.child import Tell
+from instep.engines.merger import Update
 from instep.engines.replay import Replayer, state_of
-from instep.engines.request import Replayed
+from instep.engines.request import Proof, Replayed
 from instep.errors import RecordError
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
@@ -24,7 +26,7 @@ def replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell = lam
     Raises RecordError where the tape is of another recipe or lacks what it needs, and InstepError as the run would.
     """
     playback: _Playback | None = None
-    for event in events:
+    for event in map(_Event, events):
         if event["kind"] == "run_started":
             if event["fingerprint"] != recipe.fingerprint():
                 raise RecordError(
@@ -34,12 +36,16 @@ def replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell = lam
                 playback = _Playback(recipe, event)
             playback.start(event)
         elif playback is not None:
-            playback.take(_Event(event))
+            playback.take(event)
             if event["kind"] in ("merged", "run_ended"):
                 tell(dict(event))
     if playback is None:
         raise RecordError("the tape holds no start of a run; there is nothing to replay.")
     return playback.result()
+
+
+_FIGURES = {"objective": "objective", "items": "count of items", "lr": "learning rate"}
+"""What the tape says of every update and a replay compares, with its name for messages."""
 
 
 class _Event(dict[str, Any]):
@@ -68,12 +74,15 @@ class _Playback:
         self._version = 0
         self._recorded: str | None = None
         self._divergence = ""
+        self._told: dict[int, Mapping[str, Any]] = {}  # in lockstep: updates by version, until they are computed
+        self._updates = self._contributions = self._checkpoints = 0
 
     def start(self, event: Mapping[str, Any]) -> None:
         """The run starts, or starts again from a checkpoint: later updates than that never were."""
         version = event["version"]
         for later in [kept for kept in self._kept if kept > version]:
             del self._kept[later]  # of a history that was taken back
+        self._told = {told: event for told, event in self._told.items() if told <= version}
         if version not in self._kept:
             self._make_up_for(version)
         if self._engine != _engine_of(event):
@@ -94,17 +103,20 @@ class _Playback:
         if kind == "checkpointed":
             self._catch_up(event["version"])
             self._expect(event["digest"], f"the checkpoint of version {event['version']}")
+            self._checkpoints += 1
             self._keep(event["version"])
         elif kind == "run_ended":
             self._catch_up(event["version"])
             self._must_be(self._version, event, event["version"])
             self._recorded = event["digest"]
         elif not self._serving:
-            return  # in lockstep the recipe alone decides
+            if kind == "merged":  # in lockstep the recipe alone decides; what is told is compared
+                self._told[event["version"]] = {name: event.get(name) for name in _FIGURES}
         elif kind == "left":
             self._replayer.left(event["worker"])
         elif kind == "released":
             self._must_be(self._version, event, event["version"])
+            self._check_piece(event, event["piece"])
             self._replayer.released(event["worker"], event["piece"], event["version"])
         elif kind == "pushed":
             if self._engine[0] == "virtual" and "checksum" not in event:
@@ -114,7 +126,10 @@ class _Playback:
                 )
             if event["worker"] not in self._replayer.computing:
                 raise event.refers_to(event["worker"])
+            self._check_piece(event, event["piece"])
+            given = self._replayer.given(event["worker"])
             self._replayer.pushed(event["seq"], event["worker"])
+            self._compare_given(event, given)
             self._compare_pushed(event, self._replayer.checksum(event["seq"]))
         elif kind == "dropped":
             if event["seq"] in self._replayer.waiting:
@@ -130,17 +145,21 @@ class _Playback:
                 )
             for unknown in seqs - self._replayer.waiting.keys():
                 raise event.refers_to(unknown)
+            arrived = [self._replayer.pushed_as(each["seq"]) for each in contributions]
             parts = zip(contributions, weights, staleness, strict=True)
-            self._replayer.merged(event["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
+            update = self._replayer.merged(event["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
             self._version = event["version"]
             self._compare_merged(event)
+            self._compare_ledger(event, arrived)
+            self._compare_figures(event["version"], event, update)
 
     def result(self) -> Replayed:
         """What it came to."""
         digest = digest_of_state(state_of(self._replayer))
         if self._recorded is not None and self._recorded != digest and not self._divergence:
             self._divergence = f"version {self._version}, the last, has other weights here than in the run."
-        return Replayed(digest, self._recorded, self._version, self._divergence)
+        proof = Proof(self._checkpoints, self._updates, self._contributions)
+        return Replayed(digest, self._recorded, self._version, self._divergence, proof)
 
     def _must_be(self, version: int, event: Mapping[str, Any], expected: int) -> None:
         if version != expected:
@@ -167,10 +186,51 @@ class _Playback:
         if self._serving:
             return
         for step in range(self._version, version):
-            self._replayer.alone(step)
+            update, told = self._replayer.alone(step), self._told.pop(step + 1, None)
+            if told is not None:
+                self._compare_figures(step + 1, told, update)
         self._version = max(version, self._version)
 
+    def _check_piece(self, event: _Event, piece: int) -> None:
+        if piece >= self._replayer.pieces.count:
+            raise event.refers_to(f"piece {piece} of {self._replayer.pieces.count}")
+
+    def _compare_given(self, event: Mapping[str, Any], given: tuple[int, int]) -> None:
+        found = {**dict(zip(("piece", "version"), given, strict=True)), "items": self._replayer.waiting[event["seq"]]}
+        for name, value in found.items():
+            self._compare(f"the contribution {event['seq']} of worker {event['worker']}", name, event[name], value)
+
+    def _compare_ledger(self, event: Mapping[str, Any], arrived: list[dict[str, int]]) -> None:
+        """What the tape says of an update's contributions, and of how old they were."""
+        what = f"version {event['version']}"
+        for place, (told, found) in enumerate(zip(event["contributions"], arrived, strict=True)):
+            staleness = event["version"] - 1 - found["version"]
+            self._compare(what, f"staleness of contribution {told['seq']}", event["staleness"][place], staleness)
+            for name in ("worker", "piece", "version"):
+                self._compare(what, f"{name} of contribution {told['seq']}", told.get(name, found[name]), found[name])
+        rule, pieces = self._replayer.recipe.rule, self._replayer.pieces
+        if not pieces.in_tree_order:  # where it is, the tree adds all alike
+            items = [each["items"] for each in arrived]
+            for place, weight in enumerate(rule.weights(items, event["staleness"])):
+                self._compare(what, "a weight", event["weights"][place], weight)
+
+    def _compare_figures(self, version: int, told: Mapping[str, Any], update: Update) -> None:
+        found = update.facts()
+        for name, shown in _FIGURES.items():
+            self._compare(f"version {version}", shown, told.get(name), found[name])
+        self._updates += 1
+
+    def _compare(self, what: str, name: str, told: Any, found: Any) -> None:
+        """Notes the first value on the tape that is not the replay's. Nulls were numbers that are not finite."""
+        same = told == found
+        if isinstance(found, float):
+            finite = math.isfinite(found) and told is not None
+            same = math.isclose(told, found, rel_tol=1e-9, abs_tol=1e-12) if finite else told is None
+        if not same and not self._divergence:
+            self._divergence = f"{what}: its {name} is {told!r} on the tape and {found!r} here; its bits are the same."
+
     def _compare_pushed(self, event: Mapping[str, Any], found: list[str]) -> None:
+        self._contributions += 1
         if found != event["checksum"] and not self._divergence:
             self._divergence = (
                 f"the contribution {event['seq']} of worker {event['worker']}, from version {event['version']} on "

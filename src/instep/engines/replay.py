@@ -98,6 +98,15 @@ class Replayer:
             self._made.update(zip(others, self._together.compute(tasks), strict=True))
         return self._made.pop(worker)
 
+    def given(self, worker: int) -> tuple[int, int]:
+        """The piece that the worker has in hand, and the version that it computes from."""
+        return self._work[worker]
+
+    def pushed_as(self, seq: int) -> dict[str, int]:
+        """What a contribution is, which was pushed and waits for its update."""
+        worker, piece, version, facts, _ = self._arrived[seq]
+        return {"worker": worker, "piece": piece, "version": version, "items": facts.items}
+
     @property
     def computing(self) -> set[int]:
         """The workers that have work in hand."""
@@ -128,12 +137,12 @@ class Replayer:
         if not self.recipe.rule.gradients:
             self._contributors = {}
 
-    def alone(self, step: int) -> None:
+    def alone(self, step: int) -> Update:
         """One step of a synchronous rule, computed whole by one worker."""
         assert self.pieces.workers == 1, "it has all pieces"
         self.released(0, step, step)
         self.pushed(step, 0)
-        self.merged(step + 1, {step: (1.0, 0)})
+        return self.merged(step + 1, {step: (1.0, 0)})
 
     def dropped(self, seq: int) -> None:
         """A contribution is forgotten."""

@@ -278,14 +278,21 @@ class Replica:
                     buffers[name].copy_(value)
             if "weights" in training_state:
                 self._take(training_state["weights"])
-        except (RuntimeError, KeyError, ValueError) as error:
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 "the model that the recipe builds has other tensors than the checkpoint; build all of them at the "
                 "start, and the same ones each time.",
                 detail=f"{type(error).__name__}: {error}",
             ) from error
         self._extra_state.restart()
-        self.trainable.take_names(training_state.get("ceased", ()))
+        if not isinstance(training_state.get("optimizer"), Mapping):
+            raise CheckpointError(
+                "the training state of the checkpoint holds no state of an optimizer; use an earlier one."
+            )
+        ceased = training_state.get("ceased", ())
+        if not isinstance(ceased, (list, tuple)):
+            raise CheckpointError("the training state of the checkpoint is not as it was written; use an earlier one.")
+        self.trainable.take_names(ceased)
         self.optimizer.load(training_state["optimizer"])
         self._stepped = "weights" in training_state
 

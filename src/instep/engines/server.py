@@ -35,6 +35,7 @@ from instep.record.digest import digest_of_state
 from instep.reduce.checksums import checksum
 from instep.reduce.shared import Region, attach
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
+from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
 
 LOOK_S = 0.1
@@ -90,8 +91,7 @@ def serve(session: Session, descriptor: int) -> None:
         progress = Progress.resumed(saved)
         state = saved.meta.get("ledger") or _state_after(pieces, saved.version)
         _check_begun(pieces, state, saved.meta)
-        ledger = Ledger.from_state(session.recipe.rule, pieces, state)
-        lost = ledger.recover()
+        ledger, lost = _recovered(session.recipe.rule, pieces, state)
         merger.microbatches = ledger.merged_microbatches
     else:
         look_at_objective(replica, probe)
@@ -109,6 +109,18 @@ def serve(session: Session, descriptor: int) -> None:
             server.stop()
         replica.doing = doing
         raise
+
+
+def _recovered(rule: UpdateRule, pieces: Pieces, state: Mapping[str, Any]) -> tuple[Ledger, list[Action]]:
+    """The ledger of this state, after the death of all, and what is lost by it. Raises CheckpointError."""
+    try:
+        ledger = Ledger.from_state(rule, pieces, state)
+        return ledger, ledger.recover()
+    except (LookupError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
+        raise CheckpointError(
+            f"the ledger in the checkpoint is not as it was written ({type(error).__name__}: {error}); use an earlier "
+            f"checkpoint."
+        ) from error
 
 
 def _check_length(session: Session, pieces: Pieces, meta: Mapping[str, Any]) -> None:

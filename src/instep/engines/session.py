@@ -113,6 +113,8 @@ class Session:
         self.replica.doing = f"loading {path}"
         saved = checkpoint.load(path)
         checkpoint.check_recipe(path, saved=saved.fingerprint, current=self.assignment.fingerprint)
+        if "data" not in saved.meta:
+            raise CheckpointError(f"the checkpoint {path} does not tell what data it was trained on; use another one.")
         if saved.meta["data"] != self.data_facts():
             changing = what_does_not_repeat(self.replica.data)
             if changing:

@@ -25,7 +25,7 @@ from instep.engines.request import Request
 from instep.engines.signals import Requests
 from instep.engines.start import ClientGone, Interrupted, Member, Start, WorkerFailure
 from instep.errors import CheckpointError, InstepError, RecipeError, RecordError, WorkerError, no_process
-from instep.record import checkpoint
+from instep.record import best, checkpoint
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape, Told, told
@@ -60,6 +60,7 @@ class Supervisor:
                 self.begun = self._started = self._tape.begun
                 self._told = told(self.folder.tape_path)
                 self.about = self.folder.about()
+                best.read(self.folder.checkpoints)  # a damaged one is told of now, not in the midst of training
                 resume_from = self._newest_checkpoint()
                 self._check_steps(resume_from)  # first, or the next resume would find the recipe with these steps
                 write_atomically(self.folder.recipe_path, self.run.recipe_file.encode())
@@ -79,7 +80,7 @@ class Supervisor:
 
     def _check_steps(self, resume_from: Path | None) -> None:
         steps = self.run.recipe_table["steps"]
-        done = checkpoint.read_manifest(resume_from).meta["progress"]["steps"] if resume_from is not None else 0
+        done = checkpoint.steps_done(resume_from) if resume_from is not None else 0
         if done > steps:
             raise RecipeError(
                 f"{self.run.folder} has done {done} steps already, and 'recipe.steps' is {steps}; give {done} or more."

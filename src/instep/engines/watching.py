@@ -15,7 +15,9 @@ from typing import Any
 
 from instep.engines.evaluation import Progress
 from instep.engines.replica import Replica
+from instep.errors import CheckpointError
 from instep.recipe import Recipe
+from instep.record.shapes import WATCH, misfit
 from instep.reduce.buffers import Buffers
 from instep.watch import limit
 
@@ -110,8 +112,12 @@ class Watcher:
         return {"past": list(self._past), "kept": self._kept, "rollbacks": self._rollbacks, "quiet": self._quiet}
 
     def load(self, state: Mapping[str, Any] | None) -> None:
-        """Takes back what `state` gave; None starts anew."""
-        state = state or {"past": [], "kept": None, "rollbacks": 0, "quiet": 0}
+        """Takes back what `state` gave; None starts anew. Raises CheckpointError where it is none."""
+        if state is None:
+            state = {"past": [], "kept": None, "rollbacks": 0, "quiet": 0}
+        wrong = misfit(state, WATCH)
+        if wrong is not None:
+            raise CheckpointError(f"of the watch's state in the checkpoint {wrong}; use an earlier checkpoint.")
         self._past = deque(state["past"], maxlen=self._watch.window)
         self._kept, self._rollbacks, self._quiet = state["kept"], state["rollbacks"], state["quiet"]
 

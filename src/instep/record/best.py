@@ -7,9 +7,13 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+from instep.errors import RecordError
 from instep.record.files import json_text, write_atomically
+from instep.record.shapes import BEST, misfit
 
 NAME = "best.json"
+
+_REMEDY = "restore it, or take it away: then the next evaluation is taken for the best"
 
 
 class Best(NamedTuple):
@@ -20,12 +24,18 @@ class Best(NamedTuple):
 
 
 def read(folder: Path) -> Best | None:
-    """The best checkpoint in `folder`, or None where none is known."""
+    """The best checkpoint in `folder`, or None where none is known. Raises RecordError where the file is damaged."""
+    path = folder / NAME
     try:
-        table = json.loads((folder / NAME).read_bytes())
-        return Best(int(table["version"]), float(table["objective"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        table = json.loads(path.read_bytes())
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path} cannot be read as JSON ({error}); {_REMEDY}.") from None
+    wrong = misfit(table, BEST)
+    if wrong is not None:
+        raise RecordError(f"{path} is not as it was written: {wrong}; {_REMEDY}.")
+    return Best(table["version"], float(table["objective"]))
 
 
 def is_best(folder: Path, version: int, objective: float) -> bool:

@@ -26,9 +26,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from instep.errors import CheckpointError, RecordError
-from instep.record import best
+from instep.record import best, shapes
 from instep.record.digest import digest_of_state
 from instep.record.files import disk_error, json_text, sha256_of_file, sync_folder, synced_file
+from instep.record.shapes import misfit
 from instep.record.weights import write_weights
 
 if TYPE_CHECKING:
@@ -197,7 +198,10 @@ def _remove_old(folder: Path, version: int, keep: int) -> None:
     """Removes what is older than `version`, but for the last ``keep - 1`` and the best. Errors are passed over."""
     with contextlib.suppress(OSError):
         older = sorted((v, path) for v, path in _versions(folder).items() if v < version)
-        kept = best.read(folder)
+        try:
+            kept = best.read(folder)
+        except RecordError:
+            return  # which one is the best cannot be told, so none is removed
         for v, path in older[: max(0, len(older) + 1 - keep)]:
             if kept is None or v != kept.version:
                 shutil.rmtree(path, ignore_errors=True)
@@ -255,13 +259,27 @@ def read_manifest(path: Path) -> Manifest:
         sound = False
     if not sound:
         raise _damaged(path, f"{MANIFEST} is not as it was written")
-    if table["format"] != FORMAT:
+    if table.get("format") != FORMAT:
         raise CheckpointError(
-            f"the checkpoint {path} has format {table['format']}, and this version of Instep reads {FORMAT}; "
+            f"the checkpoint {path} has format {table.get('format')!r}, and this version of Instep reads {FORMAT}; "
             "use the version that wrote it."
         )
+    wrong = misfit(table, shapes.MANIFEST)
+    if wrong is not None:
+        raise _damaged(path, f"of {MANIFEST} {wrong}")
     files = {name: (item["bytes"], item["sha256"]) for name, item in table["files"].items()}
+    for name in (MODEL, TRAINING):
+        if name not in files:
+            raise _damaged(path, f"{MANIFEST} does not tell of {name}, so nothing could be verified")
     return Manifest(table["version"], table["digest"], table["fingerprint"], table["meta"], files)
+
+
+def steps_done(path: Path) -> int:
+    """The global batches that a run had done at the checkpoint `path`. Raises CheckpointError, of no run's too."""
+    progress = read_manifest(path).meta.get("progress")
+    if progress is None:
+        raise _damaged(path, f"{MANIFEST} does not tell how far the run was")
+    return int(progress["steps"])
 
 
 def verify(path: Path) -> Manifest:

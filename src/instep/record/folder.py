@@ -21,6 +21,7 @@ from instep.record import checkpoint, tape
 from instep.record.digest import digest_of_file
 from instep.record.files import close_own, disk_error, hold_alone, json_text, write_atomically
 from instep.record.held import Held, Identity, is_there
+from instep.record.shapes import ABOUT, RESULT, misfit
 
 _LOG = re.compile(r"(supervisor|server|worker-\d+)\.log")
 
@@ -145,11 +146,8 @@ class RunFolder:
             return None
         except (OSError, ValueError, RecursionError):
             table = None
-        match table:
-            case {"kind": "training" | "simulation" as kind, "import_paths": list(paths), "id": str(id)} if all(
-                isinstance(path, str) for path in paths
-            ):
-                return About(kind, tuple(paths), id)
+        if misfit(table, ABOUT) is None:
+            return About(table["kind"], tuple(table["import_paths"]), table["id"])
         raise RecordError(
             f"{self.about_path} is not what Instep wrote there; restore it, or take it away: then its id and "
             f"the folders of its modules are read from the tape."
@@ -263,13 +261,14 @@ class RunFolder:
             raise self._unreadable() from error
         if not isinstance(result, dict):
             raise self._unreadable()
-        return result
+        wrong = misfit(result, RESULT)
+        if wrong is not None:
+            raise self._unreadable(wrong)
+        return dict(result)
 
-    def _unreadable(self) -> RecordError:
-        return RecordError(
-            f"{self.result_path} cannot be read as a JSON table; restore it, or have it written anew by --resume "
-            f"{self.path}."
-        )
+    def _unreadable(self, wrong: str = "") -> RecordError:
+        why = f"is not as it was written, for {wrong}" if wrong else "cannot be read as a JSON table"
+        return RecordError(f"{self.result_path} {why}; restore it, or have it written anew by --resume {self.path}.")
 
 
 def digest(path: Path | str) -> str:

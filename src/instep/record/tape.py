@@ -19,6 +19,7 @@ from typing import Any
 
 from instep.errors import RecordError, ResourceError
 from instep.record.files import close_own, disk_error, hold_alone, json_text, sync_folder
+from instep.record.shapes import EVENT, EVENTS, Table, misfit
 
 SCHEMA = 2
 """The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
@@ -33,8 +34,19 @@ what a resume and its replay need, the engine has synced before each checkpoint.
 _DURABLE = frozenset({"run_started", "checkpointed", "failed", "run_ended"})
 """Kinds after which the tape is synced, so that it survives a power cut."""
 
+_ANY_EVENT = Table(EVENT)
+
 _WAIT_S = 0.5
 _WAIT_BYTES = 1 << 16
+
+
+class Event(dict[str, Any]):
+    """An event as it was read, which says what it lacks."""
+
+    def __missing__(self, name: str) -> Any:
+        raise RecordError(
+            f"an event {self.get('kind')!r} of the tape, at {self.get('t_s')} s, lacks '{name}'; restore the file."
+        )
 
 
 class Tape:
@@ -125,11 +137,12 @@ class Tape:
             self.close()
 
 
-def read(path: Path | str) -> Iterator[dict[str, Any]]:
+def read(path: Path | str) -> Iterator[Event]:
     """The events of a tape, in order. A torn last line, left by a crash, is skipped.
 
-    Raises RecordError, when it gets there, for a missing file, a damaged line (by number, from 1), a first event that
-    is not ``run_started``, or a schema that is not `SCHEMA`.
+    Raises RecordError, when it gets there, for a missing file, a damaged line (by number, from 1), a field of another
+    kind than was written, see `shapes.EVENTS`, a first event that is not ``run_started``, or a schema that is not
+    `SCHEMA`. A field that an event lacks raises RecordError where it is asked for.
     """
     try:
         with open(path, "rb") as file:
@@ -144,7 +157,13 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
                     )
                 if event is not None:
                     _check_schema(event, number, path)
-                    yield event
+                    wrong = misfit(event, EVENTS.get(event["kind"], _ANY_EVENT))
+                    if wrong is not None:
+                        raise RecordError(
+                            f"line {number} of the tape {path} is not as it was written: of the event "
+                            f"{event['kind']!r} {wrong}; restore the file."
+                        )
+                    yield Event(event)
                 line, number = following, number + 1
     except OSError as error:
         raise RecordError(f"the tape {path} cannot be read: {error.strerror}; check the path.") from error

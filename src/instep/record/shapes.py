@@ -1,0 +1,221 @@
+"""What the tables in a run's files must look like. One checker for all of them: valid JSON is not yet what was written.
+
+A shape is data, made of the classes here. What a table has beyond its shape is passed over, for later versions may have
+written it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+LARGEST = 1 << 63
+"""No whole number in a file is as large."""
+
+
+@dataclass(frozen=True)
+class Is:
+    """A value that `fits`; `what` it must be, for a message."""
+
+    what: str
+    fits: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """Null, or what `shape` says."""
+
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Each:
+    """A list whose every item is as `shape` says."""
+
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class All:
+    """A table whose every value is as `shape` says, whatever its keys."""
+
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. Of `fields` it has those that are `needed`; the others, where they are there, fit all the same."""
+
+    fields: Mapping[str, Shape] = field(default_factory=dict)
+    needed: tuple[str, ...] = ()
+
+
+Shape = Is | Maybe | Each | All | Table
+
+
+def whole(least: int = 0, most: int = LARGEST) -> Is:
+    """A whole number from `least` to `most`."""
+    what = f"a whole number from {least}" + (f" to {most}" if most != LARGEST else "")
+    return Is(what, lambda value: type(value) is int and least <= value <= most)
+
+
+def one_of(*values: str) -> Is:
+    """One of these texts."""
+    return Is(f"one of {', '.join(map(repr, values))}", lambda value: isinstance(value, str) and value in values)
+
+
+COUNT = whole()
+TEXT = Is("text", lambda value: isinstance(value, str))
+FLAG = Is("true or false", lambda value: isinstance(value, bool))
+NUMBER = Is(
+    "a finite number",
+    lambda value: (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < LARGEST),
+)
+FIGURE = Maybe(NUMBER)
+"""A number that was written as null where it was not finite."""
+ANY_TABLE = Table()
+SPAN = Is(
+    "[start, stop]",
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(COUNT.fits, value)) and value[0] <= value[1],
+)
+
+
+def misfit(value: Any, shape: Shape, where: str = "") -> str | None:
+    """What of `value` is not of this shape, as a clause for a message; None where all is."""
+    match shape:
+        case Is():
+            return None if shape.fits(value) else f"{_at(where)} is {_shown(value)}, and it must be {shape.what}"
+        case Maybe():
+            return None if value is None else misfit(value, shape.shape, where)
+        case Each():
+            if not isinstance(value, list):
+                return f"{_at(where)} is {_shown(value)}, and it must be a list"
+            found = (misfit(item, shape.shape, f"{where}[{place}]") for place, item in enumerate(value))
+            return next(filter(None, found), None)
+    if not isinstance(value, dict):
+        return f"{_at(where)} is {_shown(value)}, and it must be a table"
+    if isinstance(shape, All):
+        found = (misfit(item, shape.shape, f"{where}.{key}") for key, item in value.items())
+        return next(filter(None, found), None)
+    lacking = next((key for key in shape.needed if key not in value), None)
+    if lacking is not None:
+        return f"{_at(where)} lacks '{lacking}'"
+    found = (misfit(value[key], inner, f"{where}.{key}") for key, inner in shape.fields.items() if key in value)
+    return next(filter(None, found), None)
+
+
+def _at(where: str) -> str:
+    return f"'{where.lstrip('.')}'" if where else "it"
+
+
+def _shown(value: Any) -> str:
+    if type(value) is int and abs(value) >= LARGEST:
+        return "a number beyond 64 bits"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+WORKER = whole(0, 1 << 24)
+
+EVENT: Mapping[str, Shape] = {"t_s": NUMBER, "clock": TEXT, "kind": TEXT}
+"""What every event of a tape has."""
+
+_OF_WORK = {
+    "worker": WORKER, "version": COUNT, "piece": COUNT, "batch": COUNT, "local_steps": whole(1), "microbatches": SPAN,
+}  # fmt: skip
+_CONTRIBUTION = Table({**_OF_WORK, "seq": COUNT})
+_CHECKSUM = Each(TEXT)
+
+_FIELDS: Mapping[str, Mapping[str, Shape]] = {
+        "run_started": {
+            "folder": TEXT, "run": Maybe(TEXT), "digest": Maybe(TEXT), "recipe": ANY_TABLE,
+            "team": Table({"device": one_of("cpu", "cuda"), "workers": whole(1), "restarts": COUNT}),
+            "engine": one_of("lockstep", "server", "virtual"), "cut": whole(1, 1 << 24), "fingerprint": TEXT,
+            "data_digest": TEXT, "samples": COUNT, "parameters": COUNT, "version": COUNT, "step": COUNT,
+            "steps": whole(1), "resumed": FLAG, "libraries": All(TEXT), "import_paths": Each(TEXT), "batched": FLAG,
+            "microbatch_s": FIGURE,
+        },
+        "joined": {"worker": WORKER, "pid": COUNT, "host": TEXT},
+        "released": {**_OF_WORK, "lead": COUNT},
+        "computed": {**_OF_WORK, "from_s": NUMBER, "to_s": NUMBER},
+        "pushed": {**_OF_WORK, "seq": COUNT, "bytes": COUNT, "items": COUNT, "checksum": _CHECKSUM},
+        "merged": {
+            "version": COUNT, "step": COUNT, "contributions": Each(_CONTRIBUTION), "weights": Each(NUMBER),
+            "staleness": Each(COUNT), "objective": FIGURE, "terms": All(FIGURE), "items": COUNT, "lr": FIGURE,
+            "grad_norm": FIGURE, "spike": TEXT, "checksum": _CHECKSUM,
+        },
+        "dropped": {"seq": COUNT, "worker": WORKER, "why": TEXT},
+        "evaluated": {
+            "version": COUNT, "objective": FIGURE, "terms": All(FIGURE), "items": COUNT, "bits_per_byte": FIGURE,
+        },
+        "checkpointed": {"version": COUNT, "path": TEXT, "bytes": COUNT, "digest": TEXT},
+        "left": {"worker": WORKER, "why": TEXT},
+        "warned": {"why": TEXT, "version": COUNT},
+        "failed": {"why": TEXT},
+        "run_ended": {"version": COUNT, "digest": Maybe(TEXT), "result": ANY_TABLE, "interrupted": FLAG},
+}  # fmt: skip
+
+EVENTS = {kind: Table({**EVENT, **fields}) for kind, fields in _FIELDS.items()}
+"""The fields of each kind of event, as far as somebody reads them; see docs/record.md."""
+
+PROGRESS = Table(
+    {
+        "version": COUNT, "steps": COUNT, "items": COUNT, "train_s": NUMBER, "objective_first": FIGURE,
+        "objective_last": FIGURE, "held_out": Table({"version": COUNT, "objective": FIGURE, "bits_per_byte": FIGURE}),
+        "best": Table({"version": COUNT, "objective": FIGURE}), "evaluations_since": COUNT, "skipped": COUNT,
+        "stopped": TEXT,
+    },
+    needed=("steps",),
+)  # fmt: skip
+
+DATA = Table({"digest": TEXT, "samples": COUNT}, needed=("digest", "samples"))
+
+LEDGER = Table(
+    {
+        **dict.fromkeys(("version", "round", "merged_pieces", "merged_microbatches", "next_piece", "seq"), COUNT),
+        "returned": Each(COUNT), "pending": Each(Each(NUMBER)), "waiting_since_s": FIGURE, "order": Each(WORKER),
+        "workers": Each(Table({"number": WORKER, "rounds": COUNT, "base": COUNT, "doomed": FLAG}, ("number",))),
+    },
+    needed=(
+        "version", "round", "merged_pieces", "merged_microbatches", "next_piece", "seq", "returned", "pending",
+        "waiting_since_s", "order", "workers",
+    ),
+)  # fmt: skip
+
+_FILE = Table({"bytes": COUNT, "sha256": TEXT}, needed=("bytes", "sha256"))
+
+MANIFEST = Table(
+    {
+        "version": COUNT, "digest": TEXT, "fingerprint": TEXT, "files": All(_FILE),
+        "meta": Table(
+            {
+                "progress": PROGRESS, "data": DATA, "run": TEXT, "ledger": LEDGER, "cut": whole(1, 1 << 24),
+                "steps": whole(1),
+            }
+        ),
+    },
+    needed=("format", "version", "digest", "fingerprint", "meta", "files"),
+)  # fmt: skip
+
+BEST = Table({"version": COUNT, "objective": NUMBER}, needed=("version", "objective"))
+
+_KEPT = ("version", "model", "training")
+
+WATCH = Table(
+    {
+        "past": Each(NUMBER), "rollbacks": COUNT, "quiet": NUMBER,
+        "kept": Maybe(Table({"version": COUNT, "model": ANY_TABLE, "training": ANY_TABLE}, _KEPT)),
+    },
+    needed=("past", "kept", "rollbacks", "quiet"),
+)  # fmt: skip
+
+RESULT = Table({"versions": COUNT, "steps": COUNT, "digest": Maybe(TEXT)})
+
+ABOUT = Table(
+    {"kind": one_of("training", "simulation"), "import_paths": Each(TEXT), "id": TEXT},
+    needed=("kind", "import_paths", "id"),
+)
