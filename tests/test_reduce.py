@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import os
 import random
 import resource
@@ -29,6 +30,7 @@ from instep.reduce.layout import ALIGN, Layout
 from instep.reduce.reduction import Reduction
 from instep.reduce.shared import Region, anonymous_file, as_tensors, attach, mark, reserve, wait_for
 from instep.reduce.tree import tree_sum
+from reference import next_buffer
 
 finite = st.floats(-1e3, 1e3, width=32)
 
@@ -375,9 +377,55 @@ def step_buffers(models: list[Any], given: list[Any], buffers: list[Buffers] | N
     for worker, own in enumerate(buffers):
         slots = [rows[index] for index in reduction.slots_of(worker)]
         own.post(changed, reduction.ranges[worker][0], reduction.nodes_of(worker), slots, integers[worker])
+    filled = [place for place, values in enumerate(given) if values is not None]
+    last = next(w for w, (start, stop) in enumerate(reduction.ranges) if start <= filled[-1] < stop)
     for own in buffers:
-        own.finish(changed, reduction.plan, rows, integers, sum(values is not None for values in given))
+        own.finish(changed, reduction.plan, rows, integers, len(filled), (reduction.slots_of(last)[0], last))
     return buffers
+
+
+MODES = st.sampled_from(["mean", "max", "last", "frozen", "sum", "sum:0.9", "sum:0"])
+WHOLE = MODES.filter(lambda mode: mode not in ("mean", "sum:0.9"))
+TRUTH = WHOLE.filter(lambda mode: not mode.startswith("sum"))
+
+
+class Wider(Buffered):
+    """With buffers of 64 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("wide", torch.tensor([1 / 3, -2.0], dtype=torch.float64))
+        self.register_buffer("large", torch.tensor([1 << 60, -7]))
+
+    def see(self, values: tuple[float, int, bool, bool]) -> None:
+        super().see(values)
+        self.wide = self.wide * 0.9 + values[0]
+        self.large.mul_(2 * values[2] - 1).add_(values[1])
+
+
+@given(
+    st.lists(seen, min_size=1, max_size=9).filter(lambda values: any(v is not None for v in values)),
+    st.tuples(MODES, MODES, MODES, WHOLE, WHOLE, TRUTH),
+    st.data(),
+)
+def test_buffers_of_any_mode_are_those_of_the_definition_for_any_team(
+    given: list[Any], chosen: tuple[str, ...], data: st.DataObject
+) -> None:
+    workers = data.draw(st.integers(1, len(given)))
+    patterns = dict(zip(["mean", "wide", "inner.*", "count", "large", "flags"], chosen, strict=True))
+    alone = [Wider() for _ in given]
+    for model, values in zip(alone, given, strict=True):
+        if values is not None:
+            model.see(values)
+    models = [Wider() for _ in range(workers)]
+    step_buffers(models, given, [Buffers(model, patterns) for model in models])
+    for name, start in Wider().named_buffers():
+        left = [None if v is None else dict(m.named_buffers())[name] for m, v in zip(alone, given, strict=True)]
+        changed = any(value is not None and not same_bits(value, start) for value in left)
+        mode = next((mode for pattern, mode in patterns.items() if fnmatch.fnmatch(name, pattern)), "mean")
+        expected = next_buffer(mode, start, left).to(start.dtype) if changed else start
+        for model in models:
+            assert same_bits(dict(model.named_buffers())[name], expected), (name, mode)
 
 
 def test_every_microbatch_starts_from_the_buffers_of_the_last_step() -> None:
