@@ -33,6 +33,7 @@ def reference_digests(recipe: Recipe) -> dict[int, str]:
         leaves: list[Tensor] = []
         left: list[dict[str, Tensor] | None] = []
         present = [False] * len(replica.parameters)
+        finite = True
         for microbatch, batch in enumerate(batches):
             if batch is None:
                 leaves.append(flatten([torch.zeros_like(p) for p in replica.parameters], replica.parameters))
@@ -45,6 +46,7 @@ def reference_digests(recipe: Recipe) -> dict[int, str]:
             present = [seen or g is not None for seen, g in zip(present, gradients, strict=True)]
             found = zip(gradients, replica.parameters, strict=True)
             leaves.append(flatten([torch.zeros_like(p) if g is None else g for g, p in found], replica.parameters))
+            finite = finite and all(bool(torch.isfinite(value)) for value in sums.values())
             left.append({name: buffer.clone() for name, buffer in replica.module.named_buffers()})
             for name, buffer in replica.module.named_buffers():
                 buffer.copy_(start[name])
@@ -52,6 +54,9 @@ def reference_digests(recipe: Recipe) -> dict[int, str]:
         total = tree_sum(leaves, torch.add)
         blocks = [torch.linalg.vector_norm(block[None], dim=1) for block in total.split(BLOCK)]
         norm = math.sqrt(math.fsum(float(block) ** 2 for block in blocks))
+        if recipe.watch.bad_batch == "skip" and not (finite and math.isfinite(norm) and any(totals.values())):
+            digests[step + 1] = digest_of_state(replica.module.state_dict())
+            continue
         if recipe.clip_norm is not None and norm > recipe.clip_norm:
             total = total * (recipe.clip_norm / (norm + 1e-6))
         whole = unflatten(total, replica.parameters)

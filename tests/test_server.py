@@ -383,16 +383,8 @@ nothing.counts = lambda batch: 0  # type: ignore[attr-defined]
 @pytest.mark.parametrize(
     ("changes", "error", "sentence"),
     [
-        (
-            {"objective": infinite, "rule": ASYNC},
-            NonFiniteError,
-            "term 'bar' of the objective is .* in global batch 1, micro",
-        ),
-        (
-            {"objective": infinite, "rule": p.local_sgd(2)},
-            NonFiniteError,
-            "term 'bar' .* in global batch 1, microbatch",
-        ),
+        ({"objective": infinite, "rule": ASYNC}, NonFiniteError, "term 'bar' of the objective is .* in step 1, micro"),
+        ({"objective": infinite, "rule": p.local_sgd(2)}, NonFiniteError, "term 'bar' .* in step 1, microbatch"),
         ({"objective": nothing}, ObjectiveError, "step 1 has no items to learn from"),
         ({"objective": lambda m, b: (m(b[0]) - b[1]).square().mean()}, ObjectiveError, "is a mean, not a sum"),
     ],

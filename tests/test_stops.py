@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,17 @@ from torch.utils.data import Dataset
 
 import instep
 from harness import Outcome, train_here
+from instep.clock.times import WorkerTimes
 from instep.data import Data
 from instep.data.cursor import Cursor
+from instep.engines.request import Cluster
+from instep.engines.virtual import simulate
 from instep.errors import DataError, InstepError, NonFiniteError, ObjectiveError, WorkerError
 from instep.objectives import objective
-from instep.recipe import Recipe, Team
+from instep.recipe import Recipe, Team, parse
 from instep.record import checkpoint, tape
+from instep.watch import Watch
+from reference import reference_digests
 from serving import RULES, replayed
 
 SAMPLES, STOP = 64, 5
@@ -58,19 +65,20 @@ class Samples(Dataset[Any]):
 
 
 class Net(nn.Module):
-    def __init__(self, norm: bool = True) -> None:
+    def __init__(self, norm: bool = True, drop: float = 0.1) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
         self.norm = nn.BatchNorm1d(8) if norm else nn.Identity()
-        self.drop = nn.Dropout(0.1)
+        self.drop = nn.Dropout(drop) if drop else nn.Identity()
 
     def forward(self, x: Tensor, mark: Tensor) -> Tensor:
         hidden = self.norm(self.first(x))  # so that buffers have changed when it raises
-        if (mark == 1).any():
-            raise ValueError("a forward that raises")
         out: Tensor = self.last(self.drop(hidden))
-        if (mark == 2).any():
-            out = out + (self.last.weight.sum() * 0).sqrt()  # a finite value whose gradient is not
+        if not torch.compiler.is_compiling() and not torch._C._functorch.maybe_current_level():
+            if (mark == 1).any():
+                raise ValueError("a forward that raises")
+            if (mark == 2).any():
+                out = out + (self.last.weight.sum() * 0).sqrt()  # a finite value whose gradient is not
         return out
 
 
@@ -78,6 +86,13 @@ class Net(nn.Module):
 def words(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     x, y, mark = batch
     return nn.functional.cross_entropy(model(x, mark), y, ignore_index=-100, reduction="sum")
+
+
+@objective(counts=lambda batch: (batch[1] != -100).sum())
+def lines(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """As `words`, where it can be computed for many workers at once."""
+    x, y, mark = batch
+    return ((model(x, mark).sum(1) - y) ** 2 * (y != -100)).sum()
 
 
 def recipe(fault: str = "", flag: Path | None = None, **fields: Any) -> Recipe:
@@ -258,3 +273,95 @@ def test_a_monitor_that_raises_ends_the_run_as_ctrl_c_does(tmp_path: Path) -> No
     (saved,) = checkpoints(tmp_path / "run")
     assert saved == good.seen >= 3, "the others see all that is trained, and it is saved"
     assert str(tmp_path / "run") in found.value.__notes__[0]
+
+
+# --------------------------------------------------------------------------------------------- batches that are skipped
+
+
+def skipping(fault: str, **fields: Any) -> Recipe:
+    watch = Watch(bad_batch="skip", **fields.pop("watch", {}))
+    return recipe(fault, Path(__file__), watch=watch, **fields)  # the flag is there
+
+
+@pytest.mark.parametrize("fault", ["infinite", "gradient", "empty"])
+def test_a_bad_batch_is_left_out_alike_for_any_team_and_as_the_reference_has_it(fault: str, tmp_path: Path) -> None:
+    skips = skipping(fault)
+    expected = reference_digests(skips)
+    assert expected[STOP + 1] == expected[STOP]
+    for engine, workers in [("lockstep", 1), ("lockstep", 2), ("lockstep", 3), ("server", 2)]:
+        path = tmp_path / f"{engine}{workers}"
+        team = Team(workers=workers, engine=engine, checkpoint_every=1, keep=0)  # type: ignore[arg-type]
+        run = train_here(skips, team, path)
+        assert run.digests == expected
+        assert run.result["bad_batches"] == 1
+        assert run.result["skipped"] == 0
+        merged = tape.latest(run.events)[STOP]
+        assert (merged["bad_batches"], merged["objective"], merged["lr"]) == (1, None, 0.0)
+        assert sum("bad_batches" in event for event in tape.latest(run.events)) == 1
+        (warned,) = (event["why"] for event in run.events if event["kind"] == "warned")
+        assert FAULTS[fault][1].removeprefix("in ") in warned
+        assert warned.endswith("the update is left out, 1 of at most 10 such batches.")
+        assert replayed(skips, path).same
+
+
+@pytest.mark.parametrize("fault", ["infinite", "gradient", "empty"])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "synchronous"])
+def test_a_bad_batch_is_left_out_under_every_rule(rule: str, fault: str, tmp_path: Path) -> None:
+    """Weights stay finite, the batch is counted once, and a replay agrees."""
+    path = tmp_path / "run"
+    run = train_here(skipping(fault, rule=RULES[rule]), Team(workers=2), path)
+    assert run.result["steps"] == 8
+    assert run.result["bad_batches"] == 1
+    assert replayed(skipping(fault, rule=RULES[rule]), path).same
+    saved, _ = checkpoint.newest_sound(path / "checkpoints")
+    assert saved is not None
+    assert all(bool(torch.isfinite(value).all()) for value in checkpoint.load(saved).model_state.values())
+
+
+@pytest.mark.parametrize("rule", ["local_sgd", "diloco", "async_diloco", "asynchronous", "backup_workers"])
+def test_a_batch_without_items_stops_the_run_under_every_rule(rule: str, tmp_path: Path) -> None:
+    told = caught(ObjectiveError, recipe("empty", Path(__file__), rule=RULES[rule]), Team(workers=2), tmp_path / "run")
+    assert f"step {STOP} has no items to learn from" in told
+    assert "set watch.bad_batch to 'skip'" in told
+
+
+@pytest.mark.parametrize("engine", ["lockstep", "server"])
+def test_one_bad_batch_too_many_stops_the_run(engine: Any, tmp_path: Path) -> None:
+    path, skips = tmp_path / "run", skipping("infinite", steps=30, watch={"bad_batches": 2})
+    told = caught(NonFiniteError, skips, Team(workers=2, engine=engine), path)
+    third = next(step for step in range(2 * 8, 30) if BAD in Cursor(SAMPLES, 8, 4, 0).indices(step))
+    assert f"in step {third}, microbatch" in told
+    assert "2 such batches were left out before it, as many as watch.bad_batches allows" in told
+    assert f"version {third} is saved" in told
+    assert f"in step {third}, " in caught(NonFiniteError, skips, Team(workers=1, engine=engine), path, resume=True)
+
+
+def test_a_simulation_leaves_out_the_same_batches(tmp_path: Path) -> None:
+    cluster = Cluster(workers=2, times=WorkerTimes.constant(1.0, seed=0), merge_s=0.0)
+    torch.set_num_threads(1)
+    for fault in ("infinite", "gradient", "empty"):
+        found = simulate(skipping(fault), cluster, True, None, lambda event: None)
+        assert found["digest"] == train_here(skipping(fault), Team(), tmp_path / fault).digest
+        assert found["bad_batches"] == 1
+
+
+def test_contributions_computed_at_once_leave_out_the_same_batches() -> None:
+    torch.set_num_threads(1)
+    plain = functools.partial(Net, norm=False, drop=0.0)
+    cluster = Cluster(workers=2, times=WorkerTimes.constant(1.0, seed=0), merge_s=0.0)
+    for fault in ("infinite", "empty"):
+        skips = skipping(fault, model=plain, rule="asynchronous", objective=lines)
+        found = [
+            simulate(skips, dataclasses.replace(cluster, batched=batched), True, None, lambda event: None)
+            for batched in (False, True)
+        ]
+        assert [each["bad_batches"] for each in found] == [1, 1]
+        assert found[1]["objective_last"] == pytest.approx(found[0]["objective_last"], rel=1e-4)
+
+
+def test_what_a_run_does_by_default_with_bad_batches_changes_no_fingerprint() -> None:
+    named = recipe(model="m:Model", data="m:data", objective="m:objective", optimizer="m:optimizer")
+    table = named.to_table()
+    del table["watch"]["bad_batch"], table["watch"]["bad_batches"]
+    assert parse(table)[0].fingerprint() == named.fingerprint()
+    assert dataclasses.replace(named, watch=Watch(bad_batch="skip")).fingerprint() != named.fingerprint()

@@ -9,7 +9,7 @@ from typing import Literal
 
 from instep.errors import RecipeError
 from instep.rules import UpdateRule
-from instep.tables import check_types
+from instep.tables import added, check_types
 
 SIGMA_PER_MAD = 1.4826
 """Standard deviations of a normal distribution in its median absolute deviation (Hampel, 1974)."""
@@ -21,8 +21,6 @@ LEAST_SCALE = 1e-3
 @dataclass(frozen=True, kw_only=True)
 class Watch:
     """How the objective is watched. It is part of the recipe, for most answers change the result.
-
-    A term or a gradient that is not finite always stops the run, before the update.
 
     Fields
     ------
@@ -36,6 +34,9 @@ class Watch:
     rollback_every: steps between states kept for a rollback, in the memory of every process that makes updates. The
         checkpoints on the disk are the team's affair, and would let it decide the result.
     rollbacks: how many there may be; the next spike stops the run.
+    bad_batch: what is done where a term or the gradient is not finite, or a whole batch has no items. "stop" ends the
+        run before the update. "skip" leaves it out, as for a spike; under a rule with local steps the worker's step.
+    bad_batches: how many may be left out so in a run; the next one stops it.
     patience: evaluations without a new best held-out objective after which the run ends; None for no such end.
 
     Raises RecipeError for a value out of range.
@@ -46,11 +47,13 @@ class Watch:
     deviations: float = 10.0
     rollback_every: int = 100
     rollbacks: int = 3
+    bad_batch: Literal["stop", "skip"] = added("stop", default="stop")
+    bad_batches: int = added(10, default=10)
     patience: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "watch")
-        for key, least in (("window", 3), ("rollback_every", 1), ("rollbacks", 1), ("patience", 1)):
+        for key, least in (("window", 3), ("rollback_every", 1), ("rollbacks", 1), ("bad_batches", 1), ("patience", 1)):
             value = getattr(self, key)
             if value is not None and value < least:
                 raise RecipeError(f"'watch.{key}' is {value}; it must be at least {least}.")

@@ -62,7 +62,8 @@ class Facts:
     of each microbatch by itself, so that an update adds up all of them at once, whoever sent them. filled:
     microbatches with samples. touched: indices of the parameters that had a gradient. posted: indices of the buffers
     that the rows hold; changed: of those that were changed. latest: batch and microbatch of the last samples. ends: of
-    the run's first batch, `Buffers.ends`. ceased, begun: of the parameters, see `Trainable`.
+    the run's first batch, `Buffers.ends`. ceased, begun: of the parameters, see `Trainable`. bad: what is not finite in
+    it, though it is to be left out. empty: the batches of which its microbatches have no items.
     """
 
     nodes: tuple[Node, ...]
@@ -76,6 +77,8 @@ class Facts:
     ends: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     ceased: tuple[int, ...] = ()
     begun: tuple[int, ...] = ()
+    bad: tuple[NonFiniteError, ...] = ()
+    empty: tuple[int, ...] = ()
 
     @property
     def items(self) -> int:
@@ -171,7 +174,7 @@ class Contributor:
     def compute(self, work: Work, saved: Tensor, into: Vectors, off: Collection[int] = ()) -> Facts:
         """The contribution of `work` from the weights `saved`, written into `into`. off: see `Trainable`.
 
-        Raises NonFiniteError for a term or, with local steps, a gradient that is not finite.
+        A term or, with local steps, a gradient that is not finite is told of, and such a local step left out.
         """
         self.load(saved)
         self.replica.trainable.take(off)
@@ -202,18 +205,29 @@ class Contributor:
 
     def _gradient(self, work: Work, into: Vectors) -> Facts:
         inputs = self.inputs(work)
-        nodes = inputs.nodes
+        nodes, batches = inputs.nodes, inputs.batches
         rows = list(into.gradient[: len(nodes)])
-        sums, touched = self._microbatches(work.batch, inputs.batches, inputs.totals, nodes, rows)
+        if self.passes_over(inputs.totals):
+            batches = dict.fromkeys(batches)
+        sums, touched, bad = self._microbatches(work.batch, batches, inputs.totals, nodes, rows)
         changed = self._changed()
         posted = tuple(sorted({*changed, *self.changing}))
         self.buffers.post(posted, work.start, nodes, list(into.buffers[: len(nodes)]), into.integers)
-        filled = len(_filled(inputs.batches))
+        filled = len(_filled(batches))
         return Facts(
             tuple(nodes), inputs.counts, sums, filled, touched, posted, changed,
-            latest=latest_of(work.batch, _filled(inputs.batches)), ends=self.buffers.ends() if work.batch == 0 else {},
+            latest=latest_of(work.batch, _filled(batches)), ends=self.buffers.ends() if work.batch == 0 else {},
             ceased=self.replica.trainable.ceased, begun=self.replica.trainable.begun,
+            bad=tuple(bad[:1]), empty=self.without_items(work.batch, inputs.counts),
         )  # fmt: skip
+
+    def passes_over(self, totals: Mapping[str, int]) -> bool:
+        """Whether nothing is computed where these are the items of what would be."""
+        return self.replica.recipe.watch.bad_batch == "skip" and not self.replica.objective.has_items(totals)
+
+    def without_items(self, batch: int, counts: Mapping[str, int]) -> tuple[int, ...]:
+        """The batch, if its microbatches here have no items."""
+        return () if self.replica.objective.has_items(counts) else (batch,)
 
     def _delta(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
         counts = dict.fromkeys(self.terms, 0)
@@ -225,19 +239,30 @@ class Contributor:
         changed: set[int] = set()
         began, latest, ends = self.buffers.start, NOTHING, dict[int, tuple[int, int]]()
         trainable, off = self.replica.trainable, self.replica.trainable.off
+        bad: list[NonFiniteError] = []
+        empty: list[int] = []
+        made = 0
         for batch in range(work.batch, work.batch + work.local_steps):
             batches = {m: self.replica.batch(batch, m) for m in range(work.start, work.stop)}
             own = self._counts(batch, range(work.start, work.stop), batches)
-            found, touched = self._microbatches(batch, batches, own, nodes, [self._summed])
+            empty += self.without_items(batch, own)
+            if self.passes_over(own):
+                self._advance()
+                continue
+            found, touched, wrong = self._microbatches(batch, batches, own, nodes, [self._summed])
             norm = norm_of(self._summed, self.layout)
-            if not math.isfinite(norm):
-                raise NonFiniteError(
-                    f"the gradient is not finite in local step {batch - work.batch + 1} of {work.local_steps} on "
-                    f"global batch {batch + 1}; lower the learning rate, clip the gradient, or train in float32."
-                )
+            if not (wrong or math.isfinite(norm)):
+                wrong = [NonFiniteError(
+                    f"the gradient is not finite in local step {batch - work.batch + 1} of {work.local_steps}, on "
+                    f"global batch {batch + 1}."
+                )]  # fmt: skip
+            if wrong:
+                bad += wrong[:1]
+                continue
             clip(self._summed, norm, self.replica.recipe.clip_norm)
             views = self.layout.views(self._summed)
             self.replica.update(batch, [view if i in touched else None for i, view in enumerate(views)])
+            made += 1
             latest = max(latest, latest_of(batch, _filled(batches)))
             ends = self.buffers.ends() if batch == 0 else ends
             trainable.take(trainable.off if trainable.ended is None else trainable.ended)
@@ -254,12 +279,11 @@ class Contributor:
                 torch.sub(before.to(view.dtype), parameter.to(view.device, view.dtype), out=view)
         posted = tuple(sorted({*changed, *self.changing}))  # no others: what is constant would be rounded in the mean
         self.buffers.untouched([True])
-        self.buffers.post(
-            posted, 0, [(0, 1)], [into.buffers[0]], into.integers, start=began, steps=work.local_steps
-        )  # fmt: skip
+        self.buffers.post(posted, 0, [(0, 1)], [into.buffers[0]], into.integers, start=began, steps=made)
         return Facts(
             ((0, 1),), counts, sums, 1, tuple(sorted(moved)), posted, tuple(sorted(changed)), latest=latest, ends=ends,
             ceased=tuple(sorted(trainable.off - off)), begun=tuple(sorted(off - trainable.off)),
+            bad=tuple(bad), empty=tuple(empty),
         )  # fmt: skip
 
     def _microbatches(
@@ -269,8 +293,11 @@ class Contributor:
         totals: Mapping[str, int],
         nodes: Sequence[Node],
         rows: Sequence[Tensor],
-    ) -> tuple[dict[str, tuple[float, ...]], tuple[int, ...]]:
-        """Folds the gradients of a batch's microbatches into `rows`. Returns sums, and the parameters touched."""
+    ) -> tuple[dict[str, tuple[float, ...]], tuple[int, ...], list[NonFiniteError]]:
+        """Folds the gradients of a batch's microbatches into `rows`.
+
+        Returns sums, the parameters touched, and what is not finite.
+        """
         if self._fold is None:
             self._fold = Fold(self.layout, self.replica.parameters, nodes, rows)
         else:
@@ -279,28 +306,28 @@ class Contributor:
         self.buffers.begin()
         self.replica.trainable.begin()
         found: list[dict[str, float]] = []
+        bad: list[NonFiniteError] = []
         for microbatch, samples in batches.items():
             self._fold.begin_leaf()
             if samples is not None:
                 sums = self.replica.compute(batch, microbatch, samples, totals)
                 found.append({name: float(value) for name, value in sums.items()})
-                self.check(found[-1], batch, microbatch)
+                bad += self.check(found[-1], batch, microbatch)
             self._fold.end_leaf()
             self.buffers.leave(filled=samples is not None)
             if samples is not None:
                 self.replica.trainable.leave(batch)
             self._advance()
         touched = tuple(index for index, seen in enumerate(self._fold.touched) if seen)
-        return {name: tuple(each[name] for each in found) for name in self.terms}, touched
+        return {name: tuple(each[name] for each in found) for name in self.terms}, touched, bad
 
-    def check(self, sums: Mapping[str, float], batch: int, microbatch: int) -> None:
-        """Raises NonFiniteError where a term is not finite."""
-        for name, value in sums.items():
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"term '{name}' of the objective is {value} in global batch {batch + 1}, microbatch {microbatch}; "
-                    f"lower the learning rate, clip the gradient, or look at this microbatch's samples."
-                )
+    def check(self, sums: Mapping[str, float], batch: int, microbatch: int) -> list[NonFiniteError]:
+        """What is not finite among the terms."""
+        return [
+            self.replica.not_finite(name, value, batch, microbatch)
+            for name, value in sums.items()
+            if not math.isfinite(value)
+        ]
 
     def _own_buffers(self, batches: Mapping[int, Any]) -> list[int]:
         """After a local step: the buffers take from this worker's microbatches what those of one worker alone would.

@@ -35,6 +35,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)  # version and objective of the best evaluation
     evaluations_since: int = 0
     skipped: int = 0  # updates that were left out because of a spike
+    bad_batches: int = 0  # that were left out because they were not finite, or had no items
     stopped: str = ""  # why the run ended before its last step
     unevaluated: bool = False  # an evaluation was due at this version, and raised: a resume makes up for it
 

@@ -154,7 +154,11 @@ class Lockstep:
         if self._late is not None:
             self.replica.doing, error = self._late
             raise error
-        self.replica.objective.check_items(totals, step)
+        some = replica.objective.has_items(totals)
+        if not some:
+            if not self.watcher.skips:
+                self.watcher.left_out(Verdict(), [replica.objective.no_items(step)], update=True)
+            self._batches = [None] * len(self._own)  # nothing is computed: the update will be left out
 
         from_s = self._clock()
         self._compute(step, totals)
@@ -189,12 +193,16 @@ class Lockstep:
         exchange.norms[blocks.start : blocks.stop] = norms.cpu().numpy()
 
         self._barrier(exchange.done, step + 2)  # committed: the gradient is whole
-        terms = self._terms_of(sums, totals, step)
         norm = total_norm(exchange.norms)
-        if not math.isfinite(norm):
-            raise NonFiniteError(self._about_gradient(step, touched))
-        objective = replica.objective.whole(terms, step)
-        verdict = self.watcher.judge(step, objective)
+        objective: float | None = None
+        terms: dict[str, float] = {}
+        wrong = self._wrong(sums, norm, touched, step) if some else replica.objective.no_items(step)
+        if wrong is None:
+            terms = self._terms_of(sums, totals)
+            objective = replica.objective.whole(terms, step)
+            verdict = self.watcher.judge(step, objective)
+        else:
+            verdict = self.watcher.left_out(Verdict(), [wrong], update=True)
         self._sound = False
         rate = self.placement.update(step, norm, touched) if verdict.updates else 0.0
         if verdict.updates and (off.size or replica.trainable.off):
@@ -321,25 +329,22 @@ class Lockstep:
             self._exchange.said[0], self._exchange.saved[0] = False, version
         mark(self._exchange.stopped, self.worker, LEFT)
 
-    def _terms_of(self, sums: Any, totals: dict[str, int], step: int) -> dict[str, float]:
+    def _terms_of(self, sums: Any, totals: dict[str, int]) -> dict[str, float]:
+        return {name: math.fsum(sums[:, place]) / totals[name] for place, name in enumerate(self.terms) if totals[name]}
+
+    def _wrong(self, sums: Any, norm: float, touched: Any, step: int) -> NonFiniteError | None:
+        """What is not finite, if anything is."""
         bad = np.argwhere(~np.isfinite(sums))
         if len(bad):
             microbatch, place = (int(index) for index in bad[0])
-            raise NonFiniteError(
-                f"term '{self.terms[place]}' of the objective is {sums[microbatch, place]} in step {step + 1}, "
-                f"microbatch {microbatch}; the weights were left as they were before this step: lower the "
-                f"learning rate, clip the gradient, or look at this microbatch's samples."
-            )
-        return {name: math.fsum(sums[:, place]) / totals[name] for place, name in enumerate(self.terms) if totals[name]}
+            return self.replica.not_finite(self.terms[place], float(sums[microbatch, place]), step, microbatch)
+        return None if math.isfinite(norm) else NonFiniteError(self._about_gradient(step, touched))
 
     def _about_gradient(self, step: int, touched: Any) -> str:
         named = zip(self.replica.names, self.placement.gradients, touched, strict=True)
         bad = next((name for name, view, seen in named if seen and not bool(torch.isfinite(view).all())), None)
         which = f"of '{bad}' is not finite" if bad else "is too large to square"
-        return (
-            f"the gradient {which} in step {step + 1}, though every term of the objective is; the weights were left as "
-            f"they were before this step: lower the learning rate, clip the gradient, or train in float32."
-        )
+        return f"the gradient {which} in step {step + 1}, though every term of the objective is."
 
     @property
     def bytes_a_step(self) -> int:
@@ -362,7 +367,7 @@ class Lockstep:
         self._emit("pushed", worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]])
 
     def _emit_merged(
-        self, step: int, objective: float, terms: dict[str, float], items: int, rate: float | None, norm: float,
+        self, step: int, objective: float | None, terms: dict[str, float], items: int, rate: float | None, norm: float,
         verdict: Verdict,
     ) -> None:  # fmt: skip
         contributions = [

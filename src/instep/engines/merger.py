@@ -17,7 +17,8 @@ from torch import Tensor
 from instep.engines.contributor import NOTHING, Facts, Vectors
 from instep.engines.replica import Replica
 from instep.engines.watching import Verdict, Watcher
-from instep.errors import CheckpointError, NonFiniteError
+from instep.errors import CheckpointError, NonFiniteError, ObjectiveError
+from instep.objectives import exact_sum
 from instep.reduce.buffers import APART, Buffers, about_means
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import BLOCK, Layout
@@ -81,7 +82,7 @@ class Merger:
         self.sound = True
         """Whether the weights are those of a version, with no update half made."""
         self._outer = _Outer(self.rule, self.layout)
-        self._empty: dict[int, int] = {}  # by group of batches: pieces that held no items
+        self._empty: dict[int, int] = {}  # by batch: pieces that held no items
         self._ends: dict[tuple[int, int], set[int]] = {}  # by buffer and start: what pieces of the first batch left
         self._told: set[int] = set()  # buffers that were warned of
 
@@ -89,24 +90,26 @@ class Merger:
         """Makes one update, in the order given. May use the vectors up. The replica's objective must know its terms.
 
         The watch may have it left out. Raises NonFiniteError, or ObjectiveError for whole batches without items, before
-        any change.
+        any change, where it does not.
         """
         step = self.microbatches // self.pieces.microbatches
         facts = [each.facts for each in contributions]
         objective, terms = self.replica.objective, self.replica.objective.terms or ()
         counts = {name: sum(each.counts[name] for each in facts) for name in terms}
-        sums = {name: math.fsum(itertools.chain(*(each.sums[name] for each in facts))) for name in terms}
-        means = {name: sums[name] / counts[name] for name in terms if counts[name]}
-        if self.rule.lockstep:
-            objective.check_items(counts, step)
-        else:
-            self._check_items(contributions)
+        some = objective.has_items(counts)
+        sums = {name: exact_sum(list(itertools.chain(*(each.sums[name] for each in facts)))) for name in terms}
         total = self._total(contributions)
         norm = norm_of(total, self.layout)
-        if not math.isfinite(norm):
-            raise NonFiniteError(self._about(contributions, step))
-        value = objective.whole(means, step) if objective.has_items(counts) else None
-        verdict = self.watcher.judge(step, value) if value is not None else Verdict()
+        bad, left_out = self._bad(contributions, norm, step)
+        left_out = left_out or (self.watcher.skips and self.rule.gradients and not some)
+        value = None
+        means: dict[str, float] = {}
+        verdict = self.watcher.left_out(Verdict(), bad, update=left_out) if bad or left_out else Verdict()
+        if some and not left_out:
+            means = {name: sums[name] / counts[name] for name in terms if counts[name]}
+            value = objective.whole(means, step)
+            verdict = verdict.also(self.watcher.judge(step, value))
+        self._count_empty(facts)
         rate: float | None = 0.0
         self.sound = False
         if verdict.updates:
@@ -117,16 +120,26 @@ class Merger:
         self.microbatches += sum(each.work.microbatches for each in contributions)
         return Update(value, means, counts[terms[0]], rate, norm, verdict, self._doubts(facts))
 
-    def _check_items(self, contributions: Sequence[Arrived]) -> None:
-        """Raises ObjectiveError where the last piece of a batch holds no items either, whenever the others came."""
-        objective = self.replica.objective
-        for each in contributions:
-            if objective.has_items(each.facts.counts):
-                continue
-            group = each.work.piece // self.pieces.parts
-            self._empty[group] = self._empty.get(group, 0) + 1
-            if self._empty[group] == self.pieces.parts:
-                objective.check_items(dict.fromkeys(each.facts.counts, 0), each.work.batch)
+    def _bad(self, contributions: Sequence[Arrived], norm: float, step: int) -> tuple[list[ObjectiveError], bool]:
+        """What is not finite and which batches have no items; whether the update is to be left out for the former."""
+        wrong: list[ObjectiveError] = [why for each in contributions for why in each.facts.bad]
+        left_out = bool(wrong) and self.rule.gradients
+        if left_out:
+            wrong = wrong[:1]  # one update, one batch that is left out
+        elif not math.isfinite(norm):
+            wrong, left_out = [*wrong, NonFiniteError(self._about(contributions, step))], True
+        found = {batch: 0 for each in contributions for batch in each.facts.empty}
+        for batch in (batch for each in contributions for batch in each.facts.empty):
+            found[batch] += 1
+        # The last piece of a batch holds no items either, whenever the others came.
+        empty = [batch for batch, more in found.items() if self._empty.get(batch, 0) + more == self.pieces.parts]
+        return wrong + [self.replica.objective.no_items(batch) for batch in empty if not left_out], left_out
+
+    def _count_empty(self, facts: Sequence[Facts]) -> None:
+        for batch in (batch for each in facts for batch in each.empty):
+            self._empty[batch] = self._empty.get(batch, 0) + 1
+            if self._empty[batch] == self.pieces.parts:
+                del self._empty[batch]
 
     def checksum(self) -> list[str]:
         """Of the present weights, one for each parameter."""
@@ -134,13 +147,17 @@ class Merger:
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
-        return {**self.replica.training_state(), "outer": self._outer.state(), "watch": self.watcher.state()}
+        return {
+            **self.replica.training_state(), "outer": self._outer.state(), "watch": self.watcher.state(),
+            "empty": dict(self._empty),
+        }  # fmt: skip
 
     def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
         """Takes the state of a checkpoint. Raises CheckpointError where it does not fit."""
         self.replica.load(model_state, training_state)
         self.buffers.restart()
         self.watcher.load(training_state.get("watch"))
+        self._empty = dict(training_state.get("empty", {}))
         if "outer" in training_state:  # the lockstep engine has none
             self._outer.load(training_state["outer"])
 
@@ -233,11 +250,11 @@ class Merger:
     def _about(self, contributions: Sequence[Arrived], step: int) -> str:
         bad = next((each.worker for each in contributions if not bool(torch.isfinite(each.vectors.gradient).all())), -1)
         whose = f"of worker {bad} is not finite" if bad >= 0 else "is too large to square"
-        return (
-            f"the contribution {whose} at global batch {step + 1}, though every term of the objective is; the weights "
-            f"were left as they were before this update: lower the learning rate, clip the gradient, or train in "
-            f"float32."
-        )
+        samples = ""
+        if bad >= 0:
+            work = next(each.work for each in contributions if each.worker == bad)
+            samples = f" (global batch {work.batch + 1}, microbatches {work.start} to {work.stop - 1})"
+        return f"the contribution {whose} in step {step + 1}{samples}, though every term of the objective is."
 
 
 class _Outer:

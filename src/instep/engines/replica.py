@@ -21,7 +21,14 @@ from instep.engines.single import check_single_samples
 from instep.engines.spot_checks import SpotChecks
 from instep.engines.trainable import Trainable
 from instep.engines.training_mode import idle_dropouts, into_training
-from instep.errors import CheckpointError, ComponentError, RecipeError, RecomputeError, ResourceError
+from instep.errors import (
+    CheckpointError,
+    ComponentError,
+    NonFiniteError,
+    RecipeError,
+    RecomputeError,
+    ResourceError,
+)
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.restore import is_expanded
@@ -295,6 +302,13 @@ class Replica:
         self.trainable.take_names(ceased)
         self.optimizer.load(training_state["optimizer"])
         self._stepped = "weights" in training_state
+
+    def not_finite(self, term: str, value: float, step: int, microbatch: int) -> NonFiniteError:
+        """The error for a term whose sum over a microbatch is not finite."""
+        return NonFiniteError(
+            f"term '{term}' of the objective is {value} in step {step + 1}, microbatch {microbatch} "
+            f"({self.samples_of(step, microbatch)})."
+        )
 
     def samples_in_hand(self) -> str:
         """The samples of the microbatch that is loaded or computed, in brackets for a message; "" in other work."""

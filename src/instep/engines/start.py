@@ -326,6 +326,7 @@ class Start:
             "interrupted": interrupted,
             "stopped": progress["stopped"] or None,
             "skipped": progress["skipped"],
+            "bad_batches": progress["bad_batches"],
             "data_digest": self._facts["data"],
             "sample": left.get("sample"),
             "artifacts": left.get("artifacts"),

@@ -52,13 +52,13 @@ class Together:
         self._load = contributor.replica.cursor.microbatch_tensor if self._rows is not None else None
 
     def compute(self, tasks: Sequence[Task]) -> list[tuple[Facts, Vectors]]:
-        """The contributions of `tasks`, in their order. Raises NonFiniteError, and RecipeError, see above."""
+        """The contributions of `tasks`, in their order. Raises RecipeError, see above."""
         # Rows of tensors are taken for many at once: until then, a microbatch is its indices.
         inputs = [self._one.inputs(work, self._load) for work, _ in tasks]
         of_rows = pytree.tree_structure(list(self._rows or ()))
         groups: dict[Any, list[_Entry]] = {}  # by the shapes of the batch
         for place, each in enumerate(inputs):
-            for microbatch, batch in each.batches.items():
+            for microbatch, batch in {} if self._one.passes_over(each.totals) else each.batches.items():
                 if self._rows is not None and len(batch):
                     groups.setdefault(len(batch), []).append(_Entry(place, microbatch, [batch], of_rows))
                 elif self._rows is None and batch is not None:
@@ -79,12 +79,13 @@ class Together:
                 self._compare(tasks[first], vectors[first])
         made = []
         for (work, _), each, sums, vector in zip(tasks, inputs, found, vectors, strict=True):
-            for microbatch, terms in sums.items():
-                self._one.check(terms, work.batch, microbatch)
+            bad = [wrong for m, terms in sums.items() for wrong in self._one.check(terms, work.batch, m)]
             by_term = {name: tuple(sums[m][name] for m in sorted(sums)) for name in self._one.terms}
             touched = self._touched if sums and self._touched else ()
-            latest = latest_of(work.batch, sums)
-            facts = Facts(tuple(each.nodes), each.counts, by_term, len(sums), touched, (), latest=latest)
+            facts = Facts(
+                tuple(each.nodes), each.counts, by_term, len(sums), touched, (), latest=latest_of(work.batch, sums),
+                bad=tuple(bad[:1]), empty=self._one.without_items(work.batch, each.counts),
+            )  # fmt: skip
             made.append((facts, vector))
         return made
 

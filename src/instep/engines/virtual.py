@@ -225,6 +225,7 @@ class _Simulation:
             "idle_share": [round(float(share), 4) for share in found.idle_share],
             "dropped": found.dropped,
             "skipped": progress.skipped,
+            "bad_batches": progress.bad_batches,
             "simulated_in_s": round(took_s, 3),
             "scheduled_in_s": round(scheduled_s, 3),
         }

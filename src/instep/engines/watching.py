@@ -7,43 +7,54 @@ any other rule; so every worker, and every replay, comes to the same verdict by 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from instep.engines.evaluation import Progress
 from instep.engines.replica import Replica
-from instep.errors import CheckpointError
+from instep.errors import CheckpointError, NonFiniteError, ObjectiveError
 from instep.recipe import Recipe
 from instep.record.shapes import WATCH, misfit
 from instep.reduce.buffers import Buffers
-from instep.watch import limit
+from instep.watch import Watch, limit
 
 
 @dataclass(frozen=True)
 class Verdict:
     """On one update. answer: "" where it is no spike, else what the watch answers with.
 
-    why: a sentence to warn with, or "".
+    why: a sentence to warn with, or "". bad: batches in it that are not finite or have no items. `left_out`: whether
+    the update is not made because of that.
     """
 
     answer: str = ""
     why: str = ""
+    bad: int = 0
+    left_out: bool = False
 
     @property
     def updates(self) -> bool:
         """Whether the update is made."""
-        return self.answer in ("", "warn")
+        return self.answer in ("", "warn") and not self.left_out
 
-    def facts(self) -> dict[str, str]:
+    def also(self, other: Verdict) -> Verdict:
+        """Both, `other` on the spike."""
+        why = " ".join(filter(None, [self.why, other.why]))
+        return dataclasses.replace(self, answer=other.answer, why=why)
+
+    def facts(self) -> dict[str, Any]:
         """What the tape says of the update, beside the rest."""
-        return {"spike": self.answer} if self.answer else {}
+        spike = {"spike": self.answer} if self.answer else {}
+        return spike | ({"bad_batches": self.bad} if self.bad or self.left_out else {})
 
     def note(self, progress: Progress) -> None:
         """Keeps count."""
-        progress.skipped += not self.updates
+        progress.skipped += self.answer not in ("", "warn")
+        progress.bad_batches += self.bad
         if self.answer == "stop":
             progress.stopped = self.why
 
@@ -57,6 +68,28 @@ class Watcher:
         self._kept: dict[str, Any] | None = None
         self._rollbacks = 0
         self._quiet = 0  # updates for which a spike is no news
+        self._bad = 0  # batches that were left out
+
+    @property
+    def skips(self) -> bool:
+        """Whether batches that are not finite, or have no items, are left out."""
+        return self._watch.bad_batch == "skip"
+
+    def left_out(self, verdict: Verdict, whys: Sequence[ObjectiveError], *, update: bool) -> Verdict:
+        """`verdict` on an update in which batches are bad for the reasons `whys`; with `update` it is left out whole.
+
+        Raises the first of them that is not to be left out, or is one too many, before any change.
+        """
+        allowed = self._watch.bad_batches if self.skips else 0
+        if self._bad + len(whys) > allowed and whys:
+            raise _stopping(whys[max(0, allowed - self._bad)], self._bad, self._watch)
+        self._bad += len(whys)
+        sentences = [verdict.why] if verdict.why else []
+        if whys:
+            listed = "; ".join(why.message.rstrip(".") for why in whys)
+            what = "the update is left" if update else "workers leave it" if len(whys) == 1 else "workers leave them"
+            sentences.append(f"{listed}; {what} out, {self._bad:,} of at most {allowed:,} such batches.")
+        return dataclasses.replace(verdict, why=" ".join(sentences), bad=len(whys), left_out=update)
 
     def judge(self, step: int, objective: float) -> Verdict:
         """The verdict on the update of `step`, whose objective is this. A rollback is carried out.
@@ -109,7 +142,10 @@ class Watcher:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"past": list(self._past), "kept": self._kept, "rollbacks": self._rollbacks, "quiet": self._quiet}
+        return {
+            "past": list(self._past), "kept": self._kept, "rollbacks": self._rollbacks, "quiet": self._quiet,
+            "bad": self._bad,
+        }  # fmt: skip
 
     def load(self, state: Mapping[str, Any] | None) -> None:
         """Takes back what `state` gave; None starts anew. Raises CheckpointError where it is none."""
@@ -120,6 +156,19 @@ class Watcher:
             raise CheckpointError(f"of the watch's state in the checkpoint {wrong}; use an earlier checkpoint.")
         self._past = deque(state["past"], maxlen=self._watch.window)
         self._kept, self._rollbacks, self._quiet = state["kept"], state["rollbacks"], state["quiet"]
+        self._bad = state.get("bad", 0)
+
+
+def _stopping(why: ObjectiveError, before: int, watch: Watch) -> ObjectiveError:
+    """The error `why` with what helps, all of which a resume takes."""
+    if watch.bad_batch == "skip":
+        left_out = f"{before:,} such batches were left out before it, as many as watch.bad_batches allows"
+        remedies = "raise that, or look at the data"
+    else:
+        left_out, remedies = "the weights are as they were before it", "set watch.bad_batch to 'skip'"
+    if isinstance(why, NonFiniteError):
+        remedies += ", lower recipe.schedule.scale, or leave samples out with skip_samples"
+    return type(why)(f"{why.message.rstrip('.')}; {left_out}: {remedies}.")
 
 
 def note_evaluation(progress: Progress, recipe: Recipe, facts: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ later, more slowly, or between workers (a rank, an environment variable) cannot 
 
 from __future__ import annotations
 
-from instep.objectives.bound import Bound, bind, learn_terms, no_items
+from instep.objectives.bound import Bound, bind, exact_sum, learn_terms
 from instep.objectives.checks import check, check_is_sum, check_repeats
 from instep.objectives.protocol import (
     TERM,
@@ -57,8 +57,8 @@ __all__ = [
     "check",
     "check_is_sum",
     "check_repeats",
+    "exact_sum",
     "from_component",
     "learn_terms",
-    "no_items",
     "objective",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -117,10 +117,12 @@ class Bound:
         """Whether `counts`, by term, hold an item of a term that is minimised."""
         return any(counts[name] for name in self.minimised)
 
-    def check_items(self, totals: Mapping[str, int], step: int) -> None:
-        """Raises ObjectiveError where the whole batch of `step` has no item of a term that is minimised."""
-        if not self.has_items(totals):
-            raise no_items(step, self.minimised)
+    def no_items(self, step: int) -> ObjectiveError:
+        """The error for a step whose whole batch has no item of a term that is minimised."""
+        counted = " and ".join(f"0 for term '{name}'" for name in self.minimised)
+        return ObjectiveError(
+            f"step {step + 1} has no items to learn from: the objective counts {counted} over the whole batch."
+        )
 
     def _check_names(self, found: Mapping[str, Any], kind: str) -> None:
         if not found:
@@ -162,15 +164,6 @@ def learn_terms(bound: Bound, model: nn.Module, batch: Any) -> Bound:
 def exact_sum(values: Sequence[float]) -> float:
     """As `math.fsum`, which does not take infinities of both signs."""
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
-
-
-def no_items(step: int, terms: Iterable[str]) -> ObjectiveError:
-    """The error for a step whose whole batch has no items of any of `terms`."""
-    counted = " and ".join(f"0 for term '{name}'" for name in terms)
-    return ObjectiveError(
-        f"step {step + 1} has no items to learn from: the objective counts {counted} over the whole batch; leave such "
-        f"samples out of the data set, or take a larger batch."
-    )
 
 
 def _written(model: nn.Module) -> nn.Module:

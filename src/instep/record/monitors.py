@@ -152,6 +152,8 @@ class Console:
                 screen.row(label, form(result[key]))
         if result.get("skipped"):
             screen.row("left out", f"{result['skipped']:,} updates")
+        if result.get("bad_batches"):
+            screen.row("bad batches", f"{result['bad_batches']:,} left out")
         if result.get("stopped"):
             screen.row("stopped", result["stopped"])
         if result["rule"] != "synchronous" or result.get("engine") == "virtual":
