@@ -81,6 +81,7 @@ def train_here(
         resumed=resume,
         import_paths=(),
         began=time.monotonic(),
+        fingerprints=recipe.fingerprints(),
     )
     client = client or Client()
     import_before_forks()

@@ -250,12 +250,26 @@ def test_resume_with_what_may_change(trained: Trained, run: Path) -> None:
 
 
 def test_resume_with_what_may_not(trained: Trained, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, printed = status(capsys, "train --resume runs/old --recipe.schedule.kind cosine")
+    code, printed = status(capsys, "train --resume runs/old --recipe.threads 2")
     assert code == 1
     assert printed == (
-        "instep: runs/old goes on with its own recipe, and recipe.schedule.kind is 'cosine' here and 'constant' there; "
+        "instep: runs/old goes on with its own recipe, and recipe.threads is 2 here and 1 there; "
         "leave that flag out, or start a new run.\n"
     )
+
+
+def test_resume_with_what_holds_from_there_on(trained: Trained, run: Path) -> None:
+    flags = "--recipe.schedule.kind cosine --recipe.watch.bad_batch skip --recipe.optimizer.args.lr 1e-4"
+    assert main(["train", "--resume", "runs/old", *flags.split(), "--skip-samples", "17,204"]) == 0
+    assert (trained.recipe.schedule.kind, trained.recipe.watch.bad_batch) == ("cosine", "skip")
+    assert trained.recipe.optimizer.args["lr"] == 1e-4
+    assert trained.rest["skip_samples"] == [17, 204]
+
+
+def test_samples_to_skip_are_indices(trained: Trained, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed = status(capsys, "train --resume runs/old --skip-samples 17,x")
+    assert code == 2
+    assert "--skip-samples is '17,x'; give indices of samples, such as 17,204." in printed
 
 
 def test_resume_with_the_recipe_named_again(

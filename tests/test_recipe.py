@@ -26,6 +26,7 @@ from instep.recipe import (
     table_differences,
     without_address,
 )
+from instep.schedule import Change
 from instep.tables import added, as_before, as_saved
 from instep.watch import Watch
 
@@ -170,7 +171,7 @@ def test_a_whole_number_serves_as_a_number() -> None:
 
 def test_objects_serve_as_components() -> None:
     made = recipe(model=Schedule, objective=lambda model, batch: 0)
-    assert made.model == Component("instep.recipe:Schedule")
+    assert made.model == Component("instep.schedule:Schedule")
     assert made.objective.address is None
 
 
@@ -182,6 +183,7 @@ DECISIVE: dict[str, Any] = {
     "data": "m:other",
     "optimizer": Component("instep.optimizers:adamw", {"lr": 1.0}),
     "schedule": Schedule("cosine"),
+    "changes": (Change(version=1, lr=0.5),),
     "rule": "asynchronous",
     "batch": 64,
     "microbatches": 4,

@@ -321,7 +321,7 @@ def test_a_bad_batch_is_left_out_under_every_rule(rule: str, fault: str, tmp_pat
 @pytest.mark.parametrize("rule", ["local_sgd", "diloco", "async_diloco", "asynchronous", "backup_workers"])
 def test_a_batch_without_items_stops_the_run_under_every_rule(rule: str, tmp_path: Path) -> None:
     told = caught(ObjectiveError, recipe("empty", Path(__file__), rule=RULES[rule]), Team(workers=2), tmp_path / "run")
-    assert f"step {STOP} has no items to learn from" in told
+    assert f"step {STOP + 1} has no items to learn from" in told
     assert "set watch.bad_batch to 'skip'" in told
 
 
@@ -330,10 +330,10 @@ def test_one_bad_batch_too_many_stops_the_run(engine: Any, tmp_path: Path) -> No
     path, skips = tmp_path / "run", skipping("infinite", steps=30, watch={"bad_batches": 2})
     told = caught(NonFiniteError, skips, Team(workers=2, engine=engine), path)
     third = next(step for step in range(2 * 8, 30) if BAD in Cursor(SAMPLES, 8, 4, 0).indices(step))
-    assert f"in step {third}, microbatch" in told
+    assert f"in step {third + 1}, microbatch" in told
     assert "2 such batches were left out before it, as many as watch.bad_batches allows" in told
     assert f"version {third} is saved" in told
-    assert f"in step {third}, " in caught(NonFiniteError, skips, Team(workers=1, engine=engine), path, resume=True)
+    assert f"in step {third + 1}, " in caught(NonFiniteError, skips, Team(workers=1, engine=engine), path, resume=True)
 
 
 def test_a_simulation_leaves_out_the_same_batches(tmp_path: Path) -> None:

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from instep.engines.request import Cluster
     from instep.errors import InstepError
     from instep.objectives import objective
-    from instep.recipe import Recipe, Schedule, Team
+    from instep.recipe import Recipe, Team
     from instep.record.monitors import Console
     from instep.record.tensorboard import TensorBoard
     from instep.rules import UpdateRule
+    from instep.schedule import Schedule
     from instep.watch import Watch
 
 _PUBLIC = {
@@ -37,7 +38,7 @@ _PUBLIC = {
     "Monitor": "instep.engines.launch",
     "Recipe": "instep.recipe",
     "Run": "instep.engines.launch",
-    "Schedule": "instep.recipe",
+    "Schedule": "instep.schedule",
     "Team": "instep.recipe",
     "TensorBoard": "instep.record.tensorboard",
     "UpdateRule": "instep.rules",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,8 @@ from instep.components import Component
 from instep.errors import RecipeError
 from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
+from instep.schedule import Change, Phase
+from instep.schedule import Schedule as Schedule  # noqa: PLC0414  # which belongs to a recipe
 from instep.tables import added, as_before, as_saved, check_types, from_table, suggest, to_table
 from instep.watch import Watch
 
@@ -47,44 +48,6 @@ LEAST_TIMEOUT_S = 0.5
 
 _NO_RESULT = {"result": False}
 """Marks a field of a recipe that changes what is shown, never the weights."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How the learning rate changes by step: a factor on the optimizer's own rate.
-
-    All kinds rise linearly from 0 over `warmup_steps`. Then ``constant`` stays at 1; ``cosine`` falls along half a
-    cosine to `final` at the last step (Loshchilov and Hutter, 2017); ``wsd``, warm-up, stable, decay, stays at 1 and
-    falls linearly to `final` over the last `decay_steps`, by default a fifth of all (Hu et al., 2024).
-    """
-
-    kind: Literal["constant", "cosine", "wsd"] = "constant"
-    warmup_steps: int = 0
-    final: float = 0.1
-    decay_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        check_types(self, "schedule")
-        _at_least("schedule.warmup_steps", self.warmup_steps, 0)
-        if not 0 <= self.final <= 1:
-            raise RecipeError(f"'schedule.final' is {self.final}; it is a share of the learning rate, from 0 to 1.")
-        if self.decay_steps is not None:
-            _at_least("schedule.decay_steps", self.decay_steps, 1)
-            if self.kind != "wsd":
-                raise RecipeError(f"'schedule.decay_steps' goes with kind 'wsd' only, and kind is {self.kind!r}.")
-
-    def factor(self, step: int, steps: int) -> float:
-        """The factor for the update from version `step` to ``step + 1``, of `steps` in all."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.kind == "cosine":
-            done = (step + 1 - self.warmup_steps) / max(1, steps - self.warmup_steps)
-            return self.final + (1 - self.final) * (1 + math.cos(math.pi * min(1.0, done))) / 2
-        if self.kind == "wsd":
-            decay_steps = self.decay_steps if self.decay_steps is not None else max(1, steps // 5)
-            left = max(0, steps - (step + 1)) / decay_steps
-            return self.final + (1 - self.final) * min(1.0, left)
-        return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +76,7 @@ class Recipe:
     threads: CPU threads inside each worker. It is part of the recipe since matrix kernels change their order with it.
     watch: what is done about an objective that spikes, or no longer improves. With its `patience`, `evaluate_every` and
         `evaluate_samples` decide the result too.
+    changes: what resumes have changed, each from its version on, by rising version. A resume adds them.
     buffers: what becomes of the model's buffers at the end of a step, from patterns of their names to "mean", "max",
         "last", "frozen", "sum" or "sum:D", as in {"codebook.*": "sum:0.99"}; the first pattern that matches decides.
         See `instep.buffer_modes`.
@@ -144,6 +108,7 @@ class Recipe:
     compile: bool = False
     threads: int = 1
     watch: Watch = field(default_factory=Watch)
+    changes: tuple[Change, ...] = ()
     buffers: Mapping[str, str] = added(before={}, default_factory=dict)
 
     name: str = field(default="custom", metadata=_NO_RESULT)
@@ -178,7 +143,12 @@ class Recipe:
                 f"a batch of {self.batch} samples does not divide into {self.microbatches} equal microbatches; "
                 f"set recipe.batch to {whole}, or choose other recipe.microbatches."
             )
-        self.watch.check(self.rule, self.evaluate_every)
+        for watch in self.watches:
+            watch.check(self.rule, self.evaluate_every)
+        if list(self.changes) != sorted(self.changes, key=lambda change: change.version):
+            raise RecipeError(
+                "'recipe.changes' do not come by rising version; leave them as a run's recipe.toml has them."
+            )
         if self.compile and self.threads > 1:
             raise RecipeError(
                 f"'recipe.compile' goes with 1 thread a worker, not {self.threads}: several threads change the order "
@@ -192,6 +162,29 @@ class Recipe:
     def to_table(self) -> dict[str, Any]:
         """The recipe as a nested dict that TOML can hold."""
         return to_table(self)
+
+    @property
+    def watches(self) -> list[Watch]:
+        """The watch, and those that changes put in its place."""
+        return [self.watch, *(change.watch for change in self.changes if change.watch is not None)]
+
+    def phase(self, version: int) -> Phase:
+        """What holds at `version`, after the changes up to it."""
+        return Phase(self.schedule, self.watch).after([each for each in self.changes if each.version <= version])
+
+    def with_lr(self, lr: float | None) -> Recipe:
+        """The recipe with `lr` as its optimizer's argument; None for its own."""
+        if lr is None or isinstance(self.optimizer, ByPattern):
+            return self
+        return dataclasses.replace(self, optimizer=Component(self.optimizer.use, {**self.optimizer.args, "lr": lr}))
+
+    def known(self, changes: int) -> Recipe:
+        """The recipe with so many of its changes, as it was before the others were made."""
+        return dataclasses.replace(self, changes=self.changes[:changes])
+
+    def fingerprints(self) -> tuple[str, ...]:
+        """The fingerprint with none of the changes, with the first, and so on to all."""
+        return tuple(self.known(count).fingerprint() for count in range(len(self.changes) + 1))
 
     def fingerprint(self) -> str:
         """SHA-256 over the fields that decide the result, `steps` left out: a run may be prolonged."""
@@ -370,8 +363,8 @@ def without_address(value: Any) -> str | None:
 
 def _result_part(table: Mapping[str, Any]) -> dict[str, Any]:
     decisive = {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("result", True)} - {"steps"}
-    watch = table.get("watch")
-    if isinstance(watch, Mapping) and watch.get("patience") is not None:
+    watches = [each.get("watch") for each in (table, *table.get("changes", ())) if isinstance(each, Mapping)]
+    if any(isinstance(watch, Mapping) and watch.get("patience") is not None for watch in watches):
         decisive |= {"evaluate_every", "evaluate_samples"}
     part = {key: value for key, value in table.items() if key in decisive}
     modes = part.get("buffers")

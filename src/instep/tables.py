@@ -59,6 +59,9 @@ def to_table(value: Any) -> dict[str, Any]:
             table[field.name] = to_table(item)
         elif isinstance(item, Mapping):
             table[field.name] = dict(item)
+        elif isinstance(item, tuple):
+            if item:
+                table[field.name] = [to_table(each) if dataclasses.is_dataclass(each) else each for each in item]
         elif item is not None:
             table[field.name] = item
     return table
@@ -76,7 +79,9 @@ def as_saved(cls: type, table: Mapping[str, Any]) -> dict[str, Any]:
     """`table`, saved by any version, with the fields that it lacks since they were added later."""
     known = dict(table)
     for name, field, inner in _fields(cls):
-        if inner is not None:
+        if inner is not None and isinstance(table.get(name), list):
+            known[name] = [as_saved(inner, each) for each in table[name]]
+        elif inner is not None and (name in table or (field.default is not None and field.default != ())):
             if isinstance(table.get(name, {}), Mapping) and (deeper := as_saved(inner, table.get(name, {}))):
                 known[name] = deeper
         elif name not in table and field.metadata.get("before") is not None:
@@ -92,17 +97,19 @@ def as_before(cls: type, table: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if inner is not None and isinstance(table[name], Mapping):
             known[name] = as_before(inner, table[name])
+        elif inner is not None and isinstance(table[name], list):
+            known[name] = [as_before(inner, each) for each in table[name]]
         elif "before" in field.metadata and table[name] == field.metadata["before"]:
             del known[name]
     return known
 
 
-def _fields(cls: type) -> list[tuple[str, dataclasses.Field[Any], type | None]]:
-    """Name, field and, where it is a table of its own, its dataclass."""
+def _fields(cls: type) -> list[tuple[str, dataclasses.Field[Any], Any]]:
+    """Name, field and, where it is a table of its own or a list of such, its dataclass."""
     hints = get_type_hints(cls)
     return [
-        (field.name, field, hints[field.name] if dataclasses.is_dataclass(hints[field.name]) else None)
-        for field in dataclasses.fields(cls)
+        (field.name, field, next(filter(dataclasses.is_dataclass, (hint, *get_args(hint))), None))
+        for field, hint in ((field, hints[field.name]) for field in dataclasses.fields(cls))
     ]
 
 
@@ -148,6 +155,10 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is Component or hint is ByPattern:
         return hint.of(value)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise RecipeError(f"'{where}' is {value!r}; it must be a list.")
+        return tuple(coerce(get_args(hint)[0], item, where) for item in value)
     if origin is Mapping:
         if not isinstance(value, Mapping):
             raise RecipeError(f"'{where}' is {value!r}; it must be a table.")

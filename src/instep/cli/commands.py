@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cyclopts import App
@@ -16,6 +16,7 @@ from instep.cli.flags import Settings, UsageError, merge
 from instep.cli.helping import Formatter, table
 from instep.components import importable
 from instep.engines.request import Cluster
+from instep.engines.resuming import as_last_changed, resume_differences
 from instep.engines.signals import interrupting
 from instep.errors import RecipeError, RecordError
 from instep.recipe import (
@@ -27,7 +28,6 @@ from instep.recipe import (
     path_of,
     read,
     read_saved,
-    table_differences,
     without_address,
 )
 from instep.record.folder import RunFolder
@@ -41,7 +41,8 @@ Any other field is set by its name with dots: --recipe.optimizer.args.lr 3e-4, -
 --team.restarts 5. A value is read as in TOML (3e-4, true, [0.9, 0.95], "text"), or else as text; none takes an \
 optional field away. Flags win over the file.
 
-With --resume the run's own recipe is used; only the team, the steps and fields that decide no result may change."""
+With --resume the run's own recipe is used. The team, the steps and fields that decide no result may change, and from \
+there on --recipe.schedule.*, --recipe.watch.* and --recipe.optimizer.args.lr."""
 
 _REPLAY = """\
 The digest is the run's own, whatever the rule: everything that a replay needs is on the tape. Where it is not, the \
@@ -74,6 +75,7 @@ def app(settings: Settings) -> App:
         out: Path | None = None,
         resume: Path | None = None,
         tensorboard: bool | None = None,
+        skip_samples: str = "",
     ) -> None:
         """Train.
 
@@ -102,6 +104,8 @@ def app(settings: Settings) -> App:
         tensorboard
             Also write the run's events for TensorBoard, into tensorboard/ in the run folder. A resume goes on writing
             there.
+        skip_samples
+            Indices of training samples to leave out from here on: 17,204.
         """
         short = (
             ("workers", "team.workers", workers),
@@ -111,7 +115,7 @@ def app(settings: Settings) -> App:
             ("slow", "team.slow", slow),
             ("memory", "team.memory", memory),
         )
-        _train(recipe, _with_short(settings, short), out, resume, tensorboard)
+        _train(recipe, _with_short(settings, short), out, resume, tensorboard, _indices(skip_samples))
 
     @app.command(help=f"{COMMANDS['replay']}\n\n{_REPLAY}")
     def replay(run: Path, /, *, rule: str | None = None, out: Path | None = None) -> None:
@@ -334,7 +338,12 @@ def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out
 
 
 def _train(
-    given: str | None, settings: Settings, out: Path | None, resume: Path | None, tensorboard: bool | None = None
+    given: str | None,
+    settings: Settings,
+    out: Path | None,
+    resume: Path | None,
+    tensorboard: bool | None = None,
+    skipped: Sequence[int] = (),
 ) -> None:
     merge({}, settings)  # a wrong flag is named before a wrong file
     if out is not None and resume is not None:
@@ -363,7 +372,15 @@ def _train(
         monitors: list[Monitor] = [console]
         if tensorboard or (tensorboard is None and (folder / "tensorboard").is_dir()):
             monitors.append(stack.enter_context(TensorBoard(folder / "tensorboard")))
-        train(recipe, team=team, out=out, resume=resume, monitors=monitors, import_paths=paths)
+        train(recipe, team=team, out=out, resume=resume, monitors=monitors, import_paths=paths, skip_samples=skipped)
+
+
+def _indices(text: str) -> list[int]:
+    """The indices in "17,204". Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--skip-samples is {text!r}; give indices of samples, such as 17,204.")
+    return [int(part) for part in parts]
 
 
 def _give_back(claimed: Path) -> None:
@@ -388,14 +405,14 @@ def _saved(resume: Path, given: str | None, settings: Settings) -> tuple[Recipe,
             f"the recipe of {resume} holds {nameless}, an object that only the program that made it has; resume it "
             f"from there with instep.train(recipe, resume={str(resume)!r})."
         )
-    recipe, team = parse(merge(copy.deepcopy(table), settings))
-    changed = table_differences(recipe.to_table(), table)
+    recipe, team = parse(merge(as_last_changed(copy.deepcopy(table)), settings))
+    changed = resume_differences(recipe.to_table(), table)
     if changed:
         raise RecipeError(
             f"{resume} goes on with its own recipe, and {changed[0]}; leave that flag out, or start a new run."
         )
     if given is not None:
-        changed = table_differences(_parsed(given, settings)[0].to_table(), table)
+        changed = resume_differences(_parsed(given, settings)[0].to_table(), table)
         if changed:
             raise RecipeError(
                 f"{given!r} is not the recipe of {resume}: {changed[0]}; leave it out, or start a new run."

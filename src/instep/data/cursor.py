@@ -33,6 +33,7 @@ class Cursor:
     ragged: "even" cuts a last batch of n samples into ceil(n / usual size) pieces; "spread" over all microbatches,
         however small the pieces become.
     drop_last: leaves the last, smaller batch of each epoch out.
+    skipped: samples that are left out, wherever they come. Their batches are smaller; all others are as they were.
 
     Raises DataError for a data set that is empty or smaller than a batch.
     """
@@ -43,6 +44,7 @@ class Cursor:
     seed: int
     ragged: Literal["even", "spread"] = "even"
     drop_last: bool = False
+    skipped: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -69,11 +71,11 @@ class Cursor:
 
     def size(self, step: int) -> int:
         """Samples in the batch of `step`."""
-        return len(self._span(step))
+        return len(self._batch(step)) if self.skipped else len(self._span(step))
 
     def indices(self, step: int) -> list[int]:
         """Indices of the whole batch of `step`: its microbatches, one after the other."""
-        return _listed(self._take(step, self._span(step)))
+        return _listed(self._batch(step))
 
     def microbatch(self, step: int, index: int) -> list[int]:
         """Indices of microbatch `index`, from 0, of `step`. Empty where a small batch does not reach all."""
@@ -81,14 +83,17 @@ class Cursor:
 
     def microbatch_tensor(self, step: int, index: int) -> Tensor:
         """The same as a tensor ([samples of it], int64)."""
-        return self._take(step, self._part(step, index))
+        part = self._part(step, index)
+        return self._batch(step)[part.start : part.stop] if self.skipped else self._take(step, part)
 
     def microbatch_size(self, step: int, index: int) -> int:
         """How many they are."""
         return len(self._part(step, index))
 
     def _part(self, step: int, index: int) -> range:
-        span = self._span(step)
+        span = range(self.size(step)) if self.skipped else self._span(step)
+        if not span:
+            return span
         pieces = self.microbatches if self.ragged == "spread" else -(-len(span) // self.usual_size)
         index = min(index, pieces)  # those beyond begin and end where the batch does
         return span[len(span) * index // pieces : len(span) * min(index + 1, pieces) // pieces]
@@ -96,6 +101,10 @@ class Cursor:
     def _span(self, step: int) -> range:
         start = step % self.steps_per_epoch * self.batch
         return range(start, min(start + self.batch, self.samples))
+
+    def _batch(self, step: int) -> Tensor:
+        whole = self._take(step, self._span(step))
+        return whole[~torch.isin(whole, torch.tensor(sorted(self.skipped)))] if self.skipped else whole
 
     def _take(self, step: int, span: range) -> Tensor:
         return _order(self.samples, self.seed, self.epoch(step))[span.start : span.stop]

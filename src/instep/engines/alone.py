@@ -23,6 +23,7 @@ from instep.clock.recorded import RecordedTimes
 from instep.engines.descendants import Stopped
 from instep.engines.launch import LOOK_S, Monitor, ended, folders_of, monitors_of, pickled, saved, start_process
 from instep.engines.request import Cluster, Replayed
+from instep.engines.resuming import recorded
 from instep.engines.signals import deaf
 from instep.errors import RecordError, WorkerError, by_name, killed_by
 from instep.recipe import Recipe, Team
@@ -41,7 +42,8 @@ def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replaye
     Raises RecordError where the tape is damaged, of another recipe or not whole, and InstepError as the run would.
     """
     folder = RunFolder.open(Path(run))
-    recipe, _, paths = saved(folder, recipe, None, f"replay({str(run)!r}, recipe)")
+    table, _, paths = saved(folder, recipe, None, f"replay({str(run)!r}, recipe)")
+    recipe = recorded(folder, recipe, table)
     events = [event for event in tape.read(folder.tape_path) if event["kind"] not in ("computed", "evaluated")]
     found: Replayed = _in_child("instep.engines.playback:replay", recipe, (events,), paths, ())
     return found
@@ -61,7 +63,8 @@ def replay_under(
     updates take none. Raises RecordError where the tape lacks a worker's times, and InstepError.
     """
     folder = RunFolder.open(Path(run))
-    recipe, team, paths = saved(folder, recipe, None, f"replay_under({str(run)!r}, rule, recipe)")
+    table, team, paths = saved(folder, recipe, None, f"replay_under({str(run)!r}, rule, recipe)")
+    recipe = recorded(folder, recipe, table)
     times = recorded_times(folder, team.workers)
     cluster = Cluster(workers=team.workers, times=times, merge_s=0.0, collective=False)
     changed = dataclasses.replace(recipe, rule=rule)

@@ -171,8 +171,14 @@ class Contributor:
         self.pack.load(saved)
         self.buffers.restart()
 
+    def enter(self, version: int) -> None:
+        """What is computed next starts from weights of `version`: what the recipe's changes say up to it holds."""
+        if self.replica.enter(version):
+            self._counted, self._whole, self._kept = {}, (-1, {}), {}
+
     def compute(self, work: Work, saved: Tensor, into: Vectors, off: Collection[int] = ()) -> Facts:
-        """The contribution of `work` from the weights `saved`, written into `into`. off: see `Trainable`.
+        """The contribution of `work` from the weights `saved`, written into `into`. off: see `Trainable`. Their
+        version must be entered.
 
         A term or, with local steps, a gradient that is not finite is told of, and such a local step left out.
         """
@@ -223,7 +229,7 @@ class Contributor:
 
     def passes_over(self, totals: Mapping[str, int]) -> bool:
         """Whether nothing is computed where these are the items of what would be."""
-        return self.replica.recipe.watch.bad_batch == "skip" and not self.replica.objective.has_items(totals)
+        return self.replica.watch.bad_batch == "skip" and not self.replica.objective.has_items(totals)
 
     def without_items(self, batch: int, counts: Mapping[str, int]) -> tuple[int, ...]:
         """The batch, if its microbatches here have no items."""

@@ -15,6 +15,7 @@ from instep.engines.replica import Replica
 from instep.errors import CheckpointError, RecipeError
 from instep.objectives.bound import exact_sum
 from instep.randomness import key, seed_all
+from instep.recipe import Recipe
 from instep.record.checkpoint import Loaded
 from instep.restore import kept_module_state
 
@@ -40,8 +41,11 @@ class Progress:
     unevaluated: bool = False  # an evaluation was due at this version, and raised: a resume makes up for it
 
     @classmethod
-    def resumed(cls, saved: Loaded) -> Progress:
-        """Where the run stood at a checkpoint. Raises CheckpointError where it tells of what nobody here knows."""
+    def resumed(cls, saved: Loaded, recipe: Recipe) -> Progress:
+        """Where the run stood at a checkpoint. Another watch from there on lets one go on that its watch has ended.
+
+        Raises CheckpointError where it tells of what nobody here knows.
+        """
         told = saved.meta.get("progress", {})
         unknown = sorted(told.keys() - {each.name for each in fields(cls)})
         if unknown:
@@ -49,7 +53,10 @@ class Progress:
                 f"the checkpoint of version {saved.version} tells of '{unknown[0]}', which this version of Instep does "
                 f"not know; go on with the version that wrote it."
             )
-        return cls(**{**told, "version": saved.version})
+        progress = cls(**{**told, "version": saved.version})
+        if any(change.watch is not None and change.version == saved.version for change in recipe.changes):
+            progress.stopped = ""
+        return progress
 
     def merged(self, *, version: int, steps: int, items: int, objective: float | None) -> None:
         """Notes an update; `objective` is None for one without items."""
@@ -116,9 +123,10 @@ def batches_held_out(replica: Replica) -> list[range]:
     """
     data, recipe = replica.data, replica.recipe
     if data.held_out is None:
-        if recipe.watch.patience is not None:
+        patience = next((watch.patience for watch in recipe.watches if watch.patience is not None), None)
+        if patience is not None:
             raise RecipeError(
-                f"'watch.patience' is {recipe.watch.patience} evaluations, and the data have nothing held out; give a "
+                f"'watch.patience' is {patience} evaluations, and the data have nothing held out; give a "
                 f"pair (training, held out), or leave patience out."
             )
         return []

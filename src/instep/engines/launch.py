@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import queue
 import socket
@@ -21,6 +22,7 @@ from instep.components import importable
 from instep.engines.descendants import MARK, Stopped, end_marked
 from instep.engines.pickling import Pickled, dump
 from instep.engines.request import Request
+from instep.engines.resuming import resumed
 from instep.engines.signals import Stop, blocked, deaf, interrupting
 from instep.errors import (
     CheckpointError,
@@ -38,15 +40,14 @@ from instep.recipe import (
     check_team,
     dumps,
     engine_of,
-    parse,
     read_saved,
-    table_differences,
     without_address,
 )
 from instep.record import tape
 from instep.record.files import disk_error
 from instep.record.folder import About, RunFolder, check_path, remove
 from instep.record.held import identity_of
+from instep.schedule import Change
 from instep.tables import from_table
 
 if TYPE_CHECKING:
@@ -134,15 +135,19 @@ def train(
     resume: str | os.PathLike[str] | None = None,
     monitors: Iterable[Monitor] = (),
     import_paths: Sequence[str | os.PathLike[str]] = (),
+    skip_samples: Sequence[int] = (),
 ) -> Run:
     """Trains `recipe` with `team` and returns the finished run.
 
     recipe: what is trained; with `resume` it may be left out if the saved one can be read back.
     team: who trains; by default one worker, or the saved team with `resume`.
     out: the run folder to make, by default ``runs/NAME``, ``runs/NAME-2`` and so on.
-    resume: the run folder of a run to continue, exactly, with the same or another team.
+    resume: the run folder of a run to continue, exactly, with the same or another team. Schedule, watch and the
+        optimizer's argument `lr` may be others than so far: they hold from here on, see `Recipe.changes`.
     monitors: called with every event; none by default, and nothing is printed.
     import_paths: folders to look for the recipe's modules in, before ``sys.path``.
+    skip_samples: indices of training samples to leave out from here on, in later resumes too; their batches are then
+        smaller.
 
     A KeyboardInterrupt ends the run after the present step, with a checkpoint, and is then raised again; a second one
     ends it at once. So do SIGTERM, SIGHUP and what schedulers warn with, SIGUSR1, SIGUSR2 and SIGXCPU, where the
@@ -150,6 +155,7 @@ def train(
     """
     _check_arguments(recipe, team)
     watching, folders = monitors_of(monitors), folders_of(import_paths)
+    notices: list[str] = []
     if resume is not None:
         if out is not None:
             raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
@@ -160,12 +166,16 @@ def train(
                 f"{folder.path} is the folder of a simulation, which cannot be resumed; train its recipe instead: "
                 f"instep train {folder.recipe_path}."
             )
-        recipe, team, saved_paths = saved(folder, recipe, team, f"train(recipe, resume={str(folder.path)!r})")
+        table, team, saved_paths = saved(folder, recipe, team, f"train(recipe, resume={str(folder.path)!r})")
+        recipe, notices = resumed(folder, recipe, table, tuple(skip_samples))
         folders += saved_paths
     else:
         if recipe is None:
             raise RecipeError("there is nothing to train: give a recipe, or a run to resume.")
         team = team or Team()
+        if skip_samples:
+            first = Change(version=0, skip_samples=tuple(skip_samples))
+            recipe = dataclasses.replace(recipe, changes=(first, *recipe.changes))
     check_team(recipe, team)
     sent = pickled(recipe)
     recipe_file = dumps(recipe, team)
@@ -185,6 +195,8 @@ def train(
         resumed=resume is not None,
         import_paths=tuple(folders),
         began=time.monotonic(),
+        fingerprints=recipe.fingerprints(),
+        notices=tuple(notices),
     )
     client = _Client(folder, resume is not None)
     try:
@@ -425,8 +437,10 @@ def _environment(threads: int) -> dict[str, str]:
     }
 
 
-def saved(folder: RunFolder, recipe: Recipe | None, team: Team | None, call: str) -> tuple[Recipe, Team, list[str]]:
-    """The recipe and team to resume with, and where the run found its modules.
+def saved(
+    folder: RunFolder, recipe: Recipe | None, team: Team | None, call: str
+) -> tuple[dict[str, Any], Team, list[str]]:
+    """The table of the run's recipe, the team to go on with, and where the run found its modules.
 
     call: of `instep`, with the recipe, for who has to give it. Raises RecipeError and CheckpointError.
     """
@@ -438,17 +452,9 @@ def saved(folder: RunFolder, recipe: Recipe | None, team: Team | None, call: str
             f"that recipe too: instep.{call}."
         )
     saved_team = from_table(Team, table.pop("team", {}), "team")
-    if recipe is None:
-        recipe = parse(table)[0]
-    elif differences := table_differences(recipe.to_table(), table):
-        shown = "; ".join([*differences[:3], *([f"and {len(differences) - 3} more"] if len(differences) > 3 else [])])
-        raise CheckpointError(
-            f"the run {folder.path} was trained with another recipe ({shown}); resume it with its own, or start a new "
-            f"run."
-        )
     about = folder.about()
     paths = about.import_paths if about is not None else _started(folder).get("import_paths", [])
-    return recipe, team or saved_team, list(paths)
+    return table, team or saved_team, list(paths)
 
 
 def _is_simulation(folder: RunFolder) -> bool:

@@ -92,6 +92,7 @@ class Lockstep:
 
     def prepare(self, version: int) -> None:
         """Loads the first batches and learns the objective's terms."""
+        self.replica.enter(version)
         watched = self.replica.parameters if self.workers > 1 else []  # a worker alone shares none
         before = trace_of(watched)
         looks = version == 0 and self.worker == 0
@@ -151,6 +152,7 @@ class Lockstep:
     def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], bool]:
         exchange, replica, step = self._exchange, self.replica, progress.version
         began = time.monotonic()
+        replica.enter(step)
         if self._late is not None:
             self.replica.doing, error = self._late
             raise error
@@ -270,10 +272,12 @@ class Lockstep:
 
     def _load_ahead(self, step: int) -> None:
         """Loads the next step's batches. What that raises waits until it is that step's turn: this one is sound."""
+        self.replica.enter(step)
         try:
             self._load(step)
         except Exception as error:
             self._late = self.replica.doing, error
+        self.replica.enter(step - 1)  # which is not made yet
 
     def _totals(self) -> dict[str, int]:
         return dict(zip(self.terms, (int(n) for n in self._exchange.counts.sum(axis=0)), strict=True))
@@ -396,7 +400,7 @@ class Lockstep:
             exchange.evaluation_counts[place] = counts
             exchange.evaluation_sums[place] = sums
         mark(exchange.evaluated, self.worker, version + 1)
-        if self.worker and replica.recipe.watch.patience is None:
+        if self.worker and replica.watch.patience is None:
             return None
         self._wait(exchange.evaluated, version + 1)
         return Evaluation.of(replica, exchange.evaluation_counts, exchange.evaluation_sums)

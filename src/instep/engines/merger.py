@@ -77,6 +77,8 @@ class Merger:
         self.pack = Pack(replica.module, replica.parameters)
         self.buffers = Buffers(replica.module, replica.recipe.buffers)
         self.watcher = Watcher(replica, self.buffers)
+        self.version = 0
+        """Updates so far."""
         self.microbatches = 0
         """Microbatches merged so far."""
         self.sound = True
@@ -92,6 +94,7 @@ class Merger:
         The watch may have it left out. Raises NonFiniteError, or ObjectiveError for whole batches without items, before
         any change, where it does not.
         """
+        self.replica.enter(self.version)
         step = self.microbatches // self.pieces.microbatches
         facts = [each.facts for each in contributions]
         objective, terms = self.replica.objective, self.replica.objective.terms or ()
@@ -117,6 +120,7 @@ class Merger:
             self._take_buffers(contributions)
             self._take_flags(facts)
         self.sound = True
+        self.version += 1
         self.microbatches += sum(each.work.microbatches for each in contributions)
         return Update(value, means, counts[terms[0]], rate, norm, verdict, self._doubts(facts))
 

@@ -59,6 +59,10 @@ class Optimizer:
         """Itself, as one of one."""
         return [self]
 
+    def take_rates(self, other: Optimizer) -> None:
+        """From here on the learning rates are those that `other` was built with."""
+        self._rates = other._rates
+
     def step(self, factor: float) -> float | None:
         """One update by the parameters' `grad`, all learning rates times `factor`; returns the first of them, if any.
 

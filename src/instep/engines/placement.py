@@ -227,7 +227,8 @@ def choose(replica: Replica, reduction: Reduction, worker: int, *, steady: bool)
         reduction.workers > 1
         and replica.device.type == "cpu"
         and steady
-        and replica.recipe.watch.spike != "rollback"  # it reads all weights, and puts them back, before the update
+        # A rollback reads all weights, and puts them back, before the update.
+        and all(watch.spike != "rollback" for watch in replica.recipe.watches)
         and all(_updates_by_parameter(one.of_torch) for one in replica.optimizer.each)
         and _can_move(replica.parameters)
     )

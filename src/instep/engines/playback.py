@@ -26,9 +26,10 @@ def replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell = lam
     Raises RecordError where the tape is of another recipe or lacks what it needs, and InstepError as the run would.
     """
     playback: _Playback | None = None
+    fingerprints = recipe.fingerprints()
     for event in map(_Event, events):
         if event["kind"] == "run_started":
-            if event["fingerprint"] != recipe.fingerprint():
+            if event["fingerprint"] not in fingerprints:
                 raise RecordError(
                     "the tape is of another recipe than the one given; replay it with the recipe in its run folder."
                 )
@@ -67,7 +68,7 @@ class _Playback:
 
     def __init__(self, recipe: Recipe, started: Mapping[str, Any]):
         self._recipe = recipe
-        self._engine: tuple[str, int, int] = ("", 0, 0)
+        self._engine: tuple[str, int, int, str] = ("", 0, 0, "")
         self._replayer = self._fresh(started)
         self._kept: dict[int, dict[str, Any]] = {}
         self._keep(0)
@@ -258,7 +259,8 @@ class _Playback:
         device = started["team"].get("device", "cpu")
         self._engine = _engine_of(started)
         cut = started["cut"] if self._serving else 1
-        recipe = dataclasses.replace(self._recipe, steps=started["steps"])  # its schedule follows them
+        changes = self._recipe.fingerprints().index(started["fingerprint"])  # what was not known then did not hold
+        recipe = dataclasses.replace(self._recipe.known(changes), steps=started["steps"])  # its schedule follows them
         return Replayer(recipe, cut, device, batched=started.get("batched", False))
 
     def _keep(self, version: int) -> None:
@@ -274,10 +276,11 @@ class _Playback:
         if version != self._version or version == 0:
             merger.load(kept["model"], copy.deepcopy(kept["training"]))
             merger.microbatches = kept["microbatches"]
+        merger.version = version
         self._replayer.everybody_left()
         self._version = version
 
 
-def _engine_of(started: Mapping[str, Any]) -> tuple[str, int, int]:
+def _engine_of(started: Mapping[str, Any]) -> tuple[str, int, int, str]:
     """What a start of the run was computed by: another one cuts the run, or its learning rate, in another way."""
-    return started["engine"], started["cut"], started["steps"]
+    return started["engine"], started["cut"], started["steps"], started["fingerprint"]

@@ -89,6 +89,7 @@ class Replayer:
         if self._together is None:
             piece, version = self._work[worker]
             contributor = self._contributor(worker)
+            contributor.enter(version)
             vectors = self._spare.pop() if self._spare else contributor.empty()
             weights, off = self._weights[version], self._off[version]
             return contributor.compute(self.pieces.work(piece), weights, vectors, off), vectors

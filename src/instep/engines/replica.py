@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -24,6 +26,7 @@ from instep.engines.training_mode import idle_dropouts, into_training
 from instep.errors import (
     CheckpointError,
     ComponentError,
+    DataError,
     NonFiniteError,
     RecipeError,
     RecomputeError,
@@ -61,12 +64,15 @@ class Replica:
                 f"the objective {recipe.objective.describe()} compares each sample with its whole global batch, which "
                 f"rule '{recipe.rule.name}' never computes from the same weights; set rule to 'synchronous'."
             )
+        self._starts = [change.version for change in recipe.changes]
+        self._check_skipped()
         self._build()
         self.checks: SpotChecks | None = None
         """What is verified of the gradient checkpointing plan that is on the model."""
         self._forward: Any = _compiled(self.module) if recipe.compile else self.module
         self._shared: tuple[Any, dict[int, Any]] = (None, {})
         self._in_hand: tuple[int, int] | None = None
+        self._enter(0)
         torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
         self.doing = "waiting for the team"
 
@@ -85,6 +91,7 @@ class Replica:
         self._extra_state = ExtraState(self.module)
         self.trainable = Trainable(self.module, self.names, self.parameters)
         """Which of them require a gradient at present."""
+        self._lr: float | None = None
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
         self.optimizer = optimizer_of(recipe, self.names, self.parameters)
@@ -97,6 +104,34 @@ class Replica:
         other._build()
         other.checks, other._forward = None, other.module
         return other
+
+    def enter(self, version: int) -> bool:
+        """Lets hold what the recipe's changes up to `version` say, and nothing of later ones. Whether that is new."""
+        if bisect.bisect_right(self._starts, version) == self._entered:
+            return False
+        self._enter(version)
+        return True
+
+    def _enter(self, version: int) -> None:
+        phase = self.recipe.phase(version)
+        self._entered = bisect.bisect_right(self._starts, version)
+        self.schedule, self.watch = phase.schedule, phase.watch
+        self.cursor = dataclasses.replace(self.cursor, skipped=phase.skipped)
+        self._shared = (None, {})
+        if phase.lr != self._lr:
+            seed_all(key(self.recipe.seed, "optimizer"))
+            changed = optimizer_of(self.recipe.with_lr(phase.lr), self.names, self.parameters)
+            for own, other in zip(self.optimizer.each, changed.each, strict=True):
+                own.take_rates(other)
+            self._lr = phase.lr
+
+    def _check_skipped(self) -> None:
+        highest = max((index for change in self.recipe.changes for index in change.skip_samples), default=-1)
+        if highest >= self.cursor.samples:
+            raise DataError(
+                f"'skip_samples' holds {highest}, and the {self.cursor.samples} samples are counted from 0; leave it "
+                f"out."
+            )
 
     @property
     def size(self) -> int:
@@ -189,7 +224,7 @@ class Replica:
         gradients[i] has parameter i's shape, float32; None means that no microbatch gave the parameter a gradient.
         """
         self.doing = f"updating the weights in step {step + 1}"
-        factor = self.recipe.schedule.factor(step, self.recipe.steps)
+        factor = self.schedule.factor(step, self.recipe.steps)
         seed_all(key(self.recipe.seed, step, "update"))
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)

@@ -24,6 +24,9 @@ class Request:
     """One run. `recipe` is pickled, into memory that all workers map, so that only they run the user's code;
     `recipe_table` and `recipe_file`, the file to save, are for the record.
 
+    `fingerprints` are those with none of the recipe's changes, with the first, and so on. `notices` are sentences to
+    warn with at the start.
+
     `began`, in seconds on the machine's monotonic clock, is the zero of the tape's times.
     """
 
@@ -38,6 +41,8 @@ class Request:
     resumed: bool
     import_paths: tuple[str, ...]
     began: float
+    fingerprints: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

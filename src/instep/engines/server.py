@@ -62,7 +62,8 @@ def contribute(session: Session, descriptor: int) -> None:
             break
         if incarnation != own:
             continue  # it was meant for the process that had this place before
-        piece, slot, off = rest
+        piece, slot, off, version = rest
+        contributor.enter(version)
         work = contributor.pieces.work(piece)
         replica.doing = f"computing piece {piece}"
         from_s = session.clock()
@@ -88,11 +89,11 @@ def serve(session: Session, descriptor: int) -> None:
     if saved is not None:
         _check_length(session, pieces, saved.meta)
         merger.load(saved.model_state, saved.training_state)
-        progress = Progress.resumed(saved)
+        progress = Progress.resumed(saved, session.recipe)
         state = saved.meta.get("ledger") or _state_after(pieces, saved.version)
         _check_begun(pieces, state, saved.meta)
         ledger, lost = _recovered(session.recipe.rule, pieces, state)
-        merger.microbatches = ledger.merged_microbatches
+        merger.microbatches, merger.version = ledger.merged_microbatches, progress.version
     else:
         look_at_objective(replica, probe)
     facts = session.facts(
@@ -359,7 +360,7 @@ class _Server:
         self._tally.released(worker, lead, self._merger.pack.size_bytes)
         slot = self._publish(action.version)
         off = tuple(self._replica.trainable.off)
-        self._lines[worker].send(("work", self._incarnations[worker], action.piece, slot, off))
+        self._lines[worker].send(("work", self._incarnations[worker], action.piece, slot, off, action.version))
 
     def _publish(self, version: int) -> int:
         """Where the present weights lie for workers to read."""

@@ -49,7 +49,7 @@ class Assignment:
     recipe: Pickled
     team: Team
     folder: Path
-    fingerprint: str
+    fingerprints: tuple[str, ...]
     resume_from: Path | None
     began: float
     identity: Identity
@@ -112,7 +112,7 @@ class Session:
         assert self.replica is not None
         self.replica.doing = f"loading {path}"
         saved = checkpoint.load(path)
-        checkpoint.check_recipe(path, saved=saved.fingerprint, current=self.assignment.fingerprint)
+        checkpoint.check_recipe(path, saved=saved.fingerprint, current=self._fingerprint(saved.version))
         if "data" not in saved.meta:
             raise CheckpointError(f"the checkpoint {path} does not tell what data it was trained on; use another one.")
         if saved.meta["data"] != self.data_facts():
@@ -125,6 +125,10 @@ class Session:
             )
         self.saved_version = saved.version
         return saved
+
+    def _fingerprint(self, version: int) -> str:
+        """Of what has decided the weights of `version`: changes that hold from it on have not yet."""
+        return self.assignment.fingerprints[sum(change.version < version for change in self.recipe.changes)]
 
     def data_facts(self) -> dict[str, Any]:
         """Digest and length of the training data."""
@@ -177,7 +181,7 @@ class Session:
             model_state=model_state,
             training_state=training_state,
             meta={"progress": asdict(progress), "data": self.data_facts(), **meta},
-            fingerprint=self.assignment.fingerprint,
+            fingerprint=self._fingerprint(progress.version),
             keep=self.assignment.team.keep,
         )
         self.saved_version = progress.version
@@ -209,7 +213,7 @@ class Session:
         """Notes the objective on held-out data. Returns whether this version is to be saved as the best."""
         if found is None or self.replica is None:
             return False
-        note_evaluation(progress, self.recipe, found.facts(progress.version, self.replica))
+        note_evaluation(progress, self.replica, found.facts(progress.version, self.replica))
         if not self.leads:
             return False
         self.emit("evaluated", **progress.held_out)

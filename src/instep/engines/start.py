@@ -259,7 +259,7 @@ class Start:
             import_paths=list(self._run.import_paths),
         )
         if self._supervisor.restarts == 0:
-            for why in self._run.rule.warnings():
+            for why in (*self._run.notices, *self._run.rule.warnings()):
                 self._supervisor.record("warned", why=why)
         self._facts, self._memory = facts, memory
         for worker in self._workers:

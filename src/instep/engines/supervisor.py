@@ -155,7 +155,7 @@ class Supervisor:
             recipe=run.recipe,
             team=run.team,
             folder=run.folder,
-            fingerprint=run.fingerprint,
+            fingerprints=run.fingerprints or (run.fingerprint,),
             resume_from=resume_from,
             began=run.began,
             lines=self._lines,

@@ -59,6 +59,11 @@ def simulate(recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | N
 class _Simulation:
     def __init__(self, recipe: Recipe, cluster: Cluster, gradients: bool, held: Held | None, tell: Tell):
         self._recipe, self._cluster, self._gradients, self._tell = recipe, cluster, gradients, tell
+        if recipe.changes:
+            raise RecipeError(
+                f"'recipe.changes' hold from version {recipe.changes[0].version} of one run on, and a simulation is "
+                f"another run; leave them out."
+            )
         if gradients and recipe.watch.ends_early:
             raise RecipeError(_NO_END)
         self._held = held

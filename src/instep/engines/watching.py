@@ -17,7 +17,6 @@ from typing import Any
 from instep.engines.evaluation import Progress
 from instep.engines.replica import Replica
 from instep.errors import CheckpointError, NonFiniteError, ObjectiveError
-from instep.recipe import Recipe
 from instep.record.shapes import WATCH, misfit
 from instep.reduce.buffers import Buffers
 from instep.watch import Watch, limit
@@ -63,12 +62,16 @@ class Watcher:
     """Judges each update before it is made, from the objectives before it; keeps states for a rollback."""
 
     def __init__(self, replica: Replica, buffers: Buffers):
-        self._replica, self._buffers, self._watch = replica, buffers, replica.recipe.watch
+        self._replica, self._buffers = replica, buffers
         self._past: deque[float] = deque(maxlen=self._watch.window)
         self._kept: dict[str, Any] | None = None
         self._rollbacks = 0
         self._quiet = 0  # updates for which a spike is no news
         self._bad = 0  # batches that were left out
+
+    @property
+    def _watch(self) -> Watch:
+        return self._replica.watch
 
     @property
     def skips(self) -> bool:
@@ -99,6 +102,8 @@ class Watcher:
         watch = self._watch
         if watch.spike == "ignore":
             return Verdict()
+        if self._past.maxlen != watch.window:
+            self._past = deque(self._past, maxlen=watch.window)
         bound = limit(self._past, watch.deviations) if len(self._past) == watch.window else float("inf")
         self._past.append(objective)
         self._quiet -= 1
@@ -171,12 +176,12 @@ def _stopping(why: ObjectiveError, before: int, watch: Watch) -> ObjectiveError:
     return type(why)(f"{why.message.rstrip('.')}; {left_out}: {remedies}.")
 
 
-def note_evaluation(progress: Progress, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+def note_evaluation(progress: Progress, replica: Replica, facts: Mapping[str, Any]) -> None:
     """Takes in an evaluation, and ends the run where the watch's patience is at its end."""
     progress.held_out = dict(facts)
-    if progress.steps == recipe.steps:
+    if progress.steps == replica.recipe.steps:
         return  # the last one: a run that is prolonged has not seen it
-    best, patience = progress.best, recipe.watch.patience
+    best, patience = progress.best, replica.watch.patience
     if facts["objective"] < best.get("objective", math.inf):
         progress.best = {"version": facts["version"], "objective": facts["objective"]}
         progress.evaluations_since = 0

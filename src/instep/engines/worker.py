@@ -72,7 +72,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     saved = session.saved()
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
-        progress = Progress.resumed(saved)
+        progress = Progress.resumed(saved, session.recipe)
     engine = Lockstep(replica, worker, team.workers, session.pulse, session.emit, session.clock)
     if saved is not None:
         engine.watcher.load(saved.training_state.get("watch"))

@@ -167,7 +167,7 @@ PROGRESS = Table(
         "version": COUNT, "steps": COUNT, "items": COUNT, "train_s": NUMBER, "objective_first": FIGURE,
         "objective_last": FIGURE, "held_out": Table({"version": COUNT, "objective": FIGURE, "bits_per_byte": FIGURE}),
         "best": Table({"version": COUNT, "objective": FIGURE}), "evaluations_since": COUNT, "skipped": COUNT,
-        "stopped": TEXT,
+        "stopped": TEXT, "bad_batches": COUNT, "unevaluated": FLAG,
     },
     needed=("steps",),
 )  # fmt: skip
@@ -207,7 +207,7 @@ _KEPT = ("version", "model", "training")
 
 WATCH = Table(
     {
-        "past": Each(NUMBER), "rollbacks": COUNT, "quiet": NUMBER,
+        "past": Each(NUMBER), "rollbacks": COUNT, "quiet": NUMBER, "bad": COUNT,
         "kept": Maybe(Table({"version": COUNT, "model": ANY_TABLE, "training": ANY_TABLE}, _KEPT)),
     },
     needed=("past", "kept", "rollbacks", "quiet"),

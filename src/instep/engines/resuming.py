@@ -1,0 +1,146 @@
+"""What a resume may change, so that nothing of the past is rewritten: it becomes a part of the recipe, by version."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from instep.components import Component
+from instep.errors import CheckpointError
+from instep.recipe import Recipe, parse, table_differences
+from instep.record import checkpoint
+from instep.record.folder import RunFolder
+from instep.schedule import Change, Phase, Schedule
+from instep.tables import from_table, to_table
+from instep.watch import Watch
+
+JUMP = 1.25
+"""A learning rate that rises by more than this because a run is prolonged is warned of."""
+
+
+def resumed(
+    folder: RunFolder, given: Recipe | None, table: Mapping[str, Any], skip_samples: tuple[int, ...] = ()
+) -> tuple[Recipe, list[str]]:
+    """The recipe that goes on, from that in the run's `table` and the one `given`, and sentences to warn with.
+
+    Schedule, watch and the optimizer's `lr` are, from the newest checkpoint on, those of the recipe given; up to there
+    they stay as they were. Raises CheckpointError where the recipe differs in more.
+    """
+    before = recorded(folder, given, table)
+    now = before.phase(before.changes[-1].version if before.changes else 0)
+    wanted = now if given is None else _wanted(given, before, now)
+    change = Change(
+        version=0,
+        schedule=wanted.schedule if wanted.schedule != now.schedule else None,
+        watch=wanted.watch if wanted.watch != now.watch else None,
+        lr=wanted.lr if wanted.lr != now.lr else None,
+        skip_samples=tuple(set(skip_samples) - now.skipped),
+    )
+    changed, prolonged = change != Change(version=0), before.steps != table["steps"]
+    if not (changed or prolonged):
+        return before, []
+    version, done = _newest(folder)
+    if not changed:
+        return before, _jump(now, table["steps"], before.steps, done)
+    version = max(version, *(each.version for each in before.changes), 0)
+    return dataclasses.replace(before, changes=(*before.changes, dataclasses.replace(change, version=version))), []
+
+
+def recorded(folder: RunFolder, given: Recipe | None, table: Mapping[str, Any]) -> Recipe:
+    """The recipe in the run's `table`, its objects and what decides no result taken from the one `given`.
+
+    Raises CheckpointError where the two differ in what no resume may change.
+    """
+    if given is None:
+        return parse(table)[0]
+    differences = resume_differences(given.to_table(), table)
+    if differences:
+        shown = "; ".join([*differences[:3], *([f"and {len(differences) - 3} more"] if len(differences) > 3 else [])])
+        raise CheckpointError(
+            f"the run {folder.path} was trained with another recipe ({shown}); resume it with its "
+            f"own, of which steps, schedule, watch and the optimizer's lr may change, or start a new run."
+        )
+    optimizer, lr = given.optimizer, lr_of(table)
+    if isinstance(optimizer, Component) and lr_of(given.to_table()) is not None:
+        args = {key: value for key, value in optimizer.args.items() if key != "lr"}
+        optimizer = Component(optimizer.use, args if lr is None else {**args, "lr": lr})
+    objects = {key: getattr(given, key) for key in ("model", "objective", "data")}
+    kept = parse({**table, **objects, "optimizer": optimizer, "artifacts": given.artifacts})[0]
+    return dataclasses.replace(
+        given, **{key: getattr(kept, key) for key in ("optimizer", "schedule", "watch", "changes")}
+    )
+
+
+def resume_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """As `table_differences`, between the table `here` and that of a run, but for what a resume may change.
+
+    Once evaluations could end the run, how they are made cannot change.
+    """
+    patient = any(each.get("watch", {}).get("patience") is not None for each in (there, *there.get("changes", ())))
+    sides = []
+    for table in (here, there):
+        kept = {key: value for key, value in table.items() if key not in ("schedule", "watch", "changes")}
+        if patient:
+            kept["watch"] = {"patience": 1}
+        if lr_of(here) is not None and isinstance(kept.get("optimizer"), Mapping):
+            args = {key: value for key, value in kept["optimizer"].get("args", {}).items() if key != "lr"}
+            kept["optimizer"] = {**kept["optimizer"], "args": args}
+        sides.append(kept)
+    return table_differences(*sides)
+
+
+def as_last_changed(table: dict[str, Any]) -> dict[str, Any]:
+    """The table of a run's recipe with what its changes have made of it, and without them."""
+    changes = tuple(from_table(Change, each, "recipe.changes") for each in table.pop("changes", ()))
+    now = Phase(Schedule(), Watch()).after(changes)
+    if any(change.schedule for change in changes):
+        table["schedule"] = to_table(now.schedule)
+    if any(change.watch for change in changes):
+        table["watch"] = to_table(now.watch)
+    if now.lr is not None:
+        table["optimizer"] = {**table["optimizer"], "args": {**table["optimizer"].get("args", {}), "lr": now.lr}}
+    return table
+
+
+def lr_of(table: Mapping[str, Any]) -> float | None:
+    """The argument `lr` of the optimizer in a recipe's table, if it is a number."""
+    optimizer = table.get("optimizer", {})
+    lr = optimizer.get("args", {}).get("lr") if isinstance(optimizer, Mapping) else None
+    return float(lr) if isinstance(lr, (int, float)) and not isinstance(lr, bool) else None
+
+
+def _wanted(given: Recipe, before: Recipe, now: Phase) -> Phase:
+    """What is to hold from here on. A recipe of the run itself, with its changes, asks for nothing new."""
+    own = given.changes == before.changes
+    was, is_given = lr_of(before.to_table()), lr_of(given.to_table())
+    current = was if now.lr is None else now.lr
+    return Phase(
+        now.schedule if own and given.schedule == before.schedule else given.schedule,
+        now.watch if own and given.watch == before.watch else given.watch,
+        now.lr if (own and is_given == was) or is_given in (None, current) else is_given,
+        now.skipped,
+    )
+
+
+def _newest(folder: RunFolder) -> tuple[int, int]:
+    """Version and steps of the checkpoint that a resume goes on from."""
+    path, _ = checkpoint.newest_sound(folder.checkpoints)
+    if path is None:
+        return 0, 0
+    manifest = checkpoint.read_manifest(path)
+    return manifest.version, manifest.meta["progress"]["steps"]
+
+
+def _jump(now: Phase, steps_before: int, steps: int, done: int) -> list[str]:
+    """A sentence where a longer schedule takes up the learning rate again that the shorter one had lowered."""
+    if done == 0 or done >= steps:
+        return []
+    last, following = now.schedule.factor(done - 1, steps_before), now.schedule.factor(done, steps)
+    if done < now.schedule.warmup_steps or following <= JUMP * last:
+        return []
+    return [
+        f"the learning rate jumps from {last:.3g} to {following:.3g} of the optimizer's own at step {done + 1}, for "
+        f"the schedule '{now.schedule.kind}' now lasts {steps} steps and not {steps_before}; if it should not, resume "
+        f"with another recipe.schedule."
+    ]
