@@ -360,7 +360,7 @@ CASES: list[tuple[str, dict[str, Any], type[InstepError], str]] = [
     ("no model", {"model": lambda: 3}, ComponentError, "must give a torch.nn.Module"),
     ("frozen", {"model": lambda: nn.Linear(3, 1).requires_grad_(False)}, RecipeError, "no parameter that requires"),
     ("lazy", {"model": lambda: nn.LazyLinear(1)}, RecipeError, "has no shape yet"),
-    ("no optimizer", {"optimizer": lambda parameters: 3}, ComponentError, "must give a torch.optim.Optimizer"),
+    ("no optimizer", {"optimizer": lambda parameters: 3}, ComponentError, "must give one torch.optim.Optimizer"),
     ("closure", {"optimizer": lambda p: torch.optim.LBFGS(p)}, ComponentError, "LBFGS"),
     ("finished", {"optimizer": torch.optim.SGD(nn.Linear(3, 1).parameters())}, ComponentError, "a finished SGD, whose"),
     ("no lr", {"optimizer": lambda p: torch.optim.Optimizer(p, {"rate": 1.0})}, ComponentError, "without 'lr', which"),

@@ -6,6 +6,7 @@ Nothing is assumed about what it keeps: its state is what its own `state_dict` g
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -251,7 +252,17 @@ def _built(component: Component, names: Sequence[str], parameters: Sequence[nn.P
             f"the optimizer is a finished {kind}, whose parameters are not those that the workers train; give what "
             f"builds it from a list of parameters, such as lambda parameters: {kind}(parameters, lr=...)."
         )
-    optimizer = _called(component, names, parameters)
+    try:
+        optimizer = _called(component, names, parameters)
+    except InstepError:
+        raise
+    except Exception as error:  # its own code, which may raise anything
+        raise ComponentError(
+            f"the optimizer {component.describe()} could not be built from the list of parameters "
+            f"({type(error).__name__}: {error}); give what builds it from that list or, by an argument "
+            f"'named_parameters', from their names too.",
+            detail=traceback.format_exc(),
+        ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ComponentError(
             f"the optimizer {component.describe()} gave a {type(optimizer).__name__}; called with the list of "
