@@ -401,7 +401,7 @@ def test_frozen_buffers_that_forwards_change_are_set_back_and_not_computed_for_m
         ({"sizes": "sum:x"}, "'recipe.buffers' has 'sum:x' for 'sizes'; the factor on the value of before is a number"),
         ({"sizes": "sum:1.5"}, "'recipe.buffers' has 'sum:1.5' for 'sizes'; the factor"),
         ({"sizes": "sum:nan"}, "'recipe.buffers' has 'sum:nan' for 'sizes'; the factor"),
-        ("sum", "'recipe.buffers' is 'sum'; it must be a table."),
+        ("sum", "'recipe.buffers' is 'sum'; it must be a dict."),
         ({"size": "sum"}, "'recipe.buffers' has 'size', and no buffer of the model has such a name; did you mean 'siz"),
         ({"q.*": "last"}, "'recipe.buffers' has 'q.*', and no buffer of the model has such a name; its buffers are"),
         (

@@ -16,6 +16,9 @@ from typing import Any, TextIO
 import pytest
 
 from instep.record.monitors import Console
+from instep.record.progress import Progress
+from instep.rules.presets import parse
+from instep.tables import to_table
 
 DIGEST = "ab" * 32
 Event = dict[str, Any]
@@ -398,3 +401,71 @@ def test_rich_is_imported_for_terminals_only() -> None:
     code = "import sys, instep.record.monitors as m; m.Console(); print('rich' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False False\n"
+
+
+def shown(rule: str = "synchronous", *, virtual: bool = False, **result: Any) -> str:
+    """What is shown of a run under a rule, from its beginning to its end."""
+    file = io.StringIO()
+    console = Console(file=file)
+    begun = started(0.0)
+    begun["recipe"]["rule"] = to_table(parse(rule))
+    clock = {"clock": "virtual", "engine": "virtual"} if virtual else {}
+    console({**begun, **clock})
+    for version in (1, 2):
+        console({**merged(6.0 * version, version), **clock})
+    found = {
+        "versions": 40, "dropped": 0, "staleness_mean": 1.5, "staleness_max": 3, "lead_max": 4, "bytes_sent": 1,
+        "idle_share": [0.0], "rule": rule.partition(":")[0], **result,
+    }  # fmt: skip
+    console({**ended(12, 20, **found), **clock})
+    return file.getvalue()
+
+
+def test_a_rule_is_shown_with_its_value_and_each_figure_beside_its_bound() -> None:
+    out = shown("bounded_staleness:4,max_staleness=7", delayed_max=9)
+    assert re.search(r"^rule +bounded_staleness:4,max_staleness=7, by the", out, re.MULTILINE)
+    assert re.search(r"^staleness +mean 1\.50, at most 3 versions, bound 7$", out, re.MULTILINE)
+    assert re.search(r"^delayed +at most 9 versions, where a piece was given out again$", out, re.MULTILINE)
+    assert re.search(r"^lead +at most 4 rounds, bound 4$", out, re.MULTILINE)
+    assert re.search(r"^lead +at most 4 rounds$", shown("asynchronous"), re.MULTILINE), "it has none"
+
+
+def test_seconds_of_a_virtual_clock_are_called_virtual() -> None:
+    out = shown(virtual=True)
+    assert "items/s     1,234 (virtual)" in out
+    assert "time        12.3 s (virtual)" in out
+    assert "items/s (virtual)" in next(line for line in out.splitlines() if line.startswith("step"))
+    assert "virtual" not in shown()
+
+
+def test_terms_and_metrics_of_held_out_data_are_shown_live_and_at_the_end() -> None:
+    out = shown(held_out_terms={"objective": 3.25, "accuracy": 0.5})
+    assert re.search(r"^ +accuracy +0\.5000$", out, re.MULTILINE)
+    assert "objective 3.25" not in shown(held_out_terms={"objective": 3.25}), "that is the held-out objective"
+    file = io.StringIO()
+    console = Console(file=file, every_s=1e9)
+    console(started(0.0))
+    console(merged(1.0, 1))
+    console(evaluated(2.0, 1, terms={"objective": 3.25, "accuracy": 0.5}))
+    assert "held-out 3.2500  objective 3.2500  accuracy 0.5000" in file.getvalue()
+
+
+def test_bytes_that_are_no_text_are_not_shown_as_a_sample() -> None:
+    out = shown(sample="def \ufffd\ufffd)\x00\ufffd\x1cF{")
+    assert re.search(r"^sample +no text yet: 42 % of it cannot be read$", out, re.MULTILINE)
+    assert "\ufffd" not in out
+    assert "    def f(x):\n        return x" in shown(sample="def f(x):\n    return x")
+
+
+def test_items_a_second_are_those_of_the_result_where_all_steps_are_seen() -> None:
+    """By the run's own count of the seconds in steps: trying the first checkpoint, say, is in no step."""
+    progress = Progress()
+    progress.see(started(0.0))
+    for version, (t_s, train_s) in enumerate([(5.0, 2.0), (19.0, 3.0), (20.0, 4.0)], 1):
+        progress.see(merged(t_s, version, train_s=train_s))
+    assert progress.items_per_s == 3000 / 4.0
+    resumed = Progress()
+    resumed.see(started(0.0, 7, resumed=True))
+    resumed.see(merged(5.0, 8, train_s=80.0))
+    resumed.see(merged(6.0, 9, train_s=80.5))
+    assert resumed.items_per_s == 1000 / 0.5, "of this session"

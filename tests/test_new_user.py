@@ -7,13 +7,23 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import instep
+from instep import Recipe, objectives
+from instep import gradient_checkpointing as gc
 from instep.cli import COMMANDS, main
-from instep.errors import RecipeError
+from instep.components import Component
+from instep.errors import ObjectiveError, RecipeError
 from instep.recipe import path_of, read
 from instep.rules.presets import parse
+from test_faults import regression
+
+BASE: dict[str, Any] = {"model": "m:M", "objective": "m:f", "data": "m:d", "batch": 8, "steps": 1}
 
 
 def said(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -136,3 +146,58 @@ def test_a_teacher_that_is_missing_says_how_to_make_one(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert "train one with 'instep train gpt' and give its folder" in done.stderr
+
+
+def test_a_plan_fits_a_screen_and_explains_its_bound() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8 + n), nn.Tanh(), nn.Linear(8 + n, 8)) for n in range(30)])
+    profile = gc.profile(
+        model, lambda m, x: m(x).square().sum(), torch.randn(64, 8), blocks=[str(n) for n in range(30)]
+    )
+    plan = gc.plan(profile, budget_bytes=gc.least_bytes(profile))
+    lines = str(plan).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert "whatever backward needs and does not find is made again" in " ".join(str(plan).split())
+    assert len(repr(plan)) < 100 > len(repr(profile))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Recipe(**BASE, schedule="cosine"), "'recipe.schedule' is 'cosine'; give an instep.Schedule."),
+        (lambda: Recipe(**BASE, watch=3), "'recipe.watch' is 3; give an instep.Watch."),
+        (lambda: Recipe(**BASE, rule=3), "'recipe.rule' is 3; give an instep.UpdateRule or its text."),
+        (lambda: Recipe(**BASE, compile=1), "'recipe.compile' is 1, of type int; it must be True or False."),
+    ],
+)
+def test_messages_of_python_speak_python(make: Any, told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make()
+    assert caught.value.message == told
+
+
+def test_a_mean_for_a_sum_is_told_of_counts() -> None:
+    def mean(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    bound = objectives.bind(objectives.from_component(Component.of(mean)))
+    model, batch = nn.Linear(4, 1), torch.randn(6, 4)
+    bound = objectives.learn_terms(bound, model, batch)
+    with pytest.raises(ObjectiveError, match=r"unless counts= of instep\.objective says what its items are"):
+        objectives.check(bound, model, batch)
+
+
+def test_ctrl_c_in_python_names_the_folder_to_go_on_with(tmp_path: Path) -> None:
+    seen = []
+
+    def interrupt(event: Any) -> None:
+        seen.append(event["kind"])
+        if event["kind"] == "merged" and seen.count("merged") == 1:
+            raise KeyboardInterrupt
+
+    recipe = regression(steps=2000)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        instep.train(recipe, out=tmp_path / "run", monitors=[interrupt])
+    assert f"go on with instep.train(resume='{tmp_path / 'run'}')" in str(caught.value)
+    assert instep.train(recipe, team=instep.Team(), resume=tmp_path / "run", monitors=[]).result["steps"] == 2000

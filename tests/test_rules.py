@@ -27,9 +27,10 @@ from instep.rules.presets import (
     post_local_sgd,
     softsync,
     synchronous,
+    text_of,
 )  # fmt: skip
 from instep.tables import from_table, to_table
-from ledgers import ANY_RULE
+from ledgers import ANY_RULE, presets
 
 PLAIN: dict[str, Any] = {
     "max_lead": None, "max_staleness": None, "max_wait_s": None, "local_steps": 1, "local_after": 0, "weight": "items",
@@ -211,8 +212,8 @@ DELTAS: dict[str, Any] = {"quorum": "1", "outer": "nesterov"}
         ({"quorum": "all-0"}, "'rule.quorum' is 'all-0'; write"),
         ({"quorum": "all/0"}, "'rule.quorum' is 'all/0'; write"),
         ({"quorum": "all-"}, "'rule.quorum' is 'all-'; write"),
-        ({"quorum": 1.5}, "'rule.quorum' is 1.5, of type float; it must be text."),
-        ({"quorum": True}, "'rule.quorum' is True, of type bool; it must be text."),
+        ({"quorum": 1.5}, "'rule.quorum' is 1.5, of type float; it must be a str."),
+        ({"quorum": True}, "'rule.quorum' is True, of type bool; it must be a str."),
         ({"quorum": "1", "max_lead": 1.0}, "'rule.max_lead' is 1.0, of type float; it must be a whole number."),
         ({"quorum": "1", "max_lead": -1}, "'rule.max_lead' is -1; it must be at least 0"),
         ({"quorum": "1", "max_staleness": -3}, "'rule.max_staleness' is -3; it must be at least 0"),
@@ -314,3 +315,24 @@ def test_a_misspelt_field_of_a_table_is_refused() -> None:
 def test_a_rule_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         synchronous().max_lead = 1  # type: ignore[misc]
+
+
+@given(presets())
+def test_a_rule_is_told_as_it_is_written(rule: UpdateRule) -> None:
+    assert parse(text_of(rule)) == rule
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("synchronous", "synchronous"),
+        ("bounded_staleness", "bounded_staleness:4"),
+        ("backup_workers:2", "backup_workers:2"),
+        ("diloco:20,outer_lr=0.5", "diloco:20,outer_lr=0.5"),
+        ("asynchronous,max_staleness=8", "asynchronous,max_staleness=8"),
+        ("bounded_staleness:3,max_lead=none", "bounded_staleness,max_lead=none"),
+    ],
+)
+def test_a_rule_is_told_with_its_value(text: str, told: str) -> None:
+    assert text_of(parse(text)) == told
+    assert parse(told) == parse(text)

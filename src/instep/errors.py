@@ -108,6 +108,16 @@ def killed_by(status: int) -> str:
     return f"killed by {name}" + (", as the kernel does when memory runs out" if name == "SIGKILL" else "")
 
 
+def told(error: BaseException) -> str:
+    """What was raised, and where: the file and line of the innermost code that is not of an installed library."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename and not frame.filename.startswith("<")]
+    where = (own or frames)[-1:]
+    return f"{type(error).__name__}: {error}" + "".join(f" ({frame.filename}, line {frame.lineno})" for frame in where)
+
+
 def by_name(name: str) -> type[InstepError]:
     """The error class called `name`; WorkerError for a name that is not in the tree."""
     found = globals().get(name)

@@ -139,14 +139,17 @@ def _plain(value: Any) -> Any:
     return _component_table(value if isinstance(value, Component) else Component(value))
 
 
-def coerce(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`; an int is taken for a float, nothing else is converted. Raises RecipeError."""
+def coerce(hint: Any, value: Any, where: str, *, python: bool = False) -> Any:
+    """`value` as the type `hint`; an int is taken for a float, nothing else is converted. Raises RecipeError.
+
+    `python`: the value comes from a program, so that the message speaks of its types and not of a file's.
+    """
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
         (hint,) = (option for option in get_args(hint) if option is not type(None))
-        return coerce(hint, value, where)
+        return coerce(hint, value, where, python=python)
     if origin is Literal:
         options = get_args(hint)
         if value not in options:
@@ -161,7 +164,7 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         return tuple(coerce(get_args(hint)[0], item, where) for item in value)
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise RecipeError(f"'{where}' is {value!r}; it must be a table.")
+            raise RecipeError(f"'{where}' is {value!r}; it must be a {'dict' if python else 'table'}.")
         return dict(value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
@@ -169,7 +172,9 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) and hasattr(hint, "from_text"):
             return hint.from_text(value)
         if not isinstance(value, Mapping):
-            raise RecipeError(f"'{where}' is {value!r}; it must be a table.")
+            also = " or its text" if hasattr(hint, "from_text") else ""
+            wanted = f"give an instep.{hint.__name__}{also}" if python else "it must be a table"
+            raise RecipeError(f"'{where}' is {value!r}; {wanted}.")
         return from_table(hint, value, where)
     if hint is float and type(value) is int:
         if abs(value) >= _BEYOND:
@@ -178,13 +183,15 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
     if type(value) is int and hint is int and abs(value) >= _BEYOND:
         raise RecipeError(f"'{where}' is a number of {_digits(value)} digits; a whole number here has at most 64 bits.")
     if type(value) is not hint:
-        raise RecipeError(f"'{where}' is {value!r}, of type {type(value).__name__}; it must be {_type_name(hint)}.")
+        raise RecipeError(
+            f"'{where}' is {value!r}, of type {type(value).__name__}; it must be {_type_name(hint, python)}."
+        )
     return value
 
 
-def _coerced(field: dataclasses.Field[Any], hint: Any, value: Any, where: str) -> Any:
+def _coerced(field: dataclasses.Field[Any], hint: Any, value: Any, where: str, *, python: bool = False) -> Any:
     """As `coerce`; a field of text with "also" in its metadata takes a value of that type too, as it is written."""
-    return str(value) if type(value) is field.metadata.get("also") else coerce(hint, value, where)
+    return str(value) if type(value) is field.metadata.get("also") else coerce(hint, value, where, python=python)
 
 
 def check_types(value: Any, where: str) -> None:
@@ -192,7 +199,9 @@ def check_types(value: Any, where: str) -> None:
     hints = get_type_hints(type(value))
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
-        object.__setattr__(value, field.name, _coerced(field, hints[field.name], item, f"{where}.{field.name}"))
+        object.__setattr__(
+            value, field.name, _coerced(field, hints[field.name], item, f"{where}.{field.name}", python=True)
+        )
 
 
 def suggest(key: str, known: Iterable[str], what: str = "known keys are") -> str:
@@ -208,6 +217,8 @@ def _digits(value: int) -> int:
     return int(value.bit_length() * math.log10(2)) + 1
 
 
-def _type_name(hint: Any) -> str:
+def _type_name(hint: Any, python: bool) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if python:
+        names |= {str: "a str", bool: "True or False"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -211,7 +211,10 @@ def train(
         raise
     client.close()
     if result["interrupted"]:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(
+            f"the run ended after step {result['steps']}, and is saved; go on with instep.train(resume="
+            f"{str(folder.path)!r}) or instep train --resume {folder.path}"
+        )
     return Run(folder.path, result, recipe, tuple(folders))
 
 

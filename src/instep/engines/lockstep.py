@@ -222,7 +222,7 @@ class Lockstep:
         verdict.note(progress)
         progress.train_s += time.monotonic() - began
         if self.worker == 0:
-            self._emit_merged(step, objective, terms, items, rate, norm, verdict)
+            self._emit_merged(step, objective, terms, items, rate, norm, verdict, progress.train_s)
             if step == 0 and (apart := self._apart()):
                 self._emit("warned", why=about_means(apart), version=1)
         return next_totals, stopped
@@ -372,7 +372,7 @@ class Lockstep:
 
     def _emit_merged(
         self, step: int, objective: float | None, terms: dict[str, float], items: int, rate: float | None, norm: float,
-        verdict: Verdict,
+        verdict: Verdict, train_s: float,
     ) -> None:  # fmt: skip
         contributions = [
             {"worker": worker, "version": step, "microbatches": list(bounds)}
@@ -383,7 +383,7 @@ class Lockstep:
         self._emit(
             "merged", version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * self.workers,
             staleness=[0] * self.workers, objective=objective, terms=terms, items=items, lr=rate, grad_norm=norm,
-            **verdict.facts(),
+            train_s=round(train_s, 6), **verdict.facts(),
         )  # fmt: skip
 
     def evaluate(self, version: int) -> Evaluation | None:

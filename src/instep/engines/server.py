@@ -397,6 +397,7 @@ class _Server:
             arrived.append(Arrived(contribution.worker, work, facts, vectors, weight, staleness, base))
         update = self._merger.merge(arrived)
         self._session.pulse.advance()
+        self._progress.train_s = time.monotonic() - self._began_s
         done = self._merger.microbatches // ledger.pieces.microbatches
         self._progress.merged(version=action.version, steps=done, items=update.items, objective=update.objective)
         update.verdict.note(self._progress)
@@ -408,7 +409,8 @@ class _Server:
             self._session.emit("warned", why=why, version=action.version)
         self._session.emit(
             "merged", version=action.version, step=done, contributions=contributions, weights=list(action.weights),
-            staleness=list(action.staleness), **update.facts(), checksum=self._merger.checksum(),
+            staleness=list(action.staleness), train_s=round(self._progress.train_s, 6), **update.facts(),
+            checksum=self._merger.checksum(),
         )  # fmt: skip
 
     def _at_milestones(self, before: int, now: int) -> None:

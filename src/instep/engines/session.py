@@ -21,7 +21,7 @@ from instep.engines.pulse import WorkerPulse
 from instep.engines.replica import Replica
 from instep.engines.trial import try_checkpoint, try_optimizer
 from instep.engines.watching import note_evaluation
-from instep.errors import CheckpointError, RecordError
+from instep.errors import CheckpointError, RecordError, told
 from instep.models import generate
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe, Team
@@ -255,7 +255,7 @@ class Session:
                 figures = dict(recipe.artifacts.build(replica.module, replica.data, run.artifacts) or {})
             json_text(figures)
         except Exception as error:  # the run is done; what only shows it must not end it
-            self.emit("warned", why=f"the artifacts could not be written: {type(error).__name__}: {error}")
+            self.emit("warned", why=f"the artifacts could not be written: {told(error)}")
             figures = {}
         files = sorted(path.relative_to(run.path).as_posix() for path in run.artifacts.rglob("*") if path.is_file())
         return {"files": files, "figures": figures}
@@ -275,7 +275,7 @@ class Session:
                 tokens = generate(replica.module, prompt, recipe.sample_length)
             return codec.decode(tokens[0].tolist())
         except Exception as error:  # the run is done; what only shows it must not end it
-            self.emit("warned", why=f"no sample could be written: {type(error).__name__}: {error}")
+            self.emit("warned", why=f"no sample could be written: {told(error)}")
             return None
 
     def emit(self, kind: str, **fields: Any) -> None:

@@ -218,6 +218,7 @@ class _Simulation:
             "objective_first": progress.objective_first,
             "objective_last": progress.objective_last,
             "held_out": progress.held_out.get("objective"),
+            "held_out_terms": progress.held_out.get("terms"),
             "bits_per_byte": progress.held_out.get("bits_per_byte"),
             "wall_s": found.wall_s,
             "items_per_s": items / found.wall_s if items and found.wall_s else None,

@@ -6,12 +6,16 @@ around it lies the rest, the base: outputs of blocks, what is outside them, and 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
 from instep.budget import mib
+
+SHOWN = 12
+"""Kinds of blocks that a plan tells of, so that what is printed fits a screen."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,9 @@ class Profile:
     peak_bytes: int
     overheads: Overheads = field(default_factory=Overheads)
 
+    def __repr__(self) -> str:
+        return f"<Profile: peak {mib(self.peak_bytes)}, {len(self.names)} blocks of {len(self.kinds)} kinds>"
+
     @property
     def held_bytes(self) -> int:
         """What all blocks hold for backward."""
@@ -217,8 +224,19 @@ class Plan:
             f"extra work {100 * self.extra_flops:.1f} % of the step's FLOPs, {100 * self.extra_time:.1f} % of its time",
             self.distance(),
         ]
-        lines += [f"{listed(names)}: {text}" for text, names in self.groups()]
-        return "\n".join(lines)
+        groups = self.groups()
+        lines += [f"{listed(names)}: {text}" for text, names in groups[:SHOWN]]
+        if len(groups) > SHOWN:
+            lines.append(f"and {len(groups) - SHOWN} more kinds of blocks")
+        wrapped = [textwrap.wrap(text, 80, subsequent_indent="  ", max_lines=3) for text in lines]
+        return "\n".join(line for text in wrapped for line in text)
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def __repr__(self) -> str:
+        blocks = f"{self.checkpointed} of {len(self.blocks)} blocks recomputed"
+        return f"<Plan: peak {mib(self.peak_bytes)} of {mib(self.nothing_bytes)}, {blocks}>"
 
     def distance(self) -> str:
         """How far the plan is from the lower bound."""
@@ -228,7 +246,8 @@ class Plan:
             return "the step has no measured work to compare with"
         cost, bound = 100 * self.cost / step, 100 * self.lower_bound / step
         return (
-            f"no plan within the budget costs less than {bound:.1f} % of the step's {unit}; this one costs {cost:.1f} %"
+            f"this plan costs {cost:.1f} % of the step's {unit}; none within the budget costs less than "
+            f"{bound:.1f} %, for whatever backward needs and does not find is made again at least once"
         )
 
     def groups(self) -> list[tuple[str, list[str]]]:

@@ -86,7 +86,8 @@ def check_is_sum(bound: Bound, model: nn.Module, batch: Any, double: Callable[[]
         raise ObjectiveError(
             f"term {name!r} of the objective is a mean, not a sum: it is {values}"
             f"{f', in the mean of {drawn} draws' if drawn > 1 else ''}; return the sum over its items "
-            f"(reduction='sum'), which the engine divides by their count."
+            f"(reduction='sum'), which the engine divides by their count: by that of samples, unless counts= of "
+            f"instep.objective says what its items are, such as tokens."
         )
 
 

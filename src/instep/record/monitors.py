@@ -15,11 +15,17 @@ from typing import Any, TextIO
 
 from instep.budget import mib
 from instep.record.progress import Progress, duration, fit, nbytes, number, rate
+from instep.rules.presets import text_of
+from instep.rules.rule import UpdateRule
+from instep.tables import as_saved, from_table
 
 _LABEL = 12
 """Columns that a label takes in the header and in the table at the end."""
 
 _INDENT = "    "
+
+ODD = 0.1
+"""The share of a sample that may be unreadable: a model that has not learnt yet writes any bytes."""
 
 
 class Console:
@@ -38,6 +44,7 @@ class Console:
         self._path = path
         self._progress = Progress()
         self._started = False
+        self._rule: UpdateRule | None = None
         self._losses = 0  # each of which costs a restart: of the team, or of the worker alone
         self._broken = False
 
@@ -92,7 +99,10 @@ class Console:
         row = self._screen.row
         resumed = f", resumed after step {event['step']:,}" if event["resumed"] else ""
         row("recipe", f"{recipe['name']}, {event['steps']:,} steps{resumed}")
-        row("rule", f"{recipe['rule']['name']}, by the {event['engine']} engine")
+        rule = recipe["rule"]
+        if "quorum" in rule:  # a tape of another's may hold its name alone
+            self._rule = from_table(UpdateRule, as_saved(UpdateRule, rule), "rule")
+        row("rule", f"{text_of(self._rule) if self._rule else rule['name']}, by the {event['engine']} engine")
         row("parameters", f"{event['parameters']:,}")
         row("samples", f"{event['samples']:,}, {recipe['batch']:,} a step")
         row("workers", f"{team['workers']} on {team['device']}, for {recipe['microbatches']} microbatches a step")
@@ -126,10 +136,21 @@ class Console:
         row = self._screen.row
         dropped = result["dropped"]
         row("versions", f"{result['versions']:,}" + (f", {dropped:,} contributions dropped" if dropped else ""))
-        row("staleness", f"mean {result['staleness_mean']:.2f}, at most {result['staleness_max']:,}")
-        row("lead", f"at most {result['lead_max']:,} round{'' if result['lead_max'] == 1 else 's'}")
+        stalest, delayed = result["staleness_max"], result.get("delayed_max", 0)
+        lead, stale = (self._rule.max_lead, self._rule.max_staleness) if self._rule else (None, None)
+        row("staleness", f"mean {result['staleness_mean']:.2f}, at most {_versions(stalest)}{_bound(stale)}")
+        if delayed > stalest:
+            row("delayed", f"at most {_versions(delayed)}, where a piece was given out again")
+        row("lead", f"at most {result['lead_max']:,} round{'' if result['lead_max'] == 1 else 's'}{_bound(lead)}")
         row("sent", nbytes(result["bytes_sent"]))
         row("idle", _idle(result["idle_share"]))
+
+    def _metrics(self, result: Mapping[str, Any]) -> None:
+        """What else was found on held-out data: terms, if there are several, and metrics."""
+        terms = result.get("held_out_terms") or {}
+        if len(terms) > 1:
+            for name, value in terms.items():
+                self._screen.row(f"  {name}", number(value))
 
     def _end(self, event: Mapping[str, Any]) -> None:
         result, screen = event["result"], self._screen
@@ -141,6 +162,7 @@ class Console:
         first, last = result.get("objective_first"), result.get("objective_last")
         if first is not None or last is not None:
             screen.row("objective", f"{number(first)} {screen.sign('→', '->')} {number(last)}")
+        virtual = " (virtual)" if self._progress.virtual else ""
         for label, key, form in (
             ("held-out", "held_out", number),
             ("bits/byte", "bits_per_byte", number),
@@ -149,7 +171,9 @@ class Console:
             ("restarts", "restarts", str),
         ):
             if result.get(key) is not None:
-                screen.row(label, form(result[key]))
+                screen.row(label, form(result[key]) + (virtual if key in ("items_per_s", "wall_s") else ""))
+            if key == "held_out":
+                self._metrics(result)
         if result.get("skipped"):
             screen.row("left out", f"{result['skipped']:,} updates")
         if result.get("bad_batches"):
@@ -164,8 +188,10 @@ class Console:
         for path in artifacts["files"]:
             screen.row("wrote", path)
         if result.get("sample"):
-            screen.row("sample", "")
-            screen.sample(result["sample"])
+            odd = _unreadable(result["sample"])
+            screen.row("sample", "" if odd <= ODD else f"no text yet: {100 * odd:.0f} % of it cannot be read")
+            if odd <= ODD:
+                screen.sample(result["sample"])
         screen.gap()
         if interrupted and self._path is not None:
             screen.row("go on with", f"instep train --resume {shlex.quote(str(self._path))}")
@@ -296,6 +322,19 @@ class _Terminal(_Screen):
                 line.append("  ").append(self.sign("━", "#") * done, "cyan")
                 line.append(self.sign("─", "-") * (bar - done), "dim")
         return line
+
+
+def _versions(count: int) -> str:
+    return f"{count:,} version{'' if count == 1 else 's'}"
+
+
+def _bound(bound: int | None) -> str:
+    return "" if bound is None else f", bound {bound:,}"
+
+
+def _unreadable(text: str) -> float:
+    """The share of characters that are none: bytes that are no text, and controls."""
+    return sum(c == "\ufffd" or not (c.isprintable() or c in "\n\t\r") for c in text) / len(text)
 
 
 def _idle(shares: Sequence[float]) -> str:

@@ -33,6 +33,7 @@ class Progress:
         self.terms: Mapping[str, float | None] = {}
         self.held_out: float | None = None
         self.bits_per_byte: float | None = None
+        self.held_out_terms: Mapping[str, float | None] = {}
         self.pace = Pace()
 
     def see(self, event: Mapping[str, Any]) -> None:
@@ -41,13 +42,16 @@ class Progress:
         if kind == "run_started":
             self.done, self.steps = event["step"], event["steps"]
             self.virtual = event.get("clock") == "virtual"
+            self.pace.begin(fresh=not self.done)
         elif kind == "merged":
             steps, self.done, self.state = event["step"] - self.done, event["step"], "training"
             if event["objective"] is not None:  # else the update had no items
                 self.objective, self.terms = event["objective"], event.get("terms", {})
-            self.pace.step(event["t_s"], event["items"], steps)
+            train_s = event["t_s"] if self.virtual else event.get("train_s")
+            self.pace.step(event["t_s"], event["items"], steps, train_s)
         elif kind == "evaluated":
             self.held_out, self.bits_per_byte = event["objective"], event.get("bits_per_byte")
+            self.held_out_terms = event.get("terms", {})
             self.pace.pause(event["t_s"])
         elif kind == "checkpointed":
             self.pace.pause(event["t_s"])
@@ -68,6 +72,7 @@ class Progress:
         parts = [Part("step", steps, steps, 0)]
         if self.state != "training":
             return [*parts, Part("", self.state, self.state, 1)]
+        virtual = " (virtual)" if self.virtual else ""
         objective = number(self.objective, 3)
         parts.append(Part("objective", objective, objective, 1))
         if self.bits_per_byte is not None:
@@ -76,7 +81,7 @@ class Progress:
         elif self.held_out is not None:
             parts.append(Part("held-out", number(self.held_out, 3), number(self.held_out, 3), 2))
         if self.items_per_s is not None:
-            parts.append(Part("", f"{rate(self.items_per_s)} items/s", f"{short_rate(self.items_per_s)}/s", 4))
+            parts.append(Part("", f"{rate(self.items_per_s)} items/s{virtual}", f"{short_rate(self.items_per_s)}/s", 4))
         if self.eta_s is not None:
             parts.append(Part("ETA", clock(self.eta_s), clock(self.eta_s), 3))
         return parts
@@ -90,10 +95,12 @@ class Progress:
             parts += [f"{name} {number(value)}" for name, value in self.terms.items() if name != "objective"]
         if evaluated:
             parts.append(f"held-out {number(self.held_out)}")
+            if len(self.held_out_terms) > 1:
+                parts += [f"{name} {number(value)}" for name, value in self.held_out_terms.items()]
             if self.bits_per_byte is not None:
                 parts.append(f"{number(self.bits_per_byte)} bits/byte")
         if self.items_per_s is not None:
-            parts.append(f"{rate(self.items_per_s)} items/s")
+            parts.append(f"{rate(self.items_per_s)} items/s{' (virtual)' if self.virtual else ''}")
         if self.eta_s is not None:
             parts.append(f"ETA {clock(self.eta_s)}")
         return "  ".join(parts)
@@ -112,6 +119,9 @@ class Progress:
 class Pace:
     """How fast it goes, over the last steps of this session; evaluations, checkpoints and restarts are not counted.
 
+    By the run's own count of the seconds in steps, by which ``items_per_s`` of the result goes too; by the times of
+    events where they do not hold it.
+
     An update may be less than a step, as where contributions merge one by one, or several, as after local steps.
     """
 
@@ -121,13 +131,20 @@ class Pace:
     def __init__(self) -> None:
         self._totals = deque([(0.0, 0, 0)])  # (seconds, items, steps) up to each of the last updates
         self._last_s: float | None = None
+        self._trained_s: float | None = None
         self._paused_s = 0.0
 
-    def step(self, t_s: float, items: int, steps: int = 1) -> None:
-        """An update of `items`, with which `steps` were done, ended at `t_s`."""
-        if self._last_s is not None:
+    def begin(self, *, fresh: bool) -> None:
+        """A session begins; a `fresh` run has trained no second before it."""
+        self._trained_s = 0.0 if fresh else None
+
+    def step(self, t_s: float, items: int, steps: int = 1, train_s: float | None = None) -> None:
+        """An update of `items`, with which `steps` were done, ended at `t_s`, after `train_s` seconds in steps."""
+        now_s, before_s = (t_s, self._last_s) if train_s is None else (train_s, self._trained_s)
+        self._trained_s = train_s
+        if before_s is not None:
             busy_s, all_items, all_steps = self._totals[-1]
-            self._totals.append((busy_s + max(0.0, t_s - self._last_s), all_items + items, all_steps + steps))
+            self._totals.append((busy_s + max(0.0, now_s - before_s), all_items + items, all_steps + steps))
             while len(self._totals) > 2 and self._is_long():
                 self._totals.popleft()
         self._last_s = t_s
@@ -151,7 +168,7 @@ class Pace:
 
     def interrupt(self) -> None:
         """The time until the next step says nothing."""
-        self._last_s = None
+        self._last_s = self._trained_s = None
 
     @property
     def items_per_s(self) -> float | None:

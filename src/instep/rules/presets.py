@@ -149,6 +149,33 @@ def parse(text: str) -> UpdateRule:
     return dataclasses.replace(preset(**given), **changes)
 
 
+def text_of(rule: UpdateRule) -> str:
+    """The rule as `parse` reads it, with the value of the preset: ``bounded_staleness:4``; its name alone if custom."""
+    if rule.name not in PRESETS:
+        return rule.name
+    arguments = inspect.signature(PRESETS[rule.name]).parameters
+    number = rule.quorum.replace("/", "-").rpartition("-")[2]
+    found = {
+        "spare": number, "splits": number, "lead": rule.max_lead, "strength": rule.compensation,
+        "after": rule.local_after, "buffer": rule.outer_buffer, **vars(rule),
+    }  # fmt: skip
+    text = rule.name
+    for place, (name, argument) in enumerate(arguments.items()):
+        if place == 0:
+            text += f":{found[name]}"
+        elif found[name] != argument.default:
+            text += f",{name}={found[name]}"
+    try:
+        made = parse(text)
+    except RecipeError:  # a field was changed that the preset's argument stands for
+        text, made = rule.name, PRESETS[rule.name]()
+    for field in dataclasses.fields(UpdateRule):
+        value = getattr(rule, field.name)
+        if value != getattr(made, field.name):
+            text += f",{field.name}={'none' if value is None else value}"
+    return text
+
+
 def _check_count(rule: str, argument: str, value: Any) -> None:
     if type(value) is not int or value < 1:
         raise RecipeError(f"'{rule}:{argument}' is {value!r}; it must be a whole number from 1.")
