@@ -59,16 +59,15 @@ def difference(one: Any, other: Any, where: str = "") -> str | None:
     """The first place at which the two are not the same, bit for bit, or None. Classes of containers do not count."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return None if _same(one, other) else where
-    both = [dict(_items(one)), dict(_items(other))]
     if _holds_others(one) and _holds_others(other):
         if isinstance(one, Mapping) != isinstance(other, Mapping):
             return where
-        for key in [*both[0], *both[1]]:
-            if any(key not in each for each in both):
+        mine, theirs = dict(_items(one)), dict(_items(other))
+        for key in [*mine, *theirs]:
+            if key not in mine or key not in theirs:
                 return _place(where, key)
-            if (found := difference(both[0][key], both[1][key], _place(where, key))) is not None:
-                return found
-        return None
+        places = (difference(value, theirs[key], _place(where, key)) for key, value in mine.items())
+        return next((place for place in places if place is not None), None)
     if type(one) is not type(other):
         return where
     return None if one is other or one == other or (one != one and other != other) else where  # noqa: PLR0124  # NaN

@@ -27,7 +27,7 @@ MOST_BYTES = 2 * 10**9
 """Of the state, beside the model's, up to which a checkpoint is tried."""
 
 
-FEW = 1_000_000
+FEW = 250_000
 """Weights up to which several steps are tried, not one: what changes with every few steps shows then too."""
 
 SEVERAL = 3
@@ -49,9 +49,8 @@ def try_optimizer(build: Callable[[], Replica], *, resume: bool = True) -> str |
 
 def _try_steps(replica: Replica, resume: bool) -> None:
     count = SEVERAL if replica.size <= FEW else 1
-    noise = _noise(replica)
     for step in range(count):
-        _step(replica, step, noise)
+        _step(replica, step)
     training_state = replica.training_state()
     if not resume or bytes_in(training_state) > MOST_BYTES:
         return
@@ -65,7 +64,7 @@ def _try_steps(replica: Replica, resume: bool) -> None:
         )
     for step in range(count, 2 * count):
         for each in (replica, again):
-            _step(each, step, noise)
+            _step(each, step)
     one, other = ({"weights": dict(each.module.state_dict()), **each.training_state()} for each in (replica, again))
     where = difference(one, other)
     if where is not None:
@@ -76,15 +75,13 @@ def _try_steps(replica: Replica, resume: bool) -> None:
         )
 
 
-def _noise(replica: Replica) -> list[Tensor]:
-    seed_all(key(replica.recipe.seed, "trial"))
-    return [0.01 * torch.randn(p.shape, device=p.device, dtype=torch.float32) for p in replica.parameters]
-
-
-def _step(replica: Replica, step: int, noise: list[Tensor]) -> None:
+def _step(replica: Replica, step: int) -> None:
     """One update, with other gradients in each step. Raises ComponentError for what the optimizer raises."""
+    seed_all(key(replica.recipe.seed, "trial", step))
+    # Drawn anew each time: an optimizer may write on them, and kept ones would take memory beside a large model.
+    gradients: list[Tensor | None] = [torch.randn(p.shape, device=p.device).mul_(0.01) for p in replica.parameters]
     try:
-        replica.update(step, [each.flatten().roll(step).view(each.shape) for each in noise])
+        replica.update(step, gradients)
     except InstepError:
         raise
     except Exception as error:
