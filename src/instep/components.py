@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
 
-from instep.errors import ComponentError
+from instep.errors import ComponentError, cut
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Component:
             signature.bind(*positional, **args)
         except TypeError as error:
             raise ComponentError(
-                f"{self.describe()} does not take the arguments given to it: {error}{self._suggestion(signature)}"
+                f"{self.describe()} does not take the arguments given to it: {cut(error)}{self._suggestion(signature)}"
             ) from None
         return target(*positional, **args)
 
@@ -122,12 +122,13 @@ def import_object(address: str) -> Any:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise ComponentError(
-            f"cannot import {module_name!r} for {address!r} ({error}); "
+            f"cannot import {module_name!r} for {address!r} ({cut(error)}); "
             f"check the spelling, or start from the folder that holds the module."
         ) from error
     except Exception as error:  # the module's own code failed
         raise ComponentError(
-            f"importing {module_name!r} for {address!r} raised {type(error).__name__} ({error}); mend that module.",
+            f"importing {module_name!r} for {address!r} raised {type(error).__name__} ({cut(error)}); mend that "
+            f"module.",
             detail=traceback.format_exc(),
         ) from error
     for part in path.split("."):

@@ -16,19 +16,52 @@
     └── WorkerError          a worker raised, died or stopped answering
 
 Each message is one sentence that names the value or the worker, the rule and the remedy. ``detail`` holds what may
-follow it, such as the traceback of a worker.
+follow it, such as the traceback of a worker. What others wrote (values, names in files, exceptions) goes into a
+sentence through `cut`, `shown` or `described`; control characters are taken out of every sentence.
 """
 
 from __future__ import annotations
 
 import signal
 
+LONGEST = 200
+"""Characters of a value, or of what an exception says, that a sentence shows."""
+
+
+def clean(text: str, keep: str = "") -> str:
+    """`text` on one line and without control characters, which a terminal would obey, but for those in `keep`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else " " if c.isspace() else _escape(c) for c in text)
+
+
+def cut(value: object) -> str:
+    """What others wrote, as text for a sentence: cleaned, and no longer than `LONGEST` characters."""
+    text = str(value)
+    text = clean(text[: 4 * LONGEST].strip() if len(text) > LONGEST else text.strip())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def shown(value: object) -> str:
+    """A value of the user's, for a sentence: its repr, cut."""
+    return cut(repr(value))
+
+
+def described(error: BaseException) -> str:
+    """What an exception says, for a sentence: its type and its text, cut."""
+    text = cut(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
 
 class InstepError(Exception):
     """The root of the tree."""
 
     def __init__(self, message: str, *, detail: str = "") -> None:
-        super().__init__(message)
+        super().__init__(clean(message))
         self.detail = detail
 
     @property
@@ -115,7 +148,7 @@ def told(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "site-packages" not in frame.filename and not frame.filename.startswith("<")]
     where = (own or frames)[-1:]
-    return f"{type(error).__name__}: {error}" + "".join(f" ({frame.filename}, line {frame.lineno})" for frame in where)
+    return described(error) + "".join(f" ({frame.filename}, line {frame.lineno})" for frame in where)
 
 
 def by_name(name: str) -> type[InstepError]:

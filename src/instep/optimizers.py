@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from instep.errors import RecipeError
+from instep.errors import RecipeError, cut
 
 
 def adamw(
@@ -39,4 +39,6 @@ def adamw(
             groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=fused
         )
     except ValueError as error:
-        raise RecipeError(f"AdamW refuses its arguments ({error}); check 'optimizer.args' in the recipe.") from None
+        raise RecipeError(
+            f"AdamW refuses its arguments ({cut(error)}); check 'optimizer.args' in the recipe."
+        ) from None

@@ -19,7 +19,7 @@ from instep import buffer_modes
 from instep.budget import parse_budget
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.errors import RecipeError
+from instep.errors import RecipeError, cut, shown
 from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
 from instep.schedule import Change, Phase
@@ -128,7 +128,9 @@ class Recipe:
         modes = buffer_modes.parse(buffer_modes.flat(self.buffers))
         object.__setattr__(self, "buffers", {pattern: str(mode) for pattern, mode in modes.items()})
         if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
-            raise RecipeError(f"'recipe.name' is {self.name!r}; it names the run folder: write a name without '/'.")
+            raise RecipeError(
+                f"'recipe.name' is {shown(self.name)}; it names the run folder: write a name without '/'."
+            )
         for key in ("batch", "microbatches", "steps", "threads"):
             _at_least(f"recipe.{key}", getattr(self, key), 1)
         for key in ("evaluate_every", "sample_length"):
@@ -279,7 +281,7 @@ def parse(table: Mapping[str, Any]) -> tuple[Recipe, Team]:
     rest = {key: value for key, value in table.items() if key != "team"}
     team = table.get("team", {})
     if not isinstance(team, Mapping):
-        raise RecipeError(f"'team' is {team!r}; it must be a table.")
+        raise RecipeError(f"'team' is {shown(team)}; it must be a table.")
     for key in rest:
         if key not in {f.name for f in dataclasses.fields(Recipe)}:
             raise RecipeError(
@@ -294,7 +296,7 @@ def read(name_or_path: str | Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_bytes().decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}.") from None
+        raise RecipeError(f"{path} is not valid TOML: {cut(error)}.") from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # ValueError: a null byte
         if (path / "recipe.toml").is_file():
             raise RecipeError(
@@ -346,7 +348,7 @@ def table_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list
 
 
 def _shown(table: Mapping[str, Any], key: str) -> str:
-    return repr(table[key]) if key in table else "not set"
+    return shown(table[key]) if key in table else "not set"
 
 
 def without_address(value: Any) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.errors import ComponentError, RecipeError
+from instep.errors import ComponentError, RecipeError, shown
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (datetime.date, datetime.time)):
-        raise ComponentError(f"the argument {value!r} is of a type that a tape cannot hold; write it as text.")
+        raise ComponentError(f"the argument {shown(value)} is of a type that a tape cannot hold; write it as text.")
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a scalar of numpy or torch
@@ -154,17 +154,17 @@ def coerce(hint: Any, value: Any, where: str, *, python: bool = False) -> Any:
         options = get_args(hint)
         if value not in options:
             listed = ", ".join(map(repr, options))
-            raise RecipeError(f"'{where}' is {value!r}; it must be one of {listed}.")
+            raise RecipeError(f"'{where}' is {shown(value)}; it must be one of {listed}.")
         return value
     if hint is Component or hint is ByPattern:
         return hint.of(value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise RecipeError(f"'{where}' is {value!r}; it must be a list.")
+            raise RecipeError(f"'{where}' is {shown(value)}; it must be a list.")
         return tuple(coerce(get_args(hint)[0], item, where) for item in value)
     if origin is Mapping:
         if not isinstance(value, Mapping):
-            raise RecipeError(f"'{where}' is {value!r}; it must be a {'dict' if python else 'table'}.")
+            raise RecipeError(f"'{where}' is {shown(value)}; it must be a {'dict' if python else 'table'}.")
         return dict(value)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
@@ -174,7 +174,7 @@ def coerce(hint: Any, value: Any, where: str, *, python: bool = False) -> Any:
         if not isinstance(value, Mapping):
             also = " or its text" if hasattr(hint, "from_text") else ""
             wanted = f"give an instep.{hint.__name__}{also}" if python else "it must be a table"
-            raise RecipeError(f"'{where}' is {value!r}; {wanted}.")
+            raise RecipeError(f"'{where}' is {shown(value)}; {wanted}.")
         return from_table(hint, value, where)
     if hint is float and type(value) is int:
         if abs(value) >= _BEYOND:
@@ -184,7 +184,7 @@ def coerce(hint: Any, value: Any, where: str, *, python: bool = False) -> Any:
         raise RecipeError(f"'{where}' is a number of {_digits(value)} digits; a whole number here has at most 64 bits.")
     if type(value) is not hint:
         raise RecipeError(
-            f"'{where}' is {value!r}, of type {type(value).__name__}; it must be {_type_name(hint, python)}."
+            f"'{where}' is {shown(value)}, of type {type(value).__name__}; it must be {_type_name(hint, python)}."
         )
     return value
 

@@ -7,11 +7,13 @@ Nothing is imported before a command needs it: ``instep --help`` loads neither c
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from collections.abc import Sequence
 
-from instep.errors import InstepError
+from instep.errors import InstepError, RecordError, clean, cut
 
 ABOUT = "Trains one PyTorch model with many workers in step: the same result, bit for bit, for any number of them."
 
@@ -25,22 +27,54 @@ COMMANDS = {
 }
 
 
+_COMPUTING = ("train", "replay", "simulate", "memory")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`, by default the process's own; gives the exit status."""
+    _open_standard_files()
     try:
         _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return 0
     except InstepError as error:
-        print(f"instep: {error.message}", file=sys.stderr)
-        if error.detail:
-            print(error.detail.rstrip(), file=sys.stderr)
+        _complain(error.message, clean(error.detail.rstrip(), keep="\n\t"))
         return getattr(error, "exit_status", 1)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has left; what is still in the buffer must not raise again at shutdown
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has left
+        _leave_the_rest()
         return 1
+    except OSError as error:
+        where = "the system refuses something" if error.filename is None else f"{cut(error.filename)} cannot be used"
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
+            where = "the output cannot be written"
+        _leave_the_rest()
+        _complain(f"{where}: {error.strerror or error}; check the file, its disk and the limits of the system.")
+        return 1
+
+
+def _open_standard_files() -> None:
+    """Where one of the three is closed: else the next file that is opened would take its number, and its output."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+
+
+def _complain(sentence: str, detail: str = "") -> None:
+    with contextlib.suppress(OSError):  # nobody listens
+        print(f"instep: {sentence}", file=sys.stderr)
+        if detail:
+            print(detail, file=sys.stderr)
+
+
+def _leave_the_rest() -> None:
+    """What is still to be written must not raise again at shutdown."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str]) -> None:
@@ -71,7 +105,19 @@ def _run(argv: list[str]) -> None:
         ) from None
     except CycloptsError as error:
         raise UsageError(" ".join(str(error).split())) from None
+    if rest[0] in _COMPUTING:
+        _check_working_folder()
     command(*bound.args, **bound.kwargs)
+
+
+def _check_working_folder() -> None:
+    """Raises RecordError where it is gone: neither torch nor paths beside it would work."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise RecordError(
+            f"the working folder is not there any more ({error.strerror}); change to one that is, with cd."
+        ) from None
 
 
 def _help() -> str:

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from instep.components import Component
-from instep.errors import DataError
+from instep.errors import DataError, described
 from instep.randomness import seed_all
 from instep.restore import kept_random_state
 
@@ -161,7 +161,7 @@ def failed(samples: MapStyle, what: str, error: Exception) -> DataError:
     """The error for a data set that raised `error` on `what`."""
     return DataError(
         f"the data set {type(samples).__name__} of {len(samples)} samples failed to give {what} "
-        f"({type(error).__name__}: {error}); every index from 0 to its length must give a sample."
+        f"({described(error)}); every index from 0 to its length must give a sample."
     )
 
 

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
@@ -21,11 +20,22 @@ from typing import Any
 
 from instep.clock.recorded import RecordedTimes
 from instep.engines.descendants import Stopped
-from instep.engines.launch import LOOK_S, Monitor, ended, folders_of, monitors_of, pickled, saved, start_process
+from instep.engines.launch import (
+    LOOK_S,
+    Monitor,
+    ended,
+    folders_of,
+    monitors_of,
+    open_standard_files,
+    pickled,
+    saved,
+    start_process,
+)
+from instep.engines.pickling import memory_file
 from instep.engines.request import Cluster, Replayed
 from instep.engines.resuming import recorded
 from instep.engines.signals import deaf
-from instep.errors import RecordError, WorkerError, by_name, killed_by
+from instep.errors import RecordError, WorkerError, by_name, killed_by, no_process
 from instep.recipe import Recipe, Team
 from instep.record import tape
 from instep.record.folder import About, RunFolder, remove
@@ -123,12 +133,16 @@ def _in_child(
     address: str, recipe: Recipe, arguments: tuple[Any, ...], paths: Sequence[str], monitors: Iterable[Monitor]
 ) -> Any:
     """What the function at `address` gives for (recipe, *arguments), in a process as a run's workers are."""
-    ours, theirs = socket.socketpair()
-    mark = uuid.uuid4().hex
-    with tempfile.TemporaryFile() as log, ours, Connection(os.dup(ours.fileno())) as line:
-        path = [*paths, *sys.path]
-        sent = pickled(recipe, *arguments)
-        process = start_process("instep.engines.child", theirs.fileno(), path, recipe.threads, log, mark, sent)
+    mark, sent, path = uuid.uuid4().hex, pickled(recipe, *arguments), [*paths, *sys.path]
+    with contextlib.ExitStack() as stack:
+        try:
+            open_standard_files()
+            ours, theirs = map(stack.enter_context, socket.socketpair())
+            log = stack.enter_context(open(memory_file(), "w+b"))
+            line = stack.enter_context(Connection(os.dup(ours.fileno())))
+            process = start_process("instep.engines.child", theirs.fileno(), path, recipe.threads, log, mark, sent)
+        except OSError as error:
+            raise no_process("the process that computes", error) from error
         theirs.close()
         try:
             line.send((address, recipe.threads, sent))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from instep.engines.descendants import die_with_parent
-from instep.errors import InstepError, by_name, killed_by
+from instep.errors import InstepError, by_name, described, killed_by
 
 
 def in_a_copy(function: Callable[[], Any]) -> Any:
@@ -59,5 +59,5 @@ def _main(function: Callable[[], Any], line: Connection, parent: int) -> None:
     except InstepError as error:
         line.send(("failed", type(error).__name__, error.message, error.detail))
     except Exception as error:
-        line.send(("raised", f"{type(error).__name__}: {error}", traceback.format_exc()))
+        line.send(("raised", described(error), traceback.format_exc()))
     os._exit(0)

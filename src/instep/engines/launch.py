@@ -9,6 +9,7 @@ import queue
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -31,8 +32,10 @@ from instep.errors import (
     RecipeError,
     WorkerError,
     by_name,
+    described,
     killed_by,
     no_process,
+    shown,
 )
 from instep.recipe import (
     Recipe,
@@ -198,7 +201,12 @@ def train(
         fingerprints=recipe.fingerprints(),
         notices=tuple(notices),
     )
-    client = _Client(folder, resume is not None)
+    try:
+        client = _Client(folder, resume is not None)
+    except OSError as error:
+        if resume is None:
+            remove(folder.path, identity)
+        raise no_process("the supervisor of the run", error) from error
     try:
         client.start(recipe.threads, [*folders, *sys.path], sent)
         with interrupting() as stop, stop.noting():
@@ -222,8 +230,8 @@ def _check_arguments(recipe: Any, team: Any) -> None:
     for name, given, kind in (("recipe", recipe, Recipe), ("team", team, Team)):
         if given is not None and not isinstance(given, kind):
             raise RecipeError(
-                f"'{name}' is {given!r}; it must be an instep.{kind.__name__}: names and files of recipes are for the "
-                f"command, instep train."
+                f"'{name}' is {shown(given)}; it must be an instep.{kind.__name__}: names and files of recipes are for "
+                f"the command, instep train."
             )
 
 
@@ -231,14 +239,22 @@ def monitors_of(given: Any) -> list[Monitor]:
     """The monitors, if they can be called. Raises RecipeError."""
     monitors: list[Any] = list(given) if isinstance(given, Iterable) else [None]
     if any(isinstance(monitor, type) or not callable(monitor) for monitor in monitors):
-        raise RecipeError(f"'monitors' is {given!r}; it must be a list of functions of an event: [instep.Console()].")
+        raise RecipeError(
+            f"'monitors' is {shown(given)}; it must be a list of functions of an event: [instep.Console()]."
+        )
     return monitors
 
 
 def folders_of(import_paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
     """The folders `import_paths`, or the one folder, as they can be used from anywhere."""
     several = [import_paths] if isinstance(import_paths, (str, os.PathLike)) else import_paths
-    return [os.path.abspath(path) for path in several]
+    try:
+        return [os.path.abspath(path) for path in several]
+    except FileNotFoundError:
+        raise RecipeError(
+            "'import_paths' cannot be found from the working folder, which is not there any more; change to one that "
+            "is, with os.chdir, or give absolute paths."
+        ) from None
 
 
 class _Client:
@@ -249,6 +265,7 @@ class _Client:
         self._mark = uuid.uuid4().hex
         self._log = folder.logs / "supervisor.log"
         self._process: subprocess.Popen[bytes] | None = None
+        open_standard_files()
         self._socket, self._theirs = socket.socketpair()
         self._connection = Connection(os.dup(self._socket.fileno()))
         self._messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
@@ -389,6 +406,13 @@ def _deaf_monitor(event: dict[str, Any]) -> None:
     """In the place of a monitor that has raised."""
 
 
+def open_standard_files() -> None:
+    """Where a program has closed one of the three: else what is opened next would take its place in other processes."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def start_process(
     module: str, descriptor: int, path: list[str], threads: int, log: IO[bytes], mark: str, sent: Pickled
 ) -> subprocess.Popen[bytes]:
@@ -405,6 +429,7 @@ def start_process(
                 "-c",
                 f"import sys; sys.path[:] = {usable!r}; from {module} import main; main({descriptor})",
             ],
+            cwd=_working_folder(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -427,10 +452,27 @@ def ended(process: subprocess.Popen[bytes], mark: str) -> int:
     return status
 
 
+def _working_folder() -> str | None:
+    """Where to start a process: here, or elsewhere if this folder is gone, for torch could not be loaded."""
+    try:
+        os.getcwd()
+    except OSError:
+        return "/"
+    return None
+
+
 def _environment(threads: int) -> dict[str, str]:
     """The supervisor's environment: what must be set before Python, numpy and torch start."""
+    caches = {}
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        if not os.access(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""), os.W_OK):
+            # Torch makes this folder as it is imported, and only runs that compile write there: one that is there.
+            caches = {"TORCHINDUCTOR_CACHE_DIR": "/proc/self"}
     return {
         **os.environ,
+        **caches,
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",  # numpy's; its threads would have to survive the fork
@@ -484,7 +526,7 @@ def pickled(recipe: Recipe, *more: Any) -> Pickled:
                 raise
             except Exception as error:
                 raise ComponentError(
-                    f"the {key} {getattr(recipe, key).describe()} cannot be sent to workers ({type(error).__name__}: "
-                    f"{error}); give a callable that builds it there."
+                    f"the {key} {getattr(recipe, key).describe()} cannot be sent to workers ({described(error)}); "
+                    f"give a callable that builds it there."
                 ) from error
         raise

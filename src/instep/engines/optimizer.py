@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.engines.state import is_plain, put_back, tensors_in
-from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError
+from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, described
 from instep.recipe import Recipe
 from instep.reduce.checksums import checksum
 
@@ -104,7 +104,7 @@ class Optimizer:
         except Exception as error:  # its own code, which may raise anything
             raise CheckpointError(
                 f"the optimizer {self.kind} that the recipe builds does not load the state that is saved "
-                f"({type(error).__name__}: {error}); build the same one each time, whose 'load_state_dict' takes what "
+                f"({described(error)}); build the same one each time, whose 'load_state_dict' takes what "
                 f"its 'state_dict' gave."
             ) from error
 
@@ -227,7 +227,7 @@ def call(component: Component, *positional: Any) -> Any:
     except InstepError:
         raise
     except (TypeError, ValueError, AssertionError) as error:
-        raise ComponentError(f"{component.describe()} could not be built: {type(error).__name__}: {error}.") from error
+        raise ComponentError(f"{component.describe()} could not be built: {described(error)}.") from error
 
 
 def _called(component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> Any:

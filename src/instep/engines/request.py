@@ -14,7 +14,7 @@ from instep.clock.slow import parse_slow
 from instep.clock.times import WorkerTimes
 from instep.clock.units import number
 from instep.engines.pickling import Pickled
-from instep.errors import RecipeError
+from instep.errors import RecipeError, shown
 from instep.recipe import MOST_WORKERS, Team
 from instep.rules import UpdateRule
 
@@ -72,7 +72,7 @@ class Cluster:
             )
         if not isinstance(self.times, WorkerTimes | RecordedTimes | None):
             raise RecipeError(
-                f"'cluster.times' is {self.times!r}; give instep.clock.times.WorkerTimes, or None to measure them."
+                f"'cluster.times' is {shown(self.times)}; give instep.clock.times.WorkerTimes, or None to measure them."
             )
         if self.merge_s is not None and not 0 <= number(self.merge_s) < math.inf:
             raise RecipeError(f"'cluster.merge_s' is {_shown(self.merge_s)}; it must be a finite time from 0, or None.")

@@ -24,7 +24,7 @@ from instep.engines.pulse import PulseBoard
 from instep.engines.request import Request
 from instep.engines.signals import Requests
 from instep.engines.start import ClientGone, Interrupted, Member, Start, WorkerFailure
-from instep.errors import CheckpointError, InstepError, RecipeError, RecordError, WorkerError, no_process
+from instep.errors import CheckpointError, InstepError, RecipeError, RecordError, WorkerError, described, no_process
 from instep.record import best, checkpoint
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
@@ -121,11 +121,9 @@ class Supervisor:
     def _start(self, resume_from: Path | None) -> dict[str, Any]:
         """One start of the team, until it ends. Raises InstepError, WorkerFailure or ClientGone."""
         self.held.check()
-        descriptor = anonymous_file()
         serving = self.run.engine == "server"
         count = self.run.team.workers + serving
-        self.board = PulseBoard(count)
-        self._lines = tuple(Line.open() for _ in range(self.run.team.workers if serving else 0))
+        descriptor = self._share(count, self.run.team.workers if serving else 0)
         workers: list[Member] = []
         try:
             for number in range(count):
@@ -143,6 +141,21 @@ class Supervisor:
             for line in self._lines:
                 line.close()
             os.close(descriptor)
+
+    def _share(self, processes: int, lines: int) -> int:
+        """Opens what the team's processes share. Returns the descriptor of their memory. Raises ResourceError."""
+        opened: list[Line] = []
+        try:
+            for _ in range(lines):
+                opened.append(Line.open())
+            self.board = PulseBoard(processes)
+            descriptor = anonymous_file()
+        except OSError as error:
+            for line in opened:
+                line.close()
+            raise no_process(f"a team of {self.run.team.workers} workers", error) from error
+        self._lines = tuple(opened)
+        return descriptor
 
     def fork(
         self, worker: int, resume_from: Path | None, descriptor: int, others: list[Member], incarnation: int = 0
@@ -264,9 +277,7 @@ def _serve(client: Connection) -> None:
     except InstepError as error:
         _send_quietly(client, ("failed", type(error).__name__, error.message, error.detail))
     except BaseException as error:
-        sentence = (
-            f"the supervisor failed: {type(error).__name__}: {error}; this is a fault of Instep, please report it."
-        )
+        sentence = f"the supervisor failed: {described(error)}; this is a fault of Instep, please report it."
         _send_quietly(client, ("failed", "InstepError", sentence, traceback.format_exc()))
 
 

@@ -22,7 +22,7 @@ from instep.engines.pulse import PulseBoard, WorkerPulse
 from instep.engines.session import Assignment, Session
 from instep.engines.signals import leave_to_others
 from instep.engines.stopping import OtherRaised, with_saved
-from instep.errors import InstepError
+from instep.errors import InstepError, described
 from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
 
@@ -55,8 +55,7 @@ def main(assignment: Assignment, number: int, pipe: Connection, board: PulseBoar
     except BaseException as error:
         session.send_events()
         where = f" while {session.replica.doing}{session.replica.samples_in_hand()}" if session.replica else ""
-        text = str(error).strip().splitlines()
-        what = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+        what = described(error)
         sentence = with_saved(f"{name} raised {what}{where}.", session.stopped_at, assignment.folder)
         pipe.send(("failed", "WorkerError", sentence, _own_part(error)))
     sys.stdout.flush()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instep.errors import ObjectiveError
+from instep.errors import ObjectiveError, cut
 from instep.objectives.fields import check_numbers
 from instep.objectives.frozen import frozen, on_device
 from instep.objectives.protocol import TERM
@@ -225,7 +225,7 @@ def read_predictions(
     except IndexError as error:
         least, most = (int(value) for value in inputs.aminmax())
         raise ObjectiveError(
-            f"the model failed to look something up ({error}) for input tokens from {least} to {most} in texts of "
+            f"the model failed to look something up ({cut(error)}) for input tokens from {least} to {most} in texts of "
             f"{inputs.shape[1]}; mark padding with the objective's ignore_index, or give the model a vocabulary and a "
             f"context that hold them.",
             detail=traceback.format_exc(),

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar, cast, overload
 from torch import Tensor, nn
 
 from instep.components import Component
-from instep.errors import ComponentError, ObjectiveError
+from instep.errors import ComponentError, ObjectiveError, cut
 from instep.objectives.fields import check_numbers
 
 TERM = "objective"
@@ -167,5 +167,6 @@ def _check_arguments(component: Component, target: Callable[..., Any]) -> None:
     except TypeError as error:
         names = ", ".join(signature.parameters)
         raise ComponentError(
-            f"the objective {component.describe()} does not take the arguments given to it: {error}; it takes {names}."
+            f"the objective {component.describe()} does not take the arguments given to it: {cut(error)}; it takes "
+            f"{names}."
         ) from None

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from instep.errors import CheckpointError, RecordError
+from instep.errors import CheckpointError, RecordError, described
 from instep.record import best, shapes
 from instep.record.digest import digest_of_state
 from instep.record.files import disk_error, json_text, sha256_of_file, sync_folder, synced_file
@@ -155,9 +155,7 @@ def _save_training(training_state: Mapping[str, Any], file: IO[bytes]) -> None:
     try:
         torch.save(dict(training_state), file)
     except (pickle.PicklingError, AttributeError, TypeError, NotImplementedError) as error:
-        raise RecordError(
-            f"the training state cannot be saved ({type(error).__name__}: {error}); {_ONLY_PLAIN}"
-        ) from error
+        raise RecordError(f"the training state cannot be saved ({described(error)}); {_ONLY_PLAIN}") from error
 
 
 def _check_safe(file: Path | IO[bytes]) -> None:

@@ -296,15 +296,28 @@ def _lock(descriptor: int, patience_s: float) -> None:
 
 
 def remove(path: Path, identity: Identity) -> None:
-    """Removes the run folder `path` of a start that came to nothing, unless another folder lies there by now."""
+    """Removes the run folder `path` of a start that came to nothing, unless another folder lies there by now.
+
+    Where `path` is a link, it leads to an empty folder afterwards.
+    """
     if is_there(path, identity):
-        shutil.rmtree(path, ignore_errors=True)
+        linked = path.is_symlink()
+        target = path.resolve() if linked else path
+        shutil.rmtree(target, ignore_errors=True)
+        if linked:
+            with suppress(OSError):
+                target.mkdir()
 
 
 def check_path(path: Path) -> None:
     """Raises RecordError where not every library that reads and writes there could open the path."""
     try:
         os.path.abspath(path).encode()
+    except FileNotFoundError:
+        raise RecordError(
+            f"the run folder {path} is in the working folder, which is not there any more; change to one that is, or "
+            f"give an absolute path."
+        ) from None
     except UnicodeEncodeError:
         raise RecordError(
             f"the run folder {str(path).encode(errors='replace').decode()} has a path that is not UTF-8, which "

@@ -38,7 +38,7 @@ class Console:
     """
 
     def __init__(self, file: TextIO | None = None, *, path: Path | str | None = None, every_s: float = 5.0) -> None:
-        file = sys.stdout if file is None else file
+        file = (sys.stdout or open(os.devnull, "w")) if file is None else file  # noqa: SIM115
         live = file.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
         self._screen: _Plain | _Terminal = _Terminal(file) if live else _Plain(file, every_s)
         self._path = path

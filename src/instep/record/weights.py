@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from instep.errors import CheckpointError, RecordError
+from instep.errors import CheckpointError, RecordError, cut
 from instep.record.files import HashingFile
 
 if TYPE_CHECKING:
@@ -77,14 +77,14 @@ def dtype_of(name: str, value: Any) -> str:
 
     if not isinstance(value, torch.Tensor):
         raise RecordError(
-            f"'{name}' in the model's state_dict is of type {type(value).__name__}, and only tensors can be saved; "
-            "register it as a buffer, or keep it out of the state_dict."
+            f"'{cut(name)}' in the model's state_dict is of type {type(value).__name__}, and only tensors can be "
+            "saved; register it as a buffer, or keep it out of the state_dict."
         )
     dtype = _NAMES.get(str(value.dtype).removeprefix("torch."))
     if dtype is None or value.layout != torch.strided or value.device.type == "meta":
         raise RecordError(
-            f"'{name}' in the model's state_dict is a {value.layout} tensor of {value.dtype} on {value.device}, which "
-            f"a safetensors file cannot hold; use a dense tensor of one of {', '.join(_NAMES)}."
+            f"'{cut(name)}' in the model's state_dict is a {value.layout} tensor of {value.dtype} on {value.device}, "
+            f"which a safetensors file cannot hold; use a dense tensor of one of {', '.join(_NAMES)}."
         )
     return dtype
 
@@ -167,7 +167,7 @@ def _parse(file: BinaryIO) -> dict[str, Stored]:
     end = base
     for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].stop)):
         if stored.start != end:
-            raise _Damage(f"'{name}' does not begin where the tensor before it ends")
+            raise _Damage(f"'{cut(name)}' does not begin where the tensor before it ends")
         end = stored.stop
     if end != size:
         raise _Damage(f"its header describes {end} bytes and it has {size}")
@@ -178,11 +178,11 @@ def _stored(name: str, item: Any, base: int) -> Stored:
     match item:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]}:
             if dtype not in _ITEM_BYTES:
-                raise _Damage(f"'{name}' is of the type {dtype!r}, which Instep does not know")
+                raise _Damage(f"'{cut(name)}' is of the type {cut(repr(dtype))}, which Instep does not know")
             whole = all(type(size) is int and size >= 0 for size in shape)
             if whole and start >= 0 and stop - start == math.prod(shape) * _ITEM_BYTES[dtype]:
                 return Stored(dtype, tuple(shape), base + start, base + stop)
-    raise _Damage(f"its entry for '{name}' contradicts itself")
+    raise _Damage(f"its entry for '{cut(name)}' contradicts itself")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
