@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+import instep
 from harness import Outcome, train_here
 from instep.cli.flags import merge
 from instep.data.cursor import Cursor
@@ -26,6 +27,7 @@ from instep.record import checkpoint
 from instep.record.folder import RunFolder
 from instep.reduce.buffers import Buffers
 from instep.rules import UpdateRule
+from instep.watch import Watch
 from reference import reference_digests
 from serving import replayed
 
@@ -218,6 +220,26 @@ def test_counters_of_64_bits_are_exact_under_every_rule(rule: str, tmp_path: Pat
         for step in range(6):
             mass = 0.9 * mass + samples().tensors[0][cursor.indices(step)].double().square().sum(0)
         torch.testing.assert_close(state["mass"], mass, rtol=1e-12, atol=0)
+
+
+def test_a_local_step_that_is_left_out_leaves_exponential_sums_as_they_are(tmp_path: Path) -> None:
+    cursor = Cursor(samples=64, batch=32, microbatches=8, seed=0)
+    inputs, labels = samples(64).tensors
+    labels[cursor.indices(3)] = -100
+
+    @instep.objective(counts=lambda batch: (batch[1] != -100).sum())
+    def labelled(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    made = recipe(
+        Counters, objective=labelled, data=TensorDataset(inputs, labels), buffers=COUNTED, steps=4,
+        rule=UpdateRule.from_text("local_sgd:2"), watch=Watch(bad_batch="skip"),
+    )  # fmt: skip
+    mass = torch.zeros(8, dtype=torch.float64)
+    for step in range(3):
+        mass = 0.9 * mass + inputs[cursor.indices(step)].double().square().sum(0)
+    assert all(bool((labels[cursor.indices(step)] != -100).any()) for step in range(3))
+    torch.testing.assert_close(simulated_state(made, 1, tmp_path)["mass"], mass, rtol=1e-12, atol=0)
 
 
 def simulated_state(made: Recipe, workers: int, path: Path) -> dict[str, Tensor]:

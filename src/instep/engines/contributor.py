@@ -62,8 +62,9 @@ class Facts:
     of each microbatch by itself, so that an update adds up all of them at once, whoever sent them. filled:
     microbatches with samples. touched: indices of the parameters that had a gradient. posted: indices of the buffers
     that the rows hold; changed: of those that were changed. latest: batch and microbatch of the last samples. ends: of
-    the run's first batch, `Buffers.ends`. ceased, begun: of the parameters, see `Trainable`. bad: what is not finite in
-    it, though it is to be left out. empty: the batches of which its microbatches have no items.
+    the run's first batch, `Buffers.ends`. ceased, begun: of the parameters, see `Trainable`. made: local steps
+    that were made. bad: what is not finite in it, though it is to be left out. empty: the batches of which its
+    microbatches have no items.
     """
 
     nodes: tuple[Node, ...]
@@ -75,6 +76,7 @@ class Facts:
     changed: tuple[int, ...] = ()
     latest: tuple[int, int] = NOTHING
     ends: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    made: int = 1
     ceased: tuple[int, ...] = ()
     begun: tuple[int, ...] = ()
     bad: tuple[NonFiniteError, ...] = ()
@@ -289,7 +291,7 @@ class Contributor:
         return Facts(
             ((0, 1),), counts, sums, 1, tuple(sorted(moved)), posted, tuple(sorted(changed)), latest=latest, ends=ends,
             ceased=tuple(sorted(trainable.off - off)), begun=tuple(sorted(off - trainable.off)),
-            bad=tuple(bad), empty=tuple(empty),
+            made=made, bad=tuple(bad), empty=tuple(empty),
         )  # fmt: skip
 
     def _microbatches(

@@ -218,7 +218,7 @@ class Merger:
             if filled:
                 self.buffers.finish(
                     [index], plan, rows, [each.vectors.integers for each in holding], filled, (first_row, newest),
-                    steps=max(each.work.local_steps for each in holding),
+                    steps=max(each.facts.made for each in holding),
                 )  # fmt: skip
 
     def _complete(self, contributions: Sequence[Arrived], index: int) -> None:
