@@ -442,6 +442,7 @@ def test_terms_and_metrics_of_held_out_data_are_shown_live_and_at_the_end() -> N
     out = shown(held_out_terms={"objective": 3.25, "accuracy": 0.5})
     assert re.search(r"^ +accuracy +0\.5000$", out, re.MULTILINE)
     assert "objective 3.25" not in shown(held_out_terms={"objective": 3.25}), "that is the held-out objective"
+    assert "auroc" in shown(held_out_terms={"objective": 3.25}, gathered={"auroc": 0.363})
     file = io.StringIO()
     console = Console(file=file, every_s=1e9)
     console(started(0.0))

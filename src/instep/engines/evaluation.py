@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
@@ -14,10 +15,11 @@ from instep.data.cursor import held_out_batches, load
 from instep.engines.replica import Replica
 from instep.errors import CheckpointError, RecipeError
 from instep.objectives.bound import exact_sum
+from instep.objectives.gathers import Outputs, measure, outputs_of
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.record.checkpoint import Loaded
-from instep.restore import kept_module_state
+from instep.restore import kept_module_state, kept_random_state
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Progress:
 class Evaluation:
     """The objective on held-out data, the mean of each term, metrics included, and the items of the first term.
 
+    gathered: the metrics that are no sums, over the whole of these data. doubts: a sentence on each that failed.
     The terms are weighed as in the recipe's last step, so that the objectives of a run's evaluations compare. The
     objective is not a number where no term that is minimised has an item.
     """
@@ -78,16 +81,25 @@ class Evaluation:
     objective: float
     terms: dict[str, float]
     items: int
+    gathered: dict[str, float] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, replica: Replica, counts: ArrayLike, sums: ArrayLike) -> Evaluation:
-        """From what the batches gave: counts [E, T] and sums [E, T] of T terms in E batches."""
+    def of(cls, replica: Replica, counts: ArrayLike, sums: ArrayLike, outputs: Sequence[Outputs] = ()) -> Evaluation:
+        """From what the batches gave: counts [E, T] and sums [E, T] of T terms in E batches, and outputs of each, in
+        one process, where the objective gathers them.
+        """
         terms, last = replica.objective.terms or (), replica.recipe.steps - 1
         totals = dict(zip(terms, (sum(map(int, column)) for column in zip(*_rows(counts), strict=True)), strict=True))
         columns = dict(zip(terms, zip(*_rows(sums), strict=True), strict=True))
         means = {name: exact_sum(columns[name]) / total for name, total in totals.items() if total}
         objective = replica.objective.whole(means, last) if replica.objective.has_items(totals) else math.nan
-        return cls(objective=objective, terms=means, items=totals[terms[0]])
+        gathered, doubts = dict[str, float](), list[str]()
+        if replica.objective.gathers and outputs:
+            with kept_random_state():
+                seed_all(key(replica.recipe.seed, "gathers"))
+                gathered, doubts = measure(replica.objective.objective, outputs)
+        return cls(objective, means, totals[terms[0]], gathered, tuple(doubts))
 
     def problem(self, version: int) -> str:
         """A sentence to warn with where the objective is not finite, else ""."""
@@ -100,16 +112,20 @@ class Evaluation:
         )
 
     def facts(self, version: int, replica: Replica) -> dict[str, Any]:
-        """What a tape and a result say of it; for text with ``bits_per_byte``.
+        """What a tape and a result say of it; for text with ``bits_per_byte``, and ``gathered`` where anything is.
 
         These are from the term "cross_entropy", or else from the objective if it minimises one term alone.
         """
+        facts: dict[str, Any] = {"version": version, **asdict(self)}
+        del facts["doubts"]
+        if not replica.objective.gathers:
+            del facts["gathered"]
         codec = replica.data.codec
         nats = self.terms.get("cross_entropy", self.objective if len(replica.objective.minimised) == 1 else None)
         if codec is None or nats is None:
-            return {"version": version, **asdict(self)}
+            return facts
         bits = nats / math.log(2) / codec.bytes_per_token
-        return {"version": version, **asdict(self), "bits_per_byte": bits}
+        return {**facts, "bits_per_byte": bits}
 
 
 def _rows(array: ArrayLike) -> list[Any]:
@@ -136,10 +152,19 @@ def batches_held_out(replica: Replica) -> list[range]:
     return held_out_batches(samples, recipe.batch // recipe.microbatches)
 
 
+class Evaluated(NamedTuple):
+    """One held-out batch: its place among all, counts and sums by term, and the outputs that are gathered."""
+
+    place: int
+    counts: list[int]
+    sums: list[float]
+    outputs: Outputs
+
+
 def evaluate(
     replica: Replica, batches: Sequence[range], places: range, advance: Callable[[], None]
-) -> Iterator[tuple[int, list[int], list[float]]]:
-    """Place, counts and sums by term for those of `batches` that are at `places`, in eval mode and without gradients.
+) -> Iterator[Evaluated]:
+    """Those of `batches` that are at `places`, in eval mode and without gradients.
 
     `advance` is called after each batch. The model's mode and buffers are as before once the iterator has ended.
     """
@@ -151,7 +176,11 @@ def evaluate(
             batch = replica.to_device(load(replica.data.held_out, list(batches[place]), replica.data.collate))
             counts = replica.objective.counts(batch)
             sums = replica.objective.sums(replica.module, batch)
-            yield place, [counts[name] for name in terms], [float(sums[name]) for name in terms]
+            outputs: Outputs = {}
+            if replica.objective.gathers:
+                seed_all(key(replica.recipe.seed, "outputs", place))
+                outputs = outputs_of(replica.objective.objective, replica.module, batch)
+            yield Evaluated(place, [counts[name] for name in terms], [float(sums[name]) for name in terms], outputs)
             advance()
 
 
@@ -162,7 +191,22 @@ def evaluate_alone(
     if not batches:
         return None
     found = list(evaluate(replica, batches, range(len(batches)), advance))
-    return Evaluation.of(replica, [counts for _, counts, _ in found], [sums for *_, sums in found])
+    return Evaluation.of(
+        replica, [each.counts for each in found], [each.sums for each in found], [each.outputs for each in found]
+    )
+
+
+def packed(outputs: Sequence[Outputs]) -> bytes:
+    """As bytes."""
+    buffer = io.BytesIO()
+    torch.save(list(outputs), buffer)
+    return buffer.getvalue()
+
+
+def unpacked(parcel: bytes) -> list[Outputs]:
+    """What was `packed`."""
+    found: list[Outputs] = torch.load(io.BytesIO(parcel), weights_only=True)
+    return found
 
 
 def passes(every: int, before: int, now: int) -> bool:

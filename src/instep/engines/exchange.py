@@ -50,6 +50,12 @@ class Exchange:
     """[1] what worker 0 answers to a question that all must know the answer to."""
     parcels: NDArray[np.int64]
     """[W] bytes that the worker sends to worker 0 for a checkpoint."""
+    parcel_bytes: NDArray[np.int64]
+    """[W] length of what the worker hands to worker 0, see `Parcels`."""
+    parcel_rooms: NDArray[np.uint8]
+    """[W, bytes] a piece of it; [W, 0] where nothing is gathered."""
+    parcels_met: NDArray[np.int64]
+    """[W] how often the worker has met the others there."""
     counts: NDArray[np.int64]
     """[M, T] items of each term in the next step."""
     sums: NDArray[np.float64]
@@ -91,6 +97,7 @@ def regions(
     buffers: Buffers,
     evaluations: int,
     weight_bytes: int,
+    parcel_bytes: int,
     on_device: bool,
 ) -> dict[str, Region]:
     """The sizes of the arrays of an `Exchange`."""
@@ -108,6 +115,9 @@ def regions(
         "stop": Region((1,), "int64"),
         "said": Region((1,), "int64"),
         "parcels": Region((workers,), "int64"),
+        "parcel_bytes": marks,
+        "parcel_rooms": Region((workers, parcel_bytes), "uint8"),
+        "parcels_met": marks,
         "counts": Region((microbatches, terms), "int64"),
         "sums": Region((microbatches, terms), "float64"),
         "touched": Region((workers, parameters), "uint8"),

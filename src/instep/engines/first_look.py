@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from instep.data.cursor import load
 from instep.data.repeats import check_repeats
 from instep.engines.replica import Replica
 from instep.objectives import check
+from instep.objectives.gathers import check_gathers
 from instep.randomness import key, seed_all
+from instep.restore import kept_module_state, kept_random_state
 
 
 def look_at_data(replica: Replica, warn: Callable[[str], None]) -> Any | None:
@@ -40,3 +44,20 @@ def look_at_objective(replica: Replica, batch: Any) -> None:
         return replica.to_device(load(replica.data.train, [*indices, *indices], replica.data.collate))
 
     check(replica.objective, replica.module, batch, doubled)
+    _look_at_gathers(replica)
+
+
+def _look_at_gathers(replica: Replica) -> None:
+    """Raises ObjectiveError where a metric does not take the outputs of the first held-out batch."""
+    data = replica.data
+    if replica.objective.gathers and data.held_out is not None:
+        replica.doing = "looking at the objective's outputs"
+        with (
+            kept_random_state(),
+            kept_module_state(replica.module, training=False),
+            torch.no_grad(),
+            replica.autocast(),
+        ):
+            seed_all(key(replica.recipe.seed, "outputs", 0))
+            first = load(data.held_out, range(min(replica.cursor.usual_size, len(data.held_out))), data.collate)
+            check_gathers(replica.objective.objective, replica.module, replica.to_device(first))

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from instep.clock.network import gather_bytes, reduce_bytes
-from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate
+from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate, packed, unpacked
 from instep.engines.exchange import LEFT, Exchange, regions
 from instep.engines.first_look import look_at_data, look_at_objective
+from instep.engines.parcels import ROOM, Parcels
 from instep.engines.placement import Placement, choose, trace_of
 from instep.engines.replica import Replica
 from instep.engines.stopping import OtherRaised
@@ -114,12 +115,14 @@ class Lockstep:
             buffers=self.buffers,
             evaluations=len(self._held_out),
             weight_bytes=self.placement.weight_bytes,
+            parcel_bytes=ROOM if self.replica.objective.gathers and self._held_out and self.workers > 1 else 0,
             on_device=self.replica.device.type != "cpu",
         )
 
     def join(self, descriptor: int, memory: Mapping[str, Region]) -> None:
         """Maps the team's memory."""
         self._exchange = Exchange.attach(descriptor, memory)
+        self._parcels = Parcels(self._exchange, self.worker, self._barrier)
         if self.replica.device.type == "cpu":
             self._slots = as_tensors(self._exchange.slots)
         else:
@@ -389,18 +392,25 @@ class Lockstep:
     def evaluate(self, version: int) -> Evaluation | None:
         """The objective on the held-out data. Only worker 0 waits for it and gets it; the others give their share.
 
-        Where it may end the run, all wait for it.
+        Where it may end the run, all wait for it, and where outputs are gathered, until worker 0 has these.
         """
         exchange, replica = self._exchange, self.replica
         if not self._held_out:
             return None
         replica.doing = f"evaluating version {version}"
         own = range(*worker_ranges(len(self._held_out), self.workers)[self.worker])
-        for place, counts, sums in evaluate(replica, self._held_out, own, self._pulse.advance):
-            exchange.evaluation_counts[place] = counts
-            exchange.evaluation_sums[place] = sums
+        outputs = []
+        for found in evaluate(replica, self._held_out, own, self._pulse.advance):
+            exchange.evaluation_counts[found.place] = found.counts
+            exchange.evaluation_sums[found.place] = found.sums
+            outputs.append(found.outputs)
+        if replica.objective.gathers and self.workers > 1:
+            parcels = self._parcels.send(packed(outputs))
+            outputs = [each for parcel in parcels for each in unpacked(parcel)]
         mark(exchange.evaluated, self.worker, version + 1)
         if self.worker and replica.watch.patience is None:
             return None
         self._wait(exchange.evaluated, version + 1)
-        return Evaluation.of(replica, exchange.evaluation_counts, exchange.evaluation_sums)
+        return Evaluation.of(
+            replica, exchange.evaluation_counts, exchange.evaluation_sums, [] if self.worker else outputs
+        )

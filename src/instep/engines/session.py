@@ -217,9 +217,8 @@ class Session:
         if not self.leads:
             return False
         self.emit("evaluated", **progress.held_out)
-        problem = found.problem(progress.version)
-        if problem:
-            self.emit("warned", why=problem, version=progress.version)
+        for why in filter(None, (found.problem(progress.version), *found.doubts)):
+            self.emit("warned", why=why, version=progress.version)
         return self.assignment.team.keep_best and best.is_best(self._checkpoints, progress.version, found.objective)
 
     def mark_best(self, progress: Progress) -> None:

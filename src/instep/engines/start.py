@@ -320,6 +320,7 @@ class Start:
             "held_out": held_out.get("objective"),
             "held_out_terms": held_out.get("terms"),
             "bits_per_byte": held_out.get("bits_per_byte"),
+            "gathered": held_out.get("gathered"),
             "items_per_s": progress["items"] / progress["train_s"] if progress["train_s"] else None,
             "wall_s": round(time.monotonic() - self._run.began, 3),
             "restarts": self._supervisor.restarts,

@@ -168,6 +168,8 @@ class _Simulation:
             return
         self._progress.held_out = found.facts(version, self._replica)
         self._emit("evaluated", {"t_s": t_s, "clock": "virtual", **self._progress.held_out})
+        for why in filter(None, (found.problem(version), *found.doubts)):
+            self._emit("warned", {"t_s": t_s, "clock": "virtual", "why": why})
 
     def _start(self, microbatch_s: float) -> None:
         recipe, data = self._recipe, self._replica.data
@@ -220,6 +222,7 @@ class _Simulation:
             "held_out": progress.held_out.get("objective"),
             "held_out_terms": progress.held_out.get("terms"),
             "bits_per_byte": progress.held_out.get("bits_per_byte"),
+            "gathered": progress.held_out.get("gathered"),
             "wall_s": found.wall_s,
             "items_per_s": items / found.wall_s if items and found.wall_s else None,
             "restarts": found.failures,

@@ -6,7 +6,7 @@ An objective never divides. The engine divides each sum by the number of items i
 microbatches and workers, and minimises the weighted sum of these quotients; so uneven microbatches weigh what they
 should.
 
-Four attributes, or methods, may stand beside it; the decorator `objective` gives them to a function.
+Some attributes, or methods, may stand beside it; the decorator `objective` gives them to a function.
 
 ``counts(batch)``
     How many items there are, which must be known before the first forward, from the batch alone: a whole number, for
@@ -17,6 +17,12 @@ Four attributes, or methods, may stand beside it; the decorator `objective` give
     `Warmup`. A term that is not named weighs 1.
 ``metrics``
     Names of terms that are counted and reported like the others and never minimised, such as accuracies.
+``gathers``
+    For metrics that are no sums, such as AUROC, on held-out data: a mapping from their names to objects with
+    ``update`` and ``compute``, as those of torchmetrics, to classes of such, or to functions. One process calls them
+    with the outputs of all held-out samples, in their order, so there is one value for any team.
+``outputs(model, batch)``
+    What ``gathers`` needs of a held-out batch: a mapping from the names that the metrics take to tensors.
 ``share(model, batch)``
     What all other microbatches of the same global batch need to see of this one: tensors. The objective is then called
     as ``f(model, batch, shared)``, see `Shared`. Only synchronous rules give a whole batch a meaning.

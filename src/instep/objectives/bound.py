@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from instep.errors import ObjectiveError
+from instep.objectives.gathers import gathers_of
 from instep.objectives.protocol import TERM, Objective, Shared, attribute
 from instep.restore import kept_module_state, kept_random_state
 
@@ -47,6 +48,11 @@ class Bound:
     def counts_samples(self) -> bool:
         """Whether the items of every term are the samples, as where the objective has no ``counts``."""
         return attribute(self.objective, "counts") is None
+
+    @cached_property
+    def gathers(self) -> tuple[str, ...]:
+        """The names of the metrics that one process computes from outputs of the whole held-out set."""
+        return tuple(gathers_of(self.objective))
 
     @cached_property
     def minimised(self) -> tuple[str, ...]:
@@ -158,6 +164,8 @@ def learn_terms(bound: Bound, model: nn.Module, batch: Any) -> Bound:
     known = dataclasses.replace(bound, terms=tuple(sorted(names, key=lambda name: name in bound.metrics)))
     known.counts(batch)
     known.weights(0)
+    if twice := set(known.gathers) & set(names):
+        raise ObjectiveError(f"the objective gathers {_listed(twice)}, and has a term of that name; name them apart.")
     return known
 
 

@@ -72,7 +72,12 @@ def objective(function: F, /) -> F: ...
 
 @overload
 def objective(
-    *, counts: Counts | None = None, weights: Mapping[str, Weight] | None = None, metrics: Collection[str] = ()
+    *,
+    counts: Counts | None = None,
+    weights: Mapping[str, Weight] | None = None,
+    metrics: Collection[str] = (),
+    gathers: Mapping[str, Any] | None = None,
+    outputs: Callable[..., Mapping[str, Tensor]] | None = None,
 ) -> Callable[[F], F]: ...
 
 
@@ -83,6 +88,8 @@ def objective(
     counts: Counts | None = None,
     weights: Mapping[str, Weight] | None = None,
     metrics: Collection[str] = (),
+    gathers: Mapping[str, Any] | None = None,
+    outputs: Callable[..., Mapping[str, Tensor]] | None = None,
 ) -> F | Callable[[F], F]:
     """Marks a function as an objective and tells how its items are counted.
 
@@ -92,10 +99,10 @@ def objective(
         def next_word(model, batch):
             ...
 
-    The function is returned as it is, with `counts`, `weights` and `metrics` as its attributes where they are given.
+    The function is returned as it is, with what is given as its attributes.
     Bare, as ``@instep.objective``, it only tells the reader: samples are counted.
     """
-    given = {"counts": counts, "weights": weights, "metrics": metrics or None}
+    given = {"counts": counts, "weights": weights, "metrics": metrics or None, "gathers": gathers, "outputs": outputs}
 
     def mark(function: F) -> F:
         for name, value in given.items():

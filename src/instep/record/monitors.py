@@ -148,9 +148,9 @@ class Console:
     def _metrics(self, result: Mapping[str, Any]) -> None:
         """What else was found on held-out data: terms, if there are several, and metrics."""
         terms = result.get("held_out_terms") or {}
-        if len(terms) > 1:
-            for name, value in terms.items():
-                self._screen.row(f"  {name}", number(value))
+        gathered = result.get("gathered") or {}
+        for name, value in {**(terms if len(terms) > 1 else {}), **gathered}.items():
+            self._screen.row(f"  {name}", number(value))
 
     def _end(self, event: Mapping[str, Any]) -> None:
         result, screen = event["result"], self._screen

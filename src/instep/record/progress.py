@@ -34,6 +34,7 @@ class Progress:
         self.held_out: float | None = None
         self.bits_per_byte: float | None = None
         self.held_out_terms: Mapping[str, float | None] = {}
+        self.gathered: Mapping[str, float | None] = {}
         self.pace = Pace()
 
     def see(self, event: Mapping[str, Any]) -> None:
@@ -52,6 +53,7 @@ class Progress:
         elif kind == "evaluated":
             self.held_out, self.bits_per_byte = event["objective"], event.get("bits_per_byte")
             self.held_out_terms = event.get("terms", {})
+            self.gathered = event.get("gathered") or {}
             self.pace.pause(event["t_s"])
         elif kind == "checkpointed":
             self.pace.pause(event["t_s"])
@@ -99,6 +101,7 @@ class Progress:
                 parts += [f"{name} {number(value)}" for name, value in self.held_out_terms.items()]
             if self.bits_per_byte is not None:
                 parts.append(f"{number(self.bits_per_byte)} bits/byte")
+            parts += [f"{name} {number(value)}" for name, value in self.gathered.items()]
         if self.items_per_s is not None:
             parts.append(f"{rate(self.items_per_s)} items/s{' (virtual)' if self.virtual else ''}")
         if self.eta_s is not None:

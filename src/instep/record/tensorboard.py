@@ -131,3 +131,5 @@ def _evaluated(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     yield "objective/held_out", event["objective"]
     if event.get("bits_per_byte") is not None:
         yield "objective/bits_per_byte", event["bits_per_byte"]
+    for name, value in (event.get("gathered") or {}).items():
+        yield f"held_out/{name}", value
