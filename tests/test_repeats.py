@@ -29,6 +29,7 @@ from instep.engines.virtual import simulate
 from instep.errors import CheckpointError, DataError
 from instep.randomness import seed_all
 from instep.recipe import Recipe, Team
+from serving import replayed
 
 # ------------------------------------------------------------------------------------------------------------ signature
 
@@ -337,3 +338,18 @@ def test_a_resume_of_a_run_whose_samples_do_not_repeat_says_so(
     other = recipe(lambda: TensorDataset(torch.ones(20, 4), torch.ones(20)), steps=6)
     with pytest.raises(CheckpointError, match="or other content; give back those"):
         train_here(other, team, tmp_path / "run", resume=True)
+
+
+class Labelled(Counting):
+    digest = "the same"
+
+
+def test_a_replay_that_parts_from_such_a_run_names_the_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = recipe(Labelled, rule="asynchronous")
+    monkeypatch.setattr("instep.engines.first_look.check_repeats", lambda *_: (None, ""))
+    run = train_here(given, Team(workers=2), tmp_path / "run")
+    found = replayed(given, run.path)
+    assert "is another one here than in the run" in found.divergence
+    assert "The data set Labelled gives another sample 0 when asked again" in found.divergence

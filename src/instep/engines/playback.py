@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from instep.data.repeats import what_does_not_repeat
 from instep.engines.child import Tell
 from instep.engines.merger import Update
 from instep.engines.replay import Replayer, state_of
@@ -159,8 +160,10 @@ class _Playback:
         digest = digest_of_state(state_of(self._replayer))
         if self._recorded is not None and self._recorded != digest and not self._divergence:
             self._divergence = f"version {self._version}, the last, has other weights here than in the run."
+        changing = what_does_not_repeat(self._replayer.merger.replica.data) if self._divergence else ""
+        why = f"{self._divergence} {changing[0].upper()}{changing[1:]}" if changing else self._divergence
         proof = Proof(self._checkpoints, self._updates, self._contributions)
-        return Replayed(digest, self._recorded, self._version, self._divergence, proof)
+        return Replayed(digest, self._recorded, self._version, why, proof)
 
     def _must_be(self, version: int, event: Mapping[str, Any], expected: int) -> None:
         if version != expected:
