@@ -19,10 +19,11 @@ from instep.data import Data
 from instep.data.cursor import Cursor
 from instep.engines.request import Cluster
 from instep.engines.virtual import simulate
-from instep.errors import DataError, InstepError, NonFiniteError, ObjectiveError, WorkerError
+from instep.errors import DataError, InstepError, NonFiniteError, ObjectiveError, RecipeError, WorkerError
 from instep.objectives import objective
 from instep.recipe import Recipe, Team, parse
 from instep.record import checkpoint, tape
+from instep.schedule import Change
 from instep.watch import Watch
 from reference import reference_digests
 from serving import RULES, replayed
@@ -365,3 +366,74 @@ def test_what_a_run_does_by_default_with_bad_batches_changes_no_fingerprint() ->
     del table["watch"]["bad_batch"], table["watch"]["bad_batches"]
     assert parse(table)[0].fingerprint() == named.fingerprint()
     assert dataclasses.replace(named, watch=Watch(bad_batch="skip")).fingerprint() != named.fingerprint()
+
+
+# ------------------------------------------------------------------------------------- samples that the system refuses
+
+
+class Flaky(Samples):
+    """Refuses a sample so many times; the tries of all processes are counted in a file."""
+
+    def __init__(self, tries: Path, refusals: int):
+        super().__init__("", None)
+        self.tries, self.refusals = tries, refusals
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        torch.rand(1)  # a try that failed must not change the numbers of the next
+        if index == BAD:
+            with self.tries.open("a") as file:
+                file.write("x")
+            if self.tries.stat().st_size <= self.refusals:
+                raise OSError("stale file handle")
+        x, y, mark = super().__getitem__(index)
+        return x + 0.1 * torch.rand(4), y, mark
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("lockstep", 1), ("lockstep", 3), ("server", 2)])
+def test_a_sample_that_the_system_refuses_is_read_again(engine: Any, workers: int, tmp_path: Path) -> None:
+    team = Team(workers=workers, engine=engine)
+    found = [
+        train_here(recipe(data=functools.partial(Flaky, tmp_path / f"{n}", n)), team, tmp_path / f"run{n}")
+        for n in (0, 2)
+    ]
+    assert found[0].digest == found[1].digest
+    assert found[1].result["restarts"] == 0
+    told = [event["why"] for event in found[1].events if event["kind"] == "warned"]
+    assert told == ["samples were read again, after an error of the system: stale file handle."] * (workers == 1)
+
+
+def test_a_sample_is_read_again_as_often_as_restarts_allow(tmp_path: Path) -> None:
+    path, refused = tmp_path / "run", recipe(data=functools.partial(Flaky, tmp_path / "tries", 100))
+    told = caught(DataError, refused, Team(workers=2, restarts=1), path)
+    assert f"failed to give sample {BAD} (OSError: stale file handle)" in told
+    assert "mend it, or leave the sample out with skip_samples (--skip-samples)" in told
+    assert f"version {STOP} is saved" in told
+    assert (tmp_path / "tries").read_text() == "xx"
+
+
+def test_a_sample_that_cannot_be_read_can_be_left_out(tmp_path: Path) -> None:
+    """The way out that the message names: one digest for any team, that of a recipe that says so from the start."""
+    flag = tmp_path / "flag"
+    flag.touch()
+    plain = functools.partial(Net, norm=False)
+    changed = recipe("unreadable", flag, model=plain, changes=(Change(version=STOP, skip_samples=(BAD,)),))
+    digests = set()
+    for workers in (1, 2, 3):
+        path = tmp_path / f"{workers}"
+        caught(DataError, recipe("unreadable", flag, model=plain), Team(workers=workers), path)
+        digests.add(train_here(changed, Team(workers=4 - workers), path, resume=True).digest)
+        assert replayed(changed, path).same
+    digests.add(train_here(changed, Team(), tmp_path / "whole").digest)
+    assert len(digests) == 1
+
+
+def test_a_batch_that_batchnorm_refuses_for_a_sample_that_is_left_out_loses_another(tmp_path: Path) -> None:
+    flag, one = tmp_path / "flag", Change(version=STOP, skip_samples=(BAD,))
+    flag.touch()
+    caught(DataError, recipe("unreadable", flag), Team(), tmp_path / "run")
+    told = caught(RecipeError, recipe("unreadable", flag, changes=(one,)), Team(), tmp_path / "run", resume=True)
+    assert "leave another sample of that step out too, with skip_samples" in told
+    another = next(index for index in BATCH if index != BAD)
+    two = Change(version=STOP, skip_samples=(BAD, another))
+    run = train_here(recipe("unreadable", flag, changes=(one, two)), Team(workers=2), tmp_path / "run", resume=True)
+    assert run.result["steps"] == 8

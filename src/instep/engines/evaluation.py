@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from numpy.typing import ArrayLike
 
-from instep.data.cursor import held_out_batches, load
+from instep.data.cursor import held_out_batches
 from instep.engines.replica import Replica
 from instep.errors import CheckpointError, RecipeError
 from instep.objectives.bound import exact_sum
@@ -172,8 +172,8 @@ def evaluate(
     terms = replica.objective.terms or ()
     with replica.averaged(), kept_module_state(replica.module, training=False), torch.no_grad(), replica.autocast():
         for place in places:
-            seed_all(key(replica.recipe.seed, "evaluate", place))
-            batch = replica.to_device(load(replica.data.held_out, list(batches[place]), replica.data.collate))
+            seed = key(replica.recipe.seed, "evaluate", place)
+            batch = replica.read(replica.data.held_out, list(batches[place]), seed)
             counts = replica.objective.counts(batch)
             sums = replica.objective.sums(replica.module, batch)
             outputs: Outputs = {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import bisect
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -36,6 +38,9 @@ from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.restore import is_expanded
 
+RETRY_S = 0.1
+"""Seconds before samples are read again; twice as many before each further try."""
+
 SHOWN_SAMPLES = 16
 """Indices of samples that a message names at most."""
 
@@ -43,13 +48,15 @@ SHOWN_SAMPLES = 16
 class Replica:
     """Model, optimizer, objective and data of a recipe, built on one device.
 
-    `like`: another of the same recipe in this process, whose data it reads too.
+    `like`: another of the same recipe in this process, whose data it reads too. `retries`: how often samples are read
+    again that the system refuses.
 
     Raises ComponentError, DataError, RecipeError or ResourceError where the recipe cannot be built.
     """
 
-    def __init__(self, recipe: Recipe, device: str, like: Replica | None = None):
+    def __init__(self, recipe: Recipe, device: str, like: Replica | None = None, retries: int = 0):
         self.recipe = recipe
+        self._retries, self._read_again = retries, set[str]()
         self.device = prepare_device(device, recipe.threads)
         self.doing = "building the data set"
         seed_all(key(recipe.seed, "data"))
@@ -150,15 +157,36 @@ class Replica:
         if not indices:
             return None
         self.doing, self._in_hand = f"loading step {step + 1}, microbatch {microbatch}", (step, microbatch)
-        seed_all(key(self.recipe.seed, step, microbatch, "data"))
-        return self.to_device(load(self.data.train, indices, self.data.collate))
+        try:
+            return self.read(self.data.train, indices, key(self.recipe.seed, step, microbatch, "data"))
+        except DataError as error:
+            remedy = "mend it, or leave the sample out with skip_samples (--skip-samples)"
+            raise DataError(f"{error.message.rstrip('.')}; {remedy}.", detail=error.detail) from error.__cause__
+
+    def read(self, samples: data.MapStyle, indices: Sequence[int], seed: int) -> Any:
+        """The batch of `samples` at `indices`, on the device, read with random numbers from `seed`.
+
+        Where the system refuses a sample, as a network's file system does now and then, all is read again after a
+        while, as often as `retries` says. Raises DataError.
+        """
+        for tries in range(self._retries + 1):
+            seed_all(seed)
+            try:
+                return self.to_device(load(samples, indices, self.data.collate))
+            except (DataError, OSError) as error:
+                if not isinstance(error.__cause__ or error, OSError) or tries == self._retries:
+                    raise
+                self._read_again.add(str(error.__cause__ or error))
+                time.sleep(RETRY_S * 2**tries)
+        raise AssertionError("the last try returns or raises")
 
     def learn_terms(self, step: int, batch: Any | None = None) -> Any:
         """Learns the objective's terms from the first microbatch of `step`, which it reads, if need be, and returns."""
         self.doing = "looking for microbatches that are too small"
         check_single_samples(self, step)
         places = range(self.recipe.microbatches)
-        first = next(place for place in places if self.cursor.microbatch(step, place))
+        later = ((at, place) for at in itertools.count(step) for place in places)
+        step, first = next((at, place) for at, place in later if self.cursor.microbatch_size(at, place))
         batch = self.batch(step, first) if batch is None else batch
         self.doing = f"computing a first forward on step {step + 1}, microbatch {first}"
         seed_all(key(self.recipe.seed, "terms"))
@@ -236,7 +264,7 @@ class Replica:
 
     def doubts(self) -> list[str]:
         """Sentences on a model or optimizer that goes its own way, so that the run is not quite what it seems."""
-        found = []
+        found = [f"samples were read again, after an error of the system: {why}." for why in sorted(self._read_again)]
         compiled = next((name for name in sorted(self._built) if "_orig_mod." in name), None)
         if compiled is not None:
             found.append(

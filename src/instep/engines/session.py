@@ -81,7 +81,7 @@ class Session:
         device = self.assignment.team.device
         if device != "cpu":  # before the build: a process that uses a GPU has no copies that can
             self._try_optimizer(lambda: Replica(self.recipe, device))
-        self.replica = replica = Replica(self.recipe, device)
+        self.replica = replica = Replica(self.recipe, device, retries=self.assignment.team.restarts)
         if device == "cpu":
             self._try_optimizer(lambda: replica)
         self._warn()
