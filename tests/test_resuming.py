@@ -248,3 +248,54 @@ def test_changes_are_tables_that_can_be_read_back_and_leave_no_trace_where_there
     assert parse(table)[0].schedule == Schedule(kind="cosine")
     with pytest.raises(RecipeError, match="do not come by rising version"):
         dataclasses.replace(named, changes=changes[::-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Power:
+    """An objective with a setting, given as an instance."""
+
+    power: int = 2
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        x, y = batch
+        return (model(x)[:, 0] - y).abs().pow(self.power).sum()
+
+
+class Built:
+    """What builds a component, with a setting."""
+
+    def __init__(self, what: str, value: float):
+        self.what, self.value = what, value
+
+    def __call__(self, *given: Any) -> Any:
+        if self.what == "optimizer":
+            return torch.optim.Adam(*given, lr=0.05, eps=self.value)
+        return data() if self.what == "data" else linear()
+
+
+OBJECTS: dict[str, tuple[Any, Any]] = {
+    "objective": (Power(2), Power(4)),
+    "model": (nn.Sequential(nn.Dropout(0.1), nn.Linear(4, 1)), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 1))),
+    "data": (Built("data", 1.0), Built("data", 2.0)),
+    "optimizer": (Built("optimizer", 1e-8), Built("optimizer", 1e-3)),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["objective", "model", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("data", "optimizer"))]
+)
+def test_an_object_that_holds_other_values_is_refused(kind: str, tmp_path: Path) -> None:
+    path, (own, other) = tmp_path / "run", OBJECTS[kind]
+    first = recipe(**{kind: own})
+    begin(path, first, Team(), 3)
+    with pytest.raises(CheckpointError, match=rf"recipe\.{kind}\.holds\.(power|repr|value) is .* here and .* there"):
+        go_on(path, recipe(**{kind: other}), Team())
+    assert go_on(path, recipe(**{kind: own}), Team(), steps=4).result["steps"] == 4
+    assert recipe(**{kind: own}).fingerprint() == recipe(**{kind: other}).fingerprint(), "as before they were compared"
+    saved = (path / "recipe.toml").read_text()
+    (path / "recipe.toml").write_text("\n".join(line for line in saved.splitlines() if not _shows(line)))
+    assert go_on(path, first, Team(), steps=5).result["steps"] == 5, "a recipe saved before holds nothing"
+
+
+def _shows(line: str) -> bool:
+    return ".holds]" in line or line.startswith(("power =", "repr =", "what =", "value ="))

@@ -190,9 +190,8 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """SHA-256 over the fields that decide the result, `steps` left out: a run may be prolonged."""
-        return hashlib.sha256(
-            json.dumps(_result_part(as_before(Recipe, self.to_table())), sort_keys=True).encode()
-        ).hexdigest()
+        table = without_held(as_before(Recipe, self.to_table()))
+        return hashlib.sha256(json.dumps(_result_part(table), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,6 +360,14 @@ def without_address(value: Any) -> str | None:
     if isinstance(value, list):
         return next((found for item in value if (found := without_address(item)) is not None), None)
     return None
+
+
+def without_held(value: Any) -> Any:
+    """A recipe's table without what objects hold that have no address: it is shown and compared, as far as it goes."""
+    if isinstance(value, Mapping):
+        nameless = str(value.get("use", "")).startswith("<")
+        return {key: without_held(item) for key, item in value.items() if not (nameless and key == "holds")}
+    return [without_held(item) for item in value] if isinstance(value, list) else value
 
 
 def _result_part(table: Mapping[str, Any]) -> dict[str, Any]:

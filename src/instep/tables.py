@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.errors import ComponentError, RecipeError, shown
+from instep.held import held
 
 T = TypeVar("T")
 
@@ -117,6 +118,8 @@ def _component_table(component: Component) -> dict[str, Any]:
     table: dict[str, Any] = {"use": component.describe()}
     if component.args:
         table["args"] = _plain(component.args)
+    if component.address is None and (holds := held(component.use)):
+        table["holds"] = holds
     return table
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from instep.components import Component
 from instep.errors import CheckpointError
-from instep.recipe import Recipe, parse, table_differences
+from instep.recipe import Recipe, parse, table_differences, without_held
 from instep.record import checkpoint
 from instep.record.folder import RunFolder
 from instep.schedule import Change, Phase, Schedule
@@ -87,6 +87,9 @@ def resume_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> lis
             args = {key: value for key, value in kept["optimizer"].get("args", {}).items() if key != "lr"}
             kept["optimizer"] = {**kept["optimizer"], "args": args}
         sides.append(kept)
+    for key, value in sides[1].items():
+        if key in sides[0] and without_held(value) == value:  # a table of before, or objects that show nothing
+            sides[0][key] = without_held(sides[0][key])
     return table_differences(*sides)
 
 
