@@ -19,6 +19,7 @@ from instep.engines.replica import Replica
 from instep.engines.watching import Verdict, Watcher
 from instep.errors import CheckpointError, NonFiniteError, ObjectiveError
 from instep.objectives import exact_sum
+from instep.record.shapes import COUNTS, misfit
 from instep.reduce.buffers import APART, Buffers, about_means
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import BLOCK, Layout
@@ -161,7 +162,11 @@ class Merger:
         self.replica.load(model_state, training_state)
         self.buffers.restart()
         self.watcher.load(training_state.get("watch"))
-        self._empty = dict(training_state.get("empty", {}))
+        empty = training_state.get("empty", {})
+        wrong = misfit(empty, COUNTS)
+        if wrong is not None:
+            raise CheckpointError(f"of the batches without items in the checkpoint {wrong}; use an earlier checkpoint.")
+        self._empty = dict(empty)
         if "outer" in training_state:  # the lockstep engine has none
             self._outer.load(training_state["outer"])
 

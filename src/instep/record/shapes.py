@@ -82,6 +82,12 @@ SPAN = Is(
 )
 
 
+COUNTS = Is(
+    "a table of whole numbers by whole numbers",
+    lambda value: isinstance(value, dict) and all(map(COUNT.fits, [*value, *value.values()])),
+)
+
+
 def misfit(value: Any, shape: Shape, where: str = "") -> str | None:
     """What of `value` is not of this shape, as a clause for a message; None where all is."""
     match shape:
