@@ -42,6 +42,11 @@ class Schedule:
             if self.kind != "wsd":
                 raise RecipeError(f"'schedule.decay_steps' goes with kind 'wsd' only, and kind is {self.kind!r}.")
 
+    @property
+    def changes(self) -> bool:
+        """Whether the factor is ever another than 1."""
+        return self.kind != "constant" or self.warmup_steps > 0 or self.scale != 1
+
     def factor(self, step: int, steps: int) -> float:
         """The factor for the update from version `step` to ``step + 1``, of `steps` in all."""
         return self.scale * self._factor(step, steps)

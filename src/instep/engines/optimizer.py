@@ -156,11 +156,11 @@ class Optimizer:
 
     def _rate_of(self, group: Mapping[str, Any], recipe: Recipe) -> float | None:
         if group["lr"] is None:
-            if recipe.schedule.kind == "constant" and not recipe.schedule.warmup_steps:
+            if not recipe.schedule.changes:
                 return None
             raise RecipeError(
                 f"the optimizer {self.kind} has no learning rate ('lr' is None), which the recipe's schedule would "
-                f"change; give it one, or leave 'recipe.schedule' constant, without a warm-up."
+                f"change; give it one, or leave 'recipe.schedule' constant, without warm-up and scale."
             )
         try:
             return float(group["lr"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from instep.engines.child import Tell
 from instep.engines.merger import Update
 from instep.engines.replay import Replayer, state_of
 from instep.engines.request import Proof, Replayed
+from instep.engines.state import copied
 from instep.errors import RecordError
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
@@ -269,7 +269,7 @@ class _Playback:
     def _keep(self, version: int) -> None:
         merger = self._replayer.merger
         state = {name: tensor.clone() for name, tensor in state_of(self._replayer).items()}
-        training = copy.deepcopy(merger.training_state())
+        training = copied(merger.training_state())
         self._kept[version] = {"model": state, "training": training, "microbatches": merger.microbatches}
         for old in sorted(self._kept)[1:-KEPT]:
             del self._kept[old]
@@ -277,7 +277,7 @@ class _Playback:
     def _restore(self, version: int) -> None:
         kept, merger = self._kept[version], self._replayer.merger
         if version != self._version or version == 0:
-            merger.load(kept["model"], copy.deepcopy(kept["training"]))
+            merger.load(kept["model"], copied(kept["training"]))
             merger.microbatches = kept["microbatches"]
         merger.version = version
         self._replayer.everybody_left()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from instep.record import checkpoint
 
 
 def tensors_in(state: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -71,6 +74,14 @@ def difference(one: Any, other: Any, where: str = "") -> str | None:
     if type(one) is not type(other):
         return where
     return None if one is other or one == other or (one != one and other != other) else where  # noqa: PLR0124  # NaN
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in memory of its own; what cannot be copied, as tensors of some classes, goes through a file's bytes."""
+    try:
+        return copy.deepcopy(dict(state))
+    except (NotImplementedError, RuntimeError, TypeError):
+        return checkpoint.repacked(state)
 
 
 def bytes_in(state: Any) -> int:

@@ -5,7 +5,6 @@ All is done in a copy of the process, which leaves no trace: a run's bits are as
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 from instep.engines.aside import CopyLost, in_a_copy
 from instep.engines.optimizer import needs_closure
 from instep.engines.replica import Replica
-from instep.engines.state import bytes_in, difference
+from instep.engines.state import bytes_in, copied, difference
 from instep.errors import CheckpointError, ComponentError, InstepError
 from instep.randomness import key, seed_all
 from instep.record import checkpoint
@@ -54,7 +53,7 @@ def _try_steps(replica: Replica, resume: bool) -> None:
     training_state = replica.training_state()
     if not resume or bytes_in(training_state) > MOST_BYTES:
         return
-    before = copy.deepcopy(training_state)
+    before = copied(training_state)
     again = _there_and_back(replica, replica.device, replica.saved_state(), training_state)
     where = difference(before, replica.training_state())
     if where is not None:
@@ -130,8 +129,13 @@ def try_checkpoint(
         _there_and_back(replica, torch.device("cpu"), model_state, training_state)
 
     if replica.device.type != "cpu":  # a GPU is not for a copy of this process
-        with kept_random_state():
-            there_and_back()
+        try:
+            with kept_random_state():
+                there_and_back()
+        except InstepError:
+            raise
+        except Exception as error:  # what is built on a CPU need not be built there
+            return f"whether a checkpoint can be loaded could not be tried on a CPU: {type(error).__name__}: {error}."
         return None
     try:
         in_a_copy(there_and_back)

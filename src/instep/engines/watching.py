@@ -6,7 +6,6 @@ any other rule; so every worker, and every replay, comes to the same verdict by 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections import deque
@@ -16,6 +15,7 @@ from typing import Any
 
 from instep.engines.evaluation import Progress
 from instep.engines.replica import Replica
+from instep.engines.state import copied
 from instep.errors import CheckpointError, NonFiniteError, ObjectiveError
 from instep.record.shapes import WATCH, misfit
 from instep.reduce.buffers import Buffers
@@ -129,7 +129,7 @@ class Watcher:
         elif answer == "rollback" and self._kept is not None:
             then = f"; the weights go back to those of version {self._kept['version']}"
             self._rollbacks += 1
-            self._replica.load(self._kept["model"], copy.deepcopy(self._kept["training"]))
+            self._replica.load(self._kept["model"], copied(self._kept["training"]))
             self._buffers.restart()
         return Verdict(
             answer,
@@ -142,7 +142,7 @@ class Watcher:
         self._kept = {
             "version": version,
             "model": {name: tensor.detach().clone() for name, tensor in replica.module.state_dict().items()},
-            "training": copy.deepcopy(replica.training_state()),
+            "training": copied(replica.training_state()),
         }
 
     def state(self) -> dict[str, Any]:
