@@ -30,6 +30,8 @@ def reference_digests(recipe: Recipe) -> dict[int, str]:
         totals = {name: sum(count[name] for count in counts) for name in counts[0]}
 
         start = {name: buffer.clone() for name, buffer in replica.module.named_buffers()}
+        weights = {name: parameter.detach().clone() for name, parameter in replica.module.named_parameters()}
+        written: dict[str, dict[int, float]] = {name: {} for name in weights}
         leaves: list[Tensor] = []
         left: list[dict[str, Tensor] | None] = []
         present = [False] * len(replica.parameters)
@@ -50,6 +52,16 @@ def reference_digests(recipe: Recipe) -> dict[int, str]:
             left.append({name: buffer.clone() for name, buffer in replica.module.named_buffers()})
             for name, buffer in replica.module.named_buffers():
                 buffer.copy_(start[name])
+            for name, parameter in replica.module.named_parameters():
+                values = zip(parameter.flatten().tolist(), weights[name].flatten().tolist(), strict=True)
+                for place, (value, before) in enumerate(values):
+                    if value != before:
+                        assert written[name].setdefault(place, value) == value, f"the microbatches disagree on {name}"
+                parameter.data.copy_(weights[name])
+
+        for name, parameter in replica.module.named_parameters():
+            for place, value in written[name].items():
+                parameter.data[torch.unravel_index(torch.tensor(place), parameter.shape)] = value
 
         total = tree_sum(leaves, torch.add)
         blocks = [torch.linalg.vector_norm(block[None], dim=1) for block in total.split(BLOCK)]

@@ -18,12 +18,14 @@ from torch.utils._pytree import tree_leaves
 from instep.engines.replica import Replica
 from instep.errors import NonFiniteError
 from instep.reduce.buffers import Buffers
+from instep.reduce.checksums import checksum
 from instep.reduce.fold import Fold
 from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.pack import Pack
 from instep.reduce.reduction import clip, norm_of
 from instep.reduce.shared import Region
 from instep.reduce.tree import Node, nodes_of
+from instep.reduce.written import Written
 from instep.rules.work import Pieces, Work
 
 _COUNTED = 100_000
@@ -42,16 +44,22 @@ class Vectors:
     """The tensors of a contribution. N tree nodes (1 but under a synchronous rule).
 
     gradient: [N, layout.size] float32; a delta instead where the rule has local steps.
-    buffers: [N, row_size] float32 and integers: [size] int64, as `Buffers.post` writes them.
+    buffers: [N, row_size] float32 and integers: [size] int64, as `Buffers.post` writes them. written:
+    [Written.row_bytes] uint8, what forwards wrote into parameters.
     """
 
     gradient: Tensor
     buffers: Tensor
     integers: Tensor
+    written: Tensor
+
+    def checksum(self, nodes: int) -> list[str]:
+        """Of its gradient at so many nodes, and of what forwards wrote if they do."""
+        return checksum([*self.gradient[:nodes], *([self.written] if self.written.numel() else [])])
 
     def clone(self) -> Vectors:
         """A copy in memory of its own."""
-        return Vectors(self.gradient.clone(), self.buffers.clone(), self.integers.clone())
+        return Vectors(self.gradient.clone(), self.buffers.clone(), self.integers.clone(), self.written.clone())
 
 
 @dataclass(frozen=True)
@@ -109,15 +117,24 @@ class Contributor:
     contribution to the next; it is new when a worker joins.
 
     `alone`: it computes the pieces of all workers, so what it loads to count the items of others it will need itself.
+    `checkpoint_every`: global batches between two close looks at what forwards write, see `Written.look`; 0: only one,
+    at the first batch.
     """
 
     def __init__(
-        self, replica: Replica, pieces: Pieces, advance: Callable[[], None] = lambda: None, *, alone: bool = False
+        self,
+        replica: Replica,
+        pieces: Pieces,
+        advance: Callable[[], None] = lambda: None,
+        *,
+        alone: bool = False,
+        checkpoint_every: int = 0,
     ):
         self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
-        self._alone = alone
+        self._alone, self._checkpoint_every, self._looked = alone, checkpoint_every, False
+        self.written: Written = replica.written
         self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
-        self.pack = Pack(replica.module, replica.parameters)
+        self.pack = Pack(replica.module, replica.parameters, self.written.frozen)
         self.buffers = Buffers(replica.module, replica.recipe.buffers)
         self.terms: tuple[str, ...] = ()
         self.changing: set[int] = set()
@@ -142,17 +159,19 @@ class Contributor:
             "gradient": Region((contributions, nodes, self.layout.size), "float32"),
             "buffers": Region((contributions, nodes, self.buffers.row_size), "float32"),
             "integers": Region((contributions, self.buffers.integer_layout.size), "int64"),
+            "written": Region((contributions, self.written.row_bytes), "uint8"),
         }
 
     def empty(self) -> Vectors:
         """Vectors for one contribution, in private memory; its gradient on the replica's device."""
-        gradient, buffers, integers = (
+        gradient, buffers, integers, written = (
             torch.zeros(region.shape[1:], dtype=getattr(torch, region.dtype)) for region in self.regions(1).values()
         )
-        return Vectors(gradient.to(self.replica.device), buffers, integers)
+        return Vectors(gradient.to(self.replica.device), buffers, integers, written)
 
     def prepare(self, batch: int, samples: Any | None = None) -> Any:
-        """Learns the objective's terms, and which buffers training changes, from a first forward; the batch of it.
+        """Learns the objective's terms, which parameters its forwards write and which buffers training changes, from a
+        first forward; the batch of it.
 
         `samples`: those of its first microbatch, if they were read already.
         """
@@ -160,12 +179,13 @@ class Contributor:
         self.terms = tuple(self.replica.objective.terms or ())
         self.buffers.begin()
         if self.buffers.names:
-            with torch.no_grad():
+            with self.written.probing(learn=False), torch.no_grad():
                 self.replica.objective.sums(self.replica.module, samples)
         self.buffers.leave(filled=True)
         self.replica.trainable.begin()
         self.changing = {index for index, changed in enumerate(self.buffers.changed()) if changed}
         self.buffers.begin()
+        self.pack = Pack(self.replica.module, self.replica.parameters, self.written.frozen)
         return samples
 
     def load(self, saved: Tensor) -> None:
@@ -183,6 +203,7 @@ class Contributor:
         version must be entered.
 
         A term or, with local steps, a gradient that is not finite is told of, and such a local step left out.
+        Raises RecipeError where forwards disagree on what they wrote, and FirstWrite.
         """
         self.load(saved)
         self.replica.trainable.take(off)
@@ -221,6 +242,7 @@ class Contributor:
         changed = self._changed()
         posted = tuple(sorted({*changed, *self.changing}))
         self.buffers.post(posted, work.start, nodes, list(into.buffers[: len(nodes)]), into.integers)
+        self.written.post(into.written, self.written.own(work.batch))
         filled = len(_filled(batches))
         return Facts(
             tuple(nodes), inputs.counts, sums, filled, touched, posted, changed,
@@ -268,6 +290,7 @@ class Contributor:
                 bad += wrong[:1]
                 continue
             clip(self._summed, norm, self.replica.recipe.clip_norm)
+            self.written.take(self.written.after(self.written.own(batch)))
             views = self.layout.views(self._summed)
             self.replica.update(batch, [view if i in touched else None for i, view in enumerate(views)])
             made += 1
@@ -285,6 +308,7 @@ class Contributor:
         with torch.no_grad():
             for view, before, parameter in zip(self.layout.views(row), pulled, self.replica.parameters, strict=True):
                 torch.sub(before.to(view.dtype), parameter.to(view.device, view.dtype), out=view)
+        self.written.post(into.written, self.written.differences(self.pack.frozen(saved)))
         posted = tuple(sorted({*changed, *self.changing}))  # no others: what is constant would be rounded in the mean
         self.buffers.untouched([True])
         self.buffers.post(posted, 0, [(0, 1)], [into.buffers[0]], into.integers, start=began, steps=made)
@@ -315,19 +339,26 @@ class Contributor:
         self.replica.trainable.begin()
         found: list[dict[str, float]] = []
         bad: list[NonFiniteError] = []
-        for microbatch, samples in batches.items():
-            self._fold.begin_leaf()
-            if samples is not None:
-                sums = self.replica.compute(batch, microbatch, samples, totals)
-                found.append({name: float(value) for name, value in sums.items()})
-                bad += self.check(found[-1], batch, microbatch)
-            self._fold.end_leaf()
-            self.buffers.leave(filled=samples is not None)
-            if samples is not None:
-                self.replica.trainable.leave(batch)
-            self._advance()
+        with self.written.kept(f"global batch {batch + 1}", closely=self._closely(batch)):
+            for microbatch, samples in batches.items():
+                self._fold.begin_leaf()
+                if samples is not None:
+                    sums = self.replica.compute(batch, microbatch, samples, totals)
+                    found.append({name: float(value) for name, value in sums.items()})
+                    bad += self.check(found[-1], batch, microbatch)
+                self._fold.end_leaf()
+                self.buffers.leave(filled=samples is not None)
+                self.written.leave()
+                if samples is not None:
+                    self.replica.trainable.leave(batch)
+                self._advance()
         touched = tuple(index for index, seen in enumerate(self._fold.touched) if seen)
         return {name: tuple(each[name] for each in found) for name in self.terms}, touched, bad
+
+    def _closely(self, batch: int) -> bool:
+        first, self._looked = not self._looked, True
+        every = self._checkpoint_every
+        return first or batch + 1 == self.pieces.steps or (every > 0 and (batch + 1) % every == 0)
 
     def check(self, sums: Mapping[str, float], batch: int, microbatch: int) -> list[NonFiniteError]:
         """What is not finite among the terms."""

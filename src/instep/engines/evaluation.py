@@ -166,7 +166,8 @@ def evaluate(
 ) -> Iterator[Evaluated]:
     """Those of `batches` that are at `places`, in eval mode and without gradients.
 
-    `advance` is called after each batch. The model's mode and buffers are as before once the iterator has ended.
+    `advance` is called after each batch. The model's mode and buffers are as before once the iterator has ended; what
+    a forward writes into parameters is put back at once. Raises FirstWrite for those that none wrote before.
     """
     assert replica.data.held_out is not None
     terms = replica.objective.terms or ()
@@ -175,11 +176,13 @@ def evaluate(
             seed = key(replica.recipe.seed, "evaluate", place)
             batch = replica.read(replica.data.held_out, list(batches[place]), seed)
             counts = replica.objective.counts(batch)
-            sums = replica.objective.sums(replica.module, batch)
             outputs: Outputs = {}
+            with replica.written.kept("an evaluation"):
+                sums = replica.objective.sums(replica.module, batch)
             if replica.objective.gathers:
                 seed_all(key(replica.recipe.seed, "outputs", place))
-                outputs = outputs_of(replica.objective.objective, replica.module, batch)
+                with replica.written.kept("an evaluation"):
+                    outputs = outputs_of(replica.objective.objective, replica.module, batch)
             yield Evaluated(place, [counts[name] for name in terms], [float(sums[name]) for name in terms], outputs)
             advance()
 

@@ -68,6 +68,8 @@ class Exchange:
     """[W, B] in the first step, what tells whether a buffer ended differently from piece to piece; else 0."""
     norms: NDArray[np.float32]
     """[blocks] L2 norms of the blocks of the gradient."""
+    written: NDArray[np.uint8]
+    """[W, bytes] what the worker's microbatches wrote into parameters, see `Written`."""
     evaluation_counts: NDArray[np.int64]
     """[E, T]"""
     evaluation_sums: NDArray[np.float64]
@@ -98,6 +100,7 @@ def regions(
     evaluations: int,
     weight_bytes: int,
     parcel_bytes: int,
+    written_bytes: int,
     on_device: bool,
 ) -> dict[str, Region]:
     """The sizes of the arrays of an `Exchange`."""
@@ -124,6 +127,7 @@ def regions(
         "changed": Region((workers, len(buffers.names)), "uint8"),
         "ends": Region((workers, len(buffers.names)), "int64"),
         "norms": Region((layout.blocks,), "float32"),
+        "written": Region((workers, written_bytes), "uint8", reserve=False),
         "evaluation_counts": Region((evaluations, terms), "int64"),
         "evaluation_sums": Region((evaluations, terms), "float64"),
         "slots": Region((0, 0) if on_device else (nodes, layout.size), "float32"),

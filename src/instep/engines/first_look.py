@@ -43,8 +43,9 @@ def look_at_objective(replica: Replica, batch: Any) -> None:
         seed_all(key(replica.recipe.seed, 0, 0, "data"))
         return replica.to_device(load(replica.data.train, [*indices, *indices], replica.data.collate))
 
-    check(replica.objective, replica.module, batch, doubled)
-    _look_at_gathers(replica)
+    with replica.written.probing(learn=False):  # one process does it, and what it learnt the others would not know
+        check(replica.objective, replica.module, batch, doubled, replica.written.kept)
+        _look_at_gathers(replica)
 
 
 def _look_at_gathers(replica: Replica) -> None:

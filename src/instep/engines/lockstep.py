@@ -27,7 +27,7 @@ from instep.engines.evaluation import Evaluation, Progress, batches_held_out, ev
 from instep.engines.exchange import LEFT, Exchange, regions
 from instep.engines.first_look import look_at_data, look_at_objective
 from instep.engines.parcels import ROOM, Parcels
-from instep.engines.placement import Placement, choose, trace_of
+from instep.engines.placement import Placement, choose
 from instep.engines.replica import Replica
 from instep.engines.stopping import OtherRaised
 from instep.engines.watching import Verdict, Watcher
@@ -59,7 +59,8 @@ class Pulse(Protocol):
 class Lockstep:
     """One worker's side of the lockstep engine.
 
-    `emit(kind, **fields)` writes to the tape; `clock()` is seconds since the run's start.
+    `emit(kind, **fields)` writes to the tape; `clock()` is seconds since the run's start. Raises FirstWrite while a
+    forward writes parameters that were not known to be written.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class Lockstep:
         pulse: Pulse,
         emit: Callable[..., None],
         clock: Callable[[], float],
+        checkpoint_every: int = 0,
     ):
         recipe = replica.recipe
         self.replica, self.worker, self.workers = replica, worker, workers
         self._pulse, self._emit, self._clock = pulse, emit, clock
+        self._checkpoint_every, self._looked = checkpoint_every, False
         self._layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
         self.reduction = Reduction(self._layout, recipe.microbatches, workers)
         self.buffers = Buffers(replica.module, recipe.buffers)
@@ -94,19 +97,16 @@ class Lockstep:
     def prepare(self, version: int) -> None:
         """Loads the first batches and learns the objective's terms."""
         self.replica.enter(version)
-        watched = self.replica.parameters if self.workers > 1 else []  # a worker alone shares none
-        before = trace_of(watched)
         looks = version == 0 and self.worker == 0
         first = look_at_data(self.replica, lambda why: self._emit("warned", why=why)) if looks else None
         probe = self.replica.learn_terms(version, first)
-        self._steady = trace_of(watched) == before
         self.terms = list(self.replica.objective.terms or ())
         if looks:
             look_at_objective(self.replica, probe)
 
     def memory(self) -> dict[str, Region]:
         """Decides where the weights are to lie. Returns what memory the team must share."""
-        self.placement: Placement = choose(self.replica, self.reduction, self.worker, steady=self._steady)
+        self.placement: Placement = choose(self.replica, self.reduction, self.worker)
         return regions(
             reduction=self.reduction,
             microbatches=self.replica.recipe.microbatches,
@@ -116,6 +116,7 @@ class Lockstep:
             evaluations=len(self._held_out),
             weight_bytes=self.placement.weight_bytes,
             parcel_bytes=ROOM if self.replica.objective.gathers and self._held_out and self.workers > 1 else 0,
+            written_bytes=self.replica.written.row_bytes,
             on_device=self.replica.device.type != "cpu",
         )
 
@@ -166,10 +167,8 @@ class Lockstep:
             self._batches = [None] * len(self._own)  # nothing is computed: the update will be left out
 
         from_s = self._clock()
-        self._compute(step, totals)
-        self._sound = False  # if the check finds that the computing has changed weights
-        self.placement.check(step)
-        self._sound = True
+        with replica.written.kept(f"step {step + 1}", closely=self._closely(step, steps)):
+            self._compute(step, totals)
         if self.slowness > 1:
             time.sleep((self.slowness - 1) * (self._clock() - from_s))
         to_s = self._clock()
@@ -186,6 +185,7 @@ class Lockstep:
         touched, off = (seen & 1).tolist(), np.flatnonzero(seen & _OFF)
         next_totals = self._totals()
         changed = changed_by_any(exchange.changed)
+        written = replica.written.after(replica.written.merged(as_tensors(exchange.written), step))
         own_slots = self.reduction.slots_of(self.worker)
         if changed:
             rows = as_tensors(exchange.buffers)
@@ -209,6 +209,8 @@ class Lockstep:
         else:
             verdict = self.watcher.left_out(Verdict(), [wrong], update=True)
         self._sound = False
+        if verdict.updates:
+            replica.written.take(written)
         rate = self.placement.update(step, norm, touched) if verdict.updates else 0.0
         if verdict.updates and (off.size or replica.trainable.off):
             replica.trainable.take(off.tolist())
@@ -245,16 +247,19 @@ class Lockstep:
         self._fold.begin()
         self.buffers.begin()
         self.replica.trainable.begin()
+        written = self.replica.written
         found: list[Mapping[str, Tensor]] = []
         for microbatch, batch in zip(self._own, self._batches, strict=True):
             self._fold.begin_leaf()
             found.append({} if batch is None else self.replica.compute(step, microbatch, batch, totals))
             self._fold.end_leaf()
             self.buffers.leave(filled=batch is not None)
+            written.leave()
             if batch is not None:
                 self.replica.trainable.leave(step)
             self._pulse.advance()
         self._batches = []
+        written.post(torch.from_numpy(self._exchange.written[self.worker]))
         for microbatch, sums in zip(self._own, found, strict=True):
             for place, name in enumerate(self.terms):
                 self._exchange.sums[microbatch, place] = float(sums[name]) if sums else 0.0
@@ -265,6 +270,22 @@ class Lockstep:
         if step == 0:
             for index, (_, end) in self.buffers.ends().items():
                 self._exchange.ends[self.worker, index] = end if end == APART else end + 1  # 0 is no word
+
+    def _closely(self, step: int, steps: int) -> bool:
+        """Whether all weights are read, to see whether a forward writes them: first, and before checkpoints."""
+        first, self._looked = not self._looked, True
+        every = self._checkpoint_every
+        return first or step + 1 == steps or (every > 0 and (step + 1) % every == 0)
+
+    def unwritten(self, version: int) -> Callable[[], None] | None:
+        """What raises FirstWrite where others' forwards have written into the shared weights since this call.
+
+        They go on while worker 0 saves; but not before it has all their state. None where they share no weights.
+        """
+        if self.worker or not self.placement.weight_bytes:
+            return None
+        before = self.replica.written.look(closely=True)
+        return lambda: self.replica.written.check(before, f"the step after version {version}")
 
     def _load(self, step: int) -> None:
         """Loads the worker's batches of `step` and posts their item counts."""
@@ -297,16 +318,19 @@ class Lockstep:
         if not came:
             raise OtherRaised
 
-    def stop(self, version: int, save: Callable[[dict[str, Any]], None], *, saved: int, needed: bool) -> int:
+    def stop(
+        self, version: int, save: Callable[[dict[str, Any]], None], *, saved: int, needed: bool, written: bool
+    ) -> int:
         """After this worker's code, or another's, has raised at `version`: has the weights saved if they are sound.
 
         All workers come here, wherever they were: who raised had not posted the next step, so nobody is further. Worker
         0 calls `save` with the training state, where it is `needed`; the newest checkpoint is that of version `saved`.
+        `written`: a forward has written weights that no copy is kept of, so they are not sound.
         Returns the version of the newest checkpoint then, 0 if there is none.
         """
         exchange, lead = self._exchange, self.worker == 0
         try:
-            exchange.sound[self.worker] = version + 1 if self._sound else 0
+            exchange.sound[self.worker] = version + 1 if self._sound and not written else 0
             self.buffers.put_back()
             exchange.raised[self.worker] = 1
             self._stopping = True

@@ -29,8 +29,13 @@ def fit_memory(
     """
     if not team.memory:
         return None
-    budget = parse_budget(team.memory, "'team.memory'")
     replica.doing = "profiling the model for gradient checkpointing"
+    with replica.written.probing():
+        return _fitted(replica, team, emit, workers)
+
+
+def _fitted(replica: Replica, team: Team, emit: Callable[..., None] | None, workers: int) -> Plan:
+    budget = parse_budget(team.memory, "'team.memory'")
     profile, batch = profile_of(replica)
     wanted = budget.of(profile.peak_bytes)
     found = gradient_checkpointing.plan(profile, budget_bytes=wanted, price=price_in(replica.recipe))

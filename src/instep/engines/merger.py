@@ -26,6 +26,7 @@ from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.pack import Pack
 from instep.reduce.reduction import clip, norm_of
 from instep.reduce.tree import merge_plan
+from instep.reduce.writes import Writes
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces, Work
 
@@ -75,7 +76,8 @@ class Merger:
     def __init__(self, replica: Replica, pieces: Pieces):
         self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
         self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
-        self.pack = Pack(replica.module, replica.parameters)
+        self.pack = Pack(replica.module, replica.parameters, replica.written.frozen)
+        self._writes = Writes(replica.written)
         self.buffers = Buffers(replica.module, replica.recipe.buffers)
         self.watcher = Watcher(replica, self.buffers)
         self.version = 0
@@ -93,7 +95,7 @@ class Merger:
         """Makes one update, in the order given. May use the vectors up. The replica's objective must know its terms.
 
         The watch may have it left out. Raises NonFiniteError, or ObjectiveError for whole batches without items, before
-        any change, where it does not.
+        any change, where it does not; and RecipeError where contributions disagree on what forwards wrote.
         """
         self.replica.enter(self.version)
         step = self.microbatches // self.pieces.microbatches
@@ -102,7 +104,8 @@ class Merger:
         counts = {name: sum(each.counts[name] for each in facts) for name in terms}
         some = objective.has_items(counts)
         sums = {name: exact_sum(list(itertools.chain(*(each.sums[name] for each in facts)))) for name in terms}
-        total = self._total(contributions)
+        written = self._written(contributions, step)
+        total = self._total(contributions, written)
         norm = norm_of(total, self.layout)
         bad, left_out = self._bad(contributions, norm, step)
         left_out = left_out or (self.watcher.skips and self.rule.gradients and not some)
@@ -116,7 +119,9 @@ class Merger:
         self._count_empty(facts)
         rate: float | None = 0.0
         self.sound = False
+        self._writes.made(taken=verdict.updates)
         if verdict.updates:
+            self.replica.written.take(written)
             rate = self._apply(total, set().union(*(each.touched for each in facts)), norm, step)
             self._take_buffers(contributions)
             self._take_flags(facts)
@@ -147,8 +152,14 @@ class Merger:
                 del self._empty[batch]
 
     def checksum(self) -> list[str]:
-        """Of the present weights, one for each parameter."""
-        return checksum(self.replica.parameters)
+        """Of the present weights, one for each of `names`."""
+        return checksum([*self.replica.parameters, *self.replica.written.frozen])
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that updates change."""
+        written = self.replica.written
+        return [*self.replica.names, *(name for name in written.names if name not in self.replica.names)]
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
@@ -161,6 +172,7 @@ class Merger:
         """Takes the state of a checkpoint. Raises CheckpointError where it does not fit."""
         self.replica.load(model_state, training_state)
         self.buffers.restart()
+        self._writes = Writes(self.replica.written)
         self.watcher.load(training_state.get("watch"))
         empty = training_state.get("empty", {})
         wrong = misfit(empty, COUNTS)
@@ -170,7 +182,14 @@ class Merger:
         if "outer" in training_state:  # the lockstep engine has none
             self._outer.load(training_state["outer"])
 
-    def _total(self, contributions: Sequence[Arrived]) -> Tensor:
+    def _written(self, contributions: Sequence[Arrived], step: int) -> dict[str, Tensor]:
+        """What the update is to find in the parameters that forwards wrote, by name."""
+        rows = [each.vectors.written for each in contributions]
+        if self.rule.gradients:
+            return self._writes.values(rows, [each.staleness for each in contributions], step)
+        return self._writes.means(rows, [each.weight for each in contributions], step)
+
+    def _total(self, contributions: Sequence[Arrived], written: Mapping[str, Tensor]) -> Tensor:
         """The update's gradient or delta, flat."""
         if self.pieces.in_tree_order:
             rows = [row for each in contributions for row in each.vectors.gradient.unbind(0)[: len(each.facts.nodes)]]
@@ -179,21 +198,25 @@ class Merger:
             whole: Tensor = rows[0]
             return whole
         first = contributions[0]
-        total = self._compensated(first)
+        total = self._compensated(first, written)
         if first.weight != 1.0:
             total.mul_(first.weight)
         for each in contributions[1:]:
-            total.add_(self._compensated(each), alpha=each.weight)
+            total.add_(self._compensated(each, written), alpha=each.weight)
         return total
 
-    def _compensated(self, each: Arrived) -> Tensor:
+    def _compensated(self, each: Arrived, written: Mapping[str, Tensor]) -> Tensor:
+        """Its gradient, corrected by how far the weights are now from those that it was computed at."""
         gradient = each.vectors.gradient[0]
         if self.rule.compensation and each.staleness:
             assert each.base is not None
             bases = self.pack.parameters(each.base)
+            names, changes = self.replica.names, self.replica.written.read(each.vectors.written, 0)
             with torch.no_grad():
-                for view, now, base in zip(self.layout.views(gradient), self.replica.parameters, bases, strict=True):
-                    moved = now.to(view.dtype) - base.to(view.device, view.dtype)
+                for view, name, base in zip(self.layout.views(gradient), names, bases, strict=True):
+                    now, at = written.get(name, self.replica.written.value(name)), base.to(view.device)
+                    at = changes[name].applied_to(at) if name in changes else at
+                    moved = now.to(view.dtype) - at.to(view.dtype)
                     view.addcmul_(view * view, moved, value=self.rule.compensation)
         return gradient
 

@@ -22,8 +22,6 @@ from torch.optim import optimizer as torch_optimizer
 
 from instep.engines.exchange import Exchange
 from instep.engines.replica import Replica
-from instep.errors import RecipeError
-from instep.reduce.checksums import checksum
 from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
 from instep.reduce.ownership import owners
 from instep.reduce.reduction import Reduction, clip
@@ -71,10 +69,6 @@ class Placement(ABC):
         """Ends a step, or other work on what all share: waits until what others did or read is done."""
 
     @abstractmethod
-    def check(self, step: int) -> None:
-        """After the computing of `step`. Raises RecipeError where it changed weights that others see."""
-
-    @abstractmethod
     def agree(self, flag: bool) -> bool:
         """What worker 0 says, if the others must know; else the worker's own `flag`."""
 
@@ -105,9 +99,6 @@ class Replicated(Placement):
         return self._replica.update(step, gradients)
 
     def settle(self) -> None:
-        pass
-
-    def check(self, step: int) -> None:
         pass
 
     def agree(self, flag: bool) -> bool:
@@ -142,7 +133,6 @@ class Sharded(Placement):
             parameter.data = shared
             for state in [] if own else states:
                 state.pop(parameter, None)
-        self._note_versions()
 
     def add_slice(self, slots: Sequence[Tensor]) -> Tensor:
         return self._reduction.add_slice(self._worker, slots, to_all=False)
@@ -156,16 +146,7 @@ class Sharded(Placement):
         return self._replica.update(step, gradients)
 
     def settle(self) -> None:
-        self._note_versions()
         self._meet()
-
-    def check(self, step: int) -> None:
-        for name, parameter, version in zip(self._replica.names, self._replica.parameters, self._versions, strict=True):
-            if parameter._version != version:
-                raise RecipeError(
-                    f"parameter '{name}' was changed while step {step + 1} was computed, and not in the model's first "
-                    f"forward, so that all workers share its memory; change it in each forward or in none."
-                )
 
     def agree(self, flag: bool) -> bool:
         if self._worker == 0:
@@ -217,29 +198,19 @@ class Sharded(Placement):
         self._meetings += 1
         self._barrier(self._exchange.met, self._meetings)
 
-    def _note_versions(self) -> None:
-        self._versions = [parameter._version for parameter in self._replica.parameters]
 
-
-def choose(replica: Replica, reduction: Reduction, worker: int, *, steady: bool) -> Placement:
-    """Sharded where that gives the same bits, else replicated. `steady`: a forward leaves the weights as they are."""
+def choose(replica: Replica, reduction: Reduction, worker: int) -> Placement:
+    """Sharded where that gives the same bits, else replicated: what a forward writes nobody else may see."""
     sharded = (
         reduction.workers > 1
         and replica.device.type == "cpu"
-        and steady
+        and not replica.written.trains
         # A rollback reads all weights, and puts them back, before the update.
         and all(watch.spike != "rollback" for watch in replica.recipe.watches)
         and all(_updates_by_parameter(one.of_torch) for one in replica.optimizer.each)
         and _can_move(replica.parameters)
     )
     return (Sharded if sharded else Replicated)(replica, reduction, worker)
-
-
-def trace_of(parameters: Sequence[Tensor]) -> list[Any]:
-    """What tells whether the weights were changed, in place or past autograd, or replaced."""
-    plain = [parameter for parameter in parameters if _is_plain(parameter)]
-    marks = [(parameter._version, parameter.data_ptr()) for parameter in plain]
-    return [*marks, *checksum(plain)]
 
 
 def _updates_by_parameter(optimizer: optim.Optimizer) -> bool:

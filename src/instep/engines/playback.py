@@ -16,6 +16,7 @@ from instep.engines.state import copied
 from instep.errors import RecordError
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
+from instep.reduce.written import FirstWrite
 
 KEPT = 4
 """Checkpoints whose state is kept, for a run that was resumed from one: it keeps 3 itself by default."""
@@ -26,6 +27,17 @@ def replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell = lam
 
     Raises RecordError where the tape is of another recipe or lacks what it needs, and InstepError as the run would.
     """
+    try:
+        return _replay(recipe, events, tell)
+    except FirstWrite as found:
+        raise RecordError(
+            f"the run cannot be replayed: here a forward wrote parameter '{found.names[0]}' in {found.where}, and the "
+            f"tape does not know of it; the model depends on more than the batch, the seed and its own state, or an "
+            f"older version of Instep, which let such writes pass, made the run."
+        ) from None
+
+
+def _replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell) -> Replayed:
     playback: _Playback | None = None
     fingerprints = recipe.fingerprints()
     for event in map(_Event, events):
@@ -69,7 +81,7 @@ class _Playback:
 
     def __init__(self, recipe: Recipe, started: Mapping[str, Any]):
         self._recipe = recipe
-        self._engine: tuple[str, int, int, str] = ("", 0, 0, "")
+        self._engine: tuple[Any, ...] = ()
         self._replayer = self._fresh(started)
         self._kept: dict[int, dict[str, Any]] = {}
         self._keep(0)
@@ -88,6 +100,8 @@ class _Playback:
         if version not in self._kept:
             self._make_up_for(version)
         if self._engine != _engine_of(event):
+            if self._engine[:-1] == _engine_of(event)[:-1]:
+                self._divergence = ""  # it went back since a first write made of what it computed something else
             self._replayer = self._fresh(event)
             self._version = -1
         self._restore(version)
@@ -97,7 +111,7 @@ class _Playback:
 
     @property
     def _serving(self) -> bool:
-        return self._engine[0] != "lockstep"
+        return bool(self._engine[0] != "lockstep")
 
     def take(self, event: _Event) -> None:
         """One event. Raises RecordError where it refers to what is unknown."""
@@ -242,11 +256,11 @@ class _Playback:
             )
 
     def _compare_merged(self, event: Mapping[str, Any]) -> None:
-        replica = self._replayer.merger.replica
-        found = self._replayer.merger.checksum()
+        merger = self._replayer.merger
+        found = merger.checksum()
         if found == event["checksum"] or self._divergence:
             return
-        names = [n for n, a, b in zip(replica.names, found, event["checksum"], strict=False) if a != b] or ["?"]
+        names = [n for n, a, b in zip(merger.names, found, event["checksum"], strict=False) if a != b] or ["?"]
         workers = sorted({each["worker"] for each in event["contributions"]})
         self._divergence = (
             f"version {event['version']}, an update from {'worker' if len(workers) == 1 else 'workers'} "
@@ -264,7 +278,8 @@ class _Playback:
         cut = started["cut"] if self._serving else 1
         changes = self._recipe.fingerprints().index(started["fingerprint"])  # what was not known then did not hold
         recipe = dataclasses.replace(self._recipe.known(changes), steps=started["steps"])  # its schedule follows them
-        return Replayer(recipe, cut, device, batched=started.get("batched", False))
+        batched, written = started.get("batched", False), started.get("written", ())
+        return Replayer(recipe, cut, device, batched=batched, written=written)
 
     def _keep(self, version: int) -> None:
         merger = self._replayer.merger
@@ -284,6 +299,8 @@ class _Playback:
         self._version = version
 
 
-def _engine_of(started: Mapping[str, Any]) -> tuple[str, int, int, str]:
-    """What a start of the run was computed by: another one cuts the run, or its learning rate, in another way."""
-    return started["engine"], started["cut"], started["steps"], started["fingerprint"]
+def _engine_of(started: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a start of the run was computed by: another one cuts the run, or its learning rate, in another way, or knows
+    of other parameters that forwards write."""
+    written = tuple(started.get("written", ()))
+    return started["engine"], started["cut"], started["steps"], started["fingerprint"], written

@@ -19,7 +19,6 @@ from instep.engines.replica import Replica
 from instep.engines.together import Together
 from instep.errors import RecipeError
 from instep.recipe import Recipe
-from instep.reduce.checksums import checksum
 from instep.rules.work import Pieces, Work
 
 
@@ -31,15 +30,31 @@ class Replayer:
 
     With `batched`, the first contribution that is needed is computed together with all that other workers have in
     hand, see `Together`; this follows from the events alone, so it too gives the same bits again.
+
+    `written`: the parameters that forwards are known to write. Raises FirstWrite, as its methods may, where they write
+    others. `checkpoint_every`: see `Contributor`.
     """
 
-    def __init__(self, recipe: Recipe, workers: int, device: str, *, batched: bool = False):
+    def __init__(
+        self,
+        recipe: Recipe,
+        workers: int,
+        device: str,
+        *,
+        batched: bool = False,
+        written: Collection[str] = (),
+        checkpoint_every: int = 0,
+    ):
         self.recipe, self._device = recipe, device
         self.pieces = Pieces(recipe.rule, workers, recipe.microbatches, recipe.steps)
-        self.merger = Merger(Replica(recipe, device), self.pieces)
+        self._replica = Replica(recipe, device, written=written)
+        self._checkpoint_every = checkpoint_every
         self._contributors: dict[int, Contributor] = {}
-        self.terms = self._contributor(0).terms
-        self.merger.replica.objective = self._contributor(0).replica.objective  # which knows its terms
+        first = self._contributor(0)
+        self.terms = first.terms
+        self._replica.objective = first.replica.objective  # which knows its terms
+        self._replica.written.learn(first.written.names)
+        self.merger = Merger(self._replica, self.pieces)
         self._together: Together | None = None
         if batched:
             if not recipe.rule.gradients:
@@ -82,7 +97,7 @@ class Replayer:
     def checksum(self, seq: int) -> list[str]:
         """Of a contribution that was pushed and waits for its update."""
         *_, facts, vectors = self._arrived[seq]
-        return checksum(vectors.gradient[: len(facts.nodes)])
+        return vectors.checksum(len(facts.nodes))
 
     def _compute(self, worker: int) -> tuple[Facts, Vectors]:
         """What the worker has in hand, computed."""
@@ -173,9 +188,13 @@ class Replayer:
     def _contributor(self, worker: int) -> Contributor:
         key = 0 if self.recipe.rule.gradients else worker
         if key not in self._contributors:
-            replica = Replica(self.recipe, self._device, like=self.merger.replica)
-            contributor = Contributor(replica, self.pieces, alone=self.recipe.rule.gradients)
+            known = self._replica.written.names
+            replica = Replica(self.recipe, self._device, like=self._replica, written=known)
+            alone, every = self.recipe.rule.gradients, self._checkpoint_every
+            contributor = Contributor(replica, self.pieces, alone=alone, checkpoint_every=every)
             contributor.prepare(0)
+            if self._contributors:
+                contributor.written.agree(known, "a first forward")
             self._contributors[key] = contributor
         return self._contributors[key]
 

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -36,6 +36,7 @@ from instep.errors import (
 )
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
+from instep.reduce.written import Written
 from instep.restore import is_expanded
 
 RETRY_S = 0.1
@@ -49,12 +50,19 @@ class Replica:
     """Model, optimizer, objective and data of a recipe, built on one device.
 
     `like`: another of the same recipe in this process, whose data it reads too. `retries`: how often samples are read
-    again that the system refuses.
+    again that the system refuses. `written`: the names of parameters that forwards are known to write.
 
     Raises ComponentError, DataError, RecipeError or ResourceError where the recipe cannot be built.
     """
 
-    def __init__(self, recipe: Recipe, device: str, like: Replica | None = None, retries: int = 0):
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: str,
+        like: Replica | None = None,
+        retries: int = 0,
+        written: Collection[str] = (),
+    ):
         self.recipe = recipe
         self._retries, self._read_again = retries, set[str]()
         self.device = prepare_device(device, recipe.threads)
@@ -73,7 +81,7 @@ class Replica:
             )
         self._starts = [change.version for change in recipe.changes]
         self._check_skipped()
-        self._build()
+        self._build(written)
         self.checks: SpotChecks | None = None
         """What is verified of the gradient checkpointing plan that is on the model."""
         self._forward: Any = _compiled(self.module) if recipe.compile else self.module
@@ -83,7 +91,7 @@ class Replica:
         torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
         self.doing = "waiting for the team"
 
-    def _build(self) -> None:
+    def _build(self, written: Collection[str]) -> None:
         """Builds model and optimizer."""
         recipe = self.recipe
         self.doing = "building the model"
@@ -99,6 +107,8 @@ class Replica:
         self.trainable = Trainable(self.module, self.names, self.parameters)
         """Which of them require a gradient at present."""
         self._lr: float | None = None
+        self.written = Written(self.module, self.parameters, written)
+        """The parameters that its own forwards write."""
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
         self.optimizer = optimizer_of(recipe, self.names, self.parameters)
@@ -108,7 +118,7 @@ class Replica:
         """One whose model and optimizer are built again, as after a restart, in eager mode; all else is this one's."""
         other = copy.copy(self)
         other.device = device
-        other._build()
+        other._build(self.written.names)
         other.checks, other._forward = None, other.module
         return other
 
@@ -190,7 +200,8 @@ class Replica:
         batch = self.batch(step, first) if batch is None else batch
         self.doing = f"computing a first forward on step {step + 1}, microbatch {first}"
         seed_all(key(self.recipe.seed, "terms"))
-        self.objective = objectives.learn_terms(self.objective, self.module, batch)
+        with self.written.probing():
+            self.objective = objectives.learn_terms(self.objective, self.module, batch)
         return batch
 
     def compute(self, step: int, microbatch: int, batch: Any, totals: Mapping[str, int]) -> dict[str, Tensor]:
@@ -231,7 +242,7 @@ class Replica:
 
         Every worker computes all of it for itself, so that no bit of it depends on the team.
         """
-        now = step, [parameter._version for parameter in self.parameters]
+        now = step, self.written.mark
         if self._shared[0] != now:
             parts: dict[int, Any] = {}
             for place in range(self.recipe.microbatches):
@@ -241,6 +252,7 @@ class Replica:
                     seed_all(key(self.recipe.seed, step, place, "compute"))
                     with self.autocast():
                         parts[place] = self.objective.share(self._forward, batch)
+                    self.written.put_back()
             self._shared = now, parts
         parts = self._shared[1]
         self.doing = f"computing step {step + 1}, microbatch {microbatch}"

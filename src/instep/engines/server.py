@@ -32,8 +32,8 @@ from instep.engines.session import Session
 from instep.engines.tally import Tally
 from instep.errors import CheckpointError
 from instep.record.digest import digest_of_state
-from instep.reduce.checksums import checksum
 from instep.reduce.shared import Region, attach
+from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
@@ -47,9 +47,12 @@ def contribute(session: Session, descriptor: int) -> None:
     assignment, worker = session.assignment, session.number
     replica = session.build()
     facts, memory = session.ready(session.facts(), {})
-    contributor = Contributor(replica, _pieces(session, facts["cut"]), session.pulse.advance)
+    replica.written.learn(facts["written"])
+    pieces, every = _pieces(session, facts["cut"]), assignment.team.checkpoint_every
+    contributor = Contributor(replica, pieces, session.pulse.advance, checkpoint_every=every)
     contributor.prepare(0)
     fit_memory(replica, assignment.team, session.emit if session.number == 0 else None)
+    replica.written.agree(facts["written"], "a first forward")
     weights, vectors = _memory(descriptor, memory)
     slowness = slowness_of(session)
     line, own = assignment.lines[worker].worker, assignment.incarnation
@@ -99,11 +102,14 @@ def serve(session: Session, descriptor: int) -> None:
     facts = session.facts(
         terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers,
         weights=digest_of_state(replica.saved_state()),
+        written=list(replica.written.names),
     )  # fmt: skip
     _, memory = session.ready(facts, _regions(contributor, workers))
     server = _Server(session, replica, merger, ledger, progress, *_memory(descriptor, memory))
     try:
         server.run(lost)
+    except FirstWrite:
+        raise  # in an evaluation, which has left other weights than those of this version
     except BaseException:
         doing = replica.doing
         with contextlib.suppress(Exception):  # the first error is the one to tell of
@@ -183,7 +189,7 @@ def _regions(contributor: Contributor, workers: int) -> dict[str, Region]:
 def _memory(descriptor: int, memory: Mapping[str, Region]) -> tuple[list[Tensor], list[Vectors]]:
     """The versions of the weights, and each worker's vectors."""
     arrays = {name: torch.from_numpy(array) for name, array in attach(descriptor, memory).items()}
-    rows = zip(arrays["gradient"], arrays["buffers"], arrays["integers"], strict=True)
+    rows = zip(arrays["gradient"], arrays["buffers"], arrays["integers"], arrays["written"], strict=True)
     return list(arrays["weights"]), [Vectors(*row) for row in rows]
 
 
@@ -322,7 +328,7 @@ class _Server:
         self._session.emit("computed", worker=worker, version=base, from_s=from_s, to_s=to_s, **covers, **verified)
         self._session.emit(
             "pushed", seq=seq, worker=worker, version=base, piece=piece, **covers, items=items, bytes=sent_bytes,
-            checksum=checksum(vectors.gradient[: len(facts.nodes)]),
+            checksum=vectors.checksum(len(facts.nodes)),
         )  # fmt: skip
         self._tally.pushed(worker, from_s, to_s, sent_bytes)
         self._arrived[seq] = (facts, vectors)

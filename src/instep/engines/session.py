@@ -44,6 +44,7 @@ class Assignment:
     `lines` are those between the server and each worker, none in lockstep; `incarnation` counts the processes that
     had this worker's place before. `first`: nothing of the run was trained before, and no team of it has started.
     `run_id` is kept in checkpoints; `identity` is that of the run folder.
+    had this worker's place before. `written`: the parameters that forwards are known to write.
     """
 
     recipe: Pickled
@@ -57,6 +58,7 @@ class Assignment:
     lines: tuple[Line, ...] = field(default=())
     incarnation: int = 0
     first: bool = False
+    written: tuple[str, ...] = ()
 
 
 class Session:
@@ -78,10 +80,11 @@ class Session:
     def build(self) -> Replica:
         """Builds what the recipe says. Raises InstepError."""
         self.recipe: Recipe = self.assignment.recipe.load()
-        device = self.assignment.team.device
+        device, written = self.assignment.team.device, self.assignment.written
         if device != "cpu":  # before the build: a process that uses a GPU has no copies that can
             self._try_optimizer(lambda: Replica(self.recipe, device))
-        self.replica = replica = Replica(self.recipe, device, retries=self.assignment.team.restarts)
+        retries = self.assignment.team.restarts
+        self.replica = replica = Replica(self.recipe, device, retries=retries, written=written)
         if device == "cpu":
             self._try_optimizer(lambda: replica)
         self._warn()
@@ -166,15 +169,19 @@ class Session:
         progress: Progress,
         model_state: Mapping[str, Tensor],
         training_state: Mapping[str, Any],
+        sound: Callable[[], None] | None = None,
         **meta: Any,
     ) -> None:
-        """Writes a checkpoint. Raises ResourceError where the disk refuses."""
+        """Writes a checkpoint; `sound` may still raise then. Raises ResourceError where the disk refuses."""
+        assert self.replica is not None
         self._warn()
         self._tried_version = progress.version
         if not is_there(self.assignment.folder, self.assignment.identity):  # the supervisor says what became of it
             raise RecordError(f"the run folder {self.assignment.folder} is not where it was; resume it from there.")
         if self.assignment.run_id is not None:
             meta["run"] = self.assignment.run_id
+        if self.replica.written.names:
+            meta["written"] = list(self.replica.written.names)
         saved = checkpoint.save(
             self._checkpoints,
             version=progress.version,
@@ -183,6 +190,7 @@ class Session:
             meta={"progress": asdict(progress), "data": self.data_facts(), **meta},
             fingerprint=self._fingerprint(progress.version),
             keep=self.assignment.team.keep,
+            sound=sound,
         )
         self.saved_version = progress.version
         self.pulse.advance()
@@ -250,7 +258,7 @@ class Session:
         seed_all(key(recipe.seed, "artifacts"))
         try:
             run.artifacts.mkdir(exist_ok=True)
-            with kept_module_state(replica.module, training=False), torch.no_grad():
+            with kept_module_state(replica.module, training=False), replica.written.kept(), torch.no_grad():
                 figures = dict(recipe.artifacts.build(replica.module, replica.data, run.artifacts) or {})
             json_text(figures)
         except Exception as error:  # the run is done; what only shows it must not end it
@@ -270,7 +278,7 @@ class Session:
         seed_all(key(recipe.seed, "sample"))
         prompt = torch.tensor([codec.encode(recipe.sample_prompt or "\n")], device=replica.device)
         try:
-            with replica.autocast():
+            with replica.written.kept(), replica.autocast():
                 tokens = generate(replica.module, prompt, recipe.sample_length)
             return codec.decode(tokens[0].tolist())
         except Exception as error:  # the run is done; what only shows it must not end it

@@ -18,6 +18,7 @@ from instep.engines.stopping import with_saved
 from instep.errors import InstepError, WorkerError, by_name, killed_by
 from instep.record.tape import SCHEMA
 from instep.reduce.shared import Region, reserve
+from instep.reduce.written import FirstWrite
 from instep.tables import to_table
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Member:
 
 
 class Start:
-    """The team between one start and its end."""
+    """The team between one start and its end. Raises FirstWrite where it must start again for it."""
 
     def __init__(self, supervisor: Supervisor, workers: list[Member], descriptor: int):
         self._supervisor, self._run, self._board = supervisor, supervisor.run, supervisor.board
@@ -201,6 +202,8 @@ class Start:
         elif what == "ended":
             worker.ended = (rest[0], rest[1], rest[2], rest[3], rest[4])
             self._watch.leave_out(number)
+        elif what == "written":
+            raise FirstWrite(rest[0], rest[1])
         elif what == "failed":
             name, sentence, detail = rest
             self._fail(number, worker, by_name(name)(sentence, detail=detail))
@@ -254,11 +257,12 @@ class Start:
             digest=facts["weights"],
             step=facts.get("step", facts["version"]),
             steps=self._run.recipe_table["steps"],
-            resumed=self._supervisor.begun or self._supervisor.restarts > 0,
+            resumed=self._supervisor.begun or self._supervisor.again,
             libraries=_libraries(),
             import_paths=list(self._run.import_paths),
+            **({"written": facts["written"]} if facts.get("written") else {}),
         )
-        if self._supervisor.restarts == 0:
+        if not self._supervisor.again:
             for why in (*self._run.notices, *self._run.rule.warnings()):
                 self._supervisor.record("warned", why=why)
         self._facts, self._memory = facts, memory

@@ -30,6 +30,7 @@ from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape, Told, told
 from instep.reduce.shared import anonymous_file
+from instep.reduce.written import FirstWrite
 
 PATIENCE_S = 1.0
 """Seconds to wait for the lock of the run folder: the workers of a run that was killed hold it a moment longer."""
@@ -43,6 +44,10 @@ class Supervisor:
         self.requests = requests or Requests()
         self.folder = RunFolder(run.folder)
         self.restarts = 0
+        self.again = False
+        """Whether the team has started before in this process."""
+        self._written: set[str] = set()  # the parameters that forwards are known to write,
+        self._found: set[str] = set()  # and those that workers told of when the team was ended
         self._early: list[dict[str, Any]] = []
         self.begun = False  # whether the tape had the run's beginning already, whatever the client takes it for
         self._started = False
@@ -95,7 +100,27 @@ class Supervisor:
                 if self.board.stop_wanted():
                     raise Interrupted from None
                 self.count_restart(failure)
-                resume_from = self._newest_checkpoint()
+            except FirstWrite as found:
+                if self.board.stop_wanted():
+                    raise Interrupted from None
+                self._note_write(found)  # no fault of a worker's, so it does not count as a restart
+            self.again = True
+            resume_from = self._newest_checkpoint()
+
+    def _note_write(self, found: FirstWrite) -> None:
+        new = sorted({*found.names, *self._found} - self._written)
+        if not new:
+            raise WorkerError(
+                f"a forward wrote parameter '{found.names[0]}' in {found.where}, which was known to be written; this "
+                f"is a fault of Instep, please report it."
+            )
+        self._written.update(new)
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        self.record(
+            "warned",
+            why=f"a forward wrote parameter '{new[0]}'{more} for the first time in {found.where}; the team goes back "
+            f"to its last checkpoint, each worker with a copy of its own of what is written, as if so from the start.",
+        )
 
     def count_restart(self, failure: WorkerFailure) -> None:
         """Counts a worker, or a team, that starts again. Raises WorkerError where it was one too often."""
@@ -121,6 +146,8 @@ class Supervisor:
     def _start(self, resume_from: Path | None) -> dict[str, Any]:
         """One start of the team, until it ends. Raises InstepError, WorkerFailure or ClientGone."""
         self.held.check()
+        if resume_from is not None:
+            self._written.update(checkpoint.read_manifest(resume_from).meta.get("written", ()))
         serving = self.run.engine == "server"
         count = self.run.team.workers + serving
         descriptor = self._share(count, self.run.team.workers if serving else 0)
@@ -173,9 +200,10 @@ class Supervisor:
             began=run.began,
             lines=self._lines,
             incarnation=incarnation,
-            first=resume_from is None and self.restarts == 0,
+            first=resume_from is None and incarnation == 0 and not self.again,
             run_id=self.about.id if self.about is not None else None,
             identity=self.held.identity,
+            written=tuple(sorted(self._written)),
         )
         try:
             ours, theirs = multiprocessing.Pipe()
@@ -214,6 +242,8 @@ class Supervisor:
                 what, *rest = pipe.recv()
                 if what == "events":
                     self.pass_on(rest[0])
+                elif what == "written":
+                    self._found.update(rest[0])
 
     def record(self, kind: str, **fields: Any) -> None:
         """Writes an event of the supervisor's own to the tape and to the client."""

@@ -39,6 +39,8 @@ class Together:
         self._one = contributor
         if contributor.buffers.disturbed:
             raise _refused("training changes its buffers")
+        if contributor.written.names:
+            raise _refused(f"its forwards write parameter '{contributor.written.names[0]}'")
         if contributor.replica.recipe.precision != "float32":
             raise _refused("its precision is not float32")
         if any(parameter.dtype != torch.float32 for parameter in contributor.replica.parameters):
@@ -68,7 +70,7 @@ class Together:
         none, rows = self._one.empty(), max(len(each.nodes) for each in inputs)
         # Numpy's zeros cost nothing where nothing is written, as in the gap after a small model.
         flat = torch.from_numpy(np.zeros((len(tasks), rows, self._one.layout.size), np.float32))
-        vectors = [Vectors(gradient, none.buffers, none.integers) for gradient in flat.unbind(0)]
+        vectors = [Vectors(gradient, none.buffers, none.integers, none.written) for gradient in flat.unbind(0)]
         for entries in groups.values():
             at_once = max(1, _FLOATS // self._one.layout.size)
             for start in range(0, len(entries), at_once):
@@ -121,6 +123,7 @@ class Together:
             sums = functional_call(self._whole, parameters, (pytree.tree_unflatten(leaves, structure),))
             return torch.stack([sums[name].float() * share for name, share in shares.items()]).sum(), sums
 
+        versions = [weight._version for weight in weights]
         self._one.replica.doing = f"computing {len(entries)} microbatches at once"
         try:
             gradients, sums = vmap(grad(one, has_aux=True), in_dims=(None if same else 0, dims, 0))(
@@ -128,6 +131,9 @@ class Together:
             )
         except (RuntimeError, TypeError, ValueError) as error:
             raise _refused("torch.func.vmap cannot take its model or objective", str(error).strip()) from error
+        written = zip(self._one.replica.names, weights, versions, strict=True)
+        if (name := next((name for name, weight, before in written if weight._version != before), "")) != "":
+            raise _refused(f"its forwards write parameter '{name}'")
         values = {name: value.tolist() for name, value in sums.items()}
         where = []
         for row, entry in enumerate(entries):

@@ -34,9 +34,14 @@ def memory_trade(recipe: Recipe, device: str, budget: Budget | None) -> Trade:
     from instep import gradient_checkpointing as gc
     from instep.engines.memory import objective_of, price_in, profile_of, put_on
     from instep.engines.replica import Replica
+    from instep.reduce.written import FirstWrite
 
     replica = Replica(recipe, device)
-    replica.learn_terms(0)
+    try:
+        replica.learn_terms(0)
+    except FirstWrite as late:
+        replica = Replica(recipe, device, written=late.names)
+        replica.learn_terms(0)
     profile, batch = profile_of(replica)
     price = price_in(recipe)
     found = gc.plans(profile, most=12, price=price)

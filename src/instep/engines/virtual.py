@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.held import Held
 from instep.record.tape import SCHEMA, Tape
+from instep.reduce.written import FirstWrite
 from instep.restore import older_kept
 from instep.rules.work import Pieces
 from instep.tables import to_table
@@ -48,16 +50,30 @@ def simulate(recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | N
     Without `gradients` only times, bytes, staleness and idle shares are found. Raises InstepError.
     """
     began = time.monotonic()
+    written: set[str] = set()
     with contextlib.ExitStack() as stack:
         held = stack.enter_context(RunFolder(folder).locked()) if folder is not None else None
-        simulation = _Simulation(recipe, cluster, gradients, held, tell)
-        stack.callback(simulation.close)
         stack.enter_context(older_kept())
-        return simulation.run(began)
+        while True:
+            try:
+                with contextlib.closing(_Simulation(recipe, cluster, gradients, held, tell, written)) as simulation:
+                    return simulation.run(began)
+            except FirstWrite as found:  # there is no checkpoint to go back to, so it begins anew
+                written |= set(found.names)
+                if held is not None:
+                    RunFolder(held.path).tape_path.unlink(missing_ok=True)
 
 
 class _Simulation:
-    def __init__(self, recipe: Recipe, cluster: Cluster, gradients: bool, held: Held | None, tell: Tell):
+    def __init__(
+        self,
+        recipe: Recipe,
+        cluster: Cluster,
+        gradients: bool,
+        held: Held | None,
+        tell: Tell,
+        written: Collection[str],
+    ):
         self._recipe, self._cluster, self._gradients, self._tell = recipe, cluster, gradients, tell
         if recipe.changes:
             raise RecipeError(
@@ -68,9 +84,12 @@ class _Simulation:
             raise RecipeError(_NO_END)
         self._held = held
         self._folder = RunFolder(held.path) if held is not None else None
-        self._tape = Tape(self._folder.tape_path) if self._folder else None
         self._pieces = Pieces(recipe.rule, cluster.workers, recipe.microbatches, recipe.steps)
-        self._replayer = Replayer(recipe, cluster.workers, "cpu", batched=gradients and cluster.batched)
+        self._replayer = Replayer(
+            recipe, cluster.workers, "cpu", batched=gradients and cluster.batched, written=written,
+            checkpoint_every=Team().checkpoint_every,
+        )  # fmt: skip
+        self._tape = Tape(self._folder.tape_path) if self._folder else None
         self._replica = self._replayer.merger.replica
         self._progress = Progress()
         self._events: list[tuple[str, dict[str, Any]]] = []
@@ -186,6 +205,7 @@ class _Simulation:
                 "parameters": self._replica.size, "version": 0, "step": 0,
                 "steps": recipe.steps, "resumed": False, "engine": "virtual", "cut": self._cluster.workers,
                 "libraries": {}, "import_paths": [], "microbatch_s": microbatch_s, "batched": self._cluster.batched,
+                **({"written": list(written)} if (written := self._replica.written.names) else {}),
             },
         )  # fmt: skip
         for why in recipe.rule.warnings():

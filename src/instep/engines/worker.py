@@ -25,6 +25,7 @@ from instep.engines.stopping import OtherRaised, with_saved
 from instep.errors import InstepError, described
 from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
+from instep.reduce.written import FirstWrite
 
 
 def main(assignment: Assignment, number: int, pipe: Connection, board: PulseBoard, descriptor: int) -> None:
@@ -48,6 +49,9 @@ def main(assignment: Assignment, number: int, pipe: Connection, board: PulseBoar
         sys.stdout.flush()
         with contextlib.suppress(EOFError):
             pipe.recv()  # until the supervisor, which hears of it from another, ends this process
+    except FirstWrite as found:
+        session.send_events()
+        pipe.send(("written", found.names, found.where))
     except InstepError as error:
         session.send_events()
         sentence = with_saved(error.message, session.stopped_at, assignment.folder)
@@ -72,7 +76,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
         progress = Progress.resumed(saved, session.recipe)
-    engine = Lockstep(replica, worker, team.workers, session.pulse, session.emit, session.clock)
+    engine = Lockstep(replica, worker, team.workers, session.pulse, session.emit, session.clock, team.checkpoint_every)
     if saved is not None:
         engine.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version)
@@ -83,6 +87,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         weights=digest_of_state(replica.saved_state()),
         terms=engine.terms,
         shared_weight_bytes=engine.placement.weight_bytes,
+        written=list(replica.written.names),
     )
     engine.join(descriptor, session.ready(facts, memory)[1])
     engine.slowness = server.slowness_of(session)
@@ -104,11 +109,12 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             session.send_events()  # a checkpoint never holds steps that the tape lacks
             if due:
                 session.pipe.send(("digest", version, digest_of_state(state)))
+            sound = engine.unwritten(version)
             training = engine.placement.training_state()
             if training is not None and trying:
                 session.try_checkpoint(version, state, training)
             if training is not None and (due or best):
-                session.save(progress, state, {**training, "watch": engine.watcher.state()})
+                session.save(progress, state, {**training, "watch": engine.watcher.state()}, sound)
                 if best:
                     session.mark_best(progress)
 
@@ -127,13 +133,14 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             session.mark_best(progress)
         digest = digest_of_state(replica.saved_state())
         engine.placement.settle()  # nobody reads the weights any more: what the recipe shows them to may change them
-    except BaseException:
+    except BaseException as error:
         session.send_events()
         doing = replica.doing
         with contextlib.suppress(Exception):  # the first error is the one to tell of
             session.stopped_at = engine.stop(
-                progress.version, save_at_stop, saved=session.saved_version, needed=session.must_save(progress.version)
-            )
+                progress.version, save_at_stop, saved=session.saved_version,
+                needed=session.must_save(progress.version), written=isinstance(error, FirstWrite),
+            )  # fmt: skip
         replica.doing = doing
         raise
     engine.leave(progress.version)

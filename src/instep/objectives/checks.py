@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,14 +27,23 @@ _DRAWN_SAMPLES = 1024
 _DRAWING_S = 8.0
 """Seconds after which a random term that is not decided is let pass."""
 
+Around = Callable[[], AbstractContextManager[None]]
+"""Makes what goes around each call of the model: it puts back what the call writes into parameters."""
 
-def check(bound: Bound, model: nn.Module, batch: Any, double: Callable[[], Any] | None = None) -> None:
+
+def check(
+    bound: Bound,
+    model: nn.Module,
+    batch: Any,
+    double: Callable[[], Any] | None = None,
+    around: Around = nullcontext,
+) -> None:
     """Both checks, see `check_is_sum` for `double`. Raises ObjectiveError."""
-    check_is_sum(bound, model, batch, double)
-    check_repeats(bound, model, batch)
+    check_is_sum(bound, model, batch, double, around)
+    check_repeats(bound, model, batch, around)
 
 
-def check_repeats(bound: Bound, model: nn.Module, batch: Any) -> None:
+def check_repeats(bound: Bound, model: nn.Module, batch: Any, around: Around = nullcontext) -> None:
     """Raises ObjectiveError where a second call with the same arguments and random seed gives another value.
 
     Such an objective keeps state, or reads a clock or a global that changes. The calls are in eval mode; `model` and
@@ -43,7 +53,7 @@ def check_repeats(bound: Bound, model: nn.Module, batch: Any) -> None:
     found: list[dict[str, float]] = []
     with torch.no_grad(), kept_random_state():
         for _ in range(2):
-            with kept_module_state(model, training=False):
+            with kept_module_state(model, training=False), around():
                 seed_all(0)
                 found.append({name: value.item() for name, value in bound.sums(model, batch).items()})
     for name, first in found[0].items():
@@ -56,7 +66,13 @@ def check_repeats(bound: Bound, model: nn.Module, batch: Any) -> None:
             )
 
 
-def check_is_sum(bound: Bound, model: nn.Module, batch: Any, double: Callable[[], Any] | None = None) -> None:
+def check_is_sum(
+    bound: Bound,
+    model: nn.Module,
+    batch: Any,
+    double: Callable[[], Any] | None = None,
+    around: Around = nullcontext,
+) -> None:
     """Raises ObjectiveError where a term looks like a mean: the batch twice over leaves it as it is.
 
     The batch and the batch doubled along dimension 0 are evaluated in eval mode with the same random seed. A sum
@@ -77,7 +93,7 @@ def check_is_sum(bound: Bound, model: nn.Module, batch: Any, double: Callable[[]
                 doubled = double() if double is not None else None
             if doubled is None:
                 return
-            blamed = _first_mean(bound, model, batch, doubled)
+            blamed = _first_mean(bound, model, batch, doubled, around)
         except Exception:  # a check must not fail where training might not
             return
     if blamed is not None:
@@ -91,14 +107,17 @@ def check_is_sum(bound: Bound, model: nn.Module, batch: Any, double: Callable[[]
         )
 
 
-def _first_mean(bound: Bound, model: nn.Module, batch: Any, doubled: Any) -> tuple[str, float, float, int] | None:
+def _first_mean(
+    bound: Bound, model: nn.Module, batch: Any, doubled: Any, around: Around
+) -> tuple[str, float, float, int] | None:
     """A term that is a mean, its values for `batch` and `doubled`, and over how many draws these are means; or None."""
     counts, counts_doubled = bound.counts(batch), bound.counts(doubled)
     twice_the_items = [name for name, count in counts.items() if 0 < 2 * count == counts_doubled.get(name)]
 
     def values(samples: Any, seed: int) -> dict[str, float]:
         seed_all(seed)
-        sums = bound.sums(model, samples)
+        with around():
+            sums = bound.sums(model, samples)
         counted = set(sums) if TERM in twice_the_items and TERM not in sums else set(twice_the_items)
         return {name: value.item() for name, value in sums.items() if name in counted}
 

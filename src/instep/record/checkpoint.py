@@ -86,11 +86,13 @@ def save(
     meta: Mapping[str, Any],
     fingerprint: str,
     keep: int,
+    sound: Callable[[], None] | None = None,
 ) -> Saved:
     """Writes the checkpoint of `version` into `folder`, then removes all but the last `keep` (0 keeps all)
     and the best one, see `instep.record.best`.
 
     training_state: a dict of tensors and plain values, as deep as need be. meta: values that JSON can hold.
+    sound: called once all is written; what it raises leaves no checkpoint.
     A checkpoint of the same version is replaced; one of a later version (left by a history that was taken back) stays.
 
     Raises ResourceError if the disk refuses, with nothing lost that was there before, and RecordError if a state holds
@@ -104,6 +106,8 @@ def save(
         aside.mkdir()
         about = {"version": version, "fingerprint": fingerprint, "meta": dict(meta)}
         saved = _write(aside, model_state, training_state, about)
+        if sound is not None:
+            sound()
         _put_in_place(aside, final)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)

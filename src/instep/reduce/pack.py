@@ -13,13 +13,14 @@ from instep.reduce.layout import ALIGN_BYTES, placed
 class Pack:
     """Where each of a module's trained parameters and buffers lies in a vector of bytes.
 
-    `size_bytes` is its length. The parameters come first, in the order given, then all buffers by name.
+    `size_bytes` is its length. The parameters come first, in the order given, then the `frozen` ones that forwards
+    write, then all buffers by name.
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[Tensor]):
+    def __init__(self, module: nn.Module, parameters: Sequence[Tensor], frozen: Sequence[Tensor] = ()):
         buffers = dict(module.named_buffers())
-        self._tensors = [*parameters, *buffers.values()]
-        self._parameters = len(parameters)
+        self._tensors = [*parameters, *frozen, *buffers.values()]
+        self._parameters, self._frozen = len(parameters), len(frozen)
         self._offsets, end = placed([tensor.nbytes for tensor in self._tensors], ALIGN_BYTES)
         self.size_bytes = max(end, ALIGN_BYTES)
         self._types = {tensor.dtype for tensor in self._tensors}
@@ -40,6 +41,10 @@ class Pack:
     def parameters(self, saved: Tensor) -> list[Tensor]:
         """The parameters in `saved`, as views of it."""
         return self._views(saved)[: self._parameters]
+
+    def frozen(self, saved: Tensor) -> list[Tensor]:
+        """The frozen parameters in `saved`, as views of it."""
+        return self._views(saved)[self._parameters : self._parameters + self._frozen]
 
     def stacked(self, saved: Sequence[Tensor]) -> list[Tensor]:
         """The parameters in K of them, each as one tensor [K, *shape]."""
