@@ -115,9 +115,9 @@ def test_a_run_killed_at_any_write_of_its_start_is_resumed_or_started_anew(tmp_p
         seen.add(state_of(run))
         folder = RunFolder(run)
         if folder.recipe_path.exists():
-            recipe, team, paths = saved(RunFolder.open(run), small(), None, "")
-            assert (recipe.steps, team, paths) == (3, TEAM, [])
-            outcome, resumed = train_here(recipe, team, run, resume=True), resumed + 1
+            table, team, paths = saved(RunFolder.open(run), small(), None, "")
+            assert (table["steps"], team, paths) == (3, TEAM, [])
+            outcome, resumed = train_here(small(), team, run, resume=True), resumed + 1
         else:
             with pytest.raises(RecordError) as caught:
                 RunFolder.open(run)
