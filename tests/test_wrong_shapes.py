@@ -30,6 +30,7 @@ from instep.engines.launch import Run, saved
 from instep.engines.merger import Merger
 from instep.engines.playback import replay
 from instep.engines.replica import Replica
+from instep.engines.resuming import recorded, resumed
 from instep.errors import CheckpointError, InstepError, RecordError
 from instep.recipe import Recipe, Team, read_saved
 from instep.record import best, checkpoint, tape
@@ -236,7 +237,9 @@ def test_a_recipe_file_of_strange_values_is_a_sentence_or_is_read_right(run: tup
         except (TypeError, ValueError):  # no TOML
             continue
         reads(
-            lambda: saved(folder, None, None, ""), lambda: saved(folder, addressed, None, ""),
+            lambda: resumed(folder, None, saved(folder, None, None, "")[0], ()),
+            lambda: resumed(folder, addressed, saved(folder, addressed, None, "")[0], ()),
+            lambda: recorded(folder, None, saved(folder, None, None, "")[0]),
             lambda: commands._saved(folder.path, None, []),
         )  # fmt: skip
 

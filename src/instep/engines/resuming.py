@@ -54,6 +54,8 @@ def recorded(folder: RunFolder, given: Recipe | None, table: Mapping[str, Any]) 
     """
     if given is None:
         return parse(table)[0]
+    own = {key: getattr(given, key) for key in ("model", "objective", "data", "optimizer", "artifacts")}
+    parse({**table, **own})  # what no recipe holds is named as that, not as another recipe
     differences = resume_differences(given.to_table(), table)
     if differences:
         shown = "; ".join([*differences[:3], *([f"and {len(differences) - 3} more"] if len(differences) > 3 else [])])
@@ -128,11 +130,10 @@ def _wanted(given: Recipe, before: Recipe, now: Phase) -> Phase:
 
 def _newest(folder: RunFolder) -> tuple[int, int]:
     """Version and steps of the checkpoint that a resume goes on from."""
-    path, _ = checkpoint.newest_sound(folder.checkpoints)
+    path, _ = folder.newest_checkpoint()
     if path is None:
         return 0, 0
-    manifest = checkpoint.read_manifest(path)
-    return manifest.version, manifest.meta["progress"]["steps"]
+    return checkpoint.read_manifest(path).version, checkpoint.steps_done(path)
 
 
 def _jump(now: Phase, steps_before: int, steps: int, done: int) -> list[str]:
