@@ -77,7 +77,7 @@ def training_state(run: Path, version: int) -> dict[str, Any]:
 def placement_of(recipe: Recipe) -> Placement:
     replica = Replica(recipe, "cpu")
     reduction = Reduction(Layout.of(replica.parameters, BLOCK["cpu"]), recipe.microbatches, 2)
-    return choose(replica, reduction, 0, steady=True)
+    return choose(replica, reduction, 0)
 
 
 def test_muon_and_adamw_train_a_gpt_with_one_digest_for_any_team(
