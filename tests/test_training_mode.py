@@ -199,6 +199,8 @@ class Freezing(nn.Module):
             elif self.how == "by samples" and bool(x[0, 0] > 1.5):
                 self.first.weight.requires_grad_(False)
         out: Tensor = self.last(torch.relu(self.first(x)))
+        if self.training and self.how == "after its use" and n > 4:
+            self.first.requires_grad_(False)
         return out
 
 
@@ -212,7 +214,7 @@ def test_a_parameter_that_begins_to_require_a_gradient_is_refused_by_name(
     assert "build it requiring one and freeze it after the first step" in caught.value.message
 
 
-@pytest.mark.parametrize("how", ["from 5 on", "between"])
+@pytest.mark.parametrize("how", ["from 5 on", "between", "after its use"])
 def test_a_parameter_is_frozen_and_unfrozen_as_in_a_plain_loop(how: str, tmp_path: Path) -> None:
     made = recipe(lambda: Freezing(how))
     is_plain_loop(train_here(made, Team(workers=2), tmp_path / "run"), made)

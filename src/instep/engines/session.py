@@ -43,8 +43,8 @@ class Assignment:
     `recipe` is pickled, so that only workers run the user's code. `began` is the run's start on the monotonic clock.
     `lines` are those between the server and each worker, none in lockstep; `incarnation` counts the processes that
     had this worker's place before. `first`: nothing of the run was trained before, and no team of it has started.
-    `run_id` is kept in checkpoints; `identity` is that of the run folder.
-    had this worker's place before. `written`: the parameters that forwards are known to write.
+    `run_id` is kept in checkpoints; `identity` is that of the run folder. `written`: the parameters that forwards are
+    known to write.
     """
 
     recipe: Pickled

@@ -101,7 +101,8 @@ class Fold:
     def _hook(self, index: int):  # type: ignore[no-untyped-def]
         def take(parameter: Tensor) -> None:
             gradient = parameter.grad
-            assert gradient is not None
+            if gradient is None:  # it ceased to require one after the forward had used it
+                return
             parameter.grad = None
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
