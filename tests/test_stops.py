@@ -320,6 +320,16 @@ def test_a_bad_batch_is_left_out_under_every_rule(rule: str, fault: str, tmp_pat
     assert all(bool(torch.isfinite(value).all()) for value in checkpoint.load(saved).model_state.values())
 
 
+@pytest.mark.parametrize("rule", ["local_sgd", "async_diloco"])
+def test_a_simulated_contribution_weighs_as_much_as_its_local_steps_that_were_made(rule: str, tmp_path: Path) -> None:
+    skips = skipping("infinite", rule=RULES[rule])
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    result = simulate(skips, Cluster(workers=2), True, tmp_path / "run", lambda event: None)
+    assert result["bad_batches"] == 1
+    replay = replayed(skips, tmp_path / "run")
+    assert (replay.divergence, replay.digest) == ("", result["digest"])
+
+
 @pytest.mark.parametrize("rule", ["local_sgd", "diloco", "async_diloco", "asynchronous", "backup_workers"])
 def test_a_batch_without_items_stops_the_run_under_every_rule(rule: str, tmp_path: Path) -> None:
     told = caught(ObjectiveError, recipe("empty", Path(__file__), rule=RULES[rule]), Team(workers=2), tmp_path / "run")

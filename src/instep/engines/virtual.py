@@ -158,6 +158,7 @@ class _Simulation:
                 replayer.released(fields["worker"], fields["piece"], fields["version"])
             elif kind == "pushed":
                 replayer.pushed(fields["seq"], fields["worker"])
+                fields["items"] = replayer.waiting[fields["seq"]]  # fewer than expected where a local step is left out
                 if self._tape is not None:
                     fields["checksum"] = replayer.checksum(fields["seq"])
             elif kind == "dropped":
@@ -170,6 +171,11 @@ class _Simulation:
             self._evaluate(fields["version"], fields["t_s"])
 
     def _merge(self, fields: dict[str, Any]) -> None:
+        rule = self._recipe.rule
+        if not rule.gradients:
+            waiting, staleness = self._replayer.waiting, fields["staleness"]
+            items = [waiting[each["seq"]] for each in fields["contributions"]]
+            fields["weights"] = rule.weights(items, staleness)
         parts = zip(fields["contributions"], fields["weights"], fields["staleness"], strict=True)
         update = self._replayer.merged(fields["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
         done = self._replayer.merger.microbatches // self._pieces.microbatches
