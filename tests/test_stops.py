@@ -19,7 +19,15 @@ from instep.data import Data
 from instep.data.cursor import Cursor
 from instep.engines.request import Cluster
 from instep.engines.virtual import simulate
-from instep.errors import DataError, InstepError, NonFiniteError, ObjectiveError, RecipeError, WorkerError
+from instep.errors import (
+    CheckpointError,
+    DataError,
+    InstepError,
+    NonFiniteError,
+    ObjectiveError,
+    RecipeError,
+    WorkerError,
+)
 from instep.objectives import objective
 from instep.recipe import Recipe, Team, parse
 from instep.record import checkpoint, tape
@@ -436,6 +444,37 @@ def test_a_sample_that_cannot_be_read_can_be_left_out(tmp_path: Path) -> None:
         assert replayed(changed, path).same
     digests.add(train_here(changed, Team(), tmp_path / "whole").digest)
     assert len(digests) == 1
+
+
+class Truncated(Dataset[Any]):
+    """Its third sample, which the data's fingerprint is made of too, cannot be read any more once `flag` is there."""
+
+    def __init__(self, flag: Path):
+        self.flag = flag
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        if index == 2 and self.flag.exists():
+            raise ValueError("the file is truncated")
+        return torch.full((4,), index / SAMPLES), torch.tensor(index % 3), torch.tensor(0)
+
+
+def test_a_sample_that_the_fingerprint_of_the_data_covers_can_be_left_out(tmp_path: Path) -> None:
+    flag, path = tmp_path / "flag", tmp_path / "run"
+    fields: dict[str, Any] = {"model": functools.partial(Net, norm=False), "data": functools.partial(Truncated, flag)}
+    train_here(recipe(**{**fields, "steps": 2}), Team(workers=2), path)
+    flag.touch()
+    caught(DataError, recipe(**fields), Team(), path, resume=True)
+    changed = recipe(**fields, changes=(Change(version=2, skip_samples=(2,)),))
+    run = train_here(dataclasses.replace(changed, steps=4), Team(workers=3), path, resume=True)
+    told = [event["why"] for event in run.events if event["kind"] == "warned"]
+    assert len([why for why in told if why.startswith("samples 2, which are left out, cannot be read")]) == 1
+    assert train_here(changed, Team(workers=2), path, resume=True).result["steps"] == 8
+    assert replayed(changed, path).same
+    other = dataclasses.replace(changed, data=functools.partial(Samples, "", None))
+    caught(CheckpointError, other, Team(), path, resume=True)
 
 
 def test_a_batch_that_batchnorm_refuses_for_a_sample_that_is_left_out_loses_another(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import pickle
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Collection, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,14 +114,19 @@ def digest(data: Data) -> str:
     It covers each data set's own ``digest``, where it has one. Else it is a fingerprint, cheap and not a proof: the
     length and the first and last 8 samples, read with fixed random seeds. Raises DataError where reading fails.
     """
-    sha = hashlib.sha256()
-    for name, samples in (("train", data.train), ("held_out", data.held_out)):
+    return digest_without(data, frozenset())[0]
+
+
+def digest_without(data: Data, left_out: Collection[int]) -> tuple[str, list[int]]:
+    """As `digest`, and which of the training samples `left_out` it would cover but cannot: they fail to be read."""
+    sha, unread = hashlib.sha256(), list[int]()
+    for name, samples, may_fail in (("train", data.train, left_out), ("held_out", data.held_out, ())):
         if samples is not None:
-            sha.update(f"{name} {len(samples)} {_digest(samples)}\n".encode())
-    return sha.hexdigest()
+            sha.update(f"{name} {len(samples)} {_digest(samples, may_fail, unread)}\n".encode())
+    return sha.hexdigest(), unread
 
 
-def _digest(samples: MapStyle) -> str:
+def _digest(samples: MapStyle, may_fail: Collection[int], unread: list[int]) -> str:
     own = getattr(samples, "digest", None)
     if isinstance(own, str):
         return own
@@ -130,7 +135,14 @@ def _digest(samples: MapStyle) -> str:
     with kept_random_state():
         for index in sorted({*range(min(count, SHOWN_SAMPLES)), *range(max(0, count - SHOWN_SAMPLES), count)}):
             seed_all(index)
-            leaves, structure = pytree.tree_flatten(sample(samples, index))
+            try:
+                found = sample(samples, index)
+            except DataError:
+                if index not in may_fail:
+                    raise
+                unread.append(index)
+                continue
+            leaves, structure = pytree.tree_flatten(found)
             sha.update(str(structure).encode())
             for leaf in leaves:
                 sha.update(_leaf_bytes(leaf))

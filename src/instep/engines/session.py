@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instep.data import digest as digest_of_data
+from instep.data import digest_without
 from instep.data.repeats import what_does_not_repeat
 from instep.engines.evaluation import Evaluation, Progress
 from instep.engines.lines import Line
@@ -68,6 +68,7 @@ class Session:
         self.assignment, self.number, self.pipe, self.pulse = assignment, number, pipe, pulse
         self.replica: Replica | None = None
         self._data: dict[str, Any] | None = None
+        self._unread: list[int] = []  # samples that the digest should cover, but that are left out and fail
         self._events: list[dict[str, Any]] = []
         self._sent_s = 0.0
         self._told: set[str] = set()
@@ -118,7 +119,7 @@ class Session:
         checkpoint.check_recipe(path, saved=saved.fingerprint, current=self._fingerprint(saved.version))
         if "data" not in saved.meta:
             raise CheckpointError(f"the checkpoint {path} does not tell what data it was trained on; use another one.")
-        if saved.meta["data"] != self.data_facts():
+        if saved.meta["data"] != self.data_facts() and not self._told_apart_by_samples_left_out(saved.meta["data"]):
             changing = what_does_not_repeat(self.replica.data)
             if changing:
                 raise CheckpointError(f"the data of {path} cannot be told from others: {changing}")
@@ -137,9 +138,24 @@ class Session:
         """Digest and length of the training data."""
         assert self.replica is not None
         if self._data is None:
-            data = self.replica.data
-            self._data = {"digest": digest_of_data(data), "samples": len(data.train)}
+            data, changes = self.replica.data, self.replica.recipe.changes
+            left_out = {index for change in changes for index in change.skip_samples}
+            digest, self._unread = digest_without(data, left_out)
+            self._data = {"digest": digest, "samples": len(data.train)}
         return self._data
+
+    def _told_apart_by_samples_left_out(self, saved: Mapping[str, Any]) -> bool:
+        """Whether the digests differ, or may, since samples that are left out cannot be read. Warns of it."""
+        if not self._unread or saved["samples"] != self.data_facts()["samples"]:
+            return False
+        if self.leads:
+            listed = ", ".join(map(str, self._unread))
+            self.emit(
+                "warned",
+                why=f"samples {listed}, which are left out, cannot be read, so that the data could not be compared "
+                f"with those that the run was trained on.",
+            )
+        return True
 
     def facts(self, **more: Any) -> dict[str, Any]:
         """What all processes of a team must agree on before they start."""
