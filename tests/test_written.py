@@ -96,6 +96,15 @@ def test_a_first_write_late_gives_the_digest_of_a_run_that_knew_of_it(how: str, 
     assert "wrote parameter 'weight' for the first time in" in why
 
 
+@pytest.mark.parametrize(("engine", "workers"), [("lockstep", 1), ("server", 2)])
+def test_the_best_checkpoint_too_holds_no_write_that_nobody_has_seen(engine: Any, workers: int, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    made = recipe(partial(Forced, late=3, past=True), evaluate_every=2, optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+    found = run(made, tmp_path, workers, engine=engine, checkpoint_every=100, restarts=0)
+    assert 4 in found.digests, "each evaluation finds the best"
+    assert found.digest == reference_digests(made)[made.steps]
+
+
 class Base(nn.Module):
     """A trained layer on a larger frozen one, of which no copy is made beforehand, and which every forward writes."""
 

@@ -357,8 +357,8 @@ class Contributor:
 
     def _closely(self, batch: int) -> bool:
         first, self._looked = not self._looked, True
-        every = self._checkpoint_every
-        return first or batch + 1 == self.pieces.steps or (every > 0 and (batch + 1) % every == 0)
+        saved = self._checkpoint_every, self.replica.recipe.evaluate_every  # the best checkpoints too
+        return first or batch + 1 == self.pieces.steps or any(every > 0 and (batch + 1) % every == 0 for every in saved)
 
     def check(self, sums: Mapping[str, float], batch: int, microbatch: int) -> list[NonFiniteError]:
         """What is not finite among the terms."""

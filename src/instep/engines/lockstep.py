@@ -272,10 +272,11 @@ class Lockstep:
                 self._exchange.ends[self.worker, index] = end if end == APART else end + 1  # 0 is no word
 
     def _closely(self, step: int, steps: int) -> bool:
-        """Whether all weights are read, to see whether a forward writes them: first, and before checkpoints."""
+        """Whether all weights are read, to see whether a forward writes them: first, and before checkpoints, those of
+        the best too."""
         first, self._looked = not self._looked, True
-        every = self._checkpoint_every
-        return first or step + 1 == steps or (every > 0 and (step + 1) % every == 0)
+        saved = self._checkpoint_every, self.replica.recipe.evaluate_every
+        return first or step + 1 == steps or any(every > 0 and (step + 1) % every == 0 for every in saved)
 
     def unwritten(self, version: int) -> Callable[[], None] | None:
         """What raises FirstWrite where others' forwards have written into the shared weights since this call.
