@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import writers
-from harness import Outcome, train_here
+from harness import Client, Outcome, train_here
 from instep.engines.replica import Replica
 from instep.engines.trade import memory_trade
 from instep.errors import CheckpointingError, RecipeError
@@ -20,6 +20,7 @@ from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.record.digest import digest_of_file
 from reference import reference_digests
+from serving import replayed
 from writers import Forced, Lookup, Torn, recipe
 
 
@@ -103,6 +104,22 @@ def test_the_best_checkpoint_too_holds_no_write_that_nobody_has_seen(engine: Any
     found = run(made, tmp_path, workers, engine=engine, checkpoint_every=100, restarts=0)
     assert 4 in found.digests, "each evaluation finds the best"
     assert found.digest == reference_digests(made)[made.steps]
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("lockstep", 1), ("lockstep", 2), ("server", 2)])
+def test_a_resume_does_not_trust_weights_of_a_stop_that_nobody_has_looked_at(
+    engine: Any, workers: int, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    made = recipe(partial(Forced, late=3, past=True))
+    team = Team(workers=workers, engine=engine, checkpoint_every=100)
+    client = Client(lambda event: client.ask_to_stop() if event.get("version") == 5 else None)
+    stopped = train_here(made, team, tmp_path / "run", client=client)
+    assert stopped.result["interrupted"]
+    found = train_here(made, team, tmp_path / "run", resume=True)
+    assert found.digest == reference_digests(made)[made.steps]
+    assert any("was saved at a stop" in event["why"] for event in found.events if event["kind"] == "warned")
+    assert replayed(made, tmp_path / "run").same
 
 
 class Base(nn.Module):

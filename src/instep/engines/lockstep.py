@@ -84,6 +84,8 @@ class Lockstep:
         self.watcher = Watcher(replica, self.buffers)
         self._held_out = batches_held_out(replica)
         self.terms: list[str] = []
+        self.looked = True
+        """Whether the last step was one in which all weights were read, to see whether a forward writes them."""
         self.slowness = 1.0
         """How many times as long as it needs the worker is to take for its computing."""
         self.busy_s = 0.0
@@ -276,7 +278,8 @@ class Lockstep:
         the best too."""
         first, self._looked = not self._looked, True
         saved = self._checkpoint_every, self.replica.recipe.evaluate_every
-        return first or step + 1 == steps or any(every > 0 and (step + 1) % every == 0 for every in saved)
+        self.looked = first or step + 1 == steps or any(every > 0 and (step + 1) % every == 0 for every in saved)
+        return self.looked
 
     def unwritten(self, version: int) -> Callable[[], None] | None:
         """What raises FirstWrite where others' forwards have written into the shared weights since this call.

@@ -255,7 +255,7 @@ class _Server:
         interrupted = not self._over
         for line in self._lines:  # those too who come late
             line.send(("end", -1))
-        self._save()
+        self._save(looked=self._ledger.finished)
         if not interrupted and self._progress.held_out.get("version") != self._progress.version and self._evaluate():
             session.mark_best(self._progress)
         digest = digest_of_state(self._replica.saved_state())
@@ -280,7 +280,7 @@ class _Server:
         """Somebody's code has raised, a worker's or the server's: saves the weights if they are sound."""
         session, version = self._session, self._progress.version
         if self._merger.sound and session.must_save(version):
-            self._save()
+            self._save(looked=False)
             session.send_events()
         session.stopped_at = session.saved_version
 
@@ -454,11 +454,12 @@ class _Server:
         while (message := self._session.pipe.recv()) != ("synced",):
             self._heard.append(message)
 
-    def _save(self) -> None:
+    def _save(self, *, looked: bool = True) -> None:
         self._replica.doing = f"saving version {self._progress.version}"
         self._sync_tape()
         unmade = [action for action in self._unmade if isinstance(action, Merge)]
         self._session.save(
             self._progress, self._replica.saved_state(), self._merger.training_state(),
             ledger=self._ledger.state(unmade), cut=self._ledger.pieces.workers, steps=self._session.recipe.steps,
+            looked=looked,
         )  # fmt: skip

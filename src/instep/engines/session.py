@@ -186,9 +186,13 @@ class Session:
         model_state: Mapping[str, Tensor],
         training_state: Mapping[str, Any],
         sound: Callable[[], None] | None = None,
+        looked: bool = True,
         **meta: Any,
     ) -> None:
-        """Writes a checkpoint; `sound` may still raise then. Raises ResourceError where the disk refuses."""
+        """Writes a checkpoint; `sound` may still raise then. Raises ResourceError where the disk refuses.
+
+        looked: whether all bits of the weights were looked at, for what forwards write past autograd.
+        """
         assert self.replica is not None
         self._warn()
         self._tried_version = progress.version
@@ -196,6 +200,8 @@ class Session:
             raise RecordError(f"the run folder {self.assignment.folder} is not where it was; resume it from there.")
         if self.assignment.run_id is not None:
             meta["run"] = self.assignment.run_id
+        if not looked:
+            meta["unlooked"] = True
         if self.replica.written.names:
             meta["written"] = list(self.replica.written.names)
         saved = checkpoint.save(

@@ -238,6 +238,7 @@ class Start:
                         f"({theirs.get(name)} instead of {value}); what builds them must depend on its arguments and "
                         f"the seed alone{', and each sample on its index besides' if name == 'data' else ''}."
                     )
+        self._supervisor.check_written(facts.get("written", ()))
         reserve(self._descriptor, memory)
         about = self._supervisor.about
         self._supervisor.record(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -104,6 +106,7 @@ class Supervisor:
                 if self.board.stop_wanted():
                     raise Interrupted from None
                 self._note_write(found)  # no fault of a worker's, so it does not count as a restart
+                self._forget_unlooked()
             self.again = True
             resume_from = self._newest_checkpoint()
 
@@ -121,6 +124,26 @@ class Supervisor:
             why=f"a forward wrote parameter '{new[0]}'{more} for the first time in {found.where}; the team goes back "
             f"to its last checkpoint, each worker with a copy of its own of what is written, as if so from the start.",
         )
+
+    def check_written(self, names: Sequence[str]) -> None:
+        """Raises FirstWrite where first forwards write parameters `names`, and those of which nobody knew may have been
+        written, unseen, before the checkpoint that the team starts from.
+        """
+        new = sorted({*names} - self._written)
+        if new and self._unlooked:
+            raise FirstWrite(new, "a first forward after a stop")
+
+    def _forget_unlooked(self) -> None:
+        """Removes checkpoints of stops: forwards may have written into their weights past autograd, unseen."""
+        for path in checkpoint.all_in(self.folder.checkpoints):
+            with contextlib.suppress(CheckpointError):
+                if checkpoint.read_manifest(path).meta.get("unlooked"):
+                    shutil.rmtree(path)
+                    self.record(
+                        "warned",
+                        why=f"the checkpoint {path} was saved at a stop, and that forward may have written its weights "
+                        f"before anybody looked; it was removed.",
+                    )
 
     def count_restart(self, failure: WorkerFailure) -> None:
         """Counts a worker, or a team, that starts again. Raises WorkerError where it was one too often."""
@@ -146,8 +169,11 @@ class Supervisor:
     def _start(self, resume_from: Path | None) -> dict[str, Any]:
         """One start of the team, until it ends. Raises InstepError, WorkerFailure or ClientGone."""
         self.held.check()
+        self._unlooked = False
         if resume_from is not None:
-            self._written.update(checkpoint.read_manifest(resume_from).meta.get("written", ()))
+            meta = checkpoint.read_manifest(resume_from).meta
+            self._written.update(meta.get("written", ()))
+            self._unlooked = bool(meta.get("unlooked"))
         serving = self.run.engine == "server"
         count = self.run.team.workers + serving
         descriptor = self._share(count, self.run.team.workers if serving else 0)

@@ -114,12 +114,12 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             if training is not None and trying:
                 session.try_checkpoint(version, state, training)
             if training is not None and (due or best):
-                session.save(progress, state, {**training, "watch": engine.watcher.state()}, sound)
+                session.save(progress, state, {**training, "watch": engine.watcher.state()}, sound, engine.looked)
                 if best:
                     session.mark_best(progress)
 
     def save_at_stop(training: dict[str, Any]) -> None:
-        session.save(progress, replica.saved_state(), {**training, "watch": engine.watcher.state()})
+        session.save(progress, replica.saved_state(), {**training, "watch": engine.watcher.state()}, looked=False)
         session.send_events()
 
     try:

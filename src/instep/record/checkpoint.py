@@ -230,6 +230,11 @@ def _name(version: int) -> str:
     return f"step-{version:08d}"
 
 
+def all_in(folder: Path) -> list[Path]:
+    """All checkpoints in `folder`, sound or not, by version."""
+    return [path for _, path in sorted(_versions(folder).items())]
+
+
 def _versions(folder: Path) -> dict[int, Path]:
     """Every checkpoint in `folder` by version, sound or not; a replaced one only if its successor is missing."""
     found: dict[int, Path] = {}

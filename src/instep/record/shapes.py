@@ -200,7 +200,7 @@ MANIFEST = Table(
         "meta": Table(
             {
                 "progress": PROGRESS, "data": DATA, "run": TEXT, "ledger": LEDGER, "cut": whole(1, 1 << 24),
-                "steps": whole(1),
+                "steps": whole(1), "unlooked": FLAG,
             }
         ),
     },
