@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+import instep
 from harness import train_here
-from instep.engines import pickling
+from instep.engines import pickling, plain
 from instep.engines.mapped_files import FileSpan
+from instep.engines.request import Cluster
 from instep.errors import DataError
 from instep.recipe import Recipe, Team
 
@@ -215,6 +218,101 @@ def test_memory_that_the_system_refuses_is_a_sentence(monkeypatch: pytest.Monkey
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
+# ------------------------------------------------------------------------------------------------------- plain objects
+
+
+class Text(str):
+    """A subclass, which may have code of its own."""
+
+
+class Texts(list[str]):
+    """Another."""
+
+
+class Holder:
+    """An object of the user's, with these attributes."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+
+def records(count: int = MANY) -> list[Any]:
+    return [{"text": f"{i} a text", "tags": [i, str(i)], "where": (i, [i]), "kinds": {i}} for i in range(count)]
+
+
+def apart(value: Any) -> bool:
+    """Whether nearly nothing of it is in the pickle that holds code."""
+    pickled = pickling.dump(value)
+    return pickled.plain.stop - pickled.plain.start > 10 * (pickled.pickle.stop - pickled.pickle.start)
+
+
+def test_large_plain_containers_are_pickled_apart_and_come_out_as_they_went_in() -> None:
+    for given in (
+        [f"{i}" for i in range(MANY)], records(), tuple((str(i), i, ()) for i in range(MANY)),
+        {f"{i}": [b"a", 1.5, None, True] for i in range(MANY)}, set(range(MANY)),
+        frozenset((i, frozenset({i})) for i in range(MANY)),
+    ):  # fmt: skip
+        assert apart(Holder(data=given))
+        found = there(Holder(data=given)).data
+        assert type(found) is type(given)
+        assert found == given
+
+
+def test_a_plain_container_met_again_is_the_same_one() -> None:
+    texts, rows = [f"{i}" for i in range(MANY)], records()
+    found = there(Holder(a=texts, b=[texts, rows], c=rows, call=lambda: texts))
+    assert found.a is found.b[0] is found.call()
+    assert found.c is found.b[1]
+
+
+def test_what_can_change_and_is_held_by_others_too_is_still_shared() -> None:
+    shared: list[Any] = [[i] for i in range(MANY)]
+    again = dict(enumerate([[0]] * MANY))
+    within: list[Any] = [(i, [i]) for i in range(MANY)]
+    cycle: list[Any] = [[i] for i in range(MANY)]
+    cycle[3].append(cycle)
+    given = Holder(a=shared, one=shared[7], again=again, b=within, pair=within[7], cycle=cycle)
+    found = there(given)
+    assert found.a[7] is found.one
+    assert found.again[0] is found.again[1]
+    assert found.b[7] is found.pair
+    assert found.cycle[3][1] is found.cycle
+    assert (found.a, found.b) == (shared, within)
+
+
+def test_subclasses_and_objects_of_the_user_s_stay_with_the_code() -> None:
+    given: list[Any] = [
+        [Text(i) for i in range(MANY)],
+        Texts(str(i) for i in range(MANY)),
+        [[i, Text(i)] for i in range(MANY)],
+        {i: Holder(i=i) for i in range(MANY)},
+    ]
+    pickled = pickling.dump(given)
+    assert pickled.plain.start == pickled.plain.stop
+    found = pickled.load()
+    assert type(found[0][5]) is type(found[2][5][1]) is Text
+    assert type(found[1]) is Texts
+    assert found[3][5].i == 5
+    assert not apart([str(i) for i in range(8)])
+
+
+def test_each_load_has_plain_parts_of_its_own() -> None:
+    pickled = pickling.dump(Holder(data=records()))
+    with pickled.prepared() as prepared:
+        first, second = prepared.load().data, prepared.load().data
+    first[0]["text"] = "changed"
+    assert second == records()
+    assert pickled.load().data == records()
+
+
+def test_the_pickle_of_plain_parts_runs_no_code() -> None:
+    import io
+    import pickle
+
+    with pytest.raises(pickle.UnpicklingError, match="is not plain"):
+        plain.load_plain(io.BytesIO(pickle.dumps([os.getpid])))
+
+
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -281,3 +379,45 @@ def test_data_are_in_memory_once_for_all_workers(kind: str, tmp_path: Path) -> N
 
     # What the caller holds, which forked workers here share with it, is a third each.
     assert own_mib(150) - own_mib(1) < 75
+
+
+class Records(Dataset[tuple[Tensor, Tensor]]):
+    """Texts and records."""
+
+    def __init__(self, count: int) -> None:
+        self.texts, self.rows = [f"{i:04d}" for i in range(count)], records(count)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = torch.tensor([float(len(self.texts[index])), float(self.texts[index][-1]), self.rows[index]["tags"][0]])
+        self.rows[index]["text"] = "changed"  # in this process alone
+        taken: Tensor = row / 1000
+        return taken, taken[:1]
+
+
+def test_plain_objects_are_unpickled_once_before_the_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, loads = plain.load_plain, tmp_path / "loads"
+
+    def noted(file: Any) -> list[Any]:
+        with loads.open("a") as notes:
+            notes.write(f"{os.getpid()}\n")
+        return load(file)
+
+    monkeypatch.setattr(pickling, "load_plain", noted)
+    data = Records(MANY)
+    digests = {trained(data, tmp_path / str(workers), workers) for workers in (1, 2, 3)}
+    assert loads.read_text().split() == [str(os.getpid())] * 3  # which supervises here, three runs
+    digests.add(trained(lambda: Records(MANY), tmp_path / "callable", workers=2))
+    assert len(digests) == 1
+    assert data.rows == records()
+
+
+def test_runs_with_plain_objects_are_replayed_and_simulated(tmp_path: Path) -> None:
+    recipe = Recipe(
+        model=partial(nn.Linear, 3, 1), objective=squares, data=Records(MANY), batch=8, microbatches=4, steps=3
+    )  # fmt: skip
+    run = instep.train(recipe, team=Team(workers=2), out=tmp_path / "run")
+    assert instep.replay(run.path, recipe).same
+    assert instep.simulate(recipe, Cluster(workers=2))["digest"] == run.digest

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import mmap
 import os
 import pickle
@@ -16,12 +17,13 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cloudpickle
 
 from instep.engines.mapped_files import FileSpan, MappedFiles
+from instep.engines.plain import CONTAINERS, PlainParts, load_plain
 from instep.errors import DataError, ResourceError
 
 SMALLEST_BYTES = 1024
@@ -43,12 +45,30 @@ class Pickled:
     """An object in shared memory: its pickle there, and its buffers, there or in files.
 
     `descriptor` is of that memory: valid in the process that pickled as long as this object lives there, and in those
-    that inherit it under the same number.
+    that inherit it under the same number. `plain` is the pickle of the plain parts, see `instep.engines.plain`.
     """
 
     descriptor: int
     pickle: Span
     buffers: Sequence[Span | FileSpan]
+    plain: Span
+    _ready: list[list[Any]] = field(default_factory=list, compare=False, repr=False)
+
+    @contextlib.contextmanager
+    def prepared(self) -> Iterator[Pickled]:
+        """The same for processes that are forked meanwhile: they find its plain parts made. Runs no user's code."""
+        ready = []
+        with contextlib.suppress(MemoryError):  # those that load it tell of it
+            ready.append(self._plain())
+        yield replace(self, _ready=ready)
+        ready.clear()
+
+    def _plain(self) -> list[Any]:
+        if self.plain.start == self.plain.stop:
+            return []
+        with mmap.mmap(self.descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) as memory:
+            memory.seek(self.plain.start)
+            return load_plain(memory)
 
     def load(self) -> Any:
         """The object, another one for each call. Raises DataError where a file is gone, and what unpickling raises."""
@@ -65,7 +85,8 @@ class Pickled:
             files[span.path][span.start : span.stop] if isinstance(span, FileSpan) else memory[span.start : span.stop]
             for span in self.buffers
         ]
-        return pickle.loads(memory[self.pickle.start : self.pickle.stop], buffers=buffers)
+        parts = self._ready.pop() if self._ready else self._plain()  # another call makes others
+        return _Unpickler(memory[self.pickle.start : self.pickle.stop], buffers, parts).load()
 
 
 def dump(value: Any) -> Pickled:
@@ -77,9 +98,12 @@ def dump(value: Any) -> Pickled:
     try:
         buffers: list[pickle.PickleBuffer] = []
         with _writing(), open(descriptor, "wb", closefd=False) as file:
-            _Pickler(file, buffers).dump(value)
+            pickler = _Pickler(file, buffers)
+            pickler.dump(value)
+            found = Span(0, file.tell())
+            pickler.plain.dump(file)
         end = os.lseek(descriptor, 0, os.SEEK_END)
-        found = Span(0, end)
+        plain = Span(found.stop, end)
         files = MappedFiles()
         spans: list[Span | FileSpan] = []
         for buffer in buffers:
@@ -92,7 +116,7 @@ def dump(value: Any) -> Pickled:
                         _write(descriptor, view, start)
                     span = Span(start, end)
             spans.append(span)
-        pickled = Pickled(descriptor, found, spans)
+        pickled = Pickled(descriptor, found, spans, plain)
         weakref.finalize(pickled, os.close, descriptor)
         return pickled
     except BaseException:
@@ -164,7 +188,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: Any, buffers: list[pickle.PickleBuffer]):
         super().__init__(file, protocol=5, buffer_callback=self._left_out)
         self._buffers = buffers
+        self.plain = PlainParts()
         self._storages: dict[int, Any] = {}  # by address of what they stand for: several objects may stand for one
+
+    def persistent_id(self, value: Any) -> int | None:
+        return self.plain.place_of(value) if type(value) in CONTAINERS else None
 
     def _left_out(self, buffer: pickle.PickleBuffer) -> bool:
         with buffer.raw() as view:
@@ -201,6 +229,17 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             return NotImplemented
         self._storages.setdefault(storage._cdata, storage)
         return _untyped, (_bytes_at(storage.data_ptr(), storage.nbytes()),)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of what `_Pickler` wrote, with the plain parts made already."""
+
+    def __init__(self, written: memoryview, buffers: list[memoryview], parts: list[Any]):
+        super().__init__(io.BytesIO(written), buffers=buffers)
+        self._parts = parts
+
+    def persistent_load(self, place: Any) -> Any:
+        return self._parts[place]
 
 
 def _bytes_at(address: int, count: int) -> pickle.PickleBuffer:

@@ -7,6 +7,7 @@ user's code, has one thread, and ends with its client: no process of a run outli
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -45,6 +46,7 @@ class Supervisor:
         self.run, self.client = run, client
         self.requests = requests or Requests()
         self.folder = RunFolder(run.folder)
+        self._recipe = run.recipe
         self.restarts = 0
         self.again = False
         """Whether the team has started before in this process."""
@@ -179,8 +181,10 @@ class Supervisor:
         descriptor = self._share(count, self.run.team.workers if serving else 0)
         workers: list[Member] = []
         try:
-            for number in range(count):
-                workers.append(self.fork(number, resume_from, descriptor, workers))
+            with self.run.recipe.prepared() as self._recipe:
+                for number in range(count):
+                    workers.append(self.fork(number, resume_from, descriptor, workers))
+            self._recipe = self.run.recipe
             return Start(self, workers, descriptor).watch()
         finally:
             for started in workers:
@@ -218,7 +222,7 @@ class Supervisor:
 
         run = self.run
         assignment = Assignment(
-            recipe=run.recipe,
+            recipe=self._recipe,
             team=run.team,
             folder=run.folder,
             fingerprints=run.fingerprints or (run.fingerprint,),
@@ -302,6 +306,7 @@ class Supervisor:
 def _worker_main(unused: list[Connection], *arguments: Any) -> None:
     from instep.engines.worker import main
 
+    gc.freeze()  # what was inherited: the collector would write to it, and so copy it
     for pipe in unused:  # or a worker would keep its siblings' pipes open after the supervisor's end
         pipe.close()
     main(*arguments)
