@@ -135,8 +135,8 @@ def test_simulate_and_replay_for_real(capsys: pytest.CaptureFixture[str], here: 
     line = "simulate gpt --rule bounded_staleness:2 --workers 3 --slow 1:4x --times 50ms --steps 3 --out sim"
     extra = ["--recipe.evaluate_samples", "8", "--recipe.sample_length", "0"]
     assert main([*line.split(), *extra]) == 0
-    assert "bounded_staleness, by the virtual engine" in capsys.readouterr().out
+    assert "bounded_staleness:2, by the virtual engine" in capsys.readouterr().out
     assert main(["replay", "sim"]) == 0
     assert "the replay is exact" in capsys.readouterr().out
     assert main(["replay", "sim", "--rule", "diloco:2", "--out", "other"]) == 0
-    assert "diloco, by the virtual engine" in capsys.readouterr().out
+    assert "diloco:2, by the virtual engine" in capsys.readouterr().out
