@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from instep.engines.evaluation import is_saved_after
 from instep.engines.replica import Replica
 from instep.errors import NonFiniteError
 from instep.reduce.buffers import Buffers
@@ -358,7 +359,7 @@ class Contributor:
     def _closely(self, batch: int) -> bool:
         first, self._looked = not self._looked, True
         saved = self._checkpoint_every, self.replica.recipe.evaluate_every  # the best checkpoints too
-        return first or batch + 1 == self.pieces.steps or any(every > 0 and (batch + 1) % every == 0 for every in saved)
+        return first or is_saved_after(batch, self.pieces.steps, saved)
 
     def check(self, sums: Mapping[str, float], batch: int, microbatch: int) -> list[NonFiniteError]:
         """What is not finite among the terms."""

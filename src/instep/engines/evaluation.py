@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -215,3 +215,8 @@ def unpacked(parcel: bytes) -> list[Outputs]:
 def passes(every: int, before: int, now: int) -> bool:
     """Whether a multiple of `every` steps lies after `before` and up to `now`; 0 has none."""
     return bool(every) and before // every != now // every
+
+
+def is_saved_after(step: int, steps: int, due: Iterable[int]) -> bool:
+    """Whether the weights after `step`, from 0, may be saved: the last of `steps`, or a multiple of what is `due`."""
+    return step + 1 == steps or any(passes(every, step, step + 1) for every in due)

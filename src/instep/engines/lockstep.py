@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from instep.clock.network import gather_bytes, reduce_bytes
-from instep.engines.evaluation import Evaluation, Progress, batches_held_out, evaluate, packed, unpacked
+from instep.engines.evaluation import (
+    Evaluation,
+    Progress,
+    batches_held_out,
+    evaluate,
+    is_saved_after,
+    packed,
+    unpacked,
+)
 from instep.engines.exchange import LEFT, Exchange, regions
 from instep.engines.first_look import look_at_data, look_at_objective
 from instep.engines.parcels import ROOM, Parcels
@@ -278,7 +286,7 @@ class Lockstep:
         the best too."""
         first, self._looked = not self._looked, True
         saved = self._checkpoint_every, self.replica.recipe.evaluate_every
-        self.looked = first or step + 1 == steps or any(every > 0 and (step + 1) % every == 0 for every in saved)
+        self.looked = first or is_saved_after(step, steps, saved)
         return self.looked
 
     def unwritten(self, version: int) -> Callable[[], None] | None:
