@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -7,8 +8,17 @@ import tomli_w
 from hypothesis import given
 from hypothesis import strategies as st
 
+from instep.budget import parse_budget
+from instep.buffer_modes import parse as parse_modes
 from instep.cli.flags import UsageError, merge, split, toml_value
-from instep.errors import RecipeError
+from instep.clock.slow import parse_slow
+from instep.clock.times import WorkerTimes
+from instep.clock.units import duration_s
+from instep.components import Component
+from instep.errors import InstepError, RecipeError
+from instep.recipe import parse
+from instep.rules import UpdateRule
+from instep.rules.presets import parse as parse_rule
 
 
 @pytest.mark.parametrize(
@@ -62,6 +72,41 @@ def test_merge_tells_what_is_in_the_way() -> None:
         merge({"team": 3}, [("team.workers", "1")])
     with pytest.raises(RecipeError, match=r"'recipe.schedule' is 'wsd'"):
         merge({"schedule": "wsd"}, [("recipe.schedule.final", "1")])
+
+
+def test_a_part_of_several_optimizers_is_refused_with_its_remedy() -> None:
+    each = {"parameters": "*", "use": "torch.optim:SGD", "args": {"lr": 0.1}}
+    for flag in ("recipe.optimizer.args.lr", "recipe.optimizer.use"):
+        with pytest.raises(RecipeError, match=r"'recipe.optimizer' is a list of 2 tables.*--recipe\.schedule\.scale"):
+            merge({"optimizer": [each, each]}, [(flag, "1")])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda long: merge({"schedule": long}, [("recipe.schedule.final", "1")]),
+        lambda long: parse({long: 1}),
+        lambda long: parse({"schedule": {long: 1}}),
+        lambda long: parse_budget(long, "the budget"),
+        lambda long: parse_rule(long),
+        lambda long: parse_rule(f"bounded_staleness:{long}"),
+        lambda long: parse_rule(f"synchronous,{long}"),
+        lambda long: parse_rule(f"synchronous,{long}=1"),
+        lambda long: UpdateRule(quorum=long),
+        lambda long: parse_slow(long),
+        lambda long: parse_slow(f"1:{long}x"),
+        lambda long: WorkerTimes.from_text(long),
+        lambda long: duration_s(long, "the time"),
+        lambda long: Component(f"json:{long}").resolve(),
+        lambda long: Component(f"{long}:x").resolve(),
+        lambda long: Component.of({"use": "json:loads", "args": long}),
+        lambda long: parse_modes({"x": long}),
+    ],
+)
+def test_a_long_value_is_cut_in_its_sentence(wrong: Callable[[str], Any]) -> None:
+    with pytest.raises(InstepError) as raised:
+        wrong("ab" * 5_000)
+    assert len(raised.value.message) < 1_500
 
 
 def test_usage_errors_are_instep_errors() -> None:

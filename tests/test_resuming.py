@@ -177,9 +177,11 @@ def test_samples_that_are_left_out_make_their_batches_smaller_and_change_no_othe
 
 
 def test_a_sample_that_cannot_be_left_out_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="'skip_samples' holds 48, and the 48 samples are counted from 0"):
+    with pytest.raises(
+        DataError, match=r"skip_samples \(--skip-samples\) holds 48, and the 48 samples are counted from 0"
+    ):
         train_here(recipe(changes=(Change(version=0, skip_samples=(48,)),)), Team(), tmp_path / "run")
-    with pytest.raises(RecipeError, match="'skip_samples' holds -1"):
+    with pytest.raises(RecipeError, match=r"skip_samples \(--skip-samples\) holds -1"):
         Change(version=0, skip_samples=(-1,))
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from instep.errors import RecipeError
+from instep.errors import RecipeError, shown
 
 _SIZE = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?i?B|%)\s*")
 _MOST_BYTES = 1 << 60
@@ -35,21 +35,21 @@ def parse_budget(text: str, name: str) -> Budget:
     match = _SIZE.fullmatch(text)
     if not match or match[2] == "iB":
         raise RecipeError(
-            f"{name} is {text!r}; write bytes with their unit, such as '512MiB' or '2GB', or a share of what a step "
-            f"takes with nothing recomputed, such as '70%'."
+            f"{name} is {shown(text)}; write bytes with their unit, such as '512MiB' or '2GB', or a share of what a "
+            f"step takes with nothing recomputed, such as '70%'."
         )
     number, unit = float(match[1]), match[2]
     if unit == "%":
         if not 0 < number <= 100:
-            raise RecipeError(f"{name} is {text!r}; a share is above 0 % and at most 100 %.")
+            raise RecipeError(f"{name} is {shown(text)}; a share is above 0 % and at most 100 %.")
         return Budget(share=number / 100)
     size = number * (1024 if "i" in unit else 1000) ** _POWERS[unit.removesuffix("B").removesuffix("i")]
     if size > _MOST_BYTES:
-        raise RecipeError(f"{name} is {text!r}, more than any machine has; leave it out to recompute nothing.")
+        raise RecipeError(f"{name} is {shown(text)}, more than any machine has; leave it out to recompute nothing.")
     nbytes = int(size)
     if nbytes < 1:
         raise RecipeError(
-            f"{name} is {text!r}; it must be above 0: activations take some memory whatever is recomputed."
+            f"{name} is {shown(text)}; it must be above 0: activations take some memory whatever is recomputed."
         )
     return Budget(nbytes=nbytes)
 

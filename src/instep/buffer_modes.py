@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from instep.errors import RecipeError
+from instep.errors import RecipeError, shown
 from instep.tables import suggest
 
 KINDS = ("mean", "max", "last", "frozen", "sum")
@@ -64,14 +64,14 @@ def _mode(pattern: str, text: Any) -> Mode:
         if 0 <= factor <= 1:
             return Mode(kind, factor)
         raise RecipeError(
-            f"'recipe.buffers' has {text!r} for {pattern!r}; the factor on the value of before is a number from 0 to "
-            f"1, as in 'sum:0.99'."
+            f"'recipe.buffers' has {shown(text)} for {shown(pattern)}; the factor on the value of before is a number "
+            f"from 0 to 1, as in 'sum:0.99'."
         )
     if kind in KINDS and not colon:
         return Mode(kind)
     near = difflib.get_close_matches(kind, KINDS, 1)
-    hint = f"did you mean {near[0]!r}?" if near else "modes are 'mean', 'max', 'last', 'frozen' and 'sum:0.99'."
-    raise RecipeError(f"'recipe.buffers' has {text!r} for {pattern!r}, which is no mode; {hint}")
+    hint = f"did you mean {shown(near[0])}?" if near else "modes are 'mean', 'max', 'last', 'frozen' and 'sum:0.99'."
+    raise RecipeError(f"'recipe.buffers' has {shown(text)} for {shown(pattern)}, which is no mode; {hint}")
 
 
 def modes_of(
@@ -87,14 +87,16 @@ def modes_of(
     for pattern in modes:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             hint = suggest(pattern, names, "its buffers are") if names else "; it has none."
-            raise RecipeError(f"'recipe.buffers' has {pattern!r}, and no buffer of the model has such a name{hint}")
+            raise RecipeError(
+                f"'recipe.buffers' has {shown(pattern)}, and no buffer of the model has such a name{hint}"
+            )
     found: list[Mode | None] = []
     for name in names:
         first = next((pattern for pattern in modes if fnmatch.fnmatchcase(name, pattern)), "")
         mode = modes.get(first)
         if mode is not None and name in discrete and not _takes(discrete[name], mode):
             raise RecipeError(
-                f"'recipe.buffers' has '{mode}' for {first!r}, which buffer '{name}' cannot take, for it holds "
+                f"'recipe.buffers' has '{mode}' for {shown(first)}, which buffer '{name}' cannot take, for it holds "
                 f"{discrete[name]}; put one for '{name}' before it, such as 'max' or 'last'."
             )
         found.append(mode)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from instep.components import Component
-from instep.errors import ComponentError
+from instep.errors import ComponentError, shown
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _part(item: Any) -> tuple[tuple[str, ...], Component]:
     if not isinstance(item, Mapping) or "parameters" not in item:
         raise ComponentError(
-            f"{item!r} has no key 'parameters', which each of several optimizers has; write "
+            f"{shown(item)} has no key 'parameters', which each of several optimizers has; write "
             f'{{parameters = "pattern of names", use = "package.module:name"}}.'
         )
     rest = {key: value for key, value in item.items() if key != "parameters"}
@@ -87,6 +87,6 @@ def _patterns(value: Any) -> tuple[str, ...]:
     patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ComponentError(
-            f"'parameters' of an optimizer is {value!r}; it must be a pattern of names, or a list of them."
+            f"'parameters' of an optimizer is {shown(value)}; it must be a pattern of names, or a list of them."
         )
     return patterns

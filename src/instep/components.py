@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
 
-from instep.errors import ComponentError, cut
+from instep.errors import ComponentError, cut, shown
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,19 @@ class Component:
             unknown = sorted(set(value) - {"use", "args"})
             if unknown:
                 raise ComponentError(
-                    f"unknown key {unknown[0]!r} beside 'use'; a component has 'use' and 'args': "
+                    f"unknown key {shown(unknown[0])} beside 'use'; a component has 'use' and 'args': "
                     f"put arguments of the callable into 'args'."
                 )
             args = value.get("args", {})
             if not isinstance(args, Mapping):
                 raise ComponentError(
-                    f"'args' of {value['use']!r} is {args!r}; it must be a table of keyword arguments."
+                    f"'args' of {shown(value['use'])} is {shown(args)}; it must be a table of keyword arguments."
                 )
             return cls(_usable(value["use"]), args)
         if type(value) is dict:
             raise ComponentError(
-                f"{value!r} has no key 'use'; write a component as {{use = 'package.module:name', args = {{...}}}}."
+                f"{shown(value)} has no key 'use'; write a component as "
+                f"{{use = 'package.module:name', args = {{...}}}}."
             )
         return cls(_usable(value))
 
@@ -111,7 +112,7 @@ class Component:
         for key in self.args:
             close = difflib.get_close_matches(key, names, 1) if key not in names else []
             if close:
-                return f"; did you mean {close[0]!r} instead of {key!r}?"
+                return f"; did you mean {shown(close[0])} instead of {shown(key)}?"
         return f"; it takes {', '.join(names)}." if names else "; it takes none."
 
 
@@ -122,13 +123,13 @@ def import_object(address: str) -> Any:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise ComponentError(
-            f"cannot import {module_name!r} for {address!r} ({cut(error)}); "
+            f"cannot import {shown(module_name)} for {shown(address)} ({cut(error)}); "
             f"check the spelling, or start from the folder that holds the module."
         ) from error
     except Exception as error:  # the module's own code failed
         raise ComponentError(
-            f"importing {module_name!r} for {address!r} raised {type(error).__name__} ({cut(error)}); mend that "
-            f"module.",
+            f"importing {shown(module_name)} for {shown(address)} raised {type(error).__name__} ({cut(error)}); mend "
+            f"that module.",
             detail=traceback.format_exc(),
         ) from error
     for part in path.split("."):
@@ -136,8 +137,10 @@ def import_object(address: str) -> Any:
             found = getattr(found, part)
         except AttributeError:
             close = difflib.get_close_matches(part, dir(found), 1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
-            raise ComponentError(f"{module_name!r} has no {path!r} (asked for by {address!r}){hint}") from None
+            hint = f"; did you mean {shown(close[0])}?" if close else "."
+            raise ComponentError(
+                f"{shown(module_name)} has no {shown(path)} (asked for by {shown(address)}){hint}"
+            ) from None
     return found
 
 
@@ -172,7 +175,7 @@ def _name_of(value: Any) -> str:
 
 def _usable(value: Any) -> Any:
     if isinstance(value, (bool, int, float, types.NoneType)):
-        raise ComponentError(f"{value!r} cannot be a component; give an object, or 'package.module:name'.")
+        raise ComponentError(f"{shown(value)} cannot be a component; give an object, or 'package.module:name'.")
     return value
 
 
@@ -202,4 +205,4 @@ def _check_address(address: str) -> None:
     if address.startswith("<"):
         raise ComponentError(f"{address} stands for an object of another program; give the object itself, in Python.")
     if not _is_address(address):
-        raise ComponentError(f"{address!r} is not an address; write it as 'package.module:name'.")
+        raise ComponentError(f"{shown(address)} is not an address; write it as 'package.module:name'.")

@@ -284,7 +284,7 @@ def parse(table: Mapping[str, Any]) -> tuple[Recipe, Team]:
     for key in rest:
         if key not in {f.name for f in dataclasses.fields(Recipe)}:
             raise RecipeError(
-                f"unknown key '{key}'{suggest(key, [f.name for f in dataclasses.fields(Recipe)] + ['team'])}"
+                f"unknown key '{cut(key)}'{suggest(key, [f.name for f in dataclasses.fields(Recipe)] + ['team'])}"
             )
     return from_table(Recipe, rest, "recipe"), from_table(Team, team, "team")
 
@@ -303,7 +303,7 @@ def read(name_or_path: str | Path) -> dict[str, Any]:
                 f"{path / 'recipe.toml'}."
             ) from None
         hint = suggest(str(name_or_path), names_of_recipes(), "the built-in recipes are")
-        raise RecipeError(f"{str(name_or_path)!r} is neither a built-in recipe nor a file{hint}") from None
+        raise RecipeError(f"{shown(str(name_or_path))} is neither a built-in recipe nor a file{hint}") from None
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.") from None
     table.setdefault("name", path.stem)

@@ -90,7 +90,9 @@ class Change:
         if self.version < 0:
             raise RecipeError(f"'changes.version' is {self.version}; it must be at least 0.")
         if any(index < 0 for index in self.skip_samples):
-            raise RecipeError(f"'skip_samples' holds {min(self.skip_samples)}; samples are counted from 0.")
+            raise RecipeError(
+                f"skip_samples (--skip-samples) holds {min(self.skip_samples)}; samples are counted from 0."
+            )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.errors import ComponentError, RecipeError, shown
+from instep.errors import ComponentError, RecipeError, cut, shown
 from instep.held import held
 
 T = TypeVar("T")
@@ -28,12 +28,12 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     Raises RecipeError for an unknown key (with a suggestion), a missing one, or a value of the wrong type.
     """
     if not isinstance(table, Mapping):
-        raise RecipeError(f"'{where}' is {table!r}; it must be a table.")
+        raise RecipeError(f"'{where}' is {shown(table)}; it must be a table.")
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in table:
         if key not in fields:
-            raise RecipeError(f"unknown key '{where}.{key}'{suggest(key, fields)}")
+            raise RecipeError(f"unknown key '{where}.{cut(key)}'{suggest(key, fields)}")
     missing = [
         name
         for name, field in fields.items()
@@ -212,7 +212,7 @@ def suggest(key: str, known: Iterable[str], what: str = "known keys are") -> str
     known = list(known)
     begun = [each for each in known if len(key) > 2 and each.startswith(key.lower())]
     close = begun or difflib.get_close_matches(key, known, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; {what} {', '.join(known) or '(none)'}."
+    return f"; did you mean {shown(close[0])}?" if close else f"; {what} {', '.join(known) or '(none)'}."
 
 
 def _digits(value: int) -> int:

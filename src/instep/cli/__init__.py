@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from instep.errors import InstepError, RecordError, clean, cut
+from instep.errors import InstepError, RecordError, clean, cut, shown
 
 ABOUT = "Trains one PyTorch model with many workers in step: the same result, bit for bit, for any number of them."
 
@@ -101,7 +101,7 @@ def _run(argv: list[str]) -> None:
     except UnusedCliTokensError as error:
         extra = (error.unused_tokens or rest)[0]
         raise UsageError(
-            f"{extra!r} is one argument too many; 'instep {rest[0]} --help' lists what there is."
+            f"{shown(extra)} is one argument too many; 'instep {rest[0]} --help' lists what there is."
         ) from None
     except CycloptsError as error:
         raise UsageError(" ".join(str(error).split())) from None

@@ -18,7 +18,7 @@ from instep.components import importable
 from instep.engines.request import Cluster
 from instep.engines.resuming import as_last_changed, resume_differences
 from instep.engines.signals import interrupting
-from instep.errors import RecipeError, RecordError
+from instep.errors import RecipeError, RecordError, shown
 from instep.recipe import (
     Recipe,
     Team,
@@ -42,7 +42,8 @@ Any other field is set by its name with dots: --recipe.optimizer.args.lr 3e-4, -
 optional field away. Flags win over the file.
 
 With --resume the run's own recipe is used. The team, the steps and fields that decide no result may change, and from \
-there on --recipe.schedule.*, --recipe.watch.* and --recipe.optimizer.args.lr."""
+there on --recipe.schedule.*, --recipe.watch.* and --recipe.optimizer.args.lr (of several optimizers, \
+--recipe.schedule.scale, a factor on all their rates)."""
 
 _REPLAY = """\
 The digest is the run's own, whatever the rule: everything that a replay needs is on the tape. Where it is not, the \
@@ -379,7 +380,7 @@ def _indices(text: str) -> list[int]:
     """The indices in "17,204". Raises UsageError."""
     parts = [part.strip() for part in text.split(",")] if text else []
     if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--skip-samples is {text!r}; give indices of samples, such as 17,204.")
+        raise UsageError(f"--skip-samples is {shown(text)}; give indices of samples, such as 17,204.")
     return [int(part) for part in parts]
 
 
@@ -415,6 +416,6 @@ def _saved(resume: Path, given: str | None, settings: Settings) -> tuple[Recipe,
         changed = resume_differences(_parsed(given, settings)[0].to_table(), table)
         if changed:
             raise RecipeError(
-                f"{given!r} is not the recipe of {resume}: {changed[0]}; leave it out, or start a new run."
+                f"{shown(given)} is not the recipe of {resume}: {changed[0]}; leave it out, or start a new run."
             )
     return recipe, team

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from instep.buffer_modes import flat
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.errors import InstepError, RecipeError
+from instep.errors import InstepError, RecipeError, shown
 from instep.recipe import Recipe, Team
 
 Settings = Sequence[tuple[str, str]]
@@ -99,8 +99,13 @@ def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: st
 
 def _room(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     inner = table.setdefault(key, {})
+    if isinstance(inner, list):
+        raise RecipeError(
+            f"'{where}' is a list of {len(inner)} tables, and a part of it cannot be set by a flag; change it in the "
+            f"recipe's file, or scale all learning rates by --recipe.schedule.scale, as a resume may too."
+        )
     if not isinstance(inner, dict):
-        raise RecipeError(f"'{where}' is {inner!r}, and a part of it cannot be set; it must be a table.")
+        raise RecipeError(f"'{where}' is {shown(inner)}, and a part of it cannot be set; it must be a table.")
     return inner
 
 

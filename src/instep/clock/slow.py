@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from instep.errors import RecipeError
+from instep.errors import RecipeError, shown
 
 _SPEC = re.compile(r"(?P<number>\d{1,18})|(?P<percent>\d+\.?\d*|\.\d+)\s*%")
 
@@ -48,7 +48,7 @@ def _parse_one(part: str) -> Slow:
     match = _SPEC.fullmatch(who)
     if not match or not times:
         raise RecipeError(
-            f"{part!r} does not say who is slow; write '1:4x' (worker 1) or '5%:4x' (that share of them)."
+            f"{shown(part)} does not say who is slow; write '1:4x' (worker 1) or '5%:4x' (that share of them)."
         )
     try:
         factor = float(times.removesuffix("x"))
@@ -56,14 +56,16 @@ def _parse_one(part: str) -> Slow:
         factor = math.nan
     if not 1 <= factor <= _MOST:
         raise RecipeError(
-            f"{times!r} in {part!r} is no factor by which a worker is slow; write a number from 1 to {_MOST}, as in "
-            f"'{who}:4x'."
+            f"{shown(times)} in {shown(part)} is no factor by which a worker is slow; write a number from 1 to "
+            f"{_MOST}, as in '{who}:4x'."
         )
     if match["number"] is not None:
         return Slow(factor, int(match["number"]), 0.0, part)
     share = float(match["percent"]) / 100
     if not 0 < share <= 1:
-        raise RecipeError(f"{who!r} in {part!r} is no share of the workers; write one above 0 % and up to 100 %.")
+        raise RecipeError(
+            f"{shown(who)} in {shown(part)} is no share of the workers; write one above 0 % and up to 100 %."
+        )
     return Slow(factor, None, share, part)
 
 
@@ -78,11 +80,13 @@ def slow_factors(slow: tuple[Slow, ...], workers: int) -> NDArray[np.float64]:
         meant = part.of(workers)
         if not meant:
             team = f"a team of {workers} (workers 0 to {workers - 1})" if workers > 1 else "a team of worker 0 alone"
-            raise RecipeError(f"{part.text!r} names no worker of {team}; name one that is there, or a larger share.")
+            raise RecipeError(
+                f"{shown(part.text)} names no worker of {team}; name one that is there, or a larger share."
+            )
         for worker in meant:
             if worker in named:
                 raise RecipeError(
-                    f"worker {worker} is named by both {named[worker]!r} and {part.text!r}; name it once."
+                    f"worker {worker} is named by both {shown(named[worker])} and {shown(part.text)}; name it once."
                 )
             named[worker] = part.text
             factors[worker] = part.factor

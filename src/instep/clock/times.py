@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from instep.clock.slow import Slow, slow_factors
 from instep.clock.units import duration_s, number
-from instep.errors import RecipeError
+from instep.errors import RecipeError, shown
 
 _CHUNK = 128
 """Numbers that a worker draws at once."""
@@ -101,7 +101,7 @@ class WorkerTimes:
         if not 0 <= deviation_s < math.inf:
             raise RecipeError(f"the standard deviation of times is {deviation_s:g} s; it must be finite, from 0.")
         if type(self.seed) is not int:
-            raise RecipeError(f"the seed of the worker times is {self.seed!r}; it must be a whole number.")
+            raise RecipeError(f"the seed of the worker times is {shown(self.seed)}; it must be a whole number.")
 
     @classmethod
     def constant(cls, time_s: float, **rest: Unpack[_Rest]) -> WorkerTimes:
@@ -141,8 +141,10 @@ class WorkerTimes:
         if kind == "bootstrap":
             return cls.bootstrap(Path(rest), persistence=persistence, slow=slow, failures=failures, seed=seed)
         if kind not in ("constant", "normal", "lognormal") or rest.count(",") != (kind != "constant"):
-            raise RecipeError(f"{text!r} are no worker times; write {_FORMS}.")
-        mean_s, *deviation_s = (duration_s(part, f"{part.strip()!r} in the worker times") for part in rest.split(","))
+            raise RecipeError(f"{shown(text)} are no worker times; write {_FORMS}.")
+        mean_s, *deviation_s = (
+            duration_s(part, f"{shown(part.strip())} in the worker times") for part in rest.split(",")
+        )
         if kind == "constant":
             return cls.constant(mean_s, slow=slow, failures=failures, seed=seed)
         make = cls.normal if kind == "normal" else cls.lognormal
@@ -233,7 +235,7 @@ def _read(path: Path) -> tuple[float, ...]:
             times_s.append(float(word))
         except ValueError:
             raise RecipeError(
-                f"{word!r} in the file of times {path} is no number; put times in seconds there."
+                f"{shown(word)} in the file of times {path} is no number; put times in seconds there."
             ) from None
     if not times_s:
         raise RecipeError(f"the file of times {path} is empty; put times in seconds there, at least one.")

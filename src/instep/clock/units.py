@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from instep.errors import RecipeError
+from instep.errors import RecipeError, shown
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _DURATION = re.compile(rf"\s*({_NUMBER})\s*([a-zµμ]*)\s*")
@@ -48,7 +48,9 @@ def duration_s(text: str, name: str) -> float:
     if match and (match[2] in _SECONDS or (not match[2] and float(match[1]) == 0)):
         seconds = float(match[1]) * _SECONDS.get(match[2], 1.0)
     if not 0 <= seconds < math.inf:
-        raise RecipeError(f"{name} is {text!r}; write a time from 0 with its unit (ns, us, ms, s, min, h, d): '1ms'.")
+        raise RecipeError(
+            f"{name} is {shown(text)}; write a time from 0 with its unit (ns, us, ms, s, min, h, d): '1ms'."
+        )
     return seconds
 
 
@@ -59,7 +61,7 @@ def rate_bytes_per_s(text: str, name: str) -> float:
     """
     match = _RATE.fullmatch(text)
     if not match or match[2] == "i":
-        raise RecipeError(f"{name} is {text!r}; write it in bits, as '1Gb/s', or in bytes, as '100MB/s'.")
+        raise RecipeError(f"{name} is {shown(text)}; write it in bits, as '1Gb/s', or in bytes, as '100MB/s'.")
     number, prefix, unit = match.groups()
     factor = float((1024 if prefix.endswith("i") else 1000) ** _POWERS[prefix.rstrip("i")])
     return float(number) * factor / (1 if unit == "B" else 8)

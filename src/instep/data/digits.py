@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from instep.data import Data
-from instep.errors import ComponentError, DataError
+from instep.errors import ComponentError, DataError, shown
 
 SIDE = 8
 """Pixels of a side."""
@@ -27,7 +27,7 @@ def digits(scale: Literal["unit", "signed"] = "unit", labels: bool = True) -> Da
     scikit-learn is not installed.
     """
     if scale not in ("unit", "signed"):
-        raise DataError(f"the digits' 'scale' is {scale!r}; it must be 'unit' (0 to 1) or 'signed' (-1 to 1).")
+        raise DataError(f"the digits' 'scale' is {shown(scale)}; it must be 'unit' (0 to 1) or 'signed' (-1 to 1).")
     pictures, names = _bundled()
     if scale == "signed":
         pictures = 2 * pictures - 1

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.engines.state import is_plain, put_back, tensors_in
-from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, described
+from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, described, shown
 from instep.recipe import Recipe
 from instep.reduce.checksums import checksum
 
@@ -166,7 +166,7 @@ class Optimizer:
             return float(group["lr"])
         except (TypeError, ValueError):
             raise ComponentError(
-                f"the optimizer {self.kind} has the learning rate {group['lr']!r}; it must be a number, which the "
+                f"the optimizer {self.kind} has the learning rate {shown(group['lr'])}; it must be a number, which the "
                 f"recipe's schedule changes by step."
             ) from None
 

@@ -146,8 +146,8 @@ class Replica:
         highest = max((index for change in self.recipe.changes for index in change.skip_samples), default=-1)
         if highest >= self.cursor.samples:
             raise DataError(
-                f"'skip_samples' holds {highest}, and the {self.cursor.samples} samples are counted from 0; leave it "
-                f"out."
+                f"skip_samples (--skip-samples) holds {highest}, and the {self.cursor.samples} samples are counted "
+                f"from 0; leave it out."
             )
 
     @property

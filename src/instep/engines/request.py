@@ -78,7 +78,7 @@ class Cluster:
             raise RecipeError(f"'cluster.merge_s' is {_shown(self.merge_s)}; it must be a finite time from 0, or None.")
         if self.slow and isinstance(self.times, WorkerTimes) and self.times.slow != parse_slow(self.slow):
             raise RecipeError(
-                f"'cluster.slow' is {self.slow!r}, and 'cluster.times' name other workers as slow, or none; where "
+                f"'cluster.slow' is {shown(self.slow)}, and 'cluster.times' name other workers as slow, or none; where "
                 f"times are given, say it there: WorkerTimes.from_text(..., slow=parse_slow({self.slow!r}))."
             )
 

@@ -61,7 +61,8 @@ def recorded(folder: RunFolder, given: Recipe | None, table: Mapping[str, Any]) 
         shown = "; ".join([*differences[:3], *([f"and {len(differences) - 3} more"] if len(differences) > 3 else [])])
         raise CheckpointError(
             f"the run {folder.path} was trained with another recipe ({shown}); resume it with its "
-            f"own, of which steps, schedule, watch and the optimizer's lr may change, or start a new run."
+            f"own, of which steps, schedule (its scale for the rates of several optimizers), watch and one "
+            f"optimizer's lr may change, or start a new run."
         )
     optimizer, lr = given.optimizer, lr_of(table)
     if isinstance(optimizer, Component) and lr_of(given.to_table()) is not None:

@@ -55,7 +55,10 @@ def _single(cursor: Cursor, first: int, stop: int) -> tuple[int, int] | None:
 
 def _remedy(cursor: Cursor) -> str:
     if cursor.skipped:
-        return "leave another sample of that step out too, with skip_samples, so that its microbatches are larger"
+        return (
+            "leave another sample of that step out too, with skip_samples (--skip-samples), so that its microbatches "
+            "are larger"
+        )
     epoch = cursor.steps_per_epoch
     if cursor.ragged == "spread" and _single(dataclasses.replace(cursor, ragged="even"), 0, epoch) is None:
         return "set recipe.ragged to 'even', which cuts a smaller batch into fewer microbatches"

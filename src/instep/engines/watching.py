@@ -172,7 +172,7 @@ def _stopping(why: ObjectiveError, before: int, watch: Watch) -> ObjectiveError:
     else:
         left_out, remedies = "the weights are as they were before it", "set watch.bad_batch to 'skip'"
     if isinstance(why, NonFiniteError):
-        remedies += ", lower recipe.schedule.scale, or leave samples out with skip_samples"
+        remedies += ", lower recipe.schedule.scale, or leave samples out with skip_samples (--skip-samples)"
     return type(why)(f"{why.message.rstrip('.')}; {left_out}: {remedies}.")
 
 

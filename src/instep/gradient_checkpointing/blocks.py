@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from instep.errors import CheckpointingError
+from instep.errors import CheckpointingError, shown
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -21,8 +21,8 @@ def find_blocks(model: nn.Module) -> list[str]:
     if not found:
         raise CheckpointingError(
             f"the model {type(model).__name__} has no repeated block: no two of its parts are of one class and have "
-            f"parts of their own; name what may be recomputed, as in blocks=['encoder', 'head'] of "
-            f"gradient_checkpointing.profile, or recompute nothing."
+            f"parts of their own; leave the memory budget out (--memory, team.memory), or, in Python, name what may be "
+            f"recomputed, as in instep.gradient_checkpointing.profile(..., blocks=['encoder', 'head'])."
         )
     return found
 
@@ -33,11 +33,11 @@ def named_blocks(model: nn.Module, names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in modules or not name:
             raise CheckpointingError(
-                f"the model has no part {name!r} that could be a block; take names from model.named_modules()."
+                f"the model has no part {shown(name)} that could be a block; take names from model.named_modules()."
             )
         outer = next((other for other in names if name != other and name.startswith(f"{other}.")), None)
         if outer is not None:
-            raise CheckpointingError(f"block {name!r} lies inside block {outer!r}; name one of the two.")
+            raise CheckpointingError(f"block {shown(name)} lies inside block {shown(outer)}; name one of the two.")
     if not names:
         raise CheckpointingError("blocks= names no block; name some, or leave it out to have them found.")
     return list(dict.fromkeys(names))

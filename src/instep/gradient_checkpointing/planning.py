@@ -19,7 +19,7 @@ from operator import itemgetter
 from typing import Any, Literal
 
 from instep.budget import mib
-from instep.errors import CheckpointingError
+from instep.errors import CheckpointingError, shown
 from instep.gradient_checkpointing.frontier import Graph, Price, frontier, priced
 from instep.gradient_checkpointing.structure import BlockKind, BlockPlan, Choice, Plan, Profile
 
@@ -49,10 +49,11 @@ def plan(profile: Profile, *, budget_bytes: int, price: Literal["seconds", "flop
     """
     if isinstance(budget_bytes, bool) or not isinstance(budget_bytes, int) or budget_bytes <= 0:
         raise CheckpointingError(
-            f"the budget is {budget_bytes!r} bytes; it must be a whole number of bytes above 0, such as 512 * 2**20."
+            f"the budget is {shown(budget_bytes)} bytes; it must be a whole number of bytes above 0, such as 512 * "
+            "2**20."
         )
     if price not in ("seconds", "flops"):
-        raise CheckpointingError(f"the price is {price!r}; it is 'seconds' or 'flops'.")
+        raise CheckpointingError(f"the price is {shown(price)}; it is 'seconds' or 'flops'.")
     candidates = _candidates(profile, price)
     fitting = [candidate for candidate in candidates if candidate.peak_bytes <= budget_bytes]
     if not fitting:

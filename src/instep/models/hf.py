@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from instep.errors import ComponentError
+from instep.errors import ComponentError, shown
 
 
 def causal(family: str = "llama", **config: Any) -> nn.Module:
@@ -29,6 +29,6 @@ def causal(family: str = "llama", **config: Any) -> nn.Module:
         cause = error.__cause__ or error
         text = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
         raise ComponentError(
-            f"transformers cannot build a causal model {family!r} of {config}: {text[:200]}; check 'model.args'."
+            f"transformers cannot build a causal model {shown(family)} of {config}: {text[:200]}; check 'model.args'."
         ) from error
     return model

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instep.errors import ObjectiveError
+from instep.errors import ObjectiveError, shown
 from instep.objectives.fields import check_numbers
 from instep.objectives.protocol import Warmup, Weight
 
@@ -45,7 +45,7 @@ class VAE:
     def __post_init__(self) -> None:
         check_numbers(self)
         if self.likelihood not in ("gaussian", "bernoulli"):
-            raise ObjectiveError(f"'likelihood' is {self.likelihood!r}; it is 'gaussian' or 'bernoulli'.")
+            raise ObjectiveError(f"'likelihood' is {shown(self.likelihood)}; it is 'gaussian' or 'bernoulli'.")
         if not 0 <= self.kl_weight < math.inf:
             raise ObjectiveError(f"'kl_weight' is {self.kl_weight}; it is a finite weight, from 0.")
         Warmup(self.kl_weight, self.warmup_steps)

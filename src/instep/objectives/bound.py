@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from instep.errors import ObjectiveError
+from instep.errors import ObjectiveError, shown
 from instep.objectives.gathers import gathers_of
 from instep.objectives.protocol import TERM, Objective, Shared, attribute
 from instep.restore import kept_module_state, kept_random_state
@@ -66,7 +66,7 @@ class Bound:
         """
         answer = _samples(batch) if self.counts_samples else attribute(self.objective, "counts")(batch)
         if isinstance(answer, Mapping):
-            counts = {str(name): _whole(value, f"of term {name!r}") for name, value in answer.items()}
+            counts = {str(name): _whole(value, f"of term {shown(name)}") for name, value in answer.items()}
             self._check_names(counts, "counts")
             return counts
         return dict.fromkeys(self.terms or (TERM,), _whole(answer, "of the objective"))
@@ -184,7 +184,7 @@ def _weight(name: str, given: Any, step: int) -> float:
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not fits:
         raise ObjectiveError(
-            f"the weight of term {name!r} is {_shown(value)} in step {step + 1}; it must be a finite number."
+            f"the weight of term {shown(name)} is {_shown(value)} in step {step + 1}; it must be a finite number."
         )
     return float(value)
 
@@ -215,19 +215,21 @@ def _whole(value: Any, whose: str) -> int:
 
 def _check_sum(name: Any, value: Any, *, minimised: bool) -> None:
     if not isinstance(name, str):
-        raise ObjectiveError(f"the objective named a term {name!r}; names of terms must be text.")
+        raise ObjectiveError(f"the objective named a term {shown(name)}; names of terms must be text.")
     if not isinstance(value, Tensor):
         raise ObjectiveError(
-            f"term {name!r} of the objective is {_shown(value)}; it must be a tensor, computed from the model's answer."
+            f"term {shown(name)} of the objective is {_shown(value)}; it must be a tensor, computed from the model's "
+            "answer."
         )
     if value.dim() > 0:
         raise ObjectiveError(
-            f"term {name!r} of the objective has shape {list(value.shape)}; it must be a scalar: sum it over its items."
+            f"term {shown(name)} of the objective has shape {list(value.shape)}; it must be a scalar: sum it over its "
+            "items."
         )
     if minimised and torch.is_grad_enabled() and not value.requires_grad:
         raise ObjectiveError(
-            f"term {name!r} of the objective has no gradient; compute it from the model's answer without detach, item "
-            f"or no_grad, or name it among the objective's metrics."
+            f"term {shown(name)} of the objective has no gradient; compute it from the model's answer without detach, "
+            f"item or no_grad, or name it among the objective's metrics."
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from instep.errors import ObjectiveError
+from instep.errors import ObjectiveError, shown
 from instep.objectives.fields import check_numbers
 
 
@@ -162,4 +162,4 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise ObjectiveError(f"{name!r} is {value!r}; it is one of {', '.join(map(repr, known))}.")
+        raise ObjectiveError(f"{shown(name)} is {shown(value)}; it is one of {', '.join(map(repr, known))}.")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from instep.errors import ObjectiveError
+from instep.errors import ObjectiveError, shown
 from instep.objectives.protocol import attribute
 
 Outputs = Mapping[str, Tensor]
@@ -34,8 +34,8 @@ def gathers_of(objective: Any) -> dict[str, Any]:
     for name, metric in given.items():
         if not (_accumulates(metric) or callable(metric)):
             raise ObjectiveError(
-                f"the metric {name!r} is of type {type(metric).__name__}; give an object with 'update' and 'compute', "
-                f"what makes one, or a function of the outputs."
+                f"the metric {shown(name)} is of type {type(metric).__name__}; give an object with 'update' and "
+                f"'compute', what makes one, or a function of the outputs."
             )
     if given and not callable(attribute(objective, "outputs")):
         raise ObjectiveError(
@@ -70,8 +70,8 @@ def check_gathers(objective: Any, model: nn.Module, batch: Any) -> None:
                 target(**arguments)
             except Exception as error:
                 raise ObjectiveError(
-                    f"the metric {name!r} refused the outputs of a batch ({type(error).__name__}: {error}); look at "
-                    f"their shapes and types."
+                    f"the metric {shown(name)} refused the outputs of a batch ({type(error).__name__}: {error}); look "
+                    f"at their shapes and types."
                 ) from error
 
 
@@ -89,7 +89,7 @@ def measure(objective: Any, batches: Sequence[Outputs]) -> tuple[dict[str, float
                 values |= _flat(name, _value(name, metric, batches))
         except Exception as error:  # it only shows something: the run goes on
             reason = str(error) if isinstance(error, ObjectiveError) else f"{type(error).__name__}: {error}"
-            doubts.append(f"the metric {name!r} could not be computed on the held-out data: {reason}")
+            doubts.append(f"the metric {shown(name)} could not be computed on the held-out data: {reason}")
     return values, doubts
 
 
@@ -133,7 +133,7 @@ def _arguments(name: str, target: Callable[..., Any], outputs: Outputs) -> Outpu
     absent = sorted(needed - outputs.keys())
     if absent:
         raise ObjectiveError(
-            f"the metric {name!r} needs {', '.join(map(repr, absent))}, and the objective's outputs are "
+            f"the metric {shown(name)} needs {', '.join(map(repr, absent))}, and the objective's outputs are "
             f"{', '.join(map(repr, outputs))}; name the outputs as the metric does."
         )
     return {key: value for key, value in outputs.items() if key in parameters}

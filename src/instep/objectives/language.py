@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from instep.errors import ObjectiveError, cut
+from instep.errors import ObjectiveError, cut, shown
 from instep.objectives.fields import check_numbers
 from instep.objectives.frozen import frozen, on_device
 from instep.objectives.protocol import TERM
@@ -156,7 +156,7 @@ class Distillation:
         if not 0 < self.temperature < math.inf:
             raise ObjectiveError(f"the temperature is {self.temperature}; it must be finite and above 0.")
         if self.direction not in ("forward", "reverse"):
-            raise ObjectiveError(f"the direction is {self.direction!r}; it is 'forward' or 'reverse'.")
+            raise ObjectiveError(f"the direction is {shown(self.direction)}; it is 'forward' or 'reverse'.")
         if not 0 <= self.hard <= 1:
             raise ObjectiveError(f"'hard' is {self.hard}; it is a share, from 0 to 1.")
         if self.teacher is not None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from instep.errors import CheckpointError, RecordError, described
+from instep.errors import CheckpointError, RecordError, described, shown
 from instep.record import best, shapes
 from instep.record.digest import digest_of_state
 from instep.record.files import disk_error, json_text, sha256_of_file, sync_folder, synced_file
@@ -268,8 +268,8 @@ def read_manifest(path: Path) -> Manifest:
         raise _damaged(path, f"{MANIFEST} is not as it was written")
     if table.get("format") != FORMAT:
         raise CheckpointError(
-            f"the checkpoint {path} has format {table.get('format')!r}, and this version of Instep reads {FORMAT}; "
-            "use the version that wrote it."
+            f"the checkpoint {path} has format {shown(table.get('format'))}, and this version of Instep reads "
+            f"{FORMAT}; use the version that wrote it."
         )
     wrong = misfit(table, shapes.MANIFEST)
     if wrong is not None:

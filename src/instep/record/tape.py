@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from instep.errors import RecordError, ResourceError
+from instep.errors import RecordError, ResourceError, shown
 from instep.record.files import close_own, disk_error, hold_alone, json_text, sync_folder
 from instep.record.shapes import EVENT, EVENTS, Table, misfit
 
@@ -45,7 +45,7 @@ class Event(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise RecordError(
-            f"an event {self.get('kind')!r} of the tape, at {self.get('t_s')} s, lacks '{name}'; restore the file."
+            f"an event {shown(self.get('kind'))} of the tape, at {self.get('t_s')} s, lacks '{name}'; restore the file."
         )
 
 
@@ -161,7 +161,7 @@ def read(path: Path | str) -> Iterator[Event]:
                     if wrong is not None:
                         raise RecordError(
                             f"line {number} of the tape {path} is not as it was written: of the event "
-                            f"{event['kind']!r} {wrong}; restore the file."
+                            f"{shown(event['kind'])} {wrong}; restore the file."
                         )
                     yield Event(event)
                 line, number = following, number + 1
@@ -233,11 +233,13 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 def _check_schema(event: dict[str, Any], number: int, path: Path | str) -> None:
     if number == 1 and event["kind"] != "run_started":
-        raise RecordError(f"{path} is not a tape of a run: its first event is {event['kind']!r}, not 'run_started'.")
+        raise RecordError(
+            f"{path} is not a tape of a run: its first event is {shown(event['kind'])}, not 'run_started'."
+        )
     if event["kind"] == "run_started" and event.get("schema") != SCHEMA:
         raise RecordError(
-            f"the tape {path} has schema {event.get('schema')!r} at line {number}, and this version of Instep reads "
-            f"{SCHEMA}; read it with the version that wrote it."
+            f"the tape {path} has schema {shown(event.get('schema'))} at line {number}, and this version of Instep "
+            f"reads {SCHEMA}; read it with the version that wrote it."
         )
 
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
-from instep.errors import RecipeError
+from instep.errors import RecipeError, shown
 from instep.rules.rule import UpdateRule
 from instep.tables import suggest
 
@@ -121,13 +121,13 @@ def parse(text: str) -> UpdateRule:
     name, colon, value = (word.strip() for word in head.partition(":"))
     if name not in PRESETS:
         meant = _SHORT.get(name.lower().replace("-", "_"), name)
-        raise RecipeError(f"{name!r} is no update rule{suggest(meant, PRESETS, 'the rules are')}")
+        raise RecipeError(f"{shown(name)} is no update rule{suggest(meant, PRESETS, 'the rules are')}")
     preset = PRESETS[name]
     arguments = inspect.signature(preset).parameters
     given: dict[str, Any] = {}
     if colon:
         if not arguments:
-            raise RecipeError(f"rule '{name}' takes no value, and {text!r} gives it {value!r}.")
+            raise RecipeError(f"rule '{name}' takes no value, and {shown(text)} gives it {shown(value)}.")
         first = next(iter(arguments))
         given[first] = _value(f"{name}:{first}", value, get_type_hints(preset)[first])
     fields = get_type_hints(UpdateRule)
@@ -135,16 +135,16 @@ def parse(text: str) -> UpdateRule:
     for part in rest:
         key, equals, value = (word.strip() for word in part.partition("="))
         if not equals:
-            raise RecipeError(f"{part!r} in the rule {text!r} is no 'field=value'.")
+            raise RecipeError(f"{shown(part)} in the rule {shown(text)} is no 'field=value'.")
         if key in given or key in changes:
-            raise RecipeError(f"'{key}' is given twice in the rule {text!r}.")
+            raise RecipeError(f"'{key}' is given twice in the rule {shown(text)}.")
         if key in arguments:
             given[key] = _value(f"{name},{key}", value, get_type_hints(preset)[key])
         elif key in fields:
             changes[key] = _value(f"{name},{key}", value, fields[key])
         else:
             raise RecipeError(
-                f"rule '{name}' has no field {key!r}{suggest(key, [*arguments, *fields], 'its fields are')}"
+                f"rule '{name}' has no field {shown(key)}{suggest(key, [*arguments, *fields], 'its fields are')}"
             )
     return dataclasses.replace(preset(**given), **changes)
 
@@ -178,7 +178,7 @@ def text_of(rule: UpdateRule) -> str:
 
 def _check_count(rule: str, argument: str, value: Any) -> None:
     if type(value) is not int or value < 1:
-        raise RecipeError(f"'{rule}:{argument}' is {value!r}; it must be a whole number from 1.")
+        raise RecipeError(f"'{rule}:{argument}' is {shown(value)}; it must be a whole number from 1.")
 
 
 def _value(where: str, text: str, hint: Any) -> Any:
@@ -194,4 +194,4 @@ def _value(where: str, text: str, hint: Any) -> Any:
     except ValueError:
         what = "a number" if number is float else "a whole number"
         bound = ", or none" if type(None) in kinds else ""
-        raise RecipeError(f"'{where}' is {text!r}; it must be {what}{bound}.") from None
+        raise RecipeError(f"'{where}' is {shown(text)}; it must be {what}{bound}.") from None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from instep.errors import RecipeError
+from instep.errors import RecipeError, shown
 from instep.tables import check_types
 
 _QUORUM = re.compile(r"all|all-(\d{1,18})|all/(\d{1,18})|(\d{1,18})")
@@ -123,8 +123,8 @@ class UpdateRule:
             )
         if less is not None and less >= workers:
             raise RecipeError(
-                f"'rule.quorum' is {self.quorum!r} and the team has {workers} {_workers(workers)}, so nobody would be "
-                f"waited for; keep fewer than {workers} in reserve, or take more workers."
+                f"'rule.quorum' is {shown(self.quorum)} and the team has {workers} {_workers(workers)}, so nobody "
+                f"would be waited for; keep fewer than {workers} in reserve, or take more workers."
             )
 
     def warnings(self) -> list[str]:
@@ -132,16 +132,16 @@ class UpdateRule:
         in_part = self.order == "arrival" and self.quorum != "all"
         if self.outer in ("sgd", "nesterov") and self.outer_momentum and in_part:
             return [
-                f"rule {self.name!r} applies outer momentum {self.outer_momentum:g} to few contributions at a time, as "
-                f"they come, which is known to diverge (Liu et al., 2024); set outer to 'delayed_nesterov' with an "
-                f"outer_buffer of several times the workers, or outer_momentum to 0."
+                f"rule {shown(self.name)} applies outer momentum {self.outer_momentum:g} to few contributions at a "
+                f"time, as they come, which is known to diverge (Liu et al., 2024); set outer to 'delayed_nesterov' "
+                f"with an outer_buffer of several times the workers, or outer_momentum to 0."
             ]
         return []
 
     def _check_numbers(self) -> None:
         if not _QUORUM.fullmatch(self.quorum) or re.search(r"(^|\D)0+$", self.quorum):
             raise RecipeError(
-                f"'rule.quorum' is {self.quorum!r}; write a number from 1, 'all', 'all-1' (one fewer) or 'all/2' "
+                f"'rule.quorum' is {shown(self.quorum)}; write a number from 1, 'all', 'all-1' (one fewer) or 'all/2' "
                 f"(half of them)."
             )
         for key, least in (("local_steps", 1), ("local_after", 0), ("outer_buffer", 1)):
@@ -165,7 +165,7 @@ class UpdateRule:
     def _check_together(self) -> None:
         if self.order == "round" and self.quorum != "all":
             raise RecipeError(
-                f"'rule.order' is 'round', which waits for every piece, and 'rule.quorum' is {self.quorum!r}; set "
+                f"'rule.order' is 'round', which waits for every piece, and 'rule.quorum' is {shown(self.quorum)}; set "
                 f"quorum to 'all', or order to 'arrival'."
             )
         if self.order == "round" and self.max_wait_s is not None:
