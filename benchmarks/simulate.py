@@ -26,7 +26,7 @@ from benchmarks.lockstep import machine  # noqa: E402
 from instep.clock.network import Network  # noqa: E402
 from instep.clock.slow import parse_slow  # noqa: E402
 from instep.clock.times import WorkerTimes  # noqa: E402
-from instep.engines.schedule import simulate  # noqa: E402
+from instep.offline.schedule import simulate  # noqa: E402
 from instep.rules import PRESETS, parse  # noqa: E402
 from instep.rules.work import Pieces  # noqa: E402
 

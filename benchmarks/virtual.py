@@ -30,12 +30,12 @@ from torch.utils.data import TensorDataset  # noqa: E402
 import instep  # noqa: E402
 from benchmarks.lockstep import machine  # noqa: E402
 from instep.clock.times import WorkerTimes  # noqa: E402
-from instep.engines.replica import Replica  # noqa: E402
-from instep.engines.request import Cluster  # noqa: E402
-from instep.engines.virtual import simulate  # noqa: E402
+from instep.offline.cluster import Cluster  # noqa: E402
+from instep.offline.simulation import simulate  # noqa: E402
 from instep.recipe import Recipe, parse, read  # noqa: E402
 from instep.rules import parse as parse_rule  # noqa: E402
 from instep.rules.work import Pieces  # noqa: E402
+from instep.worker.replica import Replica  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "virtual.json"
 WORKERS = 512

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from instep.engines import session
-from instep.engines.pickling import dump
-from instep.engines.request import Request
-from instep.engines.supervisor import Supervisor, import_before_forks
 from instep.recipe import Recipe, Team, dumps, engine_of
 from instep.record.folder import About, RunFolder
+from instep.team import session
+from instep.team.messages import Request
+from instep.team.pickling import dump
+from instep.team.supervisor import Supervisor, import_before_forks
 
 
 class Client:

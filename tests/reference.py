@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from instep.engines.replica import Replica
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
 from instep.reduce.tree import tree_sum
+from instep.worker.replica import Replica
 
 BLOCK = 1 << 15
 ALIGN = 16

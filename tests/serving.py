@@ -20,18 +20,18 @@ from torch import Tensor
 
 import workloads
 from harness import Client, Outcome, train_here
-from instep.engines.merger import Update
-from instep.engines.playback import replay
-from instep.engines.replay import Replayer, state_of
-from instep.engines.request import Replayed
 from instep.errors import RecordError
+from instep.offline.replayer import Replayer, state_of
+from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team
 from instep.record import tape
 from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
+from instep.record.result import Replayed
 from instep.rules import PRESETS, UpdateRule
 from instep.rules import presets as p
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
+from instep.worker.merger import Update
 from ledgers import list_pieces
 from processes import wait_until
 

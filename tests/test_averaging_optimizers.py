@@ -13,9 +13,9 @@ from torch.utils.data import TensorDataset
 
 from harness import train_here
 from instep.data import Data
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
 from instep.errors import ComponentError
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.record.folder import digest as digest_of
@@ -161,7 +161,7 @@ def test_the_server_and_the_virtual_clock_take_the_average_too(tmp_path: Path) -
 
 
 def test_a_rollback_goes_back_to_the_weights_that_were_trained(tmp_path: Path) -> None:
-    from instep.engines.replica import Replica
+    from instep.worker.replica import Replica
 
     replica = Replica(recipe_of(), "cpu")
     noise = [torch.ones_like(parameter) for parameter in replica.parameters]

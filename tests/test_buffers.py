@@ -18,9 +18,9 @@ import instep
 from harness import Outcome, train_here
 from instep.cli.flags import merge
 from instep.data.cursor import Cursor
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
 from instep.errors import RecipeError
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe, Team, dumps, parse, read
 from instep.record import checkpoint

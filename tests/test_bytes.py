@@ -10,9 +10,9 @@ import pytest
 from harness import train_here
 from instep.clock.network import Network
 from instep.clock.times import WorkerTimes
-from instep.engines.request import Cluster
-from instep.engines.schedule import simulate as schedule
-from instep.engines.virtual import simulate
+from instep.offline.cluster import Cluster
+from instep.offline.schedule import simulate as schedule
+from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team
 from instep.reduce.layout import Layout
 from instep.reduce.reduction import Reduction

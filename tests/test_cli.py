@@ -13,10 +13,10 @@ import pytest
 from instep import recipe as recipe_module
 from instep.cli import COMMANDS, main
 from instep.components import Component
-from instep.engines import launch
 from instep.errors import WorkerError
 from instep.recipe import Recipe, Schedule, Team, dumps
 from instep.record import folder as folder_module
+from instep.team import client as launch
 
 FILE = """\
 # A recipe for tests

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from instep import Cluster, rules
+from instep import api as alone
 from instep.cli import main
 from instep.clock.times import WorkerTimes
-from instep.engines import alone, launch
-from instep.engines.request import Proof, Replayed
 from instep.recipe import Recipe, Team
+from instep.record.result import Proof, Replayed
+from instep.team import client as launch
 
 FILE = 'model = "m:M"\nobjective = "m:o"\ndata = "m:d"\nmicrobatches = 4\nbatch = 4\n'
 

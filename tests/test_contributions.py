@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import workloads
-from instep.engines.contributor import Contributor, Facts
-from instep.engines.merger import Arrived, Merger, _Outer
-from instep.engines.replica import Replica
 from instep.errors import NonFiniteError, ObjectiveError
 from instep.recipe import Recipe, Schedule
 from instep.reduce.checksums import checksum
@@ -27,6 +24,9 @@ from instep.rules import UpdateRule, parse
 from instep.rules import presets as p
 from instep.rules.ledger import Merge
 from instep.rules.work import Pieces
+from instep.worker.contributor import Contributor, Facts
+from instep.worker.merger import Arrived, Merger, _Outer
+from instep.worker.replica import Replica
 from reference import reference_digests
 from serving import RULES, Driven, close, drive
 

@@ -25,9 +25,9 @@ from instep.components import Component
 from instep.data import Data, as_data, digest
 from instep.data.cursor import Cursor, _order, held_out_batches, load, rows_of
 from instep.data.text import Bytes, Windows, stdlib_text, text_files
-from instep.engines.replica import Replica
 from instep.errors import ComponentError, DataError, RecipeError
 from instep.randomness import seed_all
+from instep.worker.replica import Replica
 
 
 @st.composite

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from harness import Client, train_here
-from instep.engines import descendants, start
+from instep import descendants
 from instep.recipe import Recipe, Team
 from instep.record.folder import RunFolder
 from instep.rules.presets import parse as rule
+from instep.team import start
 from processes import INSTEP, Started, wait_until, write_project
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")

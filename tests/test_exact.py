@@ -23,16 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from harness import train_here
-from instep.engines.replica import Replica
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
 from instep.errors import RecipeError
 from instep.objectives import vocabulary
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe, Team
 from instep.record import tape
 from instep.record.folder import RunFolder
 from instep.rules import UpdateRule
+from instep.worker.replica import Replica
 from tasks import TASKS, WORDS, Drawn
 from test_truth import instep_gradient
 

@@ -21,8 +21,6 @@ from torch.utils.data import TensorDataset
 import workloads
 from full_disk import full_disk
 from harness import Client, train_here
-from instep.engines.replica import Replica
-from instep.engines.start import ClientGone
 from instep.errors import (
     CheckpointError,
     ComponentError,
@@ -38,6 +36,8 @@ from instep.errors import (
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.record.folder import RunFolder
+from instep.team.start import ClientGone
+from instep.worker.replica import Replica
 
 
 def regression(**changes: Any) -> Recipe:
@@ -197,7 +197,7 @@ def test_a_worker_that_exits_is_named(tmp_path: Path) -> None:
 def test_what_a_killed_worker_printed_is_in_its_log(tmp_path: Path) -> None:
     code = """
 import os, pathlib, sys
-from instep.engines.worker import _redirect_output
+from instep.team.process import _redirect_output
 _redirect_output(pathlib.Path(sys.argv[1]))
 print("before its end")
 os.kill(os.getpid(), 9)
@@ -484,7 +484,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
 
 
 def test_memory_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instep.reduce.shared._available_bytes", lambda: 1000)
+    monkeypatch.setattr("instep.transport.shared_memory._available_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match="MiB of shared memory, and 0 MiB are free; take fewer workers"):
         train_here(workloads.gpt(steps=2), Team(workers=2), tmp_path / "run")
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from full_disk import full_disk
-from instep.engines.launch import train
 from instep.errors import CheckpointError, RecordError, ResourceError
 from instep.record import checkpoint
 from instep.record.checkpoint import MANIFEST, MODEL, TRAINING
 from instep.record.folder import About, RunFolder, digest, remove
 from instep.record.held import identity_of
+from instep.team.client import train
 
 
 def save(run: RunFolder, version: int) -> checkpoint.Saved:

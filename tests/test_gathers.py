@@ -19,15 +19,15 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAUROC, BinaryF1Score, MulticlassAccuracy
 
 from harness import train_here
-from instep.engines import parcels
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
 from instep.errors import ObjectiveError, WorkerError
+from instep.monitors.progress import ProgressDisplay
 from instep.objectives import bind, learn_terms, objective
 from instep.objectives.gathers import check_gathers, measure
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
-from instep.record.progress import Progress
+from instep.transport import parcels
 from instep.watch import Watch
 
 HELD_OUT = 23  # no whole number of batches
@@ -178,7 +178,7 @@ def test_outputs_that_fail_in_one_worker_end_the_run_for_all(tmp_path: Path) -> 
 
 
 def test_the_console_names_what_was_gathered() -> None:
-    progress = Progress()
+    progress = ProgressDisplay()
     progress.see({"kind": "run_started", "step": 0, "steps": 4, "clock": "wall"})
     progress.see({"kind": "evaluated", "t_s": 1.0, "objective": 0.5, "gathered": {"auroc": 0.363, "f1": None}})
     line = progress.line(evaluated=True)

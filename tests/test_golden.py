@@ -15,8 +15,8 @@ import torch
 
 from golden import make
 from harness import train_here
-from instep.engines.request import Replayed
 from instep.recipe import Team, names_of_recipes, parse, read_saved
+from instep.record.result import Replayed
 from serving import replayed
 from workloads import ALL as WORKLOADS
 

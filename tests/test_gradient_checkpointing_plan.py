@@ -68,7 +68,7 @@ def brute_force(profile: Profile, budget: int) -> float | None:
     each = []
     for kind in profile.kind_of:
         graph = Graph(profile.kinds[kind])
-        places = range(len(graph.clusters))
+        places = range(len(graph.groups))
         subsets = [kept for n in range(len(places) + 1) for kept in itertools.combinations(places, n)]
         each.append([nothing(profile.kinds[kind]), *(choice_of(graph, kept) for kept in subsets)])
     fitting = [c for c in itertools.product(*each) if peak_bytes(profile, c) <= budget]

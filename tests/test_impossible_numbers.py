@@ -18,8 +18,8 @@ from instep.budget import parse_budget
 from instep.clock.network import Network
 from instep.clock.slow import parse_slow
 from instep.clock.times import Failures, WorkerTimes
-from instep.engines.request import Cluster
 from instep.errors import RecipeError, ResourceError
+from instep.offline.cluster import Cluster
 from instep.recipe import Recipe, Schedule, Team, dumps, parse
 from instep.rules.presets import parse as parse_rule
 from instep.rules.rule import UpdateRule
@@ -137,7 +137,7 @@ def test_as_many_steps_as_there_may_be_are_begun(rule: str, tmp_path: Path) -> N
 def test_a_limit_on_the_size_of_files_is_told_as_that(tmp_path: Path) -> None:
     import resource
 
-    from instep.reduce.shared import Region, anonymous_file, reserve
+    from instep.transport.shared_memory import Region, anonymous_file, reserve
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     descriptor = anonymous_file()

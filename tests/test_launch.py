@@ -22,11 +22,11 @@ import pytest
 import torch
 
 from harness import Client, train_here
-from instep.engines.launch import Run
-from instep.engines.start import Interrupted
 from instep.errors import CheckpointError
 from instep.recipe import Recipe, Team, parse, read
 from instep.record import checkpoint, tape
+from instep.team.client import Run
+from instep.team.start import Interrupted
 from processes import INSTEP, Started, one_sentence, wait_until, write_project
 from reference import reference_digests
 

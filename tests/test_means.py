@@ -11,10 +11,10 @@ from torch import nn
 
 from harness import train_here
 from instep.data.cursor import load
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
 from instep.errors import ObjectiveError
 from instep.objectives import bind, check_is_sum
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team
 from tasks import TASKS
 

@@ -15,8 +15,8 @@ from typing import Any, TextIO
 
 import pytest
 
-from instep.record.monitors import Console
-from instep.record.progress import Progress
+from instep.monitors.console import Console
+from instep.monitors.progress import ProgressDisplay
 from instep.rules.presets import parse
 from instep.tables import to_table
 
@@ -398,7 +398,7 @@ def test_an_error_leaves_the_terminal_in_order() -> None:
 def test_rich_is_imported_for_terminals_only() -> None:
     import subprocess
 
-    code = "import sys, instep.record.monitors as m; m.Console(); print('rich' in sys.modules, 'torch' in sys.modules)"
+    code = "import sys, instep.monitors.console as m; m.Console(); print('rich' in sys.modules, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False False\n"
 
@@ -460,12 +460,12 @@ def test_bytes_that_are_no_text_are_not_shown_as_a_sample() -> None:
 
 def test_items_a_second_are_those_of_the_result_where_all_steps_are_seen() -> None:
     """By the run's own count of the seconds in steps: trying the first checkpoint, say, is in no step."""
-    progress = Progress()
+    progress = ProgressDisplay()
     progress.see(started(0.0))
     for version, (t_s, train_s) in enumerate([(5.0, 2.0), (19.0, 3.0), (20.0, 4.0)], 1):
         progress.see(merged(t_s, version, train_s=train_s))
     assert progress.items_per_s == 3000 / 4.0
-    resumed = Progress()
+    resumed = ProgressDisplay()
     resumed.see(started(0.0, 7, resumed=True))
     resumed.see(merged(5.0, 8, train_s=80.0))
     resumed.see(merged(6.0, 9, train_s=80.5))

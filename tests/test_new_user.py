@@ -132,7 +132,7 @@ def test_a_missing_plotting_library_or_a_wrong_format_is_said_before_the_work(
     def work(*_: object) -> None:
         raise AssertionError("the work was begun")
 
-    monkeypatch.setattr("instep.engines.trade.memory_trade", work)
+    monkeypatch.setattr("instep.worker.memory_trade.memory_trade", work)
     pytest.importorskip("matplotlib")
     assert "name a .png, .svg or .pdf" in said(capsys, "memory", "gpt", "--plot", str(tmp_path / "trade.doc"))
     assert "a folder that is not there" in said(capsys, "memory", "gpt", "--plot", str(tmp_path / "no" / "trade.png"))

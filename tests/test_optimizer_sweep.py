@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from instep.engines import trial
-from instep.engines.replay import Replayer, state_of
-from instep.engines.replica import Replica
 from instep.errors import InstepError, NonFiniteError
+from instep.offline.replayer import Replayer, state_of
 from instep.recipe import Recipe
 from instep.record import checkpoint
 from instep.record.digest import digest_of_state
+from instep.worker import trial
+from instep.worker.replica import Replica
 from test_faults import one_sentence
 
 STEPS, HALF = 8, 4

@@ -17,14 +17,14 @@ from torch.utils.data import TensorDataset
 
 import workloads
 from harness import Client, train_here
-from instep.engines.request import Cluster
-from instep.engines.state import difference, put_back, tensors_in
-from instep.engines.trial import try_checkpoint, try_optimizer
-from instep.engines.virtual import simulate
 from instep.errors import CheckpointError, ComponentError, RecipeError, RecordError
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Schedule, Team
 from instep.rules import UpdateRule
 from instep.rules import presets as p
+from instep.worker.optimizer_state import difference, put_back, tensors_in
+from instep.worker.trial import try_checkpoint, try_optimizer
 from serving import replayed
 from test_faults import act_on, one_sentence
 
@@ -288,8 +288,8 @@ def test_all_is_tried_once_in_a_run_and_not_on_a_restart_or_resume(
 
         return call
 
-    monkeypatch.setattr("instep.engines.session.try_checkpoint", noted("checkpoint", try_checkpoint))
-    monkeypatch.setattr("instep.engines.session.try_optimizer", noted("optimizer", try_optimizer))
+    monkeypatch.setattr("instep.team.session.try_checkpoint", noted("checkpoint", try_checkpoint))
+    monkeypatch.setattr("instep.team.session.try_optimizer", noted("optimizer", try_optimizer))
     team = Team(workers=2, checkpoint_every=1, engine=engine)
     client = Client(act_on("merged", lambda pid: os.kill(pid, signal.SIGKILL), version=1))
     train_here(recipe_of(Plain, steps=2), team, tmp_path / "run", client=client)
@@ -306,7 +306,7 @@ def test_a_budget_for_memory_leaves_the_checkpoint_untried_with_a_line(tmp_path:
 def test_a_state_above_the_limit_leaves_the_checkpoint_untried_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("instep.engines.trial.MOST_BYTES", 11)
+    monkeypatch.setattr("instep.worker.trial.MOST_BYTES", 11)
     run = train_here(recipe_of(Deep), Team(workers=2), tmp_path / "run")
     (line,) = (event["why"] for event in run.events if event["kind"] == "warned")
     assert line.startswith("whether a checkpoint can be loaded was not tried: the optimizer's state takes 0.0 GB, and")
@@ -414,8 +414,8 @@ def test_the_trial_leaves_no_trace_on_the_run(tmp_path: Path, monkeypatch: pytes
     digests = []
     for name in ("with", "without"):
         digests.append(train_here(recipe_of(drawing), Team(workers=2), tmp_path / name).digest)
-        monkeypatch.setattr("instep.engines.session.try_optimizer", lambda build, **_: None)
-        monkeypatch.setattr("instep.engines.session.try_checkpoint", lambda *_: None)
+        monkeypatch.setattr("instep.team.session.try_optimizer", lambda build, **_: None)
+        monkeypatch.setattr("instep.team.session.try_checkpoint", lambda *_: None)
     assert digests[0] == digests[1]
 
 

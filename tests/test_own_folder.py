@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from harness import Client, train_here
-from instep.engines.playback import replay
 from instep.errors import CheckpointError, RecordError
+from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder, digest

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset, TensorDataset
 
 import instep
 from harness import train_here
-from instep.engines import pickling, plain
-from instep.engines.mapped_files import FileSpan
-from instep.engines.request import Cluster
 from instep.errors import DataError
+from instep.offline.cluster import Cluster
 from instep.recipe import Recipe, Team
+from instep.team import pickling, plain
+from instep.team.mapped_files import FileSpan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is mapped by Linux's means")
 

@@ -18,14 +18,14 @@ from torch.utils.data import TensorDataset
 
 import workloads
 from harness import Client, train_here
-from instep.engines.placement import BY_PARAMETER, Replicated, Sharded, choose
-from instep.engines.replica import Replica
+from instep.engines.sharding import BY_PARAMETER, Replicated, Sharded, choose
 from instep.errors import WorkerError
 from instep.recipe import Recipe, Team, Watch
 from instep.record import checkpoint
 from instep.reduce.layout import Layout
 from instep.reduce.ownership import owners
 from instep.reduce.reduction import Reduction
+from instep.worker.replica import Replica
 
 CHOOSE = "instep.engines.lockstep.choose"
 
@@ -249,7 +249,7 @@ def test_what_the_recipe_does_at_the_end_with_shared_weights_is_its_own_affair(
             parameter.data.zero_()
         return {}
 
-    from instep.engines import worker
+    from instep.team import process as worker
 
     digest = worker.digest_of_state
 

@@ -8,14 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instep.record.progress import BAR, Pace, Part, Progress, clock, duration, fit, number, rate, short_rate
+from instep.monitors.progress import (
+    BAR,
+    Part,
+    ProgressDisplay,
+    Throughput,
+    clock,
+    duration,
+    fit,
+    number,
+    rate,
+    short_rate,
+)
 from test_monitors import a_run, merged, started
 
-# Pace
+# Throughput
 
 
 def test_the_pace_leaves_out_evaluations_checkpoints_and_restarts() -> None:
-    progress = Progress()
+    progress = ProgressDisplay()
     for event in a_run(died=True):
         progress.see(event)
     assert progress.items_per_s == pytest.approx(1000)
@@ -25,7 +36,7 @@ def test_the_pace_leaves_out_evaluations_checkpoints_and_restarts() -> None:
 
 
 def test_an_update_without_items_leaves_the_objective_as_it_was() -> None:
-    progress = Progress()
+    progress = ProgressDisplay()
     progress.see(started(0.0))
     progress.see(merged(1, 1))
     progress.see(merged(2, 2, objective=None, terms={}, items=0))
@@ -34,7 +45,7 @@ def test_an_update_without_items_leaves_the_objective_as_it_was() -> None:
 
 
 def test_a_resumed_run_counts_this_session_only() -> None:
-    progress = Progress()
+    progress = ProgressDisplay()
     progress.see(started(1.0, 15, resumed=True))
     progress.see(merged(3, 16))
     assert progress.items_per_s is None
@@ -45,7 +56,7 @@ def test_a_resumed_run_counts_this_session_only() -> None:
 
 
 def test_the_time_left_counts_evaluations_in() -> None:
-    pace = Pace()
+    pace = Throughput()
     t_s = 0.0
     pace.step(t_s, 1)
     for _ in range(3):
@@ -62,7 +73,7 @@ def test_the_time_left_counts_evaluations_in() -> None:
 @pytest.mark.parametrize(("updates", "steps"), [(4, 1), (1, 1), (1, 20)])
 def test_the_time_left_is_of_steps_however_many_updates_they_take(updates: int, steps: int) -> None:
     """A step takes a second. Contributions merge one by one, or updates come every `steps`."""
-    progress = Progress()
+    progress = ProgressDisplay()
     progress.see({**started(0.0), "steps": 1000})
     for update in range(1, 41):
         step = update * steps // updates
@@ -71,7 +82,7 @@ def test_the_time_left_is_of_steps_however_many_updates_they_take(updates: int, 
 
 
 def test_the_pace_follows_a_change() -> None:
-    pace = Pace()
+    pace = Throughput()
     for step in range(100):
         pace.step(step * 0.1, 1)
     for step in range(100):
@@ -80,7 +91,7 @@ def test_the_pace_follows_a_change() -> None:
 
 
 def test_slow_steps_still_have_a_pace() -> None:
-    pace = Pace()
+    pace = Throughput()
     for step in range(9):
         pace.step(step * 100.0, 50)
     assert pace.items_per_s == pytest.approx(0.5)
@@ -88,7 +99,7 @@ def test_slow_steps_still_have_a_pace() -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 1e3), st.integers(0, 10**6), st.sampled_from(["step", "pause", "interrupt"]))))
 def test_any_pace_is_finite(marks: list[tuple[float, int, str]]) -> None:
-    pace = Pace()
+    pace = Throughput()
     for t_s, items, kind in sorted(marks):
         arguments = {"step": (t_s, items), "pause": (t_s,), "interrupt": ()}[kind]
         getattr(pace, kind)(*arguments)
@@ -163,7 +174,7 @@ def test_forms(form: Callable[[Any], str], value: Any, text: str) -> None:
 
 def test_a_part_of_the_first_step_is_step_1_and_not_0() -> None:
     """Where contributions merge one by one, the first updates are each a part of it."""
-    progress = Progress()
+    progress = ProgressDisplay()
     progress.see({"kind": "run_started", "step": 0, "steps": 3, "t_s": 0.0})
     assert progress.parts()[0].long == "0/3", "nothing is done"
     progress.see({"kind": "merged", "step": 0, "objective": 4.5, "items": 2, "t_s": 1.0})

@@ -19,12 +19,12 @@ import workloads
 from harness import train_here
 from instep.components import Component
 from instep.data import Data
-from instep.engines.evaluation import Evaluation
-from instep.engines.replica import Replica
 from instep.errors import ObjectiveError
 from instep.objectives import Warmup, bind, check, check_repeats, from_component, learn_terms, objective
 from instep.recipe import Recipe, Team
 from instep.rules import UpdateRule
+from instep.worker.evaluation import Evaluation
+from instep.worker.replica import Replica
 
 counts = {"cross_entropy": 1, "pull": 1, "correct": 1}
 

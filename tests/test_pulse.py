@@ -17,9 +17,9 @@ import pytest
 import workloads
 from harness import train_here
 from instep.data import Data
-from instep.engines import pulse
-from instep.engines.pulse import PulseBoard, Watch, WorkerPulse, _process_state
 from instep.recipe import Team
+from instep.team import heartbeat as pulse
+from instep.team.heartbeat import Heartbeat, HeartbeatBoard, Liveness, _process_state
 from workloads import Sentences, padded
 
 
@@ -28,13 +28,13 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, workers: int = 2) -> None:
         self.now_s = 100.0
-        self.board = PulseBoard(workers)
+        self.board = HeartbeatBoard(workers)
         self.states = ["S"] * workers
         self.ticks = [50] * workers
         pids = [1000 + worker for worker in range(workers)]
         monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: self.now_s))
         monkeypatch.setattr(pulse, "_process_state", lambda pid: (self.states[pid - 1000], self.ticks[pid - 1000]))
-        self.watch = Watch(self.board, pids, answer_timeout_s=4.0, stall_timeout_s=60.0)
+        self.watch = Liveness(self.board, pids, answer_timeout_s=4.0, stall_timeout_s=60.0)
 
     def passes(self, seconds: float, alive: tuple[int, ...] = (), busy: tuple[int, ...] = ()) -> tuple[int, str] | None:
         """Looks five times a second. Workers `alive` beat, `busy` ones use the processor. The first finding."""
@@ -121,7 +121,7 @@ def test_a_worker_that_finishes_nothing_is_named(world: World) -> None:
 
 
 def test_who_waits_for_others_is_not_blamed_for_finishing_nothing(world: World) -> None:
-    pulses = [WorkerPulse(world.board, worker, os.getpid()) for worker in range(2)]
+    pulses = [Heartbeat(world.board, worker, os.getpid()) for worker in range(2)]
     pulses[0].waiting(True)
     found = world.passes(61, alive=(0, 1))
     assert found is not None
@@ -165,8 +165,8 @@ def test_a_team_waits_for_the_one_that_writes_the_sample(tmp_path: Path, monkeyp
 
 
 def test_a_stop_is_seen_by_all() -> None:
-    board = PulseBoard(3)
-    pulses = [WorkerPulse(board, worker, os.getpid()) for worker in range(3)]
+    board = HeartbeatBoard(3)
+    pulses = [Heartbeat(board, worker, os.getpid()) for worker in range(3)]
     assert not any(each.stop_wanted() for each in pulses)
     child = os.fork()
     if not child:
@@ -180,12 +180,12 @@ def test_a_stop_is_seen_by_all() -> None:
 
 
 @contextlib.contextmanager
-def worker(board: PulseBoard, work: Callable[[], None]) -> Iterator[int]:
+def worker(board: HeartbeatBoard, work: Callable[[], None]) -> Iterator[int]:
     """A forked worker 0 that beats and does `work`. Gives its pid."""
     supervisor = os.getpid()
     pid = os.fork()
     if not pid:
-        WorkerPulse(board, 0, supervisor).start()
+        Heartbeat(board, 0, supervisor).start()
         work()
         os._exit(0)
     try:
@@ -196,7 +196,7 @@ def worker(board: PulseBoard, work: Callable[[], None]) -> Iterator[int]:
         os.waitpid(pid, 0)
 
 
-def looks(watch: Watch, for_s: float) -> tuple[int, str] | None:
+def looks(watch: Liveness, for_s: float) -> tuple[int, str] | None:
     until = time.monotonic() + for_s
     while time.monotonic() < until:
         found = watch.look()
@@ -206,7 +206,7 @@ def looks(watch: Watch, for_s: float) -> tuple[int, str] | None:
     return None
 
 
-def until_it_beats(board: PulseBoard) -> None:
+def until_it_beats(board: HeartbeatBoard) -> None:
     until, before = time.monotonic() + 10, int(board.beats[0])
     while board.beats[0] == before:
         assert time.monotonic() < until, "no beat"
@@ -215,10 +215,10 @@ def until_it_beats(board: PulseBoard) -> None:
 
 @pytest.mark.slow
 def test_a_real_worker_that_is_stopped_and_goes_on() -> None:
-    board = PulseBoard(1)
+    board = HeartbeatBoard(1)
     with worker(board, lambda: time.sleep(60)) as pid:
         until_it_beats(board)
-        watch = Watch(board, [pid], 1.0, 60)
+        watch = Liveness(board, [pid], 1.0, 60)
         assert looks(watch, 1.6) is None
         os.kill(pid, signal.SIGSTOP)
         found = looks(watch, 5)
@@ -235,12 +235,12 @@ def hold_the_interpreter() -> None:
 
 
 def test_a_real_worker_that_holds_the_interpreter() -> None:
-    board = PulseBoard(1)
+    board = HeartbeatBoard(1)
     with worker(board, lambda: (until_it_beats(board), hold_the_interpreter())) as pid:
         until_it_beats(board)
         time.sleep(0.5)
         beats = int(board.beats[0])
-        assert looks(Watch(board, [pid], 0.5, 60), 1.5) is None
+        assert looks(Liveness(board, [pid], 0.5, 60), 1.5) is None
         assert board.beats[0] <= beats + 1, "it could beat, so this test shows nothing"
 
 
@@ -271,12 +271,12 @@ def test_a_worker_ends_with_its_supervisor_even_if_it_is_stopped(how: signal.Sig
     read, write = os.pipe()
     supervisor = os.fork()
     if not supervisor:
-        board = PulseBoard(2)
+        board = HeartbeatBoard(2)
         parent = os.getpid()
         for number in range(2):
             child = os.fork()
             if not child:
-                WorkerPulse(board, number, parent).start()
+                Heartbeat(board, number, parent).start()
                 os.write(write, f"{os.getpid()}\n".encode())
                 time.sleep(60)
                 os._exit(0)

@@ -15,14 +15,14 @@ from torch.utils.data import TensorDataset
 import workloads
 from harness import train_here
 from instep.data.cursor import Cursor
-from instep.engines.replica import Replica
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
 from instep.errors import RecipeError
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.tables import as_before, as_saved
+from instep.worker.replica import Replica
 from reference import reference_digests
 from serving import replayed
 

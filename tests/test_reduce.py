@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from instep.errors import RecipeError, ResourceError
-from instep.reduce import shared
 from instep.reduce.buffers import Buffers, changed_by_any
 from instep.reduce.fold import Fold
 from instep.reduce.layout import ALIGN, Layout
 from instep.reduce.reduction import Reduction
-from instep.reduce.shared import Region, anonymous_file, as_tensors, attach, mark, reserve, wait_for
 from instep.reduce.tree import tree_sum
+from instep.transport import shared_memory as shared
+from instep.transport.shared_memory import Region, anonymous_file, as_tensors, attach, mark, reserve, wait_for
 from reference import next_buffer
 
 finite = st.floats(-1e3, 1e3, width=32)
@@ -586,7 +586,7 @@ def test_a_wait_of_minutes_looks_a_thousand_times_a_second(monkeypatch: pytest.M
         slept_s.append(slept_s[-1] + seconds)
         marks[:] = slept_s[-1] >= 300
 
-    monkeypatch.setattr("instep.reduce.shared.time.sleep", sleep)
+    monkeypatch.setattr("instep.transport.shared_memory.time.sleep", sleep)
     wait_for(marks, 1)
     assert 300_000 <= len(slept_s) < 301_000
     assert slept_s[1] == 0.00005

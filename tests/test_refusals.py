@@ -15,8 +15,8 @@ import torch
 import instep
 from harness import train_here
 from instep.errors import RecipeError, ResourceError
+from instep.monitors.console import Console
 from instep.recipe import Recipe, Team, parse, read
-from instep.record.monitors import Console
 from processes import INSTEP, RECIPE, Started, one_sentence, write_project
 
 

@@ -24,9 +24,9 @@ from instep.data import Data, as_data, repeats
 from instep.data.cursor import Cursor
 from instep.data.repeats import check_repeats
 from instep.data.signature import signature
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
 from instep.errors import CheckpointError, DataError
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.randomness import seed_all
 from instep.recipe import Recipe, Team
 from serving import replayed
@@ -328,7 +328,7 @@ def test_a_resume_of_a_run_whose_samples_do_not_repeat_says_so(
 ) -> None:
     """Such a run was begun before they were looked at, or the first look has missed it."""
     given = recipe(lambda: Counting())
-    monkeypatch.setattr("instep.engines.first_look.check_repeats", lambda *_: (None, ""))
+    monkeypatch.setattr("instep.worker.first_look.check_repeats", lambda *_: (None, ""))
     train_here(given, team, tmp_path / "run")
     monkeypatch.undo()
     with pytest.raises(
@@ -348,7 +348,7 @@ def test_a_replay_that_parts_from_such_a_run_names_the_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = recipe(Labelled, rule="asynchronous")
-    monkeypatch.setattr("instep.engines.first_look.check_repeats", lambda *_: (None, ""))
+    monkeypatch.setattr("instep.worker.first_look.check_repeats", lambda *_: (None, ""))
     run = train_here(given, Team(workers=2), tmp_path / "run")
     found = replayed(given, run.path)
     assert "is another one here than in the run" in found.divergence

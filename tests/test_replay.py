@@ -22,14 +22,14 @@ from torch import nn
 
 import workloads
 from harness import Client, train_here
-from instep.engines.alone import replay as replay_alone
-from instep.engines.alone import replay_under
-from instep.engines.playback import replay
-from instep.engines.request import Replayed
+from instep.api import replay as replay_alone
+from instep.api import replay_under
 from instep.errors import RecipeError, RecordError
+from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team, dumps
 from instep.record import tape
 from instep.record.folder import RunFolder
+from instep.record.result import Replayed
 from instep.rules import UpdateRule, parse
 from instep.rules import presets as p
 from serving import RULES, WORKLOADS, at, check_tape, disturbed, kill, killed_altogether, replayed

@@ -16,12 +16,12 @@ from torch.utils.data import TensorDataset
 from harness import Client, Outcome, train_here
 from instep.data import Data
 from instep.data.cursor import Cursor
-from instep.engines.resuming import as_last_changed, recorded, resumed
 from instep.errors import CheckpointError, DataError, RecipeError
 from instep.objectives import objective
 from instep.recipe import Recipe, Team, parse, read_saved
 from instep.record import tape
 from instep.record.folder import RunFolder
+from instep.record.resuming import as_last_changed, recorded, resumed
 from instep.schedule import Change, Phase, Schedule
 from instep.watch import Watch
 from serving import RULES, at, kill, replayed

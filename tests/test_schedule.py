@@ -14,8 +14,8 @@ from instep.clock.loop import Loop
 from instep.clock.network import Network
 from instep.clock.slow import parse_slow
 from instep.clock.times import Failures, WorkerTimes
-from instep.engines.schedule import Schedule, simulate
 from instep.errors import RecipeError
+from instep.offline.schedule import SimulatedRun, simulate
 from instep.rules import PRESETS, UpdateRule, parse
 from instep.rules.ledger import Ledger
 from instep.rules.work import Pieces
@@ -26,14 +26,14 @@ NETWORK = Network(bandwidth_bytes_per_s=1000.0, latency_s=0.01)
 
 def run(
     text: str, workers: int, rounds: int, times: WorkerTimes, network: Network | None = None, **more: Any
-) -> Schedule:
+) -> SimulatedRun:
     """So many contributions of each worker, one microbatch in each of their batches."""
     rule = parse(text)
     steps = min(rounds, rule.local_after) + max(0, rounds - rule.local_after) * rule.local_steps
     return simulate(rule, Pieces(rule, workers, workers, steps), times, network, **more)
 
 
-def same(one: Schedule, other: Schedule) -> bool:
+def same(one: SimulatedRun, other: SimulatedRun) -> bool:
     left, right = dataclasses.asdict(one), dataclasses.asdict(other)
     return all(np.array_equal(left[key], right[key]) for key in left)
 
@@ -279,7 +279,7 @@ def test_each_deadline_of_the_ledger_rings_once_or_is_taken_back_before(monkeypa
         rung.append(now_s)
         return ledger._settle([], now_s)
 
-    monkeypatch.setattr("instep.engines.schedule.Loop", Watched)
+    monkeypatch.setattr("instep.offline.schedule.Loop", Watched)
     monkeypatch.setattr(Ledger, "passed", passed)
     rule = UpdateRule(name="hurried", quorum="all", max_wait_s=0.5)
     made: list[float] = []

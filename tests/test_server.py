@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 import workloads
 from harness import Client, Outcome, train_here
-from instep.engines.launch import train
-from instep.engines.request import Cluster
-from instep.engines.session import Session
-from instep.engines.start import ClientGone
-from instep.engines.virtual import simulate
 from instep.errors import CheckpointError, InstepError, NonFiniteError, ObjectiveError, RecipeError, WorkerError
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team, check_team
 from instep.record import checkpoint, tape
 from instep.reduce.pack import Pack
 from instep.rules import UpdateRule
 from instep.rules import presets as p
+from instep.team.client import train
+from instep.team.session import Session
+from instep.team.start import ClientGone
 from processes import INSTEP, Started, wait_until, write_project
 from reference import reference_digests
 from serving import RULES, WORKLOADS, alive, at, check_tape, disturbed, kill, killed_altogether, replayed, server_pid

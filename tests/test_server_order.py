@@ -14,11 +14,11 @@ import pytest
 import workloads
 from harness import train_here
 from instep.engines import server
-from instep.engines.evaluation import Progress
-from instep.engines.session import Session
 from instep.recipe import Team
 from instep.rules import UpdateRule
 from instep.rules import presets as p
+from instep.team.session import Session
+from instep.worker.evaluation import Progress
 from serving import check_tape, replayed
 
 

@@ -14,17 +14,17 @@ import workloads
 from harness import Client, train_here
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.engines.placement import Placement, Sharded, choose
-from instep.engines.replica import Replica
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
+from instep.engines.sharding import Placement, Sharded, choose
 from instep.errors import ComponentError
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team, dumps, parse
 from instep.record import checkpoint
 from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.reduction import Reduction
 from instep.rules import UpdateRule
 from instep.rules import presets as p
+from instep.worker.replica import Replica
 from serving import replayed
 from test_averaging_optimizers import ScheduleFree
 from test_faults import one_sentence, regression

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from harness import Client, train_here
-from instep.engines.signals import Stop, deaf, interrupting
 from instep.errors import killed_by
 from instep.recipe import Team
+from instep.team.signals import Stop, deaf, interrupting
 from processes import INSTEP, Started, one_sentence, wait_until, write_project
 from test_faults import regression
 

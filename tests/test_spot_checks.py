@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from harness import Client, train_here
 from instep import Recipe, Team
 from instep import gradient_checkpointing as gc
-from instep.engines import spot_checks
-from instep.engines.spot_checks import SpotChecks
 from instep.errors import RecomputeError
+from instep.worker import spot_checks
+from instep.worker.spot_checks import SpotChecks
 from workloads import gpt
 
 

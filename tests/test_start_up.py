@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from harness import Client, train_here
-from instep.engines.launch import saved
-from instep.engines.playback import replay
 from instep.errors import RecordError
+from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team, dumps
 from instep.record import tape
 from instep.record.folder import About, RunFolder
+from instep.team.client import saved
 from processes import INSTEP, Started, one_sentence, write_project
 
 TEAM = Team(workers=2, checkpoint_every=2)

@@ -17,8 +17,6 @@ from harness import Outcome, train_here
 from instep.clock.times import WorkerTimes
 from instep.data import Data
 from instep.data.cursor import Cursor
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
 from instep.errors import (
     CheckpointError,
     DataError,
@@ -29,6 +27,8 @@ from instep.errors import (
     WorkerError,
 )
 from instep.objectives import objective
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team, parse
 from instep.record import checkpoint, tape
 from instep.schedule import Change

@@ -15,9 +15,9 @@ import workloads
 from full_disk import full_disk
 from harness import Client, train_here
 from instep.errors import ResourceError
+from instep.monitors.tensorboard import TensorBoard
 from instep.recipe import Team
 from instep.record import tape
-from instep.record.tensorboard import TensorBoard
 from processes import INSTEP, write_project
 from serving import at, kill
 from test_monitors import a_run, merged, started

@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from instep.clock.times import Failures, WorkerTimes
-from instep.engines.contributor import Contributor
-from instep.engines.playback import replay
-from instep.engines.replica import Replica
-from instep.engines.request import Cluster
-from instep.engines.together import Together
-from instep.engines.virtual import simulate
 from instep.errors import RecipeError
 from instep.objectives import objective
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
+from instep.offline.tape_replay import replay
 from instep.recipe import Recipe
 from instep.record import tape
 from instep.record.folder import RunFolder
 from instep.rules import parse
 from instep.rules.work import Pieces
+from instep.worker.batched import Together
+from instep.worker.contributor import Contributor
+from instep.worker.replica import Replica
 from workloads import convnet, gpt
 
 WORKERS, MICROBATCHES = 6, 12

@@ -14,16 +14,16 @@ from torch.utils.data import TensorDataset
 
 from harness import Outcome, train_here
 from instep.data.cursor import Cursor
-from instep.engines.request import Cluster
-from instep.engines.training_mode import idle_dropouts, into_training
-from instep.engines.virtual import simulate
 from instep.errors import RecipeError
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.record.folder import RunFolder
 from instep.restore import kept_module_state
 from instep.rules import UpdateRule
+from instep.worker.training_mode import idle_dropouts, into_training
 from serving import replayed
 
 

@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 import workloads
 from harness import train_here
 from instep.data import Data
-from instep.engines.replica import Replica
 from instep.models import GPT
 from instep.objectives.language import NextToken
 from instep.optimizers import adamw
@@ -32,6 +31,7 @@ from instep.record import checkpoint
 from instep.reduce.fold import Fold
 from instep.reduce.layout import Layout
 from instep.reduce.reduction import Reduction
+from instep.worker.replica import Replica
 from tasks import PADDING, Texts, padded
 
 

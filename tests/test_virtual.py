@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 
+from instep.api import replay as replay_alone
+from instep.api import simulate as simulate_alone
 from instep.clock.network import Network
 from instep.clock.recorded import RecordedTimes
 from instep.clock.times import Failures, WorkerTimes
 from instep.components import Component
-from instep.engines.alone import replay as replay_alone
-from instep.engines.alone import simulate as simulate_alone
-from instep.engines.launch import train
-from instep.engines.playback import replay
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
 from instep.errors import CheckpointError, RecipeError, RecordError, WorkerError
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
+from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint, tape
 from instep.record.folder import About, RunFolder, digest
 from instep.rules import PRESETS, UpdateRule
+from instep.team.client import train
 from reference import reference_digests
 from workloads import ALL, convnet, gpt
 
@@ -155,7 +155,7 @@ def test_a_replay_that_is_killed_is_not_told_as_a_simulation(tmp_path: Path) -> 
 
 
 def test_failures_with_contributions_between_them_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instep.engines.schedule._HOPELESS", 5)
+    monkeypatch.setattr("instep.offline.schedule._HOPELESS", 5)
     failing = WorkerTimes.lognormal(0.1, 0.05, seed=1, failures=Failures(1.0, 0.5))
     assert run(gpt(rule=rule("asynchronous"), steps=30), gradients=False, times=failing)["restarts"] > 5
 

@@ -23,15 +23,15 @@ import workloads
 from harness import Client, Outcome, train_here
 from instep.clock.times import WorkerTimes
 from instep.data import Data
-from instep.engines.request import Cluster
-from instep.engines.virtual import simulate
-from instep.engines.watching import Verdict
 from instep.errors import RecipeError, RecordError
 from instep.objectives import objective
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team
 from instep.record import best, checkpoint, tape
 from instep.rules import presets
 from instep.watch import Watch, limit
+from instep.worker.spikes import Verdict
 from serving import at, kill, replayed
 
 # --------------------------------------------------------------------------------------------------------- the verdict
@@ -316,7 +316,7 @@ def test_without_keep_best_only_the_last_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_best_checkpoint_of_a_run_is_had_by_name(tmp_path: Path) -> None:
-    from instep.engines.launch import Run
+    from instep.team.client import Run
 
     recipe = overfitting()
     run = train_here(recipe, Team(), tmp_path / "run")

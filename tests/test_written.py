@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import writers
 from harness import Client, Outcome, train_here
-from instep.engines.replica import Replica
-from instep.engines.trade import memory_trade
 from instep.errors import CheckpointingError, RecipeError
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.record.digest import digest_of_file
+from instep.worker.memory_trade import memory_trade
+from instep.worker.replica import Replica
 from reference import reference_digests
 from serving import replayed
 from writers import Forced, Lookup, Torn, recipe

@@ -13,17 +13,17 @@ from torch import nn
 import writers
 from harness import train_here
 from instep.clock.times import WorkerTimes
-from instep.engines.playback import replay
-from instep.engines.request import Cluster
-from instep.engines.supervisor import Supervisor
-from instep.engines.virtual import simulate
 from instep.errors import RecipeError
+from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
+from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder
 from instep.reduce.writes import Writes
 from instep.reduce.written import Written
 from instep.rules import parse as rule
+from instep.team.supervisor import Supervisor
 from reference import reference_digests
 from serving import RULES, check_tape, drive, replayed
 from writers import Forced, Lookup, Teacher, Torn, recipe

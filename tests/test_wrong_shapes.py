@@ -23,22 +23,23 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from harness import train_here
+from instep import api as alone
 from instep.cli import commands
-from instep.engines import alone, server
-from instep.engines.evaluation import Progress
-from instep.engines.launch import Run, saved
-from instep.engines.merger import Merger
-from instep.engines.playback import replay
-from instep.engines.replica import Replica
-from instep.engines.resuming import recorded, resumed
+from instep.engines import server
 from instep.errors import CheckpointError, InstepError, RecordError
+from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team, read_saved
 from instep.record import best, checkpoint, tape
 from instep.record.checkpoint import MANIFEST, MODEL, TRAINING
 from instep.record.folder import RunFolder, digest
+from instep.record.resuming import recorded, resumed
 from instep.record.shapes import NUMBER, SPAN, Maybe, misfit, one_of, whole
 from instep.rules.presets import parse
 from instep.rules.work import Pieces
+from instep.team.client import Run, saved
+from instep.worker.evaluation import Progress
+from instep.worker.merger import Merger
+from instep.worker.replica import Replica
 
 STRANGE: list[Any] = [
     None, True, -1, 0, 7, 10**30, 1.5, float("nan"), "", "x", [], [[]], [None], {}, {"a": 1}, {"version": "x"},

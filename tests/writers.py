@@ -12,9 +12,9 @@ from torch.utils.data import TensorDataset
 
 from instep.data import Data
 from instep.data.cursor import Cursor
-from instep.engines.replica import Replica
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
+from instep.worker.replica import Replica
 
 
 class Lookup(nn.Module):

@@ -15,39 +15,39 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from instep import errors, gradient_checkpointing, models, objectives, rules
+    from instep.api import replay, replay_under, simulate
     from instep.components import Component
     from instep.data import Data
-    from instep.engines.alone import replay, replay_under, simulate
-    from instep.engines.launch import Monitor, Run, train
-    from instep.engines.request import Cluster
     from instep.errors import InstepError
+    from instep.monitors.console import Console
+    from instep.monitors.tensorboard import TensorBoard
     from instep.objectives import objective
+    from instep.offline.cluster import Cluster
     from instep.recipe import Recipe, Team
-    from instep.record.monitors import Console
-    from instep.record.tensorboard import TensorBoard
     from instep.rules import UpdateRule
     from instep.schedule import Schedule
+    from instep.team.client import Monitor, Run, train
     from instep.watch import Watch
 
 _PUBLIC = {
-    "Cluster": "instep.engines.request",
+    "Cluster": "instep.offline.cluster",
     "Component": "instep.components",
-    "Console": "instep.record.monitors",
+    "Console": "instep.monitors.console",
     "Data": "instep.data",
     "InstepError": "instep.errors",
-    "Monitor": "instep.engines.launch",
+    "Monitor": "instep.team.client",
     "Recipe": "instep.recipe",
-    "Run": "instep.engines.launch",
+    "Run": "instep.team.client",
     "Schedule": "instep.schedule",
     "Team": "instep.recipe",
-    "TensorBoard": "instep.record.tensorboard",
+    "TensorBoard": "instep.monitors.tensorboard",
     "UpdateRule": "instep.rules",
     "Watch": "instep.watch",
     "objective": "instep.objectives",
-    "replay": "instep.engines.alone",
-    "replay_under": "instep.engines.alone",
-    "simulate": "instep.engines.alone",
-    "train": "instep.engines.launch",
+    "replay": "instep.api",
+    "replay_under": "instep.api",
+    "simulate": "instep.api",
+    "train": "instep.team.client",
 }
 _MODULES = ("errors", "gradient_checkpointing", "models", "objectives", "rules")
 

@@ -7,7 +7,7 @@ from instep.clock.network import Network
 from instep.clock.slow import parse_slow
 from instep.clock.times import Failures, WorkerTimes
 from instep.clock.units import duration_s
-from instep.engines.request import Cluster
+from instep.offline.cluster import Cluster
 from instep.recipe import MOST_WORKERS, Recipe
 from instep.rules.work import Pieces
 

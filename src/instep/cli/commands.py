@@ -15,10 +15,10 @@ from instep.cli.cluster import cluster_of, refuse_team, steps_for
 from instep.cli.flags import Settings, UsageError, merge
 from instep.cli.helping import Formatter, table
 from instep.components import importable
-from instep.engines.request import Cluster
-from instep.engines.resuming import as_last_changed, resume_differences
-from instep.engines.signals import interrupting
 from instep.errors import RecipeError, RecordError, shown
+from instep.monitors.console import Console
+from instep.monitors.tensorboard import TensorBoard
+from instep.offline.cluster import Cluster
 from instep.recipe import (
     Recipe,
     Team,
@@ -32,9 +32,9 @@ from instep.recipe import (
 )
 from instep.record.folder import RunFolder
 from instep.record.folder import digest as digest_of
-from instep.record.monitors import Console
-from instep.record.tensorboard import TensorBoard
+from instep.record.resuming import as_last_changed, resume_differences
 from instep.rules.presets import parse as parse_rule
+from instep.team.signals import interrupting
 
 _TRAIN = """\
 Any other field is set by its name with dots: --recipe.optimizer.args.lr 3e-4, --recipe.schedule.kind wsd, \
@@ -287,7 +287,7 @@ def _recipes() -> None:
 
 
 def _replay(run: Path) -> None:
-    from instep.engines.alone import replay
+    from instep.api import replay
 
     found = replay(run)
     print(f"versions  {found.versions:,}")
@@ -308,7 +308,7 @@ def _replay(run: Path) -> None:
 
 
 def _replay_under(run: Path, rule: str, out: Path | None) -> None:
-    from instep.engines.alone import replay_under
+    from instep.api import replay_under
 
     with interrupting(), Console(path=out) as console:
         replay_under(run, parse_rule(rule), out=out, monitors=(console,))
@@ -317,7 +317,7 @@ def _replay_under(run: Path, rule: str, out: Path | None) -> None:
 def _memory(given: str, settings: Settings, budget: str | None, plot: Path | None) -> None:
     from instep.budget import parse_budget
     from instep.cli.memory import check_plot, draw, show
-    from instep.engines.trade import memory_trade
+    from instep.worker.memory_trade import memory_trade
 
     wanted = None if budget is None else parse_budget(budget, "--budget")
     recipe, team = _parsed(given, settings)
@@ -332,7 +332,7 @@ def _memory(given: str, settings: Settings, budget: str | None, plot: Path | Non
 
 
 def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out: Path | None) -> None:
-    from instep.engines.alone import simulate
+    from instep.api import simulate
 
     with interrupting(), Console(path=out) as console:
         simulate(recipe, cluster, gradients=gradients, out=out, monitors=(console,), import_paths=_import_paths(given))
@@ -360,7 +360,7 @@ def _train(
             "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
         )
 
-    from instep.engines.launch import Monitor, train
+    from instep.team.client import Monitor, train
 
     paths = _import_paths(given)
     with interrupting(), contextlib.ExitStack() as stack:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from instep.budget import mib
 from instep.cli.flags import UsageError
-from instep.engines.trade import Trade
 from instep.errors import ResourceError
 from instep.gradient_checkpointing.structure import Plan, listed
+from instep.worker.memory_trade import Trade
 
 
 def show(trade: Trade, file: object = None) -> None:

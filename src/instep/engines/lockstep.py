@@ -1,7 +1,7 @@
 """The lockstep engine: every worker in every update, on collectives over shared memory, without a server.
 
 A step goes in one direction: load, compute and fold, post, add the slices, commit, update, settle. Gradients are
-shared. So are the weights, each worker updating its share of them, wherever `instep.engines.placement` finds that this
+shared. So are the weights, each worker updating its share of them, wherever `instep.engines.sharding` finds that this
 changes no bit; else weights and the whole update are private to each worker. A step is committed when every slice is
 marked done, and that mark is never taken back. Before it no weight of the step is changed, after it all are, and they
 are read again only when all have settled; a team that loses a worker in between starts again from a checkpoint, in
@@ -23,7 +23,17 @@ import torch
 from torch import Tensor
 
 from instep.clock.network import gather_bytes, reduce_bytes
-from instep.engines.evaluation import (
+from instep.engines.sharding import Placement, choose
+from instep.errors import NonFiniteError
+from instep.reduce.buffers import APART, Buffers, about_means, changed_by_any
+from instep.reduce.fold import Fold
+from instep.reduce.layout import BLOCK, Layout
+from instep.reduce.reduction import Reduction, total_norm
+from instep.reduce.tree import worker_ranges
+from instep.transport.exchange import LEFT, Exchange, regions
+from instep.transport.parcels import ROOM, Parcels
+from instep.transport.shared_memory import Region, as_tensors, mark, wait_for
+from instep.worker.evaluation import (
     Evaluation,
     Progress,
     batches_held_out,
@@ -32,20 +42,10 @@ from instep.engines.evaluation import (
     packed,
     unpacked,
 )
-from instep.engines.exchange import LEFT, Exchange, regions
-from instep.engines.first_look import look_at_data, look_at_objective
-from instep.engines.parcels import ROOM, Parcels
-from instep.engines.placement import Placement, choose
-from instep.engines.replica import Replica
-from instep.engines.stopping import OtherRaised
-from instep.engines.watching import Verdict, Watcher
-from instep.errors import NonFiniteError
-from instep.reduce.buffers import APART, Buffers, about_means, changed_by_any
-from instep.reduce.fold import Fold
-from instep.reduce.layout import BLOCK, Layout
-from instep.reduce.reduction import Reduction, total_norm
-from instep.reduce.shared import Region, as_tensors, mark, wait_for
-from instep.reduce.tree import worker_ranges
+from instep.worker.first_look import look_at_data, look_at_objective
+from instep.worker.replica import Replica
+from instep.worker.spikes import Verdict, Watcher
+from instep.worker.stopping import OtherRaised
 
 _OFF = 2
 """Beside 1, for a gradient, in what workers tell of a parameter: a microbatch left it requiring none."""

@@ -16,27 +16,29 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from multiprocessing.connection import wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from instep.clock.slow import parse_slow, slow_factors
-from instep.engines.contributor import Contributor, Facts, Vectors
-from instep.engines.evaluation import Progress, batches_held_out, evaluate_alone, passes
-from instep.engines.first_look import look_at_data, look_at_objective
-from instep.engines.memory import fit_memory
-from instep.engines.merger import Arrived, Merger
-from instep.engines.replica import Replica
-from instep.engines.session import Session
-from instep.engines.tally import Tally
+from instep.engines.costs import Tally
 from instep.errors import CheckpointError
 from instep.record.digest import digest_of_state
-from instep.reduce.shared import Region, attach
 from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
+from instep.transport.shared_memory import Region, attach
+from instep.worker.activation_memory import fit_memory
+from instep.worker.contributor import Contributor, Facts, Vectors
+from instep.worker.evaluation import Progress, batches_held_out, evaluate_alone, passes
+from instep.worker.first_look import look_at_data, look_at_objective
+from instep.worker.merger import Arrived, Merger
+from instep.worker.replica import Replica
+
+if TYPE_CHECKING:
+    from instep.team.session import Session
 
 LOOK_S = 0.1
 """Seconds between two looks at whether the run was asked to stop."""

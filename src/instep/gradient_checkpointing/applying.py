@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from instep.errors import CheckpointingError
-from instep.gradient_checkpointing.replaying import Frame, Repeat, Script, Watch
+from instep.gradient_checkpointing.replaying import FirstPass, Frame, Repeat, Script
 from instep.gradient_checkpointing.structure import Act, BlockPlan, Plan
 
 
@@ -90,7 +90,7 @@ class _Block:
         watch = self._selective or frame.verify or self._script.draws
 
         def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-            return Watch(frame) if watch else nullcontext(), _Second(self._module, frame)
+            return FirstPass(frame) if watch else nullcontext(), _Second(self._module, frame)
 
         # kwargs stay apart from checkpoint's own, such as `debug`
         named = functools.partial(forward, **kwargs)

@@ -1,9 +1,9 @@
 """The choices worth having for one kind of block: bytes held against extra work.
 
 An operation that is not kept is done again if backward, or an operation that is done again, needs what it makes; then
-what it reads is needed too. Storages that one operation writes stand or fall together: a *cluster*. Given which
-clusters are kept, the rest follows (`choice_of`). Which are worth keeping is found exactly: every subset where they
-are few, else by dynamic programming over the clusters from the last to the first, where a state is what is needed of
+what it reads is needed too. Storages that one operation writes stand or fall together: a *group*. Given which
+groups are kept, the rest follows (`choice_of`). Which are worth keeping is found exactly: every subset where they
+are few, else by dynamic programming over the groups from the last to the first, where a state is what is needed of
 those to come and only choices are carried on that no other beats in both bytes and work.
 """
 
@@ -17,7 +17,7 @@ from functools import cached_property
 from instep.gradient_checkpointing.structure import Act, BlockKind, Choice, Operation, Overheads
 
 EXACT = 10
-"""Up to so many clusters every subset is tried."""
+"""Up to so many groups every subset is tried."""
 
 MOST = 96
 """How many unbeaten choices a state of the dynamic programme carries on; beyond, they are thinned out by bytes."""
@@ -29,7 +29,7 @@ Price = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Cluster:
+class StorageGroup:
     """Storages that are written together. `reads`: storages of others. `keepable`: their last values can stand in."""
 
     storages: tuple[int, ...]
@@ -41,12 +41,12 @@ class Cluster:
 
 
 class Graph:
-    """The clusters of a kind of block, in the order in which they come about."""
+    """The groups of a kind of block, in the order in which they come about."""
 
     def __init__(self, kind: BlockKind):
         self.kind = kind
-        self.clusters = _clusters(kind)
-        self.cluster_of = {storage: place for place, c in enumerate(self.clusters) for storage in c.storages}
+        self.groups = _groups(kind)
+        self.group_of = {storage: place for place, c in enumerate(self.groups) for storage in c.storages}
         self.roots = self._roots()
 
     def _roots(self) -> frozenset[int]:
@@ -63,18 +63,18 @@ class Graph:
             storage = todo.pop()
             if storage not in needed:
                 needed.add(storage)
-                todo += self.clusters[self.cluster_of[storage]].reads
-        places = {self.cluster_of[storage] for storage in needed}
-        return tuple(place for place in sorted(places) if self.clusters[place].keepable)
+                todo += self.groups[self.group_of[storage]].reads
+        places = {self.group_of[storage] for storage in needed}
+        return tuple(place for place in sorted(places) if self.groups[place].keepable)
 
     def settle(self, kept: Iterable[int]) -> tuple[set[int], set[int]]:
-        """Given the kept clusters: the storages that are needed, and the clusters that are done again."""
+        """Given the kept groups: the storages that are needed, and the groups that are done again."""
         needed, again, chosen = set(self.roots), set[int](), set(kept)
-        for place in range(len(self.clusters) - 1, -1, -1):
-            cluster = self.clusters[place]
-            if place not in chosen and not needed.isdisjoint(cluster.storages):
+        for place in range(len(self.groups) - 1, -1, -1):
+            group = self.groups[place]
+            if place not in chosen and not needed.isdisjoint(group.storages):
                 again.add(place)
-                needed.update(cluster.reads)
+                needed.update(group.reads)
         return needed, again
 
     def held(self, storages: Iterable[int]) -> int:
@@ -84,10 +84,10 @@ class Graph:
 
 
 def choice_of(graph: Graph, kept: Iterable[int], overheads: Overheads = _NONE) -> Choice:
-    """The choice that keeps these clusters, so far as anything needs them."""
+    """The choice that keeps these groups, so far as anything needs them."""
     kind, chosen = graph.kind, set(kept)
     needed, again = graph.settle(chosen)
-    stays = {s for place in chosen for s in graph.clusters[place].storages if s in needed}
+    stays = {s for place in chosen for s in graph.groups[place].storages if s in needed}
     acts = _acts(graph, stays, again)
     selective = any(act is not Act.REPEAT for act, op in zip(acts, kind.operations, strict=True) if _substantial(op))
     if not selective:
@@ -144,13 +144,13 @@ def _worth_keeping(graph: Graph, price: Price) -> list[tuple[int, ...]]:
 
 
 def _by_states(graph: Graph, price: Price) -> list[tuple[int, ...]]:
-    """The dynamic programme. A state is a bit mask of storages that are needed of the clusters to come."""
-    clusters, stored = graph.clusters, graph.kind.storages
+    """The dynamic programme. A state is a bit mask of storages that are needed of the groups to come."""
+    groups, stored = graph.groups, graph.kind.storages
     states: dict[int, list[tuple[int, float, int]]] = {_mask(graph.roots): [(0, 0.0, 0)]}
-    for place in range(len(clusters) - 1, -1, -1):
-        cluster = clusters[place]
-        own, reads = _mask(cluster.storages), _mask(cluster.reads)
-        cost = price[0] * cluster.seconds + price[1] * cluster.flops
+    for place in range(len(groups) - 1, -1, -1):
+        group = groups[place]
+        own, reads = _mask(group.storages), _mask(group.reads)
+        cost = price[0] * group.seconds + price[1] * group.flops
         found: dict[int, list[tuple[int, float, int]]] = {}
         for needed, points in states.items():
             wanted = needed & own
@@ -159,13 +159,13 @@ def _by_states(graph: Graph, price: Price) -> list[tuple[int, ...]]:
                 continue
             again = [(held, work + cost, kept) for held, work, kept in points]
             found.setdefault((needed | reads) & ~own, []).extend(again)
-            if cluster.keepable:
-                nbytes = sum(stored[s].nbytes for s in cluster.storages if wanted >> s & 1 and not stored[s].escapes)
+            if group.keepable:
+                nbytes = sum(stored[s].nbytes for s in group.storages if wanted >> s & 1 and not stored[s].escapes)
                 stays = [(held + nbytes, work, kept | 1 << place) for held, work, kept in points]
                 found.setdefault(needed & ~own, []).extend(stays)
         states = {state: _thinned(points) for state, points in found.items()}
     kept = {kept for points in states.values() for _, _, kept in points}
-    return [tuple(place for place in range(len(clusters)) if mask >> place & 1) for mask in sorted(kept)]
+    return [tuple(place for place in range(len(groups)) if mask >> place & 1) for mask in sorted(kept)]
 
 
 def _thinned(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
@@ -183,8 +183,8 @@ def _mask(bits: Iterable[int]) -> int:
     return sum(1 << bit for bit in bits)
 
 
-def _clusters(kind: BlockKind) -> list[Cluster]:
-    """In an order in which each reads only earlier ones; what cannot be ordered so is one cluster."""
+def _groups(kind: BlockKind) -> list[StorageGroup]:
+    """In an order in which each reads only earlier ones; what cannot be ordered so is one group."""
     parent = list(range(len(kind.storages)))
 
     def find(index: int) -> int:
@@ -202,9 +202,9 @@ def _clusters(kind: BlockKind) -> list[Cluster]:
         members: dict[int, list[int]] = {}
         for index in range(len(kind.storages)):
             members.setdefault(find(index), []).append(index)
-        found = [_cluster(kind, tuple(storages)) for storages in members.values()]
-        found.sort(key=lambda cluster: (cluster.operations[-1], cluster.storages))
-        place_of = {storage: place for place, cluster in enumerate(found) for storage in cluster.storages}
+        found = [_group_of(kind, tuple(storages)) for storages in members.values()]
+        found.sort(key=lambda group: (group.operations[-1], group.storages))
+        place_of = {storage: place for place, group in enumerate(found) for storage in group.storages}
         wrong = [(c.storages[0], s) for place, c in enumerate(found) for s in c.reads if place_of[s] >= place]
         if not wrong:
             return found
@@ -212,14 +212,14 @@ def _clusters(kind: BlockKind) -> list[Cluster]:
             parent[find(other)] = find(one)
 
 
-def _cluster(kind: BlockKind, storages: tuple[int, ...]) -> Cluster:
+def _group_of(kind: BlockKind, storages: tuple[int, ...]) -> StorageGroup:
     own = set(storages)
     writers = tuple(i for i, op in enumerate(kind.operations) if not own.isdisjoint(op.writes))
     reads = {index for i in writers for index in kind.operations[i].reads} - own
     pinned = any(op.pinned and not own.isdisjoint(op.reads) for op in kind.operations[writers[0] : writers[-1]])
     mixed = any(kind.operations[i].changes and kind.storages[s].born == i for s in storages for i in writers)
     bare = len(writers) > 1 and any(kind.storages[s].bare for s in storages)  # it may be an earlier value that is read
-    return Cluster(
+    return StorageGroup(
         storages, writers, tuple(sorted(reads)),
         flops=sum(kind.operations[i].flops for i in writers),
         seconds=sum(kind.operations[i].seconds for i in writers),
@@ -229,7 +229,7 @@ def _cluster(kind: BlockKind, storages: tuple[int, ...]) -> Cluster:
 
 def _acts(graph: Graph, stays: set[int], again: set[int]) -> tuple[Act, ...]:
     """By operation. Views of what is there are made again; of what is not, skipped."""
-    alive = stays | {s for place in again for s in graph.clusters[place].storages}
+    alive = stays | {s for place in again for s in graph.groups[place].storages}
     acts = []
     for operation in graph.kind.operations:
         if operation.constant:
@@ -238,7 +238,7 @@ def _acts(graph: Graph, stays: set[int], again: set[int]) -> tuple[Act, ...]:
             act = Act.REPEAT
         elif operation.views is not None:
             act = Act.REPEAT if operation.views in alive else Act.SKIP
-        elif not operation.writes or graph.cluster_of[operation.writes[0]] in again:
+        elif not operation.writes or graph.group_of[operation.writes[0]] in again:
             act = Act.REPEAT  # without writes, it is a view of an input
         else:
             act = Act.KEEP if not stays.isdisjoint(operation.writes) else Act.SKIP

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from instep.gradient_checkpointing.replaying import Frame, Repeat, Script, Watch
+from instep.gradient_checkpointing.replaying import FirstPass, Frame, Repeat, Script
 from instep.gradient_checkpointing.structure import Act, BlockKind, BlockPlan, Choice, Operation, Overheads
 
 WIDTH, PARTS, TIMES = 8, 6, 15
@@ -52,7 +52,7 @@ def overheads_of(device: torch.device) -> Overheads:
 
     def watched() -> tuple[Any, Any]:
         frame = Frame(script, False, {})
-        return Watch(frame), Repeat(frame)
+        return FirstPass(frame), Repeat(frame)
 
     def step(contexts: Callable[[], Any] | None, parts: int = PARTS) -> None:
         if contexts is None:

@@ -110,13 +110,13 @@ def lower_bound(profile: Profile, budget_bytes: int, price: Literal["seconds", "
     room = float(budget_bytes - _base_at_the_top(profile))
     items: list[tuple[int, float]] = []
     for kind in map(profile.kinds.__getitem__, profile.kind_of):
-        for cluster in _graph(kind).clusters:
+        for group in _graph(kind).groups:
             nbytes = sum(
-                kind.storages[s].nbytes for s in cluster.storages
+                kind.storages[s].nbytes for s in group.storages
                 if kind.storages[s].packed and not kind.storages[s].escapes
             )  # fmt: skip
             if nbytes:
-                items.append((nbytes, cluster.seconds if price == "seconds" else float(cluster.flops)))
+                items.append((nbytes, group.seconds if price == "seconds" else float(group.flops)))
     short = sum(nbytes for nbytes, _ in items) - room
     bound = 0.0
     for nbytes, cost in sorted(items, key=lambda item: (item[1] / item[0], item)):

@@ -1,6 +1,6 @@
 """What goes on inside a checkpointed block: its forward is watched by operation, and done again for backward.
 
-`Watch` and `Repeat` are the two contexts that `torch.utils.checkpoint` asks for. They differ from those of
+`FirstPass` and `Repeat` are the two contexts that `torch.utils.checkpoint` asks for. They differ from those of
 `torch.utils.checkpoint.create_selective_checkpoint_contexts` in four ways. They choose by an operation's number in
 the block, not by its type. An operation whose output nothing needs is not done again: its output has a shape and no
 memory. Random operations that are done again get the random state that they had, also where one before them was kept
@@ -109,7 +109,7 @@ class Frame:
         return any(tensor._version != version for tensor, version in self.versions)
 
 
-class Watch(TorchDispatchMode):
+class FirstPass(TorchDispatchMode):
     """The first pass: keeps what the plan says."""
 
     def __init__(self, frame: Frame):

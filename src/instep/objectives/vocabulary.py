@@ -208,7 +208,7 @@ class _Total(torch.autograd.Function):
     def forward(
         ctx: Any, f: Rows, others: Any, recorded: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Any:
-        work = _Work([recorded and needed for needed in ctx.needs_input_grad[3:]], hidden, weight, bias)
+        work = _Projection([recorded and needed for needed in ctx.needs_input_grad[3:]], hidden, weight, bias)
         found: list[tuple[Tensor, ...]] = []
         for start, stop in work.chunks():
             logits = work.logits(start, stop)
@@ -239,7 +239,7 @@ class _Each(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, f: Any, others: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        work = _Work((False, False, False), hidden, weight, bias)
+        work = _Projection((False, False, False), hidden, weight, bias)
         values = [
             f(_wide(block), *parts)
             for chunk in work.chunks()
@@ -253,7 +253,7 @@ class _Each(torch.autograd.Function):
     def backward(ctx: Any, *outer: Any) -> Any:
         _refuse_second_derivatives()
         hidden, weight, bias = ctx.saved_tensors
-        work = _Work(ctx.needs_input_grad[2:], hidden, weight, bias, ctx.dtype)
+        work = _Projection(ctx.needs_input_grad[2:], hidden, weight, bias, ctx.dtype)
         for start, stop in work.chunks():
             logits = work.logits(start, stop)
             for block, parts, place in work.blocks(logits, ctx.others, start, stop):
@@ -293,7 +293,7 @@ def _with_gradient(f: Rows, logits: Tensor, parts: Sequence[Tensor]) -> tuple[Te
     return found
 
 
-class _Work:
+class _Projection:
     """The chunks of one projection, and the gradients of its three inputs as they add up."""
 
     def __init__(

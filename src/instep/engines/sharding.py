@@ -1,0 +1,240 @@
+"""Where a team in lockstep has its weights and the sum of its gradients, and which worker updates what.
+
+Replicated: each worker has weights of its own, a copy of the sum, and makes the whole update. That is right for any
+model and optimizer. Sharded: the weights and one sum are shared by all, and each worker updates the parameters that it
+owns, with only their state in its optimizer. That takes less time and memory, and gives the same bits where an update
+of a parameter hangs on this parameter alone and nothing else touches the weights; `choose` decides it from what all
+workers know alike.
+"""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn, optim
+from torch.optim import optimizer as torch_optimizer
+
+from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
+from instep.reduce.ownership import owners
+from instep.reduce.reduction import Reduction, clip
+from instep.transport.exchange import Exchange
+from instep.worker.replica import Replica
+
+BY_PARAMETER = (
+    optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop, optim.Adagrad, optim.Adadelta, optim.Adamax, optim.NAdam,
+    optim.RAdam, optim.Rprop, optim.ASGD, optim.Muon,
+)  # fmt: skip
+"""Optimizers in which no parameter's update depends on other parameters. Not Adafactor: the first parameter's type
+decides what it adds to all. A subclass may do anything, so it does not count."""
+
+Barrier = Callable[[NDArray[np.int64], int], None]
+"""Marks a worker in the marks given with a value, and waits until all have it."""
+
+
+class Placement(ABC):
+    """One worker's side of it."""
+
+    weight_bytes: int
+    """Of the memory for weights that the team shares."""
+    gradients: list[Tensor]
+    """The sum by parameter, as views; whole once all workers have added their slices, until the update."""
+
+    def __init__(self, replica: Replica, reduction: Reduction, worker: int):
+        self._replica, self._reduction, self._worker = replica, reduction, worker
+        self._home = reduction.slots_of(worker)[0]
+
+    @abstractmethod
+    def attach(self, exchange: Exchange, slots: Sequence[Tensor], barrier: Barrier) -> None:
+        """Takes the team's memory into use; slots as for `Reduction.add_slice`. A barrier must follow."""
+
+    @abstractmethod
+    def add_slice(self, slots: Sequence[Tensor]) -> Tensor:
+        """Adds the worker's slice of the gradient; the norms of its blocks."""
+
+    @abstractmethod
+    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
+        """The worker's part of the update from version `step`; the gradient, of L2 norm `norm`, is clipped before.
+
+        touched[i]: whether parameter i has a gradient. Returns the learning rate, the first one, if there is any.
+        """
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Ends a step, or other work on what all share: waits until what others did or read is done."""
+
+    @abstractmethod
+    def agree(self, flag: bool) -> bool:
+        """What worker 0 says, if the others must know; else the worker's own `flag`."""
+
+    def rejoin(self) -> None:
+        """All workers have stopped, wherever they were: from here on they meet again."""
+        return
+
+    @abstractmethod
+    def training_state(self) -> dict[str, Any] | None:
+        """As that of a replica alone, at worker 0; None at the others. All must ask at the same version."""
+
+
+class Replicated(Placement):
+    """Weights, sum and the whole update at each worker."""
+
+    weight_bytes = 0
+
+    def attach(self, exchange: Exchange, slots: Sequence[Tensor], barrier: Barrier) -> None:
+        self._sum = slots[self._home]
+        self.gradients = self._reduction.layout.views(self._sum)
+
+    def add_slice(self, slots: Sequence[Tensor]) -> Tensor:
+        return self._reduction.add_slice(self._worker, slots)
+
+    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
+        clip(self._sum, norm, self._replica.recipe.clip_norm)
+        gradients = [view if seen else None for view, seen in zip(self.gradients, touched, strict=True)]
+        return self._replica.update(step, gradients)
+
+    def settle(self) -> None:
+        pass
+
+    def agree(self, flag: bool) -> bool:
+        return flag
+
+    def training_state(self) -> dict[str, Any] | None:
+        return None if self._worker else self._replica.training_state()
+
+
+class Sharded(Placement):
+    """Weights and sum in memory of the team, a share of the update at each worker.
+
+    Between the mark that commits a step and `settle` each worker writes the parameters that it owns, and scales their
+    part of the sum, in node 0's slot; nobody reads weights then. At all other times nobody writes them.
+    """
+
+    def __init__(self, replica: Replica, reduction: Reduction, worker: int):
+        super().__init__(replica, reduction, worker)
+        whose = owners([parameter.numel() for parameter in replica.parameters], reduction.workers)
+        self._own = [owner == worker for owner in whose]
+        self._offsets, self.weight_bytes = placed([parameter.nbytes for parameter in replica.parameters], ALIGN_BYTES)
+        self._meetings = 0
+
+    def attach(self, exchange: Exchange, slots: Sequence[Tensor], barrier: Barrier) -> None:
+        self._exchange, self._barrier = exchange, barrier
+        self.gradients = self._reduction.layout.views(slots[0])
+        states = [one.of_torch.state for one in self._replica.optimizer.each]
+        for parameter, offset, own in zip(self._replica.parameters, self._offsets, self._own, strict=True):
+            part = exchange.weights[offset : offset + parameter.nbytes]
+            shared = torch.from_numpy(part).view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
+            shared.copy_(parameter.detach())  # all workers write the same
+            parameter.data = shared
+            for state in [] if own else states:
+                state.pop(parameter, None)
+
+    def add_slice(self, slots: Sequence[Tensor]) -> Tensor:
+        return self._reduction.add_slice(self._worker, slots, to_all=False)
+
+    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
+        known = zip(self.gradients, touched, self._own, strict=True)
+        gradients = [view if seen and own else None for view, seen, own in known]
+        for gradient in gradients:
+            if gradient is not None:
+                clip(gradient, norm, self._replica.recipe.clip_norm)
+        return self._replica.update(step, gradients)
+
+    def settle(self) -> None:
+        self._meet()
+
+    def agree(self, flag: bool) -> bool:
+        if self._worker == 0:
+            self._exchange.said[0] = flag
+        self._meet()
+        return bool(self._exchange.said[0])
+
+    def rejoin(self) -> None:
+        self._meetings = int(self._exchange.met.max())
+
+    def training_state(self) -> dict[str, Any] | None:
+        replica = self._replica
+        if self._worker:
+            own = io.BytesIO()
+            torch.save([one.state()["state"] for one in replica.optimizer.each], own)
+            self._send(own.getvalue())
+            return None
+        training = replica.training_state()
+        wholes = training["optimizer"].get("several", [training["optimizer"]])
+        for parcel in filter(None, self._send(b"")):
+            for whole, state in zip(wholes, torch.load(io.BytesIO(parcel), weights_only=True), strict=True):
+                whole["state"].update(state)
+        for whole in wholes:
+            whole["state"] = dict(sorted(whole["state"].items()))
+        return training
+
+    def _send(self, parcel: bytes) -> list[bytes]:
+        """Sends bytes to worker 0, which gets all workers'; in pieces, through the slots, which are free till the next
+        step."""
+        exchange, workers = self._exchange, range(self._reduction.workers)
+        rooms = [exchange.slots[self._reduction.slots_of(worker)[0]].view(np.uint8) for worker in workers]
+        room = rooms[self._worker]
+        exchange.parcels[self._worker] = len(parcel)
+        self._meet()
+        lengths = [int(length) for length in exchange.parcels]
+        found = [bytearray() for _ in workers]
+        for start in range(0, max(lengths), len(room)):
+            piece = parcel[start : start + len(room)]
+            room[: len(piece)] = bytearray(piece)
+            self._meet()
+            if self._worker == 0:
+                for worker in workers:
+                    found[worker] += rooms[worker][: max(0, lengths[worker] - start)].tobytes()
+            self._meet()
+        room[: len(parcel)] = 0  # gaps between gradients must stay 0
+        return [bytes(each) for each in found]
+
+    def _meet(self) -> None:
+        self._meetings += 1
+        self._barrier(self._exchange.met, self._meetings)
+
+
+def choose(replica: Replica, reduction: Reduction, worker: int) -> Placement:
+    """Sharded where that gives the same bits, else replicated: what a forward writes nobody else may see."""
+    sharded = (
+        reduction.workers > 1
+        and replica.device.type == "cpu"
+        and not replica.written.trains
+        # A rollback reads all weights, and puts them back, before the update.
+        and all(watch.spike != "rollback" for watch in replica.recipe.watches)
+        and all(_updates_by_parameter(one.of_torch) for one in replica.optimizer.each)
+        and _can_move(replica.parameters)
+    )
+    return (Sharded if sharded else Replicated)(replica, reduction, worker)
+
+
+def _updates_by_parameter(optimizer: optim.Optimizer) -> bool:
+    # Fused SGD asks of all parameters together whether this is the first step of their momentum.
+    hooks = [value for name, value in vars(optimizer).items() if name.endswith("_hooks")]
+    hooks += [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
+    return (
+        type(optimizer) in BY_PARAMETER
+        and not (type(optimizer) is optim.SGD and any(group["fused"] for group in optimizer.param_groups))
+        and not any(hooks)
+        and "step" not in vars(optimizer)  # where a scheduler of torch counts steps, say
+    )
+
+
+def _can_move(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether the parameters can get other memory, with the same strides, and nothing else sees their present one."""
+    alone = _uses(nn.Parameter(torch.zeros(1)))
+    return all(_is_plain(parameter) and is_dense(parameter) and _uses(parameter) == alone for parameter in parameters)
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    return type(parameter) is nn.Parameter and parameter.layout == torch.strided
+
+
+def _uses(tensor: Tensor) -> int:
+    """How many tensors, and Python's view of it, hold the tensor's memory."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))

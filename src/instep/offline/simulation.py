@@ -1,0 +1,293 @@
+"""The virtual engine: any rule on a virtual clock, with real gradients if wanted, in one process.
+
+Timing does not depend on values here, so the whole schedule comes first; then the gradients are computed along it by
+the replay's machine, which computes as real workers do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instep.clock.times import WorkerTimes
+from instep.data import digest
+from instep.errors import RecipeError
+from instep.offline.cluster import Cluster
+from instep.offline.replayer import Replayer, state_of
+from instep.offline.schedule import SimulatedRun
+from instep.offline.schedule import simulate as schedule
+from instep.recipe import Recipe, Team, dumps
+from instep.record import checkpoint
+from instep.record.digest import digest_of_state
+from instep.record.files import write_atomically
+from instep.record.folder import RunFolder
+from instep.record.held import Held
+from instep.record.tape import SCHEMA, Tape
+from instep.reduce.written import FirstWrite
+from instep.restore import older_kept
+from instep.rules.work import Pieces
+from instep.tables import to_table
+from instep.worker.evaluation import Progress, batches_held_out, evaluate_alone, passes
+from instep.worker.trial import try_optimizer
+
+if TYPE_CHECKING:
+    from instep.team.child import Tell
+
+_NO_END = (
+    "'recipe.watch' may end the run early, or take updates back, and on a virtual clock the whole schedule is laid out "
+    "before any objective is known; set watch.spike to 'warn' or 'skip' and leave watch.patience out, or train."
+)
+
+MEASURED = 5
+"""Microbatches that are timed where no times are given."""
+
+
+def simulate(recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | None, tell: Tell) -> dict[str, Any]:
+    """Runs `recipe` on `cluster`. Returns what ``result.json`` holds, and writes a run folder if one is given.
+
+    Without `gradients` only times, bytes, staleness and idle shares are found. Raises InstepError.
+    """
+    began = time.monotonic()
+    written: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        held = stack.enter_context(RunFolder(folder).locked()) if folder is not None else None
+        stack.enter_context(older_kept())
+        while True:
+            try:
+                with contextlib.closing(_Simulation(recipe, cluster, gradients, held, tell, written)) as simulation:
+                    return simulation.run(began)
+            except FirstWrite as found:  # there is no checkpoint to go back to, so it begins anew
+                written |= set(found.names)
+                if held is not None:
+                    RunFolder(held.path).tape_path.unlink(missing_ok=True)
+
+
+class _Simulation:
+    def __init__(
+        self,
+        recipe: Recipe,
+        cluster: Cluster,
+        gradients: bool,
+        held: Held | None,
+        tell: Tell,
+        written: Collection[str],
+    ):
+        self._recipe, self._cluster, self._gradients, self._tell = recipe, cluster, gradients, tell
+        if recipe.changes:
+            raise RecipeError(
+                f"'recipe.changes' hold from version {recipe.changes[0].version} of one run on, and a simulation is "
+                f"another run; leave them out."
+            )
+        if gradients and recipe.watch.ends_early:
+            raise RecipeError(_NO_END)
+        self._held = held
+        self._folder = RunFolder(held.path) if held is not None else None
+        self._pieces = Pieces(recipe.rule, cluster.workers, recipe.microbatches, recipe.steps)
+        self._replayer = Replayer(
+            recipe, cluster.workers, "cpu", batched=gradients and cluster.batched, written=written,
+            checkpoint_every=Team().checkpoint_every,
+        )  # fmt: skip
+        self._tape = Tape(self._folder.tape_path) if self._folder else None
+        self._replica = self._replayer.merger.replica
+        self._progress = Progress()
+        self._events: list[tuple[str, dict[str, Any]]] = []
+
+    def run(self, began: float) -> dict[str, Any]:
+        recipe, cluster = self._recipe, self._cluster
+        steps = self._gradients or not recipe.rule.gradients  # local ones are made to be timed
+        doubt = try_optimizer(lambda: self._replica) if steps else None
+        doubts = [] if doubt is None else [doubt]
+        if self._gradients:
+            self._replayer.look(doubts.append)
+        microbatch_s, merge_s = self._measured()
+        times = cluster.times or WorkerTimes.constant(microbatch_s, slow=_slow(cluster.slow), seed=recipe.seed)
+        size_bytes = 4 * self._replica.size
+        weights_bytes = self._replayer.merger.pack.size_bytes
+        self._start(microbatch_s)
+        for why in [*doubts, *(self._replica.doubts() if self._gradients else ())]:
+            self._emit("warned", {"t_s": 0.0, "clock": "virtual", "why": why})
+        on_event = self._live if self._tape is not None else None  # without gradients there is nothing to wait for
+        if self._gradients:
+            on_event = self._note
+        found = schedule(
+            recipe.rule, self._pieces,
+            times,  # type: ignore[arg-type]  # recorded ones have its methods
+            cluster.network,
+            contribution_bytes=size_bytes, weights_bytes=weights_bytes,
+            merge_s=merge_s if cluster.merge_s is None else cluster.merge_s, collective=cluster.collective,
+            items_of=self._replayer.items if self._gradients else None, on_event=on_event,
+        )  # fmt: skip
+        scheduled_s = time.monotonic() - began
+        for kind, fields in self._events:
+            self._live(kind, fields)
+        return self._end(found, scheduled_s, time.monotonic() - began)
+
+    def close(self) -> None:
+        if self._tape is not None:
+            self._tape.close()
+
+    def _measured(self) -> tuple[float, float]:
+        """Seconds of a microbatch and of an update on this machine; 0 for what is given."""
+        if self._cluster.times is not None and self._cluster.merge_s is not None:
+            return 0.0, self._cluster.merge_s
+        work = self._pieces.work(0)
+        found = []
+        for _ in range(MEASURED + 1):
+            began = time.monotonic()
+            self._replayer.probe(work)
+            found.append((time.monotonic() - began) / work.microbatches)
+        began = time.monotonic()
+        self._replayer.merger.pack.save(self._replayer.merger.pack.empty())
+        return statistics.median(found[1:]), 2 * (time.monotonic() - began)
+
+    def _note(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind != "computed" or self._tape is not None:
+            self._events.append((kind, fields))
+
+    def _live(self, kind: str, fields: dict[str, Any]) -> None:
+        """Computes what an event stands for, if gradients are wanted, and hands it on."""
+        replayer, before = self._replayer, self._progress.steps
+        if kind in ("computed", "pushed") and self._tape is not None:
+            fields |= self._pieces.work(fields["piece"]).covers()
+        if self._gradients:
+            if kind == "left":
+                replayer.left(fields["worker"])
+            elif kind == "released":
+                replayer.released(fields["worker"], fields["piece"], fields["version"])
+            elif kind == "pushed":
+                replayer.pushed(fields["seq"], fields["worker"])
+                fields["items"] = replayer.waiting[fields["seq"]]  # fewer than expected where a local step is left out
+                if self._tape is not None:
+                    fields["checksum"] = replayer.checksum(fields["seq"])
+            elif kind == "dropped":
+                replayer.dropped(fields["seq"])
+            elif kind == "merged":
+                self._merge(fields)
+        self._emit(kind, fields)
+        now, steps = self._progress.steps, self._recipe.steps
+        if now < steps and passes(self._recipe.evaluate_every, before, now):
+            self._evaluate(fields["version"], fields["t_s"])
+
+    def _merge(self, fields: dict[str, Any]) -> None:
+        rule = self._recipe.rule
+        if not rule.gradients:
+            waiting, staleness = self._replayer.waiting, fields["staleness"]
+            items = [waiting[each["seq"]] for each in fields["contributions"]]
+            fields["weights"] = rule.weights(items, staleness)
+        parts = zip(fields["contributions"], fields["weights"], fields["staleness"], strict=True)
+        update = self._replayer.merged(fields["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
+        done = self._replayer.merger.microbatches // self._pieces.microbatches
+        fields |= {"step": done, **update.facts()}
+        if self._tape is not None:
+            fields["checksum"] = self._replayer.merger.checksum()
+        for why in filter(None, (update.verdict.why, *update.doubts)):
+            self._emit("warned", {"t_s": fields["t_s"], "clock": "virtual", "why": why})
+        self._progress.merged(version=fields["version"], steps=done, items=update.items, objective=update.objective)
+        update.verdict.note(self._progress)
+
+    def _evaluate(self, version: int, t_s: float) -> None:
+        found = evaluate_alone(self._replica, batches_held_out(self._replica))
+        if found is None:
+            return
+        self._progress.held_out = found.facts(version, self._replica)
+        self._emit("evaluated", {"t_s": t_s, "clock": "virtual", **self._progress.held_out})
+        for why in filter(None, (found.problem(version), *found.doubts)):
+            self._emit("warned", {"t_s": t_s, "clock": "virtual", "why": why})
+
+    def _start(self, microbatch_s: float) -> None:
+        recipe, data = self._recipe, self._replica.data
+        team = Team(workers=self._cluster.workers, slow=self._cluster.slow)
+        if self._folder is not None:
+            write_atomically(self._folder.recipe_path, dumps(recipe, team).encode())
+        self._emit(
+            "run_started",
+            {
+                "t_s": 0.0, "clock": "virtual", "schema": SCHEMA,
+                "folder": str(self._folder.path) if self._folder else "",
+                "recipe": recipe.to_table(), "team": to_table(team), "fingerprint": recipe.fingerprint(),
+                "data_digest": digest(data), "samples": len(data.train),
+                "parameters": self._replica.size, "version": 0, "step": 0,
+                "steps": recipe.steps, "resumed": False, "engine": "virtual", "cut": self._cluster.workers,
+                "libraries": {}, "import_paths": [], "microbatch_s": microbatch_s, "batched": self._cluster.batched,
+                **({"written": list(written)} if (written := self._replica.written.names) else {}),
+            },
+        )  # fmt: skip
+        for why in recipe.rule.warnings():
+            self._emit("warned", {"t_s": 0.0, "clock": "virtual", "why": why})
+
+    def _end(self, found: SimulatedRun, scheduled_s: float, took_s: float) -> dict[str, Any]:
+        digest, progress = None, self._progress
+        if self._held is not None:
+            self._held.check()
+        items = progress.items if self._gradients else None
+        if self._gradients:
+            self._evaluate(found.versions, found.wall_s)
+            state = state_of(self._replayer)
+            digest = digest_of_state(state)
+            if self._folder is not None:
+                checkpoint.save(
+                    self._folder.checkpoints, version=found.versions, model_state=state,
+                    training_state=self._replayer.merger.training_state(), meta={}, keep=1,
+                    fingerprint=self._recipe.fingerprint(),
+                )  # fmt: skip
+        result = {
+            "recipe": self._recipe.name,
+            "rule": self._recipe.rule.name,
+            "engine": "virtual",
+            "digest": digest,
+            "steps": self._recipe.steps,
+            "versions": found.versions,
+            "items": items,
+            "workers": self._cluster.workers,
+            "microbatches": self._recipe.microbatches,
+            "contributions": found.contributions,
+            "objective_first": progress.objective_first,
+            "objective_last": progress.objective_last,
+            "held_out": progress.held_out.get("objective"),
+            "held_out_terms": progress.held_out.get("terms"),
+            "bits_per_byte": progress.held_out.get("bits_per_byte"),
+            "gathered": progress.held_out.get("gathered"),
+            "wall_s": found.wall_s,
+            "items_per_s": items / found.wall_s if items and found.wall_s else None,
+            "restarts": found.failures,
+            "bytes_sent": found.bytes_sent,
+            "staleness_mean": found.staleness_mean,
+            "staleness_max": found.staleness_max,
+            "delayed_max": found.delayed_max,
+            "lead_max": found.lead_max,
+            "idle_share": [round(float(share), 4) for share in found.idle_share],
+            "dropped": found.dropped,
+            "skipped": progress.skipped,
+            "bad_batches": progress.bad_batches,
+            "simulated_in_s": round(took_s, 3),
+            "scheduled_in_s": round(scheduled_s, 3),
+        }
+        if self._folder is not None:
+            self._folder.write_result(result)
+        self._emit(
+            "run_ended",
+            {
+                "t_s": found.wall_s, "clock": "virtual", "version": found.versions, "digest": digest, "result": result,
+                "interrupted": False,
+            },
+        )  # fmt: skip
+        return result
+
+    def _emit(self, kind: str, fields: dict[str, Any]) -> None:
+        event = {"kind": kind, **fields}
+        if self._tape is not None:
+            self._tape.write(event)
+        if kind in ("run_started", "merged", "evaluated", "run_ended", "left", "warned") and (
+            self._gradients or kind != "merged"
+        ):
+            self._tell(event)
+
+
+def _slow(text: str) -> Any:
+    from instep.clock.slow import parse_slow
+
+    return parse_slow(text) if text else ()

@@ -1,0 +1,308 @@
+"""A tape played back: `instep replay`, in a process of its own that computes as the run's workers did."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from instep.data.repeats import what_does_not_repeat
+from instep.errors import RecordError
+from instep.offline.replayer import Replayer, state_of
+from instep.recipe import Recipe
+from instep.record.digest import digest_of_state
+from instep.record.result import Proof, Replayed
+from instep.reduce.written import FirstWrite
+from instep.worker.merger import Update
+from instep.worker.optimizer_state import copied
+
+if TYPE_CHECKING:
+    from instep.team.child import Tell
+
+KEPT = 4
+"""Checkpoints whose state is kept, for a run that was resumed from one: it keeps 3 itself by default."""
+
+
+def replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell = lambda event: None) -> Replayed:
+    """Computes a run again from its recipe and its tape. `tell` gets the events that a person may want to see.
+
+    Raises RecordError where the tape is of another recipe or lacks what it needs, and InstepError as the run would.
+    """
+    try:
+        return _replay(recipe, events, tell)
+    except FirstWrite as found:
+        raise RecordError(
+            f"the run cannot be replayed: here a forward wrote parameter '{found.names[0]}' in {found.where}, and the "
+            f"tape does not know of it; the model depends on more than the batch, the seed and its own state, or an "
+            f"older version of Instep, which let such writes pass, made the run."
+        ) from None
+
+
+def _replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell) -> Replayed:
+    playback: _Playback | None = None
+    fingerprints = recipe.fingerprints()
+    for event in map(_Event, events):
+        if event["kind"] == "run_started":
+            if event["fingerprint"] not in fingerprints:
+                raise RecordError(
+                    "the tape is of another recipe than the one given; replay it with the recipe in its run folder."
+                )
+            if playback is None:
+                playback = _Playback(recipe, event)
+            playback.start(event)
+        elif playback is not None:
+            playback.take(event)
+            if event["kind"] in ("merged", "run_ended"):
+                tell(dict(event))
+    if playback is None:
+        raise RecordError("the tape holds no start of a run; there is nothing to replay.")
+    return playback.result()
+
+
+_FIGURES = {"objective": "objective", "items": "count of items", "lr": "learning rate"}
+"""What the tape says of every update and a replay compares, with its name for messages."""
+
+
+class _Event(dict[str, Any]):
+    """An event of the tape, which says what it lacks."""
+
+    def __missing__(self, field: str) -> Any:
+        raise self.refers_to(field)
+
+    def refers_to(self, what: object) -> RecordError:
+        """The error where it refers to what is unknown."""
+        return RecordError(
+            f"the tape cannot be replayed: its event {self['kind']!r} at {self['t_s']} s refers to {what!r}, which no "
+            f"earlier event tells of; a part of the tape is missing."
+        )
+
+
+class _Playback:
+    """A replay between the first event and the last."""
+
+    def __init__(self, recipe: Recipe, started: Mapping[str, Any]):
+        self._recipe = recipe
+        self._engine: tuple[Any, ...] = ()
+        self._replayer = self._fresh(started)
+        self._kept: dict[int, dict[str, Any]] = {}
+        self._keep(0)
+        self._version = 0
+        self._recorded: str | None = None
+        self._divergence = ""
+        self._told: dict[int, Mapping[str, Any]] = {}  # in lockstep: updates by version, until they are computed
+        self._updates = self._contributions = self._checkpoints = 0
+
+    def start(self, event: Mapping[str, Any]) -> None:
+        """The run starts, or starts again from a checkpoint: later updates than that never were."""
+        version = event["version"]
+        for later in [kept for kept in self._kept if kept > version]:
+            del self._kept[later]  # of a history that was taken back
+        self._told = {told: event for told, event in self._told.items() if told <= version}
+        if version not in self._kept:
+            self._make_up_for(version)
+        if self._engine != _engine_of(event):
+            if self._engine[:-1] == _engine_of(event)[:-1]:
+                self._divergence = ""  # it went back since a first write made of what it computed something else
+            self._replayer = self._fresh(event)
+            self._version = -1
+        self._restore(version)
+        self._recorded = None
+        if "digest" in event:  # earlier versions did not say
+            self._expect(event["digest"], f"the start at version {version}")
+
+    @property
+    def _serving(self) -> bool:
+        return bool(self._engine[0] != "lockstep")
+
+    def take(self, event: _Event) -> None:
+        """One event. Raises RecordError where it refers to what is unknown."""
+        kind = event["kind"]
+        if kind == "checkpointed":
+            self._catch_up(event["version"])
+            self._expect(event["digest"], f"the checkpoint of version {event['version']}")
+            self._checkpoints += 1
+            self._keep(event["version"])
+        elif kind == "run_ended":
+            self._catch_up(event["version"])
+            self._must_be(self._version, event, event["version"])
+            self._recorded = event["digest"]
+        elif not self._serving:
+            if kind == "merged":  # in lockstep the recipe alone decides; what is told is compared
+                self._told[event["version"]] = {name: event.get(name) for name in _FIGURES}
+        elif kind == "left":
+            self._replayer.left(event["worker"])
+        elif kind == "released":
+            self._must_be(self._version, event, event["version"])
+            self._check_piece(event, event["piece"])
+            self._replayer.released(event["worker"], event["piece"], event["version"])
+        elif kind == "pushed":
+            if self._engine[0] == "virtual" and "checksum" not in event:
+                raise RecordError(
+                    "the tape is of a simulation without gradients, so there is nothing to compute again; simulate "
+                    "without --no-gradients, or replay it under a --rule, which takes its times alone."
+                )
+            if event["worker"] not in self._replayer.computing:
+                raise event.refers_to(event["worker"])
+            self._check_piece(event, event["piece"])
+            given = self._replayer.given(event["worker"])
+            self._replayer.pushed(event["seq"], event["worker"])
+            self._compare_given(event, given)
+            self._compare_pushed(event, self._replayer.checksum(event["seq"]))
+        elif kind == "dropped":
+            if event["seq"] in self._replayer.waiting:
+                self._replayer.dropped(event["seq"])
+        elif kind == "merged":
+            self._must_be(self._version, event, event["version"] - 1)
+            contributions, weights, staleness = event["contributions"], event["weights"], event["staleness"]
+            seqs = {each.get("seq") for each in contributions}
+            if not len(seqs) == len(contributions) == len(weights) == len(staleness) > 0:
+                raise RecordError(
+                    f"the tape cannot be replayed: update {event['version']} has {len(contributions)} contributions, "
+                    f"{len(weights)} weights and {len(staleness)} numbers of staleness; the tape was changed."
+                )
+            for unknown in seqs - self._replayer.waiting.keys():
+                raise event.refers_to(unknown)
+            arrived = [self._replayer.pushed_as(each["seq"]) for each in contributions]
+            parts = zip(contributions, weights, staleness, strict=True)
+            update = self._replayer.merged(event["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
+            self._version = event["version"]
+            self._compare_merged(event)
+            self._compare_ledger(event, arrived)
+            self._compare_figures(event["version"], event, update)
+
+    def result(self) -> Replayed:
+        """What it came to."""
+        digest = digest_of_state(state_of(self._replayer))
+        if self._recorded is not None and self._recorded != digest and not self._divergence:
+            self._divergence = f"version {self._version}, the last, has other weights here than in the run."
+        changing = what_does_not_repeat(self._replayer.merger.replica.data) if self._divergence else ""
+        why = f"{self._divergence} {changing[0].upper()}{changing[1:]}" if changing else self._divergence
+        proof = Proof(self._checkpoints, self._updates, self._contributions)
+        return Replayed(digest, self._recorded, self._version, why, proof)
+
+    def _must_be(self, version: int, event: Mapping[str, Any], expected: int) -> None:
+        if version != expected:
+            raise RecordError(
+                f"the tape cannot be replayed: its event {event['kind']!r} at {event['t_s']} s goes on from version "
+                f"{expected}, and the updates before it end at {version}; a part of the tape is missing."
+            )
+
+    def _make_up_for(self, version: int) -> None:
+        """The run was killed between a checkpoint and the event that tells of it."""
+        if self._serving:
+            if version != self._version:
+                raise RecordError(
+                    f"the run was resumed at version {version}, of which the tape has no checkpoint; the tape is not "
+                    f"whole."
+                )
+        else:
+            self._restore(max(kept for kept in self._kept if kept <= version))
+            self._catch_up(version)
+        self._keep(version)
+
+    def _catch_up(self, version: int) -> None:
+        """In lockstep, computes the steps up to `version` as one worker."""
+        if self._serving:
+            return
+        for step in range(self._version, version):
+            update, told = self._replayer.alone(step), self._told.pop(step + 1, None)
+            if told is not None:
+                self._compare_figures(step + 1, told, update)
+        self._version = max(version, self._version)
+
+    def _check_piece(self, event: _Event, piece: int) -> None:
+        if piece >= self._replayer.pieces.count:
+            raise event.refers_to(f"piece {piece} of {self._replayer.pieces.count}")
+
+    def _compare_given(self, event: Mapping[str, Any], given: tuple[int, int]) -> None:
+        found = {**dict(zip(("piece", "version"), given, strict=True)), "items": self._replayer.waiting[event["seq"]]}
+        for name, value in found.items():
+            self._compare(f"the contribution {event['seq']} of worker {event['worker']}", name, event[name], value)
+
+    def _compare_ledger(self, event: Mapping[str, Any], arrived: list[dict[str, int]]) -> None:
+        """What the tape says of an update's contributions, and of how old they were."""
+        what = f"version {event['version']}"
+        for place, (told, found) in enumerate(zip(event["contributions"], arrived, strict=True)):
+            staleness = event["version"] - 1 - found["version"]
+            self._compare(what, f"staleness of contribution {told['seq']}", event["staleness"][place], staleness)
+            for name in ("worker", "piece", "version"):
+                self._compare(what, f"{name} of contribution {told['seq']}", told.get(name, found[name]), found[name])
+        rule, pieces = self._replayer.recipe.rule, self._replayer.pieces
+        if not pieces.in_tree_order:  # where it is, the tree adds all alike
+            items = [each["items"] for each in arrived]
+            for place, weight in enumerate(rule.weights(items, event["staleness"])):
+                self._compare(what, "a weight", event["weights"][place], weight)
+
+    def _compare_figures(self, version: int, told: Mapping[str, Any], update: Update) -> None:
+        found = update.facts()
+        for name, shown in _FIGURES.items():
+            self._compare(f"version {version}", shown, told.get(name), found[name])
+        self._updates += 1
+
+    def _compare(self, what: str, name: str, told: Any, found: Any) -> None:
+        """Notes the first value on the tape that is not the replay's. Nulls were numbers that are not finite."""
+        same = told == found
+        if isinstance(found, float):
+            finite = math.isfinite(found) and told is not None
+            same = math.isclose(told, found, rel_tol=1e-9, abs_tol=1e-12) if finite else told is None
+        if not same and not self._divergence:
+            self._divergence = f"{what}: its {name} is {told!r} on the tape and {found!r} here; its bits are the same."
+
+    def _compare_pushed(self, event: Mapping[str, Any], found: list[str]) -> None:
+        self._contributions += 1
+        if found != event["checksum"] and not self._divergence:
+            self._divergence = (
+                f"the contribution {event['seq']} of worker {event['worker']}, from version {event['version']} on "
+                f"piece {event['piece']}, is another one here than in the run; its weights were the same."
+            )
+
+    def _compare_merged(self, event: Mapping[str, Any]) -> None:
+        merger = self._replayer.merger
+        found = merger.checksum()
+        if found == event["checksum"] or self._divergence:
+            return
+        names = [n for n, a, b in zip(merger.names, found, event["checksum"], strict=False) if a != b] or ["?"]
+        workers = sorted({each["worker"] for each in event["contributions"]})
+        self._divergence = (
+            f"version {event['version']}, an update from {'worker' if len(workers) == 1 else 'workers'} "
+            f"{', '.join(map(str, workers))}, differs in '{names[0]}'"
+            f"{f' and {len(names) - 1} other tensors' if len(names) > 1 else ''}; the contributions were the same."
+        )
+
+    def _expect(self, digest: str, what: str) -> None:
+        if not self._divergence and digest_of_state(state_of(self._replayer)) != digest:
+            self._divergence = f"{what} has other weights here than in the run."
+
+    def _fresh(self, started: Mapping[str, Any]) -> Replayer:
+        device = started["team"].get("device", "cpu")
+        self._engine = _engine_of(started)
+        cut = started["cut"] if self._serving else 1
+        changes = self._recipe.fingerprints().index(started["fingerprint"])  # what was not known then did not hold
+        recipe = dataclasses.replace(self._recipe.known(changes), steps=started["steps"])  # its schedule follows them
+        batched, written = started.get("batched", False), started.get("written", ())
+        return Replayer(recipe, cut, device, batched=batched, written=written)
+
+    def _keep(self, version: int) -> None:
+        merger = self._replayer.merger
+        state = {name: tensor.clone() for name, tensor in state_of(self._replayer).items()}
+        training = copied(merger.training_state())
+        self._kept[version] = {"model": state, "training": training, "microbatches": merger.microbatches}
+        for old in sorted(self._kept)[1:-KEPT]:
+            del self._kept[old]
+
+    def _restore(self, version: int) -> None:
+        kept, merger = self._kept[version], self._replayer.merger
+        if version != self._version or version == 0:
+            merger.load(kept["model"], copied(kept["training"]))
+            merger.microbatches = kept["microbatches"]
+        merger.version = version
+        self._replayer.everybody_left()
+        self._version = version
+
+
+def _engine_of(started: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a start of the run was computed by: another one cuts the run, or its learning rate, in another way, or knows
+    of other parameters that forwards write."""
+    written = tuple(started.get("written", ()))
+    return started["engine"], started["cut"], started["steps"], started["fingerprint"], written

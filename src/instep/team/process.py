@@ -1,0 +1,174 @@
+"""A process of a team: a worker in lockstep, a worker of the server engine, or the server itself."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import sys
+import traceback
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from instep.descendants import take_care_of_helpers
+from instep.engines import server
+from instep.engines.lockstep import Lockstep
+from instep.errors import InstepError, described
+from instep.record.digest import digest_of_state
+from instep.record.folder import RunFolder
+from instep.reduce.written import FirstWrite
+from instep.team.heartbeat import Heartbeat, HeartbeatBoard
+from instep.team.session import Assignment, Session
+from instep.team.signals import leave_to_others
+from instep.worker.activation_memory import fit_memory
+from instep.worker.evaluation import Progress
+from instep.worker.stopping import OtherRaised, with_saved
+
+
+def main(assignment: Assignment, number: int, pipe: Connection, board: HeartbeatBoard, descriptor: int) -> None:
+    """The whole life of a process of the team, which was forked. The server comes after the workers in number."""
+    pulse = Heartbeat(board, number, os.getppid())
+    pulse.start()
+    take_care_of_helpers([pipe.close, *(line.close for line in assignment.lines), lambda: os.close(descriptor)])
+    leave_to_others(board.ask_to_stop)
+    name = "server" if number == assignment.team.workers else f"worker {number}"
+    _redirect_output(RunFolder(assignment.folder).log_of(name))
+    session = Session(assignment, number, pipe, pulse)
+    try:
+        if not assignment.lines:
+            _in_lockstep(session, descriptor)
+        elif number == assignment.team.workers:
+            server.serve(session, descriptor)
+        else:
+            server.contribute(session, descriptor)
+    except OtherRaised:
+        session.send_events()
+        sys.stdout.flush()
+        with contextlib.suppress(EOFError):
+            pipe.recv()  # until the supervisor, which hears of it from another, ends this process
+    except FirstWrite as found:
+        session.send_events()
+        pipe.send(("written", found.names, found.where))
+    except InstepError as error:
+        session.send_events()
+        sentence = with_saved(error.message, session.stopped_at, assignment.folder)
+        pipe.send(("failed", type(error).__name__, sentence, error.detail))
+    except BaseException as error:
+        session.send_events()
+        where = f" while {session.replica.doing}{session.replica.samples_in_hand()}" if session.replica else ""
+        what = described(error)
+        sentence = with_saved(f"{name} raised {what}{where}.", session.stopped_at, assignment.folder)
+        pipe.send(("failed", "WorkerError", sentence, _own_part(error)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _in_lockstep(session: Session, descriptor: int) -> None:
+    """The life of a worker of the lockstep engine."""
+    team, worker = session.assignment.team, session.number
+    session.emit("joined", worker=worker, pid=os.getpid(), host=socket.gethostname())
+    replica = session.build()
+    progress = Progress()
+    saved = session.saved()
+    if saved is not None:
+        replica.load(saved.model_state, saved.training_state)
+        progress = Progress.resumed(saved, session.recipe)
+    engine = Lockstep(replica, worker, team.workers, session.pulse, session.emit, session.clock, team.checkpoint_every)
+    if saved is not None:
+        engine.watcher.load(saved.training_state.get("watch"))
+    engine.prepare(progress.version)
+    fit_memory(replica, team, session.emit if worker == 0 else None, workers=team.workers)
+    memory = engine.memory()
+    facts = session.facts(
+        version=progress.version,
+        weights=digest_of_state(replica.saved_state()),
+        terms=engine.terms,
+        shared_weight_bytes=engine.placement.weight_bytes,
+        written=list(replica.written.names),
+    )
+    engine.join(descriptor, session.ready(facts, memory)[1])
+    engine.slowness = server.slowness_of(session)
+    recipe, first, began = session.recipe, progress.version, session.clock()
+
+    def after_step(progress: Progress, last: bool) -> None:
+        version = progress.version
+        best = False
+        if version < recipe.steps and recipe.evaluate_every and version % recipe.evaluate_every == 0:
+            progress.unevaluated = True
+            best = engine.placement.agree(session.evaluated(progress, engine.evaluate(version)))
+            progress.unevaluated = False
+        session.send_events(held=True)
+        due = last or bool(progress.stopped) or version % team.checkpoint_every == 0
+        trying = session.tries_checkpoint(version)
+        if due or best or trying:
+            replica.doing = f"saving version {version}"
+            state = replica.saved_state()
+            session.send_events()  # a checkpoint never holds steps that the tape lacks
+            if due:
+                session.pipe.send(("digest", version, digest_of_state(state)))
+            sound = engine.unwritten(version)
+            training = engine.placement.training_state()
+            if training is not None and trying:
+                session.try_checkpoint(version, state, training)
+            if training is not None and (due or best):
+                session.save(progress, state, {**training, "watch": engine.watcher.state()}, sound, engine.looked)
+                if best:
+                    session.mark_best(progress)
+
+    def save_at_stop(training: dict[str, Any]) -> None:
+        session.save(progress, replica.saved_state(), {**training, "watch": engine.watcher.state()}, looked=False)
+        session.send_events()
+
+    try:
+        if progress.unevaluated:
+            after_step(progress, False)
+        interrupted = engine.run(progress, after_step, progress.version if progress.stopped else recipe.steps)
+        ended_s = session.clock()
+        # After the last checkpoint: nothing that was learnt can be lost by it.
+        evaluated = progress.held_out.get("version") == progress.version
+        if not (interrupted or evaluated) and session.evaluated(progress, engine.evaluate(progress.version)):
+            session.mark_best(progress)
+        digest = digest_of_state(replica.saved_state())
+        engine.placement.settle()  # nobody reads the weights any more: what the recipe shows them to may change them
+    except BaseException as error:
+        session.send_events()
+        doing = replica.doing
+        with contextlib.suppress(Exception):  # the first error is the one to tell of
+            session.stopped_at = engine.stop(
+                progress.version, save_at_stop, saved=session.saved_version,
+                needed=session.must_save(progress.version), written=isinstance(error, FirstWrite),
+            )  # fmt: skip
+        replica.doing = doing
+        raise
+    engine.leave(progress.version)
+    left = session.leave() if worker == 0 and not interrupted else {}
+    session.send_events()
+    costs = {
+        "bytes_sent": (progress.version - first) * engine.bytes_a_step,
+        "idle_share": [round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
+    }
+    session.pipe.send(("ended", asdict(progress), digest, interrupted, left, costs))
+
+
+def _redirect_output(path: Path) -> None:
+    """Sends what the user's code prints, at any level, to the worker's log, line by line: the killed flush nothing."""
+    path.parent.mkdir(exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+
+
+def _own_part(error: BaseException) -> str:
+    """The traceback without this module's own frames at its top."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))

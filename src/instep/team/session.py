@@ -1,0 +1,327 @@
+"""What every process of a team has in common: its replica, its events, its word with the supervisor, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instep.data import digest_without
+from instep.data.repeats import what_does_not_repeat
+from instep.errors import CheckpointError, RecordError, told
+from instep.models import generate
+from instep.randomness import key, seed_all
+from instep.recipe import Recipe, Team
+from instep.record import best, checkpoint
+from instep.record.files import json_text
+from instep.record.folder import RunFolder
+from instep.record.held import Identity, is_there
+from instep.restore import kept_module_state
+from instep.team.channel import Line
+from instep.team.heartbeat import Heartbeat
+from instep.team.pickling import Pickled
+from instep.transport.shared_memory import Region
+from instep.worker.evaluation import Evaluation, Progress
+from instep.worker.replica import Replica
+from instep.worker.spikes import note_evaluation
+from instep.worker.trial import try_checkpoint, try_optimizer
+
+HOLD_S = 0.1
+"""Seconds that a process holds its events of a step, to send them together: each message wakes two processes."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the supervisor gives to the processes of one start of the team.
+
+    `recipe` is pickled, so that only workers run the user's code. `began` is the run's start on the monotonic clock.
+    `lines` are those between the server and each worker, none in lockstep; `incarnation` counts the processes that
+    had this worker's place before. `first`: nothing of the run was trained before, and no team of it has started.
+    `run_id` is kept in checkpoints; `identity` is that of the run folder. `written`: the parameters that forwards are
+    known to write.
+    """
+
+    recipe: Pickled
+    team: Team
+    folder: Path
+    fingerprints: tuple[str, ...]
+    resume_from: Path | None
+    began: float
+    identity: Identity
+    run_id: str | None = None
+    lines: tuple[Line, ...] = field(default=())
+    incarnation: int = 0
+    first: bool = False
+    written: tuple[str, ...] = ()
+
+
+class Session:
+    """One process between one start of the team and its end."""
+
+    def __init__(self, assignment: Assignment, number: int, pipe: Connection, pulse: Heartbeat):
+        self.assignment, self.number, self.pipe, self.pulse = assignment, number, pipe, pulse
+        self.replica: Replica | None = None
+        self._data: dict[str, Any] | None = None
+        self._unread: list[int] = []  # samples that the digest should cover, but that are left out and fail
+        self._events: list[dict[str, Any]] = []
+        self._sent_s = 0.0
+        self._told: set[str] = set()
+        self.saved_version = 0
+        """The version of the newest checkpoint that this process has written, or found at the start."""
+        self._tried_version = 0
+        self.stopped_at = 0
+        """Where the run stops for an error: the version of the newest checkpoint, 0 for none."""
+
+    def build(self) -> Replica:
+        """Builds what the recipe says. Raises InstepError."""
+        self.recipe: Recipe = self.assignment.recipe.load()
+        device, written = self.assignment.team.device, self.assignment.written
+        if device != "cpu":  # before the build: a process that uses a GPU has no copies that can
+            self._try_optimizer(lambda: Replica(self.recipe, device))
+        retries = self.assignment.team.restarts
+        self.replica = replica = Replica(self.recipe, device, retries=retries, written=written)
+        if device == "cpu":
+            self._try_optimizer(lambda: replica)
+        self._warn()
+        return self.replica
+
+    def _try_optimizer(self, build: Callable[[], Replica]) -> None:
+        """Tries it once in a run, see `instep.worker.trial`. Raises InstepError."""
+        if not (self.assignment.first and self.leads):
+            return
+        if (why := try_optimizer(build, resume=not self.assignment.team.memory)) is not None:
+            self.emit("warned", why=why)
+        if self.assignment.team.memory:
+            self.emit("warned", why="whether a checkpoint can be loaded is not tried in a run with a memory budget.")
+
+    def _warn(self) -> None:
+        """Tells of what is doubtful, once."""
+        assert self.replica is not None
+        for why in self.replica.doubts() if self.leads else ():
+            if why not in self._told:
+                self._told.add(why)
+                self.emit("warned", why=why)
+
+    def saved(self) -> checkpoint.Loaded | None:
+        """The checkpoint to go on from, if there is one. Raises CheckpointError if it is of other data or recipe."""
+        path = self.assignment.resume_from
+        if path is None:
+            return None
+        assert self.replica is not None
+        self.replica.doing = f"loading {path}"
+        saved = checkpoint.load(path)
+        checkpoint.check_recipe(path, saved=saved.fingerprint, current=self._fingerprint(saved.version))
+        if "data" not in saved.meta:
+            raise CheckpointError(f"the checkpoint {path} does not tell what data it was trained on; use another one.")
+        if saved.meta["data"] != self.data_facts() and not self._told_apart_by_samples_left_out(saved.meta["data"]):
+            changing = what_does_not_repeat(self.replica.data)
+            if changing:
+                raise CheckpointError(f"the data of {path} cannot be told from others: {changing}")
+            raise CheckpointError(
+                f"the data are not those that {path} was trained on: {self.data_facts()['samples']} samples here and "
+                f"{saved.meta['data']['samples']} there, or other content; give back those, or start a new run."
+            )
+        self.saved_version = saved.version
+        return saved
+
+    def _fingerprint(self, version: int) -> str:
+        """Of what has decided the weights of `version`: changes that hold from it on have not yet."""
+        return self.assignment.fingerprints[sum(change.version < version for change in self.recipe.changes)]
+
+    def data_facts(self) -> dict[str, Any]:
+        """Digest and length of the training data."""
+        assert self.replica is not None
+        if self._data is None:
+            data, changes = self.replica.data, self.replica.recipe.changes
+            left_out = {index for change in changes for index in change.skip_samples}
+            digest, self._unread = digest_without(data, left_out)
+            self._data = {"digest": digest, "samples": len(data.train)}
+        return self._data
+
+    def _told_apart_by_samples_left_out(self, saved: Mapping[str, Any]) -> bool:
+        """Whether the digests differ, or may, since samples that are left out cannot be read. Warns of it."""
+        if not self._unread or saved["samples"] != self.data_facts()["samples"]:
+            return False
+        if self.leads:
+            listed = ", ".join(map(str, self._unread))
+            self.emit(
+                "warned",
+                why=f"samples {listed}, which are left out, cannot be read, so that the data could not be compared "
+                f"with those that the run was trained on.",
+            )
+        return True
+
+    def facts(self, **more: Any) -> dict[str, Any]:
+        """What all processes of a team must agree on before they start."""
+        assert self.replica is not None
+        return {
+            "data": self.data_facts()["digest"],
+            "samples": self.data_facts()["samples"],
+            "parameters": self.replica.size,
+            **more,
+        }
+
+    def ready(
+        self, facts: Mapping[str, Any], memory: Mapping[str, Region]
+    ) -> tuple[Mapping[str, Any], Mapping[str, Region]]:
+        """Tells the supervisor that all is built, and waits until everybody is.
+
+        Returns the facts and the memory of worker 0 or, where there is one, of the server.
+        """
+        self.pipe.send(("ready", facts, memory))
+        self.pulse.waiting(True)
+        agreed: tuple[Mapping[str, Any], Mapping[str, Region]] = self.pipe.recv()
+        self.pulse.waiting(False)
+        return agreed
+
+    def save(
+        self,
+        progress: Progress,
+        model_state: Mapping[str, Tensor],
+        training_state: Mapping[str, Any],
+        sound: Callable[[], None] | None = None,
+        looked: bool = True,
+        **meta: Any,
+    ) -> None:
+        """Writes a checkpoint; `sound` may still raise then. Raises ResourceError where the disk refuses.
+
+        looked: whether all bits of the weights were looked at, for what forwards write past autograd.
+        """
+        assert self.replica is not None
+        self._warn()
+        self._tried_version = progress.version
+        if not is_there(self.assignment.folder, self.assignment.identity):  # the supervisor says what became of it
+            raise RecordError(f"the run folder {self.assignment.folder} is not where it was; resume it from there.")
+        if self.assignment.run_id is not None:
+            meta["run"] = self.assignment.run_id
+        if not looked:
+            meta["unlooked"] = True
+        if self.replica.written.names:
+            meta["written"] = list(self.replica.written.names)
+        saved = checkpoint.save(
+            self._checkpoints,
+            version=progress.version,
+            model_state=model_state,
+            training_state=training_state,
+            meta={"progress": asdict(progress), "data": self.data_facts(), **meta},
+            fingerprint=self._fingerprint(progress.version),
+            keep=self.assignment.team.keep,
+            sound=sound,
+        )
+        self.saved_version = progress.version
+        self.pulse.advance()
+        self.emit(
+            "checkpointed", version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest
+        )
+
+    def tries_checkpoint(self, version: int) -> bool:
+        """Whether it is to be tried now, once in a run, if a checkpoint can be loaded: alike at all workers."""
+        return self.assignment.first and version == 1 and not self.assignment.team.memory
+
+    def try_checkpoint(
+        self, version: int, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]
+    ) -> None:
+        """Tries it, see `instep.worker.trial`. Raises CheckpointError or RecordError where it cannot be loaded."""
+        assert self.replica is not None
+        before, self._tried_version = self._tried_version, version  # one that cannot be loaded is not saved
+        why = try_checkpoint(self.replica, model_state, training_state)
+        self._tried_version = before
+        if why is not None:
+            self.emit("warned", why=why)
+
+    def must_save(self, version: int) -> bool:
+        """Whether a checkpoint of `version` is worth a try: there is something to save, and the disk did not refuse."""
+        return 0 < version not in (self.saved_version, self._tried_version)
+
+    def evaluated(self, progress: Progress, found: Evaluation | None) -> bool:
+        """Notes the objective on held-out data. Returns whether this version is to be saved as the best."""
+        if found is None or self.replica is None:
+            return False
+        note_evaluation(progress, self.replica, found.facts(progress.version, self.replica))
+        if not self.leads:
+            return False
+        self.emit("evaluated", **progress.held_out)
+        for why in filter(None, (found.problem(progress.version), *found.doubts)):
+            self.emit("warned", why=why, version=progress.version)
+        return self.assignment.team.keep_best and best.is_best(self._checkpoints, progress.version, found.objective)
+
+    def mark_best(self, progress: Progress) -> None:
+        """Notes that the checkpoint of this version, which is saved, is the best so far. Raises ResourceError."""
+        best.mark(self._checkpoints, progress.version, progress.held_out["objective"])
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks for all: worker 0 or, where there is one, the server."""
+        return self.number == (self.assignment.team.workers if self.assignment.lines else 0)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return RunFolder(self.assignment.folder).checkpoints
+
+    def leave(self) -> dict[str, Any]:
+        """What a finished run leaves beside its weights, as `result.json` tells of it."""
+        assert self.replica is not None
+        with self.replica.averaged():
+            return {"sample": self.sample(), "artifacts": self.artifacts()}
+
+    def artifacts(self) -> dict[str, Any] | None:
+        """Has the recipe's artifacts written; their files, relative to the run folder, and figures."""
+        recipe, replica, run = self.recipe, self.replica, RunFolder(self.assignment.folder)
+        assert replica is not None
+        if recipe.artifacts is None:
+            return None
+        replica.doing = "writing the artifacts"
+        seed_all(key(recipe.seed, "artifacts"))
+        try:
+            run.artifacts.mkdir(exist_ok=True)
+            with kept_module_state(replica.module, training=False), replica.written.kept(), torch.no_grad():
+                figures = dict(recipe.artifacts.build(replica.module, replica.data, run.artifacts) or {})
+            json_text(figures)
+        except Exception as error:  # the run is done; what only shows it must not end it
+            self.emit("warned", why=f"the artifacts could not be written: {told(error)}")
+            figures = {}
+        files = sorted(path.relative_to(run.path).as_posix() for path in run.artifacts.rglob("*") if path.is_file())
+        return {"files": files, "figures": figures}
+
+    def sample(self) -> str | None:
+        """For text, what the model goes on to write after the recipe's prompt."""
+        recipe, replica = self.recipe, self.replica
+        assert replica is not None
+        codec = replica.data.codec
+        if codec is None or not recipe.sample_length:
+            return None
+        replica.doing = "writing the sample"
+        seed_all(key(recipe.seed, "sample"))
+        prompt = torch.tensor([codec.encode(recipe.sample_prompt or "\n")], device=replica.device)
+        try:
+            with replica.written.kept(), replica.autocast():
+                tokens = generate(replica.module, prompt, recipe.sample_length)
+            return codec.decode(tokens[0].tolist())
+        except Exception as error:  # the run is done; what only shows it must not end it
+            self.emit("warned", why=f"no sample could be written: {told(error)}")
+            return None
+
+    def emit(self, kind: str, **fields: Any) -> None:
+        """Notes an event. Those of every step are sent with others, see `HOLD_S`."""
+        self._events.append({"t_s": self.clock(), "clock": "wall", "kind": kind, **fields})
+        if kind not in ("computed", "pushed", "merged", "released", "dropped"):
+            self.send_events()
+
+    def send_events(self, *, held: bool = False) -> None:
+        """Sends the events that were held; with `held`, only if it is time to."""
+        if held and self.clock() - self._sent_s < HOLD_S:
+            return
+        if self._events:
+            self.pipe.send(("events", self._events))
+            self._events = []
+        self._sent_s = self.clock()
+
+    def clock(self) -> float:
+        """Seconds since the run's start."""
+        return round(time.monotonic() - self.assignment.began, 6)

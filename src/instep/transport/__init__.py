@@ -1,0 +1,1 @@
+"""How bytes get from process to process; nothing is added up here."""

@@ -1,0 +1,1 @@
+"""What one process computes, alike under every engine."""

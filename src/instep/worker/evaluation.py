@@ -1,0 +1,222 @@
+"""How far a run is, and the objective on held-out data: what all engines share."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import ArrayLike
+
+from instep.data.cursor import held_out_batches
+from instep.errors import CheckpointError, RecipeError
+from instep.objectives.bound import exact_sum
+from instep.objectives.gathers import Outputs, measure, outputs_of
+from instep.randomness import key, seed_all
+from instep.recipe import Recipe
+from instep.record.checkpoint import Loaded
+from instep.restore import kept_module_state, kept_random_state
+from instep.worker.replica import Replica
+
+
+@dataclass
+class Progress:
+    """What has been done so far, beside the weights. It travels in checkpoints. `steps` are global batches of items;
+    under a synchronous rule they are the versions.
+    """
+
+    version: int = 0
+    steps: int = 0
+    items: int = 0
+    train_s: float = 0.0
+    objective_first: float | None = None
+    objective_last: float | None = None
+    held_out: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)  # version and objective of the best evaluation
+    evaluations_since: int = 0
+    skipped: int = 0  # updates that were left out because of a spike
+    bad_batches: int = 0  # that were left out because they were not finite, or had no items
+    stopped: str = ""  # why the run ended before its last step
+    unevaluated: bool = False  # an evaluation was due at this version, and raised: a resume makes up for it
+
+    @classmethod
+    def resumed(cls, saved: Loaded, recipe: Recipe) -> Progress:
+        """Where the run stood at a checkpoint. Another watch from there on lets one go on that its watch has ended.
+
+        Raises CheckpointError where it tells of what nobody here knows.
+        """
+        told = saved.meta.get("progress", {})
+        unknown = sorted(told.keys() - {each.name for each in fields(cls)})
+        if unknown:
+            raise CheckpointError(
+                f"the checkpoint of version {saved.version} tells of '{unknown[0]}', which this version of Instep does "
+                f"not know; go on with the version that wrote it."
+            )
+        progress = cls(**{**told, "version": saved.version})
+        if any(change.watch is not None and change.version == saved.version for change in recipe.changes):
+            progress.stopped = ""
+        return progress
+
+    def merged(self, *, version: int, steps: int, items: int, objective: float | None) -> None:
+        """Notes an update; `objective` is None for one without items."""
+        self.version, self.steps = version, steps
+        self.items += items
+        if objective is not None:
+            self.objective_first = objective if self.objective_first is None else self.objective_first
+            self.objective_last = objective
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The objective on held-out data, the mean of each term, metrics included, and the items of the first term.
+
+    gathered: the metrics that are no sums, over the whole of these data. doubts: a sentence on each that failed.
+    The terms are weighed as in the recipe's last step, so that the objectives of a run's evaluations compare. The
+    objective is not a number where no term that is minimised has an item.
+    """
+
+    objective: float
+    terms: dict[str, float]
+    items: int
+    gathered: dict[str, float] = field(default_factory=dict)
+    doubts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, replica: Replica, counts: ArrayLike, sums: ArrayLike, outputs: Sequence[Outputs] = ()) -> Evaluation:
+        """From what the batches gave: counts [E, T] and sums [E, T] of T terms in E batches, and outputs of each, in
+        one process, where the objective gathers them.
+        """
+        terms, last = replica.objective.terms or (), replica.recipe.steps - 1
+        totals = dict(zip(terms, (sum(map(int, column)) for column in zip(*_rows(counts), strict=True)), strict=True))
+        columns = dict(zip(terms, zip(*_rows(sums), strict=True), strict=True))
+        means = {name: exact_sum(columns[name]) / total for name, total in totals.items() if total}
+        objective = replica.objective.whole(means, last) if replica.objective.has_items(totals) else math.nan
+        gathered, doubts = dict[str, float](), list[str]()
+        if replica.objective.gathers and outputs:
+            with kept_random_state():
+                seed_all(key(replica.recipe.seed, "gathers"))
+                gathered, doubts = measure(replica.objective.objective, outputs)
+        return cls(objective, means, totals[terms[0]], gathered, tuple(doubts))
+
+    def problem(self, version: int) -> str:
+        """A sentence to warn with where the objective is not finite, else ""."""
+        if math.isfinite(self.objective):
+            return ""
+        terms = ", ".join(f"'{name}' {value}" for name, value in self.terms.items()) or "no term has an item"
+        return (
+            f"the objective on the held-out data is {self.objective} at version {version} ({terms}), which is no best "
+            f"and no progress; look at these data, which samples they hold and how the objective counts them."
+        )
+
+    def facts(self, version: int, replica: Replica) -> dict[str, Any]:
+        """What a tape and a result say of it; for text with ``bits_per_byte``, and ``gathered`` where anything is.
+
+        These are from the term "cross_entropy", or else from the objective if it minimises one term alone.
+        """
+        facts: dict[str, Any] = {"version": version, **asdict(self)}
+        del facts["doubts"]
+        if not replica.objective.gathers:
+            del facts["gathered"]
+        codec = replica.data.codec
+        nats = self.terms.get("cross_entropy", self.objective if len(replica.objective.minimised) == 1 else None)
+        if codec is None or nats is None:
+            return facts
+        bits = nats / math.log(2) / codec.bytes_per_token
+        return {**facts, "bits_per_byte": bits}
+
+
+def _rows(array: ArrayLike) -> list[Any]:
+    return list(array)  # type: ignore[arg-type]
+
+
+def batches_held_out(replica: Replica) -> list[range]:
+    """The indices of each batch of held-out samples, as large as a microbatch; none without held-out data.
+
+    Raises RecipeError where the recipe's watch needs them and there are none.
+    """
+    data, recipe = replica.data, replica.recipe
+    if data.held_out is None:
+        patience = next((watch.patience for watch in recipe.watches if watch.patience is not None), None)
+        if patience is not None:
+            raise RecipeError(
+                f"'watch.patience' is {patience} evaluations, and the data have nothing held out; give a "
+                f"pair (training, held out), or leave patience out."
+            )
+        return []
+    samples = len(data.held_out)
+    if recipe.evaluate_samples is not None:
+        samples = min(samples, recipe.evaluate_samples)
+    return held_out_batches(samples, recipe.batch // recipe.microbatches)
+
+
+class Evaluated(NamedTuple):
+    """One held-out batch: its place among all, counts and sums by term, and the outputs that are gathered."""
+
+    place: int
+    counts: list[int]
+    sums: list[float]
+    outputs: Outputs
+
+
+def evaluate(
+    replica: Replica, batches: Sequence[range], places: range, advance: Callable[[], None]
+) -> Iterator[Evaluated]:
+    """Those of `batches` that are at `places`, in eval mode and without gradients.
+
+    `advance` is called after each batch. The model's mode and buffers are as before once the iterator has ended; what
+    a forward writes into parameters is put back at once. Raises FirstWrite for those that none wrote before.
+    """
+    assert replica.data.held_out is not None
+    terms = replica.objective.terms or ()
+    with replica.averaged(), kept_module_state(replica.module, training=False), torch.no_grad(), replica.autocast():
+        for place in places:
+            seed = key(replica.recipe.seed, "evaluate", place)
+            batch = replica.read(replica.data.held_out, list(batches[place]), seed)
+            counts = replica.objective.counts(batch)
+            outputs: Outputs = {}
+            with replica.written.kept("an evaluation"):
+                sums = replica.objective.sums(replica.module, batch)
+            if replica.objective.gathers:
+                seed_all(key(replica.recipe.seed, "outputs", place))
+                with replica.written.kept("an evaluation"):
+                    outputs = outputs_of(replica.objective.objective, replica.module, batch)
+            yield Evaluated(place, [counts[name] for name in terms], [float(sums[name]) for name in terms], outputs)
+            advance()
+
+
+def evaluate_alone(
+    replica: Replica, batches: Sequence[range], advance: Callable[[], None] = lambda: None
+) -> Evaluation | None:
+    """The objective on all of `batches`, computed by this process; None if there are none."""
+    if not batches:
+        return None
+    found = list(evaluate(replica, batches, range(len(batches)), advance))
+    return Evaluation.of(
+        replica, [each.counts for each in found], [each.sums for each in found], [each.outputs for each in found]
+    )
+
+
+def packed(outputs: Sequence[Outputs]) -> bytes:
+    """As bytes."""
+    buffer = io.BytesIO()
+    torch.save(list(outputs), buffer)
+    return buffer.getvalue()
+
+
+def unpacked(parcel: bytes) -> list[Outputs]:
+    """What was `packed`."""
+    found: list[Outputs] = torch.load(io.BytesIO(parcel), weights_only=True)
+    return found
+
+
+def passes(every: int, before: int, now: int) -> bool:
+    """Whether a multiple of `every` steps lies after `before` and up to `now`; 0 has none."""
+    return bool(every) and before // every != now // every
+
+
+def is_saved_after(step: int, steps: int, due: Iterable[int]) -> bool:
+    """Whether the weights after `step`, from 0, may be saved: the last of `steps`, or a multiple of what is `due`."""
+    return step + 1 == steps or any(passes(every, step, step + 1) for every in due)

@@ -1,0 +1,297 @@
+"""The recipe's optimizer as a run uses it: built, given its rates, stepped, saved and loaded.
+
+Nothing is assumed about what it keeps: its state is what its own `state_dict` gives and `load_state_dict` takes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from instep.by_pattern import ByPattern
+from instep.components import Component
+from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, described, shown
+from instep.recipe import Recipe
+from instep.reduce.checksums import checksum
+from instep.worker.optimizer_state import is_plain, put_back, tensors_in
+
+
+def optimizer_of(recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> Optimizer | Several:
+    """The recipe's optimizer, or optimizers, of `parameters`, which `names` names in the same order.
+
+    Raises ComponentError where one cannot be built, is none or is one of other parameters, or where patterns leave a
+    parameter or an optimizer out, and RecipeError where the recipe's schedule has no learning rate to change.
+    """
+    if isinstance(recipe.optimizer, ByPattern):
+        named = dict(zip(names, parameters, strict=True))
+        parts = zip(recipe.optimizer.parts, recipe.optimizer.split(names), strict=True)
+        return Several([Optimizer(c, recipe, own, [named[name] for name in own]) for (_, c), own in parts])
+    return Optimizer(recipe.optimizer, recipe, names, parameters)
+
+
+class Optimizer:
+    """One of torch's that `component` builds."""
+
+    def __init__(self, component: Component, recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter]):
+        self.of_torch = _built(component, names, parameters)
+        self._names, self._parameters = names, parameters
+        self._check_parameters()
+        self._rates = [self._rate_of(group, recipe) for group in self.of_torch.param_groups]
+        self.averages = all(callable(getattr(self.of_torch, name, None)) for name in ("train", "eval"))
+        """Whether it trains other weights than are to be evaluated and saved, as schedule-free ones do."""
+        self._alone = not recipe.rule.gradients  # each worker has its own, which nobody sees
+        self.train()
+        self._unsaved = _unsaved_state(self.of_torch)
+        self._looked_for_kept_gradients = False
+
+    @property
+    def kind(self) -> str:
+        """Its class's name."""
+        return type(self.of_torch).__name__
+
+    @property
+    def each(self) -> list[Optimizer]:
+        """Itself, as one of one."""
+        return [self]
+
+    def take_rates(self, other: Optimizer) -> None:
+        """From here on the learning rates are those that `other` was built with."""
+        self._rates = other._rates
+
+    def step(self, factor: float) -> float | None:
+        """One update by the parameters' `grad`, all learning rates times `factor`; returns the first of them, if any.
+
+        An optimizer without one (`lr` is None) finds its own, under a constant schedule.
+        """
+        for group, rate in zip(self.of_torch.param_groups, self._rates, strict=True):
+            if rate is None:
+                continue
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
+        self.of_torch.step()
+        if not self._looked_for_kept_gradients:
+            self._looked_for_kept_gradients = True
+            self._check_gradients_are_not_kept()
+        return None if self._rates[0] is None else factor * self._rates[0]
+
+    def train(self) -> None:
+        """Makes the parameters those that it trains, where it tells them from others."""
+        if self.averages:
+            self.of_torch.train()  # type: ignore[attr-defined]
+
+    def eval(self) -> None:
+        """Makes the parameters those that are to be evaluated and saved."""
+        if self.averages:
+            self.of_torch.eval()  # type: ignore[attr-defined]
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return self.of_torch.state_dict()
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave, with the types it had. May use it up. Raises CheckpointError."""
+        try:
+            self.of_torch.load_state_dict(pytree.tree_map(lambda leaf: leaf, dict(saved)))  # which it may change
+            put_back(saved, self.of_torch.state_dict())
+        except Exception as error:  # its own code, which may raise anything
+            raise CheckpointError(
+                f"the optimizer {self.kind} that the recipe builds does not load the state that is saved "
+                f"({described(error)}); build the same one each time, whose 'load_state_dict' takes what "
+                f"its 'state_dict' gave."
+            ) from error
+
+    def doubts(self) -> list[str]:
+        """Sentences on what it does its own way."""
+        found = []
+        held = {id(parameter) for group in self.of_torch.param_groups for parameter in group["params"]}
+        left = [name for name, p in zip(self._names, self._parameters, strict=True) if id(p) not in held]
+        if left:
+            found.append(
+                f"the optimizer {self.kind} has {len(left)} of the {len(self._names)} parameters in no group, "
+                f"'{left[0]}' among them, so they keep their first values; give it all, or build the model with "
+                f"requires_grad=False on those."
+            )
+        scheduled = hasattr(
+            self.of_torch.step, "_wrapped_by_lr_sched"
+        )  # an optimizer may have an initial_lr of its own
+        if scheduled and any("initial_lr" in group for group in self.of_torch.param_groups):
+            found.append(
+                f"a learning rate scheduler of torch has set the rates of the optimizer {self.kind}, and will not "
+                f"change them any more; leave it out, and set the recipe's schedule."
+            )
+        if self.averages and self._alone:
+            found.append(
+                f"the optimizer {self.kind} averages the weights of its own steps, and under a rule with local steps "
+                f"each worker has its own: the weights that are evaluated and saved are not averages; take a rule "
+                f"without local steps, or another optimizer."
+            )
+        now = _unsaved_state(self.of_torch)
+        changed = [name for name in now if name not in self._unsaved or now[name] != self._unsaved[name]]
+        if changed:
+            found.append(
+                f"the optimizer {self.kind} changes its attribute '{changed[0]}', which is in no state_dict and so in "
+                f"no checkpoint: a resume or restart will give another result; keep it in the optimizer's 'state'."
+            )
+        return found
+
+    def _check_parameters(self) -> None:
+        known = {id(parameter) for parameter in self._parameters}
+        held = [parameter for group in self.of_torch.param_groups for parameter in group["params"]]
+        others = [parameter for parameter in held if id(parameter) not in known]
+        if others:
+            raise ComponentError(
+                f"the optimizer {self.kind} holds {len(others)} parameters, the first of shape "
+                f"{list(others[0].shape)}, that are none of the {len(known)} it was given to train, as where it is "
+                f"made from another copy of the model; build it from what it is called with: the list of parameters "
+                f"and, where it asks for 'named_parameters', their names."
+            )
+
+    def _rate_of(self, group: Mapping[str, Any], recipe: Recipe) -> float | None:
+        if group["lr"] is None:
+            if not recipe.schedule.changes:
+                return None
+            raise RecipeError(
+                f"the optimizer {self.kind} has no learning rate ('lr' is None), which the recipe's schedule would "
+                f"change; give it one, or leave 'recipe.schedule' constant, without warm-up and scale."
+            )
+        try:
+            return float(group["lr"])
+        except (TypeError, ValueError):
+            raise ComponentError(
+                f"the optimizer {self.kind} has the learning rate {shown(group['lr'])}; it must be a number, which the "
+                f"recipe's schedule changes by step."
+            ) from None
+
+    def _check_gradients_are_not_kept(self) -> None:
+        gradients = {p.grad.untyped_storage().data_ptr() for p in self._parameters if p.grad is not None}
+        for where, value in tensors_in(self.state()):
+            if is_plain(value) and value.numel() and value.untyped_storage().data_ptr() in gradients:
+                raise ComponentError(
+                    f"the optimizer {self.kind} keeps a gradient itself as its state '{where}', and the next step's "
+                    f"gradient will lie in the same memory; let it keep a clone."
+                )
+
+
+class Several:
+    """Optimizers of parts of the parameters, used as one: each makes its step in turn."""
+
+    def __init__(self, each: list[Optimizer]):
+        self.each = each
+        self.averages = any(one.averages for one in each)
+
+    @property
+    def kind(self) -> str:
+        """Their classes' names."""
+        return " and ".join(one.kind for one in self.each)
+
+    def step(self, factor: float) -> float | None:
+        """As of one; the learning rate is that of the first."""
+        return [one.step(factor) for one in self.each][0]  # noqa: RUF015  # all of them make it
+
+    def train(self) -> None:
+        """As of one."""
+        for one in self.each:
+            one.train()
+
+    def eval(self) -> None:
+        """As of one."""
+        for one in self.each:
+            one.eval()
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: theirs, in order."""
+        return {"several": [one.state() for one in self.each]}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave. Raises CheckpointError."""
+        for one, state in zip(self.each, saved["several"], strict=True):
+            one.load(state)
+
+    def doubts(self) -> list[str]:
+        """Sentences on what they do their own way."""
+        return [why for one in self.each for why in one.doubts()]
+
+
+def call(component: Component, *positional: Any) -> Any:
+    """Builds, turning what the user's code raises about its arguments into a sentence."""
+    try:
+        return component.build(*positional)
+    except InstepError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ComponentError(f"{component.describe()} could not be built: {described(error)}.") from error
+
+
+def _called(component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> Any:
+    """What the component gives for the parameters and, where it has an argument `named_parameters`, for their names."""
+    named = list(zip(names, parameters, strict=True))
+    try:
+        arguments = list(inspect.signature(component.load()).parameters)
+    except (TypeError, ValueError):  # it has no signature, or cannot be called
+        arguments = []
+    if "named_parameters" not in arguments or "named_parameters" in component.args:
+        return call(component, list(parameters))
+    if arguments[0] == "named_parameters":
+        return call(component, named)
+    return call(Component(component.use, {**component.args, "named_parameters": named}), list(parameters))
+
+
+def _built(component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    given = component.load()
+    if isinstance(given, torch.optim.Optimizer):
+        kind = type(given).__name__
+        raise ComponentError(
+            f"the optimizer is a finished {kind}, whose parameters are not those that the workers train; give what "
+            f"builds it from a list of parameters, such as lambda parameters: {kind}(parameters, lr=...)."
+        )
+    try:
+        optimizer = _called(component, names, parameters)
+    except InstepError:
+        raise
+    except Exception as error:  # its own code, which may raise anything
+        raise ComponentError(
+            f"the optimizer {component.describe()} could not be built from the list of parameters "
+            f"({type(error).__name__}: {error}); give what builds it from that list or, by an argument "
+            f"'named_parameters', from their names too.",
+            detail=traceback.format_exc(),
+        ) from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ComponentError(
+            f"the optimizer {component.describe()} gave a {type(optimizer).__name__}; called with the list of "
+            f"parameters, it must give one torch.optim.Optimizer (the recipe takes several, by patterns of names)."
+        )
+    if not all("lr" in group for group in optimizer.param_groups):
+        raise ComponentError(
+            f"the optimizer {component.describe()} has a group of parameters without 'lr', which the recipe's schedule "
+            f"sets in each step; name its learning rate so."
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise needs_closure(type(optimizer).__name__)
+    return optimizer
+
+
+def needs_closure(kind: str) -> ComponentError:
+    """The error for an optimizer that computes the objective itself."""
+    return ComponentError(
+        f"the optimizer {kind} needs a closure, which computes the objective again within a step, and that a team "
+        f"cannot; take an optimizer whose step() needs none."
+    )
+
+
+def _unsaved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its attributes that are numbers or tensors, and not in its state_dict, unless it has one of its own."""
+    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
+        return {}
+    attributes = vars(optimizer)
+    tensors = {n: v for n, v in attributes.items() if isinstance(v, Tensor) and is_plain(v) and not v.is_complex()}
+    numbers = {name: value for name, value in attributes.items() if type(value) in (int, float)}
+    return {**numbers, **dict(zip(tensors, checksum(tensors.values()), strict=True))}

@@ -1,0 +1,475 @@
+"""One worker's copy of what the recipe trains, and the computing of one microbatch."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import dataclasses
+import itertools
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+
+from instep import data, objectives
+from instep.components import Component
+from instep.data.cursor import Cursor, load, rows_of
+from instep.errors import (
+    CheckpointError,
+    ComponentError,
+    DataError,
+    NonFiniteError,
+    RecipeError,
+    RecomputeError,
+    ResourceError,
+)
+from instep.randomness import key, seed_all
+from instep.recipe import Recipe
+from instep.reduce.written import Written
+from instep.restore import is_expanded
+from instep.worker.extra_state import ExtraState
+from instep.worker.optimizer import call, optimizer_of
+from instep.worker.single_samples import check_single_samples
+from instep.worker.spot_checks import SpotChecks
+from instep.worker.trainable import Trainable
+from instep.worker.training_mode import idle_dropouts, into_training
+
+RETRY_S = 0.1
+"""Seconds before samples are read again; twice as many before each further try."""
+
+SHOWN_SAMPLES = 16
+"""Indices of samples that a message names at most."""
+
+
+class Replica:
+    """Model, optimizer, objective and data of a recipe, built on one device.
+
+    `like`: another of the same recipe in this process, whose data it reads too. `retries`: how often samples are read
+    again that the system refuses. `written`: the names of parameters that forwards are known to write.
+
+    Raises ComponentError, DataError, RecipeError or ResourceError where the recipe cannot be built.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: str,
+        like: Replica | None = None,
+        retries: int = 0,
+        written: Collection[str] = (),
+    ):
+        self.recipe = recipe
+        self._retries, self._read_again = retries, set[str]()
+        self.device = prepare_device(device, recipe.threads)
+        self.doing = "building the data set"
+        seed_all(key(recipe.seed, "data"))
+        self.data: data.Data = data.from_component(recipe.data) if like is None else like.data
+        self.cursor = Cursor(
+            samples=len(self.data.train), batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed,
+            ragged=recipe.ragged, drop_last=recipe.drop_last,
+        )  # fmt: skip
+        self.objective = objectives.bind(objectives.from_component(recipe.objective))
+        if self.objective.shares and not recipe.rule.synchronous:
+            raise RecipeError(
+                f"the objective {recipe.objective.describe()} compares each sample with its whole global batch, which "
+                f"rule '{recipe.rule.name}' never computes from the same weights; set rule to 'synchronous'."
+            )
+        self._starts = [change.version for change in recipe.changes]
+        self._check_skipped()
+        self._build(written)
+        self.checks: SpotChecks | None = None
+        """What is verified of the gradient checkpointing plan that is on the model."""
+        self._forward: Any = _compiled(self.module) if recipe.compile else self.module
+        self._shared: tuple[Any, dict[int, Any]] = (None, {})
+        self._in_hand: tuple[int, int] | None = None
+        self._enter(0)
+        torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
+        self.doing = "waiting for the team"
+
+    def _build(self, written: Collection[str]) -> None:
+        """Builds model and optimizer."""
+        recipe = self.recipe
+        self.doing = "building the model"
+        seed_all(key(recipe.seed, "model"))
+        self.module = build_model(recipe.model).to(self.device)
+        into_training(self.module)
+        _own_memory_for_buffers(self.module)
+        self._built = set(self.module.state_dict())
+        self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self._check_parameters()
+        self._extra_state = ExtraState(self.module)
+        self.trainable = Trainable(self.module, self.names, self.parameters)
+        """Which of them require a gradient at present."""
+        self._lr: float | None = None
+        self.written = Written(self.module, self.parameters, written)
+        """The parameters that its own forwards write."""
+        self.doing = "building the optimizer"
+        seed_all(key(recipe.seed, "optimizer"))
+        self.optimizer = optimizer_of(recipe, self.names, self.parameters)
+        self._stepped = self._averaged = False
+
+    def again(self, device: torch.device) -> Replica:
+        """One whose model and optimizer are built again, as after a restart, in eager mode; all else is this one's."""
+        other = copy.copy(self)
+        other.device = device
+        other._build(self.written.names)
+        other.checks, other._forward = None, other.module
+        return other
+
+    def enter(self, version: int) -> bool:
+        """Lets hold what the recipe's changes up to `version` say, and nothing of later ones. Whether that is new."""
+        if bisect.bisect_right(self._starts, version) == self._entered:
+            return False
+        self._enter(version)
+        return True
+
+    def _enter(self, version: int) -> None:
+        phase = self.recipe.phase(version)
+        self._entered = bisect.bisect_right(self._starts, version)
+        self.schedule, self.watch = phase.schedule, phase.watch
+        self.cursor = dataclasses.replace(self.cursor, skipped=phase.skipped)
+        self._shared = (None, {})
+        if phase.lr != self._lr:
+            seed_all(key(self.recipe.seed, "optimizer"))
+            changed = optimizer_of(self.recipe.with_lr(phase.lr), self.names, self.parameters)
+            for own, other in zip(self.optimizer.each, changed.each, strict=True):
+                own.take_rates(other)
+            self._lr = phase.lr
+
+    def _check_skipped(self) -> None:
+        highest = max((index for change in self.recipe.changes for index in change.skip_samples), default=-1)
+        if highest >= self.cursor.samples:
+            raise DataError(
+                f"skip_samples (--skip-samples) holds {highest}, and the {self.cursor.samples} samples are counted "
+                f"from 0; leave it out."
+            )
+
+    @property
+    def size(self) -> int:
+        """How many weights are trained."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def rows(self) -> tuple[Tensor, ...] | None:
+        """The data's tensors, where a batch is some of their rows and holds as many items; else None."""
+        known = self.objective.counts_samples and self.device.type == "cpu"
+        return rows_of(self.data.train, self.data.collate) if known else None
+
+    def batch(self, step: int, microbatch: int) -> Any | None:
+        """The samples of one microbatch, collated, on the device; None where the ragged end of an epoch has none."""
+        indices = self.cursor.microbatch(step, microbatch)
+        if not indices:
+            return None
+        self.doing, self._in_hand = f"loading step {step + 1}, microbatch {microbatch}", (step, microbatch)
+        try:
+            return self.read(self.data.train, indices, key(self.recipe.seed, step, microbatch, "data"))
+        except DataError as error:
+            remedy = "mend it, or leave the sample out with skip_samples (--skip-samples)"
+            raise DataError(f"{error.message.rstrip('.')}; {remedy}.", detail=error.detail) from error.__cause__
+
+    def read(self, samples: data.MapStyle, indices: Sequence[int], seed: int) -> Any:
+        """The batch of `samples` at `indices`, on the device, read with random numbers from `seed`.
+
+        Where the system refuses a sample, as a network's file system does now and then, all is read again after a
+        while, as often as `retries` says. Raises DataError.
+        """
+        for tries in range(self._retries + 1):
+            seed_all(seed)
+            try:
+                return self.to_device(load(samples, indices, self.data.collate))
+            except (DataError, OSError) as error:
+                if not isinstance(error.__cause__ or error, OSError) or tries == self._retries:
+                    raise
+                self._read_again.add(str(error.__cause__ or error))
+                time.sleep(RETRY_S * 2**tries)
+        raise AssertionError("the last try returns or raises")
+
+    def learn_terms(self, step: int, batch: Any | None = None) -> Any:
+        """Learns the objective's terms from the first microbatch of `step`, which it reads, if need be, and returns."""
+        self.doing = "looking for microbatches that are too small"
+        check_single_samples(self, step)
+        places = range(self.recipe.microbatches)
+        later = ((at, place) for at in itertools.count(step) for place in places)
+        step, first = next((at, place) for at, place in later if self.cursor.microbatch_size(at, place))
+        batch = self.batch(step, first) if batch is None else batch
+        self.doing = f"computing a first forward on step {step + 1}, microbatch {first}"
+        seed_all(key(self.recipe.seed, "terms"))
+        with self.written.probing():
+            self.objective = objectives.learn_terms(self.objective, self.module, batch)
+        return batch
+
+    def compute(self, step: int, microbatch: int, batch: Any, totals: Mapping[str, int]) -> dict[str, Tensor]:
+        """The gradient of one microbatch's share of the step's objective, into the parameters' hooks.
+
+        `totals` are the items of each term over the whole batch of the step; they divide the sums, so that what the
+        microbatches give adds up to the gradient of the objective on the whole batch. A term without items in the whole
+        batch adds nothing, nor does a metric. Returns the sums, metrics included, detached.
+        """
+        shared = self._share(step, microbatch) if self.objective.shares else None
+        self.doing, self._in_hand = f"computing step {step + 1}, microbatch {microbatch}", (step, microbatch)
+        if self.checks is not None:
+            self.checks.choose(step, microbatch)
+        seed_all(key(self.recipe.seed, step, microbatch, "compute"))
+        with self.autocast():
+            sums = self.objective.sums(self._forward, batch, shared)
+        weights = self.objective.weights(step)
+        parts = [
+            (weight if totals[name] else 0.0) * (sums[name].float() / max(1, totals[name]))
+            for name, weight in weights.items()
+        ]
+        try:
+            torch.stack(parts).sum().backward() if len(parts) > 1 else parts[0].backward()
+        except RecomputeError as error:
+            raise (error if self.checks is None else self.checks.say(error)) from None
+        if self.checks is not None:
+            self.checks.computed(step)
+        self._extra_state.check(step)
+        return {name: value.detach() for name, value in sums.items()}
+
+    def verified(self) -> dict[str, float]:
+        """For the tape: `verify_s`, the seconds of comparing recomputed values since this was asked last, if any."""
+        seconds = 0.0 if self.checks is None else self.checks.took_s()
+        return {"verify_s": round(seconds, 6)} if seconds else {}
+
+    def _share(self, step: int, microbatch: int) -> objectives.Shared:
+        """What all microbatches of `step` share, computed once for the present weights: a forward of the whole batch.
+
+        Every worker computes all of it for itself, so that no bit of it depends on the team.
+        """
+        now = step, self.written.mark
+        if self._shared[0] != now:
+            parts: dict[int, Any] = {}
+            for place in range(self.recipe.microbatches):
+                batch = self.batch(step, place)
+                if batch is not None:
+                    self.doing = f"computing what microbatch {place} of step {step + 1} shares"
+                    seed_all(key(self.recipe.seed, step, place, "compute"))
+                    with self.autocast():
+                        parts[place] = self.objective.share(self._forward, batch)
+                    self.written.put_back()
+            self._shared = now, parts
+        parts = self._shared[1]
+        self.doing = f"computing step {step + 1}, microbatch {microbatch}"
+        return objectives.Shared(tuple(parts.values()), list(parts).index(microbatch))
+
+    def update(self, step: int, gradients: list[Tensor | None]) -> float | None:
+        """The optimizer's update from version `step`; returns its learning rate, the first one, if it has any.
+
+        gradients[i] has parameter i's shape, float32; None means that no microbatch gave the parameter a gradient.
+        """
+        self.doing = f"updating the weights in step {step + 1}"
+        factor = self.schedule.factor(step, self.recipe.steps)
+        seed_all(key(self.recipe.seed, step, "update"))
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        rate = self.optimizer.step(factor)
+        self._stepped = True
+        for parameter in self.parameters:
+            parameter.grad = None
+        return rate
+
+    def doubts(self) -> list[str]:
+        """Sentences on a model or optimizer that goes its own way, so that the run is not quite what it seems."""
+        found = [f"samples were read again, after an error of the system: {why}." for why in sorted(self._read_again)]
+        compiled = next((name for name in sorted(self._built) if "_orig_mod." in name), None)
+        if compiled is not None:
+            found.append(
+                f"the model, or a part of it, is wrapped by torch.compile, so a plain one cannot load its weights: one "
+                f"is named '{compiled}' instead of '{compiled.replace('_orig_mod.', '')}'; set "
+                f"recipe.compile, or compile in place with module.compile()."
+            )
+        idle = idle_dropouts(self.module)
+        if idle:
+            also = f", and so are {len(idle) - 1} others" if idle[1:] else ""
+            found.append(
+                f"dropout layer '{idle[0]}' is in eval mode while the model trains, and drops nothing{also}; if it is "
+                f"to drop, call train() on it where the model is built, else set its p to 0."
+            )
+        replaced = self.trainable.replaced()
+        if replaced:
+            found.append(
+                f"parameter '{replaced[0]}' is another object than when the model was built, so that the optimizer "
+                f"trains one which the model no longer uses; change its values in place, under torch.no_grad()."
+            )
+        others = sorted(self._built ^ self.module.state_dict().keys())
+        if others:
+            found.append(
+                f"the model gained or lost '{others[0]}' since it was built, so no new one can load its checkpoints: "
+                f"no resume or restart will go on; have it all from the start."
+            )
+        return found + self.optimizer.doubts()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In the block, the model has the weights to be evaluated and saved, where the optimizer trains others.
+
+        Afterwards it has those again, to the bit, which the optimizer's `train` alone would not give.
+        """
+        if self._averaged or not (self._stepped and self.optimizer.averages):
+            yield
+            return
+        trained = self._trained()
+        self._averaged = True
+        try:
+            self.optimizer.eval()
+            yield
+        finally:
+            self._averaged = False
+            self.optimizer.train()
+            self._take(trained)
+
+    def saved_state(self) -> dict[str, Tensor]:
+        """The model's state_dict with the weights that are to be evaluated and saved; copies where it trains others."""
+        with self.averaged():
+            state = dict(self.module.state_dict())
+            return {name: value.clone() for name, value in state.items()} if self._averaged else state
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in zip(self.names, self.parameters, strict=True)}
+
+    @torch.no_grad()
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            parameter.copy_(weights[name])
+
+    def training_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights: the optimizer's state, and buffers outside the state_dict.
+
+        Where parameters ceased to require a gradient, "ceased" are their names. Where the optimizer trains other
+        weights than are saved, those are "weights".
+        """
+        kept = self.module.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self.module.named_buffers() if name not in kept}
+        off = {"ceased": self.trainable.off_names} if self.trainable.off else {}
+        trained = {"weights": self._trained()} if self._stepped and self.optimizer.averages else {}
+        return {"optimizer": self.optimizer.state(), "buffers": buffers, **trained, **off}
+
+    def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
+        """Takes the state of a checkpoint of the same recipe. Raises CheckpointError where it does not fit."""
+        try:
+            self.module.load_state_dict(dict(model_state))
+            buffers = dict(self.module.named_buffers())
+            with torch.no_grad():
+                for name, value in training_state["buffers"].items():
+                    buffers[name].copy_(value)
+            if "weights" in training_state:
+                self._take(training_state["weights"])
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                "the model that the recipe builds has other tensors than the checkpoint; build all of them at the "
+                "start, and the same ones each time.",
+                detail=f"{type(error).__name__}: {error}",
+            ) from error
+        self._extra_state.restart()
+        if not isinstance(training_state.get("optimizer"), Mapping):
+            raise CheckpointError(
+                "the training state of the checkpoint holds no state of an optimizer; use an earlier one."
+            )
+        ceased = training_state.get("ceased", ())
+        if not isinstance(ceased, (list, tuple)):
+            raise CheckpointError("the training state of the checkpoint is not as it was written; use an earlier one.")
+        self.trainable.take_names(ceased)
+        self.optimizer.load(training_state["optimizer"])
+        self._stepped = "weights" in training_state
+
+    def not_finite(self, term: str, value: float, step: int, microbatch: int) -> NonFiniteError:
+        """The error for a term whose sum over a microbatch is not finite."""
+        return NonFiniteError(
+            f"term '{term}' of the objective is {value} in step {step + 1}, microbatch {microbatch} "
+            f"({self.samples_of(step, microbatch)})."
+        )
+
+    def samples_in_hand(self) -> str:
+        """The samples of the microbatch that is loaded or computed, in brackets for a message; "" in other work."""
+        if self._in_hand is None or not self.doing.startswith(("loading", "computing")):
+            return ""
+        return f" ({self.samples_of(*self._in_hand)})"
+
+    def samples_of(self, step: int, microbatch: int) -> str:
+        """The samples of a microbatch, for a message: "samples 3, 17 and 204"."""
+        indices = self.cursor.microbatch(step, microbatch)
+        shown = [f"{index}" for index in indices[:SHOWN_SAMPLES]]
+        if len(indices) > len(shown):
+            shown.append(f"{len(indices) - len(shown)} more")
+        listed = " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
+        return f"sample{'' if len(indices) == 1 else 's'} {listed}"
+
+    def to_device(self, batch: Any) -> Any:
+        """`batch` with its tensors on the replica's device."""
+        if self.device.type == "cpu":
+            return batch
+        # A packed sequence moves as a whole: its batch_sizes stay on the CPU.
+        leaves, structure = pytree.tree_flatten(batch, is_leaf=lambda part: isinstance(part, PackedSequence))
+        movable: Any = (Tensor, PackedSequence)  # torch's types for the latter's `to` lack devices
+        moved = [leaf.to(self.device, non_blocking=True) if isinstance(leaf, movable) else leaf for leaf in leaves]
+        return pytree.tree_unflatten(moved, structure)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the recipe asks for."""
+        if self.recipe.precision == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _check_parameters(self) -> None:
+        if not self.parameters:
+            raise RecipeError("the model has no parameter that requires a gradient, so there is nothing to train.")
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise RecipeError(
+                    f"parameter '{name}' has no shape yet (a lazy module); run the model once in the callable that "
+                    f"builds it, so that every worker starts from the same shapes."
+                )
+            if parameter.is_complex():
+                raise RecipeError(f"parameter '{name}' is complex; hold it as two real parameters.")
+
+
+def _own_memory_for_buffers(module: nn.Module) -> None:
+    """Gives an expanded buffer memory of its own for every element: one that is shared cannot be set back."""
+    for owner in module.modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if is_expanded(buffer):
+                owner._buffers[name] = buffer.contiguous()
+
+
+def prepare_device(device: str, threads: int) -> torch.device:
+    """The device, with its threads set and its kernels made deterministic. Raises ResourceError."""
+    torch.set_num_threads(threads)
+    if device == "cpu" and threads == 1:
+        return torch.device("cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("team.device is 'cuda', and torch finds no GPU here; set team.device to 'cpu'.")
+    torch.use_deterministic_algorithms(True)  # several threads on a CPU would add some sums in order of arrival
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it hides no error here and costs a write
+    torch.backends.cudnn.benchmark = False
+    return torch.device(device)
+
+
+def build_model(component: Component) -> nn.Module:
+    """The recipe's model, on the CPU. Raises ComponentError."""
+    target = component.load()
+    model = copy.deepcopy(target) if isinstance(target, nn.Module) else call(component)
+    if not isinstance(model, nn.Module):
+        raise ComponentError(
+            f"the model {component.describe()} gave a {type(model).__name__}; it must give a torch.nn.Module."
+        )
+    return model
+
+
+def _compiled(module: nn.Module) -> Any:
+    from torch._inductor.async_compile import AsyncCompile
+
+    AsyncCompile.pool.cache_clear()  # a forked process has none of the threads that compiled before, and would wait
+    # One kernel a shape, never one that depends on which shapes a worker happened to see before.
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    compiled = torch.compile(module, dynamic=False)
+    hidden: Any = getattr(module, "hidden", None)
+    if callable(hidden):  # what losses over a large vocabulary call instead of the module
+        compiled.__dict__["hidden"] = torch.compile(hidden, dynamic=False)
+    return compiled
