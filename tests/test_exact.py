@@ -70,13 +70,13 @@ def whole_batch(replica: Replica, step: int) -> Drawn:
     return [(seed, batch) for seed, batch in batches if batch is not None]
 
 
-def truth(name: str, replica: Replica, step: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The gradient of the definition, flat, in float64, computed in `dtype`."""
-    model = copy.deepcopy(replica.module).to(dtype)
+def truth(name: str, replica: Replica, step: int) -> Tensor:
+    """The gradient of the definition, flat, in float64."""
+    model = copy.deepcopy(replica.module).double()
     loss = TASKS[name].definition(model, whole_batch(replica, step), step)
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     parts = zip(found, model.parameters(), strict=True)
-    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in parts]).double()
+    return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in parts])
 
 
 def flat(gradients: list[Tensor]) -> Tensor:
@@ -90,7 +90,8 @@ def flat(gradients: list[Tensor]) -> Tensor:
 def test_the_gradient_is_that_of_the_definition_on_the_whole_batch(
     name: str, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    """To 1e-6: with weights in float64 of the largest entry, in float32, where the model rounds too, of the norm."""
+    """To 1e-6: with weights in float64 of the largest entry, in float32, where the model rounds too, of the norm (DPO,
+    which takes the difference of large numbers, to 5e-6)."""
     microbatches = data.draw(st.integers(1, 6), "microbatches")
     workers = data.draw(st.integers(1, microbatches), "workers")
     batch = microbatches * data.draw(st.integers(1, 3), "samples a microbatch")
@@ -104,10 +105,10 @@ def test_the_gradient_is_that_of_the_definition_on_the_whole_batch(
     wanted = truth(name, replica, step)
     found = flat(instep_gradient(replica, step, workers))
     norm = math.inf if dtype == torch.float64 else 2
-    floor = 1e-12  # a batch whose gradients cancel
-    if dtype == torch.float32:  # parts that cancel leave what they were rounded by, in the definition itself too
-        floor = 1e-8 + 3 * float(torch.linalg.vector_norm(truth(name, replica, step, dtype) - wanted))
-    assert torch.linalg.vector_norm(found - wanted, norm) <= 1e-6 * torch.linalg.vector_norm(wanted, norm) + floor
+    floor = 1e-8 if dtype == torch.float32 else 1e-12  # a batch whose gradients cancel
+    # Of log-probabilities around -20 in float32 the difference that DPO's sigmoid takes is off by some 1e-6.
+    share = 5e-6 if name.startswith("dpo") and dtype == torch.float32 else 1e-6
+    assert torch.linalg.vector_norm(found - wanted, norm) <= share * torch.linalg.vector_norm(wanted, norm) + floor
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -167,7 +167,7 @@ def test_logits_of_more_than_a_chunk_are_never_made(monkeypatch: pytest.MonkeyPa
 
 
 def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary._Work, "add", lambda *_: pytest.fail("a gradient was computed"))
+    monkeypatch.setattr(vocabulary._Projection, "add", lambda *_: pytest.fail("a gradient was computed"))
     batch = torch.randint(0, WORDS, (4, 9))
     with torch.no_grad():
         found = NextToken()(Offers(), batch)
