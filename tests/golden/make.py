@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from harness import Client, Outcome, train_here
 from instep.cli.flags import merge
 from instep.recipe import Recipe, Team, names_of_recipes, parse, read, read_saved
 from instep.record import tape
 from instep.rules import UpdateRule
 from instep.rules import presets as p
-from workloads import ALL as WORKLOADS
+from support.harness import Client, Outcome, train_here
+from support.workloads import ALL as WORKLOADS
 
 HERE = Path(__file__).parent
 RUNS = HERE / "folders"

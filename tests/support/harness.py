@@ -1,0 +1,107 @@
+"""Runs a team from the test process: the supervisor forks workers here, without the seconds of a fresh interpreter."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from instep.recipe import Recipe, Team, dumps, engine_of
+from instep.record.folder import About, RunFolder
+from instep.team import session
+from instep.team.messages import Request
+from instep.team.pickling import dump
+from instep.team.supervisor import Supervisor, import_before_forks
+
+
+class Client:
+    """The supervisor's client: keeps the events, and can act on them."""
+
+    def __init__(self, on_event: Any = None):
+        self._ours, self._theirs = multiprocessing.Pipe()
+        self.events: list[dict[str, Any]] = []
+        self._on_event = on_event
+
+    def fileno(self) -> int:
+        return self._theirs.fileno()
+
+    def send(self, message: Any) -> None:
+        for event in message[1]:
+            self.events.append(event)
+            if self._on_event:
+                self._on_event(event)
+
+    def recv(self) -> Any:
+        return self._theirs.recv()
+
+    def close(self) -> None:
+        self._theirs.close()
+
+    def ask_to_stop(self) -> None:
+        self._ours.send("stop")
+
+    def leave(self) -> None:
+        with socket.socket(fileno=os.dup(self._ours.fileno())) as ours:
+            ours.shutdown(socket.SHUT_RDWR)  # forked workers hold this end too, so closing it would end nothing
+
+
+@dataclass
+class Outcome:
+    """A finished run and its tape."""
+
+    result: dict[str, Any]
+    events: list[dict[str, Any]]
+    path: Path
+    digests: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return str(self.result["digest"])
+
+
+def train_here(
+    recipe: Recipe, team: Team, path: Path, *, resume: bool = False, client: Client | None = None
+) -> Outcome:
+    """As `instep.train`, in this process. `digests` are those of the checkpoints, by version."""
+    if not resume:
+        RunFolder.create(path, dumps(recipe, team), About())
+    request = Request(
+        recipe=dump(recipe),
+        recipe_table=recipe.to_table(),
+        recipe_file=dumps(recipe, team),
+        fingerprint=recipe.fingerprint(),
+        team=team,
+        rule=recipe.rule,
+        engine=engine_of(recipe, team),
+        folder=path,
+        resumed=resume,
+        import_paths=(),
+        began=time.monotonic(),
+        fingerprints=recipe.fingerprints(),
+    )
+    client = client or Client()
+    import_before_forks()
+    session.HOLD_S = 0.0  # so that a client can act on each step
+    result = Supervisor(request, client).supervise()  # type: ignore[arg-type]
+    digests = {e["version"]: e["digest"] for e in client.events if e["kind"] == "checkpointed"}
+    return Outcome(result, client.events, path, digests)
+
+
+def act_on(kind: str, act: Callable[[int], None], version: int | None = None) -> Callable[[dict[str, Any]], None]:
+    """Calls `act` with worker 1's pid at the first event of `kind` (and `version`)."""
+    pids: dict[int, int] = {}
+    done: list[bool] = []
+
+    def see(event: dict[str, Any]) -> None:
+        if event["kind"] == "joined":
+            pids[event["worker"]] = event["pid"]
+        if event["kind"] == kind and version in (None, event.get("version")) and 1 in pids and not done:
+            done.append(True)
+            act(pids[1])
+
+    return see

@@ -1,0 +1,172 @@
+"""Whole processes for tests: how to wait for what they do, find all of their descendants, and see that none is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+INSTEP = [sys.executable, "-m", "instep"]
+
+MODULE = """\
+import os, time
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+class Net(nn.Sequential):
+    def __init__(self, width=5):
+        super().__init__(nn.Linear(3, width), nn.Tanh(), nn.Linear(width, 1))
+
+def numbers(samples=40):
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(samples, 3, generator=generator), torch.randn(samples, 1, generator=generator))
+
+def pause(gradient):
+    time.sleep(float(os.environ.get("PAUSE_S", "0")))
+
+def squares(model, batch):
+    total = (model(batch[0]) - batch[1]).square().sum()
+    if total.requires_grad:
+        total.register_hook(pause)
+    return total
+
+def mean(model, batch):
+    return (model(batch[0]) - batch[1]).square().mean()
+"""
+
+RECIPE = """\
+batch = 8
+microbatches = 4
+steps = 20
+[model]
+use = "mymodel:Net"
+args = { width = 7 }
+[objective]
+use = "mymodel:squares"
+[data]
+use = "mymodel:numbers"
+[team]
+workers = 2
+checkpoint_every = 5
+"""
+
+
+def write_project(folder: Path) -> Path:
+    """Puts the recipe, and the module that it names, into `folder`."""
+    (folder / "mymodel.py").write_text(MODULE)
+    (folder / "my.toml").write_text(RECIPE)
+    return folder
+
+
+class Started:
+    """A process in a session of its own, its output in files, that can tell its descendants by their environment."""
+
+    def __init__(self, command: Sequence[str], folder: Path, *, stdin: str = "", **environment: str) -> None:
+        self._mark = f"INSTEP_TEST={uuid.uuid4()}"
+        self._files = folder / f"output-{uuid.uuid4()}"
+        self._files.mkdir(parents=True)
+        self._shared_memory = shared_memory()
+        (self._files / "in").write_text(stdin)
+        name, _, value = self._mark.partition("=")
+        with (self._files / "in").open() as given, self._file("out", "w") as out, self._file("err", "w") as err:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                stdin=given,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, name: value, **environment},
+                start_new_session=True,
+            )
+
+    def _file(self, name: str, mode: str = "r") -> Any:
+        return (self._files / name).open(mode)
+
+    @property
+    def out(self) -> str:
+        return (self._files / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        return (self._files / "err").read_text()
+
+    def says(self, text: str, within_s: float = 60) -> float:
+        """Waits until `text` is printed on stdout; gives the seconds."""
+        return wait_until(lambda: text in self.out, within_s, f"{text!r} in {self.out!r}, stderr {self.err!r}", self)
+
+    def pids(self) -> list[int]:
+        """The living processes of the run but the first."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if self._mark.encode() in path.read_bytes().split(b"\0"):
+                    found.append(int(path.parent.name))
+        return [pid for pid in found if pid != self.process.pid]
+
+    def supervisor(self) -> int:
+        (pid,) = (pid for pid in self.pids() if parent_of(pid) == self.process.pid)
+        return pid
+
+    def workers(self) -> int:
+        return sum(parent_of(pid) != self.process.pid for pid in self.pids())
+
+    def press_ctrl_c(self) -> None:
+        assert self.process.poll() is None, f"it has ended already; stdout {self.out!r}, stderr {self.err!r}"
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def ends(self, within_s: float = 60) -> int:
+        """Waits for the end; gives the exit status. Fails if anything of the run is left."""
+        try:
+            self.process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it did not end in {within_s} s; stdout {self.out!r}, stderr {self.err!r}")
+        self.leaves_nothing()
+        return self.process.returncode
+
+    def leaves_nothing(self, within_s: float = 5) -> None:
+        wait_until(lambda: not self.pids(), within_s, "the end of all processes of the run")
+        wait_until(lambda: not shared_memory() - self._shared_memory, within_s, "/dev/shm as it was before")
+
+    def end(self) -> None:
+        for pid in [self.process.pid, *self.pids()] if self.process.poll() is None else self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
+
+
+def parent_of(pid: int) -> int:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def wait_until(true: Callable[[], bool], within_s: float, what: str, started: Started | None = None) -> float:
+    began = time.monotonic()
+    while not true():
+        ended = started is not None and started.process.poll() is not None
+        if time.monotonic() - began > within_s or (ended and not true()):
+            pytest.fail(f"waited {time.monotonic() - began:.1f} s in vain for {what}")
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def complaint(started: Started) -> str:
+    """The one line that it printed on stderr."""
+    assert started.err.startswith("instep: ")
+    assert started.err.count("\n") == 1, started.err
+    assert started.err.endswith((".\n", "?\n"))
+    return started.err

@@ -1,0 +1,34 @@
+"""A linear model on 40 samples: the smallest recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from instep.recipe import Recipe
+
+
+def regression(**changes: Any) -> Recipe:
+    """A linear model on 40 samples."""
+    fields: dict[str, Any] = {
+        "model": lambda: nn.Linear(3, 1),
+        "objective": squares,
+        "data": numbers,
+        "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.01),
+        "batch": 8,
+        "microbatches": 4,
+        "steps": 6,
+    }
+    return Recipe(**{**fields, **changes})
+
+
+def numbers() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(40, 3, generator=generator), torch.randn(40, 1, generator=generator))
+
+
+def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return (model(batch[0]) - batch[1]).square().sum()
