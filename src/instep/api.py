@@ -16,11 +16,11 @@ import uuid
 from collections.abc import Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from instep.clock.recorded import RecordedTimes
 from instep.descendants import Stopped
-from instep.errors import RecordError, WorkerError, by_name, killed_by, no_process
+from instep.errors import RecordError, WorkerError, killed_by, no_process
 from instep.offline.cluster import Cluster
 from instep.recipe import Recipe, Team
 from instep.record import tape
@@ -40,6 +40,7 @@ from instep.team.client import (
     saved,
     start_process,
 )
+from instep.team.messages import Call, ChildToCaller, Events, Failed, Finished
 from instep.team.pickling import memory_file
 from instep.team.signals import deaf
 
@@ -146,12 +147,11 @@ def _in_child(
             raise no_process("the process that computes", error) from error
         theirs.close()
         try:
-            line.send((address, recipe.threads, sent))
-            kind, *content = _next(line, process)
-            while kind == "event":
-                for monitor in monitors:
-                    monitor(content[0])
-                kind, *content = _next(line, process)
+            line.send(Call(address, recipe.threads, sent))
+            while isinstance(message := _next(line, process), Events):
+                for event in message.events:
+                    for monitor in monitors:
+                        monitor(event)
         except (EOFError, OSError):
             status = ended(process, mark)
             log.seek(0)
@@ -164,12 +164,16 @@ def _in_child(
                 ours.shutdown(socket.SHUT_RDWR)  # which ends it, with all that it started, where it has not ended yet
             with deaf():
                 ended(process, mark)
-    if kind == "failed":
-        raise by_name(content[0])(content[1], detail=content[2])
-    return content[0]
+    match message:
+        case Finished(found):
+            return found
+        case Failed():
+            raise message.error()
+        case _:
+            assert_never(message)
 
 
-def _next(line: Connection, process: subprocess.Popen[bytes]) -> tuple[Any, ...]:
+def _next(line: Connection, process: subprocess.Popen[bytes]) -> ChildToCaller:
     """The next message of the process. Raises EOFError where there is none, and WorkerError where it is stopped."""
     stopped = Stopped(process.pid, Team().answer_timeout_s, children=True)
     while not line.poll(LOOK_S):
@@ -177,7 +181,7 @@ def _next(line: Connection, process: subprocess.Popen[bytes]) -> tuple[Any, ...]
         if why:
             process.kill()
             raise WorkerError(f"the process that computes {why}; start it again.")
-    message: tuple[Any, ...] = line.recv()
+    message: ChildToCaller = line.recv()
     return message
 
 

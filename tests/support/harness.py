@@ -14,7 +14,7 @@ from typing import Any
 from instep.recipe import Recipe, Team, dumps, engine_of
 from instep.record.folder import About, RunFolder
 from instep.team import session
-from instep.team.messages import Request
+from instep.team.messages import Events, Request, StopRun
 from instep.team.pickling import dump
 from instep.team.supervisor import Supervisor, import_before_forks
 
@@ -30,8 +30,8 @@ class Client:
     def fileno(self) -> int:
         return self._theirs.fileno()
 
-    def send(self, message: Any) -> None:
-        for event in message[1]:
+    def send(self, message: Events) -> None:
+        for event in message.events:
             self.events.append(event)
             if self._on_event:
                 self._on_event(event)
@@ -43,7 +43,7 @@ class Client:
         self._theirs.close()
 
     def ask_to_stop(self) -> None:
-        self._ours.send("stop")
+        self._ours.send(StopRun())
 
     def leave(self) -> None:
         with socket.socket(fileno=os.dup(self._ours.fileno())) as ours:

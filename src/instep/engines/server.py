@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
 import torch
 from torch import Tensor
@@ -29,6 +29,21 @@ from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
+from instep.team.messages import (
+    Compute,
+    Ended,
+    Hello,
+    Left,
+    NoMore,
+    Pushed,
+    Saved,
+    ServerToWorker,
+    StopRun,
+    SupervisorToWorker,
+    Sync,
+    Synced,
+    WorkerToServer,
+)
 from instep.transport.shared_memory import Region, attach
 from instep.worker.activation_memory import fit_memory
 from instep.worker.contributor import Contributor, Facts, Vectors
@@ -48,35 +63,35 @@ def contribute(session: Session, descriptor: int) -> None:
     """The life of a worker: takes work from its line until there is no more."""
     assignment, worker = session.assignment, session.number
     replica = session.build()
-    facts, memory = session.ready(session.facts(), {})
-    replica.written.learn(facts["written"])
-    pieces, every = _pieces(session, facts["cut"]), assignment.team.checkpoint_every
+    agreed = session.ready(session.facts(), {})
+    known = agreed.facts["written"]
+    replica.written.learn(known)
+    pieces, every = _pieces(session, agreed.facts["cut"]), assignment.team.checkpoint_every
     contributor = Contributor(replica, pieces, session.pulse.advance, checkpoint_every=every)
     contributor.prepare(0)
     fit_memory(replica, assignment.team, session.emit if session.number == 0 else None)
-    replica.written.agree(facts["written"], "a first forward")
-    weights, vectors = _memory(descriptor, memory)
+    replica.written.agree(known, "a first forward")
+    weights, vectors = _memory(descriptor, agreed.memory)
     slowness = slowness_of(session)
     line, own = assignment.lines[worker].worker, assignment.incarnation
-    line.send(("hello", own, os.getpid(), socket.gethostname()))
+    line.send(Hello(own, os.getpid(), socket.gethostname()))
     while True:
         session.pulse.waiting(True)
-        kind, incarnation, *rest = line.receive()
+        message: ServerToWorker = line.receive()
         session.pulse.waiting(False)
-        if kind == "end":
+        if isinstance(message, NoMore):
             break
-        if incarnation != own:
+        if message.incarnation != own:
             continue  # it was meant for the process that had this place before
-        piece, slot, off, version = rest
-        contributor.enter(version)
-        work = contributor.pieces.work(piece)
-        replica.doing = f"computing piece {piece}"
+        contributor.enter(message.version)
+        work = contributor.pieces.work(message.piece)
+        replica.doing = f"computing piece {message.piece}"
         from_s = session.clock()
-        found = contributor.compute(work, weights[slot], vectors[worker], off)
+        found = contributor.compute(work, weights[message.slot], vectors[worker], message.off)
         if slowness > 1:
             time.sleep((slowness - 1) * (session.clock() - from_s))
-        line.send(("pushed", own, found, from_s, session.clock(), replica.verified()))
-    session.pipe.send(("ended", asdict(Progress()), "", False, {}, {}))
+        line.send(Pushed(own, found, from_s, session.clock(), replica.verified()))
+    session.pipe.send(Ended())
 
 
 def serve(session: Session, descriptor: int) -> None:
@@ -106,7 +121,7 @@ def serve(session: Session, descriptor: int) -> None:
         weights=digest_of_state(replica.saved_state()),
         written=list(replica.written.names),
     )  # fmt: skip
-    _, memory = session.ready(facts, _regions(contributor, workers))
+    memory = session.ready(facts, _regions(contributor, workers)).memory
     server = _Server(session, replica, merger, ledger, progress, *_memory(descriptor, memory))
     try:
         server.run(lost)
@@ -217,7 +232,7 @@ class _Server:
         self._arrived: dict[int, tuple[Facts, Vectors]] = {}
         self._tally = Tally(len(self._lines), session.clock)
         self._held_out = batches_held_out(replica)
-        self._heard: deque[tuple[Any, ...]] = deque()  # from the supervisor, not yet acted on
+        self._heard: deque[SupervisorToWorker] = deque()  # from the supervisor, not yet acted on
         self._waiting: set[int] = set()
         self._begun = False
         self._told_to_stop = False  # since a worker's code has raised
@@ -252,27 +267,19 @@ class _Server:
             session.send_events(held=True)
         if self._told_to_stop and not self._over:
             self.stop()
-            session.pipe.send(("saved", session.saved_version))
+            session.pipe.send(Saved(session.saved_version))
             return
         interrupted = not self._over
         for line in self._lines:  # those too who come late
-            line.send(("end", -1))
+            line.send(NoMore())
         self._save(looked=self._ledger.finished)
         if not interrupted and self._progress.held_out.get("version") != self._progress.version and self._evaluate():
             session.mark_best(self._progress)
         digest = digest_of_state(self._replica.saved_state())
         left = {} if interrupted else session.leave()
         session.send_events()
-        session.pipe.send(
-            (
-                "ended",
-                asdict(self._progress),
-                digest,
-                interrupted,
-                left,
-                self._tally.result(self._ledger.delays.longest),
-            )
-        )
+        costs = self._tally.result(self._ledger.delays.longest)
+        session.pipe.send(Ended(asdict(self._progress), digest, interrupted, left, costs))
 
     @property
     def _over(self) -> bool:
@@ -286,19 +293,20 @@ class _Server:
             session.send_events()
         session.stopped_at = session.saved_version
 
-    def _hear(self, worker: int, message: tuple[Any, ...]) -> None:
-        kind, incarnation, *rest = message
-        if incarnation != self._incarnations[worker]:
+    def _hear(self, worker: int, message: WorkerToServer) -> None:
+        if message.incarnation != self._incarnations[worker]:
             return  # a last word of a process that has been replaced
-        if kind == "hello":
-            pid, host = rest
-            self._session.emit("joined", worker=worker, pid=pid, host=host)
-            self._tally.joined(worker)
-            self._waiting.add(worker)
-            if self._begun or len(self._waiting) == len(self._lines):
-                self._begin()
-        else:
-            self._pushed(worker, *rest)
+        match message:
+            case Hello():
+                self._session.emit("joined", worker=worker, pid=message.pid, host=message.host)
+                self._tally.joined(worker)
+                self._waiting.add(worker)
+                if self._begun or len(self._waiting) == len(self._lines):
+                    self._begin()
+            case Pushed():
+                self._pushed(worker, message)
+            case _:
+                assert_never(message)
 
     def _begin(self) -> None:
         """Lets in who waits: at first only once all are there, or the quickest would make up a quorum alone."""
@@ -308,26 +316,30 @@ class _Server:
             self._obey(self._ledger.joined(worker, self._session.clock()))
         self._waiting.clear()
 
-    def _hear_supervisor(self, message: tuple[Any, ...]) -> None:
-        what, worker, why = message
-        if what == "stop":
-            self._told_to_stop = True
-            return
-        self._incarnations[worker] += 1
-        self._session.emit("left", worker=worker, why=why)
-        self._tally.left(worker)
-        self._waiting.discard(worker)
-        if worker in self._ledger.active:
-            self._obey(self._ledger.left(worker, self._session.clock()))
+    def _hear_supervisor(self, message: SupervisorToWorker) -> None:
+        match message:
+            case StopRun():
+                self._told_to_stop = True
+            case Left(worker, why):
+                self._incarnations[worker] += 1
+                self._session.emit("left", worker=worker, why=why)
+                self._tally.left(worker)
+                self._waiting.discard(worker)
+                if worker in self._ledger.active:
+                    self._obey(self._ledger.left(worker, self._session.clock()))
+            case _:
+                raise AssertionError(f"the server has asked for nothing that {message} answers")
 
-    def _pushed(self, worker: int, facts: Facts, from_s: float, to_s: float, verified: dict[str, float]) -> None:
-        ledger = self._ledger
+    def _pushed(self, worker: int, pushed: Pushed) -> None:
+        ledger, facts, from_s, to_s = self._ledger, pushed.facts, pushed.from_s, pushed.to_s
         seq, piece, base = ledger.next_seq, *ledger.in_hand(worker)
         work, vectors = ledger.pieces.work(piece), self._vectors[worker]
         covers = work.covers()
         items = facts.items
         sent_bytes = 4 * self._replica.size * len(facts.nodes)
-        self._session.emit("computed", worker=worker, version=base, from_s=from_s, to_s=to_s, **covers, **verified)
+        self._session.emit(
+            "computed", worker=worker, version=base, from_s=from_s, to_s=to_s, **covers, **pushed.verified
+        )
         self._session.emit(
             "pushed", seq=seq, worker=worker, version=base, piece=piece, **covers, items=items, bytes=sent_bytes,
             checksum=vectors.checksum(len(facts.nodes)),
@@ -368,7 +380,7 @@ class _Server:
         self._tally.released(worker, lead, self._merger.pack.size_bytes)
         slot = self._publish(action.version)
         off = tuple(self._replica.trainable.off)
-        self._lines[worker].send(("work", self._incarnations[worker], action.piece, slot, off, action.version))
+        self._lines[worker].send(Compute(self._incarnations[worker], action.piece, slot, off, action.version))
 
     def _publish(self, version: int) -> int:
         """Where the present weights lie for workers to read."""
@@ -452,8 +464,8 @@ class _Server:
     def _sync_tape(self) -> None:
         """Whoever is killed now, no checkpoint holds updates that the tape lacks: no replay could make them."""
         self._session.send_events()
-        self._session.pipe.send(("sync",))
-        while (message := self._session.pipe.recv()) != ("synced",):
+        self._session.pipe.send(Sync())
+        while not isinstance(message := self._session.pipe.recv(), Synced):
             self._heard.append(message)
 
     def _save(self, *, looked: bool = True) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from instep.descendants import adopting_orphans, die_with_parent, end_children, take_care_of_helpers
 from instep.errors import InstepError
+from instep.team.messages import CallerToChild, Events, Failed, Finished
 from instep.team.signals import leave_to_others
 
 _LOOK_MS = 500
@@ -92,18 +93,19 @@ def _answer(line: Connection) -> None:
     import torch
 
     try:
-        address, threads, sent = line.recv()
-        arguments = sent.load()
-        os.close(sent.descriptor)  # what is mapped stays
-        torch.set_num_threads(threads)
-        module, _, name = address.partition(":")
-        line.send(("done", getattr(import_module(module), name)(*arguments, lambda event: _tell(line, event))))
+        call: CallerToChild = line.recv()
+        arguments = call.arguments.load()
+        os.close(call.arguments.descriptor)  # what is mapped stays
+        torch.set_num_threads(call.threads)
+        module, _, name = call.address.partition(":")
+        function = getattr(import_module(module), name)
+        line.send(Finished(function(*arguments, lambda event: _tell(line, event))))
     except InstepError as error:
-        line.send(("failed", type(error).__name__, error.message, error.detail))
+        line.send(Failed.of(error))
 
 
 def _tell(line: Connection, event: dict[str, Any]) -> None:
     try:
-        line.send(("event", event))
+        line.send(Events([event]))
     except OSError:  # the parent is gone
         os._exit(1)

@@ -27,7 +27,6 @@ from instep.errors import (
     InstepError,
     RecipeError,
     WorkerError,
-    by_name,
     described,
     killed_by,
     no_process,
@@ -49,7 +48,15 @@ from instep.record.held import identity_of
 from instep.record.resuming import resumed
 from instep.schedule import Change
 from instep.tables import from_table
-from instep.team.messages import Request
+from instep.team.messages import (
+    Cancelled,
+    Events,
+    Failed,
+    Finished,
+    Request,
+    StopRun,
+    SupervisorToClient,
+)
 from instep.team.pickling import Pickled, dump
 from instep.team.signals import Stop, blocked, deaf, interrupting
 
@@ -268,8 +275,8 @@ class _Client:
         open_standard_files()
         self._socket, self._theirs = socket.socketpair()
         self._connection = Connection(os.dup(self._socket.fileno()))
-        self._messages: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._final: tuple[Any, ...] | None = None
+        self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()  # None: there are no more
+        self._final: Finished | Failed | Cancelled | None = None
         self._receiver = threading.Thread(target=self._receive, name="instep-client", daemon=True)
 
     def start(self, threads: int, path: list[str], sent: Pickled) -> None:
@@ -305,13 +312,13 @@ class _Client:
                 if (stop.wanted or pressed or failed is not None) and not asked:
                     asked = True
                     with contextlib.suppress(OSError):  # it may be ending already
-                        self._connection.send("stop")
-                kind, *content = self._messages.get(timeout=LOOK_S)
-                if kind == "gone":
+                        self._connection.send(StopRun())
+                event = self._events.get(timeout=LOOK_S)
+                if event is None:
                     break
                 for place, monitor in enumerate(watching):
                     try:
-                        monitor(content[0])
+                        monitor(event)
                     except Exception as error:  # as Ctrl-C; the others still see the end
                         watching[place] = _deaf_monitor
                         failed = failed or error
@@ -338,14 +345,13 @@ class _Client:
         return result
 
     def _ending(self) -> dict[str, Any]:
-        kind, *content = self._final or ("killed",)
-        if kind == "ended":
-            result: dict[str, Any] = content[0]
-            return result
-        if kind == "failed":
-            raise by_name(content[0])(content[1], detail=content[2])
-        if kind == "interrupted":
-            raise KeyboardInterrupt
+        match self._final:
+            case Finished(result):
+                return dict(result)
+            case Failed():
+                raise self._final.error()
+            case Cancelled():
+                raise KeyboardInterrupt
         assert self._process is not None, "it was started"
         status = self._wait()
         if status > 0:
@@ -378,17 +384,17 @@ class _Client:
         """Reads in a thread of its own, so that an interrupt never tears a message."""
         try:
             while True:
-                message = self._connection.recv()
-                if message[0] == "events":
-                    for event in message[1]:
+                message: SupervisorToClient = self._connection.recv()
+                if isinstance(message, Events):
+                    for event in message.events:
                         self.trained |= event["kind"] == "merged"
-                        self._messages.put(("event", event))
+                        self._events.put(event)
                 else:
                     self._final = message
         except (EOFError, OSError):
             pass
         finally:
-            self._messages.put(("gone",))
+            self._events.put(None)
 
     def close(self) -> None:
         """Ends the supervisor if it still runs; it ends its workers."""

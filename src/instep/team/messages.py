@@ -1,18 +1,71 @@
-"""What the client asks of the processes that it starts. No torch."""
+"""Every message between the processes of a run, and for each direction the union of what may come. No torch.
+
+A receiver matches on the class; mypy sees that it knows all of its union, and what is in none is a fault of Instep.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from instep.recipe import Team
-from instep.rules import UpdateRule
-from instep.team.pickling import Pickled
+from instep.errors import InstepError, by_name
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from instep.recipe import Team
+    from instep.record.held import Identity
+    from instep.rules import UpdateRule
+    from instep.team.channel import Line
+    from instep.team.pickling import Pickled
+    from instep.transport.shared_memory import Region
+    from instep.worker.contributor import Facts
+
+# ------------------------------------------------------------------------------------------------------ several ways
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Events of the tape, in order: from who makes them, and from the supervisor to the client."""
+
+    events: Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An InstepError ends it: the name of its class, its sentence and its detail."""
+
+    name: str
+    sentence: str
+    detail: str = ""
+
+    @classmethod
+    def of(cls, error: InstepError) -> Failed:
+        """The message of an error."""
+        return cls(type(error).__name__, error.message, error.detail)
+
+    def error(self) -> InstepError:
+        """The error again, to be raised."""
+        return by_name(self.name)(self.sentence, detail=self.detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """It is done: the fields of ``result.json``, or whatever a call gives."""
+
+    result: Any
+
+
+@dataclass(frozen=True, slots=True)
+class StopRun:
+    """End after the present step, with a checkpoint."""
+
+
+# ------------------------------------------------------------------------------------------- client and supervisor
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One run. `recipe` is pickled, into memory that all workers map, so that only they run the user's code;
     `recipe_table` and `recipe_file`, the file to save, are for the record.
@@ -36,3 +89,174 @@ class Request:
     began: float
     fingerprints: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The run was asked to stop, or terminated, where there was nothing to save."""
+
+
+ClientToSupervisor = Request | StopRun
+SupervisorToClient = Events | Finished | Failed | Cancelled
+
+# ------------------------------------------------------------------- supervisor, and worker or server of its team
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What the supervisor gives to the processes of one start of the team, as it forks them.
+
+    `recipe` is pickled, so that only workers run the user's code. `began` is the run's start on the monotonic clock.
+    `lines` are those between the server and each worker, none in lockstep; `incarnation` counts the processes that
+    had this worker's place before. `first`: nothing of the run was trained before, and no team of it has started.
+    `run_id` is kept in checkpoints; `identity` is that of the run folder. `written`: the parameters that forwards are
+    known to write.
+    """
+
+    recipe: Pickled
+    team: Team
+    folder: Path
+    fingerprints: tuple[str, ...]
+    resume_from: Path | None
+    began: float
+    identity: Identity
+    run_id: str | None = None
+    lines: tuple[Line, ...] = ()
+    incarnation: int = 0
+    first: bool = False
+    written: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """All is built. `facts` must be the same everywhere; the leader's `memory` is what the team is to share."""
+
+    facts: Mapping[str, Any]
+    memory: Mapping[str, Region]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """Everybody is ready: the leader's facts and memory. Start."""
+
+    facts: Mapping[str, Any]
+    memory: Mapping[str, Region]
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """The digest of a worker's weights of this version."""
+
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sync:
+    """Make sure that the tape holds all events so far, whatever happens to machine or processes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """It does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Forwards were found to write these parameters, of which nobody knew; `where` it was first."""
+
+    names: Sequence[str]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """The server has stopped, as it was told to; the newest version that it has saved."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A process has done its part. `progress` is `instep.worker.evaluation.Progress`; `left`, what the run leaves
+    beside its weights; `costs`, fields of the result.
+
+    A worker of the server engine has nothing to tell but that.
+    """
+
+    progress: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+    interrupted: bool = False
+    left: Mapping[str, Any] = field(default_factory=dict)
+    costs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """For the server: the process of this worker is gone, and why."""
+
+    worker: int
+    why: str
+
+
+SupervisorToWorker = Agreed | Synced | Left | StopRun
+WorkerToSupervisor = Events | Ready | Digest | Sync | Written | Saved | Failed | Ended
+
+# --------------------------------------------------------------------------------------- server and worker, on a line
+#
+# `incarnation`: of the process in the worker's place that it is of, or for. What is of another one changes nothing.
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """A worker is there."""
+
+    incarnation: int
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Compute this piece from the weights of `version`, in `slot`. `off`: the parameters that are not trained then."""
+
+    incarnation: int
+    piece: int
+    slot: int
+    off: tuple[int, ...]
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """The piece is computed and lies in the worker's vectors; when, on the run's clock, and what was verified."""
+
+    incarnation: int
+    facts: Facts
+    from_s: float
+    to_s: float
+    verified: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class NoMore:
+    """There is no more work, for whoever has the worker's place."""
+
+
+ServerToWorker = Compute | NoMore
+WorkerToServer = Hello | Pushed
+
+# ------------------------------------------------------------------------------- caller, and process that computes
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Call the function at `address` ("module:name") with the arguments that are pickled, with so many threads."""
+
+    address: str
+    threads: int
+    arguments: Pickled
+
+
+CallerToChild = Call
+ChildToCaller = Events | Finished | Failed

@@ -21,7 +21,8 @@ from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
 from instep.reduce.written import FirstWrite
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
-from instep.team.session import Assignment, Session
+from instep.team.messages import Assignment, Digest, Ended, Failed, Written
+from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.worker.activation_memory import fit_memory
 from instep.worker.evaluation import Progress
@@ -51,17 +52,17 @@ def main(assignment: Assignment, number: int, pipe: Connection, board: Heartbeat
             pipe.recv()  # until the supervisor, which hears of it from another, ends this process
     except FirstWrite as found:
         session.send_events()
-        pipe.send(("written", found.names, found.where))
+        pipe.send(Written(found.names, found.where))
     except InstepError as error:
         session.send_events()
         sentence = with_saved(error.message, session.stopped_at, assignment.folder)
-        pipe.send(("failed", type(error).__name__, sentence, error.detail))
+        pipe.send(Failed(type(error).__name__, sentence, error.detail))
     except BaseException as error:
         session.send_events()
         where = f" while {session.replica.doing}{session.replica.samples_in_hand()}" if session.replica else ""
         what = described(error)
         sentence = with_saved(f"{name} raised {what}{where}.", session.stopped_at, assignment.folder)
-        pipe.send(("failed", "WorkerError", sentence, _own_part(error)))
+        pipe.send(Failed("WorkerError", sentence, _own_part(error)))
     sys.stdout.flush()
     sys.stderr.flush()
 
@@ -89,7 +90,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         shared_weight_bytes=engine.placement.weight_bytes,
         written=list(replica.written.names),
     )
-    engine.join(descriptor, session.ready(facts, memory)[1])
+    engine.join(descriptor, session.ready(facts, memory).memory)
     engine.slowness = server.slowness_of(session)
     recipe, first, began = session.recipe, progress.version, session.clock()
 
@@ -108,7 +109,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             state = replica.saved_state()
             session.send_events()  # a checkpoint never holds steps that the tape lacks
             if due:
-                session.pipe.send(("digest", version, digest_of_state(state)))
+                session.pipe.send(Digest(version, digest_of_state(state)))
             sound = engine.unwritten(version)
             training = engine.placement.training_state()
             if training is not None and trying:
@@ -150,7 +151,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         "bytes_sent": (progress.version - first) * engine.bytes_a_step,
         "idle_share": [round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
     }
-    session.pipe.send(("ended", asdict(progress), digest, interrupted, left, costs))
+    session.pipe.send(Ended(asdict(progress), digest, interrupted, left, costs))
 
 
 def _redirect_output(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,14 @@ from instep.data.repeats import what_does_not_repeat
 from instep.errors import CheckpointError, RecordError, told
 from instep.models import generate
 from instep.randomness import key, seed_all
-from instep.recipe import Recipe, Team
+from instep.recipe import Recipe
 from instep.record import best, checkpoint
 from instep.record.files import json_text
 from instep.record.folder import RunFolder
-from instep.record.held import Identity, is_there
+from instep.record.held import is_there
 from instep.restore import kept_module_state
-from instep.team.channel import Line
 from instep.team.heartbeat import Heartbeat
-from instep.team.pickling import Pickled
+from instep.team.messages import Agreed, Assignment, Events, Ready
 from instep.transport.shared_memory import Region
 from instep.worker.evaluation import Evaluation, Progress
 from instep.worker.replica import Replica
@@ -34,31 +33,6 @@ from instep.worker.trial import try_checkpoint, try_optimizer
 
 HOLD_S = 0.1
 """Seconds that a process holds its events of a step, to send them together: each message wakes two processes."""
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What the supervisor gives to the processes of one start of the team.
-
-    `recipe` is pickled, so that only workers run the user's code. `began` is the run's start on the monotonic clock.
-    `lines` are those between the server and each worker, none in lockstep; `incarnation` counts the processes that
-    had this worker's place before. `first`: nothing of the run was trained before, and no team of it has started.
-    `run_id` is kept in checkpoints; `identity` is that of the run folder. `written`: the parameters that forwards are
-    known to write.
-    """
-
-    recipe: Pickled
-    team: Team
-    folder: Path
-    fingerprints: tuple[str, ...]
-    resume_from: Path | None
-    began: float
-    identity: Identity
-    run_id: str | None = None
-    lines: tuple[Line, ...] = field(default=())
-    incarnation: int = 0
-    first: bool = False
-    written: tuple[str, ...] = ()
 
 
 class Session:
@@ -167,16 +141,14 @@ class Session:
             **more,
         }
 
-    def ready(
-        self, facts: Mapping[str, Any], memory: Mapping[str, Region]
-    ) -> tuple[Mapping[str, Any], Mapping[str, Region]]:
+    def ready(self, facts: Mapping[str, Any], memory: Mapping[str, Region]) -> Agreed:
         """Tells the supervisor that all is built, and waits until everybody is.
 
         Returns the facts and the memory of worker 0 or, where there is one, of the server.
         """
-        self.pipe.send(("ready", facts, memory))
+        self.pipe.send(Ready(facts, memory))
         self.pulse.waiting(True)
-        agreed: tuple[Mapping[str, Any], Mapping[str, Region]] = self.pipe.recv()
+        agreed: Agreed = self.pipe.recv()
         self.pulse.waiting(False)
         return agreed
 
@@ -318,7 +290,7 @@ class Session:
         if held and self.clock() - self._sent_s < HOLD_S:
             return
         if self._events:
-            self.pipe.send(("events", self._events))
+            self.pipe.send(Events(self._events))
             self._events = []
         self._sent_s = self.clock()
 

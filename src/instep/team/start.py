@@ -6,19 +6,35 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, assert_never
 
-from instep.errors import InstepError, WorkerError, by_name, killed_by
+from instep.errors import InstepError, WorkerError, killed_by
 from instep.record.tape import SCHEMA
 from instep.reduce.written import FirstWrite
 from instep.tables import to_table
 from instep.team.heartbeat import Liveness
-from instep.transport.shared_memory import Region, reserve
+from instep.team.messages import (
+    Agreed,
+    ClientToSupervisor,
+    Digest,
+    Ended,
+    Events,
+    Failed,
+    Left,
+    Ready,
+    Saved,
+    StopRun,
+    Sync,
+    Synced,
+    WorkerToSupervisor,
+    Written,
+)
+from instep.transport.shared_memory import reserve
 from instep.worker.stopping import with_saved
 
 if TYPE_CHECKING:
@@ -57,8 +73,8 @@ class Member:
     death: int
     """A descriptor that is ready to read once the process is dead."""
     incarnation: int = 0
-    ready: tuple[dict[str, Any], Mapping[str, Region]] | None = None
-    ended: tuple[dict[str, Any], str, bool, dict[str, Any], dict[str, Any]] | None = None
+    ready: Ready | None = None
+    ended: Ended | None = None
 
     def join(self, within_s: float) -> None:
         """Waits for the process's end, for so long. Its own `join` waits for all that it forked, too."""
@@ -146,9 +162,9 @@ class Start:
             self._supervisor.pass_on_the_rest(old.pipe)
             old.close()
             with contextlib.suppress(OSError):  # the server is dead too, as will be seen
-                self._workers[self._leader].pipe.send(("left", number, failure.why))
+                self._workers[self._leader].pipe.send(Left(number, failure.why))
             if self._board.stop_wanted():
-                old.ended = ({}, "", True, {}, {})
+                old.ended = Ended(interrupted=True)
                 self._watch.leave_out(number)
                 return
             new = self._supervisor.fork(number, None, self._descriptor, self._workers, old.incarnation + 1)
@@ -157,9 +173,10 @@ class Start:
 
     def _hear_client(self, client: Connection) -> None:
         try:
-            client.recv()
+            message: ClientToSupervisor = client.recv()
         except (EOFError, ConnectionResetError):
             raise ClientGone from None
+        assert isinstance(message, StopRun), f"during a run a client asks for its end alone, not {message}"
         self._stop()
 
     def _hear_signals(self) -> None:
@@ -184,53 +201,56 @@ class Start:
         if worker.ended is None and not worker.process.is_alive() and not worker.pipe.poll():
             raise self._death(number, worker)
 
-    def _handle(self, number: int, worker: Member, message: tuple[Any, ...]) -> None:
-        what, *rest = message
-        if what == "events":
-            self._supervisor.pass_on(rest[0])
-        elif what == "sync":
-            self._supervisor.sync_tape()
-            worker.pipe.send(("synced",))
-        elif what == "digest":
-            self._compare(number, *rest)
-        elif what == "ready":
-            worker.ready = (rest[0], rest[1])
-            if self._going:
-                self._let_start(worker)
-            elif all(other.ready for other in self._workers):
-                self._go()
-        elif what == "ended":
-            worker.ended = (rest[0], rest[1], rest[2], rest[3], rest[4])
-            self._watch.leave_out(number)
-        elif what == "written":
-            raise FirstWrite(rest[0], rest[1])
-        elif what == "failed":
-            name, sentence, detail = rest
-            self._fail(number, worker, by_name(name)(sentence, detail=detail))
-        elif what == "saved":
-            assert self._raised is not None, "the server was told to stop"
-            sentence = with_saved(self._raised.message, rest[0], self._run.folder)
-            raise type(self._raised)(sentence, detail=self._raised.detail)
+    def _handle(self, number: int, worker: Member, message: WorkerToSupervisor) -> None:
+        match message:
+            case Events(events):
+                self._supervisor.pass_on(events)
+            case Sync():
+                self._supervisor.sync_tape()
+                worker.pipe.send(Synced())
+            case Digest(version, digest):
+                self._compare(number, version, digest)
+            case Ready():
+                worker.ready = message
+                if self._going:
+                    self._let_start(worker)
+                elif all(other.ready for other in self._workers):
+                    self._go()
+            case Ended():
+                worker.ended = message
+                self._watch.leave_out(number)
+            case Written(names, where):
+                raise FirstWrite(names, where)
+            case Failed():
+                self._fail(number, worker, message.error())
+            case Saved(version):
+                assert self._raised is not None, "the server was told to stop"
+                sentence = with_saved(self._raised.message, version, self._run.folder)
+                raise type(self._raised)(sentence, detail=self._raised.detail)
+            case _:
+                assert_never(message)
 
     def _fail(self, number: int, worker: Member, error: InstepError) -> None:
         """What a process's code raised ends the run; in lockstep, and at the server, it is saved by then."""
         if not self._serving or not self._going or number == self._leader:
             raise self._raised or error
-        worker.ended = ({}, "", True, {}, {})
+        worker.ended = Ended(interrupted=True)
         self._watch.leave_out(number)
         if self._raised is not None:
             return
         self._raised = error
         try:
-            self._workers[self._leader].pipe.send(("stop", number, ""))
+            self._workers[self._leader].pipe.send(StopRun())
         except OSError:
             raise error from None
 
     def _go(self) -> None:
         """All workers are built: checks that they agree, gives them memory, lets them start."""
-        facts, memory = self._workers[self._leader].ready or ({}, {})
+        lead = self._workers[self._leader].ready
+        assert lead is not None, "all are ready"
+        facts, self._agreed = lead.facts, Agreed(lead.facts, lead.memory)
         for number, worker in enumerate(self._workers):
-            theirs = (worker.ready or ({}, {}))[0]
+            theirs = worker.ready.facts if worker.ready else {}
             for name, value in facts.items():
                 if name in theirs and theirs[name] != value:
                     raise WorkerError(
@@ -239,7 +259,7 @@ class Start:
                         f"the seed alone{', and each sample on its index besides' if name == 'data' else ''}."
                     )
         self._supervisor.check_written(facts.get("written", ()))
-        reserve(self._descriptor, memory)
+        reserve(self._descriptor, lead.memory)
         about = self._supervisor.about
         self._supervisor.record(
             "run_started",
@@ -266,14 +286,13 @@ class Start:
         if not self._supervisor.again:
             for why in (*self._run.notices, *self._run.rule.warnings()):
                 self._supervisor.record("warned", why=why)
-        self._facts, self._memory = facts, memory
         for worker in self._workers:
             self._let_start(worker)
         self._going = True
 
     def _let_start(self, worker: Member) -> None:
         with contextlib.suppress(OSError):  # it is dead, as will be seen
-            worker.pipe.send((self._facts, self._memory))
+            worker.pipe.send(self._agreed)
 
     def _compare(self, number: int, version: int, digest: str) -> None:
         digests = self._digests.setdefault(version, {})
@@ -304,14 +323,14 @@ class Start:
             worker.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
             if not self._serving:
                 assert worker.ended is not None
-                self._compare(number, -1, worker.ended[1])
+                self._compare(number, -1, worker.ended.digest)
         ended = self._workers[self._leader].ended
         assert ended is not None
-        progress, digest, interrupted, left, _ = ended
+        progress, interrupted, left = ended.progress, ended.interrupted, ended.left
         held_out = progress["held_out"]
         result: dict[str, Any] = {
             "recipe": self._run.recipe_table["name"],
-            "digest": digest,
+            "digest": ended.digest,
             "rule": self._run.rule.name,
             "engine": self._run.engine,
             "steps": progress["steps"],
@@ -319,7 +338,7 @@ class Start:
             "items": progress["items"],
             "workers": self._run.team.workers,
             "microbatches": self._run.recipe_table["microbatches"],
-            "parameters": self._facts["parameters"],
+            "parameters": self._agreed.facts["parameters"],
             "objective_first": progress["objective_first"],
             "objective_last": progress["objective_last"],
             "held_out": held_out.get("objective"),
@@ -334,22 +353,22 @@ class Start:
             "stopped": progress["stopped"] or None,
             "skipped": progress["skipped"],
             "bad_batches": progress["bad_batches"],
-            "data_digest": self._facts["data"],
+            "data_digest": self._agreed.facts["data"],
             "sample": left.get("sample"),
             "artifacts": left.get("artifacts"),
         }
         self._supervisor.held.check()
         self._supervisor.folder.write_result(result)
         self._supervisor.record(
-            "run_ended", version=progress["version"], digest=digest, result=result, interrupted=interrupted
+            "run_ended", version=progress["version"], digest=ended.digest, result=result, interrupted=interrupted
         )
         return result
 
     def _costs(self) -> dict[str, Any]:
         """What the rule cost in this start of the team."""
-        found = [worker.ended[4] for worker in self._workers if worker.ended is not None]
+        found = [worker.ended.costs for worker in self._workers if worker.ended is not None]
         if self._serving:
-            return found[-1]
+            return dict(found[-1])
         return {
             "bytes_sent": found[0]["bytes_sent"],
             "staleness_mean": 0.0,

@@ -30,7 +30,18 @@ from instep.record.tape import Tape, Told, told
 from instep.reduce.written import FirstWrite
 from instep.team.channel import Line
 from instep.team.heartbeat import HeartbeatBoard
-from instep.team.messages import Request
+from instep.team.messages import (
+    Assignment,
+    Cancelled,
+    ClientToSupervisor,
+    Events,
+    Failed,
+    Finished,
+    Request,
+    SupervisorToClient,
+    WorkerToSupervisor,
+    Written,
+)
 from instep.team.signals import Requests
 from instep.team.start import ClientGone, Interrupted, Member, Start, WorkerFailure
 from instep.transport.shared_memory import anonymous_file
@@ -218,8 +229,6 @@ class Supervisor:
         self, worker: int, resume_from: Path | None, descriptor: int, others: list[Member], incarnation: int = 0
     ) -> Member:
         """Starts the process of a worker, or of the server. `others` run already. Raises ResourceError."""
-        from instep.team.session import Assignment
-
         run = self.run
         assignment = Assignment(
             recipe=self._recipe,
@@ -269,11 +278,11 @@ class Supervisor:
         """What a worker told before its end belongs on the tape: a checkpoint may hold those very steps."""
         with contextlib.suppress(EOFError, OSError, ClientGone):
             while pipe.poll():
-                what, *rest = pipe.recv()
-                if what == "events":
-                    self.pass_on(rest[0])
-                elif what == "written":
-                    self._found.update(rest[0])
+                message: WorkerToSupervisor = pipe.recv()
+                if isinstance(message, Events):
+                    self.pass_on(message.events)
+                elif isinstance(message, Written):
+                    self._found.update(message.names)
 
     def record(self, kind: str, **fields: Any) -> None:
         """Writes an event of the supervisor's own to the tape and to the client."""
@@ -284,7 +293,7 @@ class Supervisor:
         """Makes sure that what was told so far outlives this process, and a power cut."""
         self._tape.flush(sync=True)
 
-    def pass_on(self, events: list[dict[str, Any]]) -> None:
+    def pass_on(self, events: Sequence[dict[str, Any]]) -> None:
         """Writes events to the tape and sends them to the client. On the tape, ``run_started`` comes first."""
         self._early += events
         for event in events:
@@ -294,11 +303,8 @@ class Supervisor:
             for waiting in sorted(self._early, key=lambda early: early["kind"] != "run_started"):
                 self._tape.write(waiting)
             self._early.clear()
-        self._tell(("events", events))
-
-    def _tell(self, message: Any) -> None:
         try:
-            self.client.send(message)
+            self.client.send(Events(events))
         except (BrokenPipeError, ConnectionResetError):
             raise ClientGone from None
 
@@ -323,23 +329,24 @@ def main(descriptor: int) -> None:
 
 def _serve(client: Connection) -> None:
     try:
-        run: Request = client.recv()
+        run: ClientToSupervisor = client.recv()
     except EOFError:
         return
+    assert isinstance(run, Request), f"a run begins with a Request, not {run}"
     import_before_forks()
     requests = Requests()
     requests.listen()
     try:
-        client.send(("ended", Supervisor(run, client, requests).supervise()))
+        client.send(Finished(Supervisor(run, client, requests).supervise()))
     except ClientGone:
         pass
     except Interrupted:
-        _send_quietly(client, ("interrupted",))
+        _send_quietly(client, Cancelled())
     except InstepError as error:
-        _send_quietly(client, ("failed", type(error).__name__, error.message, error.detail))
+        _send_quietly(client, Failed.of(error))
     except BaseException as error:
         sentence = f"the supervisor failed: {described(error)}; this is a fault of Instep, please report it."
-        _send_quietly(client, ("failed", "InstepError", sentence, traceback.format_exc()))
+        _send_quietly(client, Failed("InstepError", sentence, traceback.format_exc()))
 
 
 def import_before_forks() -> None:
@@ -348,6 +355,6 @@ def import_before_forks() -> None:
         import_module(name)
 
 
-def _send_quietly(client: Connection, message: Any) -> None:
+def _send_quietly(client: Connection, message: SupervisorToClient) -> None:
     with contextlib.suppress(OSError):
         client.send(message)
