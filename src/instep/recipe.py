@@ -19,6 +19,7 @@ from instep import buffer_modes
 from instep.budget import parse_budget
 from instep.by_pattern import ByPattern
 from instep.components import Component
+from instep.differences import differences, without_held
 from instep.errors import RecipeError, cut, shown
 from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
@@ -337,37 +338,7 @@ def dumps(recipe: Recipe, team: Team) -> str:
 
 def table_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """Clauses on the fields of two recipes' tables that decide the result and differ, `steps` left out."""
-    mine, theirs = _flat(_result_part(here)), _flat(_result_part(there))
-    keys = sorted(mine.keys() | theirs.keys(), key=lambda key: "rule" if key == "rule.name" else key)
-    return [
-        f"recipe.{key} is {_shown(mine, key)} here and {_shown(theirs, key)} there"
-        for key in keys
-        if mine.get(key) != theirs.get(key)
-    ]
-
-
-def _shown(table: Mapping[str, Any], key: str) -> str:
-    return shown(table[key]) if key in table else "not set"
-
-
-def without_address(value: Any) -> str | None:
-    """The first object in a recipe's table that had no address to write, as its description ``<...>``; or None."""
-    if isinstance(value, Mapping):
-        use = value.get("use")
-        if isinstance(use, str) and use.startswith("<"):
-            return use
-        value = list(value.values())
-    if isinstance(value, list):
-        return next((found for item in value if (found := without_address(item)) is not None), None)
-    return None
-
-
-def without_held(value: Any) -> Any:
-    """A recipe's table without what objects hold that have no address: it is shown and compared, as far as it goes."""
-    if isinstance(value, Mapping):
-        nameless = str(value.get("use", "")).startswith("<")
-        return {key: without_held(item) for key, item in value.items() if not (nameless and key == "holds")}
-    return [without_held(item) for item in value] if isinstance(value, list) else value
+    return differences(_result_part(here), _result_part(there))
 
 
 def _result_part(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,16 +351,6 @@ def _result_part(table: Mapping[str, Any]) -> dict[str, Any]:
     if modes and isinstance(modes, Mapping):  # their order decides too, which a table does not compare
         part["buffers"] = [list(pair) for pair in modes.items()]
     return part
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def _at_most(where: str, value: int, most: int) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from instep import recipe as recipe_module
 from instep.components import Component
+from instep.differences import without_address
 from instep.errors import ComponentError, RecipeError
 from instep.recipe import (
     Recipe,
@@ -24,7 +25,6 @@ from instep.recipe import (
     read,
     read_saved,
     table_differences,
-    without_address,
 )
 from instep.schedule import Change
 from instep.tables import added, as_before, as_saved

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from instep import api as alone
-from instep.cli import commands
+from instep.cli import train as train_command
 from instep.engines import server
 from instep.errors import CheckpointError, InstepError, RecordError
 from instep.offline.tape_replay import replay
@@ -241,7 +241,7 @@ def test_a_recipe_file_of_strange_values_is_a_sentence_or_is_read_right(run: tup
             lambda: resumed(folder, None, saved(folder, None, None, "")[0], ()),
             lambda: resumed(folder, addressed, saved(folder, addressed, None, "")[0], ()),
             lambda: recorded(folder, None, saved(folder, None, None, "")[0]),
-            lambda: commands._saved(folder.path, None, []),
+            lambda: train_command._saved(folder.path, None, []),
         )  # fmt: skip
 
 

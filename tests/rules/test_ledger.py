@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from instep.rules import PRESETS, UpdateRule
 from instep.rules.ledger import Action, Drop, Finish, Ledger, Merge, Release
+from instep.rules.ledger_state import ledger_of, ledger_state
 from instep.rules.work import Pieces
 from support.ledgers import ANY_RULE, EVENTS, KINDS, Event, Observed, custom_rules, list_pieces, presets, started
 
@@ -304,8 +305,8 @@ def test_a_late_piece_whose_worker_leaves_is_waited_for_again_at_the_next_one() 
 def test_a_state_of_before_late_pieces_were_waited_for_still_loads() -> None:
     ledger = team(PRESETS["backup_workers"](1), 3)
     pushes(ledger, 0, 1, 2)
-    state = {key: value for key, value in ledger.state().items() if key not in ("held", "first", "late")}
-    again = Ledger.from_state(ledger.rule, ledger.pieces, state)
+    state = {key: value for key, value in ledger_state(ledger).items() if key not in ("held", "first", "late")}
+    again = ledger_of(ledger.rule, ledger.pieces, state)
     assert pushes(again, 0, 1) == [[], ["v2(0,1)", "0>2@2", "1>6@2"]]
     assert pushes(again, 1, 2, 2) == [[], ["drop 2", "2>7@2"], ["v3(1,2)", "1>5@3", "2>8@3"]], (
         "nobody knows that piece 2 was dropped before"
@@ -423,7 +424,7 @@ def test_any_event_after_the_deadline_makes_the_update() -> None:
 def test_a_deadline_is_part_of_the_state_and_ends_with_a_restart() -> None:
     ledger = team(waiting(), 2)
     ledger.pushed(0, 1, now_s=4.0)
-    again = Ledger.from_state(ledger.rule, ledger.pieces, ledger.state())
+    again = ledger_of(ledger.rule, ledger.pieces, ledger_state(ledger))
     assert again.deadline_s == ledger.deadline_s == 6.0
     ledger.recover()
     assert ledger.deadline_s is None

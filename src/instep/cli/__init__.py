@@ -13,19 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from instep.cli.helping import ABOUT, COMMANDS, table, wrapped
 from instep.errors import InstepError, RecordError, clean, cut, shown
-
-ABOUT = "Trains one PyTorch model with many workers in step: the same result, bit for bit, for any number of them."
-
-COMMANDS = {
-    "train": "Train a recipe, or go on with a run.",
-    "replay": "Compute a run again from its recipe and tape.",
-    "simulate": "Run a recipe on a virtual cluster.",
-    "memory": "Show what recomputing activations saves in memory and costs in time.",
-    "recipes": "List the built-in recipes.",
-    "digest": "Print the digest of a run or checkpoint.",
-}
-
 
 _COMPUTING = ("train", "replay", "simulate", "memory")
 
@@ -121,8 +110,6 @@ def _check_working_folder() -> None:
 
 
 def _help() -> str:
-    from instep.cli.helping import table, wrapped
-
     commands = table(COMMANDS.items(), max(map(len, COMMANDS)))
     more = wrapped("'instep COMMAND --help' tells more about a command, 'instep --version' the version.")
     return f"Usage: instep COMMAND\n\n{wrapped(ABOUT)}\n\nCommands:\n{commands}\n\n{more}"

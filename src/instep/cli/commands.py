@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from cyclopts import App
 
-from instep.cli import ABOUT, COMMANDS
 from instep.cli.cluster import cluster_of, refuse_team, steps_for
-from instep.cli.flags import Settings, UsageError, merge
-from instep.cli.helping import Formatter, table
+from instep.cli.flags import Settings, UsageError, with_short
+from instep.cli.given import import_paths, parsed
+from instep.cli.helping import ABOUT, COMMANDS, Formatter, table
+from instep.cli.replay import replay_rule, replay_run
+from instep.cli.train import indices, train_recipe
 from instep.components import importable
-from instep.errors import RecipeError, RecordError, shown
 from instep.monitors.console import Console
-from instep.monitors.tensorboard import TensorBoard
 from instep.offline.cluster import Cluster
 from instep.recipe import (
     Recipe,
-    Team,
-    check_team,
     names_of_recipes,
-    parse,
     path_of,
-    read,
-    read_saved,
-    without_address,
 )
-from instep.record.folder import RunFolder
 from instep.record.folder import digest as digest_of
-from instep.record.resuming import as_last_changed, resume_differences
-from instep.rules.presets import parse as parse_rule
 from instep.team.signals import interrupting
 
 _TRAIN = """\
@@ -116,7 +104,7 @@ def app(settings: Settings) -> App:
             ("slow", "team.slow", slow),
             ("memory", "team.memory", memory),
         )
-        _train(recipe, _with_short(settings, short), out, resume, tensorboard, _indices(skip_samples))
+        train_recipe(recipe, with_short(settings, short), out, resume, tensorboard, indices(skip_samples))
 
     @app.command(help=f"{COMMANDS['replay']}\n\n{_REPLAY}")
     def replay(run: Path, /, *, rule: str | None = None, out: Path | None = None) -> None:
@@ -135,9 +123,9 @@ def app(settings: Settings) -> App:
         if rule is None and out is not None:
             raise UsageError("--out goes with --rule: a replay of the run itself makes no folder.")
         if rule is None:
-            _replay(run)
+            replay_run(run)
         else:
-            _replay_under(run, rule, out)
+            replay_rule(run, rule, out)
 
     @app.command(help=f"{COMMANDS['simulate']}\n\n{_SIMULATE}")
     def simulate(
@@ -212,15 +200,15 @@ def app(settings: Settings) -> App:
                 "--batched says how gradients are computed, and with --no-gradients none are; leave one out."
             )
         short = (("steps", "recipe.steps", steps), ("seed", "recipe.seed", seed), ("rule", "recipe.rule", rule))
-        parsed, _ = _parsed(recipe, _with_short(settings, short))
+        wanted, _ = parsed(recipe, with_short(settings, short))
         cluster = cluster_of(
             workers, times=times, persistence=persistence, slow=slow, failures=failures, restart=restart,
-            bandwidth=bandwidth, latency=latency, merge=merge, collective=not server, seed=parsed.seed,
+            bandwidth=bandwidth, latency=latency, merge=merge, collective=not server, seed=wanted.seed,
         )  # fmt: skip
         cluster = dataclasses.replace(cluster, batched=batched)
         if contributions is not None:
-            parsed = dataclasses.replace(parsed, steps=steps_for(parsed, workers, contributions))
-        _simulate(recipe, parsed, cluster, gradients, out)
+            wanted = dataclasses.replace(wanted, steps=steps_for(wanted, workers, contributions))
+        _simulate(recipe, wanted, cluster, gradients, out)
 
     @app.command(help=f"{COMMANDS['memory']}\n\n{_MEMORY}")
     def memory(recipe: str, /, *, budget: str | None = None, plot: Path | None = None) -> None:
@@ -257,21 +245,6 @@ def app(settings: Settings) -> App:
     return app
 
 
-def _with_short(settings: Settings, short: Iterable[tuple[str, str, object]]) -> Settings:
-    """`settings` and the short flags that were given: (flag, the name with dots that it stands for, value)."""
-    given = [(name, dotted, str(value)) for name, dotted, value in short if value is not None]
-    for name, dotted, _ in given:
-        if dotted in dict(settings):
-            raise UsageError(f"--{name} and --{dotted} set the same field; give one of them.")
-    return [*settings, *((dotted, value) for _, dotted, value in given)]
-
-
-def _import_paths(given: str | None) -> tuple[str, ...]:
-    """Where a recipe's modules are looked for: beside its file, and in the current folder."""
-    folders = [Path.cwd()] if given is None else [path_of(given).resolve().parent, Path.cwd()]
-    return tuple(dict.fromkeys(map(str, folders)))
-
-
 def _refuse(settings: Settings) -> None:
     if settings:
         raise UsageError(f"--{settings[0][0]} goes with 'instep train' only.")
@@ -286,44 +259,16 @@ def _recipes() -> None:
     print(table(rows, max(map(len, names), default=0), indent=""))
 
 
-def _replay(run: Path) -> None:
-    from instep.api import replay
-
-    found = replay(run)
-    print(f"versions  {found.versions:,}")
-    print(f"digest    {found.digest}")
-    if found.same:
-        print(f"compared  {found.proof}")
-        print("The run's own digest: the replay is exact.")
-        return
-    if not found.divergence and found.recorded is None:
-        raise RecordError(
-            f"the run {run} never ended, so the tape has no digest to compare with; {found.proof} of it are the "
-            f"replay's own, up to version {found.versions:,}."
-        )
-    raise RecordError(
-        f"the replay of {run} gave another result than the run: "
-        + (found.divergence or f"the run's digest is {found.recorded}.")
-    )
-
-
-def _replay_under(run: Path, rule: str, out: Path | None) -> None:
-    from instep.api import replay_under
-
-    with interrupting(), Console(path=out) as console:
-        replay_under(run, parse_rule(rule), out=out, monitors=(console,))
-
-
 def _memory(given: str, settings: Settings, budget: str | None, plot: Path | None) -> None:
     from instep.budget import parse_budget
     from instep.cli.memory import check_plot, draw, show
     from instep.worker.memory_trade import memory_trade
 
     wanted = None if budget is None else parse_budget(budget, "--budget")
-    recipe, team = _parsed(given, settings)
+    recipe, team = parsed(given, settings)
     if plot is not None:
         check_plot(plot)  # not after the work
-    with importable(_import_paths(given)):
+    with importable(import_paths(given)):
         trade = memory_trade(recipe, team.device, wanted)
     show(trade)
     if plot is not None:
@@ -335,87 +280,4 @@ def _simulate(given: str, recipe: Recipe, cluster: Cluster, gradients: bool, out
     from instep.api import simulate
 
     with interrupting(), Console(path=out) as console:
-        simulate(recipe, cluster, gradients=gradients, out=out, monitors=(console,), import_paths=_import_paths(given))
-
-
-def _train(
-    given: str | None,
-    settings: Settings,
-    out: Path | None,
-    resume: Path | None,
-    tensorboard: bool | None = None,
-    skipped: Sequence[int] = (),
-) -> None:
-    merge({}, settings)  # a wrong flag is named before a wrong file
-    if out is not None and resume is not None:
-        raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
-
-    if resume is not None:
-        recipe, team = _saved(resume, given, settings)
-    elif given is not None:
-        recipe, team = _parsed(given, settings)
-        check_team(recipe, team)  # before a folder is made
-    else:
-        raise UsageError(
-            "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
-        )
-
-    from instep.team.client import Monitor, train
-
-    paths = _import_paths(given)
-    with interrupting(), contextlib.ExitStack() as stack:
-        if resume is None and out is None:
-            out = RunFolder.claim(recipe.name)
-            stack.callback(_give_back, out)
-        folder = out or resume
-        assert folder is not None, "a new run has one by now"
-        console = stack.enter_context(Console(path=folder))
-        monitors: list[Monitor] = [console]
-        if tensorboard or (tensorboard is None and (folder / "tensorboard").is_dir()):
-            monitors.append(stack.enter_context(TensorBoard(folder / "tensorboard")))
-        train(recipe, team=team, out=out, resume=resume, monitors=monitors, import_paths=paths, skip_samples=skipped)
-
-
-def _indices(text: str) -> list[int]:
-    """The indices in "17,204". Raises UsageError."""
-    parts = [part.strip() for part in text.split(",")] if text else []
-    if not all(part.isdecimal() for part in parts):
-        raise UsageError(f"--skip-samples is {shown(text)}; give indices of samples, such as 17,204.")
-    return [int(part) for part in parts]
-
-
-def _give_back(claimed: Path) -> None:
-    """Removes the folder of a run that did not come about."""
-    with contextlib.suppress(OSError):  # something lies in it, or it is gone
-        claimed.rmdir()
-
-
-def _parsed(given: str, settings: Settings) -> tuple[Recipe, Team]:
-    return parse(merge(read(given), settings))
-
-
-def _saved(resume: Path, given: str | None, settings: Settings) -> tuple[Recipe, Team]:
-    """The recipe and team saved in the run, with what `settings` may change of them.
-
-    Raises RecipeError where they change more, or where the recipe `given` is another one.
-    """
-    table = read_saved(RunFolder.open(resume).recipe_path)
-    nameless = without_address(table)
-    if nameless is not None:
-        raise RecordError(
-            f"the recipe of {resume} holds {nameless}, an object that only the program that made it has; resume it "
-            f"from there with instep.train(recipe, resume={str(resume)!r})."
-        )
-    recipe, team = parse(merge(as_last_changed(copy.deepcopy(table)), settings))
-    changed = resume_differences(recipe.to_table(), table)
-    if changed:
-        raise RecipeError(
-            f"{resume} goes on with its own recipe, and {changed[0]}; leave that flag out, or start a new run."
-        )
-    if given is not None:
-        changed = resume_differences(_parsed(given, settings)[0].to_table(), table)
-        if changed:
-            raise RecipeError(
-                f"{shown(given)} is not the recipe of {resume}: {changed[0]}; leave it out, or start a new run."
-            )
-    return recipe, team
+        simulate(recipe, cluster, gradients=gradients, out=out, monitors=(console,), import_paths=import_paths(given))

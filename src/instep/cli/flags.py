@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 from instep.buffer_modes import flat
@@ -66,6 +66,15 @@ def merge(table: dict[str, Any], settings: Settings) -> dict[str, Any]:
         else:
             raise _unknown(name)
     return table
+
+
+def with_short(settings: Settings, short: Iterable[tuple[str, str, object]]) -> Settings:
+    """`settings` and the short flags that were given: (flag, the name with dots that it stands for, value)."""
+    given = [(name, dotted, str(value)) for name, dotted, value in short if value is not None]
+    for name, dotted, _ in given:
+        if dotted in dict(settings):
+            raise UsageError(f"--{name} and --{dotted} set the same field; give one of them.")
+    return [*settings, *((dotted, value) for _, dotted, value in given)]
 
 
 def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: str) -> None:

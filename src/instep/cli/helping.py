@@ -1,4 +1,4 @@
-"""How the help of commands looks: flags on the left, what they do on the right, and no word broken."""
+"""What help says of the commands, and how it looks: flags left, what they do right, and no word broken."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import shutil
 import textwrap
 from collections.abc import Iterable
 from typing import Any
+
+ABOUT = "Trains one PyTorch model with many workers in step: the same result, bit for bit, for any number of them."
+
+COMMANDS = {
+    "train": "Train a recipe, or go on with a run.",
+    "replay": "Compute a run again from its recipe and tape.",
+    "simulate": "Run a recipe on a virtual cluster.",
+    "memory": "Show what recomputing activations saves in memory and costs in time.",
+    "recipes": "List the built-in recipes.",
+    "digest": "Print the digest of a run or checkpoint.",
+}
 
 LEFT = 20
 """Columns that a flag takes before what it does; a longer one has a line of its own."""

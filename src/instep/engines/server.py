@@ -27,6 +27,7 @@ from instep.errors import CheckpointError
 from instep.record.digest import digest_of_state
 from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
+from instep.rules.ledger_state import ledger_of, ledger_state
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
 from instep.team.messages import (
@@ -138,7 +139,7 @@ def serve(session: Session, descriptor: int) -> None:
 def _recovered(rule: UpdateRule, pieces: Pieces, state: Mapping[str, Any]) -> tuple[Ledger, list[Action]]:
     """The ledger of this state, after the death of all, and what is lost by it. Raises CheckpointError."""
     try:
-        ledger = Ledger.from_state(rule, pieces, state)
+        ledger = ledger_of(rule, pieces, state)
         return ledger, ledger.recover()
     except (LookupError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
         raise CheckpointError(
@@ -175,7 +176,7 @@ def _state_after(pieces: Pieces, version: int) -> dict[str, Any]:
     """The ledger of a run that the lockstep engine has brought to `version`."""
     done = version * pieces.parts
     return {
-        **Ledger(pieces.rule, pieces).state(),
+        **ledger_state(Ledger(pieces.rule, pieces)),
         "version": version,
         "round": version,
         "merged_pieces": done,
@@ -474,6 +475,6 @@ class _Server:
         unmade = [action for action in self._unmade if isinstance(action, Merge)]
         self._session.save(
             self._progress, self._replica.saved_state(), self._merger.training_state(),
-            ledger=self._ledger.state(unmade), cut=self._ledger.pieces.workers, steps=self._session.recipe.steps,
-            looked=looked,
+            ledger=ledger_state(self._ledger, unmade), cut=self._ledger.pieces.workers,
+            steps=self._session.recipe.steps, looked=looked,
         )  # fmt: skip

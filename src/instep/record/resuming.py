@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from instep.components import Component
+from instep.differences import without_held
 from instep.errors import CheckpointError
-from instep.recipe import Recipe, parse, table_differences, without_held
+from instep.recipe import Recipe, parse, table_differences
 from instep.record import checkpoint
 from instep.record.folder import RunFolder
 from instep.schedule import Change, Phase, Schedule

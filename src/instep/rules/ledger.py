@@ -21,12 +21,11 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any
 
 from instep.rules.actions import Action, Contribution, Drop, Finish, Merge, Release
+from instep.rules.active_worker import ActiveWorker
 from instep.rules.delays import Delays
 from instep.rules.pace import Pace
 from instep.rules.rule import UpdateRule
@@ -38,18 +37,6 @@ _BY_PIECE = attrgetter("piece")
 _BY_NUMBER = attrgetter("number")
 
 _new = tuple.__new__  # what a call of a NamedTuple comes to, in half the time; used where millions are made
-
-
-@dataclass(slots=True, eq=False)
-class _Worker:
-    """An active worker. `piece` is -1 while it has none; `doomed`: what it computes will be too old to merge."""
-
-    number: int
-    rounds: int
-    piece: int = -1
-    base: int = 0
-    doomed: bool = False
-    active: bool = True
 
 
 class Ledger:
@@ -94,13 +81,13 @@ class Ledger:
         self._seq = 0
         self._pending: dict[int, list[Contribution]] = {}  # by round; all under 0 where order is arrival
         self._waiting_since_s: float | None = None  # when the first of those came, where order is arrival
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, ActiveWorker] = {}
         self._due = 0  # the key in `_pending` of what merges next,
         self._wanted = 1  # how many contributions make that update,
         self._open = 0  # and the first piece that may not be started on before it is made, or is none
-        self._idle: deque[_Worker] = deque()
-        self._blocked: deque[_Worker] = deque()  # held back by max_lead: all are one round too far ahead
-        self._held: deque[_Worker] = deque()  # held back with an update that waits for a late piece
+        self._idle: deque[ActiveWorker] = deque()
+        self._blocked: deque[ActiveWorker] = deque()  # held back by max_lead: all are one round too far ahead
+        self._held: deque[ActiveWorker] = deque()  # held back with an update that waits for a late piece
         # These two are kept under order "arrival" alone.
         self._pace = Pace()  # of those who are not doomed
         self._busy_at: dict[int, set[int]] = {}  # who computes from which version and is not doomed, with a limit
@@ -113,7 +100,7 @@ class Ledger:
     def joined(self, worker: int, now_s: float = 0.0) -> list[Action]:
         """A worker is there and wants work. It counts as as far as the slowest."""
         assert worker not in self._workers, f"worker {worker} is active already"
-        state = _Worker(worker, self.round)
+        state = ActiveWorker(worker, self.round)
         self._workers[worker] = state
         self._look_ahead()
         self._count_in(state)
@@ -229,61 +216,6 @@ class Ledger:
             return self.pieces.round_of(state.piece) - self.round if state.piece >= 0 else 0
         return max(0, state.rounds - self.round)  # below 0 where what it computes is too old
 
-    def state(self, unmade: Sequence[Merge] = ()) -> dict[str, Any]:
-        """All of it, as plain values that JSON can hold.
-
-        `unmade`: the last updates that it asked for, which were not made: their contributions still wait.
-        """
-        waiting = [contribution for merge in unmade for contribution in merge.contributions]
-        return {
-            "version": self.version - len(unmade),
-            "round": self.round - len(unmade) * self._by_round,
-            "merged_pieces": self.merged_pieces - len(waiting),
-            "merged_microbatches": self.merged_microbatches - sum(self._size_of(c.piece) for c in waiting),
-            "next_piece": self._next_piece,
-            "returned": sorted(self._returned),
-            "seq": self._seq,
-            "pending": [list(c) for pending in [waiting, *self._pending.values()] for c in pending],
-            "waiting_since_s": self._waiting_since_s,
-            "workers": [
-                {"number": s.number, "rounds": s.rounds, "piece": s.piece, "base": s.base, "doomed": s.doomed}
-                for s in self._workers.values()
-            ],
-            "order": [state.number for state in [*self._idle, *self._blocked] if state.active],
-            "held": [state.number for state in self._held if state.active],
-            **self.delays.state(),
-        }
-
-    @classmethod
-    def from_state(cls, rule: UpdateRule, pieces: Pieces, state: Mapping[str, Any]) -> Ledger:
-        """The ledger whose `state` this was, under the same rule and pieces."""
-        state = {"held": [], "first": [], "late": [], **state}  # which states of before lack
-        ledger = cls(rule, pieces)
-        ledger.delays.load(state)
-        ledger.version = state["version"]
-        ledger.merged_pieces, ledger.merged_microbatches = state["merged_pieces"], state["merged_microbatches"]
-        ledger._next_piece, ledger._returned, ledger._seq = state["next_piece"], list(state["returned"]), state["seq"]
-        ledger._finished = ledger.merged_pieces == ledger._count
-        ledger._waiting_since_s = state["waiting_since_s"]
-        for values in state["pending"]:
-            contribution = Contribution(*values)
-            key = pieces.round_of(contribution.piece) if ledger._by_round else 0
-            ledger._pending.setdefault(key, []).append(contribution)
-        for fields in state["workers"]:
-            worker = _Worker(**fields)
-            ledger._workers[worker.number] = worker
-            if not worker.doomed:
-                ledger._count_in(worker)
-            if worker.piece >= 0:
-                ledger._start(worker)
-        ledger.round = state["round"]
-        ledger._look_ahead()
-        for number in state["order"]:
-            ledger._rest(ledger._workers[number])
-        ledger._held.extend(map(ledger._workers.__getitem__, state["held"]))
-        ledger.lead_max = 0
-        return ledger
-
     # What follows from an event
 
     def _settle(self, actions: list[Action], now_s: float) -> list[Action]:
@@ -394,7 +326,7 @@ class Ledger:
         """The piece that is given out next."""
         return self._returned[0] if self._returned else self._next_piece
 
-    def _rest(self, state: _Worker) -> None:
+    def _rest(self, state: ActiveWorker) -> None:
         """The worker waits for work, or for slower ones."""
         (self._idle if self._within_lead(state) else self._blocked).append(state)
 
@@ -403,11 +335,11 @@ class Ledger:
         while self._held:
             self._rest(self._held.popleft())
 
-    def _within_lead(self, state: _Worker) -> bool:
+    def _within_lead(self, state: ActiveWorker) -> bool:
         """Whether the worker may start on something, which under order "round" is asked of pieces instead."""
         return self._by_round or self._lead is None or state.rounds - self.round <= self._lead
 
-    def _start(self, state: _Worker) -> None:
+    def _start(self, state: ActiveWorker) -> None:
         """The worker computes."""
         self._in_flight += 1
         ahead = (state.piece // self._per_round if self._by_round else state.rounds) - self.round
@@ -417,7 +349,7 @@ class Ledger:
             self._busy_at.setdefault(state.base, set()).add(state.number)
             self.delays.started(state.piece, state.base)
 
-    def _stop(self, state: _Worker) -> None:
+    def _stop(self, state: ActiveWorker) -> None:
         """The worker no longer computes."""
         self._in_flight -= 1
         if self._limit is not None and not state.doomed:
@@ -440,13 +372,13 @@ class Ledger:
         heapq.heappush(self._returned, piece)
         self.delays.returned(piece, base)
 
-    def _count_in(self, state: _Worker) -> None:
+    def _count_in(self, state: ActiveWorker) -> None:
         """`round` never falls: who comes late starts from it."""
         if not self._by_round:
             self._pace.add(state.rounds)
             self.round = self._pace.slowest(self.round)
 
-    def _count_out(self, state: _Worker) -> None:
+    def _count_out(self, state: ActiveWorker) -> None:
         if not self._by_round:
             self._pace.remove(state.rounds)
             self.round = self._pace.slowest(self.round)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from instep.errors import RecipeError, shown
-from instep.rules.rule import UpdateRule
-from instep.tables import suggest
+from instep.rules.rule import PRESETS, UpdateRule
 
 _ROUNDS: dict[str, Any] = {"quorum": "all", "order": "round", "max_lead": 0, "max_staleness": 0}
 
@@ -99,54 +98,12 @@ _ALL: tuple[Callable[..., UpdateRule], ...] = (
     post_local_sgd, diloco, async_diloco,
 )  # fmt: skip
 
-PRESETS = {preset.__name__: preset for preset in _ALL}
-"""All presets by name, from the strictest to the loosest."""
-
-
-_SHORT = {
-    "bsp": "synchronous", "ssp": "bounded_staleness", "asp": "asynchronous", "hogwild": "asynchronous",
-    "downpour": "asynchronous", "stale": "bounded_staleness", "dc_asgd": "delay_compensated", "localsgd": "local_sgd",
-    "fedavg": "local_sgd",
-}  # fmt: skip
-"""What the field calls some of them, to guess what was meant."""
+PRESETS.update({preset.__name__: preset for preset in _ALL})
 
 
 def parse(text: str) -> UpdateRule:
-    """The rule written as ``NAME[:VALUE][,field=value ...]``, as on the command line.
-
-    VALUE is the preset's first argument; each field is an argument of the preset or else a field of `UpdateRule`.
-    ``none`` stands for no bound. Raises RecipeError.
-    """
-    head, *rest = (part.strip() for part in text.split(","))
-    name, colon, value = (word.strip() for word in head.partition(":"))
-    if name not in PRESETS:
-        meant = _SHORT.get(name.lower().replace("-", "_"), name)
-        raise RecipeError(f"{shown(name)} is no update rule{suggest(meant, PRESETS, 'the rules are')}")
-    preset = PRESETS[name]
-    arguments = inspect.signature(preset).parameters
-    given: dict[str, Any] = {}
-    if colon:
-        if not arguments:
-            raise RecipeError(f"rule '{name}' takes no value, and {shown(text)} gives it {shown(value)}.")
-        first = next(iter(arguments))
-        given[first] = _value(f"{name}:{first}", value, get_type_hints(preset)[first])
-    fields = get_type_hints(UpdateRule)
-    changes: dict[str, Any] = {}
-    for part in rest:
-        key, equals, value = (word.strip() for word in part.partition("="))
-        if not equals:
-            raise RecipeError(f"{shown(part)} in the rule {shown(text)} is no 'field=value'.")
-        if key in given or key in changes:
-            raise RecipeError(f"'{key}' is given twice in the rule {shown(text)}.")
-        if key in arguments:
-            given[key] = _value(f"{name},{key}", value, get_type_hints(preset)[key])
-        elif key in fields:
-            changes[key] = _value(f"{name},{key}", value, fields[key])
-        else:
-            raise RecipeError(
-                f"rule '{name}' has no field {shown(key)}{suggest(key, [*arguments, *fields], 'its fields are')}"
-            )
-    return dataclasses.replace(preset(**given), **changes)
+    """The rule written as ``NAME[:VALUE][,field=value ...]``, see `instep.rules.text`. Raises RecipeError."""
+    return UpdateRule.from_text(text)
 
 
 def text_of(rule: UpdateRule) -> str:
@@ -179,19 +136,3 @@ def text_of(rule: UpdateRule) -> str:
 def _check_count(rule: str, argument: str, value: Any) -> None:
     if type(value) is not int or value < 1:
         raise RecipeError(f"'{rule}:{argument}' is {shown(value)}; it must be a whole number from 1.")
-
-
-def _value(where: str, text: str, hint: Any) -> Any:
-    """`text` as a number or None where `hint` takes one; as it is elsewhere."""
-    kinds = get_args(hint) or (hint,)
-    if text.lower() == "none" and type(None) in kinds:
-        return None
-    number = float if float in kinds else int if int in kinds else None
-    if number is None:
-        return text
-    try:
-        return number(text)
-    except ValueError:
-        what = "a number" if number is float else "a whole number"
-        bound = ", or none" if type(None) in kinds else ""
-        raise RecipeError(f"'{where}' is {shown(text)}; it must be {what}{bound}.") from None

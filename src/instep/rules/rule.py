@@ -8,11 +8,12 @@ contribution (the version gate).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from instep.errors import RecipeError, shown
+from instep.rules.text import read_rule
 from instep.tables import check_types
 
 _QUORUM = re.compile(r"all|all-(\d{1,18})|all/(\d{1,18})|(\d{1,18})")
@@ -71,10 +72,8 @@ class UpdateRule:
 
     @classmethod
     def from_text(cls, text: str) -> UpdateRule:
-        """The rule written as ``NAME[:VALUE][,field=value ...]``, see `instep.rules.presets.parse`."""
-        from instep.rules.presets import parse
-
-        return parse(text)
+        """The rule written as ``NAME[:VALUE][,field=value ...]``, see `instep.rules.text`. Raises RecipeError."""
+        return read_rule(text, cls, PRESETS)
 
     def quorum_of(self, workers: int) -> int:
         """How many contributions make an update while `workers` are active: at least 1, at most all."""
@@ -198,3 +197,7 @@ class UpdateRule:
 
 def _workers(count: int) -> str:
     return "worker" if count == 1 else "workers"
+
+
+PRESETS: dict[str, Callable[..., UpdateRule]] = {}
+"""All presets by name, from the strictest to the loosest. `instep.rules.presets`, imported with this room, fills it."""

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from instep.components import importable
 from instep.descendants import MARK, Stopped, end_marked
+from instep.differences import without_address
 from instep.errors import (
     CheckpointError,
     ComponentError,
@@ -39,7 +40,6 @@ from instep.recipe import (
     dumps,
     engine_of,
     read_saved,
-    without_address,
 )
 from instep.record import tape
 from instep.record.files import disk_error
@@ -128,7 +128,7 @@ class Run:
 
     def model(self, *, best: bool = False) -> nn.Module:
         """The recipe's model with the final weights, or those with the best held-out objective, on the CPU."""
-        from instep.worker.replica import build_model
+        from instep.worker.model import build_model
 
         with importable(self.import_paths):
             model = build_model(self.recipe.model)

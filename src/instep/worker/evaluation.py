@@ -174,7 +174,7 @@ def evaluate(
     with replica.averaged(), kept_module_state(replica.module, training=False), torch.no_grad(), replica.autocast():
         for place in places:
             seed = key(replica.recipe.seed, "evaluate", place)
-            batch = replica.read(replica.data.held_out, list(batches[place]), seed)
+            batch = replica.to_device(replica.reader.read(replica.data.held_out, list(batches[place]), seed))
             counts = replica.objective.counts(batch)
             outputs: Outputs = {}
             with replica.written.kept("an evaluation"):

@@ -6,44 +6,35 @@ import bisect
 import copy
 import dataclasses
 import itertools
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
+from torch import Tensor
 
 from instep import data, objectives
-from instep.components import Component
-from instep.data.cursor import Cursor, load, rows_of
+from instep.data.cursor import Cursor, rows_of
 from instep.errors import (
     CheckpointError,
-    ComponentError,
     DataError,
     NonFiniteError,
     RecipeError,
     RecomputeError,
-    ResourceError,
 )
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.reduce.written import Written
-from instep.restore import is_expanded
+from instep.worker.device import autocast, prepare_device, to_device
 from instep.worker.extra_state import ExtraState
-from instep.worker.optimizer import call, optimizer_of
+from instep.worker.model import build_model, check_parameters, compiled, own_memory_for_buffers
+from instep.worker.model_doubts import model_doubts
+from instep.worker.optimizer import optimizer_of
+from instep.worker.sample_reader import SampleReader, samples_in_words
 from instep.worker.single_samples import check_single_samples
 from instep.worker.spot_checks import SpotChecks
 from instep.worker.trainable import Trainable
-from instep.worker.training_mode import idle_dropouts, into_training
-
-RETRY_S = 0.1
-"""Seconds before samples are read again; twice as many before each further try."""
-
-SHOWN_SAMPLES = 16
-"""Indices of samples that a message names at most."""
+from instep.worker.training_mode import into_training
 
 
 class Replica:
@@ -64,11 +55,11 @@ class Replica:
         written: Collection[str] = (),
     ):
         self.recipe = recipe
-        self._retries, self._read_again = retries, set[str]()
         self.device = prepare_device(device, recipe.threads)
         self.doing = "building the data set"
         seed_all(key(recipe.seed, "data"))
         self.data: data.Data = data.from_component(recipe.data) if like is None else like.data
+        self.reader = SampleReader(self.data.collate, retries)
         self.cursor = Cursor(
             samples=len(self.data.train), batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed,
             ragged=recipe.ragged, drop_last=recipe.drop_last,
@@ -84,7 +75,7 @@ class Replica:
         self._build(written)
         self.checks: SpotChecks | None = None
         """What is verified of the gradient checkpointing plan that is on the model."""
-        self._forward: Any = _compiled(self.module) if recipe.compile else self.module
+        self._forward: Any = compiled(self.module) if recipe.compile else self.module
         self._shared: tuple[Any, dict[int, Any]] = (None, {})
         self._in_hand: tuple[int, int] | None = None
         self._enter(0)
@@ -98,11 +89,11 @@ class Replica:
         seed_all(key(recipe.seed, "model"))
         self.module = build_model(recipe.model).to(self.device)
         into_training(self.module)
-        _own_memory_for_buffers(self.module)
+        own_memory_for_buffers(self.module)
         self._built = set(self.module.state_dict())
         self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-        self._check_parameters()
+        check_parameters(self.names, self.parameters)
         self._extra_state = ExtraState(self.module)
         self.trainable = Trainable(self.module, self.names, self.parameters)
         """Which of them require a gradient at present."""
@@ -168,27 +159,11 @@ class Replica:
             return None
         self.doing, self._in_hand = f"loading step {step + 1}, microbatch {microbatch}", (step, microbatch)
         try:
-            return self.read(self.data.train, indices, key(self.recipe.seed, step, microbatch, "data"))
+            batch = self.reader.read(self.data.train, indices, key(self.recipe.seed, step, microbatch, "data"))
         except DataError as error:
             remedy = "mend it, or leave the sample out with skip_samples (--skip-samples)"
             raise DataError(f"{error.message.rstrip('.')}; {remedy}.", detail=error.detail) from error.__cause__
-
-    def read(self, samples: data.MapStyle, indices: Sequence[int], seed: int) -> Any:
-        """The batch of `samples` at `indices`, on the device, read with random numbers from `seed`.
-
-        Where the system refuses a sample, as a network's file system does now and then, all is read again after a
-        while, as often as `retries` says. Raises DataError.
-        """
-        for tries in range(self._retries + 1):
-            seed_all(seed)
-            try:
-                return self.to_device(load(samples, indices, self.data.collate))
-            except (DataError, OSError) as error:
-                if not isinstance(error.__cause__ or error, OSError) or tries == self._retries:
-                    raise
-                self._read_again.add(str(error.__cause__ or error))
-                time.sleep(RETRY_S * 2**tries)
-        raise AssertionError("the last try returns or raises")
+        return to_device(batch, self.device)
 
     def learn_terms(self, step: int, batch: Any | None = None) -> Any:
         """Learns the objective's terms from the first microbatch of `step`, which it reads, if need be, and returns."""
@@ -276,34 +251,7 @@ class Replica:
 
     def doubts(self) -> list[str]:
         """Sentences on a model or optimizer that goes its own way, so that the run is not quite what it seems."""
-        found = [f"samples were read again, after an error of the system: {why}." for why in sorted(self._read_again)]
-        compiled = next((name for name in sorted(self._built) if "_orig_mod." in name), None)
-        if compiled is not None:
-            found.append(
-                f"the model, or a part of it, is wrapped by torch.compile, so a plain one cannot load its weights: one "
-                f"is named '{compiled}' instead of '{compiled.replace('_orig_mod.', '')}'; set "
-                f"recipe.compile, or compile in place with module.compile()."
-            )
-        idle = idle_dropouts(self.module)
-        if idle:
-            also = f", and so are {len(idle) - 1} others" if idle[1:] else ""
-            found.append(
-                f"dropout layer '{idle[0]}' is in eval mode while the model trains, and drops nothing{also}; if it is "
-                f"to drop, call train() on it where the model is built, else set its p to 0."
-            )
-        replaced = self.trainable.replaced()
-        if replaced:
-            found.append(
-                f"parameter '{replaced[0]}' is another object than when the model was built, so that the optimizer "
-                f"trains one which the model no longer uses; change its values in place, under torch.no_grad()."
-            )
-        others = sorted(self._built ^ self.module.state_dict().keys())
-        if others:
-            found.append(
-                f"the model gained or lost '{others[0]}' since it was built, so no new one can load its checkpoints: "
-                f"no resume or restart will go on; have it all from the start."
-            )
-        return found + self.optimizer.doubts()
+        return self.reader.doubts() + model_doubts(self.module, self._built, self.trainable) + self.optimizer.doubts()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -393,83 +341,12 @@ class Replica:
 
     def samples_of(self, step: int, microbatch: int) -> str:
         """The samples of a microbatch, for a message: "samples 3, 17 and 204"."""
-        indices = self.cursor.microbatch(step, microbatch)
-        shown = [f"{index}" for index in indices[:SHOWN_SAMPLES]]
-        if len(indices) > len(shown):
-            shown.append(f"{len(indices) - len(shown)} more")
-        listed = " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
-        return f"sample{'' if len(indices) == 1 else 's'} {listed}"
+        return samples_in_words(self.cursor.microbatch(step, microbatch))
 
     def to_device(self, batch: Any) -> Any:
         """`batch` with its tensors on the replica's device."""
-        if self.device.type == "cpu":
-            return batch
-        # A packed sequence moves as a whole: its batch_sizes stay on the CPU.
-        leaves, structure = pytree.tree_flatten(batch, is_leaf=lambda part: isinstance(part, PackedSequence))
-        movable: Any = (Tensor, PackedSequence)  # torch's types for the latter's `to` lack devices
-        moved = [leaf.to(self.device, non_blocking=True) if isinstance(leaf, movable) else leaf for leaf in leaves]
-        return pytree.tree_unflatten(moved, structure)
+        return to_device(batch, self.device)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the recipe asks for."""
-        if self.recipe.precision == "bfloat16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return nullcontext()
-
-    def _check_parameters(self) -> None:
-        if not self.parameters:
-            raise RecipeError("the model has no parameter that requires a gradient, so there is nothing to train.")
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            if isinstance(parameter, nn.parameter.UninitializedParameter):
-                raise RecipeError(
-                    f"parameter '{name}' has no shape yet (a lazy module); run the model once in the callable that "
-                    f"builds it, so that every worker starts from the same shapes."
-                )
-            if parameter.is_complex():
-                raise RecipeError(f"parameter '{name}' is complex; hold it as two real parameters.")
-
-
-def _own_memory_for_buffers(module: nn.Module) -> None:
-    """Gives an expanded buffer memory of its own for every element: one that is shared cannot be set back."""
-    for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            if is_expanded(buffer):
-                owner._buffers[name] = buffer.contiguous()
-
-
-def prepare_device(device: str, threads: int) -> torch.device:
-    """The device, with its threads set and its kernels made deterministic. Raises ResourceError."""
-    torch.set_num_threads(threads)
-    if device == "cpu" and threads == 1:
-        return torch.device("cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ResourceError("team.device is 'cuda', and torch finds no GPU here; set team.device to 'cpu'.")
-    torch.use_deterministic_algorithms(True)  # several threads on a CPU would add some sums in order of arrival
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it hides no error here and costs a write
-    torch.backends.cudnn.benchmark = False
-    return torch.device(device)
-
-
-def build_model(component: Component) -> nn.Module:
-    """The recipe's model, on the CPU. Raises ComponentError."""
-    target = component.load()
-    model = copy.deepcopy(target) if isinstance(target, nn.Module) else call(component)
-    if not isinstance(model, nn.Module):
-        raise ComponentError(
-            f"the model {component.describe()} gave a {type(model).__name__}; it must give a torch.nn.Module."
-        )
-    return model
-
-
-def _compiled(module: nn.Module) -> Any:
-    from torch._inductor.async_compile import AsyncCompile
-
-    AsyncCompile.pool.cache_clear()  # a forked process has none of the threads that compiled before, and would wait
-    # One kernel a shape, never one that depends on which shapes a worker happened to see before.
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    compiled = torch.compile(module, dynamic=False)
-    hidden: Any = getattr(module, "hidden", None)
-    if callable(hidden):  # what losses over a large vocabulary call instead of the module
-        compiled.__dict__["hidden"] = torch.compile(hidden, dynamic=False)
-    return compiled
+        return autocast(self.device, self.recipe.precision)

@@ -1,0 +1,40 @@
+"""What ``instep replay`` does and prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from instep.errors import RecordError
+from instep.monitors.console import Console
+from instep.rules.presets import parse as parse_rule
+from instep.team.signals import interrupting
+
+
+def replay_run(run: Path) -> None:
+    """Computes a run again. Raises RecordError where the result is another one, or there is none to compare with."""
+    from instep.api import replay
+
+    found = replay(run)
+    print(f"versions  {found.versions:,}")
+    print(f"digest    {found.digest}")
+    if found.same:
+        print(f"compared  {found.proof}")
+        print("The run's own digest: the replay is exact.")
+        return
+    if not found.divergence and found.recorded is None:
+        raise RecordError(
+            f"the run {run} never ended, so the tape has no digest to compare with; {found.proof} of it are the "
+            f"replay's own, up to version {found.versions:,}."
+        )
+    raise RecordError(
+        f"the replay of {run} gave another result than the run: "
+        + (found.divergence or f"the run's digest is {found.recorded}.")
+    )
+
+
+def replay_rule(run: Path, rule: str, out: Path | None) -> None:
+    """The arrivals of a run under another rule, shown as they go."""
+    from instep.api import replay_under
+
+    with interrupting(), Console(path=out) as console:
+        replay_under(run, parse_rule(rule), out=out, monitors=(console,))

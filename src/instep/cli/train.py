@@ -1,0 +1,99 @@
+"""What ``instep train`` does: a new run, or one that goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+from instep.cli.flags import Settings, UsageError, merge
+from instep.cli.given import import_paths, parsed
+from instep.differences import without_address
+from instep.errors import RecipeError, RecordError, shown
+from instep.monitors.console import Console
+from instep.monitors.tensorboard import TensorBoard
+from instep.recipe import Recipe, Team, check_team, parse, read_saved
+from instep.record.folder import RunFolder
+from instep.record.resuming import as_last_changed, resume_differences
+from instep.team.signals import interrupting
+
+
+def train_recipe(
+    given: str | None,
+    settings: Settings,
+    out: Path | None,
+    resume: Path | None,
+    tensorboard: bool | None = None,
+    skipped: Sequence[int] = (),
+) -> None:
+    """Trains the recipe `given`, or goes on with the run `resume`. Raises UsageError and whatever training does."""
+    merge({}, settings)  # a wrong flag is named before a wrong file
+    if out is not None and resume is not None:
+        raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
+
+    if resume is not None:
+        recipe, team = _saved(resume, given, settings)
+    elif given is not None:
+        recipe, team = parsed(given, settings)
+        check_team(recipe, team)  # before a folder is made
+    else:
+        raise UsageError(
+            "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
+        )
+
+    from instep.team.client import Monitor, train
+
+    paths = import_paths(given)
+    with interrupting(), contextlib.ExitStack() as stack:
+        if resume is None and out is None:
+            out = RunFolder.claim(recipe.name)
+            stack.callback(_give_back, out)
+        folder = out or resume
+        assert folder is not None, "a new run has one by now"
+        console = stack.enter_context(Console(path=folder))
+        monitors: list[Monitor] = [console]
+        if tensorboard or (tensorboard is None and (folder / "tensorboard").is_dir()):
+            monitors.append(stack.enter_context(TensorBoard(folder / "tensorboard")))
+        train(recipe, team=team, out=out, resume=resume, monitors=monitors, import_paths=paths, skip_samples=skipped)
+
+
+def _give_back(claimed: Path) -> None:
+    """Removes the folder of a run that did not come about."""
+    with contextlib.suppress(OSError):  # something lies in it, or it is gone
+        claimed.rmdir()
+
+
+def _saved(resume: Path, given: str | None, settings: Settings) -> tuple[Recipe, Team]:
+    """The recipe and team saved in the run, with what `settings` may change of them.
+
+    Raises RecipeError where they change more, or where the recipe `given` is another one.
+    """
+    table = read_saved(RunFolder.open(resume).recipe_path)
+    nameless = without_address(table)
+    if nameless is not None:
+        raise RecordError(
+            f"the recipe of {resume} holds {nameless}, an object that only the program that made it has; resume it "
+            f"from there with instep.train(recipe, resume={str(resume)!r})."
+        )
+    recipe, team = parse(merge(as_last_changed(copy.deepcopy(table)), settings))
+    changed = resume_differences(recipe.to_table(), table)
+    if changed:
+        raise RecipeError(
+            f"{resume} goes on with its own recipe, and {changed[0]}; leave that flag out, or start a new run."
+        )
+    if given is not None:
+        changed = resume_differences(parsed(given, settings)[0].to_table(), table)
+        if changed:
+            raise RecipeError(
+                f"{shown(given)} is not the recipe of {resume}: {changed[0]}; leave it out, or start a new run."
+            )
+    return recipe, team
+
+
+def indices(text: str) -> list[int]:
+    """The indices in "17,204". Raises UsageError."""
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() for part in parts):
+        raise UsageError(f"--skip-samples is {shown(text)}; give indices of samples, such as 17,204.")
+    return [int(part) for part in parts]
