@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from instep.reduce.written import Change, Written, bits_of
+from instep.reduce.written import Written, WrittenElements, bits_of
 
 
 class Writes:
@@ -73,14 +73,14 @@ class Writes:
         self._noted = {}
 
 
-def _moved(value: Tensor, mask: Tensor, change: Change) -> Tensor:
+def _moved(value: Tensor, mask: Tensor, change: WrittenElements) -> Tensor:
     """`value`, which is of a later version, moved by `change` where `mask` is true."""
-    made = Change(mask & (bits_of(value) == change.old), change.new, change.old).applied_to(value)
+    made = WrittenElements(mask & (bits_of(value) == change.old), change.new, change.old).applied_to(value)
     new, old = _values(change, value.dtype)
     return torch.where(mask & (bits_of(value) != change.old), (value + (new - old)).to(value.dtype), made)
 
 
-def _values(change: Change, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _values(change: WrittenElements, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """New and old values of a parameter of type `dtype`; floating ones in float32 at least."""
     wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
     return change.new.view(dtype).to(wide), change.old.view(dtype).to(wide)

@@ -40,7 +40,7 @@ class FirstWrite(Exception):
         self.names, self.where = tuple(names), where
 
 
-class Change(NamedTuple):
+class WrittenElements(NamedTuple):
     """What forwards left in a parameter. All have its shape; bits are integers of its elements' size.
 
     mask: the elements that were changed, bool. new: what they hold now, bits; old: what they held before.
@@ -78,7 +78,7 @@ class Written:
         self._trained = {id(parameter) for parameter in trained}
         self._plain = {name for name, parameter in named if _is_plain(parameter)}
         self._steps = 0
-        self._left: dict[str, Change] = {}
+        self._left: dict[str, WrittenElements] = {}
         self._torn: set[str] = set()
         self.names: tuple[str, ...] = ()
         self._set(known)
@@ -199,20 +199,20 @@ class Written:
             if where:
                 self.check(before, where)
 
-    def own(self, step: int) -> dict[str, Change]:
+    def own(self, step: int) -> dict[str, WrittenElements]:
         """What this process's microbatches left, by name. Raises RecipeError where they disagree."""
         if self._torn:
             raise _disagreement(next(name for name in self.names if name in self._torn), step)
         return self._left
 
-    def differences(self, before: Sequence[Tensor]) -> dict[str, Change]:
+    def differences(self, before: Sequence[Tensor]) -> dict[str, WrittenElements]:
         """What the `frozen` ones hold now and did not in `before`, in that order; by name."""
         found = {}
         frozen = [name for name in self.names if id(self._all[name]) not in self._trained]
         for name, earlier in zip(frozen, before, strict=True):
             new, old = bits_of(self._all[name].detach()), bits_of(earlier).to(self._all[name].device)
             if not torch.equal(new, old):
-                found[name] = Change(new != old, new, old)
+                found[name] = WrittenElements(new != old, new, old)
         return found
 
     def take(self, values: Mapping[str, Tensor]) -> None:
@@ -221,7 +221,7 @@ class Written:
             for name, value in values.items():
                 self._all[name].copy_(value)
 
-    def after(self, changes: Mapping[str, Change]) -> dict[str, Tensor]:
+    def after(self, changes: Mapping[str, WrittenElements]) -> dict[str, Tensor]:
         """The values of the parameters after `changes`."""
         return {name: change.applied_to(self._all[name].detach()) for name, change in changes.items()}
 
@@ -236,7 +236,7 @@ class Written:
         """Of a row, which holds the changes of one process."""
         return self._row_bytes
 
-    def post(self, row: Tensor, changes: Mapping[str, Change] | None = None) -> None:
+    def post(self, row: Tensor, changes: Mapping[str, WrittenElements] | None = None) -> None:
         """Writes what this process's microbatches left into `row` ([row_bytes], uint8, on the CPU); or `changes`."""
         for name, (flag, mask, new, old) in self._views(row).items():
             change = (self._left if changes is None else changes).get(name)
@@ -249,7 +249,7 @@ class Written:
                 new.copy_(change.new)
                 old.copy_(change.old)
 
-    def read(self, row: Tensor, step: int) -> dict[str, Change]:
+    def read(self, row: Tensor, step: int) -> dict[str, WrittenElements]:
         """The changes in `row`, by name, as views of it. Raises RecipeError where its microbatches disagreed."""
         found = {}
         for name, (flag, mask, new, old) in self._views(row).items():
@@ -257,17 +257,19 @@ class Written:
                 raise _disagreement(name, step)
             if int(flag):
                 device = self._all[name].device
-                found[name] = Change(mask.to(device), new.to(device), old.to(device))
+                found[name] = WrittenElements(mask.to(device), new.to(device), old.to(device))
         return found
 
-    def merged(self, rows: Sequence[Tensor], step: int, only: Collection[str] | None = None) -> dict[str, Change]:
+    def merged(
+        self, rows: Sequence[Tensor], step: int, only: Collection[str] | None = None
+    ) -> dict[str, WrittenElements]:
         """The changes of several processes that started from the same weights, in one; of `only` these parameters.
 
         Raises RecipeError where they disagree on an element.
         """
         if not self.names:
             return {}
-        found: dict[str, Change] = {}
+        found: dict[str, WrittenElements] = {}
         for row in rows:
             for name, change in self.read(row, step).items():
                 if only is not None and name not in only:
@@ -312,7 +314,7 @@ class Written:
 
     def _note(self, name: str, bits: Tensor) -> None:
         old = bits_of(self._kept[name])
-        joined = _join(self._left.get(name), Change(bits != old, bits.clone(), old))
+        joined = _join(self._left.get(name), WrittenElements(bits != old, bits.clone(), old))
         if joined is None:
             self._torn.add(name)
         else:
@@ -338,13 +340,13 @@ def _trace(parameters: Sequence[Tensor], plain: Sequence[Tensor], *, sums: bool)
     )
 
 
-def _join(one: Change | None, other: Change) -> Change | None:
+def _join(one: WrittenElements | None, other: WrittenElements) -> WrittenElements | None:
     """Both changes of the same weights in one; None where they disagree on an element."""
     if one is None:
         return other
     if bool((one.mask & other.mask & (one.new != other.new)).any()):
         return None
-    return Change(one.mask | other.mask, torch.where(other.mask, other.new, one.new), one.old)
+    return WrittenElements(one.mask | other.mask, torch.where(other.mask, other.new, one.new), one.old)
 
 
 def _put_back(parameter: Tensor, home: Tensor, kept: Tensor) -> None:

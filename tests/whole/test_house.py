@@ -1,0 +1,145 @@
+"""The house: files and functions that one can read in one go, no circle of imports, one name for one class."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import instep
+
+SRC = Path(instep.__file__).parent
+
+MOST_LINES = 400
+"""Of a file."""
+
+MOST_OF_A_FUNCTION = 60
+"""Lines, with its decorators and docstring."""
+
+LONG_FILES: dict[str, str] = {
+    "engines/lockstep.py": "being rebuilt",
+    "engines/server.py": "being rebuilt",
+    "team/client.py": "being rebuilt",
+    "worker/contributor.py": "being rebuilt",
+}
+
+LONG_FUNCTIONS: dict[str, str] = {
+    "cli/commands.py:app": "declares the command line",
+    "cli/commands.py:app.simulate": "declares the command line",
+    "engines/lockstep.py:Lockstep._step": "being rebuilt",
+    "team/client.py:train": "being rebuilt",
+    "team/process.py:_in_lockstep": "being rebuilt",
+}
+
+Trees = dict[str, ast.Module]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def trees_of(folder: Path) -> Trees:
+    """All modules below a folder, by path in it."""
+    return {str(path.relative_to(folder)): ast.parse(path.read_bytes()) for path in sorted(folder.rglob("*.py"))}
+
+
+def functions_of(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, Function]]:
+    """All functions and methods, nested ones too, each with its name in the module."""
+    for node in ast.iter_child_nodes(tree):
+        named = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        name = f"{inside}{node.name}" if named else inside.rstrip(".")
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield name, node
+        yield from functions_of(node, f"{name}." if name else "")
+
+
+def length(function: Function) -> int:
+    first = min([function.lineno, *(decorator.lineno for decorator in function.decorator_list)])
+    return (function.end_lineno or first) - first + 1
+
+
+def long_files(folder: Path) -> set[str]:
+    lines = {path: len(path.read_bytes().splitlines()) for path in folder.rglob("*.py")}
+    return {str(path.relative_to(folder)) for path, count in lines.items() if count > MOST_LINES}
+
+
+def long_functions(trees: Trees) -> set[str]:
+    found = ((path, name, function) for path, tree in trees.items() for name, function in functions_of(tree))
+    return {f"{path}:{name}" for path, name, function in found if length(function) > MOST_OF_A_FUNCTION}
+
+
+def imports_of(trees: Trees, package: str) -> dict[str, set[str]]:
+    """By module, the modules of the package that it imports: at its top, or in a function; not for types alone."""
+    modules = {path: ".".join([package, *Path(path).with_suffix("").parts]).removesuffix(".__init__") for path in trees}
+    known = set(modules.values())
+
+    def imported(node: ast.AST, path: str) -> Iterator[str]:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports by a relative name"
+            whole = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            yield from (name if name in known else str(node.module) for name in whole.values())
+        for child in ast.iter_child_nodes(node):
+            yield from imported(child, path)
+
+    return {module: (known & set(imported(trees[path], path))) - {module} for path, module in modules.items()}
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules each of which imports the next one, the last one being the first; none if there are no such."""
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def shared_names(trees: Trees) -> dict[str, list[str]]:
+    """The public classes of one name in several modules."""
+    places: dict[str, list[str]] = {}
+    for path, tree in trees.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path)
+    return {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    assert long_files(SRC) - LONG_FILES.keys() == set()
+
+
+def test_no_function_is_too_long_to_read() -> None:
+    assert long_functions(trees_of(SRC)) - LONG_FUNCTIONS.keys() == set()
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    assert circle(imports_of(trees_of(SRC), "instep")) == []
+
+
+def test_a_class_has_its_name_alone() -> None:
+    assert shared_names(trees_of(SRC)) == {}
+
+
+def test_what_is_looked_for_is_found(tmp_path: Path) -> None:
+    """The tests above can fail."""
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "__init__.py").write_text("")
+    (tmp_path / "long.py").write_text("x = 1\n" * (MOST_LINES + 1))
+    body = "        pass\n" * MOST_OF_A_FUNCTION
+    (tmp_path / "one.py").write_text(f"class Name:\n    def method(self):\n{body}\nimport house.room.two\n")
+    (tmp_path / "room" / "two.py").write_text("class Name: ...\ndef late():\n    from house import one\n")
+    (tmp_path / "types.py").write_text("if TYPE_CHECKING:\n    from house.room import three\n")
+    (tmp_path / "room" / "three.py").write_text("from house.types import x\n")
+    trees = trees_of(tmp_path)
+    assert long_files(tmp_path) == {"long.py"}
+    assert long_functions(trees) == {"one.py:Name.method"}
+    assert set(circle(imports_of(trees, "house"))) == {"house.one", "house.room.two"}
+    assert shared_names(trees) == {"Name": ["one.py", "room/two.py"]}
+
+
+@pytest.mark.parametrize("left_out", [*LONG_FILES, *LONG_FUNCTIONS])
+def test_exceptions_are_of_files_that_are_there(left_out: str) -> None:
+    assert (SRC / left_out.partition(":")[0]).is_file()
