@@ -29,7 +29,7 @@ from instep.record.result import Replayed
 from instep.rules import PRESETS, UpdateRule
 from instep.rules import presets as p
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
-from instep.worker.merger import Update
+from instep.worker.updates import Update
 from support import workloads
 from support.harness import Client, Outcome, train_here
 from support.ledgers import list_pieces

@@ -13,21 +13,17 @@ compute the next step meanwhile, but update nothing before it is committed, and 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from instep.clock.network import gather_bytes, reduce_bytes
 from instep.engines.sharding import Placement, choose
-from instep.errors import NonFiniteError
-from instep.reduce.buffers import APART, Buffers, about_means, changed_by_any
-from instep.reduce.fold import Fold
-from instep.reduce.layout import BLOCK, Layout
+from instep.reduce.buffers import APART, changed_by_any
 from instep.reduce.reduction import Reduction, total_norm
 from instep.reduce.tree import worker_ranges
 from instep.transport.exchange import LEFT, Exchange, regions
@@ -38,14 +34,15 @@ from instep.worker.evaluation import (
     Progress,
     batches_held_out,
     evaluate,
-    is_saved_after,
     packed,
     unpacked,
 )
 from instep.worker.first_look import look_at_data, look_at_objective
+from instep.worker.gradients import Computed, Gradients
 from instep.worker.replica import Replica
-from instep.worker.spikes import Verdict, Watcher
+from instep.worker.spikes import Verdict
 from instep.worker.stopping import OtherRaised
+from instep.worker.updates import Added, Update, Updates, wrong_in_step
 
 _OFF = 2
 """Beside 1, for a gradient, in what workers tell of a parameter: a microbatch left it requiring none."""
@@ -84,23 +81,19 @@ class Lockstep:
         recipe = replica.recipe
         self.replica, self.worker, self.workers = replica, worker, workers
         self._pulse, self._emit, self._clock = pulse, emit, clock
-        self._checkpoint_every, self._looked = checkpoint_every, False
-        self._layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
+        self.gradients = Gradients(replica, pulse.advance, checkpoint_every=checkpoint_every)
+        self._layout, self._buffers = self.gradients.layout, self.gradients.buffers
+        self.updates = Updates(replica, self._buffers)
         self.reduction = Reduction(self._layout, recipe.microbatches, workers)
-        self.buffers = Buffers(replica.module, recipe.buffers)
         self._own = range(*self.reduction.ranges[worker])
-        self.watcher = Watcher(replica, self.buffers)
         self._held_out = batches_held_out(replica)
         self.terms: list[str] = []
-        self.looked = True
-        """Whether the last step was one in which all weights were read, to see whether a forward writes them."""
         self.slowness = 1.0
         """How many times as long as it needs the worker is to take for its computing."""
         self.busy_s = 0.0
         """Seconds it has computed, slowness included."""
-        self._batches: list[Any] = []
+        self._samples: dict[int, Any] = {}  # of the next step, by microbatch
         self._exchange: Exchange
-        self._sound = True  # whether the weights are those of a version, with no update or other change half made
         self._stopping = False
         self._late: tuple[str, Exception] | None = None  # what loading the next step raised, and where
 
@@ -122,7 +115,7 @@ class Lockstep:
             microbatches=self.replica.recipe.microbatches,
             terms=len(self.terms),
             parameters=len(self.replica.parameters),
-            buffers=self.buffers,
+            buffers=self._buffers,
             evaluations=len(self._held_out),
             weight_bytes=self.placement.weight_bytes,
             parcel_bytes=ROOM if self.replica.objective.gathers and self._held_out and self.workers > 1 else 0,
@@ -141,9 +134,7 @@ class Lockstep:
             self._slots = [torch.zeros(size, device=self.replica.device) for _ in self.reduction.nodes]
         self.placement.attach(self._exchange, self._slots, self._barrier)
         own = self.reduction.slots_of(self.worker)
-        self._fold = Fold(
-            self._layout, self.replica.parameters, self.reduction.nodes_of(self.worker), [self._slots[i] for i in own]
-        )
+        self.gradients.assign(self.reduction.nodes_of(self.worker), [self._slots[i] for i in own])
 
     def run(self, progress: Progress, after_step: Callable[[Progress, bool], None], steps: int) -> bool:
         """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
@@ -164,83 +155,95 @@ class Lockstep:
         return False
 
     def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], bool]:
-        exchange, replica, step = self._exchange, self.replica, progress.version
+        exchange, step = self._exchange, progress.version
         began = time.monotonic()
-        replica.enter(step)
-        if self._late is not None:
-            self.replica.doing, error = self._late
-            raise error
-        some = replica.objective.has_items(totals)
-        if not some:
-            if not self.watcher.skips:
-                self.watcher.left_out(Verdict(), [replica.objective.no_items(step)], update=True)
-            self._batches = [None] * len(self._own)  # nothing is computed: the update will be left out
-
-        from_s = self._clock()
-        with replica.written.kept(f"step {step + 1}", closely=self._closely(step, steps)):
-            self._compute(step, totals)
-        if self.slowness > 1:
-            time.sleep((self.slowness - 1) * (self._clock() - from_s))
-        to_s = self._clock()
-        self.busy_s += to_s - from_s
+        self.replica.enter(step)
+        self._compute(step, totals)
         if step + 1 < steps:
             self._load_ahead(step + 1)
         if self.worker == 0:
             exchange.stop[0] = self._pulse.stop_wanted()
-        self._report(step, totals, from_s, to_s)
 
         self._barrier(exchange.posted, step + 2)  # posted: what the others wrote can be read
-        sums, stopped = exchange.sums.copy(), bool(exchange.stop[0])
+        sums, stopped, next_totals = exchange.sums.copy(), bool(exchange.stop[0]), self._totals()
         seen = np.bitwise_or.reduce(exchange.touched, axis=0)
-        touched, off = (seen & 1).tolist(), np.flatnonzero(seen & _OFF)
-        next_totals = self._totals()
+        touched, off = (seen & 1).astype(bool).tolist(), np.flatnonzero(seen & _OFF)
+        written = self.replica.written.after(self.replica.written.merged(as_tensors(exchange.written), step))
         changed = changed_by_any(exchange.changed)
-        written = replica.written.after(replica.written.merged(as_tensors(exchange.written), step))
-        own_slots = self.reduction.slots_of(self.worker)
-        if changed:
-            rows = as_tensors(exchange.buffers)
-            self.buffers.post(
-                changed, self._own.start, self.reduction.nodes_of(self.worker), [rows[i] for i in own_slots],
-                torch.from_numpy(exchange.integers[self.worker]),
-            )  # fmt: skip
+        self._post_buffers(changed)
         norms = self.placement.add_slice(self._slots)
         blocks = self._layout.slice_of(self.worker, self.workers)
         exchange.norms[blocks.start : blocks.stop] = norms.cpu().numpy()
 
         self._barrier(exchange.done, step + 2)  # committed: the gradient is whole
         norm = total_norm(exchange.norms)
-        objective: float | None = None
-        terms: dict[str, float] = {}
-        wrong = self._wrong(sums, norm, touched, step) if some else replica.objective.no_items(step)
-        if wrong is None:
-            terms = self._terms_of(sums, totals)
-            objective = replica.objective.whole(terms, step)
-            verdict = self.watcher.judge(step, objective)
-        else:
-            verdict = self.watcher.left_out(Verdict(), [wrong], update=True)
-        self._sound = False
-        if verdict.updates:
-            replica.written.take(written)
-        rate = self.placement.update(step, norm, touched) if verdict.updates else 0.0
-        if verdict.updates and (off.size or replica.trainable.off):
-            replica.trainable.take(off.tolist())
-        if changed and verdict.updates:
-            self.buffers.finish(
-                changed, self.reduction.plan, as_tensors(exchange.buffers), as_tensors(exchange.integers),
-                *self._filled(step),
-            )  # fmt: skip
-        self.placement.settle()  # settled: the weights can be read
+        gradients = zip(self.replica.names, self.placement.gradients, touched, strict=True)
+        wrong = wrong_in_step(self.replica, step, self.terms, sums, totals, norm, gradients)
+        added = Added(
+            dict(zip(self.terms, sums.T.tolist(), strict=True)), totals, norm, touched, written,
+            bad=wrong, left_out=bool(wrong),
+            off=off.tolist() if off.size or self.replica.trainable.off else None,
+            ends=self._ends() if step == 0 else (),
+        )  # fmt: skip
+        update = self.updates.make(step, added, self.placement, partial(self._take_buffers, step, changed))
+        progress.merged(version=step + 1, steps=step + 1, items=update.items, objective=update.objective)
         self._pulse.advance()
-        items = totals[self.terms[0]]
-        progress.merged(version=step + 1, steps=step + 1, items=items, objective=objective)
-        self._sound = True
-        verdict.note(progress)
+        update.verdict.note(progress)
         progress.train_s += time.monotonic() - began
         if self.worker == 0:
-            self._emit_merged(step, objective, terms, items, rate, norm, verdict, progress.train_s)
-            if step == 0 and (apart := self._apart()):
-                self._emit("warned", why=about_means(apart), version=1)
+            self._emit_merged(step, update, progress.train_s)
         return next_totals, stopped
+
+    def _compute(self, step: int, totals: dict[str, int]) -> None:
+        """Computes the worker's microbatches, and posts what they came to."""
+        objective = self.replica.objective
+        if self._late is not None:
+            self.replica.doing, error = self._late
+            raise error
+        if not objective.has_items(totals):
+            if not self.updates.watcher.skips:
+                self.updates.watcher.left_out(Verdict(), [objective.no_items(step)], update=True)
+            self._samples = dict.fromkeys(self._own)  # nothing is computed: the update will be left out
+        from_s = self._clock()
+        computed = self.gradients.compute(step, self._samples, totals)
+        self._samples = {}
+        self._post(step, computed)
+        if self.slowness > 1:
+            time.sleep((self.slowness - 1) * (self._clock() - from_s))
+        to_s = self._clock()
+        self.busy_s += to_s - from_s
+        self._report(step, totals, from_s, to_s)
+
+    def _post(self, step: int, computed: Computed) -> None:
+        """Writes into the shared arrays what the others must know of the worker's microbatches."""
+        exchange, worker = self._exchange, self.worker
+        self.replica.written.post(torch.from_numpy(exchange.written[worker]))
+        for microbatch in self._own:
+            sums = computed.sums.get(microbatch)
+            exchange.sums[microbatch] = [sums[name] for name in self.terms] if sums else 0.0
+        exchange.touched[worker] = computed.touched
+        if computed.ended:
+            exchange.touched[worker, list(computed.ended)] |= _OFF
+        exchange.changed[worker] = computed.changed
+        for index, (_, end) in computed.ends.items():
+            exchange.ends[worker, index] = end if end == APART else end + 1  # 0 is no word
+
+    def _post_buffers(self, changed: list[int]) -> None:
+        """Writes what the worker's microbatches left in these buffers."""
+        if changed:
+            rows, own = as_tensors(self._exchange.buffers), self.reduction.slots_of(self.worker)
+            self._buffers.post(
+                changed, self._own.start, self.reduction.nodes_of(self.worker), [rows[i] for i in own],
+                torch.from_numpy(self._exchange.integers[self.worker]),
+            )  # fmt: skip
+
+    def _take_buffers(self, step: int, changed: list[int]) -> None:
+        """Gives these buffers what all workers' microbatches come to."""
+        if changed:
+            self._buffers.finish(
+                changed, self.reduction.plan, as_tensors(self._exchange.buffers), as_tensors(self._exchange.integers),
+                *self._filled(step),
+            )  # fmt: skip
 
     def _filled(self, step: int) -> tuple[int, tuple[int, int]]:
         """How many microbatches have samples, and where the worker that has the last of them posts its buffers."""
@@ -248,46 +251,9 @@ class Lockstep:
         worker = next(w for w, (start, stop) in enumerate(self.reduction.ranges) if start <= filled[-1] < stop)
         return len(filled), (self.reduction.slots_of(worker)[0], worker)
 
-    def _apart(self) -> list[str]:
-        """The buffers that ended differently from piece to piece in the first step, and take the mean unasked."""
-        named = zip(self.buffers.names, self._exchange.ends.T.tolist(), strict=True)
-        return [name for name, ends in named if APART in ends or len(set(ends) - {0}) > 1]
-
-    def _compute(self, step: int, totals: dict[str, int]) -> None:
-        self._fold.begin()
-        self.buffers.begin()
-        self.replica.trainable.begin()
-        written = self.replica.written
-        found: list[Mapping[str, Tensor]] = []
-        for microbatch, batch in zip(self._own, self._batches, strict=True):
-            self._fold.begin_leaf()
-            found.append({} if batch is None else self.replica.compute(step, microbatch, batch, totals))
-            self._fold.end_leaf()
-            self.buffers.leave(filled=batch is not None)
-            written.leave()
-            if batch is not None:
-                self.replica.trainable.leave(step)
-            self._pulse.advance()
-        self._batches = []
-        written.post(torch.from_numpy(self._exchange.written[self.worker]))
-        for microbatch, sums in zip(self._own, found, strict=True):
-            for place, name in enumerate(self.terms):
-                self._exchange.sums[microbatch, place] = float(sums[name]) if sums else 0.0
-        self._exchange.touched[self.worker] = self._fold.touched
-        if ended := self.replica.trainable.ended:
-            self._exchange.touched[self.worker, list(ended)] |= _OFF
-        self._exchange.changed[self.worker] = self.buffers.changed()
-        if step == 0:
-            for index, (_, end) in self.buffers.ends().items():
-                self._exchange.ends[self.worker, index] = end if end == APART else end + 1  # 0 is no word
-
-    def _closely(self, step: int, steps: int) -> bool:
-        """Whether all weights are read, to see whether a forward writes them: first, and before checkpoints, those of
-        the best too."""
-        first, self._looked = not self._looked, True
-        saved = self._checkpoint_every, self.replica.recipe.evaluate_every
-        self.looked = first or is_saved_after(step, steps, saved)
-        return self.looked
+    def _ends(self) -> list[dict[int, tuple[int, int]]]:
+        """How each worker's microbatches left the buffers, in the first step, from what all started with."""
+        return [{int(i): (0, int(ends[i])) for i in np.flatnonzero(ends)} for ends in self._exchange.ends]
 
     def unwritten(self, version: int) -> Callable[[], None] | None:
         """What raises FirstWrite where others' forwards have written into the shared weights since this call.
@@ -300,10 +266,10 @@ class Lockstep:
         return lambda: self.replica.written.check(before, f"the step after version {version}")
 
     def _load(self, step: int) -> None:
-        """Loads the worker's batches of `step` and posts their item counts."""
-        self._batches = [self.replica.batch(step, microbatch) for microbatch in self._own]
-        for microbatch, batch in zip(self._own, self._batches, strict=True):
-            counts = dict.fromkeys(self.terms, 0) if batch is None else self.replica.objective.counts(batch)
+        """Loads the worker's samples of `step` and posts their item counts."""
+        self._samples = {microbatch: self.replica.batch(step, microbatch) for microbatch in self._own}
+        for microbatch, samples in self._samples.items():
+            counts = dict.fromkeys(self.terms, 0) if samples is None else self.replica.objective.counts(samples)
             self._exchange.counts[microbatch] = [counts[name] for name in self.terms]
 
     def _load_ahead(self, step: int) -> None:
@@ -342,8 +308,8 @@ class Lockstep:
         """
         exchange, lead = self._exchange, self.worker == 0
         try:
-            exchange.sound[self.worker] = version + 1 if self._sound and not written else 0
-            self.buffers.put_back()
+            exchange.sound[self.worker] = version + 1 if self.updates.sound and not written else 0
+            self._buffers.put_back()
             exchange.raised[self.worker] = 1
             self._stopping = True
             self._barrier(exchange.stopped, 1)  # all have stopped: what they have is known, and nobody meets any more
@@ -372,23 +338,6 @@ class Lockstep:
             self._exchange.said[0], self._exchange.saved[0] = False, version
         mark(self._exchange.stopped, self.worker, LEFT)
 
-    def _terms_of(self, sums: Any, totals: dict[str, int]) -> dict[str, float]:
-        return {name: math.fsum(sums[:, place]) / totals[name] for place, name in enumerate(self.terms) if totals[name]}
-
-    def _wrong(self, sums: Any, norm: float, touched: Any, step: int) -> NonFiniteError | None:
-        """What is not finite, if anything is."""
-        bad = np.argwhere(~np.isfinite(sums))
-        if len(bad):
-            microbatch, place = (int(index) for index in bad[0])
-            return self.replica.not_finite(self.terms[place], float(sums[microbatch, place]), step, microbatch)
-        return None if math.isfinite(norm) else NonFiniteError(self._about_gradient(step, touched))
-
-    def _about_gradient(self, step: int, touched: Any) -> str:
-        named = zip(self.replica.names, self.placement.gradients, touched, strict=True)
-        bad = next((name for name, view, seen in named if seen and not bool(torch.isfinite(view).all())), None)
-        which = f"of '{bad}' is not finite" if bad else "is too large to square"
-        return f"the gradient {which} in step {step + 1}, though every term of the objective is."
-
     @property
     def bytes_a_step(self) -> int:
         """Bytes that pass between the team's workers in a step: a reduce-scatter of all nodes, and an all-gather.
@@ -409,21 +358,19 @@ class Lockstep:
         )  # fmt: skip
         self._emit("pushed", worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]])
 
-    def _emit_merged(
-        self, step: int, objective: float | None, terms: dict[str, float], items: int, rate: float | None, norm: float,
-        verdict: Verdict, train_s: float,
-    ) -> None:  # fmt: skip
+    def _emit_merged(self, step: int, update: Update, train_s: float) -> None:
         contributions = [
             {"worker": worker, "version": step, "microbatches": list(bounds)}
             for worker, bounds in enumerate(self.reduction.ranges)
         ]
-        if verdict.why:
-            self._emit("warned", why=verdict.why, version=step + 1)
+        if update.verdict.why:
+            self._emit("warned", why=update.verdict.why, version=step + 1)
         self._emit(
             "merged", version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * self.workers,
-            staleness=[0] * self.workers, objective=objective, terms=terms, items=items, lr=rate, grad_norm=norm,
-            train_s=round(train_s, 6), **verdict.facts(),
+            staleness=[0] * self.workers, train_s=round(train_s, 6), **update.facts(),
         )  # fmt: skip
+        for why in update.doubts:
+            self._emit("warned", why=why, version=step + 1)
 
     def evaluate(self, version: int) -> Evaluation | None:
         """The objective on the held-out data. Only worker 0 waits for it and gets it; the others give their share.

@@ -25,6 +25,7 @@ from instep.reduce.ownership import owners
 from instep.reduce.reduction import Reduction, clip
 from instep.transport.exchange import Exchange
 from instep.worker.replica import Replica
+from instep.worker.updates import clipped_step
 
 BY_PARAMETER = (
     optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop, optim.Adagrad, optim.Adadelta, optim.Adamax, optim.NAdam,
@@ -94,9 +95,7 @@ class Replicated(Placement):
         return self._reduction.add_slice(self._worker, slots)
 
     def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
-        clip(self._sum, norm, self._replica.recipe.clip_norm)
-        gradients = [view if seen else None for view, seen in zip(self.gradients, touched, strict=True)]
-        return self._replica.update(step, gradients)
+        return clipped_step(self._replica, step, self._sum, self.gradients, norm, touched)
 
     def settle(self) -> None:
         pass

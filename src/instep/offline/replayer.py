@@ -18,8 +18,9 @@ from instep.rules.work import Pieces, Work
 from instep.worker.batched import Together
 from instep.worker.contributor import Contributor, Facts, Vectors
 from instep.worker.first_look import look_at_data, look_at_objective
-from instep.worker.merger import Arrived, Merger, Update
+from instep.worker.merger import Arrived, Merger
 from instep.worker.replica import Replica
+from instep.worker.updates import Update
 
 
 class Replayer:

@@ -14,8 +14,8 @@ from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
 from instep.record.result import Proof, Replayed
 from instep.reduce.written import FirstWrite
-from instep.worker.merger import Update
 from instep.worker.optimizer_state import copied
+from instep.worker.updates import Update
 
 if TYPE_CHECKING:
     from instep.team.child import Tell

@@ -79,7 +79,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         progress = Progress.resumed(saved, session.recipe)
     engine = Lockstep(replica, worker, team.workers, session.pulse, session.emit, session.clock, team.checkpoint_every)
     if saved is not None:
-        engine.watcher.load(saved.training_state.get("watch"))
+        engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version)
     fit_memory(replica, team, session.emit if worker == 0 else None, workers=team.workers)
     memory = engine.memory()
@@ -115,12 +115,20 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             if training is not None and trying:
                 session.try_checkpoint(version, state, training)
             if training is not None and (due or best):
-                session.save(progress, state, {**training, "watch": engine.watcher.state()}, sound, engine.looked)
+                session.save(
+                    progress,
+                    state,
+                    {**training, "watch": engine.updates.watcher.state()},
+                    sound,
+                    engine.gradients.looked,
+                )
                 if best:
                     session.mark_best(progress)
 
     def save_at_stop(training: dict[str, Any]) -> None:
-        session.save(progress, replica.saved_state(), {**training, "watch": engine.watcher.state()}, looked=False)
+        session.save(
+            progress, replica.saved_state(), {**training, "watch": engine.updates.watcher.state()}, looked=False
+        )
         session.send_events()
 
     try:

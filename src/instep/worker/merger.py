@@ -29,6 +29,7 @@ from instep.rules.work import Pieces, Work
 from instep.worker.contributor import NOTHING, Facts, Vectors
 from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict, Watcher
+from instep.worker.updates import Update
 
 
 @dataclass(frozen=True)
@@ -45,29 +46,6 @@ class Arrived:
     weight: float
     staleness: int
     base: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Update:
-    """What an update came to: the objective over the items of its contributions, and its parts by term.
-
-    objective: None where they hold no item of a term that is minimised. doubts: sentences to warn with.
-    """
-
-    objective: float | None
-    terms: dict[str, float]
-    items: int
-    rate: float | None
-    norm: float
-    verdict: Verdict
-    doubts: tuple[str, ...] = ()
-
-    def facts(self) -> dict[str, Any]:
-        """What a tape says of it."""
-        return {
-            "objective": self.objective, "terms": self.terms, "items": self.items, "lr": self.rate,
-            "grad_norm": self.norm, **self.verdict.facts(),
-        }  # fmt: skip
 
 
 class Merger:
