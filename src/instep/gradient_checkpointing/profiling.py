@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instep.bits import same_bits
 from instep.errors import CheckpointingError
 from instep.gradient_checkpointing.applying import planned
 from instep.gradient_checkpointing.blocks import find_blocks, named_blocks
@@ -181,7 +182,7 @@ def _changed_buffers(model: nn.Module, objective: Objective, batch: Any, names: 
             {
                 key: value.nbytes
                 for key, value in _copies(model.get_submodule(name))
-                if key not in before[name] or not _same(value, before[name][key])
+                if key not in before[name] or not same_bits(value, before[name][key])
             }
             for name in names
         ]
@@ -190,10 +191,6 @@ def _changed_buffers(model: nn.Module, objective: Objective, batch: Any, names: 
 def _copies(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in module.named_buffers(remove_duplicate=False):
         yield name, buffer.detach().clone()
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 # From traces to the profile

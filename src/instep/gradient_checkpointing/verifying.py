@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from instep.bits import bits_of
+
 CHUNK = 1 << 16
 """Elements that are summed at once, so that a checksum needs little memory of its own."""
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
@@ -29,8 +29,7 @@ def _of(value: Any) -> Any:
     if value.layout is not torch.strided or value.is_quantized:
         return facts
     value = value.resolve_conj().resolve_neg()
-    flat = torch.view_as_real(value) if value.is_complex() else value
-    bits = flat.contiguous().view(-1).view(_INTEGERS[flat.element_size()]) if flat.numel() else flat.new_empty(0)
+    bits = bits_of(value.contiguous()).view(-1)
     total = weighted = 0
     for start in range(0, bits.numel(), CHUNK):
         part = bits[start : start + CHUNK].to(torch.int64)

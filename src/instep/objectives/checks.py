@@ -50,14 +50,13 @@ def check_repeats(bound: Bound, model: nn.Module, batch: Any, around: Around = n
     the random state are left as they were. Values that differ by less than 1e-5 of their size count as equal.
     """
     model = getattr(model, "_orig_mod", model)
-    found: list[dict[str, float]] = []
+    calls: list[dict[str, float]] = []
     with torch.no_grad(), kept_random_state():
         for _ in range(2):
-            with kept_module_state(model, training=False), around():
-                seed_all(0)
-                found.append({name: value.item() for name, value in bound.sums(model, batch).items()})
-    for name, first in found[0].items():
-        second = found[1][name]
+            with kept_module_state(model, training=False):  # each time: the second call finds what the first one found
+                calls.append(_sums(bound, model, batch, 0, around))
+    for name, first in calls[0].items():
+        second = calls[1][name]
         if math.isfinite(first) and not math.isclose(first, second, rel_tol=1e-5, abs_tol=1e-12):
             raise ObjectiveError(
                 f"term {name!r} of the objective is {first:.8g} in one call and {second:.8g} in the next, with the "
@@ -115,11 +114,9 @@ def _first_mean(
     twice_the_items = [name for name, count in counts.items() if 0 < 2 * count == counts_doubled.get(name)]
 
     def values(samples: Any, seed: int) -> dict[str, float]:
-        seed_all(seed)
-        with around():
-            sums = bound.sums(model, samples)
+        sums = _sums(bound, model, samples, seed, around)
         counted = set(sums) if TERM in twice_the_items and TERM not in sums else set(twice_the_items)
-        return {name: value.item() for name, value in sums.items() if name in counted}
+        return {name: value for name, value in sums.items() if name in counted}
 
     began = time.monotonic()
     once, twice = [values(batch, 0)], [values(doubled, 0)]
@@ -144,6 +141,13 @@ def _first_mean(
             if verdict is False:
                 names.remove(name)
     return None
+
+
+def _sums(bound: Bound, model: nn.Module, samples: Any, seed: int, around: Around) -> dict[str, float]:
+    """What one call gives under this random seed, in the mode that the model is in."""
+    seed_all(seed)
+    with around():
+        return {name: value.item() for name, value in bound.sums(model, samples).items()}
 
 
 def _stays(once: float, twice: float) -> bool:

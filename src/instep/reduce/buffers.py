@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from instep.bits import same_bits
 from instep.buffer_modes import Mode, modes_of
 from instep.errors import RecipeError
 from instep.reduce.checksums import checksum
@@ -104,7 +105,7 @@ class Buffers:
                     f"buffer '{self.names[index]}' changed its shape from {tuple(start.shape)} to "
                     f"{tuple(current.shape)} in training; a buffer in lockstep must keep its shape."
                 )
-            changed = not _same_bits(current, start)
+            changed = not same_bits(current, start)
             self.disturbed |= changed
             kept = changed and self._modes[index].kind != "frozen"
             if kept and start.is_complex():
@@ -271,11 +272,3 @@ def _of_normalisation(owner: nn.Module) -> bool:
     known = isinstance(owner, nn.modules.batchnorm._NormBase)
     named = re.search(r"norm(ali[sz]ation)?(\d[dD])?$", type(owner).__name__, re.IGNORECASE) is not None
     return known or named or {"running_mean", "running_var"} <= owner._buffers.keys()
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype:
-        return False
-    if math.prod(a.shape) == 0:
-        return True
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from instep.reduce.written import Written, WrittenElements, bits_of
+from instep.bits import bits_of
+from instep.reduce.written import Written, WrittenElements
 
 
 class Writes:

@@ -11,7 +11,6 @@ step before anything comes of it (`FirstWrite`), and its parameters are known fr
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,13 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from instep.bits import INTEGERS, bits_of, same_bits
 from instep.errors import RecipeError
 from instep.reduce.checksums import checksum
 from instep.reduce.layout import ALIGN_BYTES, placed
 
 _version = operator.attrgetter("_version")  # of all parameters in every forward: the quickest way
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class FirstWrite(Exception):
@@ -129,7 +127,7 @@ class Written:
             yield
         finally:
             found = self._differing(self._all, before) | {
-                name for name in copied if not _same_bits(self._all[name].detach(), copies[name])
+                name for name in copied if not same_bits(self._all[name].detach(), copies[name])
             }
             late = (found & set(others)) | self._differing(others, sums)
             for name in found & set(copied):
@@ -172,7 +170,7 @@ class Written:
                     f"parameter '{name}' became one of shape {list(now.shape)} and {now.dtype} in a forward, and was "
                     f"of shape {list(self._kept[name].shape)} and {self._kept[name].dtype}; a parameter must keep both."
                 )
-            changed = not _same_bits(now, self._kept[name])
+            changed = not same_bits(now, self._kept[name])
             if changed:
                 self._note(name, bits_of(now))
             if changed or now.data_ptr() != self._homes[name].data_ptr():
@@ -305,7 +303,7 @@ class Written:
         found, offsets = {}, iter(self._offsets)
         for name in self.names:
             shape, count, nbytes = self._kept[name].shape, self._kept[name].numel(), self._kept[name].nbytes
-            kind = _INTEGERS[self._kept[name].element_size()]
+            kind = INTEGERS[self._kept[name].element_size()]
             flag = row.narrow(0, next(offsets), 1)
             mask = row.narrow(0, next(offsets), count).view(torch.bool).view(shape)
             new, old = (row.narrow(0, next(offsets), nbytes).view(kind).view(shape) for _ in range(2))
@@ -362,16 +360,6 @@ def _disagreement(name: str, step: int) -> RecipeError:
         f"value would depend on the order of the microbatches; the weights were left as they were before this step: "
         f"write what depends on the samples into a buffer, or set recipe.microbatches to 1."
     )
-
-
-def bits_of(tensor: Tensor) -> Tensor:
-    return tensor.view(_INTEGERS[tensor.element_size()])
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return math.prod(a.shape) == 0 or torch.equal(bits_of(a), bits_of(b))
 
 
 def _is_plain(parameter: Tensor) -> bool:

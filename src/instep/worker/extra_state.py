@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from instep.bits import same_bits
 from instep.errors import RecipeError
 
 
@@ -48,8 +48,4 @@ def _same(a: Any, b: Any) -> bool:
     """Whether two tensors have the same bits. What is no tensor is refused where it would be saved."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return True
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return same_bits(a.detach().cpu(), b.detach().cpu())

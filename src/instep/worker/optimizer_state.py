@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from instep.bits import same_bits
 from instep.record import checkpoint
 
 
@@ -108,7 +109,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     if (type(one), one.dtype, one.shape, one.layout) != (type(other), other.dtype, other.shape, other.layout):
         return False
     if is_plain(one) and is_plain(other):
-        return torch.equal(_raw(one), _raw(other))
+        return same_bits(_raw(one), _raw(other))
     names = [each.__tensor_flatten__() if hasattr(each, "__tensor_flatten__") else None for each in (one, other)]
     if names[0] is None or names[1] is None:
         return bool(torch.equal(one, other))
@@ -118,4 +119,4 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return tensor.detach().resolve_neg().cpu()
