@@ -45,7 +45,7 @@ MOST_WORKERS = 1 << 20
 """Of a team, virtual ones too."""
 
 LEAST_TIMEOUT_S = 0.5
-"""Seconds: two beats of a worker. With less, workers that are well would count as stopped."""
+"""Seconds: two heartbeats of a worker. With less, workers that are well would count as stopped."""
 
 _NO_RESULT = {"result": False}
 """Marks a field of a recipe that changes what is shown, never the weights."""

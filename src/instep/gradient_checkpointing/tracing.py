@@ -40,7 +40,7 @@ class Memory:
 
 
 @dataclass
-class Call:
+class TracedOperation:
     """One operation. Memories by their number. `pinned`: what it makes or changes is no memory with a number, such as a
     buffer or a tensor without elements, so that it has to be done again whenever the block is."""
 
@@ -96,7 +96,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor], device: torch.device):
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
-        self.calls: list[Call] = []
+        self.calls: list[TracedOperation] = []
         self.memories: list[Memory] = []
         self.visits: dict[int, list[Visit]] = {}
         self.forward_ends = 0
@@ -150,7 +150,7 @@ class Tracer(TorchDispatchMode):
         flops = int(counter(*args, **kwargs, out_val=out)) if counter else _attention_flops(func, inputs)
         self.flops += flops
         self.calls.append(
-            Call(
+            TracedOperation(
                 str(func), self.module,
                 reads=() if is_view else tuple(sorted(seen)), writes=tuple(sorted({*made, *changed_numbers})),
                 views=taken[0] if is_view and taken else None,
