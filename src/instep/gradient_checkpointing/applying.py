@@ -79,7 +79,7 @@ class _Block:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         forward = self.before or type(self._module).forward.__get__(self._module)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():  # no backward will come, so nothing is kept
             return forward(*args, **kwargs)
         if torch.compiler.is_compiling():
             return checkpoint(forward, *args, use_reentrant=False, context_fn=self._compiled, **kwargs)

@@ -62,7 +62,7 @@ def measure(model: nn.Module, objective: Objective, batch: Any) -> tuple[int, fl
     left out.
     """
     tracer = _trace(model, objective, batch, [])
-    seconds = min(_timed(model, objective, batch) for _ in range(2))
+    seconds = min(_timed(model, objective, batch) for _ in range(2))  # what else runs on the machine only adds
     live = _alive(tracer, range(len(tracer.memories)))
     return max(live, default=0), seconds
 

@@ -106,6 +106,7 @@ class Frame:
         """Whether everything has to be done again: nothing that was kept can stand in."""
         if not self.planned or len(self.functions) != len(self.script.names):
             return True
+        # What was changed in place since it was kept is no longer what the first pass had.
         return any(tensor._version != version for tensor, version in self.versions)
 
 
@@ -212,7 +213,7 @@ class Repeat(TorchDispatchMode):
             now, generator = _random_state(args, kwargs)
             generator.set_state(state)
             out = func(*args, **kwargs)
-            generator.set_state(now)
+            generator.set_state(now)  # what draws next, in backward or after it, sees none of this
         expected = frame.sums.get(place)
         if expected is not None and frame.sum(func, out) != expected:
             raise RecomputeError(

@@ -32,7 +32,7 @@ def _of(value: Any) -> Any:
     bits = bits_of(value.contiguous()).view(-1)
     total = weighted = 0
     for start in range(0, bits.numel(), CHUNK):
-        part = bits[start : start + CHUNK].to(torch.int64)
+        part = bits[start : start + CHUNK].to(torch.int64)  # integers: their sum has no order, on any device
         total += int(part.sum())
         places = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
         weighted += int((part * places).sum())

@@ -189,6 +189,7 @@ class Buffers:
         if mode.kind == "sum":
             before = _decayed(start, mode, dtype, steps)
             leaves = [leaf - before for leaf in leaves]
+        # One without samples adds nothing, but keeps its leaf: else the tree would be another one.
         leaves = [leaf if self._filled[p] else torch.zeros_like(leaf) for p, leaf in zip(places, leaves, strict=True)]
         return tree_sum(leaves, torch.add)
 
@@ -212,11 +213,12 @@ class Buffers:
                 value = torch.stack(parts).amax(0)
             else:
                 sums = [part.clone() for part in parts]
+                # Floating ones in tree order; sums of integers are exact in any.
                 for into, source in plan if floating else [(0, source) for source in range(1, len(sums))]:
                     sums[into].add_(sums[source])
                 value = sums[0]
                 if mode.kind == "mean":
-                    value = value / filled
+                    value = value / filled  # once, at the end: means of means would depend on who had how many
                 else:
                     value = _decayed(self._start[index], mode, value.dtype, steps) + value
             with torch.no_grad():

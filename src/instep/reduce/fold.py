@@ -76,7 +76,7 @@ class Fold:
             elif self._add:
                 views[index].add_(0.0)  # -0.0 + 0.0 is 0.0, as it is wherever else this leaf is added
             else:
-                views[index].zero_()
+                views[index].zero_()  # what lies there is of an earlier step
         for _ in range(leaf.merges):
             top = self._stack.pop()
             self._stack[-1][0].add_(top[0])
@@ -109,6 +109,8 @@ class Fold:
             view = self._stack[-1][1][index]
             first = self._parts[index] == 0
             self._parts[index] += 1
+            # A leaf is one number, rounded once all its parts are in it: ((s + p) + q) is not (s + (p + q)). So what is
+            # added to a sum is added at once only where it was seen to come whole.
             if not self._add:
                 view.copy_(gradient) if first else view.add_(gradient.float())
             elif self._most_parts[index] != 1:

@@ -50,6 +50,7 @@ class Reduction:
         own = self.layout.slice_of(worker, self.workers)
         blocks = [slot.view(-1, self.layout.block)[own.start : own.stop] for slot in slots]
         if self.plan or homes:
+            # Block by block for the cache's sake: each element is added by the plan, wherever the blocks begin.
             for parts in zip(*(rows.unbind(0) for rows in blocks), strict=True):
                 for into, source in self.plan:
                     parts[into].add_(parts[source])
@@ -67,10 +68,11 @@ def norm_of(flat: Tensor, layout: Layout) -> float:
 
 def clip(flat: Tensor, norm: float, largest: float | None) -> None:
     """Scales a flat gradient of L2 norm `norm` to `largest`, as torch.nn.utils.clip_grad_norm_; None leaves it."""
+    # One factor for the whole, from a norm that all workers have alike: slices clipped by their own would differ.
     if largest is not None and norm > largest:
         flat.mul_(largest / (norm + 1e-6))
 
 
 def total_norm(norms: NDArray[np.float32]) -> float:
     """The norm of the whole from those of all blocks."""
-    return math.sqrt(math.fsum(np.square(norms, dtype=np.float64)))
+    return math.sqrt(math.fsum(np.square(norms, dtype=np.float64)))  # fsum rounds once, so it has no order

@@ -35,6 +35,7 @@ def tree_sum(leaves: Sequence[T], add: Callable[[T, T], T]) -> T:
 
 def worker_ranges(count: int, workers: int) -> list[Node]:
     """`count` pieces of work as `workers` contiguous ranges whose sizes differ by at most one."""
+    # Any ranges give the same bits; contiguous ones of equal size give few nodes a worker, and so few bytes to move.
     bounds = [worker * count // workers for worker in range(workers + 1)]
     return list(itertools.pairwise(bounds))
 

@@ -236,7 +236,7 @@ class Ledger:
             staleness: tuple[int, ...] = (version - ready[0].base,)
         else:
             if self._by_round:
-                ready.sort(key=_BY_PIECE)
+                ready.sort(key=_BY_PIECE)  # the order of the tree, which no arrival changes: so the bits are one
             staleness = tuple([version - c.base for c in ready])
         self.version = version = version + 1
         self.merged_pieces += len(ready)
@@ -249,7 +249,7 @@ class Ledger:
         else:
             self._waiting_since_s = None
             self._let_go()
-            if self._limit is not None:
+            if self._limit is not None:  # what started from there would now merge one version beyond the limit
                 self._doom(version - self._limit - 1)
         if self.merged_pieces == self._count:
             self._finished = True
@@ -261,7 +261,7 @@ class Ledger:
             self._due, self._wanted, self._open = self.round, self.pieces.size_of(self.round), self._count
             if self._lead is not None:
                 self._open = min(self._count, (self.round + self._lead + 1) * self._per_round)
-        else:
+        else:  # of those who are there: a quorum of the team at the start would wait for the dead
             self._wanted, self._open = self.rule.quorum_of(len(self._workers)), self._count
 
     def _waits_no_more(self, now_s: float) -> bool:

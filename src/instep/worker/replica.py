@@ -190,10 +190,11 @@ class Replica:
         self.doing, self._in_hand = f"computing step {step + 1}, microbatch {microbatch}", (step, microbatch)
         if self.checks is not None:
             self.checks.choose(step, microbatch)
-        seed_all(key(self.recipe.seed, step, microbatch, "compute"))
+        seed_all(key(self.recipe.seed, step, microbatch, "compute"))  # dropout knows the place, never the worker
         with self.autocast():
             sums = self.objective.sums(self._forward, batch, shared)
         weights = self.objective.weights(step)
+        # In float32, and divided before backward: afterwards gradients are only added, and only in the tree.
         parts = [
             (weight if totals[name] else 0.0) * (sums[name].float() / max(1, totals[name]))
             for name, weight in weights.items()
@@ -240,7 +241,7 @@ class Replica:
         """
         self.doing = f"updating the weights in step {step + 1}"
         factor = self.schedule.factor(step, self.recipe.steps)
-        seed_all(key(self.recipe.seed, step, "update"))
+        seed_all(key(self.recipe.seed, step, "update"))  # an optimizer that draws does so alike in every worker
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         rate = self.optimizer.step(factor)
