@@ -50,6 +50,9 @@ _SIMULATE = "instep.offline.simulation:simulate"
 def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replayed:
     """Computes a run again from its recipe and its tape, in one process, under any rule.
 
+    >>> instep.replay(run.path, recipe).same
+    True
+
     recipe: needed where the saved one holds objects without an address.
     Raises RecordError where the tape is damaged, of another recipe or not whole, and InstepError as the run would.
     """
@@ -110,6 +113,11 @@ def simulate(
     import_paths: Sequence[str | os.PathLike[str]] = (),
 ) -> dict[str, Any]:
     """Runs `recipe` on a virtual clock, with the workers and the network of `cluster`. Returns the result's fields.
+
+    >>> asynchronous = dataclasses.replace(recipe, rule="asynchronous")
+    >>> found = instep.simulate(asynchronous, instep.Cluster(workers=4), gradients=False)
+    >>> found["steps"]
+    3
 
     gradients: False finds times, bytes, staleness and idle shares alone. out: the run folder to make, none if None.
     Raises InstepError.

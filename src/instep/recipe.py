@@ -55,6 +55,11 @@ _NO_RESULT = {"result": False}
 class Recipe:
     """What is trained. Every field but the last group decides the result, bit for bit.
 
+    >>> pairs = torch.utils.data.TensorDataset(torch.randn(64, 3), torch.zeros(64, 1))
+    >>> recipe = instep.Recipe(model=torch.nn.Linear(3, 1), objective=squares, data=pairs, batch=16, steps=3)
+    >>> recipe.rule.name, recipe.microbatches, recipe.optimizer.describe()
+    ('synchronous', 8, 'instep.optimizers:adamw')
+
     Fields
     ------
     model: builds a `torch.nn.Module`, or is one.
@@ -198,6 +203,10 @@ class Recipe:
 @dataclass(frozen=True, kw_only=True)
 class Team:
     """Who trains. No field changes a bit of the weights.
+
+    >>> team = instep.Team(workers=2)
+    >>> team.workers, team.restarts
+    (2, 3)
 
     Fields
     ------

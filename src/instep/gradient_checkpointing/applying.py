@@ -37,6 +37,10 @@ class Applied:
 def apply(model: nn.Module, plan: Plan, *, verify: bool | str = False) -> Applied:
     """Puts `plan` on `model`, in place of any plan before; the model runs as always, with less memory.
 
+    >>> applied = instep.gradient_checkpointing.apply(model, plan, verify=True)
+    >>> model(inputs).sum().backward()
+    >>> applied.remove()
+
     verify: every value that is computed again is compared with the first pass, bit by bit through a checksum, and the
     first operation that differs is named by a RecomputeError. It about doubles a step, and needs 2 MiB of its own. The
     name of a block has that one alone compared.

@@ -43,6 +43,10 @@ class _Candidate:
 def plan(profile: Profile, *, budget_bytes: int, price: Literal["seconds", "flops"] = "seconds") -> Plan:
     """What to keep so that activations never take more than `budget_bytes`, at the least extra work.
 
+    >>> plan = instep.gradient_checkpointing.plan(profile, budget_bytes=profile.peak_bytes * 3 // 4)
+    >>> plan.peak_bytes <= profile.peak_bytes * 3 // 4
+    True
+
     `price` is what is least: predicted seconds, or FLOPs, where bytes decide among equals: right under `torch.compile`,
     which fuses what costs no FLOPs into other kernels, so that it costs next to nothing. Raises CheckpointingError
     where `budget_bytes` is no number above 0, or where no plan meets it, and names the least that one can.

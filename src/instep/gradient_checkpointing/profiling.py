@@ -40,6 +40,12 @@ def profile(model: nn.Module, objective: Objective, batch: Any, *, blocks: Seque
     objective: a function of (model, batch) to a scalar tensor, or to a mapping of names to such, which are added up.
     blocks: names of modules that may be recomputed; by default the repeated blocks, see `blocks.find_blocks`.
 
+    >>> model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(9, 9), torch.nn.GELU()) for _ in range(4)))
+    >>> inputs = torch.ones(5, 9)
+    >>> profile = instep.gradient_checkpointing.profile(model, lambda model, batch: model(batch).sum(), inputs)
+    >>> profile.names
+    ('0', '1', '2', '3')
+
     It computes some passes; weights, buffers, gradients and random state are left as they were. Raises
     CheckpointingError where there are no blocks, or one cannot be run twice.
     """

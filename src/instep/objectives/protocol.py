@@ -93,11 +93,10 @@ def objective(
 ) -> F | Callable[[F], F]:
     """Marks a function as an objective and tells how its items are counted.
 
-    ::
-
-        @instep.objective(counts=lambda batch: (batch["labels"] != -100).sum())
-        def next_word(model, batch):
-            ...
+    >>> @instep.objective(counts=lambda batch: batch[1].numel())
+    ... def squares(model, batch):
+    ...     inputs, targets = batch
+    ...     return (model(inputs) - targets).square().sum()
 
     The function is returned as it is, with what is given as its attributes.
     Bare, as ``@instep.objective``, it only tells the reader: samples are counted.

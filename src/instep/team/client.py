@@ -127,7 +127,11 @@ class Run:
         return saved.model_state
 
     def model(self, *, best: bool = False) -> nn.Module:
-        """The recipe's model with the final weights, or those with the best held-out objective, on the CPU."""
+        """The recipe's model with the final weights, or those with the best held-out objective, on the CPU.
+
+        >>> run.model()(torch.ones(1, 3)).shape
+        torch.Size([1, 1])
+        """
         from instep.worker.model import build_model
 
         with importable(self.import_paths):
@@ -148,6 +152,10 @@ def train(
     skip_samples: Sequence[int] = (),
 ) -> Run:
     """Trains `recipe` with `team` and returns the finished run.
+
+    >>> run = instep.train(recipe, team=team)
+    >>> run.path.name, run.result["steps"], len(run.digest)
+    ('custom', 3, 64)
 
     recipe: what is trained; with `resume` it may be left out if the saved one can be read back.
     team: who trains; by default one worker, or the saved team with `resume`.
