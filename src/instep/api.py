@@ -9,12 +9,10 @@ import contextlib
 import dataclasses
 import os
 import signal
-import socket
 import subprocess
 import sys
 import uuid
 from collections.abc import Iterable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -29,6 +27,7 @@ from instep.record.held import identity_of
 from instep.record.result import Replayed
 from instep.record.resuming import recorded
 from instep.rules import UpdateRule
+from instep.team.channel import Channel
 from instep.team.client import (
     LOOK_S,
     Monitor,
@@ -147,9 +146,8 @@ def _in_child(
     with contextlib.ExitStack() as stack:
         try:
             open_standard_files()
-            ours, theirs = map(stack.enter_context, socket.socketpair())
+            line, theirs = map(stack.enter_context, map(contextlib.closing, Channel.pair()))
             log = stack.enter_context(open(memory_file(), "w+b"))
-            line = stack.enter_context(Connection(os.dup(ours.fileno())))
             process = start_process("instep.team.child", theirs.fileno(), path, recipe.threads, log, mark, sent)
         except OSError as error:
             raise no_process("the process that computes", error) from error
@@ -168,9 +166,8 @@ def _in_child(
                 detail=log.read().decode(errors="replace")[-4000:],
             ) from None
         finally:
-            with deaf(), contextlib.suppress(OSError):
-                ours.shutdown(socket.SHUT_RDWR)  # which ends it, with all that it started, where it has not ended yet
             with deaf():
+                line.hang_up()  # which ends it, with all that it started, where it has not ended yet
                 ended(process, mark)
     match message:
         case Finished(found):
@@ -181,7 +178,7 @@ def _in_child(
             assert_never(message)
 
 
-def _next(line: Connection, process: subprocess.Popen[bytes]) -> ChildToCaller:
+def _next(line: Channel, process: subprocess.Popen[bytes]) -> ChildToCaller:
     """The next message of the process. Raises EOFError where there is none, and WorkerError where it is stopped."""
     stopped = Stopped(process.pid, Team().answer_timeout_s, children=True)
     while not line.poll(LOOK_S):

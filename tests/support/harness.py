@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +11,7 @@ from typing import Any
 from instep.recipe import Recipe, Team, dumps, engine_of
 from instep.record.folder import About, RunFolder
 from instep.team import session
+from instep.team.channel import Channel
 from instep.team.messages import Events, Request, StopRun
 from instep.team.pickling import dump
 from instep.team.supervisor import Supervisor, import_before_forks
@@ -23,7 +21,7 @@ class Client:
     """The supervisor's client: keeps the events, and can act on them."""
 
     def __init__(self, on_event: Any = None):
-        self._ours, self._theirs = multiprocessing.Pipe()
+        self._ours, self._theirs = Channel.pair()
         self.events: list[dict[str, Any]] = []
         self._on_event = on_event
 
@@ -46,8 +44,7 @@ class Client:
         self._ours.send(StopRun())
 
     def leave(self) -> None:
-        with socket.socket(fileno=os.dup(self._ours.fileno())) as ours:
-            ours.shutdown(socket.SHUT_RDWR)  # forked workers hold this end too, so closing it would end nothing
+        self._ours.hang_up()  # forked workers hold this end too, so closing it would end nothing
 
 
 @dataclass

@@ -78,7 +78,7 @@ def contribute(session: Session, descriptor: int) -> None:
     line.send(Hello(own, os.getpid(), socket.gethostname()))
     while True:
         session.pulse.waiting(True)
-        message: ServerToWorker = line.receive()
+        message: ServerToWorker = line.recv()
         session.pulse.waiting(False)
         if isinstance(message, NoMore):
             break
@@ -260,7 +260,7 @@ class _Server:
                 self._hear_supervisor(self._heard.popleft())
             for worker, line in enumerate(self._lines):
                 if line in listened:
-                    self._hear(worker, line.receive())
+                    self._hear(worker, line.recv())
             if deadline_s is not None and session.clock() >= deadline_s:
                 self._obey(self._ledger.passed(session.clock()))
             if self._begun:

@@ -10,11 +10,11 @@ import signal
 import sys
 from collections.abc import Callable
 from importlib import import_module
-from multiprocessing.connection import Connection
 from typing import Any
 
 from instep.descendants import adopting_orphans, die_with_parent, end_children, take_care_of_helpers
 from instep.errors import InstepError
+from instep.team.channel import Channel
 from instep.team.messages import CallerToChild, Events, Failed, Finished
 from instep.team.signals import leave_to_others
 
@@ -76,7 +76,7 @@ def _die_of(number: int) -> None:
 def _compute(descriptor: int) -> None:
     status = 1
     try:
-        line = Connection(descriptor)
+        line = Channel.of(descriptor)
         take_care_of_helpers([line.close])
         leave_to_others(lambda: None)
         _answer(line)
@@ -89,7 +89,7 @@ def _compute(descriptor: int) -> None:
         os._exit(status)
 
 
-def _answer(line: Connection) -> None:
+def _answer(line: Channel) -> None:
     import torch
 
     try:
@@ -104,7 +104,7 @@ def _answer(line: Connection) -> None:
         line.send(Failed.of(error))
 
 
-def _tell(line: Connection, event: dict[str, Any]) -> None:
+def _tell(line: Channel, event: dict[str, Any]) -> None:
     try:
         line.send(Events([event]))
     except OSError:  # the parent is gone

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import queue
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -48,6 +46,7 @@ from instep.record.held import identity_of
 from instep.record.resuming import resumed
 from instep.schedule import Change
 from instep.tables import from_table
+from instep.team.channel import Channel
 from instep.team.messages import (
     Cancelled,
     Events,
@@ -281,8 +280,7 @@ class _Client:
         self._log = folder.logs / "supervisor.log"
         self._process: subprocess.Popen[bytes] | None = None
         open_standard_files()
-        self._socket, self._theirs = socket.socketpair()
-        self._connection = Connection(os.dup(self._socket.fileno()))
+        self._channel, self._theirs = Channel.pair()
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()  # None: there are no more
         self._final: Finished | Failed | Cancelled | None = None
         self._receiver = threading.Thread(target=self._receive, name="instep-client", daemon=True)
@@ -308,7 +306,7 @@ class _Client:
     def serve(self, request: Request, monitors: list[Monitor], stop: Stop) -> dict[str, Any]:
         """Hands events to the monitors until the run ends. Returns the result. Raises InstepError."""
         with contextlib.suppress(OSError):  # it could not start: `_ending` says so
-            self._connection.send(request)
+            self._channel.send(request)
         self._receiver.start()
         assert self._process is not None, "it was started"
         stopped = Stopped(self._process.pid, request.team.answer_timeout_s)
@@ -320,7 +318,7 @@ class _Client:
                 if (stop.wanted or pressed or failed is not None) and not asked:
                     asked = True
                     with contextlib.suppress(OSError):  # it may be ending already
-                        self._connection.send(StopRun())
+                        self._channel.send(StopRun())
                 event = self._events.get(timeout=LOOK_S)
                 if event is None:
                     break
@@ -392,7 +390,7 @@ class _Client:
         """Reads in a thread of its own, so that an interrupt never tears a message."""
         try:
             while True:
-                message: SupervisorToClient = self._connection.recv()
+                message: SupervisorToClient = self._channel.recv()
                 if isinstance(message, Events):
                     for event in message.events:
                         self.trained |= event["kind"] == "merged"
@@ -406,14 +404,12 @@ class _Client:
 
     def close(self) -> None:
         """Ends the supervisor if it still runs; it ends its workers."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._channel.hang_up()
         self._theirs.close()
         self._wait()
         if self._receiver.is_alive():
             self._receiver.join()
-        self._connection.close()
-        self._socket.close()
+        self._channel.close()
 
 
 def _deaf_monitor(event: dict[str, Any]) -> None:

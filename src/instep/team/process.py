@@ -9,7 +9,6 @@ import socket
 import sys
 import traceback
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from instep.errors import InstepError, described
 from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
 from instep.reduce.written import FirstWrite
+from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
 from instep.team.messages import Assignment, Digest, Ended, Failed, Written
 from instep.team.session import Session
@@ -29,7 +29,7 @@ from instep.worker.evaluation import Progress
 from instep.worker.stopping import OtherRaised, with_saved
 
 
-def main(assignment: Assignment, number: int, pipe: Connection, board: HeartbeatBoard, descriptor: int) -> None:
+def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoard, descriptor: int) -> None:
     """The whole life of a process of the team, which was forked. The server comes after the workers in number."""
     pulse = Heartbeat(board, number, os.getppid())
     pulse.start()

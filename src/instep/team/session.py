@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.record.held import is_there
 from instep.restore import kept_module_state
+from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
 from instep.team.messages import Agreed, Assignment, Events, Ready
 from instep.transport.shared_memory import Region
@@ -38,7 +38,7 @@ HOLD_S = 0.1
 class Session:
     """One process between one start of the team and its end."""
 
-    def __init__(self, assignment: Assignment, number: int, pipe: Connection, pulse: Heartbeat):
+    def __init__(self, assignment: Assignment, number: int, pipe: Channel, pulse: Heartbeat):
         self.assignment, self.number, self.pipe, self.pulse = assignment, number, pipe, pulse
         self.replica: Replica | None = None
         self._data: dict[str, Any] | None = None

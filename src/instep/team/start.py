@@ -8,8 +8,7 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
@@ -17,7 +16,9 @@ from instep.errors import InstepError, WorkerError, killed_by
 from instep.record.tape import SCHEMA
 from instep.reduce.written import FirstWrite
 from instep.tables import to_table
+from instep.team.channel import Channel
 from instep.team.heartbeat import Liveness
+from instep.team.launcher import Handle
 from instep.team.messages import (
     Agreed,
     ClientToSupervisor,
@@ -68,23 +69,16 @@ class WorkerFailure(Exception):
 
 @dataclass
 class Member:
-    process: BaseProcess
-    pipe: Connection
-    death: int
-    """A descriptor that is ready to read once the process is dead."""
+    process: Handle
+    pipe: Channel
     incarnation: int = 0
     ready: Ready | None = None
     ended: Ended | None = None
 
-    def join(self, within_s: float) -> None:
-        """Waits for the process's end, for so long. Its own `join` waits for all that it forked, too."""
-        if wait([self.death], within_s):
-            self.process.join()
-
     def close(self) -> None:
         """Closes what is open here for the process, which has ended."""
         self.pipe.close()
-        os.close(self.death)
+        self.process.close()
 
 
 class Start:
@@ -100,7 +94,7 @@ class Start:
         self._serving = supervisor.run.engine == "server"
         self._leader = len(workers) - 1 if self._serving else 0
         team = self._run.team
-        pids = [worker.process.pid or 0 for worker in workers]
+        pids = [worker.process.pid for worker in workers]
         names = [self._name(number) for number in range(len(workers))]
         self._watch = Liveness(self._board, pids, team.answer_timeout_s, team.stall_timeout_s, names)
 
@@ -110,13 +104,13 @@ class Start:
         looked = time.monotonic()
         while not self._over():
             active = [worker for worker in self._workers if worker.ended is None]
-            sources: list[Any] = [client, *(w.pipe for w in active), *(w.death for w in active)]
-            ready = wait(sources, timeout=LOOK_S)
+            sources: list[Any] = [client, *(w.pipe for w in active), *(w.process.death for w in active)]
+            ready: list[Any] = wait(sources, timeout=LOOK_S)
             if client in ready:
                 self._hear_client(client)
             self._hear_signals()
             for number, worker in enumerate(self._workers):
-                if worker in active and (worker.pipe in ready or worker.death in ready):
+                if worker in active and (worker.pipe in ready or worker.process.death in ready):
                     with self._replacing():
                         self._hear(number, worker)
             if time.monotonic() - looked >= LOOK_S:
@@ -169,9 +163,9 @@ class Start:
                 return
             new = self._supervisor.fork(number, None, self._descriptor, self._workers, old.incarnation + 1)
             self._workers[number] = new
-            self._watch.renew(number, new.process.pid or 0)
+            self._watch.renew(number, new.process.pid)
 
-    def _hear_client(self, client: Connection) -> None:
+    def _hear_client(self, client: Channel) -> None:
         try:
             message: ClientToSupervisor = client.recv()
         except (EOFError, ConnectionResetError):
@@ -198,7 +192,7 @@ class Start:
         except (EOFError, ConnectionResetError, OSError):
             if worker.ended is None:
                 raise self._death(number, worker) from None
-        if worker.ended is None and not worker.process.is_alive() and not worker.pipe.poll():
+        if worker.ended is None and worker.process.exitcode is not None and not worker.pipe.poll():
             raise self._death(number, worker)
 
     def _handle(self, number: int, worker: Member, message: WorkerToSupervisor) -> None:
@@ -307,7 +301,7 @@ class Start:
             del self._digests[version]
 
     def _death(self, number: int, worker: Member) -> WorkerFailure:
-        worker.join(1)
+        worker.process.join(1)
         code, pid = worker.process.exitcode, worker.process.pid
         name = self._name(number)
         log = self._supervisor.folder.log_of(name.removeprefix("the "))
@@ -320,7 +314,7 @@ class Start:
     def _result(self) -> dict[str, Any]:
         until = time.monotonic() + SERVED_GRACE_S
         for number, worker in enumerate(self._workers):
-            worker.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
+            worker.process.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
             if not self._serving:
                 assert worker.ended is not None
                 self._compare(number, -1, worker.ended.digest)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,19 +16,19 @@ import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from instep.descendants import adopting_orphans, children, death_of, die_with_parent, end_children, reap
+from instep.descendants import adopting_orphans, children, die_with_parent, end_children, reap
 from instep.errors import CheckpointError, InstepError, RecipeError, RecordError, WorkerError, described, no_process
 from instep.record import best, checkpoint
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape, Told, told
 from instep.reduce.written import FirstWrite
-from instep.team.channel import Line
+from instep.team.channel import Channel, Line
 from instep.team.heartbeat import HeartbeatBoard
+from instep.team.launcher import Handle
 from instep.team.messages import (
     Assignment,
     Cancelled,
@@ -53,7 +52,7 @@ PATIENCE_S = 1.0
 class Supervisor:
     """One run, over all starts of its team."""
 
-    def __init__(self, run: Request, client: Connection, requests: Requests | None = None):
+    def __init__(self, run: Request, client: Channel, requests: Requests | None = None):
         self.run, self.client = run, client
         self.requests = requests or Requests()
         self.folder = RunFolder(run.folder)
@@ -245,24 +244,14 @@ class Supervisor:
             written=tuple(sorted(self._written)),
         )
         try:
-            ours, theirs = multiprocessing.Pipe()
-            unused = [self.client, ours, *(other.pipe for other in others)]
-            process = multiprocessing.get_context("fork").Process(
-                target=_worker_main,
-                args=(unused, assignment, worker, theirs, self.board, descriptor),
-                name=f"worker-{worker}",
-            )
-            process.start()
-            try:
-                death = death_of(process)
-            except OSError:
-                process.kill()
-                process.join()
-                raise
+            ours, theirs = Channel.pair()
+            with contextlib.closing(theirs):
+                unused = [self.client, ours, *(other.pipe for other in others)]
+                arguments = (unused, assignment, worker, theirs, self.board, descriptor)
+                process = Handle(_worker_main, arguments, f"worker-{worker}")
         except OSError as error:
             raise no_process(f"process {worker + 1} of the {run.team.workers} workers", error) from error
-        theirs.close()
-        return Member(process, ours, death, incarnation)
+        return Member(process, ours, incarnation)
 
     def orphans(self, workers: list[Member]) -> set[int]:
         """The living processes that the run's processes started and left behind. Dead ones are waited for."""
@@ -272,9 +261,9 @@ class Supervisor:
 
     def end_orphans(self, workers: list[Member], but: set[int]) -> None:
         """Kills what a dead worker left behind; `workers` live, and `but` are orphans that are not its own."""
-        end_children(self._others | but | {worker.process.pid or 0 for worker in workers})
+        end_children(self._others | but | {worker.process.pid for worker in workers})
 
-    def pass_on_the_rest(self, pipe: Connection) -> None:
+    def pass_on_the_rest(self, pipe: Channel) -> None:
         """What a worker told before its end belongs on the tape: a checkpoint may hold those very steps."""
         with contextlib.suppress(EOFError, OSError, ClientGone):
             while pipe.poll():
@@ -309,7 +298,7 @@ class Supervisor:
             raise ClientGone from None
 
 
-def _worker_main(unused: list[Connection], *arguments: Any) -> None:
+def _worker_main(unused: list[Channel], *arguments: Any) -> None:
     from instep.team.process import main
 
     gc.freeze()  # what was inherited: the collector would write to it, and so copy it
@@ -321,13 +310,13 @@ def _worker_main(unused: list[Connection], *arguments: Any) -> None:
 def main(descriptor: int) -> None:
     """Entry of the process: serves one run for the client at the other end of `descriptor`, and ends."""
     die_with_parent(signal.SIGCONT)  # it is woken, should it be stopped then, and ends its workers
-    _serve(Connection(descriptor))
+    _serve(Channel.of(descriptor))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # nothing is open any more, and taking torch down in order costs a second
 
 
-def _serve(client: Connection) -> None:
+def _serve(client: Channel) -> None:
     try:
         run: ClientToSupervisor = client.recv()
     except EOFError:
@@ -355,6 +344,6 @@ def import_before_forks() -> None:
         import_module(name)
 
 
-def _send_quietly(client: Connection, message: SupervisorToClient) -> None:
+def _send_quietly(client: Channel, message: SupervisorToClient) -> None:
     with contextlib.suppress(OSError):
         client.send(message)
