@@ -31,12 +31,12 @@ def without_address(value: Any) -> str | None:
     return None
 
 
-def without_held(value: Any) -> Any:
+def without_contents(value: Any) -> Any:
     """A recipe's table without what objects hold that have no address: it is shown and compared, as far as it goes."""
     if isinstance(value, Mapping):
         nameless = str(value.get("use", "")).startswith("<")
-        return {key: without_held(item) for key, item in value.items() if not (nameless and key == "holds")}
-    return [without_held(item) for item in value] if isinstance(value, list) else value
+        return {key: without_contents(item) for key, item in value.items() if not (nameless and key == "holds")}
+    return [without_contents(item) for item in value] if isinstance(value, list) else value
 
 
 def _shown(table: Mapping[str, Any], key: str) -> str:

@@ -19,7 +19,7 @@ from instep import buffer_modes
 from instep.budget import parse_budget
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.differences import differences, without_held
+from instep.differences import differences, without_contents
 from instep.errors import RecipeError, cut, shown
 from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
@@ -196,7 +196,7 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """SHA-256 over the fields that decide the result, `steps` left out: a run may be prolonged."""
-        table = without_held(as_before(Recipe, self.to_table()))
+        table = without_contents(as_before(Recipe, self.to_table()))
         return hashlib.sha256(json.dumps(_result_part(table), sort_keys=True).encode()).hexdigest()
 
 

@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from instep.by_pattern import ByPattern
 from instep.components import Component
+from instep.contents import contents
 from instep.errors import ComponentError, RecipeError, cut, shown
-from instep.held import held
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ def _component_table(component: Component) -> dict[str, Any]:
     table: dict[str, Any] = {"use": component.describe()}
     if component.args:
         table["args"] = _plain(component.args)
-    if component.address is None and (holds := held(component.use)):
+    if component.address is None and (holds := contents(component.use)):
         table["holds"] = holds
     return table
 

@@ -79,7 +79,7 @@ def test_an_interrupted_run_says_how_to_go_on() -> None:
     )
 
 
-def test_without_a_path_and_without_held_out_data() -> None:
+def test_without_a_path_and_without_contents_out_data() -> None:
     printed = plain([started(), merged(3, 1), ended(4, held_out=None)])
     assert "run folder" not in printed
     assert "held-out" not in printed

@@ -393,7 +393,7 @@ def test_what_has_no_meaning_is_refused(fields: dict[str, Any], sentence: str) -
 
 
 @pytest.mark.parametrize("engine", ["lockstep", "server"])
-def test_patience_without_held_out_data_is_refused(engine: Any, tmp_path: Path) -> None:
+def test_patience_without_contents_out_data_is_refused(engine: Any, tmp_path: Path) -> None:
     recipe = overfitting(data=lambda: data(held_out=False))
     with pytest.raises(RecipeError, match="the data have nothing held out"):
         train_here(recipe, Team(workers=2, engine=engine), tmp_path / "run")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from instep.components import Component
-from instep.differences import without_held
+from instep.differences import without_contents
 from instep.errors import CheckpointError
 from instep.recipe import Recipe, parse, table_differences
 from instep.record import checkpoint
@@ -92,8 +92,8 @@ def resume_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> lis
             kept["optimizer"] = {**kept["optimizer"], "args": args}
         sides.append(kept)
     for key, value in sides[1].items():
-        if key in sides[0] and without_held(value) == value:  # a table of before, or objects that show nothing
-            sides[0][key] = without_held(sides[0][key])
+        if key in sides[0] and without_contents(value) == value:  # a table of before, or objects that show nothing
+            sides[0][key] = without_contents(sides[0][key])
     return table_differences(*sides)
 
 

@@ -19,7 +19,7 @@ _LARGEST = 2**63 - 1  # that TOML holds
 _CODE = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 
 
-def held(value: Any) -> dict[str, Any]:
+def contents(value: Any) -> dict[str, Any]:
     """The plain values in `value` by name: fields of a dataclass, public attributes, arguments of a partial; of a
     module a hash of its ``repr``, which tells of layers and their settings. Nothing of functions and classes.
     """
