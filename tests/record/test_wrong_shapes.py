@@ -37,8 +37,8 @@ from instep.rules.presets import parse
 from instep.rules.work import Pieces
 from instep.team.client import Run, saved
 from instep.worker.evaluation import Progress
-from instep.worker.merger import Merger
 from instep.worker.replica import Replica
+from instep.worker.updates import Merger
 from support.harness import train_here
 
 STRANGE: list[Any] = [

@@ -18,7 +18,7 @@ from instep.rules import presets as p
 from instep.team import messages as m
 from instep.team.pickling import dump
 from instep.transport.shared_memory import Region
-from instep.worker.contributor import Facts
+from instep.worker.contribution import Facts
 from instep.worker.evaluation import Progress
 
 RECIPE = dump(["a recipe"])

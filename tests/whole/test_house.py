@@ -23,7 +23,6 @@ LONG_FILES: dict[str, str] = {
     "engines/server.py": "being rebuilt",
     "team/client.py": "being rebuilt",
     "team/start.py": "being rebuilt",
-    "worker/contributor.py": "being rebuilt",
 }
 
 LONG_FUNCTIONS: dict[str, str] = {

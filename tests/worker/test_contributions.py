@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import io
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -23,9 +25,11 @@ from instep.rules import UpdateRule, parse
 from instep.rules import presets as p
 from instep.rules.ledger import Merge
 from instep.rules.work import Pieces
-from instep.worker.contributor import Contributor, Facts
-from instep.worker.merger import Arrived, Merger, _Outer
+from instep.worker.contribution import Arrived, Facts
+from instep.worker.gradients import Contributor
+from instep.worker.outer_optimizer import OuterOptimizer
 from instep.worker.replica import Replica
+from instep.worker.updates import Merger
 from support import workloads
 from support.reference import reference_digests
 from support.serving import RULES, Driven, close, drive
@@ -350,6 +354,31 @@ def test_a_worker_that_joins_starts_with_a_new_optimizer() -> None:
     assert sent(old, 1, saved) != sent(contributor(), 1, saved), "AdamW's moments are the worker's own"
 
 
+@pytest.mark.parametrize("rule", [p.asynchronous(), p.synchronous()], ids=lambda rule: rule.name)
+def test_a_worker_keeps_nothing_of_what_it_has_contributed(rule: UpdateRule) -> None:
+    recipe = plain(rule=rule, steps=2_000)
+    pieces = Pieces(recipe.rule, 2, recipe.microbatches, recipe.steps)
+    contributor = Contributor(Replica(recipe, "cpu"), pieces, checkpoint_every=10)
+    contributor.prepare(0)
+    saved, vectors = contributor.pack.empty(), contributor.empty()
+    contributor.pack.save(saved)
+
+    def contribute(start: int, stop: int) -> int:
+        for piece in range(start, stop):
+            contributor.enter(piece)
+            contributor.compute(pieces.work(piece), saved, vectors)
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = contribute(0, 100)
+        grown = contribute(100, 300) - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 200 * 250, "bytes a contribution: the counts of one were a thousand"
+
+
 # --------------------------------------------------------------------------------------------- the outer optimizer
 
 RULE: dict[str, Any] = {"quorum": "all", "order": "round", "max_lead": 0}
@@ -359,13 +388,13 @@ def stepped(rule: UpdateRule, deltas: list[list[Tensor]], save_at: int = -1) -> 
     """The parameters after the outer optimizer's steps; with `save_at`, its state goes through a file before it."""
     parameters = [torch.linspace(-1, 1, 6).reshape(2, 3), torch.ones(4)]
     layout = Layout.of(parameters, 64)
-    outer = _Outer(rule, layout)
+    outer = OuterOptimizer(rule, layout)
     for number, delta in enumerate(deltas):
         if number == save_at:
             file = io.BytesIO()
             torch.save(outer.state(), file)
             file.seek(0)
-            outer = _Outer(rule, layout)
+            outer = OuterOptimizer(rule, layout)
             outer.load(torch.load(file, weights_only=True))
         flat = torch.zeros(layout.size)
         for view, part in zip(layout.views(flat), delta, strict=True):

@@ -47,11 +47,12 @@ from instep.team.messages import (
 )
 from instep.transport.shared_memory import Region, attach
 from instep.worker.activation_memory import fit_memory
-from instep.worker.contributor import Contributor, Facts, Vectors
+from instep.worker.contribution import Arrived, Facts, Vectors
 from instep.worker.evaluation import Progress, batches_held_out, evaluate_alone, passes
 from instep.worker.first_look import look_at_data, look_at_objective
-from instep.worker.merger import Arrived, Merger
+from instep.worker.gradients import Contributor
 from instep.worker.replica import Replica
+from instep.worker.updates import Merger
 
 if TYPE_CHECKING:
     from instep.team.session import Session

@@ -16,11 +16,11 @@ from instep.errors import RecipeError
 from instep.recipe import Recipe
 from instep.rules.work import Pieces, Work
 from instep.worker.batched import Together
-from instep.worker.contributor import Contributor, Facts, Vectors
+from instep.worker.contribution import Arrived, Facts, Vectors
 from instep.worker.first_look import look_at_data, look_at_objective
-from instep.worker.merger import Arrived, Merger
+from instep.worker.gradients import Contributor
 from instep.worker.replica import Replica
-from instep.worker.updates import Update
+from instep.worker.updates import Merger, Update
 
 
 class Replayer:

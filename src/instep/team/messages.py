@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from instep.team.channel import Line
     from instep.team.pickling import Pickled
     from instep.transport.shared_memory import Region
-    from instep.worker.contributor import Facts
+    from instep.worker.contribution import Facts
 
 # ------------------------------------------------------------------------------------------------------ several ways
 

@@ -19,7 +19,8 @@ from instep.data.cursor import take_rows
 from instep.errors import RecipeError
 from instep.objectives import Bound
 from instep.rules.work import Work
-from instep.worker.contributor import Contributor, Facts, Inputs, Vectors, latest_of
+from instep.worker.contribution import Facts, Vectors, latest_of
+from instep.worker.gradients import Contributor, Inputs
 
 _FLOATS = 1 << 26
 """Elements of gradients that are computed at once, at most."""
@@ -81,7 +82,7 @@ class Together:
                 self._compare(tasks[first], vectors[first])
         made = []
         for (work, _), each, sums, vector in zip(tasks, inputs, found, vectors, strict=True):
-            bad = [wrong for m, terms in sums.items() for wrong in self._one.check(terms, work.batch, m)]
+            bad = [wrong for m, terms in sums.items() for wrong in self._one.replica.not_finite(terms, work.batch, m)]
             by_term = {name: tuple(sums[m][name] for m in sorted(sums)) for name in self._one.terms}
             touched = self._touched if sums and self._touched else ()
             facts = Facts(

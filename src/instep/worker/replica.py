@@ -6,6 +6,7 @@ import bisect
 import copy
 import dataclasses
 import itertools
+import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -327,12 +328,16 @@ class Replica:
         self.optimizer.load(training_state["optimizer"])
         self._stepped = "weights" in training_state
 
-    def not_finite(self, term: str, value: float, step: int, microbatch: int) -> NonFiniteError:
-        """The error for a term whose sum over a microbatch is not finite."""
-        return NonFiniteError(
-            f"term '{term}' of the objective is {value} in step {step + 1}, microbatch {microbatch} "
-            f"({self.samples_of(step, microbatch)})."
-        )
+    def not_finite(self, sums: Mapping[str, float], step: int, microbatch: int) -> list[NonFiniteError]:
+        """The errors for those terms whose sums over a microbatch are not finite."""
+        return [
+            NonFiniteError(
+                f"term '{term}' of the objective is {value} in step {step + 1}, microbatch {microbatch} "
+                f"({self.samples_of(step, microbatch)})."
+            )
+            for term, value in sums.items()
+            if not math.isfinite(value)
+        ]
 
     def samples_in_hand(self) -> str:
         """The samples of the microbatch that is loaded or computed, in brackets for a message; "" in other work."""

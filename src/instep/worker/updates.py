@@ -1,11 +1,13 @@
-"""One update, from what all contributions add up to: judged, clipped, made.
+"""Updates: from what all contributions of one add up to, to new weights.
 
-Every engine makes its updates here. How contributions are added, and whose parameters a process updates, is the
-caller's.
+Every engine makes its updates by `Updates`, and no other way: the lockstep engine's workers and, by `Merger`, the
+server engine, the virtual engine and the replay. How contributions are added, and which parameters a process updates,
+is the caller's.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +18,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from instep.errors import NonFiniteError, ObjectiveError
+from instep.errors import CheckpointError, NonFiniteError, ObjectiveError
 from instep.objectives import exact_sum
+from instep.record.shapes import COUNTS, misfit
 from instep.reduce.buffers import APART, Buffers, about_means
-from instep.reduce.reduction import clip
-from instep.worker.gradients import not_finite
+from instep.reduce.checksums import checksum
+from instep.reduce.layout import BLOCK, Layout
+from instep.reduce.pack import Pack
+from instep.reduce.reduction import clip, norm_of
+from instep.reduce.tree import merge_plan
+from instep.reduce.writes import Writes
+from instep.rules.work import Pieces
+from instep.worker.contribution import NOTHING, Arrived, Facts
+from instep.worker.outer_optimizer import OuterOptimizer
 from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict, Watcher
 
@@ -154,7 +164,7 @@ def wrong_in_step(
     if not replica.objective.has_items(totals):
         return [replica.objective.no_items(step)]
     for microbatch in np.flatnonzero(~np.isfinite(sums).all(axis=1)).tolist():
-        return [*not_finite(replica, dict(zip(terms, sums[microbatch].tolist(), strict=True)), step, microbatch)[:1]]
+        return [*replica.not_finite(dict(zip(terms, sums[microbatch].tolist(), strict=True)), step, microbatch)[:1]]
     if math.isfinite(norm):
         return []
     bad = next((name for name, view, seen in gradients if seen and not bool(torch.isfinite(view).all())), None)
@@ -171,3 +181,211 @@ def clipped_step(
     """
     clip(gradient, norm, replica.recipe.clip_norm)
     return replica.update(step, [view if seen else None for view, seen in zip(views, touched, strict=True)])
+
+
+class Merger:
+    """Holds the weights of a run, and makes updates from contributions."""
+
+    def __init__(self, replica: Replica, pieces: Pieces):
+        self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
+        self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
+        self.pack = Pack(replica.module, replica.parameters, replica.written.frozen)
+        self._writes = Writes(replica.written)
+        self.buffers = Buffers(replica.module, replica.recipe.buffers)
+        self._updates = Updates(replica, self.buffers)
+        self.version = 0
+        """Updates so far."""
+        self.microbatches = 0
+        """Microbatches merged so far."""
+        self._outer = OuterOptimizer(self.rule, self.layout)
+        self._empty: dict[int, int] = {}  # by batch: pieces that held no items
+
+    def merge(self, contributions: Sequence[Arrived]) -> Update:
+        """Makes one update, in the order given. May use the vectors up. The replica's objective must know its terms.
+
+        The watch may have it left out. Raises NonFiniteError, or ObjectiveError for whole batches without items, before
+        any change, where it does not; and RecipeError where contributions disagree on what forwards wrote.
+        """
+        self.replica.enter(self.version)
+        step = self.microbatches // self.pieces.microbatches
+        facts = [each.facts for each in contributions]
+        terms = self.replica.objective.terms or ()
+        counts = {name: sum(each.counts[name] for each in facts) for name in terms}
+        sums = {name: list(itertools.chain(*(each.sums[name] for each in facts))) for name in terms}
+        written = self._written(contributions, step)
+        total = self._total(contributions, written)
+        norm = norm_of(total, self.layout)
+        bad, left_out = self._bad(contributions, norm, step)
+        skips = self._updates.watcher.skips and self.rule.gradients
+        left_out = left_out or (skips and not self.replica.objective.has_items(counts))
+        touched = set().union(*(each.touched for each in facts))
+        added = Added(
+            sums, counts, norm, [index in touched for index in range(len(self.replica.parameters))], written,
+            bad=bad, left_out=left_out, off=self._off(facts), ends=[each.ends for each in facts],
+        )  # fmt: skip
+        weights = _Whole(self.replica, self.layout, total, None if self.rule.gradients else self._outer)
+        update = self._updates.make(step, added, weights, lambda: self._take_buffers(contributions))
+        self._writes.made(taken=update.verdict.updates)
+        self._count_empty(facts)
+        self.version += 1
+        self.microbatches += sum(each.work.microbatches for each in contributions)
+        return update
+
+    @property
+    def sound(self) -> bool:
+        """Whether the weights are those of a version, with no update half made."""
+        return self._updates.sound
+
+    def _bad(self, contributions: Sequence[Arrived], norm: float, step: int) -> tuple[list[ObjectiveError], bool]:
+        """What is not finite and which batches have no items; whether the update is to be left out for the former."""
+        wrong: list[ObjectiveError] = [why for each in contributions for why in each.facts.bad]
+        left_out = bool(wrong) and self.rule.gradients
+        if left_out:
+            wrong = wrong[:1]  # one update, one batch that is left out
+        elif not math.isfinite(norm):
+            wrong, left_out = [*wrong, NonFiniteError(self._about(contributions, step))], True
+        found = {batch: 0 for each in contributions for batch in each.facts.empty}
+        for batch in (batch for each in contributions for batch in each.facts.empty):
+            found[batch] += 1
+        # The last piece of a batch holds no items either, whenever the others came.
+        empty = [batch for batch, more in found.items() if self._empty.get(batch, 0) + more == self.pieces.parts]
+        return wrong + [self.replica.objective.no_items(batch) for batch in empty if not left_out], left_out
+
+    def _count_empty(self, facts: Sequence[Facts]) -> None:
+        for batch in (batch for each in facts for batch in each.empty):
+            self._empty[batch] = self._empty.get(batch, 0) + 1
+            if self._empty[batch] == self.pieces.parts:
+                del self._empty[batch]
+
+    def checksum(self) -> list[str]:
+        """Of the present weights, one for each of `names`."""
+        return checksum([*self.replica.parameters, *self.replica.written.frozen])
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that updates change."""
+        written = self.replica.written
+        return [*self.replica.names, *(name for name in written.names if name not in self.replica.names)]
+
+    def training_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights."""
+        return {
+            **self.replica.training_state(), "outer": self._outer.state(), "watch": self._updates.watcher.state(),
+            "empty": dict(self._empty),
+        }  # fmt: skip
+
+    def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
+        """Takes the state of a checkpoint. Raises CheckpointError where it does not fit."""
+        self.replica.load(model_state, training_state)
+        self.buffers.restart()
+        self._writes = Writes(self.replica.written)
+        self._updates.watcher.load(training_state.get("watch"))
+        empty = training_state.get("empty", {})
+        wrong = misfit(empty, COUNTS)
+        if wrong is not None:
+            raise CheckpointError(f"of the batches without items in the checkpoint {wrong}; use an earlier checkpoint.")
+        self._empty = dict(empty)
+        if "outer" in training_state:  # the lockstep engine has none
+            self._outer.load(training_state["outer"])
+
+    def _written(self, contributions: Sequence[Arrived], step: int) -> dict[str, Tensor]:
+        """What the update is to find in the parameters that forwards wrote, by name."""
+        rows = [each.vectors.written for each in contributions]
+        if self.rule.gradients:
+            return self._writes.values(rows, [each.staleness for each in contributions], step)
+        return self._writes.means(rows, [each.weight for each in contributions], step)
+
+    def _total(self, contributions: Sequence[Arrived], written: Mapping[str, Tensor]) -> Tensor:
+        """The update's gradient or delta, flat."""
+        if self.pieces.in_tree_order:
+            rows = [row for each in contributions for row in each.vectors.gradient.unbind(0)[: len(each.facts.nodes)]]
+            for into, source in self._plan(contributions):
+                rows[into].add_(rows[source])
+            whole: Tensor = rows[0]
+            return whole
+        first = contributions[0]
+        total = self._compensated(first, written)
+        if first.weight != 1.0:
+            total.mul_(first.weight)
+        for each in contributions[1:]:
+            total.add_(self._compensated(each, written), alpha=each.weight)
+        return total
+
+    def _compensated(self, each: Arrived, written: Mapping[str, Tensor]) -> Tensor:
+        """Its gradient, corrected by how far the weights are now from those that it was computed at."""
+        gradient = each.vectors.gradient[0]
+        if self.rule.compensation and each.staleness:
+            assert each.base is not None
+            bases = self.pack.parameters(each.base)
+            names, changes = self.replica.names, self.replica.written.read(each.vectors.written, 0)
+            with torch.no_grad():
+                for view, name, base in zip(self.layout.views(gradient), names, bases, strict=True):
+                    now, at = written.get(name, self.replica.written.value(name)), base.to(view.device)
+                    at = changes[name].applied_to(at) if name in changes else at
+                    moved = now.to(view.dtype) - at.to(view.dtype)
+                    view.addcmul_(view * view, moved, value=self.rule.compensation)
+        return gradient
+
+    def _plan(self, contributions: Sequence[Arrived]) -> list[tuple[int, int]]:
+        nodes = [node for each in contributions for node in each.facts.nodes]
+        return merge_plan(nodes, self.pieces.microbatches)
+
+    def _take_buffers(self, contributions: Sequence[Arrived]) -> None:
+        """Each buffer takes its value from the microbatches of those contributions that hold it."""
+        for index in sorted(set().union(*(each.facts.changed for each in contributions))):
+            if self.pieces.in_tree_order:
+                self._complete(contributions, index)
+            holding = [each for each in contributions if self.pieces.in_tree_order or index in each.facts.posted]
+            rows = [row for each in holding for row in each.vectors.buffers[: len(each.facts.nodes)]]
+            plan = self._plan(holding) if self.pieces.in_tree_order else [(0, place) for place in range(1, len(rows))]
+            newest = max(range(len(holding)), key=lambda place: holding[place].facts.latest)
+            first_row = sum(len(each.facts.nodes) for each in holding[:newest])
+            filled = sum(each.facts.filled for each in holding)
+            if filled:
+                self.buffers.finish(
+                    [index], plan, rows, [each.vectors.integers for each in holding], filled, (first_row, newest),
+                    steps=max(each.facts.made for each in holding),
+                )  # fmt: skip
+
+    def _complete(self, contributions: Sequence[Arrived], index: int) -> None:
+        """Has those contributions too hold a buffer whose workers had not seen it change before."""
+        for each in contributions:
+            if index not in each.facts.posted:
+                work, vectors = each.work, each.vectors
+                sizes = [self.replica.cursor.microbatch_size(work.batch, m) for m in range(work.start, work.stop)]
+                self.buffers.untouched([size > 0 for size in sizes])
+                rows = list(vectors.buffers[: len(each.facts.nodes)])
+                self.buffers.post([index], work.start, each.facts.nodes, rows, vectors.integers)
+
+    def _off(self, facts: Sequence[Facts]) -> frozenset[int] | None:
+        """Parameters cease to require a gradient where one contribution has them cease, and begin where all do."""
+        filled = [each for each in facts if each.latest != NOTHING]
+        if not any(each.ceased or each.begun for each in filled):
+            return None
+        ceased = set().union(*(each.ceased for each in filled))
+        begun = set(filled[0].begun).intersection(*(each.begun for each in filled))
+        return (self.replica.trainable.off | ceased) - begun
+
+    def _about(self, contributions: Sequence[Arrived], step: int) -> str:
+        bad = next((each.worker for each in contributions if not bool(torch.isfinite(each.vectors.gradient).all())), -1)
+        whose = f"of worker {bad} is not finite" if bad >= 0 else "is too large to square"
+        samples = ""
+        if bad >= 0:
+            work = next(each.work for each in contributions if each.worker == bad)
+            samples = f" (global batch {work.batch + 1}, microbatches {work.start} to {work.stop - 1})"
+        return f"the contribution {whose} in step {step + 1}{samples}, though every term of the objective is."
+
+
+class _Whole:
+    """All weights, moved by one process along the flat `total`: a gradient or, by the `outer` optimizer, a delta."""
+
+    def __init__(self, replica: Replica, layout: Layout, total: Tensor, outer: OuterOptimizer | None):
+        self._replica, self._layout, self._total, self._outer = replica, layout, total, outer
+
+    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
+        if self._outer is not None:
+            return self._outer.step(self._total, self._replica.parameters)
+        return clipped_step(self._replica, step, self._total, self._layout.views(self._total), norm, touched)
+
+    def settle(self) -> None:
+        pass
