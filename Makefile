@@ -10,7 +10,7 @@ PIP := PIP_BUILD_CONSTRAINT=constraints.txt PIP_CONSTRAINT=constraints.txt \
 NEEDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow check bench clean
+.PHONY: help train test test-slow check bench docs clean
 .NOTPARALLEL:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo 'make test-slow  run the slow tests'
 	@echo 'make check      format, lint, types and the direction of imports, without changing a file'
 	@echo 'make bench      measure speed and memory against DDP and a bare PyTorch loop'
+	@echo 'make docs       make the pages of docs/, with the API from the docstrings, in site/'
 	@echo 'make clean      remove .venv, caches and build outputs; runs/ stays'
 
 train: .venv/.runtime
@@ -39,8 +40,12 @@ check: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/lockstep.py $(ARGS)
 
+docs: .venv/.dev
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'The pages are made: site/index.html'
+
 clean:
-	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf site .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.runtime: $(NEEDS)
