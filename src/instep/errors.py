@@ -142,13 +142,23 @@ def killed_by(status: int) -> str:
 
 
 def told(error: BaseException) -> str:
-    """What was raised, and where: the file and line of the innermost code that is not of an installed library."""
+    """What was raised, and where: see `place`, or else the innermost code of all."""
+    return described(error) + (place(error) or place(error, own=False))
+
+
+def place(error: BaseException, *, own: bool = True) -> str:
+    """The file and line of the innermost code where it was raised, in brackets: with `own` of what belongs neither to
+    Python, nor to Instep, nor to an installed library; "" where there is none.
+    """
+    import os
+    import sysconfig
     import traceback
 
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "site-packages" not in frame.filename and not frame.filename.startswith("<")]
-    where = (own or frames)[-1:]
-    return described(error) + "".join(f" ({frame.filename}, line {frame.lineno})" for frame in where)
+    others = (sysconfig.get_path("stdlib") + os.sep, os.path.dirname(__file__) + os.sep, "<")
+    frames = list(traceback.extract_tb(error.__traceback__))
+    if own:
+        frames = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith(others)]
+    return "".join(f" ({frame.filename}, line {frame.lineno})" for frame in frames[-1:])
 
 
 def by_name(name: str) -> type[InstepError]:

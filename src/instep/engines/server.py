@@ -111,13 +111,14 @@ def serve(session: Session, descriptor: int) -> None:
     if saved is not None:
         _check_length(session, pieces, saved.meta)
         merger.load(saved.model_state, saved.training_state)
-        progress = Progress.resumed(saved, session.recipe)
+        progress = session.progress_of(saved)
         state = saved.meta.get("ledger") or _state_after(pieces, saved.version)
         _check_begun(pieces, state, saved.meta)
         ledger, lost = _recovered(session.recipe.rule, pieces, state)
         merger.microbatches, merger.version = ledger.merged_microbatches, progress.version
     else:
         look_at_objective(replica, probe)
+    contributor.enter(progress.version)  # what a resume has changed is refused here, while nothing keeps it
     facts = session.facts(
         terms=list(contributor.terms), version=progress.version, step=progress.steps, cut=pieces.workers,
         weights=digest_of_state(replica.saved_state()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from instep.data.repeats import what_does_not_repeat
@@ -42,7 +42,7 @@ def replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell = lam
 def _replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell) -> Replayed:
     playback: _Playback | None = None
     fingerprints = recipe.fingerprints()
-    for event in map(_Event, events):
+    for event in map(_Event, _that_count(events, fingerprints)):
         if event["kind"] == "run_started":
             if event["fingerprint"] not in fingerprints:
                 raise RecordError(
@@ -58,6 +58,23 @@ def _replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell) -> 
     if playback is None:
         raise RecordError("the tape holds no start of a run; there is nothing to replay.")
     return playback.result()
+
+
+def _that_count(events: Iterable[Mapping[str, Any]], known: Collection[str]) -> Iterator[Mapping[str, Any]]:
+    """The events without starts of an unknown recipe that made no update: of a change that was given up."""
+    held: list[Mapping[str, Any]] = []
+    for event in events:
+        if event["kind"] == "run_started":
+            held = []
+        if event["kind"] == "run_started" and event["fingerprint"] not in known:
+            held = [event]
+        elif held and event["kind"] != "merged":
+            held.append(event)
+        else:
+            yield from held
+            held = []
+            yield event
+    yield from held
 
 
 _FIGURES = {"objective": "objective", "items": "count of items", "lr": "learning rate"}

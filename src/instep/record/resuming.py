@@ -8,9 +8,9 @@ from typing import Any
 
 from instep.components import Component
 from instep.differences import without_contents
-from instep.errors import CheckpointError
+from instep.errors import CheckpointError, RecordError
 from instep.recipe import Recipe, parse, table_differences
-from instep.record import checkpoint
+from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder
 from instep.schedule import Change, Phase, Schedule
 from instep.tables import from_table, to_table
@@ -29,23 +29,20 @@ def resumed(
     they stay as they were. Raises CheckpointError where the recipe differs in more.
     """
     before = recorded(folder, given, table)
-    now = before.phase(before.changes[-1].version if before.changes else 0)
+    now = _last(before)
     wanted = now if given is None else _wanted(given, before, now)
-    change = Change(
-        version=0,
-        schedule=wanted.schedule if wanted.schedule != now.schedule else None,
-        watch=wanted.watch if wanted.watch != now.watch else None,
-        lr=wanted.lr if wanted.lr != now.lr else None,
-        skip_samples=tuple(set(skip_samples) - now.skipped),
-    )
-    changed, prolonged = change != Change(version=0), before.steps != table["steps"]
-    if not (changed or prolonged):
+    if wanted == now and not skip_samples and before.steps == table["steps"]:
         return before, []
     version, done = _newest(folder)
-    if not changed:
-        return before, _jump(now, table["steps"], before.steps, done)
-    version = max(version, *(each.version for each in before.changes), 0)
-    return dataclasses.replace(before, changes=(*before.changes, dataclasses.replace(change, version=version))), []
+    used = before.known(_used(folder, before, version))  # a change that no step was made with gives way to a new one
+    then, after = _last(used), before
+    if skip_samples:
+        wanted = dataclasses.replace(wanted, skipped=then.skipped.union(skip_samples))
+    if wanted != now:
+        change = _change(max([version, *(each.version for each in used.changes)]), then, wanted, before)
+        after = dataclasses.replace(used, changes=(*used.changes, *change))
+    prolonged = before.steps != table["steps"] and (wanted.schedule, wanted.lr) == (now.schedule, now.lr)
+    return after, _jump(after, version, table["steps"], done) if prolonged else []
 
 
 def recorded(folder: RunFolder, given: Recipe | None, table: Mapping[str, Any]) -> Recipe:
@@ -138,11 +135,55 @@ def _newest(folder: RunFolder) -> tuple[int, int]:
     return checkpoint.read_manifest(path).version, checkpoint.steps_done(path)
 
 
-def _jump(now: Phase, steps_before: int, steps: int, done: int) -> list[str]:
-    """A sentence where a longer schedule takes up the learning rate again that the shorter one had lowered."""
-    if done == 0 or done >= steps:
+def _used(folder: RunFolder, recipe: Recipe, version: int) -> int:
+    """How many of the recipe's changes an update was made with, so far as the tape tells; `version` is the newest."""
+    if not recipe.changes or recipe.changes[-1].version < version or not folder.tape_path.exists():
+        return len(recipe.changes)
+    known = used = 0
+    try:
+        for event in tape.read(folder.tape_path):
+            if event["kind"] == "run_started":
+                known = len(event["recipe"].get("changes", ()))
+            elif event["kind"] == "merged":
+                used = max(used, known)
+    except RecordError:  # a damaged tape tells nothing
+        return len(recipe.changes)
+    return min(used, len(recipe.changes))
+
+
+def _last(recipe: Recipe) -> Phase:
+    """What holds after all of the recipe's changes."""
+    return recipe.phase(recipe.changes[-1].version if recipe.changes else 0)
+
+
+def _change(version: int, then: Phase, wanted: Phase, recipe: Recipe) -> list[Change]:
+    """The change that makes of `then` what is wanted, if there is one."""
+    own = lr_of(recipe.to_table())
+    rates = [own if phase.lr is None else phase.lr for phase in (then, wanted)]
+    change = Change(
+        version=version,
+        schedule=wanted.schedule if wanted.schedule != then.schedule else None,
+        watch=wanted.watch if wanted.watch != then.watch else None,
+        lr=wanted.lr if rates[0] != rates[1] else None,
+        skip_samples=tuple(wanted.skipped - then.skipped),
+    )
+    return [] if change == Change(version=version) else [change]
+
+
+def _jump(recipe: Recipe, version: int, steps_before: int, done: int) -> list[str]:
+    """A sentence where a longer schedule takes up the learning rate again that the shorter one had lowered.
+
+    version, done: updates and steps of the newest checkpoint, so that what was changed there held in no step yet.
+    """
+    steps, past, now = recipe.steps, recipe.phase(version - 1), recipe.phase(version)
+    own = lr_of(recipe.to_table())
+    if done == 0 or (own is None and past.lr != now.lr):
         return []
-    last, following = now.schedule.factor(done - 1, steps_before), now.schedule.factor(done, steps)
+    last, following = past.schedule.factor(done - 1, steps_before), now.schedule.factor(done, steps)
+    if own and now.lr is not None:
+        following *= now.lr / own
+    if own and past.lr is not None:
+        last *= past.lr / own
     if done < now.schedule.warmup_steps or following <= JUMP * last:
         return []
     return [

@@ -76,7 +76,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     saved = session.saved()
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
-        progress = Progress.resumed(saved, session.recipe)
+        progress = session.progress_of(saved)
     engine = Lockstep(replica, worker, team.workers, session.pulse, session.emit, session.clock, team.checkpoint_every)
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))

@@ -104,6 +104,16 @@ class Session:
         self.saved_version = saved.version
         return saved
 
+    def progress_of(self, saved: checkpoint.Loaded) -> Progress:
+        """Where the run stands that goes on from this checkpoint. Raises CheckpointError."""
+        progress, steps = Progress.resumed(saved, self.recipe), self.recipe.steps
+        why = f"the run has done all its {steps} steps; give more steps (--steps)" if progress.steps >= steps else ""
+        if progress.stopped:
+            why = f"the run was ended ({progress.stopped}); give another recipe.watch to go on"
+        if why and self.leads:
+            self.emit("warned", why=f"nothing is left to train, for {why}.")
+        return progress
+
     def _fingerprint(self, version: int) -> str:
         """Of what has decided the weights of `version`: changes that hold from it on have not yet."""
         return self.assignment.fingerprints[sum(change.version < version for change in self.recipe.changes)]

@@ -254,6 +254,7 @@ class Start:
                     )
         self._supervisor.check_written(facts.get("written", ()))
         reserve(self._descriptor, lead.memory)
+        self._supervisor.accept()
         about = self._supervisor.about
         self._supervisor.record(
             "run_started",

@@ -64,7 +64,7 @@ class Supervisor:
         self._found: set[str] = set()  # and those that workers told of when the team was ended
         self._early: list[dict[str, Any]] = []
         self.begun = False  # whether the tape had the run's beginning already, whatever the client takes it for
-        self._started = False
+        self._started = False  # whether a team of this process has: what is told before waits for it, or is not written
         self._told = Told()
 
     def supervise(self) -> dict[str, Any]:
@@ -76,18 +76,22 @@ class Supervisor:
             Tape(self.folder.tape_path, append=True) as self._tape,
         ):
             try:
-                self.begun = self._started = self._tape.begun
+                self.begun = self._tape.begun
                 self._told = told(self.folder.tape_path)
                 self.about = self.folder.about()
                 best.read(self.folder.checkpoints)  # a damaged one is told of now, not in the midst of training
                 resume_from = self._newest_checkpoint()
-                self._check_steps(resume_from)  # first, or the next resume would find the recipe with these steps
-                write_atomically(self.folder.recipe_path, self.run.recipe_file.encode())
+                self._check_steps(resume_from)
                 return self._with_restarts(resume_from)
             except InstepError as error:
                 why = self._cause(error)
                 self.record("failed", why=why.message)
                 raise why from error.__cause__
+
+    def accept(self) -> None:
+        """All workers have built the recipe: from here on it is the run's. One that is refused leaves no trace."""
+        if not self._started:
+            write_atomically(self.folder.recipe_path, self.run.recipe_file.encode())
 
     def _cause(self, error: InstepError) -> InstepError:
         """What is to be told: where the run folder is gone, that is why something else failed."""
@@ -283,7 +287,9 @@ class Supervisor:
         self._tape.flush(sync=True)
 
     def pass_on(self, events: Sequence[dict[str, Any]]) -> None:
-        """Writes events to the tape and sends them to the client. On the tape, ``run_started`` comes first."""
+        """Writes events to the tape and sends them to the client. On the tape, ``run_started`` comes first; of a start
+        that comes to nothing it holds none.
+        """
         self._early += events
         for event in events:
             self._told.note(event)

@@ -6,6 +6,8 @@ Nothing is assumed about what it keeps: its state is what its own `state_dict` g
 from __future__ import annotations
 
 import inspect
+import math
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, described, shown
+from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, cut, described, place, shown, told
 from instep.recipe import Recipe
 from instep.reduce.checksums import checksum
+from instep.schedule import Schedule
 from instep.worker.optimizer_state import is_plain, put_back, tensors_in
 
 
@@ -31,18 +34,31 @@ def optimizer_of(recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.P
     if isinstance(recipe.optimizer, ByPattern):
         named = dict(zip(names, parameters, strict=True))
         parts = zip(recipe.optimizer.parts, recipe.optimizer.split(names), strict=True)
-        return Several([Optimizer(c, recipe, own, [named[name] for name in own]) for (_, c), own in parts])
+        return Several(
+            [
+                Optimizer(component, recipe, own, [named[name] for name in own], f"recipe.optimizer[{place}]")
+                for place, ((_, component), own) in enumerate(parts)
+            ]
+        )
     return Optimizer(recipe.optimizer, recipe, names, parameters)
 
 
 class Optimizer:
-    """One of torch's that `component` builds."""
+    """One of torch's that `component` builds. `where` is its place in the recipe, for messages."""
 
-    def __init__(self, component: Component, recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter]):
-        self.of_torch = _built(component, names, parameters)
+    def __init__(
+        self,
+        component: Component,
+        recipe: Recipe,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        where: str = "recipe.optimizer",
+    ):
+        self.of_torch = _built(component, names, parameters, where)
         self._names, self._parameters = names, parameters
         self._check_parameters()
-        self._rates = [self._rate_of(group, recipe) for group in self.of_torch.param_groups]
+        self._rates = [self._rate_of(group) for group in self.of_torch.param_groups]
+        self.check_schedule(recipe.schedule)
         self.averages = all(callable(getattr(self.of_torch, name, None)) for name in ("train", "eval"))
         """Whether it trains other weights than are to be evaluated and saved, as schedule-free ones do."""
         self._alone = not recipe.rule.gradients  # each worker has its own, which nobody sees
@@ -59,6 +75,14 @@ class Optimizer:
     def each(self) -> list[Optimizer]:
         """Itself, as one of one."""
         return [self]
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        """Raises RecipeError where it would change a learning rate that the optimizer does not have."""
+        if None in self._rates and schedule.changes:
+            raise RecipeError(
+                f"the optimizer {self.kind} has no learning rate ('lr' is None), which the recipe's schedule would "
+                f"change; give it one, or leave 'recipe.schedule' constant, without warm-up and scale."
+            )
 
     def take_rates(self, other: Optimizer) -> None:
         """From here on the learning rates are those that `other` was built with."""
@@ -154,21 +178,19 @@ class Optimizer:
                 f"and, where it asks for 'named_parameters', their names."
             )
 
-    def _rate_of(self, group: Mapping[str, Any], recipe: Recipe) -> float | None:
+    def _rate_of(self, group: Mapping[str, Any]) -> float | None:
         if group["lr"] is None:
-            if not recipe.schedule.changes:
-                return None
-            raise RecipeError(
-                f"the optimizer {self.kind} has no learning rate ('lr' is None), which the recipe's schedule would "
-                f"change; give it one, or leave 'recipe.schedule' constant, without warm-up and scale."
-            )
+            return None
         try:
-            return float(group["lr"])
+            rate = float(group["lr"])
         except (TypeError, ValueError):
+            rate = math.nan
+        if isinstance(group["lr"], str) or not math.isfinite(rate):
             raise ComponentError(
-                f"the optimizer {self.kind} has the learning rate {shown(group['lr'])}; it must be a number, which the "
-                f"recipe's schedule changes by step."
-            ) from None
+                f"the optimizer {self.kind} has the learning rate {shown(group['lr'])}; it must be a finite number, "
+                f"which the recipe's schedule changes by step."
+            )
+        return rate
 
     def _check_gradients_are_not_kept(self) -> None:
         gradients = {p.grad.untyped_storage().data_ptr() for p in self._parameters if p.grad is not None}
@@ -227,7 +249,8 @@ def call(component: Component, *positional: Any) -> Any:
     except InstepError:
         raise
     except (TypeError, ValueError, AssertionError) as error:
-        raise ComponentError(f"{component.describe()} could not be built: {described(error)}.") from error
+        why = f"{described(error)}{place(error)}"
+        raise ComponentError(f"{component.describe()} could not be built: {why}.") from error
 
 
 def _called(component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> Any:
@@ -244,7 +267,9 @@ def _called(component: Component, names: Sequence[str], parameters: Sequence[nn.
     return call(Component(component.use, {**component.args, "named_parameters": named}), list(parameters))
 
 
-def _built(component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def _built(
+    component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter], where: str
+) -> torch.optim.Optimizer:
     given = component.load()
     if isinstance(given, torch.optim.Optimizer):
         kind = type(given).__name__
@@ -254,12 +279,14 @@ def _built(component: Component, names: Sequence[str], parameters: Sequence[nn.P
         )
     try:
         optimizer = _called(component, names, parameters)
-    except InstepError:
-        raise
     except Exception as error:  # its own code, which may raise anything
+        if (why := _refused(component, names, parameters, where, str(error.__cause__ or error))) is not None:
+            raise ComponentError(why) from (error.__cause__ or error)
+        if isinstance(error, InstepError):
+            raise
         raise ComponentError(
             f"the optimizer {component.describe()} could not be built from the list of parameters "
-            f"({type(error).__name__}: {error}); give what builds it from that list or, by an argument "
+            f"({told(error)}); give what builds it from that list or, by an argument "
             f"'named_parameters', from their names too.",
             detail=traceback.format_exc(),
         ) from error
@@ -277,6 +304,27 @@ def _built(component: Component, names: Sequence[str], parameters: Sequence[nn.P
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise needs_closure(type(optimizer).__name__)
     return optimizer
+
+
+def _refused(
+    component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter], where: str, said: str
+) -> str | None:
+    """A sentence on what an optimizer refused, as it `said`, where that can be seen: its `lr`, or vectors."""
+    lr = component.args.get("lr", 0.0)
+    if isinstance(lr, bool | str) or (isinstance(lr, int | float) and not 0 <= lr < math.inf):
+        return (
+            f"'{where}.args.lr' is {shown(lr)}, which the optimizer {component.describe()} refuses ({cut(said)}); it "
+            f"must be a number, finite and at least 0."
+        )
+    others = [f"'{n}' of shape {list(p.shape)}" for n, p in zip(names, parameters, strict=True) if p.dim() != 2]
+    if others and re.search(r"\b2-?D\b|\b(2|two)[- ]dim", said):
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        return (
+            f"the optimizer {component.describe()} takes matrices alone ({cut(said)}), and {others[0]}{more} of its "
+            f"{len(names)} parameters are none; give those to another optimizer, by a table [[optimizer]] with "
+            f"'parameters' before this one."
+        )
+    return None
 
 
 def needs_closure(kind: str) -> ComponentError:

@@ -127,6 +127,8 @@ class Replica:
         self.schedule, self.watch = phase.schedule, phase.watch
         self.cursor = dataclasses.replace(self.cursor, skipped=phase.skipped)
         self._shared = (None, {})
+        for one in self.optimizer.each:
+            one.check_schedule(phase.schedule)
         if phase.lr != self._lr:
             seed_all(key(self.recipe.seed, "optimizer"))
             changed = optimizer_of(self.recipe.with_lr(phase.lr), self.names, self.parameters)
