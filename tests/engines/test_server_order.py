@@ -16,7 +16,7 @@ from instep.recipe import Team
 from instep.rules import UpdateRule
 from instep.rules import presets as p
 from instep.team.session import Session
-from instep.worker.evaluation import Progress
+from instep.worker.milestones import Progress
 from support import workloads
 from support.harness import train_here
 from support.serving import check_tape, replayed

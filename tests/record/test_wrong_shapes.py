@@ -36,7 +36,7 @@ from instep.record.shapes import NUMBER, SPAN, Maybe, misfit, one_of, whole
 from instep.rules.presets import parse
 from instep.rules.work import Pieces
 from instep.team.client import Run, saved
-from instep.worker.evaluation import Progress
+from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.updates import Merger
 from support.harness import train_here

@@ -19,7 +19,7 @@ from instep.team import messages as m
 from instep.team.pickling import dump
 from instep.transport.shared_memory import Region
 from instep.worker.contribution import Facts
-from instep.worker.evaluation import Progress
+from instep.worker.milestones import Progress
 
 RECIPE = dump(["a recipe"])
 REGIONS = {"weights": Region((2, 64), "uint8")}

@@ -29,7 +29,6 @@ LONG_FUNCTIONS: dict[str, str] = {
     "cli/commands.py:app": "declares the command line",
     "cli/commands.py:app.simulate": "declares the command line",
     "team/client.py:train": "being rebuilt",
-    "team/process.py:_in_lockstep": "being rebuilt",
 }
 
 SHARED_NAMES: dict[str, str] = {

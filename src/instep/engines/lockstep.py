@@ -31,7 +31,6 @@ from instep.transport.parcels import ROOM, Parcels
 from instep.transport.shared_memory import Region, as_tensors, mark, wait_for
 from instep.worker.evaluation import (
     Evaluation,
-    Progress,
     batches_held_out,
     evaluate,
     packed,
@@ -39,6 +38,7 @@ from instep.worker.evaluation import (
 )
 from instep.worker.first_look import look_at_data, look_at_objective
 from instep.worker.gradients import Computed, Gradients
+from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict
 from instep.worker.stopping import OtherRaised

@@ -48,9 +48,10 @@ from instep.team.messages import (
 from instep.transport.shared_memory import Region, attach
 from instep.worker.activation_memory import fit_memory
 from instep.worker.contribution import Arrived, Facts, Vectors
-from instep.worker.evaluation import Progress, batches_held_out, evaluate_alone, passes
+from instep.worker.evaluation import batches_held_out, evaluate_alone
 from instep.worker.first_look import look_at_data, look_at_objective
 from instep.worker.gradients import Contributor
+from instep.worker.milestones import Milestones, Progress
 from instep.worker.replica import Replica
 from instep.worker.updates import Merger
 
@@ -235,6 +236,8 @@ class _Server:
         self._arrived: dict[int, tuple[Facts, Vectors]] = {}
         self._tally = Tally(len(self._lines), session.clock)
         self._held_out = batches_held_out(replica)
+        recipe, team = session.recipe, session.assignment.team
+        self._milestones = Milestones(recipe.steps, recipe.evaluate_every, team.checkpoint_every)
         self._heard: deque[SupervisorToWorker] = deque()  # from the supervisor, not yet acted on
         self._waiting: set[int] = set()
         self._begun = False
@@ -247,7 +250,7 @@ class _Server:
         session = self._session
         self._obey(lost)
         if self._progress.unevaluated:
-            self._save_evaluated()
+            self._milestones.reached(self._progress, self._progress.steps, self._evaluate, self._keep)
         while not (self._over or self._told_to_stop or session.pulse.stop_wanted()):
             self._replica.doing = "waiting for workers"
             session.pulse.waiting(True)
@@ -276,8 +279,8 @@ class _Server:
         for line in self._lines:  # those too who come late
             line.send(NoMore())
         self._save(looked=self._ledger.finished)
-        if not interrupted and self._progress.held_out.get("version") != self._progress.version and self._evaluate():
-            session.mark_best(self._progress)
+        if not interrupted:
+            self._milestones.ended(self._progress, self._evaluate, lambda: session.mark_best(self._progress))
         digest = digest_of_state(self._replica.saved_state())
         left = {} if interrupted else session.leave()
         session.send_events()
@@ -437,22 +440,19 @@ class _Server:
         )  # fmt: skip
 
     def _at_milestones(self, before: int, now: int) -> None:
-        recipe, team = self._session.recipe, self._session.assignment.team
+        recipe = self._session.recipe
         if self._session.tries_checkpoint(self._progress.version):
             self._session.try_checkpoint(
                 self._progress.version, self._replica.saved_state(), self._replica.training_state()
             )
         if now == recipe.steps:
-            return
+            return  # the run ends, and is saved when all workers are told
         came_s = time.monotonic()
-        self._progress.unevaluated = passes(recipe.evaluate_every, before, now)
-        self._save_evaluated(due=passes(team.checkpoint_every, before, now))
+        self._milestones.reached(self._progress, before, self._evaluate, self._keep)
         self._began_s += time.monotonic() - came_s
 
-    def _save_evaluated(self, *, due: bool = False) -> None:
-        """Evaluates if it must, and saves what is the best, or is `due`."""
-        best = self._progress.unevaluated and self._evaluate()
-        self._progress.unevaluated = False
+    def _keep(self, due: bool, best: bool) -> None:
+        """Saves this version if it is due or, which is noted, the best so far."""
         if best or due:
             self._save()
         if best:

@@ -31,7 +31,8 @@ from instep.reduce.written import FirstWrite
 from instep.restore import older_kept
 from instep.rules.work import Pieces
 from instep.tables import to_table
-from instep.worker.evaluation import Progress, batches_held_out, evaluate_alone, passes
+from instep.worker.evaluation import batches_held_out, evaluate_alone
+from instep.worker.milestones import Milestones, Progress
 from instep.worker.trial import try_optimizer
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class _Simulation:
         )  # fmt: skip
         self._tape = Tape(self._folder.tape_path) if self._folder else None
         self._replica = self._replayer.merger.replica
-        self._progress = Progress()
+        self._progress, self._milestones = Progress(), Milestones(recipe.steps, recipe.evaluate_every)
         self._events: list[tuple[str, dict[str, Any]]] = []
 
     def run(self, began: float) -> dict[str, Any]:
@@ -168,8 +169,7 @@ class _Simulation:
             elif kind == "merged":
                 self._merge(fields)
         self._emit(kind, fields)
-        now, steps = self._progress.steps, self._recipe.steps
-        if now < steps and passes(self._recipe.evaluate_every, before, now):
+        if self._milestones.evaluates(before, self._progress.steps):
             self._evaluate(fields["version"], fields["t_s"])
 
     def _merge(self, fields: dict[str, Any]) -> None:

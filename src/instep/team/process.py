@@ -8,9 +8,13 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from instep.descendants import take_care_of_helpers
 from instep.engines import server
@@ -25,7 +29,7 @@ from instep.team.messages import Assignment, Digest, Ended, Failed, Written
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.worker.activation_memory import fit_memory
-from instep.worker.evaluation import Progress
+from instep.worker.milestones import Milestones, Progress
 from instep.worker.stopping import OtherRaised, with_saved
 
 
@@ -93,53 +97,15 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     engine.join(descriptor, session.ready(facts, memory).memory)
     engine.slowness = server.slowness_of(session)
     recipe, first, began = session.recipe, progress.version, session.clock()
-
-    def after_step(progress: Progress, last: bool) -> None:
-        version = progress.version
-        best = False
-        if version < recipe.steps and recipe.evaluate_every and version % recipe.evaluate_every == 0:
-            progress.unevaluated = True
-            best = engine.placement.agree(session.evaluated(progress, engine.evaluate(version)))
-            progress.unevaluated = False
-        session.send_events(held=True)
-        due = last or bool(progress.stopped) or version % team.checkpoint_every == 0
-        trying = session.tries_checkpoint(version)
-        if due or best or trying:
-            replica.doing = f"saving version {version}"
-            state = replica.saved_state()
-            session.send_events()  # a checkpoint never holds steps that the tape lacks
-            if due:
-                session.pipe.send(Digest(version, digest_of_state(state)))
-            sound = engine.unwritten(version)
-            training = engine.placement.training_state()
-            if training is not None and trying:
-                session.try_checkpoint(version, state, training)
-            if training is not None and (due or best):
-                session.save(
-                    progress,
-                    state,
-                    {**training, "watch": engine.updates.watcher.state()},
-                    sound,
-                    engine.gradients.looked,
-                )
-                if best:
-                    session.mark_best(progress)
-
-    def save_at_stop(training: dict[str, Any]) -> None:
-        session.save(
-            progress, replica.saved_state(), {**training, "watch": engine.updates.watcher.state()}, looked=False
-        )
-        session.send_events()
+    keeper = _Keeper(session, engine, progress)
 
     try:
         if progress.unevaluated:
-            after_step(progress, False)
-        interrupted = engine.run(progress, after_step, progress.version if progress.stopped else recipe.steps)
+            keeper.after_step(progress, False)
+        interrupted = engine.run(progress, keeper.after_step, progress.version if progress.stopped else recipe.steps)
         ended_s = session.clock()
-        # After the last checkpoint: nothing that was learnt can be lost by it.
-        evaluated = progress.held_out.get("version") == progress.version
-        if not (interrupted or evaluated) and session.evaluated(progress, engine.evaluate(progress.version)):
-            session.mark_best(progress)
+        if not interrupted:
+            keeper.milestones.ended(progress, keeper.evaluate, lambda: session.mark_best(progress))
         digest = digest_of_state(replica.saved_state())
         engine.placement.settle()  # nobody reads the weights any more: what the recipe shows them to may change them
     except BaseException as error:
@@ -147,7 +113,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         doing = replica.doing
         with contextlib.suppress(Exception):  # the first error is the one to tell of
             session.stopped_at = engine.stop(
-                progress.version, save_at_stop, saved=session.saved_version,
+                progress.version, keeper.save_at_stop, saved=session.saved_version,
                 needed=session.must_save(progress.version), written=isinstance(error, FirstWrite),
             )  # fmt: skip
         replica.doing = doing
@@ -160,6 +126,60 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         "idle_share": [round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
     }
     session.pipe.send(Ended(asdict(progress), digest, interrupted, left, costs))
+
+
+class _Keeper:
+    """Evaluates and saves, for a worker in lockstep, what its milestones say."""
+
+    def __init__(self, session: Session, engine: Lockstep, progress: Progress):
+        assert session.replica is not None
+        self._session, self._engine, self._progress, self._replica = session, engine, progress, session.replica
+        recipe, every = session.recipe, session.assignment.team.checkpoint_every
+        self.milestones = Milestones(recipe.steps, recipe.evaluate_every, every)
+
+    def after_step(self, progress: Progress, last: bool) -> None:
+        """After an update; `last`: the run ends with it."""
+        keep = partial(self._keep, last)
+        evaluate = self._engine.placement.agree
+        self.milestones.reached(progress, progress.version - 1, lambda: evaluate(self.evaluate()), keep)
+
+    def evaluate(self) -> bool:
+        """Evaluates; whether this version is to be saved as the best, as far as this worker knows."""
+        return self._session.evaluated(self._progress, self._engine.evaluate(self._progress.version))
+
+    def _keep(self, last: bool, due: bool, best: bool) -> None:
+        session, engine, version = self._session, self._engine, self._progress.version
+        session.send_events(held=True)
+        due = due or last or bool(self._progress.stopped)
+        trying = session.tries_checkpoint(version)
+        if not (due or best or trying):
+            return
+        self._replica.doing = f"saving version {version}"
+        state = self._replica.saved_state()
+        session.send_events()  # a checkpoint never holds steps that the tape lacks
+        if due:
+            session.pipe.send(Digest(version, digest_of_state(state)))
+        sound = engine.unwritten(version)
+        training = engine.placement.training_state()
+        if training is None:
+            return
+        if trying:
+            session.try_checkpoint(version, state, training)
+        if due or best:
+            self._save(state, training, sound, engine.gradients.looked)
+        if best:
+            session.mark_best(self._progress)
+
+    def save_at_stop(self, training: dict[str, Any]) -> None:
+        """Saves weights that are sound, where code has raised."""
+        self._save(self._replica.saved_state(), training, None, False)
+        self._session.send_events()
+
+    def _save(
+        self, state: dict[str, Tensor], training: dict[str, Any], sound: Callable[[], None] | None, looked: bool
+    ) -> None:
+        training = {**training, "watch": self._engine.updates.watcher.state()}
+        self._session.save(self._progress, state, training, sound, looked)
 
 
 def _redirect_output(path: Path) -> None:

@@ -26,9 +26,9 @@ from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
 from instep.team.messages import Agreed, Assignment, Events, Ready
 from instep.transport.shared_memory import Region
-from instep.worker.evaluation import Evaluation, Progress
+from instep.worker.evaluation import Evaluation
+from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
-from instep.worker.spikes import note_evaluation
 from instep.worker.trial import try_checkpoint, try_optimizer
 
 HOLD_S = 0.1
@@ -225,7 +225,8 @@ class Session:
         """Notes the objective on held-out data. Returns whether this version is to be saved as the best."""
         if found is None or self.replica is None:
             return False
-        note_evaluation(progress, self.replica, found.facts(progress.version, self.replica))
+        facts = found.facts(progress.version, self.replica)
+        progress.evaluated(facts, self.recipe.steps, self.replica.watch.patience)
         if not self.leads:
             return False
         self.emit("evaluated", **progress.held_out)

@@ -1,72 +1,23 @@
-"""How far a run is, and the objective on held-out data: what all engines share."""
+"""The objective on held-out data."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
 
 from instep.data.cursor import held_out_batches
-from instep.errors import CheckpointError, RecipeError
+from instep.errors import RecipeError
 from instep.objectives.bound import exact_sum
 from instep.objectives.gathers import Outputs, measure, outputs_of
 from instep.randomness import key, seed_all
-from instep.recipe import Recipe
-from instep.record.checkpoint import Loaded
 from instep.restore import kept_module_state, kept_random_state
 from instep.worker.replica import Replica
-
-
-@dataclass
-class Progress:
-    """What has been done so far, beside the weights. It travels in checkpoints. `steps` are global batches of items;
-    under a synchronous rule they are the versions.
-    """
-
-    version: int = 0
-    steps: int = 0
-    items: int = 0
-    train_s: float = 0.0
-    objective_first: float | None = None
-    objective_last: float | None = None
-    held_out: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)  # version and objective of the best evaluation
-    evaluations_since: int = 0
-    skipped: int = 0  # updates that were left out because of a spike
-    bad_batches: int = 0  # that were left out because they were not finite, or had no items
-    stopped: str = ""  # why the run ended before its last step
-    unevaluated: bool = False  # an evaluation was due at this version, and raised: a resume makes up for it
-
-    @classmethod
-    def resumed(cls, saved: Loaded, recipe: Recipe) -> Progress:
-        """Where the run stood at a checkpoint. Another watch from there on lets one go on that its watch has ended.
-
-        Raises CheckpointError where it tells of what nobody here knows.
-        """
-        told = saved.meta.get("progress", {})
-        unknown = sorted(told.keys() - {each.name for each in fields(cls)})
-        if unknown:
-            raise CheckpointError(
-                f"the checkpoint of version {saved.version} tells of '{unknown[0]}', which this version of Instep does "
-                f"not know; go on with the version that wrote it."
-            )
-        progress = cls(**{**told, "version": saved.version})
-        if any(change.watch is not None and change.version == saved.version for change in recipe.changes):
-            progress.stopped = ""
-        return progress
-
-    def merged(self, *, version: int, steps: int, items: int, objective: float | None) -> None:
-        """Notes an update; `objective` is None for one without items."""
-        self.version, self.steps = version, steps
-        self.items += items
-        if objective is not None:
-            self.objective_first = objective if self.objective_first is None else self.objective_first
-            self.objective_last = objective
 
 
 @dataclass(frozen=True)
@@ -210,13 +161,3 @@ def unpacked(parcel: bytes) -> list[Outputs]:
     """What was `packed`."""
     found: list[Outputs] = torch.load(io.BytesIO(parcel), weights_only=True)
     return found
-
-
-def passes(every: int, before: int, now: int) -> bool:
-    """Whether a multiple of `every` steps lies after `before` and up to `now`; 0 has none."""
-    return bool(every) and before // every != now // every
-
-
-def is_saved_after(step: int, steps: int, due: Iterable[int]) -> bool:
-    """Whether the weights after `step`, from 0, may be saved: the last of `steps`, or a multiple of what is `due`."""
-    return step + 1 == steps or any(passes(every, step, step + 1) for every in due)

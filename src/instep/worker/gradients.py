@@ -26,8 +26,8 @@ from instep.reduce.written import Written
 from instep.rules.work import Pieces, Work
 from instep.transport.shared_memory import Region
 from instep.worker.contribution import NOTHING, Facts, Vectors, latest_of
-from instep.worker.evaluation import is_saved_after
 from instep.worker.item_counts import ItemCounts
+from instep.worker.milestones import Milestones
 from instep.worker.replica import Replica
 from instep.worker.updates import clipped_step
 
@@ -65,7 +65,8 @@ class Gradients:
         what: str = "step",
     ):
         self._replica, self._advance, self._what = replica, advance, what
-        self._milestones = checkpoint_every, replica.recipe.evaluate_every  # the best checkpoints too
+        recipe = replica.recipe
+        self._milestones = Milestones(recipe.steps, recipe.evaluate_every, checkpoint_every)
         self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
         self.buffers = Buffers(replica.module, replica.recipe.buffers)
         self.looked = True
@@ -89,7 +90,7 @@ class Gradients:
         """
         assert self._fold is not None, "assign comes first"
         replica, fold = self._replica, self._fold
-        self.looked = self._first or is_saved_after(batch, replica.recipe.steps, self._milestones)
+        self.looked = self._first or self._milestones.may_save(batch)
         self._first = False
         fold.begin()
         self.buffers.begin()

@@ -1,4 +1,4 @@
-"""The objective as engines watch it: spikes before the update, and the held-out objective that stops improving.
+"""The objective as engines watch it before each update: spikes, and what is not finite.
 
 What is judged are the objectives of whole updates, which are the same for any team in lockstep, and on the tape under
 any other rule; so every worker, and every replay, comes to the same verdict by itself.
@@ -7,7 +7,6 @@ any other rule; so every worker, and every replay, comes to the same verdict by 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from instep.errors import CheckpointError, NonFiniteError, ObjectiveError
 from instep.record.shapes import WATCH, misfit
 from instep.reduce.buffers import Buffers
 from instep.watch import Watch, limit
-from instep.worker.evaluation import Progress
+from instep.worker.milestones import Progress
 from instep.worker.optimizer_state import copied
 from instep.worker.replica import Replica
 
@@ -174,22 +173,3 @@ def _stopping(why: ObjectiveError, before: int, watch: Watch) -> ObjectiveError:
     if isinstance(why, NonFiniteError):
         remedies += ", lower recipe.schedule.scale, or leave samples out with skip_samples (--skip-samples)"
     return type(why)(f"{why.message.rstrip('.')}; {left_out}: {remedies}.")
-
-
-def note_evaluation(progress: Progress, replica: Replica, facts: Mapping[str, Any]) -> None:
-    """Takes in an evaluation, and ends the run where the watch's patience is at its end."""
-    progress.held_out = dict(facts)
-    if progress.steps == replica.recipe.steps:
-        return  # the last one: a run that is prolonged has not seen it
-    best, patience = progress.best, replica.watch.patience
-    if facts["objective"] < best.get("objective", math.inf):
-        progress.best = {"version": facts["version"], "objective": facts["objective"]}
-        progress.evaluations_since = 0
-        return
-    progress.evaluations_since += 1
-    if patience is not None and progress.evaluations_since >= patience and not progress.stopped:
-        known = f"{best['objective']:.6g} at version {best['version']}" if best else "none that is finite"
-        progress.stopped = (
-            f"the held-out objective, {facts['objective']:.6g}, is no better than {known}, "
-            f"{patience} evaluation{'' if patience == 1 else 's'} before; the run ends, as watch.patience says."
-        )
