@@ -10,13 +10,13 @@ PIP := PIP_BUILD_CONSTRAINT=constraints.txt PIP_CONSTRAINT=constraints.txt \
 NEEDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow check bench docs clean
+.PHONY: help train test test-all check bench docs clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make train      train a small GPT with 2 workers in step; ARGS="--steps 20" changes it'
-	@echo 'make test       run the test suite, but for the slow tests; ARGS="-k digest" picks tests'
-	@echo 'make test-slow  run the slow tests'
+	@echo 'make test       run the quick tests, under 4 minutes on 2 cores; ARGS="-k digest" picks tests'
+	@echo 'make test-all   run these and then the slow tests'
 	@echo 'make check      format, lint, types and the direction of imports, without changing a file'
 	@echo 'make bench      measure speed and memory against DDP and a bare PyTorch loop'
 	@echo 'make docs       make the pages of docs/, with the API from the docstrings, in site/'
@@ -28,7 +28,7 @@ train: .venv/.runtime
 test: .venv/.dev
 	$(BIN)/pytest -n $(JOBS) $(ARGS)
 
-test-slow: .venv/.dev
+test-all: test
 	$(BIN)/pytest -m slow -n $(JOBS) $(ARGS)
 
 check: .venv/.dev

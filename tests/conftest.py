@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: teams are forked from the test process
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not stop forked workers from using it
@@ -20,6 +23,40 @@ for number in (signal.SIGINT, signal.SIGHUP):  # a shell starts what runs in the
 # The first example of a property may start processes or import torch: time is pytest-timeout's to watch.
 settings.register_profile("instep", parent=settings(), deadline=None, derandomize=True)
 settings.load_profile("instep")
+
+
+STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
+"""Events of Python's own by which a process is started (PEP 578)."""
+
+HERE = os.getpid()
+_started: set[str] = set()
+
+
+def _note(event: str, _: tuple[Any, ...]) -> None:
+    if event in STARTS and os.getpid() == HERE:
+        _started.add(event)
+
+
+sys.addaudithook(_note)
+
+
+@pytest.fixture(autouse=True)
+def _of_its_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Holds a test to what its mark says of it, or the lack of one: see `markers` in pyproject.toml."""
+    pure, processes = (request.node.get_closest_marker(kind) is not None for kind in ("pure", "processes"))
+    if pure and "torch" in sys.modules:
+        import torch
+
+        def computed(*_: Any, **__: Any) -> None:
+            pytest.fail("a test that is marked pure computes a gradient; take the mark away")
+
+        monkeypatch.setattr(torch.autograd, "backward", computed)
+        monkeypatch.setattr(torch.autograd, "grad", computed)
+    yield
+    started = sorted(_started)
+    _started.clear()
+    if started and not processes:
+        pytest.fail(f"it starts a process ({', '.join(started)}); mark it, or its file, with pytest.mark.processes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

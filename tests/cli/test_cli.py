@@ -18,6 +18,8 @@ from instep.recipe import Recipe, Schedule, Team, dumps
 from instep.record import folder as folder_module
 from instep.team import client as launch
 
+pytestmark = pytest.mark.pure
+
 FILE = """\
 # A recipe for tests
 model = "mymodel:Net"

@@ -131,6 +131,7 @@ def test_a_replay_says_whether_it_is_exact(capsys: pytest.CaptureFixture[str], m
     assert "the run run never ended, so the tape has no digest to compare with; 7 updates" in said
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_simulate_and_replay_for_real(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     line = "simulate gpt --rule bounded_staleness:2 --workers 3 --slow 1:4x --times 50ms --steps 3 --out sim"

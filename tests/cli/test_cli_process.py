@@ -12,6 +12,8 @@ import pytest
 
 from support.processes import INSTEP, Started, wait_until, write_project
 
+pytestmark = pytest.mark.processes
+
 
 def printed_by(code: str) -> str:
     """What a fresh Python prints on stdout that imports sys and main and runs `code`."""

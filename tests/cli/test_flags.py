@@ -20,6 +20,8 @@ from instep.recipe import parse
 from instep.rules import UpdateRule
 from instep.rules.presets import parse as parse_rule
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.mark.parametrize(
     ("text", "value"),

@@ -21,6 +21,8 @@ from instep.clock.slow import parse_slow, slow_factors
 from instep.clock.times import Failures, WorkerTimes
 from instep.errors import RecipeError
 
+pytestmark = pytest.mark.pure
+
 TIMES: dict[str, Callable[..., WorkerTimes]] = {
     "normal": lambda **more: WorkerTimes.normal(2.0, 0.3, **more),
     "cut normal": lambda **more: WorkerTimes.normal(1.0, 2.0, **more),

@@ -29,6 +29,8 @@ from instep.errors import ComponentError, DataError, RecipeError
 from instep.randomness import seed_all
 from instep.worker.replica import Replica
 
+pytestmark = pytest.mark.pure
+
 
 @st.composite
 def cursors(draw, **fixed):

@@ -23,8 +23,11 @@ from instep.tables import as_before, as_saved
 from instep.worker.replica import Replica
 from support import workloads
 from support.harness import train_here
+from support.kinds import quick
 from support.reference import reference_digests
 from support.serving import replayed
+
+pytestmark = pytest.mark.processes
 
 _known: dict[str, dict[int, str]] = {}
 
@@ -37,7 +40,7 @@ def reference(name: str) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("name", workloads.ALL)
-@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+@pytest.mark.parametrize("workers", quick([1, 2, 3, 5], 1, 3))
 def test_cut_evenly_every_step_is_that_of_the_reference_for_any_number_of_workers(
     name: str, workers: int, tmp_path: Path
 ) -> None:

@@ -291,12 +291,14 @@ def recipe(data: Any, **changes: Any) -> Recipe:
     return Recipe(**{**fields, **changes})
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("team", [Team(workers=1), Team(workers=2), Team(workers=3), Team(workers=2, engine="server")])
 def test_a_run_on_samples_that_do_not_repeat_is_refused_before_its_first_step(team: Team, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the data set Holding gives another sample"):
         train_here(recipe(lambda: Holding(random.Random(0))), team, tmp_path / "run")
 
 
+@pytest.mark.processes
 def test_a_simulation_on_samples_that_do_not_repeat_is_refused() -> None:
     given = recipe(lambda: Holding(random.Random(0)))
     with pytest.raises(DataError, match="the data set Holding gives another sample"):
@@ -304,6 +306,7 @@ def test_a_simulation_on_samples_that_do_not_repeat_is_refused() -> None:
     simulate(given, Cluster(workers=2), False, None, lambda event: None)  # it looks at no sample's content
 
 
+@pytest.mark.processes
 def test_samples_drawn_from_seeded_generators_give_one_digest(tmp_path: Path) -> None:
     given = recipe(lambda: Data(Together(seeded), Points(seeded), rotated))
     runs = [train_here(given, Team(workers=w), tmp_path / str(w)) for w in (1, 2, 3)]
@@ -314,6 +317,7 @@ def test_samples_drawn_from_seeded_generators_give_one_digest(tmp_path: Path) ->
     assert resumed.digest == train_here(longer, Team(workers=1), tmp_path / "longer").digest
 
 
+@pytest.mark.processes
 def test_slow_samples_are_told_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeats, "SLOW_S", 0.0)
     run = train_here(recipe(Points), Team(workers=2), tmp_path / "run")
@@ -322,6 +326,7 @@ def test_slow_samples_are_told_of_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert "a sample of the data set Points takes" in told[0]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("team", [Team(workers=1), Team(workers=2)])
 def test_a_resume_of_a_run_whose_samples_do_not_repeat_says_so(
     team: Team, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -344,6 +349,7 @@ class Labelled(Counting):
     digest = "the same"
 
 
+@pytest.mark.processes
 def test_a_replay_that_parts_from_such_a_run_names_the_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,8 @@ from support.serving import (
     server_pid,
 )
 
+pytestmark = pytest.mark.processes
+
 ASYNC = p.asynchronous()
 
 

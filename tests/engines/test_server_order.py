@@ -21,6 +21,8 @@ from support import workloads
 from support.harness import train_here
 from support.serving import check_tape, replayed
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.slow
 def test_the_only_worker_dies_and_is_replaced_while_the_server_is_busy(

@@ -26,6 +26,7 @@ from instep.reduce.reduction import Reduction
 from instep.worker.replica import Replica
 from support import workloads
 from support.harness import Client, train_here
+from support.kinds import quick
 from support.sharding import CHOOSE, assert_same, replicated, sharded
 
 
@@ -137,22 +138,23 @@ def test_each_optimizer_that_is_known_is_tried() -> None:
 
 
 MAIN = [next(name for name, each in OPTIMIZERS.items() if each.func is kind) for kind in BY_PARAMETER]  # type: ignore[attr-defined]
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in OPTIMIZERS if name not in MAIN]
 
 
-@pytest.mark.parametrize("name", [*MAIN, *OTHERS])
+@pytest.mark.processes
+@pytest.mark.parametrize("name", quick(OPTIMIZERS, *MAIN))
 def test_each_step_is_that_of_a_worker_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     team = partial(Team, checkpoint_every=1, keep=0)
     recipe = recipe_with(OPTIMIZERS[name])
     alone = train_here(recipe, team(workers=1), tmp_path / "1")
     assert len(set(alone.digests.values())) == recipe.steps
     monkeypatch.setattr(CHOOSE, sharded)
-    for workers in (2, 3):
+    for workers in (2, 3) if name == MAIN[0] else (3,):
         assert train_here(recipe, team(workers=workers), tmp_path / str(workers)).digests == alone.digests
     for version in (1, recipe.steps):
         assert_same(*(state_of(tmp_path / run, version) for run in ("1", "3")))
 
 
+@pytest.mark.processes
 def test_replicated_weights_come_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [train_here(workloads.convnet(), Team(workers=3), tmp_path / "sharded")]
     monkeypatch.setattr(CHOOSE, replicated)
@@ -173,6 +175,7 @@ def state_of(run: Path, version: int) -> dict[str, Any]:
     return checkpoint.load(checkpoint.path_of(run / "checkpoints", version)).training_state
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("before", "after"), [(replicated, sharded), (sharded, replicated)])
 def test_a_checkpoint_of_one_kind_is_resumed_by_the_other(
     before: Any, after: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,6 +196,7 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 20_000), nn.Linear(20_000, 2))  # of four blocks; worker 1 owns 60 000 weights
 
 
+@pytest.mark.processes
 def test_state_that_is_larger_than_a_slot_is_gathered_in_pieces(tmp_path: Path) -> None:
     recipe = recipe_with(partial(optim.Adam, lr=1e-4, amsgrad=True), model=wide, steps=3, clip_norm=0.5)
     runs = [train_here(recipe, Team(workers=w, checkpoint_every=1, keep=0), tmp_path / str(w)) for w in (1, 2)]
@@ -201,6 +205,7 @@ def test_state_that_is_larger_than_a_slot_is_gathered_in_pieces(tmp_path: Path) 
         assert_same(*(state_of(run.path, version) for run in runs))
 
 
+@pytest.mark.processes
 def test_a_best_checkpoint_has_the_state_of_all_workers(tmp_path: Path) -> None:
     recipe = workloads.gpt(evaluate_every=1)
     runs = [train_here(recipe, Team(workers=w, checkpoint_every=100, keep=0), tmp_path / str(w)) for w in (1, 3)]
@@ -210,6 +215,7 @@ def test_a_best_checkpoint_has_the_state_of_all_workers(tmp_path: Path) -> None:
         assert_same(*(state_of(run.path, version) for run in runs))
 
 
+@pytest.mark.processes
 def test_what_the_recipe_does_at_the_end_with_shared_weights_is_its_own_affair(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,6 +325,7 @@ def test_weights_are_shared_by_plain_models_and_several_workers_alone() -> None:
     assert chosen(recipe, written=("weight",)) is Replicated
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("oddity", ["clamps", "clamps past autograd", "alias", "same memory"])
 def test_odd_models_train_as_before(oddity: str, tmp_path: Path) -> None:
     recipe = recipe_with(sgd, model=partial(Odd, oddity))
@@ -326,6 +333,7 @@ def test_odd_models_train_as_before(oddity: str, tmp_path: Path) -> None:
     assert runs[0].digests == runs[1].digests
 
 
+@pytest.mark.processes
 def test_a_team_that_does_not_agree_where_its_weights_lie_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 from instep import Recipe, Team
 from support.harness import train_here
 
+pytestmark = pytest.mark.processes
+
 
 class Slow(Dataset[tuple[Tensor, Tensor]]):
     """One sample in eight takes longer than some rounds."""

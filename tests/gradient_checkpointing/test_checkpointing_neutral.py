@@ -129,6 +129,7 @@ def saved_bytes(objective: Any, model: nn.Module, batch: Any) -> int:
     return sum(nbytes for _, nbytes in memories.values())
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["gpt", "gpt tied, with dropout", "resnet"])
 def test_a_compiled_model_has_the_same_gradients_with_plans_and_saves_less(case: str) -> None:
@@ -159,6 +160,7 @@ def test_a_compiled_model_has_the_same_gradients_with_plans_and_saves_less(case:
         gc.remove(model)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_compiled_model_makes_again_what_its_plan_says() -> None:
     """The compiler sees views taken apart and copies put in: an operation is not at its place in eager mode."""

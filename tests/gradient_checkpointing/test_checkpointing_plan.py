@@ -15,6 +15,8 @@ from instep.gradient_checkpointing.frontier import Graph, choice_of, frontier, n
 from instep.gradient_checkpointing.planning import least_bytes, lower_bound, peak_bytes, plan, plans
 from instep.gradient_checkpointing.structure import BlockKind, Moment, Operation, Profile, Storage
 
+pytestmark = pytest.mark.pure
+
 
 @st.composite
 def kinds(draw: st.DrawFn, most: int = 5) -> BlockKind:

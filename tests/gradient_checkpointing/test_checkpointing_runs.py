@@ -16,6 +16,8 @@ from support.checkpointed import ResNet
 from support.harness import train_here
 from support.workloads import Sentences, classify, gpt, images, padded
 
+pytestmark = pytest.mark.processes
+
 BUDGETS = ("100%", "96%", "90%", "85%", "80%", "75%", "70%", "65%", "60%")
 
 

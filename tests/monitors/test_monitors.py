@@ -330,6 +330,7 @@ def test_an_error_leaves_the_terminal_in_order() -> None:
     assert not any("step  1" in line for line in lines)
 
 
+@pytest.mark.processes
 def test_rich_is_imported_for_terminals_only() -> None:
     import subprocess
 

@@ -22,6 +22,8 @@ from instep.monitors.progress import (
 )
 from support.events import a_run, merged, started
 
+pytestmark = pytest.mark.pure
+
 # Throughput
 
 

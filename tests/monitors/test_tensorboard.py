@@ -42,6 +42,7 @@ def same(found: dict[int, float], expected: dict[int, float]) -> None:
     assert all(math.isclose(found[v], expected[v], rel_tol=1e-6) for v in found), "they are float32"
 
 
+@pytest.mark.processes
 def test_a_run_with_a_death_is_tracked_as_its_tape_tells(tmp_path: Path) -> None:
     with TensorBoard(tmp_path / "board") as tracker:
         killing = at("merged", 5, kill(1))
@@ -91,6 +92,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_sentence(tmp_path: Path) -> Non
         TensorBoard(tmp_path / "file" / "x")(started())
 
 
+@pytest.mark.processes
 def test_a_full_disk_ends_the_tracking_and_not_the_run(tmp_path: Path) -> None:
     with full_disk(tmp_path, 8192) as disk:
         with TensorBoard(disk) as tracker:
@@ -115,6 +117,7 @@ def train_command(folder: Path, *flags: str, path: str = "") -> subprocess.Compl
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90, check=False)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_flag_tracks_a_run_in_its_folder_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     write_project(tmp_path)
@@ -130,6 +133,7 @@ def test_a_flag_tracks_a_run_in_its_folder_and_goes_on_after_a_resume(tmp_path: 
     assert not (tmp_path / "plain" / "tensorboard").exists(), "nothing is tracked by default"
 
 
+@pytest.mark.processes
 def test_the_flag_without_the_package_is_one_sentence_before_the_run(tmp_path: Path) -> None:
     write_project(tmp_path)
     (tmp_path / "shadow" / "tensorboard").mkdir(parents=True)

@@ -57,6 +57,7 @@ def test_half_precision_is_summed_in_float32(name: str) -> None:
     assert all(value.dtype == torch.float32 for value in sums.values())
 
 
+@pytest.mark.processes
 def test_a_step_whose_targets_are_all_ignored_stops_the_run(tmp_path: Any) -> None:
     recipe = Recipe(
         model=Reader,

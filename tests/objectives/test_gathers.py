@@ -30,6 +30,8 @@ from instep.transport import parcels
 from instep.watch import Watch
 from support.harness import train_here
 
+pytestmark = pytest.mark.processes
+
 HELD_OUT = 23  # no whole number of batches
 
 

@@ -112,6 +112,7 @@ class Named:
         return torch.full((3,), float(index)), str(index)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("engine", ["lockstep", "server"])
 def test_a_mean_is_caught_where_only_the_data_set_can_double_the_batch(engine, tmp_path):
     def run(reduction, name):
@@ -126,6 +127,7 @@ def test_a_mean_is_caught_where_only_the_data_set_can_double_the_batch(engine, t
         run("mean", "mean")
 
 
+@pytest.mark.processes
 def test_a_simulation_refuses_a_mean():
     recipe = Recipe(
         model=linear, objective=lambda m, b: m(b).square().mean(), data=torch.ones(20, 3), batch=8, microbatches=4

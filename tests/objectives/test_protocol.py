@@ -164,6 +164,7 @@ def test_a_term_without_items_in_the_whole_batch_adds_nothing_whatever_its_sum_i
         torch.testing.assert_close(found.grad, wanted.grad)
 
 
+@pytest.mark.processes
 def test_a_metric_changes_no_bit_of_the_weights(tmp_path: Path) -> None:
     def without(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         return {name: value for name, value in classify(model, batch).items() if name != "correct"}
@@ -178,6 +179,7 @@ def test_a_metric_changes_no_bit_of_the_weights(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rule", ["synchronous", "bounded_staleness:0"])
 def test_objective_and_metrics_on_the_tape_are_those_of_the_whole_batch(rule: str, tmp_path: Path) -> None:
     """Against the definition, in one process, for every step; weights by their step; evaluation as in the last step."""
@@ -210,6 +212,7 @@ def test_objective_and_metrics_on_the_tape_are_those_of_the_whole_batch(rule: st
         assert event["objective"] == pytest.approx(terms["cross_entropy"] + 0.5 * terms["pull"], rel=1e-12)
 
 
+@pytest.mark.processes
 def test_metrics_are_the_same_numbers_for_any_team(tmp_path: Path) -> None:
     def told(workers: int) -> list[Any]:
         run = train_here(recipe(), Team(workers=workers), tmp_path / str(workers))
@@ -286,6 +289,7 @@ def test_random_objectives_and_models_with_state_pass() -> None:
     assert model.calls == 0
 
 
+@pytest.mark.processes
 def test_a_run_is_refused_before_its_first_step(tmp_path: Path) -> None:
     with pytest.raises(ObjectiveError, match="keeps state"):
         train_here(workloads.convnet(objective=CountingImages), Team(workers=2), tmp_path / "run")

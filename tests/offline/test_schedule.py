@@ -20,6 +20,8 @@ from instep.rules import PRESETS, UpdateRule, parse
 from instep.rules.ledger import Ledger
 from instep.rules.work import Pieces
 
+pytestmark = pytest.mark.pure
+
 RULES = [f"{name}:8,after=3" if name == "post_local_sgd" else name for name in PRESETS]
 NETWORK = Network(bandwidth_bytes_per_s=1000.0, latency_s=0.01)
 

@@ -24,8 +24,11 @@ from instep.record import checkpoint, tape
 from instep.record.folder import About, RunFolder, digest
 from instep.rules import PRESETS, UpdateRule
 from instep.team.client import train
+from support.kinds import quick
 from support.reference import reference_digests
 from support.workloads import ALL, convnet, gpt
+
+pytestmark = pytest.mark.processes
 
 SMALL: dict[str, dict[str, int]] = {
     "local_sgd": {"local_steps": 2},
@@ -47,7 +50,7 @@ def run(recipe: Recipe, folder: Path | None = None, *, gradients: bool = True, *
     return simulate(recipe, Cluster(**fields), gradients, folder, lambda event: None)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", quick(PRESETS, "asynchronous", "backup_workers", "post_local_sgd", "async_diloco"))
 def test_a_simulated_run_can_be_replayed(name: str, tmp_path: Path) -> None:
     recipe = gpt(rule=rule(name))
     failures = WorkerTimes.lognormal(0.1, 0.05, seed=1, failures=Failures(3.0, 0.5))
@@ -59,14 +62,14 @@ def test_a_simulated_run_can_be_replayed(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workload", ALL)
-@pytest.mark.parametrize("workers", [1, 3, 8])
+@pytest.mark.parametrize("workers", quick([1, 3, 8], 3))
 @pytest.mark.parametrize("collective", [True, False])
 def test_synchronous_has_the_digest_of_lockstep(workload: str, workers: int, collective: bool) -> None:
     recipe = ALL[workload](steps=4)
     assert run(recipe, workers=workers, collective=collective)["digest"] == reference_digests(recipe)[4]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", quick(PRESETS, "asynchronous", "backup_workers", "diloco"))
 def test_times_and_bytes_do_not_depend_on_gradients(name: str) -> None:
     recipe = convnet(rule=rule(name))
     with_them, without = run(recipe), run(recipe, gradients=False)

@@ -30,8 +30,8 @@ from instep.models.vae import VAENet
 from instep.pretrained import run_model
 from instep.recipe import Recipe, Team, names_of_recipes, parse, read
 from support.harness import Outcome, train_here
+from support.kinds import quick
 
-SLOW = ("dpo", "distil", "hf")
 NEEDS = {"flow": "sklearn", "vae": "sklearn", "hf": "transformers"}
 
 
@@ -64,7 +64,8 @@ def test_the_recipes_are_these() -> None:
     assert names_of_recipes() == ["distil", "dpo", "flow", "gpt", "hf", "vae"]
 
 
-@pytest.mark.parametrize("name", ["flow", "vae", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)])
+@pytest.mark.processes
+@pytest.mark.parametrize("name", quick(["flow", "vae", "dpo", "distil", "hf"], "vae"))
 def test_a_recipe_gives_one_digest_and_leaves_its_artifacts(name: str, teacher: Path, tmp_path: Path) -> None:
     made = short(name, teacher)
     runs = [train_here(made, Team(workers=w), tmp_path / str(w)) for w in (1, 3)]
@@ -104,6 +105,7 @@ def figures(run: Outcome) -> Mapping[str, Any]:
     return found
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_recipe_reaches_its_figure(name: str, tmp_path: Path) -> None:
@@ -218,6 +220,7 @@ def test_seeded_models_are_the_same_and_leave_the_random_state() -> None:
     assert not torch.equal(first.embedding.weight, other.embedding.weight)  # type: ignore[arg-type, union-attr]
 
 
+@pytest.mark.processes
 def test_an_exported_model_loads_as_transformers_does(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     run = train_here(
@@ -315,6 +318,7 @@ def test_a_model_is_taken_from_an_earlier_run(teacher: Path) -> None:
         run_model(teacher, digest="00")
 
 
+@pytest.mark.processes
 def test_an_earlier_run_that_is_not_there_is_a_sentence(tmp_path: Path, teacher: Path) -> None:
     with pytest.raises(ComponentError, match=r"no earlier run was named .*--recipe.objective.args.teacher.args.run"):
         train_here(recipe("distil", steps="2"), Team(workers=2), tmp_path / "a")
@@ -342,6 +346,7 @@ def changing_artifacts(model: nn.Module, data: Any, folder: Path) -> dict[str, f
     return {"one": 1.0}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("engine", ["lockstep", "server"])
 def test_artifacts_that_fail_or_meddle_do_not_harm_the_run(engine: Any, tmp_path: Path) -> None:
     from support import workloads

@@ -17,6 +17,8 @@ from instep.components import Component, address_of, import_object
 from instep.errors import ComponentError
 from instep.tables import to_table
 
+pytestmark = pytest.mark.pure
+
 
 class Model:
     def __init__(self, width: int = 1, *, depth: int = 2, extra: Any = None) -> None:

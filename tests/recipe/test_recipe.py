@@ -30,6 +30,8 @@ from instep.schedule import Change
 from instep.tables import added, as_before, as_saved
 from instep.watch import Watch
 
+pytestmark = pytest.mark.pure
+
 PARTS: dict[str, Any] = {"model": "m:Model", "objective": "m:loss", "data": "m:data"}
 
 

@@ -301,6 +301,7 @@ def test_what_a_crash_left_is_tidied(tmp_path: Path) -> None:
 # Disks
 
 
+@pytest.mark.processes
 def test_a_full_disk_takes_nothing(tmp_path: Path) -> None:
     with full_disk(tmp_path, size_bytes=1 << 20) as disk:
         for version in (1, 2):
@@ -326,6 +327,7 @@ def test_a_full_disk_takes_nothing(tmp_path: Path) -> None:
         assert newest_sound(disk) == (disk / "step-00000003", [])
 
 
+@pytest.mark.processes
 def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path) -> None:
     with full_disk(tmp_path, size_bytes=1 << 20) as disk:
         with pytest.raises(ResourceError, match="there was no checkpoint before it"):
@@ -417,6 +419,7 @@ def test_an_error_of_the_disk_at_any_moment_takes_nothing(
     assert failures >= 9
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("version", [2, 3])
 def test_a_kill_at_any_moment_takes_nothing(version: int, two: Path, tmp_path: Path, disk: Disk) -> None:
     """Every change of the file system in turn is the one before which the process dies."""
@@ -441,6 +444,7 @@ def _save_for_ever(folder: Path) -> None:
         save(folder, 1 + count // 2, size=50_000, keep=1 + count % 2)
 
 
+@pytest.mark.processes
 def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     generator = random.Random(0)
     save(tmp_path, 1)

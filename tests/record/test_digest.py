@@ -206,6 +206,7 @@ def test_big_tensors_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     assert digest_of_file(write(tmp_path / "model.safetensors", state)) == digest_of_state(state)
 
 
+@pytest.mark.processes
 def test_the_digest_of_a_file_needs_no_torch(tmp_path: Path) -> None:
     path = write(tmp_path / "model.safetensors", {"w": torch.ones(3)})
     code = (

@@ -120,6 +120,7 @@ def test_a_damaged_result_is_a_sentence(text: bytes, run: RunFolder) -> None:
         run.read_result()
 
 
+@pytest.mark.processes
 def test_a_full_disk_keeps_the_old_result(tmp_path: Path) -> None:
     with full_disk(tmp_path, size_bytes=1 << 20) as disk:
         run = RunFolder.create(disk / "gpt")

@@ -21,6 +21,8 @@ from instep.record.folder import RunFolder, digest
 from instep.rules.presets import parse
 from support.harness import Client, train_here
 
+pytestmark = pytest.mark.processes
+
 TEAM = Team(workers=2, checkpoint_every=2)
 
 

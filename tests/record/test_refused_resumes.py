@@ -21,6 +21,8 @@ from instep.watch import Watch
 from support.harness import Client, train_here
 from support.resuming import again, begin, go_on, recipe
 
+pytestmark = pytest.mark.processes
+
 NOT_LOGS = ("recipe.toml", "run.json", "tape.jsonl", "result.json", "checkpoints")
 
 

@@ -21,8 +21,11 @@ from instep.record.resuming import as_last_changed, resumed
 from instep.schedule import Change, Phase, Schedule
 from instep.watch import Watch
 from support.harness import Client, train_here
+from support.kinds import quick
 from support.resuming import again, begin, data, go_on, linear, recipe
 from support.serving import RULES, at, kill
+
+pytestmark = pytest.mark.processes
 
 
 def rates(path: Path) -> list[float]:
@@ -36,10 +39,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW = [pytest.param(what, marks=pytest.mark.slow) for what in ("schedule", "watch")]
-
-
-@pytest.mark.parametrize("what", ["lr", "skip_samples", *SLOW])
+@pytest.mark.parametrize("what", quick(["lr", "skip_samples", "schedule", "watch"], "skip_samples", "lr"))
 def test_a_change_holds_from_there_on_for_any_team(what: str, tmp_path: Path) -> None:
     """Resumed at 5 with 1, 2 and 3 workers, interrupted again at 8, and in one go by a recipe that says so."""
     change, skip = CHANGES.get(what, {}), (3, 17) if what == "skip_samples" else ()
@@ -98,11 +98,7 @@ def test_a_restart_after_a_death_knows_the_changes(tmp_path: Path) -> None:
     assert again(path, slower).same
 
 
-SOME = {"asynchronous", "local_sgd"}  # the others are slow ones
-OTHERS = [pytest.param(rule, marks=pytest.mark.slow) for rule in RULES if rule not in {"synchronous", *SOME}]
-
-
-@pytest.mark.parametrize("rule", [*sorted(SOME), *OTHERS])
+@pytest.mark.parametrize("rule", quick([rule for rule in RULES if rule != "synchronous"], "asynchronous", "local_sgd"))
 def test_a_change_holds_and_replays_under_every_rule(rule: str, tmp_path: Path) -> None:
     path, first = tmp_path / "run", recipe(rule=RULES[rule])
     begin(path, first, Team(workers=2), 4)
@@ -232,9 +228,7 @@ OBJECTS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "kind", ["objective", "model", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("data", "optimizer"))]
-)
+@pytest.mark.parametrize("kind", quick(["objective", "model", "data", "optimizer"], "objective", "model"))
 def test_an_object_that_holds_other_values_is_refused(kind: str, tmp_path: Path) -> None:
     path, (own, other) = tmp_path / "run", OBJECTS[kind]
     first = recipe(**{kind: own})

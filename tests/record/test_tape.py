@@ -166,6 +166,7 @@ def test_what_comes_with_every_contribution_is_written_in_one_with_what_follows(
         assert len(list(read(tape.path))) == 5
 
 
+@pytest.mark.processes
 def test_important_events_survive_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "tape.jsonl"
     child = os.fork()
@@ -179,6 +180,7 @@ def test_important_events_survive_kill_9(tmp_path: Path) -> None:
     assert [event["kind"] for event in read(path)] == ["run_started", "merged", "warned"]
 
 
+@pytest.mark.processes
 def test_a_forked_copy_writes_nothing(tmp_path: Path) -> None:
     tape = Tape(tmp_path / "tape.jsonl")
     tape.write(started())
@@ -192,6 +194,7 @@ def test_a_forked_copy_writes_nothing(tmp_path: Path) -> None:
     assert list(read(tape.path)) == [started(), merged(1)]
 
 
+@pytest.mark.processes
 def test_a_full_disk_is_a_sentence_and_the_tape_stays_whole(tmp_path: Path) -> None:
     with full_disk(tmp_path, size_bytes=1 << 20) as disk:
         path = disk / "tape.jsonl"
@@ -211,6 +214,7 @@ def test_a_full_disk_is_a_sentence_and_the_tape_stays_whole(tmp_path: Path) -> N
         assert [event["kind"] for event in read(path)] == ["run_started", "warned", "merged"]
 
 
+@pytest.mark.processes
 def test_close_closes_on_a_full_disk_and_the_first_error_is_seen(tmp_path: Path) -> None:
     with full_disk(tmp_path, size_bytes=1 << 20) as disk:
         tape = Tape(disk / "tape.jsonl")

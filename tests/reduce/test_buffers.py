@@ -31,6 +31,8 @@ from support.harness import Outcome, train_here
 from support.reference import reference_digests
 from support.serving import replayed
 
+pytestmark = pytest.mark.processes
+
 EXACT = 1 << 60
 """Odd numbers near it are no float64."""
 

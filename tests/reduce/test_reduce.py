@@ -538,6 +538,7 @@ def test_an_anonymous_file_leaves_nothing(named: bool, tmp_path: Path, monkeypat
         assert set(os.listdir("/dev/shm")) <= before
 
 
+@pytest.mark.processes
 def test_marks_order_what_forked_processes_write(descriptor: int) -> None:
     """Two processes in turn add to each other's rows; each reads only what the other has marked."""
     regions = {"marks": Region((2,), "int64"), "rows": Region((2, 1 << 14), "int64")}
@@ -561,6 +562,7 @@ def test_marks_order_what_forked_processes_write(descriptor: int) -> None:
     assert wrong == 0
 
 
+@pytest.mark.processes
 def test_waiting_ends_only_when_all_have_come(descriptor: int) -> None:
     regions = {"marks": Region((3,), "int64")}
     reserve(descriptor, regions)

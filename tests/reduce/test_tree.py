@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from instep.reduce.tree import fold_plan, maximal_nodes, merge_plan, split, tree_sum, worker_ranges
 
+pytestmark = pytest.mark.pure
+
 SIZES = range(1, 41)
 TEAMS = [(microbatches, workers) for microbatches in SIZES for workers in range(1, microbatches + 1)]
 

@@ -19,9 +19,12 @@ from instep.worker.memory_trade import memory_trade
 from instep.worker.replica import Replica
 from support import writers
 from support.harness import Client, Outcome, train_here
+from support.kinds import quick
 from support.reference import reference_digests
 from support.serving import replayed
 from support.writers import Forced, Lookup, Torn, recipe
+
+pytestmark = pytest.mark.processes
 
 
 def run(made: Recipe, path: Path, workers: int, **team: Any) -> Outcome:
@@ -83,7 +86,7 @@ LATE = {
 }
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", quick([1, 2, 3], 2))
 @pytest.mark.parametrize("how", LATE)
 def test_a_first_write_late_gives_the_digest_of_a_run_that_knew_of_it(how: str, workers: int, tmp_path: Path) -> None:
     torch.set_num_threads(1)

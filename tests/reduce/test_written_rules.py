@@ -24,6 +24,7 @@ from instep.rules import parse as rule
 from instep.team.supervisor import Supervisor
 from support import writers
 from support.harness import train_here
+from support.kinds import quick
 from support.reference import reference_digests
 from support.serving import RULES, check_tape, drive, replayed
 from support.writers import Forced, Lookup, Teacher, Torn, recipe
@@ -125,7 +126,8 @@ def test_under_local_steps_differences_of_frozen_parameters_are_averaged() -> No
 # ---------------------------------------------------------------------------------------------------- the server engine
 
 
-@pytest.mark.parametrize("kind", writers.KINDS)
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", quick(writers.KINDS, "max_norm", "forced"))
 def test_synchronous_on_the_server_has_the_digest_of_lockstep(kind: str, tmp_path: Path) -> None:
     made = recipe(writers.KINDS[kind], steps=5)
     torch.set_num_threads(1)
@@ -161,8 +163,9 @@ def known_from_the_start(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     monkeypatch.setattr(Supervisor, "__init__", knowing)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", ["synchronous", "local_sgd:2"])
-@pytest.mark.parametrize("how", [{"late": 5}, {"late": 6, "past": True}])
+@pytest.mark.parametrize("how", quick([{"late": 5}, {"late": 6, "past": True}], {"late": 6, "past": True}))
 def test_a_first_write_late_is_as_if_known_from_the_start(
     name: str, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +181,8 @@ def test_a_first_write_late_is_as_if_known_from_the_start(
     assert train_here(made, team, tmp_path / "known").digest == late.digest
 
 
-@pytest.mark.parametrize("kind", ["forced", "teacher"])
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", quick(["forced", "teacher"], "teacher"))
 @pytest.mark.parametrize("name", ["asynchronous", "async_diloco:2,buffer=4", "delay_compensated"])
 def test_a_real_run_is_replayed_with_its_checksums(name: str, kind: str, tmp_path: Path) -> None:
     made = recipe(writers.KINDS[kind], steps=8, rule=rule(name))
@@ -188,6 +192,7 @@ def test_a_real_run_is_replayed_with_its_checksums(name: str, kind: str, tmp_pat
     assert found.digest == run.digest
 
 
+@pytest.mark.processes
 def test_a_late_first_write_in_order_of_arrival_is_replayed(tmp_path: Path) -> None:
     made = recipe(partial(Forced, late=5, past=True), steps=10, rule=rule("asynchronous"))
     run = train_here(made, Team(workers=3, slow="1:3x", checkpoint_every=2), tmp_path / "run")
@@ -196,6 +201,7 @@ def test_a_late_first_write_in_order_of_arrival_is_replayed(tmp_path: Path) -> N
     check_tape(run.events, made)
 
 
+@pytest.mark.processes
 def test_a_resumed_run_knows_what_was_written(tmp_path: Path) -> None:
     made = recipe(Teacher, steps=10)
     whole = train_here(made, Team(workers=2), tmp_path / "whole")
@@ -209,6 +215,7 @@ def test_a_resumed_run_knows_what_was_written(tmp_path: Path) -> None:
         assert resumed.digest == whole.digest
 
 
+@pytest.mark.processes
 def test_contributions_that_disagree_end_the_run_before_the_update(tmp_path: Path) -> None:
     made = recipe(partial(Torn, late=4), rule=rule("synchronous"))
     with pytest.raises(RecipeError, match="step 5 left different values in the same element of parameter 'scale'"):
@@ -230,8 +237,9 @@ def simulated(made: Recipe, folder: Path | None = None, **cluster: Any) -> dict[
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["max_norm", "forced", "teacher"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", quick(RULES, "synchronous", "asynchronous", "diloco"))
 def test_a_simulation_under_any_rule_is_replayed(name: str, kind: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     made = recipe(writers.KINDS[kind], steps=6, rule=RULES[name])
@@ -243,6 +251,7 @@ def test_a_simulation_under_any_rule_is_replayed(name: str, kind: str, tmp_path:
         assert found.digest == reference_digests(made)[6]
 
 
+@pytest.mark.processes
 def test_a_simulation_begins_anew_at_a_late_first_write(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     made = recipe(partial(Forced, late=5))
@@ -265,6 +274,7 @@ class Counting(nn.Module):
         return out
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("model", [Lookup, Teacher, Counting])
 def test_what_writes_parameters_is_not_computed_for_many_at_once(model: Any) -> None:
     with pytest.raises(RecipeError, match="computed for many workers at once: its forwards write parameter"):

@@ -17,6 +17,8 @@ from instep.rules.ledger_state import ledger_of, ledger_state
 from instep.rules.work import Pieces
 from support.ledgers import ANY_RULE, EVENTS, KINDS, Event, Observed, custom_rules, list_pieces, presets, started
 
+pytestmark = pytest.mark.pure
+
 WORKERS, MICROBATCHES, STEPS = st.integers(1, 6), st.integers(1, 8), st.integers(1, 12)
 
 

@@ -32,6 +32,8 @@ from instep.rules.presets import (
 from instep.tables import from_table, to_table
 from support.ledgers import ANY_RULE, presets
 
+pytestmark = pytest.mark.pure
+
 PLAIN: dict[str, Any] = {
     "max_lead": None, "max_staleness": None, "max_wait_s": None, "local_steps": 1, "local_after": 0, "weight": "items",
     "compensation": 0.0, "outer": "none", "outer_lr": 1.0, "outer_momentum": 0.0, "outer_buffer": 1,

@@ -76,6 +76,7 @@ def test_what_was_sent_before_the_end_is_still_heard(ends: Ends) -> None:
         other.send("nobody hears it")
 
 
+@pytest.mark.processes
 def test_hanging_up_ends_it_for_all_who_hold_an_end(ends: Ends) -> None:
     one, other = ends
     pid = forked(lambda: other.recv())  # holds both ends, so that closing this one here would end nothing
@@ -87,6 +88,7 @@ def test_hanging_up_ends_it_for_all_who_hold_an_end(ends: Ends) -> None:
     other.hang_up()  # once more does no harm
 
 
+@pytest.mark.processes
 def test_of_a_message_whose_sender_dies_meanwhile_there_is_all_or_nothing(ends: Ends) -> None:
     """The end of the dead stays open here, as a line's does, for its successor."""
     one, other = ends
@@ -113,6 +115,7 @@ def test_a_message_without_memory_for_it_is_an_error_of_the_sender(ends: Ends, m
     assert other.recv() == "small"
 
 
+@pytest.mark.processes
 def test_a_process_is_started_with_the_number_of_its_end(ends: Ends) -> None:
     one, other = ends
     pid = forked(lambda: Channel.of(other.fileno()).send(os.getpid()))
@@ -120,6 +123,7 @@ def test_a_process_is_started_with_the_number_of_its_end(ends: Ends) -> None:
     assert one.recv() == pid
 
 
+@pytest.mark.processes
 def test_a_line_goes_both_ways_and_is_taken_over_by_a_successor() -> None:
     line = Line.open()
     for word in ("the first", "its successor"):
@@ -131,6 +135,7 @@ def test_a_line_goes_both_ways_and_is_taken_over_by_a_successor() -> None:
     assert line.server.fileno() == line.worker.fileno() == -1
 
 
+@pytest.mark.processes
 def test_contributions_longer_than_a_packet_train_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from instep.team import start
 from support.harness import Client, train_here
 from support.processes import INSTEP, Started, wait_until, write_project
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")]
 
 
 def note(pid: int | None) -> None:

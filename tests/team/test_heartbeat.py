@@ -147,6 +147,7 @@ def test_a_worker_that_has_done_its_part_may_fall_silent(world: World) -> None:
     assert found[0] == 0
 
 
+@pytest.mark.processes
 def test_a_team_waits_for_the_one_that_writes_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
         bytes_per_token = 1.0
@@ -164,6 +165,7 @@ def test_a_team_waits_for_the_one_that_writes_the_sample(tmp_path: Path, monkeyp
     assert run.result["sample"] == "a sample"
 
 
+@pytest.mark.processes
 def test_a_stop_is_seen_by_all() -> None:
     board = HeartbeatBoard(3)
     pulses = [Heartbeat(board, worker, os.getpid()) for worker in range(3)]
@@ -213,6 +215,7 @@ def until_it_beats(board: HeartbeatBoard) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_real_worker_that_is_stopped_and_goes_on() -> None:
     board = HeartbeatBoard(1)
@@ -234,6 +237,7 @@ def hold_the_interpreter() -> None:
     sum(range(1_000_000_000))  # one call of C code: half a minute
 
 
+@pytest.mark.processes
 def test_a_real_worker_that_holds_the_interpreter() -> None:
     board = HeartbeatBoard(1)
     with worker(board, lambda: (until_it_beats(board), hold_the_interpreter())) as pid:
@@ -244,6 +248,7 @@ def test_a_real_worker_that_holds_the_interpreter() -> None:
         assert board.beats[0] <= beats + 1, "it could beat, so this test shows nothing"
 
 
+@pytest.mark.processes
 def test_the_state_of_a_process() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # (a) b"]) as process:
         try:
@@ -266,6 +271,7 @@ def test_the_state_of_a_process() -> None:
         assert _process_state(os.getpid())[1] >= began + 5
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_worker_ends_with_its_supervisor_even_if_it_is_stopped(how: signal.Signals, tmp_path: Path) -> None:
     read, write = os.pipe()

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,15 @@ from instep.recipe import Recipe, Team, parse, read
 from instep.record import checkpoint, tape
 from instep.team.client import Run
 from instep.team.start import Interrupted
-from support.harness import Client, train_here
+from support.harness import Client, Outcome, train_here
+from support.kinds import quick
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
 from support.reference import reference_digests
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found through /proc")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found through /proc"),
+]
 
 PROGRAM = """\
 import os, sys
@@ -114,6 +118,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., St
 
 
 Start = Callable[..., Started]
+TEAM = Team(workers=2, checkpoint_every=5)
+"""That of the recipe file."""
 
 
 def result_of(run: Path) -> dict[str, Any]:
@@ -158,46 +164,32 @@ def test_digest_is_alone_on_its_line(finished: tuple[Path, Started], expected: d
 
 
 @pytest.fixture(scope="module")
-def together(project: Path, finished: tuple[Path, Started], start: Start) -> dict[str, tuple[Started, Path]]:
-    """Runs that are started at once, each with its run folder."""
+def copied(project: Path, finished: tuple[Path, Started]) -> Callable[..., Path]:
+    """Copies the finished run to a folder of its own, its checkpoints of these steps damaged."""
 
-    def copied(name: str) -> Path:
-        return Path(shutil.copytree(finished[0], project / name))
-
-    def damage(run: Path, *steps: int) -> Path:
-        for step in steps:
+    def copy(name: str, *damaged: int) -> Path:
+        run = Path(shutil.copytree(finished[0], project / name))
+        for step in damaged:
             file = run / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
             data = bytearray(file.read_bytes())
             data[-1] ^= 1
             file.write_bytes(data)
         return run
 
-    def train(out: Path, *flags: object, before: Sequence[str] = ()) -> tuple[Started, Path]:
-        return start(*before, *INSTEP, "train", project / "my.toml", "--out", out, *flags), out
+    return copy
 
-    def resume(run: Path, *flags: object) -> tuple[Started, Path]:
-        return start(*INSTEP, "train", "--resume", run, *flags), run
 
-    script = project / "script.py"
-    script.write_text(PROGRAM)
-    small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"', "sh"]
-    return {
-        "script": (start(sys.executable, script, OUT=str(project / "by-script")), project / "by-script"),
-        "by hand": (
-            start(sys.executable, "-i", "-q", stdin=PROGRAM, OUT=str(project / "by-hand")),
-            project / "by-hand",
-        ),
-        "light": (
-            start(sys.executable, "-c", LIGHT, OUT=str(project / "light"), PROJECT=str(project)),
-            project / "light",
-        ),
-        "again": resume(copied("again")),
-        "prolonged": resume(copied("prolonged"), "--steps", 26, "--workers", 3),
-        "damaged": resume(damage(copied("damaged"), 20), "--workers", 4),
-        "lost": resume(damage(copied("lost"), 10, 15, 20)),
-        "no module": train(project / "no-module", "--recipe.model.use", "mymodle:Net"),
-        "small": train(project / "small", "--steps", 3, before=small if can_mount() else ()),
-    }
+def by_script(project: Path, start: Start) -> tuple[Started, Path]:
+    (project / "script.py").write_text(PROGRAM)
+    return start(sys.executable, project / "script.py", OUT=str(project / "by-script")), project / "by-script"
+
+
+def by_hand(project: Path, start: Start) -> tuple[Started, Path]:
+    return start(sys.executable, "-i", "-q", stdin=PROGRAM, OUT=str(project / "by-hand")), project / "by-hand"
+
+
+def by_stdin(project: Path, start: Start) -> tuple[Started, Path]:
+    return start(sys.executable, "-", stdin=PROGRAM, OUT=str(project / "by-stdin")), project / "by-stdin"
 
 
 def can_mount() -> bool:
@@ -208,67 +200,53 @@ def can_mount() -> bool:
         return False
 
 
-@pytest.mark.parametrize("kind", ["script", "by hand"])
-def test_a_program_without_a_guard_trains_what_it_defines(kind: str, together: dict[str, tuple[Started, Path]]) -> None:
+@pytest.mark.parametrize("begin", quick([by_script, by_hand, by_stdin], by_script))
+def test_a_program_without_a_guard_trains_what_it_defines(begin: Any, project: Path, start: Start) -> None:
     """A class and a closure of __main__, no ``if __name__``, and not a word on stdout or stderr."""
-    started, out = together[kind]
+    started, out = begin(project, start)
     assert started.ends() == 0, started.err
     digest = result_of(out)["digest"]
     assert started.out == f"{digest} {digest} {digest} __main__\n"
     assert started.err.replace(">>> ", "").replace("... ", "").strip() == ""
-    assert digest == result_of(together["script"][1])["digest"]
     assert "this is for the log" in (out / "logs" / "worker-1.log").read_text()
 
 
-def test_the_process_that_calls_train_imports_no_torch_of_its_own(
-    together: dict[str, tuple[Started, Path]],
+def test_the_process_that_calls_train_imports_no_torch_and_modules_are_found_in_the_paths_given(
+    project: Path, start: Start
 ) -> None:
-    """Nor does what it is told of the run make it: it would wait for seconds, and show nothing meanwhile."""
-    started, run = together["light"]
+    """Nor does what it is told of the run make it: it would wait for seconds, and show nothing meanwhile. Modules are
+    found in the workers, and once more where the run's model is asked for. A path in sys.path, which Python passes
+    over, is passed over there too."""
+    run = project / "light"
+    started = start(sys.executable, "-c", LIGHT, OUT=str(run), PROJECT=str(project))
     assert started.ends() == 0, started.err
     kinds = [event["kind"] for event in tape.read(run / "tape.jsonl")]
     assert started.out == f"False {sorted(kinds)}\nNet False\n"
 
 
-def test_a_recipe_s_modules_are_found_in_folders_given_as_paths(together: dict[str, tuple[Started, Path]]) -> None:
-    """In the workers, and once more where the run's model is asked for. A path in sys.path, which Python passes over,
-    is passed over there too."""
-    started, _ = together["light"]
-    assert started.ends() == 0, started.err
-    assert started.out.splitlines()[1] == "Net False"
-
-
-@pytest.mark.slow
-def test_a_program_from_stdin_trains_what_it_defines(project: Path, start: Start) -> None:
-    started = start(sys.executable, "-", stdin=PROGRAM, OUT=str(project / "by-stdin"))
-    assert started.ends() == 0, started.err
-    digest = result_of(project / "by-stdin")["digest"]
-    assert (started.out, started.err) == (f"{digest} {digest} {digest} __main__\n", "")
-
-
 def test_a_finished_run_that_is_resumed_stays_as_it_is(
-    together: dict[str, tuple[Started, Path]], expected: dict[int, str]
+    copied: Callable[..., Path], recipe: Recipe, expected: dict[int, str]
 ) -> None:
-    started, run = together["again"]
-    assert started.ends() == 0, started.err
-    assert result_of(run)["digest"] == expected[20]
-    assert not any(e["kind"] == "merged" for e in last_start(run))
+    run = train_here(recipe, TEAM, copied("again"), resume=True)
+    assert run.digest == expected[20]
+    assert not any(e["kind"] == "merged" for e in last_start(run.path))
 
 
-def test_more_steps_prolong_a_run_with_another_team(
-    together: dict[str, tuple[Started, Path]], expected: dict[int, str]
-) -> None:
-    started, run = together["prolonged"]
-    assert started.ends() == 0, started.err
-    assert result_of(run)["digest"] == expected[26]
-    assert [e["version"] for e in last_start(run) if e["kind"] == "merged"] == list(range(21, 27))
-    assert result_of(run)["workers"] == 3
+@pytest.fixture(scope="module")
+def prolonged(copied: Callable[..., Path], recipe: Recipe) -> Outcome:
+    """The finished run, with another team and more steps."""
+    return train_here(dataclasses.replace(recipe, steps=26), Team(workers=3), copied("prolonged"), resume=True)
 
 
-def test_the_weights_of_a_run_are_its_own_or_none(together: dict[str, tuple[Started, Path]], recipe: Recipe) -> None:
+def test_more_steps_prolong_a_run_with_another_team(prolonged: Outcome, expected: dict[int, str]) -> None:
+    assert prolonged.digest == expected[26]
+    assert [e["version"] for e in last_start(prolonged.path) if e["kind"] == "merged"] == list(range(21, 27))
+    assert result_of(prolonged.path)["workers"] == 3
+
+
+def test_the_weights_of_a_run_are_its_own_or_none(prolonged: Outcome, recipe: Recipe) -> None:
     """A run that was prolonged since has others, which must not pass for those that this one ended with."""
-    started, path = together["prolonged"]
-    assert started.ends() == 0, started.err
+    path = prolonged.path
     now = result_of(path)
     assert Run(path, now, recipe).state_dict().keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
     before = Run(path, {**now, "digest": "0" * 64}, recipe)
@@ -285,25 +263,29 @@ def last_start(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_damaged_checkpoint_is_told_of_and_passed_over(
-    together: dict[str, tuple[Started, Path]], expected: dict[int, str]
+    copied: Callable[..., Path], recipe: Recipe, expected: dict[int, str]
 ) -> None:
-    started, run = together["damaged"]
-    assert started.ends() == 0, started.err
-    assert "step-00000020 is damaged: model.safetensors has" in started.out
-    assert last_start(run)[0]["version"] == 15
-    assert result_of(run)["digest"] == expected[20]
+    run = train_here(recipe, Team(workers=4), copied("damaged", 20), resume=True)
+    (why,) = (event["why"] for event in run.events if event["kind"] == "warned")
+    assert "step-00000020 is damaged: model.safetensors has" in why
+    assert last_start(run.path)[0]["version"] == 15
+    assert run.digest == expected[20]
 
 
-def test_a_small_dev_shm_does_not_matter(together: dict[str, tuple[Started, Path]], expected: dict[int, str]) -> None:
+def test_a_small_dev_shm_does_not_matter(project: Path, start: Start, expected: dict[int, str]) -> None:
     if not can_mount():
         pytest.skip("a small /dev/shm cannot be mounted here")
-    started, run = together["small"]
+    run = project / "small"
+    small = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=64k none /dev/shm && exec "$@"', "sh"]
+    started = start(*small, *INSTEP, "train", project / "my.toml", "--out", run, "--steps", 3)
     assert started.ends() == 0, started.err
     assert result_of(run)["digest"] == expected[3]
 
 
-def test_a_run_without_a_sound_checkpoint_is_refused_and_kept(together: dict[str, tuple[Started, Path]]) -> None:
-    started, run = together["lost"]
+@pytest.mark.slow  # test_faults.py and test_refusals.py have the sentences, and that nothing is left
+def test_a_run_without_a_sound_checkpoint_is_refused_and_kept(copied: Callable[..., Path], start: Start) -> None:
+    run = copied("lost", 10, 15, 20)
+    started = start(*INSTEP, "train", "--resume", run)
     assert started.ends() == 1
     first, *detail = started.err.splitlines()
     assert first.startswith(f"instep: no checkpoint in {run / 'checkpoints'} is sound")
@@ -316,39 +298,28 @@ def test_a_run_without_a_sound_checkpoint_is_refused_and_kept(together: dict[str
     assert run.exists()
 
 
-def test_a_start_that_fails_leaves_no_folder(together: dict[str, tuple[Started, Path]]) -> None:
-    started, run = together["no module"]
-    assert started.ends() == 1
-    assert complaint(started).startswith("instep: cannot import 'mymodle' for 'mymodle:Net'")
-    assert not run.exists()
-
-
 # ------------------------------------------------------------------------------------------------------------- endings
 
 PAUSE_S = "0.25"
 """So that a step takes half a second with two workers, and no run here ends by itself before it is ended."""
 
 
-@pytest.fixture(scope="module")
-def training(project: Path, start: Start, finished: Any) -> dict[str, tuple[Started, Path]]:
-    """Runs in the midst of training, for each test of an ending one."""
+Training = Callable[..., tuple[Started, Path]]
+
+
+@pytest.fixture
+def training(project: Path, start: Start) -> Training:
+    """Starts a run that is in the midst of training for long."""
 
     def train(name: str, *flags: object, pause_s: str = PAUSE_S) -> tuple[Started, Path]:
         out = project / name
         return start(*INSTEP, "train", project / "my.toml", "--out", out, *flags, PAUSE_S=pause_s), out
 
-    return {
-        "interrupted": train("interrupted", "--steps", 40),
-        "client": train("client", "--steps", 1000),
-        "supervisor": train("supervisor", "--steps", 1000),
-        "stuck": train("stuck", "--steps", 40, pause_s="100"),
-    }
+    return train
 
 
-def test_ctrl_c_ends_a_run_that_can_go_on(
-    training: dict[str, tuple[Started, Path]], expected: dict[int, str], start: Start
-) -> None:
-    started, run = training["interrupted"]
+def test_ctrl_c_ends_a_run_that_can_go_on(training: Training, expected: dict[int, str], start: Start) -> None:
+    started, run = training("interrupted", "--steps", 40)
     started.says("step ")
     began = time.monotonic()
     started.press_ctrl_c()
@@ -372,8 +343,8 @@ def test_ctrl_c_ends_a_run_that_can_go_on(
     assert (result_of(run)["workers"], result_of(run)["interrupted"]) == (3, False)
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_step(training: dict[str, tuple[Started, Path]]) -> None:
-    started, run = training["stuck"]
+def test_a_second_ctrl_c_does_not_wait_for_the_step(training: Training) -> None:
+    started, run = training("stuck", "--steps", 40, pause_s="100")
     started.says("run folder")
     wait_until(lambda: started.workers() == 2, 30, "two workers", started)
     started.press_ctrl_c()
@@ -387,18 +358,19 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(training: dict[str, tuple[St
     assert not run.exists(), "no step was done"
 
 
-def test_a_killed_client_takes_the_run_with_it(training: dict[str, tuple[Started, Path]]) -> None:
-    started, run = training["client"]
-    wait_until(lambda: b'"merged"' in (run / "tape.jsonl").read_bytes(), 60, "an update", started)
+@pytest.mark.slow  # test_descendants.py has it with helpers to end too
+def test_a_killed_client_takes_the_run_with_it(training: Training) -> None:
+    started, run = training("client", "--steps", 1000)
+    started.says("step ")
     assert started.workers() == 2
     started.process.kill()
     assert started.ends() == -signal.SIGKILL
     assert any(event["kind"] == "merged" for event in tape.read(run / "tape.jsonl"))
 
 
-def test_a_killed_supervisor_takes_its_workers_with_it(training: dict[str, tuple[Started, Path]]) -> None:
-    started, run = training["supervisor"]
-    wait_until(lambda: b'"merged"' in (run / "tape.jsonl").read_bytes(), 60, "an update", started)
+def test_a_killed_supervisor_takes_its_workers_with_it(training: Training) -> None:
+    started, run = training("supervisor", "--steps", 1000, pause_s="0.05")
+    wait_until(lambda: any((run / "checkpoints").glob("step-*")), 60, "a checkpoint", started)
     supervisor = started.supervisor()
     began = time.monotonic()
     os.kill(supervisor, signal.SIGKILL)
@@ -408,6 +380,7 @@ def test_a_killed_supervisor_takes_its_workers_with_it(training: dict[str, tuple
     assert f"and its workers with it; go on with --resume {run}." in complaint(started)
 
 
+@pytest.mark.slow  # test_start_up.py kills a run at every write of its start
 def test_a_supervisor_killed_before_any_training_leaves_nothing_to_resume(start: Start, tmp_path: Path) -> None:
     project = write_project(tmp_path)
     slow = "\nclass Slow(Net):\n    def __init__(self):\n        time.sleep(60)\n"

@@ -84,6 +84,7 @@ def test_an_error_comes_out_as_it_went_in() -> None:
     assert (type(found), found.message, found.detail) == (DataError, "sample 3 is empty", "a trace")
 
 
+@pytest.mark.processes
 def test_messages_need_no_torch() -> None:
     code = "import sys, instep.team.messages; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, TensorDataset
 import instep
 from instep.errors import DataError
 from instep.offline.cluster import Cluster
+from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team
 from instep.team import pickling, plain
 from instep.team.mapped_files import FileSpan
@@ -349,6 +350,7 @@ def trained(data: Any, folder: Path, workers: int) -> str:
     return train_here(recipe, Team(workers=workers), folder).digest
 
 
+@pytest.mark.processes
 def test_data_of_any_kind_train_alike(file: Path, tmp_path: Path) -> None:
     made = np.load(file).repeat(4, axis=0)
     np.save(file, made)
@@ -365,6 +367,7 @@ def test_data_of_any_kind_train_alike(file: Path, tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["tensor", "array", "memmap"])
 def test_data_are_in_memory_once_for_all_workers(kind: str, tmp_path: Path) -> None:
     def own_mib(mib: int) -> float:
@@ -397,6 +400,7 @@ class Records(Dataset[tuple[Tensor, Tensor]]):
         return taken, taken[:1]
 
 
+@pytest.mark.processes
 def test_plain_objects_are_unpickled_once_before_the_forks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load, loads = plain.load_plain, tmp_path / "loads"
 
@@ -414,10 +418,11 @@ def test_plain_objects_are_unpickled_once_before_the_forks(tmp_path: Path, monke
     assert data.rows == records()
 
 
+@pytest.mark.processes
 def test_runs_with_plain_objects_are_replayed_and_simulated(tmp_path: Path) -> None:
     recipe = Recipe(
         model=partial(nn.Linear, 3, 1), objective=squares, data=Records(MANY), batch=8, microbatches=4, steps=3
     )  # fmt: skip
-    run = instep.train(recipe, team=Team(workers=2), out=tmp_path / "run")
+    run = train_here(recipe, Team(workers=2), tmp_path / "run")
     assert instep.replay(run.path, recipe).same
-    assert instep.simulate(recipe, Cluster(workers=2))["digest"] == run.digest
+    assert simulate(recipe, Cluster(workers=2), True, None, lambda event: None)["digest"] == run.digest

@@ -16,10 +16,14 @@ from instep.errors import killed_by
 from instep.recipe import Team
 from instep.team.signals import Stop, deaf, interrupting
 from support.harness import Client, train_here
+from support.kinds import quick
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
 from support.regression import regression
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found through /proc")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found through /proc"),
+]
 
 
 @pytest.mark.parametrize(
@@ -111,24 +115,24 @@ RUNS: dict[str, tuple[str, float]] = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Started, Path]]]:
-    """Runs in the midst of training, all started at once."""
+    """Starts a run and waits until it is in the midst of training."""
     project = write_project(tmp_path_factory.mktemp("project"))
-    started: dict[str, tuple[Started, Path]] = {}
-    for number, (name, (flags, pause_s)) in enumerate(RUNS.items()):
-        line = f"train my.toml --out run-{number} --team.answer_timeout_s 1.5 {flags}"
-        started[name] = Started([*INSTEP, *line.split()], project, PAUSE_S=str(pause_s)), project / f"run-{number}"
-    code = Started([INSTEP[0], "-c", LIBRARY], project, PAUSE_S="0.1")
-    started["usr2 to a program"] = code, project / "library"
+    started: list[Started] = []
 
     def training(name: str) -> tuple[Started, Path]:
-        run, folder = started[name]
+        flags, pause_s = RUNS.get(name, ("", 0.1))
+        folder = project / ("library" if name not in RUNS else f"run-{list(RUNS).index(name)}")
+        line = f"train my.toml --out {folder} --team.answer_timeout_s 1.5 {flags}"
+        command = [INSTEP[0], "-c", LIBRARY] if name not in RUNS else [*INSTEP, *line.split()]
+        run = Started(command, project, PAUSE_S=str(pause_s))
+        started.append(run)
         kind = '"run_started"' if RUNS.get(name, ("", 0.0))[1] > 1 else '"merged"'
         tape = folder / "tape.jsonl"
         wait_until(lambda: tape.exists() and kind in tape.read_text(), 60, kind, run)
         return run, folder
 
     yield training
-    for run, _ in started.values():
+    for run in started:
         run.end()
 
 
@@ -149,11 +153,9 @@ def test_a_warning_to_all_ends_a_run_saved(runs: Runs) -> None:
     assert run.err == ""
 
 
-@pytest.mark.parametrize(
-    ("name", "number"), [("xcpu to the supervisor", signal.SIGXCPU), ("term to the supervisor", signal.SIGTERM)]
-)
-def test_a_signal_to_the_supervisor_ends_a_run_saved(name: str, number: signal.Signals, runs: Runs) -> None:
-    run, folder = runs(name)
+@pytest.mark.parametrize("number", quick([signal.SIGXCPU, signal.SIGTERM], signal.SIGTERM))
+def test_a_signal_to_the_supervisor_ends_a_run_saved(number: signal.Signals, runs: Runs) -> None:
+    run, folder = runs(f"{number.name.removeprefix('SIG').lower()} to the supervisor")
     os.kill(run.supervisor(), number)
     ends_saved(run, folder)
 
@@ -167,6 +169,7 @@ def test_a_warning_ends_a_program_s_run_saved(runs: Runs) -> None:
     run.leaves_nothing()
 
 
+@pytest.mark.slow  # test_launch.py has it of Ctrl-C
 def test_a_second_sigterm_does_not_wait_for_the_step(runs: Runs) -> None:
     run, folder = runs("term twice to all")
     os.killpg(run.process.pid, signal.SIGTERM)

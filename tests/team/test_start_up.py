@@ -102,6 +102,7 @@ def state_of(path: Path) -> tuple[Any, ...]:
     )
 
 
+@pytest.mark.processes
 def test_a_run_killed_at_any_write_of_its_start_is_resumed_or_started_anew(tmp_path: Path) -> None:
     expected = train_here(small(), TEAM, tmp_path / "undisturbed").digest
     count = left_by(tmp_path / "counted", 10**9)
@@ -132,6 +133,7 @@ def test_a_run_killed_at_any_write_of_its_start_is_resumed_or_started_anew(tmp_p
     assert anew >= 4
 
 
+@pytest.mark.processes
 def test_a_run_killed_before_its_first_event_can_be_replayed_after_its_resume(tmp_path: Path) -> None:
     """It was resumed with `joined` before `run_started`, and nothing could read the tape any more."""
     run = tmp_path / "run"
@@ -169,6 +171,7 @@ def test_a_run_resumed_before_its_first_event_finds_its_modules(tmp_path: Path) 
     assert saved(run, small(), None, "")[2] == ["/a", "/b"]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_ten_random_chains_of_signals_at_the_start_end_in_the_undisturbed_digest(tmp_path: Path) -> None:
     project = write_project(tmp_path)

@@ -13,14 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import optim
 
 from instep.data import Data
 from instep.recipe import Recipe, Team
 from instep.reduce.reduction import Reduction
 from support import workloads
 from support.harness import Client, train_here
+from support.kinds import quick
 from support.reference import reference_digests
 from support.workloads import Sentences, padded
+
+pytestmark = pytest.mark.processes
 
 WORKERS = [1, 2, 3, 4, 5, 8]
 
@@ -41,14 +45,14 @@ def stopping_at(version: int) -> Client:
 
 
 @pytest.mark.parametrize("name", workloads.ALL)
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("workers", quick(WORKERS, 1, 2, 3, 8))
 def test_every_step_is_that_of_the_reference_for_any_number_of_workers(name: str, workers: int, tmp_path: Path) -> None:
     recipe = workloads.ALL[name]()
     run = train_here(recipe, Team(workers=workers, checkpoint_every=1, keep=0), tmp_path / "run")
     assert run.digests == reference(name)
 
 
-@pytest.mark.parametrize("microbatches", [1, 3, 6])
+@pytest.mark.parametrize("microbatches", quick([1, 3, 6], 1, 3))
 def test_microbatches_need_not_be_a_power_of_two(microbatches: int, tmp_path: Path) -> None:
     recipe = workloads.convnet(batch=24, microbatches=microbatches, steps=4)
     torch.set_num_threads(1)
@@ -73,7 +77,7 @@ def test_an_order_of_arrival_gives_other_bits(tmp_path: Path, monkeypatch: pytes
     assert digests[8] != digests[1]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "gpt" else n for n in workloads.ALL])
+@pytest.mark.parametrize("name", quick(workloads.ALL, "convnet"))
 def test_resumed_from_any_version_with_another_team(name: str, tmp_path: Path) -> None:
     recipe = workloads.ALL[name]()
     whole = train_here(recipe, Team(workers=2, checkpoint_every=1, keep=0), tmp_path / "whole")
@@ -143,7 +147,7 @@ def test_bfloat16(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "optimizer",
-    [torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Muon],
+    quick([optim.Adam, optim.SGD, optim.Adagrad, optim.RMSprop, optim.NAdam, optim.Muon], optim.Adam, optim.Muon),
 )
 def test_any_optimizer(optimizer: Callable[..., Any], tmp_path: Path) -> None:
     recipe = workloads.gpt(steps=3, optimizer=lambda parameters: _matrices(optimizer, parameters))

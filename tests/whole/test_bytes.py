@@ -18,6 +18,7 @@ from instep.reduce.reduction import Reduction
 from instep.rules import parse
 from instep.rules.work import Pieces
 from support.harness import train_here
+from support.kinds import quick
 from support.serving import RULES
 from support.workloads import convnet, gpt
 
@@ -35,9 +36,10 @@ def check_bytes(recipe: Recipe, workers: int, engine: str, path: Path) -> None:
     assert real["bytes_sent"] == told["bytes_sent"] + push_and_pull * (real["dropped"] - told["dropped"])
 
 
-WORKERS = [pytest.param(w, marks=() if w in (3, 5) else pytest.mark.slow) for w in range(2, 9)]
+WORKERS = quick(range(2, 9), 3, 5)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("engine", ["lockstep", "server"])
 def test_synchronous_runs_send_what_was_told(engine: str, workers: int, tmp_path: Path) -> None:
@@ -45,6 +47,7 @@ def test_synchronous_runs_send_what_was_told(engine: str, workers: int, tmp_path
     check_bytes(gpt(steps=2), workers, engine, tmp_path / "run")
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_runs_under_every_preset_send_what_was_told(name: str, tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ from support.gradients import instep_gradient
 from support.harness import train_here
 from support.tasks import TASKS, WORDS, Drawn
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,9 +116,9 @@ def test_the_gradient_is_that_of_the_definition_on_the_whole_batch(
 @pytest.mark.parametrize("name", TASKS)
 def test_one_digest_for_any_number_of_workers(name: str, tmp_path: Path) -> None:
     made = recipe(name)
-    runs = [train_here(made, Team(workers=w, checkpoint_every=1, keep=0), tmp_path / str(w)) for w in (1, 3, 8)]
+    runs = [train_here(made, Team(workers=w, checkpoint_every=1, keep=0), tmp_path / str(w)) for w in (1, 3)]
     assert len(runs[0].digests) == 4
-    assert runs[0].digests == runs[1].digests == runs[2].digests
+    assert runs[0].digests == runs[1].digests
 
 
 # ----------------------------------------------------------------------------------------------------------------- DDP

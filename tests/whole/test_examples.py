@@ -13,6 +13,8 @@ import torch
 
 import instep
 
+pytestmark = pytest.mark.processes
+
 FIRST: tuple[Callable[..., Any], ...] = (
     instep.objective,
     instep.Recipe,

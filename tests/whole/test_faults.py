@@ -40,6 +40,8 @@ from support.harness import Client, act_on, train_here
 from support.regression import numbers, regression, squares
 from support.sentences import one_sentence
 
+pytestmark = pytest.mark.processes
+
 # ------------------------------------------------------------------------------------------------- workers that fail
 
 

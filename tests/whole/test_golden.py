@@ -20,6 +20,8 @@ from support.harness import train_here
 from support.serving import replayed
 from support.workloads import ALL as WORKLOADS
 
+pytestmark = pytest.mark.processes
+
 KNOWN: dict[str, dict[str, Any]] = json.loads(make.DIGESTS.read_text())
 
 

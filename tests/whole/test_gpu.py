@@ -12,7 +12,7 @@ from instep.recipe import Team
 from support import workloads
 from support.harness import train_here
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 
 
 @pytest.mark.parametrize("name", workloads.ALL)

@@ -11,6 +11,8 @@ import pytest
 
 import instep
 
+pytestmark = pytest.mark.pure
+
 SRC = Path(instep.__file__).parent
 
 MOST_LINES = 400

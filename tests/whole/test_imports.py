@@ -17,6 +17,7 @@ def loaded_after(code: str) -> set[str]:
     return set(done.stderr.split())
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "code",
     [
@@ -37,6 +38,7 @@ def test_no_torch(code: str) -> None:
     assert "torch" not in modules
 
 
+@pytest.mark.processes
 def test_what_needs_torch_imports_it() -> None:
     """The test above can fail."""
     assert "torch" in loaded_after("from instep import objective")

@@ -117,6 +117,7 @@ def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (model(batch[0]) - batch[1]).square().sum()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rule", ["synchronous", "asynchronous", "local_sgd:9007199254740991"])
 def test_as_many_steps_as_there_may_be_are_begun(rule: str, tmp_path: Path) -> None:
     recipe = Recipe(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,11 @@ from instep import Recipe, objectives
 from instep import gradient_checkpointing as gc
 from instep.cli import COMMANDS, main
 from instep.components import Component
-from instep.errors import ObjectiveError, RecipeError
-from instep.recipe import path_of, read
+from instep.errors import InstepError, ObjectiveError, RecipeError
+from instep.recipe import Team, path_of, read
+from instep.recipe import parse as parse_recipe
 from instep.rules.presets import parse
+from support.harness import train_here
 from support.regression import regression
 
 BASE: dict[str, Any] = {"model": "m:M", "objective": "m:f", "data": "m:d", "batch": 8, "steps": 1}
@@ -140,12 +141,10 @@ def test_a_missing_plotting_library_or_a_wrong_format_is_said_before_the_work(
     assert "pip install 'instep[report]'" in said(capsys, "memory", "gpt", "--plot", str(tmp_path / "trade.png"))
 
 
+@pytest.mark.processes
 def test_a_teacher_that_is_missing_says_how_to_make_one(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "instep", "train", "distil", "--steps", "2"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "train one with 'instep train gpt' and give its folder" in done.stderr
+    with pytest.raises(InstepError, match="train one with 'instep train gpt' and give its folder"):
+        train_here(parse_recipe(read("distil"))[0], Team(), tmp_path / "run")
 
 
 def test_a_plan_fits_a_screen_and_explains_its_bound() -> None:
@@ -188,6 +187,7 @@ def test_a_mean_for_a_sum_is_told_of_counts() -> None:
         objectives.check(bound, model, batch)
 
 
+@pytest.mark.processes
 def test_ctrl_c_in_python_names_the_folder_to_go_on_with(tmp_path: Path) -> None:
     seen = []
 

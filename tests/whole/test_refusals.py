@@ -35,6 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("flags", "status", "sentence"),
     [
@@ -101,18 +102,21 @@ def test_a_log_that_cannot_be_written_is_one_sentence(project: Path, tmp_path: P
         instep.train(resume=tmp_path / "run")
 
 
-@pytest.mark.slow
+WORKERS_SEE = [
+    ("--recipe.model.use mymodel:Nte", "'mymodel' has no 'Nte' .*; did you mean 'Net'?"),
+    ("--recipe.model.args.widht 9", "mymodel:Net does not take the arguments given to it: .*instead of 'widht'?"),
+    ("--recipe.objective.use mymodel:mean", "term 'objective' of the objective is a mean, not a sum"),
+    ("--recipe.data.args.samples 7", "the training data is too small: 7 samples do not fill one batch of 8"),
+    ("--recipe.data.args.samples 0", "the training data is empty; give at least one sample."),
+    ("--recipe.optimizer.args.lr -1.0", "AdamW refuses its arguments .Invalid learning rate: -1.0"),
+    ("--team.device cuda", "team.device is 'cuda', and torch finds no GPU here"),
+]
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("flags", "sentence"),
-    [
-        ("--recipe.model.use mymodel:Nte", "'mymodel' has no 'Nte' .*; did you mean 'Net'?"),
-        ("--recipe.model.args.widht 9", "mymodel:Net does not take the arguments given to it: .*instead of 'widht'?"),
-        ("--recipe.objective.use mymodel:mean", "term 'objective' of the objective is a mean, not a sum"),
-        ("--recipe.data.args.samples 7", "the training data is too small: 7 samples do not fill one batch of 8"),
-        ("--recipe.data.args.samples 0", "the training data is empty; give at least one sample."),
-        ("--recipe.optimizer.args.lr -1.0", "AdamW refuses its arguments .Invalid learning rate: -1.0"),
-        ("--team.device cuda", "team.device is 'cuda', and torch finds no GPU here"),
-    ],
+    [WORKERS_SEE[0], *(pytest.param(*each, marks=pytest.mark.slow) for each in WORKERS_SEE[1:])],
 )
 def test_what_only_workers_see_is_one_sentence(flags: str, sentence: str, project: Path, tmp_path: Path) -> None:
     if "cuda" in flags and torch.cuda.is_available():

@@ -32,6 +32,8 @@ from support.gradients import instep_gradient
 from support.harness import train_here
 from support.tasks import PADDING, Texts, padded
 
+pytestmark = pytest.mark.processes
+
 
 class Reader(nn.Module):
     """Predicts the next token from the mean of those so far, and has a code for each text as a whole."""

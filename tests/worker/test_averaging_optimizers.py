@@ -25,6 +25,8 @@ from support.schedule_free import BETA, ScheduleFree
 from support.sentences import one_sentence
 from support.serving import replayed
 
+pytestmark = pytest.mark.processes
+
 
 class Hidden(ScheduleFree):
     """The same steps, without a word that other weights are meant."""

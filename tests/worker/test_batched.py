@@ -26,6 +26,8 @@ from instep.worker.gradients import Contributor
 from instep.worker.replica import Replica
 from support.workloads import convnet, gpt
 
+pytestmark = pytest.mark.processes
+
 WORKERS, MICROBATCHES = 6, 12
 
 

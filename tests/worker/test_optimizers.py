@@ -28,6 +28,8 @@ from support.harness import Client, act_on, train_here
 from support.sentences import one_sentence
 from support.serving import replayed
 
+pytestmark = pytest.mark.processes
+
 
 class Narrow(nn.Module):
     """Parameters of two types."""

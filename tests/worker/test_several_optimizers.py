@@ -81,6 +81,7 @@ def placement_of(recipe: Recipe) -> Placement:
     return choose(replica, reduction, 0)
 
 
+@pytest.mark.processes
 def test_muon_and_adamw_train_a_gpt_with_one_digest_for_any_team(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_muon_and_adamw_train_a_gpt_with_one_digest_for_any_team(
     assert kinds == [{"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}]
 
 
+@pytest.mark.processes
 def test_a_run_of_several_is_resumed_by_another_team_and_engine(tmp_path: Path) -> None:
     whole = train_here(gpt(), Team(), tmp_path / "whole")
     for version, team in ((2, Team(workers=3)), (4, Team(workers=2, engine="server"))):
@@ -111,6 +113,7 @@ def test_a_run_of_several_is_resumed_by_another_team_and_engine(tmp_path: Path) 
     assert replayed(gpt(), run.path).same
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("rule", [p.asynchronous(), UpdateRule.from_text("local_sgd:2")], ids=lambda rule: rule.name)
 def test_every_rule_and_the_virtual_clock_take_several(rule: UpdateRule, tmp_path: Path) -> None:
     recipe = gpt(rule=rule, clip_norm=None, steps=4)
@@ -119,6 +122,7 @@ def test_every_rule_and_the_virtual_clock_take_several(rule: UpdateRule, tmp_pat
     assert simulate(recipe, Cluster(workers=2), True, None, lambda event: None)["digest"]
 
 
+@pytest.mark.processes
 def test_one_of_several_may_average_its_weights(tmp_path: Path) -> None:
     parts = {"0.*": ScheduleFree, "*": lambda q: optim.SGD(q, lr=0.01)}
     recipe = regression(model=lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), optimizer=parts)
@@ -160,6 +164,7 @@ def test_the_first_pattern_that_matches_has_a_parameter() -> None:
     ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("optimizer", "sentence"),
     [

@@ -32,7 +32,10 @@ from instep.watch import Watch, limit
 from instep.worker.spikes import Verdict
 from support import workloads
 from support.harness import Client, Outcome, train_here
+from support.kinds import quick
 from support.serving import at, kill, replayed
+
+pytestmark = pytest.mark.processes
 
 # --------------------------------------------------------------------------------------------------------- the verdict
 
@@ -111,9 +114,6 @@ def verdicts(recipe: Recipe, objectives: list[float]) -> list[bool]:
     return found
 
 
-SLOW = [pytest.param(answer, marks=pytest.mark.slow) for answer in ("ignore", "warn")]
-
-
 def told(spikes: list[bool], answer: str, window: int) -> list[int]:
     """The versions of which the run warns: all, or under "warn" those with no spike in the window before."""
     return [
@@ -123,9 +123,7 @@ def told(spikes: list[bool], answer: str, window: int) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize(
-    "answer", [*SLOW, *(pytest.param(answer, marks=pytest.mark.slow) for answer in ("skip", "rollback")), "stop"]
-)
+@pytest.mark.parametrize("answer", quick(["ignore", "warn", "skip", "rollback", "stop"], "stop"))
 def test_an_answer_to_spikes_holds_for_any_team_and_on_replay(answer: str, tmp_path: Path) -> None:
     recipe = watched(watch={"spike": answer})
     runs: dict[str, Outcome] = {
@@ -173,7 +171,7 @@ def stopping_at(version: int) -> Client:
     return client
 
 
-@pytest.mark.parametrize("answer", [pytest.param("skip", marks=pytest.mark.slow), "stop", "rollback"])
+@pytest.mark.parametrize("answer", quick(["skip", "stop", "rollback"], "rollback"))
 def test_an_answer_holds_across_resumes_and_deaths(answer: str, tmp_path: Path) -> None:
     recipe = watched(watch={"spike": answer}, evaluate_every=4)
     whole = train_here(recipe, Team(checkpoint_every=7), tmp_path / "whole")
@@ -298,7 +296,7 @@ def test_early_stopping_ends_the_run_alike_for_any_team_and_keeps_the_best(tmp_p
     assert len({run.digests[best.read(run.path / "checkpoints").version] for run in runs}) == 1  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("engine", ["lockstep", "server"])
+@pytest.mark.parametrize("engine", quick(["lockstep", "server"], "server"))
 def test_early_stopping_holds_across_a_resume(engine: Any, tmp_path: Path) -> None:
     recipe, path = overfitting(), tmp_path / "run"
     train_here(recipe, Team(workers=2, engine=engine), path, client=stopping_at(ended_early() - 7))
@@ -451,6 +449,6 @@ def test_a_verdict_without_an_answer_lets_the_update_be_made() -> None:
 
 def test_the_workloads_of_other_tests_have_no_spike(tmp_path: Path) -> None:
     """The default warns; in a run that goes well it says nothing."""
-    run = train_here(workloads.gpt(steps=60), Team(workers=2), tmp_path / "run")
+    run = train_here(workloads.gpt(steps=30), Team(workers=2), tmp_path / "run")
     assert not [event for event in run.events if event["kind"] == "warned"]
     assert json.loads((run.path / "result.json").read_text())["stopped"] is None

@@ -65,6 +65,7 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe(**{**fields, **changes})
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("workers", "engine"), [(1, "lockstep"), (2, "lockstep"), (2, "server")])
 def test_a_value_that_differs_only_after_some_steps_ends_the_run_before_the_update(
     workers: int, engine: Any, tmp_path: Path
@@ -76,6 +77,7 @@ def test_a_value_that_differs_only_after_some_steps_ends_the_run_before_the_upda
     assert 3 <= sum(event["kind"] == "merged" for event in client.events) < 9
 
 
+@pytest.mark.processes
 def test_the_tape_counts_the_seconds_and_no_bit_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = train_here(gpt(steps=4), Team(workers=1), tmp_path / "bare")
     for workers, free_s in ((1, 1e9), (2, 1e9), (3, 0.0)):

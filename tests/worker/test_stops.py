@@ -33,8 +33,11 @@ from instep.record import checkpoint, tape
 from instep.schedule import Change
 from instep.watch import Watch
 from support.harness import Outcome, train_here
+from support.kinds import quick
 from support.reference import reference_digests
 from support.serving import RULES, replayed
+
+pytestmark = pytest.mark.processes
 
 SAMPLES, STOP = 64, 5
 BAD = Cursor(samples=SAMPLES, batch=8, microbatches=4, seed=0).microbatch(STOP, 1)[0]
@@ -139,7 +142,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return train_here(recipe(), Team(checkpoint_every=1, keep=0), tmp_path_factory.mktemp("clean") / "run")
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", quick([1, 2, 3], 2))
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_stop_saves_the_step_before_it_in_lockstep(fault: str, workers: int, tmp_path: Path, clean: Outcome) -> None:
     path, flag = tmp_path / "run", tmp_path / "flag"
@@ -159,7 +162,7 @@ def test_a_stop_saves_the_step_before_it_in_lockstep(fault: str, workers: int, t
 
 
 @pytest.mark.parametrize("fault", ["forward", "gradient"])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", quick(RULES, "asynchronous", "backup_workers", "diloco"))
 def test_a_stop_saves_the_last_update_under_every_rule(rule: str, fault: str, tmp_path: Path) -> None:
     """The worker's code raises, or the server refuses an update; what was saved goes on, and replays."""
     path, flag = tmp_path / "run", tmp_path / "flag"
@@ -315,7 +318,7 @@ def test_a_bad_batch_is_left_out_alike_for_any_team_and_as_the_reference_has_it(
 
 
 @pytest.mark.parametrize("fault", ["infinite", "gradient", "empty"])
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule != "synchronous"])
+@pytest.mark.parametrize("rule", quick([rule for rule in RULES if rule != "synchronous"], "asynchronous", "local_sgd"))
 def test_a_bad_batch_is_left_out_under_every_rule(rule: str, fault: str, tmp_path: Path) -> None:
     """Weights stay finite, the batch is counted once, and a replay agrees."""
     path = tmp_path / "run"

@@ -26,6 +26,8 @@ from instep.worker.training_mode import idle_dropouts, into_training
 from support.harness import Outcome, train_here
 from support.serving import replayed
 
+pytestmark = pytest.mark.processes
+
 
 def samples(count: int = 64) -> TensorDataset:
     inputs = torch.randn(count, 8, generator=torch.Generator().manual_seed(3))
