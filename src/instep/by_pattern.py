@@ -49,7 +49,7 @@ class ByPattern:
         """The names of each part, in their order. Raises ComponentError for a name that nothing matches, and a part
         without a name.
         """
-        found: list[list[str]] = [[] for _ in self.parts]
+        groups: list[list[str]] = [[] for _ in self.parts]
         for name in names:
             matching = (place for place, (patterns, _) in enumerate(self.parts) if _matches(name, patterns))
             place = next(matching, None)
@@ -58,15 +58,15 @@ class ByPattern:
                     f"parameter '{name}' matches no pattern of 'optimizer'; add a last part for the others, with "
                     f'parameters = "*", or freeze it.'
                 )
-            found[place].append(name)
-        for names_of_part, (patterns, component) in zip(found, self.parts, strict=True):
+            groups[place].append(name)
+        for names_of_part, (patterns, component) in zip(groups, self.parts, strict=True):
             if not names_of_part:
                 raise ComponentError(
                     f"no parameter is left for the optimizer {component.describe()}, whose 'parameters' are "
                     f"{', '.join(map(repr, patterns))}: the first pattern that matches a name has it; the names are "
                     f"such as '{names[0]}'."
                 )
-        return found
+        return groups
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -120,7 +120,7 @@ def import_object(address: str) -> Any:
     """Imports ``"package.module:name"``; `name` may have dots. Raises ComponentError."""
     module_name, _, path = address.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        target: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise ComponentError(
             f"cannot import {shown(module_name)} for {shown(address)} ({cut(error)}); "
@@ -134,14 +134,14 @@ def import_object(address: str) -> Any:
         ) from error
     for part in path.split("."):
         try:
-            found = getattr(found, part)
+            target = getattr(target, part)
         except AttributeError:
-            close = difflib.get_close_matches(part, dir(found), 1)
+            close = difflib.get_close_matches(part, dir(target), 1)
             hint = f"; did you mean {shown(close[0])}?" if close else "."
             raise ComponentError(
                 f"{shown(module_name)} has no {shown(path)} (asked for by {shown(address)}){hint}"
             ) from None
-    return found
+    return target
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ def take_care_of_helpers(closing: Iterable[Callable[[], None]]) -> None:
 
     What another thread forks would die with that thread already, so it is left to who adopts it.
     """
-    own = list(closing)
+    closers = list(closing)
     process, from_main = os.getpid(), False
 
     def before() -> None:
@@ -157,9 +157,9 @@ def take_care_of_helpers(closing: Iterable[Callable[[], None]]) -> None:
     def in_child() -> None:
         if from_main:
             die_with_parent()
-        for close in own:
+        for close in closers:
             with contextlib.suppress(OSError):
                 close()
-        own.clear()  # in a helper's helpers these descriptors stand for something else
+        closers.clear()  # in a helper's helpers these descriptors stand for something else
 
     os.register_at_fork(before=before, after_in_child=in_child)

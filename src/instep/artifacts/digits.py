@@ -56,16 +56,16 @@ def vae_reconstructions(
     pictures, names = _training(data)
     real, wanted = _tensors(data.held_out)
     device = next(model.parameters()).device
-    found = model(real.to(device))[0].sigmoid().cpu()
-    shown = [part[row * columns : (row + 1) * columns] for row in range(rows) for part in (real, found)]
+    rebuilt = model(real.to(device))[0].sigmoid().cpu()
+    shown = [part[row * columns : (row + 1) * columns] for row in range(rows) for part in (real, rebuilt)]
     write_png(folder / "reconstructions.png", grid(torch.cat(shown), columns))
     drawn = model.decode(torch.randn(columns * rows, model.latents).to(device)).sigmoid()
     write_png(folder / "samples.png", grid(drawn, columns))
     mean = pictures.mean(0)
     return {
-        "error": float((found - real).square().mean()),
+        "error": float((rebuilt - real).square().mean()),
         "error of the mean": float((mean - real.flatten(1)).square().mean()),
-        "recognised": _share(names[_nearest(found.flatten(1), pictures)] == wanted),
+        "recognised": _share(names[_nearest(rebuilt.flatten(1), pictures)] == wanted),
     }
 
 

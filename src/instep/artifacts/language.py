@@ -45,14 +45,14 @@ def preferences(model: Any, data: Data, folder: Path, *, pairs: int = 8) -> Mapp
     right = 0
     for start in range(0, len(held_out), 64):
         batch = load(held_out, range(start, min(start + 64, len(held_out))))
-        found = {
+        log_ratios = {
             side: sequence_log_probabilities(model, [part.to(device) for part in batch[side]]).cpu()
             for side in ("chosen", "rejected")
         }
-        right += int((found["chosen"] > found["rejected"]).sum())
-        for place in range(len(found["chosen"])):
+        right += int((log_ratios["chosen"] > log_ratios["rejected"]).sum())
+        for place in range(len(log_ratios["chosen"])):
             if start + place < pairs:
-                lines += [_shown(batch[side], place, side, float(found[side][place])) for side in found]
+                lines += [_shown(batch[side], place, side, float(log_ratios[side][place])) for side in log_ratios]
     (folder / "pairs.txt").write_text("\n".join(lines), encoding="utf-8")
     return {"preferred": right / len(held_out)}
 

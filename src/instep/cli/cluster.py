@@ -31,18 +31,18 @@ def cluster_of(
         raise UsageError(f"--workers is {workers}; it must be from 1 to {MOST_WORKERS}.")
     if restart and not failures:
         raise UsageError("--restart says how long a failed worker is away; it goes with --failures.")
-    found = None
+    worker_times = None
     if times is not None:
         away_s = duration_s(restart or "10s", "--restart")
         lasting = Failures(duration_s(failures, "--failures"), away_s) if failures else None
-        found = WorkerTimes.from_text(
+        worker_times = WorkerTimes.from_text(
             times, persistence=persistence, slow=parse_slow(slow) if slow else (), failures=lasting, seed=seed
         )
     elif failures or persistence:
         raise UsageError("--failures and --persistence go with --times, which says how long a microbatch takes.")
     network = Network.from_text(bandwidth, latency) if bandwidth or latency else None
     return Cluster(
-        workers=workers, times=found, network=network, collective=collective, slow=slow,
+        workers=workers, times=worker_times, network=network, collective=collective, slow=slow,
         merge_s=None if merge is None else duration_s(merge, "--merge"),
     )  # fmt: skip
 

@@ -14,21 +14,21 @@ def replay_run(run: Path) -> None:
     """Computes a run again. Raises RecordError where the result is another one, or there is none to compare with."""
     from instep.api import replay
 
-    found = replay(run)
-    print(f"versions  {found.versions:,}")
-    print(f"digest    {found.digest}")
-    if found.same:
-        print(f"compared  {found.proof}")
+    replayed = replay(run)
+    print(f"versions  {replayed.versions:,}")
+    print(f"digest    {replayed.digest}")
+    if replayed.same:
+        print(f"compared  {replayed.proof}")
         print("The run's own digest: the replay is exact.")
         return
-    if not found.divergence and found.recorded is None:
+    if not replayed.divergence and replayed.recorded is None:
         raise RecordError(
-            f"the run {run} never ended, so the tape has no digest to compare with; {found.proof} of it are the "
-            f"replay's own, up to version {found.versions:,}."
+            f"the run {run} never ended, so the tape has no digest to compare with; {replayed.proof} of it are the "
+            f"replay's own, up to version {replayed.versions:,}."
         )
     raise RecordError(
         f"the replay of {run} gave another result than the run: "
-        + (found.divergence or f"the run's digest is {found.recorded}.")
+        + (replayed.divergence or f"the run's digest is {replayed.recorded}.")
     )
 
 

@@ -136,13 +136,13 @@ def _digest(samples: MapStyle, may_fail: Collection[int], unread: list[int]) -> 
         for index in sorted({*range(min(count, SHOWN_SAMPLES)), *range(max(0, count - SHOWN_SAMPLES), count)}):
             seed_all(index)
             try:
-                found = sample(samples, index)
+                content = sample(samples, index)
             except DataError:
                 if index not in may_fail:
                     raise
                 unread.append(index)
                 continue
-            leaves, structure = pytree.tree_flatten(found)
+            leaves, structure = pytree.tree_flatten(content)
             sha.update(str(structure).encode())
             for leaf in leaves:
                 sha.update(_leaf_bytes(leaf))

@@ -81,7 +81,7 @@ def _read_twice(
     samples: MapStyle, indices: Sequence[int], collate: Collate | None, seed: int, *, let_fail: bool = False
 ) -> Any:
     """The batch, read a second time; None where `let_fail` and it cannot be read: training may never come there."""
-    found = []
+    signatures = []
     for _ in range(2):
         seed_all(seed)
         try:
@@ -90,8 +90,8 @@ def _read_twice(
             if let_fail:
                 return None
             raise
-        found.append(signature(batch))  # at once: what is read later may be this very object, changed
-    if found[0] != found[1]:
+        signatures.append(signature(batch))  # at once: what is read later may be this very object, changed
+    if signatures[0] != signatures[1]:
         other = _first_other(samples, indices, seed)
         if other is None and collate is not None:
             again = partial(load, samples, indices, collate)
@@ -151,16 +151,16 @@ def _generators_in(root: Any) -> list[tuple[str, Any]]:
     """Generators in `root`, at any depth: where, such as "transform.rng", and which. Not the global ones."""
     seen: set[int] = {id(random._inst), id(np.random.mtrand._rand), id(torch.default_generator)}
     queue: list[tuple[str, Any]] = [("", root)]
-    found: list[tuple[str, Any]] = []
+    generators: list[tuple[str, Any]] = []
     for place, (path, value) in enumerate(queue):  # which grows meanwhile
         if id(value) in seen or place > _OBJECTS:
             continue
         seen.add(id(value))
         if isinstance(value, (np.random.Generator, np.random.RandomState, random.Random, torch.Generator)):
-            found.append((path, value))
+            generators.append((path, value))
         else:
             queue += [(f"{path}.{name}".lstrip("."), part) for name, part in _parts(value)[:_OBJECTS]]
-    return found
+    return generators
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:

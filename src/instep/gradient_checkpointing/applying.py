@@ -123,13 +123,13 @@ def _kept(plan: BlockPlan) -> frozenset[tuple[str, int]]:
     kind, came = plan.kind, Counter[str]()
     last = {index: place for place, operation in enumerate(kind.operations) for index in operation.writes}
     leaving = {last[index] for index, storage in enumerate(kind.storages) if storage.escapes and index in last}
-    found = set()
+    kept = set()
     for place, (operation, act) in enumerate(zip(kind.operations, plan.choice.acts, strict=True)):
         name = _functional(operation.name)
         came[name] += 1
         if act is Act.KEEP or place in leaving:
-            found.add((name, came[name]))
-    return frozenset(found)
+            kept.add((name, came[name]))
+    return frozenset(kept)
 
 
 def _functional(name: str) -> str:

@@ -17,14 +17,14 @@ def find_blocks(model: nn.Module) -> list[str]:
     Containers such as `nn.Sequential` are looked into first, and are blocks themselves where nothing in them is.
     Raises CheckpointingError where there are none.
     """
-    found = _below(model, "")
-    if not found:
+    names = _below(model, "")
+    if not names:
         raise CheckpointingError(
             f"the model {type(model).__name__} has no repeated block: no two of its parts are of one class and have "
             f"parts of their own; leave the memory budget out (--memory, team.memory), or, in Python, name what may be "
             f"recomputed, as in instep.gradient_checkpointing.profile(..., blocks=['encoder', 'head'])."
         )
-    return found
+    return names
 
 
 def named_blocks(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -149,21 +149,21 @@ def _by_states(graph: Graph, price: Price) -> list[tuple[int, ...]]:
     states: dict[int, list[tuple[int, float, int]]] = {_mask(graph.roots): [(0, 0.0, 0)]}
     for place in range(len(groups) - 1, -1, -1):
         group = groups[place]
-        own, reads = _mask(group.storages), _mask(group.reads)
+        makes, reads = _mask(group.storages), _mask(group.reads)
         cost = price[0] * group.seconds + price[1] * group.flops
-        found: dict[int, list[tuple[int, float, int]]] = {}
+        by_state: dict[int, list[tuple[int, float, int]]] = {}
         for needed, points in states.items():
-            wanted = needed & own
+            wanted = needed & makes
             if not wanted:
-                found.setdefault(needed, []).extend(points)
+                by_state.setdefault(needed, []).extend(points)
                 continue
             again = [(held, work + cost, kept) for held, work, kept in points]
-            found.setdefault((needed | reads) & ~own, []).extend(again)
+            by_state.setdefault((needed | reads) & ~makes, []).extend(again)
             if group.keepable:
                 nbytes = sum(stored[s].nbytes for s in group.storages if wanted >> s & 1 and not stored[s].escapes)
                 stays = [(held + nbytes, work, kept | 1 << place) for held, work, kept in points]
-                found.setdefault(needed & ~own, []).extend(stays)
-        states = {state: _thinned(points) for state, points in found.items()}
+                by_state.setdefault(needed & ~makes, []).extend(stays)
+        states = {state: _thinned(points) for state, points in by_state.items()}
     kept = {kept for points in states.values() for _, _, kept in points}
     return [tuple(place for place in range(len(groups)) if mask >> place & 1) for mask in sorted(kept)]
 

@@ -295,20 +295,20 @@ class _Search:
         """By block, in the order in which they hold: the most that is alive beside what it and those before it hold
         while it is the last that holds, when its recompute begins, and in its backward."""
         last: list[int] = []
-        found: dict[int, list[int]] = {}
+        bases: dict[int, list[int]] = {}
         for moment in self.profile.moments:
             if moment.kind == "hold":
                 last.append(moment.block)
-                found[moment.block] = [0, 0, 0]
+                bases[moment.block] = [0, 0, 0]
             elif moment.kind == "recompute":
                 last.remove(moment.block)
-                found[moment.block][1] = moment.base_bytes
+                bases[moment.block][1] = moment.base_bytes
             elif moment.kind == "run":
                 if moment.block >= 0:
-                    found[moment.block][2] = max(found[moment.block][2], moment.base_bytes)
+                    bases[moment.block][2] = max(bases[moment.block][2], moment.base_bytes)
                 if last:
-                    found[last[-1]][0] = max(found[last[-1]][0], moment.base_bytes)
-        return found
+                    bases[last[-1]][0] = max(bases[last[-1]][0], moment.base_bytes)
+        return bases
 
 
 _State = tuple[int, float, int, Any]

@@ -89,15 +89,15 @@ def _used_once(model: nn.Module, objective: Objective, batch: Any, names: list[s
     finally:
         for handle in handles:
             handle.remove()
-    found = [name for name, number in calls.items() if number == 1]
-    if not found:
+    once = [name for name, number in calls.items() if number == 1]
+    if not once:
         name, number = next(iter(calls.items()))
         raise CheckpointingError(
             f"block '{name}' runs {number} times in a forward, and a plan is for blocks that run once; leave the "
             f"memory budget out (--memory, team.memory), or, in Python, name others, as in "
             f"instep.gradient_checkpointing.profile(..., blocks=['encoder', 'head'])."
         )
-    return found
+    return once
 
 
 def _trace(model: nn.Module, objective: Objective, batch: Any, names: list[str]) -> Tracer:

@@ -321,13 +321,13 @@ class Readers(TorchFunctionMode):
 
 def tensors_in(values: Any) -> list[Tensor]:
     """All tensors in lists, dicts, whatever else pytree knows, and dataclasses, in order."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for leaf in pytree.tree_leaves(values):
         if isinstance(leaf, Tensor):
-            found.append(leaf)
+            tensors.append(leaf)
         elif is_dataclass(leaf) and not isinstance(leaf, type):
-            found += tensors_in([getattr(leaf, part.name) for part in fields(leaf)])
-    return found
+            tensors += tensors_in([getattr(leaf, part.name) for part in fields(leaf)])
+    return tensors
 
 
 def _storage(value: Tensor) -> int:

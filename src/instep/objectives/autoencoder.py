@@ -69,10 +69,10 @@ class VAE:
                 f"the model gave a {type(answer).__name__}; VAE needs a triple of tensors (reconstruction, mean, log "
                 f"variance)."
             )
-        found, mean, log_variance = (a.float() if a.dtype in (torch.bfloat16, torch.float16) else a for a in answer)
-        if found.shape != x.shape:
+        output, mean, log_variance = (a.float() if a.dtype in (torch.bfloat16, torch.float16) else a for a in answer)
+        if output.shape != x.shape:
             raise ObjectiveError(
-                f"the model's reconstruction has shape {list(found.shape)} and its input {list(x.shape)}; make the "
+                f"the model's reconstruction has shape {list(output.shape)} and its input {list(x.shape)}; make the "
                 f"decoder's head as wide as a sample."
             )
         if mean.shape != log_variance.shape or len(mean) != len(x) or mean.dim() < 2:
@@ -82,9 +82,9 @@ class VAE:
                 f"each."
             )
         if self.likelihood == "gaussian":
-            reconstruction = 0.5 * (found - x).square().sum()
+            reconstruction = 0.5 * (output - x).square().sum()
         else:
-            reconstruction = F.binary_cross_entropy_with_logits(found, self._shares(x, found), reduction="sum")
+            reconstruction = F.binary_cross_entropy_with_logits(output, self._shares(x, output), reduction="sum")
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
         return {"reconstruction": reconstruction, "kl": kl}
 

@@ -146,13 +146,13 @@ def _samples(batch: Any, whose: str) -> tuple[Tensor, Any]:
 
 
 def _answer(model: nn.Module, x: Tensor, t: Tensor, condition: Any, whose: str) -> Tensor:
-    found = model(x, t) if condition is None else model(x, t, condition)
-    if not isinstance(found, Tensor) or found.shape != x.shape:
-        shown = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    output = model(x, t) if condition is None else model(x, t, condition)
+    if not isinstance(output, Tensor) or output.shape != x.shape:
+        shown = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ObjectiveError(
             f"the model gave {shown} for samples of shape {list(x.shape)}; {whose} needs an answer of their shape."
         )
-    return found.float() if found.dtype in (torch.bfloat16, torch.float16) else found
+    return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:

@@ -209,16 +209,16 @@ class _Total(torch.autograd.Function):
         ctx: Any, f: Rows, others: Any, recorded: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Any:
         work = _Projection([recorded and needed for needed in ctx.needs_input_grad[3:]], hidden, weight, bias)
-        found: list[tuple[Tensor, ...]] = []
+        blocks: list[tuple[Tensor, ...]] = []
         for start, stop in work.chunks():
             logits = work.logits(start, stop)
             for block, parts, _ in work.blocks(logits, others, start, stop):
-                found.append(_with_gradient(f, block, parts) if work.wanted else f(_wide(block), *parts))
+                blocks.append(_with_gradient(f, block, parts) if work.wanted else f(_wide(block), *parts))
             del block, parts  # or a chunk of the teacher's logits would live on beside the next
             if work.wanted:
                 work.add(start, stop, logits)
         ctx.gradients = work.gradients
-        totals = [torch.stack(each).sum() for each in zip(*found, strict=True)]
+        totals = [torch.stack(each).sum() for each in zip(*blocks, strict=True)]
         ctx.mark_non_differentiable(*totals[1:])
         return tuple(totals)
 
@@ -282,15 +282,15 @@ def _with_gradient(f: Rows, logits: Tensor, parts: Sequence[Tensor]) -> tuple[Te
     if known is None:
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
-            found = f(_wide(leaf), *parts)
-        gradient = torch.autograd.grad(found[0], leaf)[0]
-        found = tuple(value.detach() for value in found)
+            outputs = f(_wide(leaf), *parts)
+        gradient = torch.autograd.grad(outputs[0], leaf)[0]
+        outputs = tuple(value.detach() for value in outputs)
     else:
         gradient = _wide(logits)
-        found = known(gradient, *parts)
+        outputs = known(gradient, *parts)
     if gradient is not logits:
         logits.copy_(gradient)
-    return found
+    return outputs
 
 
 class _Projection:

@@ -144,13 +144,13 @@ class Buffers:
         step started from and of what the worker's microbatches left, or `APART`; none where it had no samples.
         """
         places = [place for place, filled in enumerate(self._filled) if filled]
-        found: dict[int, tuple[int, int]] = {}
+        sums: dict[int, tuple[int, int]] = {}
         for index in self._doubtful if places else ():
             start, *ends = (
                 int(text, 16) for text in checksum([self._start[index], *(self._value(p, index) for p in places)])
             )
-            found[index] = (start, ends[0] if len(set(ends)) == 1 else APART)
-        return found
+            sums[index] = (start, ends[0] if len(set(ends)) == 1 else APART)
+        return sums
 
     def post(
         self, which: Sequence[int], first: int, nodes: Sequence[Node], rows: Sequence[Tensor], integers: Tensor,

@@ -126,16 +126,16 @@ class Written:
         try:
             yield
         finally:
-            found = self._differing(self._all, before) | {
+            changed = self._differing(self._all, before) | {
                 name for name in copied if not same_bits(self._all[name].detach(), copies[name])
             }
-            late = (found & set(others)) | self._differing(others, sums)
-            for name in found & set(copied):
+            late = (changed & set(others)) | self._differing(others, sums)
+            for name in changed & set(copied):
                 _put_back(self._all[name], homes[name], copies[name])
         if late:
             raise FirstWrite(sorted(late), "a first forward")
         if learn:
-            self.learn(found)
+            self.learn(changed)
 
     def look(self, *, closely: bool) -> Trace:
         """What `check` compares with later: free, but `closely`, when all bits are read, for writes through ``.data``,
@@ -205,13 +205,13 @@ class Written:
 
     def differences(self, before: Sequence[Tensor]) -> dict[str, WrittenElements]:
         """What the `frozen` ones hold now and did not in `before`, in that order; by name."""
-        found = {}
+        changes = {}
         frozen = [name for name in self.names if id(self._all[name]) not in self._trained]
         for name, earlier in zip(frozen, before, strict=True):
             new, old = bits_of(self._all[name].detach()), bits_of(earlier).to(self._all[name].device)
             if not torch.equal(new, old):
-                found[name] = WrittenElements(new != old, new, old)
-        return found
+                changes[name] = WrittenElements(new != old, new, old)
+        return changes
 
     def take(self, values: Mapping[str, Tensor]) -> None:
         """Gives parameters, by name, the values in which an update is to find them."""
@@ -249,14 +249,14 @@ class Written:
 
     def read(self, row: Tensor, step: int) -> dict[str, WrittenElements]:
         """The changes in `row`, by name, as views of it. Raises RecipeError where its microbatches disagreed."""
-        found = {}
+        changes = {}
         for name, (flag, mask, new, old) in self._views(row).items():
             if int(flag) == 2:
                 raise _disagreement(name, step)
             if int(flag):
                 device = self._all[name].device
-                found[name] = WrittenElements(mask.to(device), new.to(device), old.to(device))
-        return found
+                changes[name] = WrittenElements(mask.to(device), new.to(device), old.to(device))
+        return changes
 
     def merged(
         self, rows: Sequence[Tensor], step: int, only: Collection[str] | None = None
@@ -267,16 +267,16 @@ class Written:
         """
         if not self.names:
             return {}
-        found: dict[str, WrittenElements] = {}
+        changes: dict[str, WrittenElements] = {}
         for row in rows:
             for name, change in self.read(row, step).items():
                 if only is not None and name not in only:
                     continue
-                joined = _join(found.get(name), change)
+                joined = _join(changes.get(name), change)
                 if joined is None:
                     raise _disagreement(name, step)
-                found[name] = joined
-        return found
+                changes[name] = joined
+        return changes
 
     # ------------------------------------------------------------------------------------------------------- inside
 
@@ -300,15 +300,15 @@ class Written:
 
     def _views(self, row: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """By name, as views of `row`: flag (0, 1 changed, 2 disagreed), mask, new and old bits."""
-        found, offsets = {}, iter(self._offsets)
+        views, offsets = {}, iter(self._offsets)
         for name in self.names:
             shape, count, nbytes = self._kept[name].shape, self._kept[name].numel(), self._kept[name].nbytes
             kind = INTEGERS[self._kept[name].element_size()]
             flag = row.narrow(0, next(offsets), 1)
             mask = row.narrow(0, next(offsets), count).view(torch.bool).view(shape)
             new, old = (row.narrow(0, next(offsets), nbytes).view(kind).view(shape) for _ in range(2))
-            found[name] = (flag, mask, new, old)
-        return found
+            views[name] = (flag, mask, new, old)
+        return views
 
     def _note(self, name: str, bits: Tensor) -> None:
         old = bits_of(self._kept[name])

@@ -308,17 +308,17 @@ class Ledger:
 
     def _another(self, worker: int) -> int:
         """The next piece that the worker has not been too late with; where there is none, one that it has."""
-        returned, own = self._returned, list[int]()
+        returned, too_late = self._returned, list[int]()
         while returned and self.delays.late_by(returned[0]) == worker:
-            own.append(heapq.heappop(returned))
+            too_late.append(heapq.heappop(returned))
         if returned:
             piece = heapq.heappop(returned)
         elif self._next_piece < self._count:
             piece = self._next_piece
             self._next_piece += 1
         else:
-            piece = own.pop(0)
-        for each in own:
+            piece = too_late.pop(0)
+        for each in too_late:
             heapq.heappush(returned, each)
         return piece
 

@@ -112,16 +112,16 @@ def text_of(rule: UpdateRule) -> str:
         return rule.name
     arguments = inspect.signature(PRESETS[rule.name]).parameters
     number = rule.quorum.replace("/", "-").rpartition("-")[2]
-    found = {
+    values = {
         "spare": number, "splits": number, "lead": rule.max_lead, "strength": rule.compensation,
         "after": rule.local_after, "buffer": rule.outer_buffer, **vars(rule),
     }  # fmt: skip
     text = rule.name
     for place, (name, argument) in enumerate(arguments.items()):
         if place == 0:
-            text += f":{found[name]}"
-        elif found[name] != argument.default:
-            text += f",{name}={found[name]}"
+            text += f":{values[name]}"
+        elif values[name] != argument.default:
+            text += f",{name}={values[name]}"
     try:
         made = parse(text)
     except RecipeError:  # a field was changed that the preset's argument stands for

@@ -38,9 +38,9 @@ def _fitted(replica: Replica, team: Team, emit: Callable[..., None] | None, work
     budget = parse_budget(team.memory, "'team.memory'")
     profile, batch = profile_of(replica)
     wanted = budget.of(profile.peak_bytes)
-    found = gradient_checkpointing.plan(profile, budget_bytes=wanted, price=price_in(replica.recipe))
+    plan = gradient_checkpointing.plan(profile, budget_bytes=wanted, price=price_in(replica.recipe))
     replica.doing = "trying the gradient checkpointing plan"
-    applied, measured = put_on(replica, found, batch)
+    applied, measured = put_on(replica, plan, batch)
     recipe = replica.recipe
     if not recipe.compile:
         replica.checks = SpotChecks(
@@ -48,8 +48,8 @@ def _fitted(replica: Replica, team: Team, emit: Callable[..., None] | None, work
             workers=workers,
         )  # fmt: skip
     if emit is not None:
-        emit("planned", **facts(found, None if recipe.compile else measured))
-    return found
+        emit("planned", **facts(plan, None if recipe.compile else measured))
+    return plan
 
 
 def price_in(recipe: Recipe) -> Literal["seconds", "flops"]:

@@ -44,10 +44,10 @@ def memory_trade(recipe: Recipe, device: str, budget: Budget | None) -> Trade:
         replica.learn_terms(0)
     profile, batch = profile_of(replica)
     price = price_in(recipe)
-    found = gc.plans(profile, most=12, price=price)
+    plans = gc.plans(profile, most=12, price=price)
     if budget is None:
-        return Trade(profile, found, compiled=recipe.compile, name=recipe.name)
+        return Trade(profile, plans, compiled=recipe.compile, name=recipe.name)
     plan = gc.plan(profile, budget_bytes=budget.of(profile.peak_bytes), price=price)
     bare = gc.measure(replica.module, objective_of(replica), batch)
     _, measured = put_on(replica, plan, batch)
-    return Trade(profile, found, plan, measured[0], measured[1], bare[1], recipe.compile, recipe.name)
+    return Trade(profile, plans, plan, measured[0], measured[1], bare[1], recipe.compile, recipe.name)

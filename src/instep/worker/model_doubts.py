@@ -15,10 +15,10 @@ def model_doubts(module: nn.Module, built: Collection[str], trainable: Trainable
 
     built: the names of its state_dict as it was built.
     """
-    found = []
+    doubts = []
     compiled = next((name for name in sorted(built) if "_orig_mod." in name), None)
     if compiled is not None:
-        found.append(
+        doubts.append(
             f"the model, or a part of it, is wrapped by torch.compile, so a plain one cannot load its weights: one "
             f"is named '{compiled}' instead of '{compiled.replace('_orig_mod.', '')}'; set "
             f"recipe.compile, or compile in place with module.compile()."
@@ -26,20 +26,20 @@ def model_doubts(module: nn.Module, built: Collection[str], trainable: Trainable
     idle = idle_dropouts(module)
     if idle:
         also = f", and so are {len(idle) - 1} others" if idle[1:] else ""
-        found.append(
+        doubts.append(
             f"dropout layer '{idle[0]}' is in eval mode while the model trains, and drops nothing{also}; if it is "
             f"to drop, call train() on it where the model is built, else set its p to 0."
         )
     replaced = trainable.replaced()
     if replaced:
-        found.append(
+        doubts.append(
             f"parameter '{replaced[0]}' is another object than when the model was built, so that the optimizer "
             f"trains one which the model no longer uses; change its values in place, under torch.no_grad()."
         )
     others = sorted(set(built) ^ module.state_dict().keys())
     if others:
-        found.append(
+        doubts.append(
             f"the model gained or lost '{others[0]}' since it was built, so no new one can load its checkpoints: "
             f"no resume or restart will go on; have it all from the start."
         )
-    return found
+    return doubts

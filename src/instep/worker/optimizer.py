@@ -134,11 +134,11 @@ class Optimizer:
 
     def doubts(self) -> list[str]:
         """Sentences on what it does its own way."""
-        found = []
+        doubts = []
         held = {id(parameter) for group in self.of_torch.param_groups for parameter in group["params"]}
         left = [name for name, p in zip(self._names, self._parameters, strict=True) if id(p) not in held]
         if left:
-            found.append(
+            doubts.append(
                 f"the optimizer {self.kind} has {len(left)} of the {len(self._names)} parameters in no group, "
                 f"'{left[0]}' among them, so they keep their first values; give it all, or build the model with "
                 f"requires_grad=False on those."
@@ -147,12 +147,12 @@ class Optimizer:
             self.of_torch.step, "_wrapped_by_lr_sched"
         )  # an optimizer may have an initial_lr of its own
         if scheduled and any("initial_lr" in group for group in self.of_torch.param_groups):
-            found.append(
+            doubts.append(
                 f"a learning rate scheduler of torch has set the rates of the optimizer {self.kind}, and will not "
                 f"change them any more; leave it out, and set the recipe's schedule."
             )
         if self.averages and self._alone:
-            found.append(
+            doubts.append(
                 f"the optimizer {self.kind} averages the weights of its own steps, and under a rule with local steps "
                 f"each worker has its own: the weights that are evaluated and saved are not averages; take a rule "
                 f"without local steps, or another optimizer."
@@ -160,11 +160,11 @@ class Optimizer:
         now = _unsaved_state(self.of_torch)
         changed = [name for name in now if name not in self._unsaved or now[name] != self._unsaved[name]]
         if changed:
-            found.append(
+            doubts.append(
                 f"the optimizer {self.kind} changes its attribute '{changed[0]}', which is in no state_dict and so in "
                 f"no checkpoint: a resume or restart will give another result; keep it in the optimizer's 'state'."
             )
-        return found
+        return doubts
 
     def _check_parameters(self) -> None:
         known = {id(parameter) for parameter in self._parameters}
