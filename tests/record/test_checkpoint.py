@@ -36,7 +36,7 @@ FILES = [MODEL, TRAINING, MANIFEST]
 quick = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def save(folder: Path, version: int, *, size: int = 10, keep: int = 0, **fields: Any) -> checkpoint.Saved:
+def save(folder: Path, version: int, *, size: int = 10, keep: int = 0, **fields: Any) -> checkpoint.SavedCheckpoint:
     """A small checkpoint whose weights tell its version."""
     state = {"w": torch.full((size,), float(version)), "n": torch.tensor(version)}
     defaults = {"model_state": state, "training_state": {"step": version}, "meta": {}, "fingerprint": "f"}

@@ -21,7 +21,7 @@ from instep.team.client import train
 from support.full_disk import full_disk
 
 
-def save(run: RunFolder, version: int) -> checkpoint.Saved:
+def save(run: RunFolder, version: int) -> checkpoint.SavedCheckpoint:
     state = {"w": torch.full((5,), float(version))}
     return checkpoint.save(
         run.checkpoints, version=version, model_state=state, training_state={}, meta={}, fingerprint="f", keep=0

@@ -19,7 +19,7 @@ from instep.recipe import Recipe, Team
 from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder
 from instep.reduce.writes import Writes
-from instep.reduce.written import Written
+from instep.reduce.written import WrittenParameters
 from instep.rules import parse as rule
 from instep.team.supervisor import Supervisor
 from support import writers
@@ -39,13 +39,13 @@ class Two(nn.Module):
         self.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
 
 
-def two() -> tuple[Two, Written, Writes]:
+def two() -> tuple[Two, WrittenParameters, Writes]:
     module = Two()
-    written = Written(module, [module.trained], ["trained", "frozen"])
+    written = WrittenParameters(module, [module.trained], ["trained", "frozen"])
     return module, written, Writes(written)
 
 
-def wrote(written: Written, parameter: torch.Tensor, **elements: float) -> torch.Tensor:
+def wrote(written: WrittenParameters, parameter: torch.Tensor, **elements: float) -> torch.Tensor:
     """The row of a worker whose only microbatch wrote these elements, named e0, e1 and so on."""
     row = torch.zeros(written.row_bytes, dtype=torch.uint8)
     written.begin()
@@ -90,7 +90,7 @@ def test_what_was_written_since_is_not_written_twice() -> None:
     assert writes.values([wrote(written, module.trained, e0=0.25)], [0], 2)["trained"][0] == 0.25
 
 
-def _fresh() -> tuple[Written, torch.Tensor]:
+def _fresh() -> tuple[WrittenParameters, torch.Tensor]:
     module, written, _ = two()
     return written, module.trained
 

@@ -46,7 +46,7 @@ _SAVING, _REPLACED = ".saving-", ".replaced-"
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint just written: its folder, its size on the disk in bytes, and the digest of its model."""
 
     path: Path
@@ -87,7 +87,7 @@ def save(
     fingerprint: str,
     keep: int,
     sound: Callable[[], None] | None = None,
-) -> Saved:
+) -> SavedCheckpoint:
     """Writes the checkpoint of `version` into `folder`, then removes all but the last `keep` (0 keeps all)
     and the best one, see `instep.record.best`.
 
@@ -117,7 +117,7 @@ def save(
         raise
     if keep:
         _remove_old(folder, version, keep)
-    return Saved(final, *saved)
+    return SavedCheckpoint(final, *saved)
 
 
 def _write(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from instep.bits import bits_of
-from instep.reduce.written import Written, WrittenElements
+from instep.reduce.written import WrittenElements, WrittenParameters
 
 
 class Writes:
@@ -20,7 +20,7 @@ class Writes:
     version and its update each element is written once, as in a step in lockstep.
     """
 
-    def __init__(self, written: Written):
+    def __init__(self, written: WrittenParameters):
         self._written = written
         self._updates = 0
         self._when: dict[str, Tensor] = {}  # after which update each element was last written, int32; 0 never

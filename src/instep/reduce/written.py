@@ -4,9 +4,9 @@ Every microbatch of a step starts from the step's weights. Afterwards an element
 value that they left, on which all that changed it must agree bit for bit, and the update goes on from there. So the
 result is one for any number of workers, as with buffers. Frozen parameters are written alike.
 
-For that, who computes must know what is written: `Written.probing` finds it in first forwards, and `Written.check`, by
-the count of changes that torch keeps and now and then by the bits, in all later ones. What is found late ends the
-step before anything comes of it (`FirstWrite`), and its parameters are known from then on.
+For that, who computes must know what is written: `WrittenParameters.probing` finds it in first forwards, and
+`WrittenParameters.check`, by the count of changes that torch keeps and now and then by the bits, in all later ones.
+What is found late ends the step before anything comes of it (`FirstWrite`), and its parameters are known from then on.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Trace(NamedTuple):
     sums: list[str]
 
 
-class Written:
+class WrittenParameters:
     """One process's parameters, and what its microbatches write into those that are known to be written.
 
     `names` are these, in the module's order; `known` beside them at the start. What they leave travels as one row of

@@ -69,7 +69,7 @@ class Exchange:
     norms: NDArray[np.float32]
     """[blocks] L2 norms of the blocks of the gradient."""
     written: NDArray[np.uint8]
-    """[W, bytes] what the worker's microbatches wrote into parameters, see `Written`."""
+    """[W, bytes] what the worker's microbatches wrote into parameters, see `WrittenParameters`."""
     evaluation_counts: NDArray[np.int64]
     """[E, T]"""
     evaluation_sums: NDArray[np.float64]

@@ -22,7 +22,7 @@ class Vectors:
 
     gradient: [N, layout.size] float32; a delta instead where the rule has local steps.
     buffers: [N, row_size] float32 and integers: [size] int64, as `Buffers.post` writes them. written:
-    [Written.row_bytes] uint8, what forwards wrote into parameters.
+    [WrittenParameters.row_bytes] uint8, what forwards wrote into parameters.
     """
 
     gradient: Tensor

@@ -22,7 +22,7 @@ from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.pack import Pack
 from instep.reduce.reduction import norm_of
 from instep.reduce.tree import Node, nodes_of
-from instep.reduce.written import Written
+from instep.reduce.written import WrittenParameters
 from instep.rules.work import Pieces, Work
 from instep.transport.shared_memory import Region
 from instep.worker.contribution import NOTHING, Facts, Vectors, latest_of
@@ -52,8 +52,8 @@ class Gradients:
     """Computes batches one after the other with one replica, each from the weights that it finds.
 
     `advance` is called after each microbatch. `checkpoint_every`: batches between two close looks at what forwards
-    write, see `Written.look`; 0: only at the first, before evaluations and at the end. `what`: the word for a batch in
-    messages.
+    write, see `WrittenParameters.look`; 0: only at the first, before evaluations and at the end. `what`: the word for
+    a batch in messages.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Contributor:
         self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
         self._gradients = Gradients(replica, advance, checkpoint_every=checkpoint_every, what="global batch")
         self._items, self._advance = ItemCounts(replica, pieces, alone=alone), advance
-        self.written: Written = replica.written
+        self.written: WrittenParameters = replica.written
         self.layout, self.buffers = self._gradients.layout, self._gradients.buffers
         self.pack = Pack(replica.module, replica.parameters, self.written.frozen)
         self.terms: tuple[str, ...] = ()

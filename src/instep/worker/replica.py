@@ -25,7 +25,7 @@ from instep.errors import (
 )
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
-from instep.reduce.written import Written
+from instep.reduce.written import WrittenParameters
 from instep.worker.device import autocast, prepare_device, to_device
 from instep.worker.extra_state import ExtraState
 from instep.worker.model import build_model, check_parameters, compiled, own_memory_for_buffers
@@ -99,7 +99,7 @@ class Replica:
         self.trainable = Trainable(self.module, self.names, self.parameters)
         """Which of them require a gradient at present."""
         self._lr: float | None = None
-        self.written = Written(self.module, self.parameters, written)
+        self.written = WrittenParameters(self.module, self.parameters, written)
         """The parameters that its own forwards write."""
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
