@@ -24,7 +24,7 @@ from torch.utils.data import TensorDataset
 
 from instep import api as alone
 from instep.cli import train as train_command
-from instep.engines import server
+from instep.engines.resumed_ledger import resumed_ledger
 from instep.errors import CheckpointError, InstepError, RecordError
 from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team, read_saved
@@ -179,8 +179,7 @@ def loader(given: Recipe, path: Path) -> Callable[[], None]:
         pieces = Pieces(given.rule, found.meta.get("cut", 2), given.microbatches, given.steps)
         Merger(replica, pieces).load(found.model_state, found.training_state)
         if "ledger" in found.meta:
-            server._check_begun(pieces, found.meta["ledger"], found.meta)
-            server._recovered(given.rule, pieces, found.meta["ledger"])
+            resumed_ledger(pieces, found.meta, found.version)
 
     return load
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -22,7 +23,6 @@ MOST_OF_A_FUNCTION = 60
 """Lines, with its decorators and docstring."""
 
 LONG_FILES: dict[str, str] = {
-    "engines/server.py": "being rebuilt",
     "team/client.py": "being rebuilt",
 }
 
@@ -119,6 +119,26 @@ def test_no_module_imports_in_a_circle() -> None:
 
 def test_a_class_has_its_name_alone() -> None:
     assert shared_names(trees_of(SRC)) == {}
+
+
+ONE_STEP = {
+    r"replica\.compute\(": {"worker/gradients.py"},
+    r"\bFold\(": {"worker/gradients.py"},
+    r"\.judge\(": {"worker/updates.py"},
+    r"\.written\.take\(": {"worker/updates.py", "worker/gradients.py"},  # in local steps, by each worker
+    r"replica\.update\(": {"worker/updates.py", "worker/trial.py", "engines/sharding.py"},  # of a share
+    r"\b_passes\(": {"worker/milestones.py"},
+    r"\.unevaluated\b": {"worker/milestones.py", "team/process.py", "engines/server.py"},  # after a restart
+}
+"""What a step is made of, and the only files that do it."""
+
+
+@pytest.mark.parametrize("part", ONE_STEP)
+def test_a_step_is_written_once(part: str) -> None:
+    found = {
+        str(path.relative_to(SRC)) for path in SRC.rglob("*.py") if re.search(rf"(?<!def ){part}", path.read_text())
+    }
+    assert found == ONE_STEP[part]
 
 
 def test_what_is_looked_for_is_found(tmp_path: Path) -> None:

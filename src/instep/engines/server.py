@@ -8,27 +8,24 @@ A worker that dies is a `left` event: its piece is given out again, and nobody e
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, assert_never
 
-import torch
 from torch import Tensor
 
 from instep.clock.slow import parse_slow, slow_factors
 from instep.engines.costs import Tally
-from instep.errors import CheckpointError
+from instep.engines.resumed_ledger import resumed_ledger
+from instep.engines.server_memory import PublishedWeights, server_memory, server_regions
 from instep.record.digest import digest_of_state
 from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
-from instep.rules.ledger_state import ledger_of, ledger_state
-from instep.rules.rule import UpdateRule
+from instep.rules.ledger_state import ledger_state
 from instep.rules.work import Pieces
 from instep.team.messages import (
     Compute,
@@ -45,7 +42,6 @@ from instep.team.messages import (
     Synced,
     WorkerToServer,
 )
-from instep.transport.shared_memory import Region, attach
 from instep.worker.activation_memory import fit_memory
 from instep.worker.contribution import Arrived, Facts, Vectors
 from instep.worker.evaluation import batches_held_out, evaluate_alone
@@ -74,7 +70,7 @@ def contribute(session: Session, descriptor: int) -> None:
     contributor.prepare(0)
     fit_memory(replica, assignment.team, session.emit if session.number == 0 else None)
     replica.written.agree(known, "a first forward")
-    weights, vectors = _memory(descriptor, agreed.memory)
+    weights, vectors = server_memory(descriptor, agreed.memory)
     slowness = slowness_of(session)
     line, own = assignment.lines[worker].worker, assignment.incarnation
     line.send(Hello(own, os.getpid(), socket.gethostname()))
@@ -110,12 +106,9 @@ def serve(session: Session, descriptor: int) -> None:
     ledger, progress = Ledger(session.recipe.rule, pieces), Progress()
     lost: list[Action] = []
     if saved is not None:
-        _check_length(session, pieces, saved.meta)
         merger.load(saved.model_state, saved.training_state)
-        progress = session.progress_of(saved)
-        state = saved.meta.get("ledger") or _state_after(pieces, saved.version)
-        _check_begun(pieces, state, saved.meta)
-        ledger, lost = _recovered(session.recipe.rule, pieces, state)
+        progress = Progress.resumed(saved, session.recipe)
+        ledger, lost = resumed_ledger(pieces, saved.meta, saved.version)
         merger.microbatches, merger.version = ledger.merged_microbatches, progress.version
     else:
         look_at_objective(replica, probe)
@@ -125,8 +118,8 @@ def serve(session: Session, descriptor: int) -> None:
         weights=digest_of_state(replica.saved_state()),
         written=list(replica.written.names),
     )  # fmt: skip
-    memory = session.ready(facts, _regions(contributor, workers)).memory
-    server = _Server(session, replica, merger, ledger, progress, *_memory(descriptor, memory))
+    memory = session.ready(facts, server_regions(contributor, workers)).memory
+    server = _Server(session, replica, merger, ledger, progress, *server_memory(descriptor, memory))
     try:
         server.run(lost)
     except FirstWrite:
@@ -139,56 +132,6 @@ def serve(session: Session, descriptor: int) -> None:
         raise
 
 
-def _recovered(rule: UpdateRule, pieces: Pieces, state: Mapping[str, Any]) -> tuple[Ledger, list[Action]]:
-    """The ledger of this state, after the death of all, and what is lost by it. Raises CheckpointError."""
-    try:
-        ledger = ledger_of(rule, pieces, state)
-        return ledger, ledger.recover()
-    except (LookupError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
-        raise CheckpointError(
-            f"the ledger in the checkpoint is not as it was written ({type(error).__name__}: {error}); use an earlier "
-            f"checkpoint."
-        ) from error
-
-
-def _check_length(session: Session, pieces: Pieces, meta: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where the run was cut into groups of local steps in another way than it would be now."""
-    steps, now, rule = meta.get("steps", pieces.steps), pieces.steps, pieces.rule
-    cut_anew = max(0, min(steps, now) - rule.local_after) % rule.local_steps
-    if steps != now and rule.local_steps > 1 and cut_anew:
-        raise CheckpointError(
-            f"the run was planned for {steps} steps, in groups of {rule.local_steps} local steps, and {now} would cut "
-            f"the last of them in another way; resume with {steps} steps, or plan for a multiple of "
-            f"{rule.local_steps}."
-        )
-
-
-def _check_begun(pieces: Pieces, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Raises CheckpointError where work was given out already that lies beyond the run's end as it is planned now."""
-    if state["next_piece"] > pieces.count:
-        planned = dataclasses.replace(pieces, steps=meta.get("steps", state["version"]))
-        last = planned.work(state["next_piece"] - 1)
-        begun = last.batch + last.local_steps
-        raise CheckpointError(
-            f"{begun} global batches are begun, and the run is now to end after {pieces.steps}; resume with at least "
-            f"{begun} steps."
-        )
-
-
-def _state_after(pieces: Pieces, version: int) -> dict[str, Any]:
-    """The ledger of a run that the lockstep engine has brought to `version`."""
-    done = version * pieces.parts
-    return {
-        **ledger_state(Ledger(pieces.rule, pieces)),
-        "version": version,
-        "round": version,
-        "merged_pieces": done,
-        "merged_microbatches": version * pieces.microbatches,
-        "next_piece": done,
-        "seq": done,
-    }
-
-
 def slowness_of(session: Session) -> float:
     """How many times as long as it needs this worker is to take for its computing."""
     team = session.assignment.team
@@ -199,19 +142,6 @@ def _pieces(session: Session, cut: int) -> Pieces:
     """The run's pieces, as they were cut when it began: for so many workers."""
     recipe = session.recipe
     return Pieces(recipe.rule, cut, recipe.microbatches, recipe.steps)
-
-
-def _regions(contributor: Contributor, workers: int) -> dict[str, Region]:
-    # Each worker computes from one version at most; one more is the newest.
-    weights = Region((workers + 1, contributor.pack.size_bytes), "uint8")
-    return {"weights": weights, **contributor.regions(workers)}
-
-
-def _memory(descriptor: int, memory: Mapping[str, Region]) -> tuple[list[Tensor], list[Vectors]]:
-    """The versions of the weights, and each worker's vectors."""
-    arrays = {name: torch.from_numpy(array) for name, array in attach(descriptor, memory).items()}
-    rows = zip(arrays["gradient"], arrays["buffers"], arrays["integers"], arrays["written"], strict=True)
-    return list(arrays["weights"]), [Vectors(*row) for row in rows]
 
 
 class _Server:
@@ -228,11 +158,10 @@ class _Server:
         vectors: list[Vectors],
     ):
         self._session, self._replica, self._merger, self._ledger = session, replica, merger, ledger
-        self._progress, self._weights, self._vectors = progress, weights, vectors
+        self._progress, self._vectors = progress, vectors
         self._lines = [line.server for line in session.assignment.lines]
         self._incarnations = [0] * len(self._lines)
-        self._slots: dict[int, int] = {}  # where each version that is computed from lies
-        self._bases: dict[int, Tensor] = {}  # older versions, which contributions that wait are compensated from
+        self._published = PublishedWeights(weights, merger.pack, ledger)
         self._arrived: dict[int, tuple[Facts, Vectors]] = {}
         self._tally = Tally(len(self._lines), session.clock)
         self._held_out = batches_held_out(replica)
@@ -384,33 +313,9 @@ class _Server:
         lead = self._ledger.lead_of(worker)
         self._session.emit("released", worker=worker, version=action.version, piece=action.piece, lead=lead)
         self._tally.released(worker, lead, self._merger.pack.size_bytes)
-        slot = self._publish(action.version)
+        slot = self._published.slot_of(action.version)
         off = tuple(self._replica.trainable.off)
         self._lines[worker].send(Compute(self._incarnations[worker], action.piece, slot, off, action.version))
-
-    def _publish(self, version: int) -> int:
-        """Where the present weights lie for workers to read."""
-        if version not in self._slots:
-            in_hand = (self._ledger.in_hand(worker) for worker in self._ledger.active)
-            used = {base for piece, base in in_hand if piece >= 0}
-            self._keep_bases(used)
-            self._slots = {v: slot for v, slot in self._slots.items() if v in used}
-            free = next(s for s in range(len(self._weights)) if s not in self._slots.values())
-            self._merger.pack.save(self._weights[free])
-            self._slots[version] = free
-        return self._slots[version]
-
-    def _keep_bases(self, used: set[int]) -> None:
-        """Copies the versions that only contributions that wait still need, if merging does: their slots are wanted."""
-        if not self._ledger.rule.compensation:
-            return
-        waiting = self._ledger.bases
-        self._bases = {version: base for version, base in self._bases.items() if version in waiting}
-        for version in self._slots.keys() & (waiting - used):
-            self._bases[version] = self._weights[self._slots[version]].clone()
-
-    def _base(self, version: int) -> Tensor:
-        return self._bases[version] if version in self._bases else self._weights[self._slots[version]]
 
     def _merge(self, action: Merge) -> None:
         self._replica.doing = f"making update {action.version}"
@@ -418,7 +323,7 @@ class _Server:
         arrived = []
         for contribution, weight, staleness in zip(action.contributions, action.weights, action.staleness, strict=True):
             facts, vectors = self._arrived.pop(contribution.seq)
-            base = self._base(contribution.base) if ledger.rule.compensation and staleness else None
+            base = self._published.base(contribution.base) if ledger.rule.compensation and staleness else None
             work = ledger.pieces.work(contribution.piece)
             arrived.append(Arrived(contribution.worker, work, facts, vectors, weight, staleness, base))
         update = self._merger.merge(arrived)

@@ -133,7 +133,8 @@ class Updates:
             return verdict, None, {}
         means = {name: exact_sum(added.sums[name]) / total for name, total in added.totals.items() if total}
         whole = objective.whole(means, step)
-        return verdict.also(self.watcher.judge(step, whole)), whole, means
+        judged = self.watcher.judge(step, whole)
+        return verdict.also(judged) if added.bad else judged, whole, means
 
     def _doubts(self, contributions: Iterable[Mapping[int, tuple[int, int]]]) -> tuple[str, ...]:
         """Warns, once, of buffers that pieces of the first batch left with different values of the same start."""
@@ -163,7 +164,9 @@ def wrong_in_step(
     """
     if not replica.objective.has_items(totals):
         return [replica.objective.no_items(step)]
-    for microbatch in np.flatnonzero(~np.isfinite(sums).all(axis=1)).tolist():
+    finite = np.isfinite(sums)
+    if not finite.all():
+        microbatch = int(finite.all(axis=1).argmin())
         return [*replica.not_finite(dict(zip(terms, sums[microbatch].tolist(), strict=True)), step, microbatch)[:1]]
     if math.isfinite(norm):
         return []

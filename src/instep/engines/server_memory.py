@@ -1,0 +1,64 @@
+"""What a server shares with its workers: the versions of the weights, and each worker's contribution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from instep.reduce.pack import Pack
+from instep.rules.ledger import Ledger
+from instep.transport.shared_memory import Region, attach
+from instep.worker.contribution import Vectors
+from instep.worker.gradients import Contributor
+
+
+def server_regions(contributor: Contributor, workers: int) -> dict[str, Region]:
+    """The sizes of what so many workers share with their server."""
+    # Each worker computes from one version at most; one more is the newest.
+    weights = Region((workers + 1, contributor.pack.size_bytes), "uint8")
+    return {"weights": weights, **contributor.regions(workers)}
+
+
+def server_memory(descriptor: int, memory: Mapping[str, Region]) -> tuple[list[Tensor], list[Vectors]]:
+    """The versions of the weights, and each worker's vectors."""
+    arrays = {name: torch.from_numpy(array) for name, array in attach(descriptor, memory).items()}
+    rows = zip(arrays["gradient"], arrays["buffers"], arrays["integers"], arrays["written"], strict=True)
+    return list(arrays["weights"]), [Vectors(*row) for row in rows]
+
+
+class PublishedWeights:
+    """Weights in `slots` ([pack.size_bytes] uint8 each), one for each version that a worker may compute from, and the
+    newest.
+    """
+
+    def __init__(self, slots: Sequence[Tensor], pack: Pack, ledger: Ledger):
+        self._weights, self._pack, self._ledger = slots, pack, ledger
+        self._slots: dict[int, int] = {}  # where each version that is computed from lies
+        self._bases: dict[int, Tensor] = {}  # older versions, which contributions that wait are compensated from
+
+    def slot_of(self, version: int) -> int:
+        """Where the present weights, which are of `version`, lie for workers to read."""
+        if version not in self._slots:
+            in_hand = (self._ledger.in_hand(worker) for worker in self._ledger.active)
+            used = {base for piece, base in in_hand if piece >= 0}
+            self._keep_bases(used)
+            self._slots = {v: slot for v, slot in self._slots.items() if v in used}
+            free = next(s for s in range(len(self._weights)) if s not in self._slots.values())
+            self._pack.save(self._weights[free])
+            self._slots[version] = free
+        return self._slots[version]
+
+    def base(self, version: int) -> Tensor:
+        """The weights of an older version, from which a contribution that is merged was computed."""
+        return self._bases[version] if version in self._bases else self._weights[self._slots[version]]
+
+    def _keep_bases(self, used: set[int]) -> None:
+        """Copies the versions that only contributions that wait still need, if merging does: their slots are wanted."""
+        if not self._ledger.rule.compensation:
+            return
+        waiting = self._ledger.bases
+        self._bases = {version: base for version, base in self._bases.items() if version in waiting}
+        for version in self._slots.keys() & (waiting - used):
+            self._bases[version] = self._weights[self._slots[version]].clone()
