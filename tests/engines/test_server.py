@@ -27,8 +27,8 @@ from instep.reduce.pack import Pack
 from instep.rules import UpdateRule
 from instep.rules import presets as p
 from instep.team.client import train
+from instep.team.journal import ClientGone
 from instep.team.session import Session
-from instep.team.start import ClientGone
 from support import workloads
 from support.harness import Client, Outcome, train_here
 from support.processes import INSTEP, Started, wait_until, write_project
@@ -327,18 +327,6 @@ def test_a_stopped_worker_is_named_within_five_seconds_and_the_others_go_on(tmp_
     check_tape(run.events, recipe)
 
 
-def test_a_stopped_server_is_named_as_such_and_the_team_starts_again(tmp_path: Path) -> None:
-    recipe = regression(rule=ASYNC, steps=6)
-    stop = at("merged", 3, lambda _: os.kill(server_pid(2), signal.SIGSTOP))
-    team = serving(checkpoint_every=1, answer_timeout_s=1.0)
-    run = train_here(recipe, team, tmp_path / "run", client=Client(stop))
-    left = next(event for event in run.events if event["kind"] == "left")
-    assert left["why"].startswith("the server (pid ")
-    assert "worker" not in left["why"]
-    check_tape(run.events, recipe)
-    assert replayed(recipe, run.path).same
-
-
 def test_a_worker_that_raises_ends_the_run_with_its_sentence(tmp_path: Path) -> None:
     def faulty(model: nn.Module, batch: Any) -> Tensor:
         if torch.is_grad_enabled() and bool((batch[0] == numbers()[7][0]).all(1).any()):
@@ -352,18 +340,6 @@ def test_a_worker_that_raises_ends_the_run_with_its_sentence(tmp_path: Path) -> 
     assert "in faulty" in caught.value.detail
     assert client.events[-1]["kind"] == "failed"
     assert not any(event["kind"] == "left" for event in client.events)
-
-
-def test_restarts_are_counted_and_then_it_ends(tmp_path: Path) -> None:
-    def see(event: dict[str, Any]) -> None:
-        if event["kind"] == "joined" and event["worker"] == 1:
-            os.kill(event["pid"], signal.SIGKILL)
-
-    client = Client(see)
-    with pytest.raises(WorkerError, match="worker 1 .*killed by SIGKILL.* 2 times, as often as team.restarts allows"):
-        train_here(regression(rule=ASYNC, steps=5000), serving(restarts=2), tmp_path / "run", client=client)
-    assert sum(event["kind"] == "left" for event in client.events) == 3
-    assert client.events[-1]["kind"] == "failed"
 
 
 def test_nothing_outlives_the_client(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from instep.record.folder import RunFolder
 from instep.reduce.writes import Writes
 from instep.reduce.written import WrittenParameters
 from instep.rules import parse as rule
-from instep.team.supervisor import Supervisor
+from instep.team.roster import Roster
 from support import writers
 from support.harness import train_here
 from support.kinds import quick
@@ -154,13 +154,13 @@ def test_rows_of_an_embedding_keep_their_largest_norm_under_staleness(name: str)
 
 
 def known_from_the_start(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    build = Supervisor.__init__
+    build = Roster.__init__
 
-    def knowing(self: Supervisor, *arguments: Any) -> None:
-        build(self, *arguments)
-        self._written.update(names)
+    def knowing(self: Roster, *arguments: Any, **more: Any) -> None:
+        build(self, *arguments, **more)
+        self.written.update(names)
 
-    monkeypatch.setattr(Supervisor, "__init__", knowing)
+    monkeypatch.setattr(Roster, "__init__", knowing)
 
 
 @pytest.mark.processes

@@ -11,10 +11,11 @@ from typing import Any
 from instep.recipe import Recipe, Team, dumps, engine_of
 from instep.record.folder import About, RunFolder
 from instep.team import session
+from instep.team.agent import Agent
 from instep.team.channel import Channel
 from instep.team.messages import Events, Request, StopRun
 from instep.team.pickling import dump
-from instep.team.supervisor import Supervisor, import_before_forks
+from instep.team.processes import import_before_forks
 
 
 class Client:
@@ -84,7 +85,7 @@ def train_here(
     client = client or Client()
     import_before_forks()
     session.HOLD_S = 0.0  # so that a client can act on each step
-    result = Supervisor(request, client).supervise()  # type: ignore[arg-type]
+    result = Agent(request, client).supervise()  # type: ignore[arg-type]
     digests = {e["version"]: e["digest"] for e in client.events if e["kind"] == "checkpointed"}
     return Outcome(result, client.events, path, digests)
 

@@ -10,14 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from instep.data import Data
 from instep.recipe import Team
-from instep.team import heartbeat as pulse
-from instep.team.heartbeat import Heartbeat, HeartbeatBoard, Liveness, _process_state
+from instep.team import agent
+from instep.team.heartbeat import Heartbeat, HeartbeatBoard, Liveness, process_state
 from support import workloads
 from support.harness import train_here
 from support.workloads import Sentences, padded
@@ -26,15 +25,18 @@ from support.workloads import Sentences, padded
 class World:
     """A clock and a table of processes that tests set, and the looks of a supervisor at them."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, workers: int = 2) -> None:
+    def __init__(self, workers: int = 2) -> None:
         self.now_s = 100.0
         self.board = HeartbeatBoard(workers)
         self.states = ["S"] * workers
         self.ticks = [50] * workers
         pids = [1000 + worker for worker in range(workers)]
-        monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: self.now_s))
-        monkeypatch.setattr(pulse, "_process_state", lambda pid: (self.states[pid - 1000], self.ticks[pid - 1000]))
-        self.watch = Liveness(self.board, pids, answer_timeout_s=4.0, stall_timeout_s=60.0)
+        self.active = list(range(workers))
+        self.watch = Liveness(self.board, pids, answer_timeout_s=4.0, stall_timeout_s=60.0, now_s=self.now_s)
+
+    def look(self) -> tuple[int, str] | None:
+        states = {worker: (self.states[worker], self.ticks[worker]) for worker in self.active}
+        return self.watch.look(self.now_s, states)
 
     def passes(self, seconds: float, alive: tuple[int, ...] = (), busy: tuple[int, ...] = ()) -> tuple[int, str] | None:
         """Looks five times a second. Workers `alive` beat, `busy` ones use the processor. The first finding."""
@@ -44,15 +46,15 @@ class World:
                 self.board.beats[worker] += 1
             for worker in busy:
                 self.ticks[worker] += 20
-            found = self.watch.look()
+            found = self.look()
             if found:
                 return found
         return None
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> World:
-    return World(monkeypatch)
+def world() -> World:
+    return World()
 
 
 def test_workers_that_beat_are_left_alone(world: World) -> None:
@@ -96,7 +98,7 @@ def test_a_supervisor_that_was_suspended_blames_nobody(world: World) -> None:
     """Nor does a laptop that was closed for an hour: workers slept as well, and need a moment to beat again."""
     assert world.passes(2, alive=(0, 1)) is None
     world.now_s += 3600
-    assert world.watch.look() is None
+    assert world.look() is None
     assert world.passes(3, alive=()) is None
     assert world.passes(5, alive=(0, 1)) is None
     for _ in range(20):  # and if it is stopped again and again, in the midst of its looks
@@ -137,7 +139,7 @@ def test_who_waits_for_others_is_not_blamed_for_finishing_nothing(world: World) 
 
 def test_a_worker_that_has_done_its_part_may_fall_silent(world: World) -> None:
     """It has ended while others still save or write a sample."""
-    world.watch.leave_out(1)
+    world.active.remove(1)
     world.states[1] = "Z"
     assert world.passes(59, alive=(0,)) is None
     world.board.progress[0] += 1
@@ -159,7 +161,7 @@ def test_a_team_waits_for_the_one_that_writes_the_sample(tmp_path: Path, monkeyp
             time.sleep(2.5)
             return "a sample"
 
-    monkeypatch.setattr(pulse, "_process_state", lambda pid: ("Z", 0))
+    monkeypatch.setattr(agent, "process_state", lambda pid: ("Z", 0))
     recipe = workloads.gpt(steps=1, sample_length=1, data=lambda: Data(Sentences(40), collate=padded, codec=Slow()))
     run = train_here(recipe, Team(workers=2, answer_timeout_s=1.5, restarts=0), tmp_path / "run")
     assert run.result["sample"] == "a sample"
@@ -198,10 +200,10 @@ def worker(board: HeartbeatBoard, work: Callable[[], None]) -> Iterator[int]:
         os.waitpid(pid, 0)
 
 
-def looks(watch: Liveness, for_s: float) -> tuple[int, str] | None:
+def looks(watch: Liveness, pid: int, for_s: float) -> tuple[int, str] | None:
     until = time.monotonic() + for_s
     while time.monotonic() < until:
-        found = watch.look()
+        found = watch.look(time.monotonic(), {0: process_state(pid)})
         if found:
             return found
         time.sleep(0.05)
@@ -221,16 +223,16 @@ def test_a_real_worker_that_is_stopped_and_goes_on() -> None:
     board = HeartbeatBoard(1)
     with worker(board, lambda: time.sleep(60)) as pid:
         until_it_beats(board)
-        watch = Liveness(board, [pid], 1.0, 60)
-        assert looks(watch, 1.6) is None
+        watch = Liveness(board, [pid], 1.0, 60, now_s=time.monotonic())
+        assert looks(watch, pid, 1.6) is None
         os.kill(pid, signal.SIGSTOP)
-        found = looks(watch, 5)
+        found = looks(watch, pid, 5)
         assert found is not None
         assert f"worker 0 (pid {pid})" in found[1]
         assert "SIGSTOP" in found[1]
         os.kill(pid, signal.SIGCONT)
         until_it_beats(board)
-        assert looks(watch, 1.6) is None
+        assert looks(watch, pid, 1.6) is None
 
 
 def hold_the_interpreter() -> None:
@@ -244,7 +246,7 @@ def test_a_real_worker_that_holds_the_interpreter() -> None:
         until_it_beats(board)
         time.sleep(0.5)
         beats = int(board.beats[0])
-        assert looks(Liveness(board, [pid], 0.5, 60), 1.5) is None
+        assert looks(Liveness(board, [pid], 0.5, 60, now_s=time.monotonic()), pid, 1.5) is None
         assert board.beats[0] <= beats + 1, "it could beat, so this test shows nothing"
 
 
@@ -252,23 +254,23 @@ def test_a_real_worker_that_holds_the_interpreter() -> None:
 def test_the_state_of_a_process() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # (a) b"]) as process:
         try:
-            state, ticks = _process_state(process.pid)
+            state, ticks = process_state(process.pid)
             assert state in "RSD"
             assert ticks >= 0
             os.kill(process.pid, signal.SIGSTOP)
             until = time.monotonic() + 5
-            while _process_state(process.pid)[0] != "T" and time.monotonic() < until:
+            while process_state(process.pid)[0] != "T" and time.monotonic() < until:
                 time.sleep(0.01)
-            assert _process_state(process.pid)[0] == "T"
+            assert process_state(process.pid)[0] == "T"
         finally:
             process.kill()
-    assert _process_state(process.pid) == ("?", 0)
+    assert process_state(process.pid) == ("?", 0)
     if Path("/proc/self/stat").exists():
-        began = _process_state(os.getpid())[1]
+        began = process_state(os.getpid())[1]
         end = time.process_time() + 0.1
         while time.process_time() < end:
             pass
-        assert _process_state(os.getpid())[1] >= began + 5
+        assert process_state(os.getpid())[1] >= began + 5
 
 
 @pytest.mark.processes
@@ -295,6 +297,6 @@ def test_a_worker_ends_with_its_supervisor_even_if_it_is_stopped(how: signal.Sig
     os.kill(supervisor, how)
     os.waitpid(supervisor, 0)
     until = time.monotonic() + 5
-    while any(_process_state(pid)[0] not in "?ZX" for pid in pids):
+    while any(process_state(pid)[0] not in "?ZX" for pid in pids):
         assert time.monotonic() < until, "a worker outlived its supervisor"
         time.sleep(0.02)

@@ -25,8 +25,7 @@ from instep.errors import CheckpointError
 from instep.recipe import Recipe, Team, parse, read
 from instep.record import checkpoint, tape
 from instep.team.client import Run
-from instep.team.start import Interrupted
-from support.harness import Client, Outcome, train_here
+from support.harness import Outcome, train_here
 from support.kinds import quick
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
 from support.reference import reference_digests
@@ -417,23 +416,6 @@ def test_a_killed_and_a_stopped_worker_are_named_and_change_nothing(
     assert started.ends() == 0, started.err
     assert result_of(run)["restarts"] == 2
     assert result_of(run)["digest"] == expected[20]
-
-
-def test_a_death_while_a_stop_is_awaited_starts_nothing_anew(recipe: Recipe, tmp_path: Path) -> None:
-    """Who pressed Ctrl-C because a worker hangs does not want the team to begin again when it is found dead."""
-    pids: list[int] = []
-
-    def stop(event: dict[str, Any]) -> None:
-        if event["kind"] == "joined":
-            pids.append(event["pid"])
-        if event["kind"] == "merged" and event["version"] == 3:
-            os.kill(pids[1], signal.SIGKILL)
-            client.ask_to_stop()
-
-    client = Client(stop)
-    with pytest.raises(Interrupted):
-        train_here(dataclasses.replace(recipe, steps=2000), Team(workers=2), tmp_path / "run", client=client)
-    assert [event["kind"] for event in client.events].count("run_started") == 1
 
 
 def interrupted_while_starting(project: Path, start: Start, name: str, times: int, after_s: float) -> None:

@@ -8,17 +8,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from instep.errors import killed_by
-from instep.recipe import Team
 from instep.team.signals import Stop, deaf, interrupting
-from support.harness import Client, train_here
 from support.kinds import quick
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
-from support.regression import regression
 
 pytestmark = [
     pytest.mark.processes,
@@ -32,21 +28,6 @@ pytestmark = [
 )
 def test_every_signal_has_a_name(number: int, name: str) -> None:
     assert killed_by(-number) == f"killed by {name}"
-
-
-def test_a_worker_that_a_real_time_signal_kills_is_replaced(tmp_path: Path) -> None:
-    def kill(event: dict[str, Any]) -> None:
-        if event["kind"] == "joined":
-            pids.append(event["pid"])
-        if event["kind"] == "merged" and len(pids) == 2:
-            os.kill(pids[1], signal.SIGRTMIN + 1)
-            pids.append(0)
-
-    pids: list[int] = []
-    client = Client(kill)
-    run = train_here(regression(), Team(workers=2), tmp_path / "run", client=client)
-    assert run.result["restarts"] == 1
-    assert next(e["why"] for e in run.events if e["kind"] == "left").endswith("was killed by SIGRTMIN+1.")
 
 
 def raised(stop: Stop, *numbers: int) -> list[int]:

@@ -290,7 +290,7 @@ class _Client:
         try:
             with self._opened_log() as log:
                 self._process = start_process(
-                    "instep.team.supervisor", self._theirs.fileno(), path, threads, log, self._mark, sent
+                    "instep.team.agent", self._theirs.fileno(), path, threads, log, self._mark, sent
                 )
         except OSError as error:
             raise no_process("the supervisor of the run", error) from error

@@ -1,4 +1,4 @@
-"""Signs of life: what workers write and the supervisor reads, without a message."""
+"""Signs of life: what workers write and the agent reads, without a message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +38,13 @@ class HeartbeatBoard:
 
 
 class Heartbeat:
-    """One worker's side: beats from a thread of its own, and ends the process when its supervisor is gone."""
+    """One worker's side: beats from a thread of its own, and ends the process when its agent is gone."""
 
-    def __init__(self, board: HeartbeatBoard, worker: int, supervisor: int):
-        self._board, self._worker, self._supervisor = board, worker, supervisor
+    def __init__(self, board: HeartbeatBoard, worker: int, agent: int):
+        self._board, self._worker, self._agent = board, worker, agent
 
     def start(self) -> None:
-        """Starts to beat. On Linux the kernel ends a worker without supervisor even if it is stopped."""
+        """Starts to beat. On Linux the kernel ends a worker without agent even if it is stopped."""
         die_with_parent()
         threading.Thread(target=self._beat, name="pulse", daemon=True).start()
 
@@ -62,17 +62,17 @@ class Heartbeat:
 
     def _beat(self) -> None:
         while True:
-            if os.getppid() != self._supervisor:
+            if os.getppid() != self._agent:
                 os.kill(os.getpid(), signal.SIGKILL)
             self._board.beats[self._worker] += 1
             time.sleep(BEAT_S)
 
 
 class Liveness:
-    """The supervisor's side: how long each worker has been silent, or has got nowhere.
+    """The agent's side: how long each worker has been silent, or has got nowhere. No clock of its own.
 
-    Time is counted in looks, each worth `longest_look_s` at most, so that a suspended machine or supervisor does not
-    make its workers look dead when it wakes.
+    Time is counted in looks, each worth `longest_look_s` at most, so that a suspended machine or agent does not make
+    its workers look dead when it wakes.
     """
 
     longest_look_s = 0.5
@@ -84,6 +84,8 @@ class Liveness:
         answer_timeout_s: float,
         stall_timeout_s: float,
         names: Sequence[str] = (),
+        *,
+        now_s: float,
     ):
         self._board, self._pids = board, pids
         self._names = names or [f"worker {worker}" for worker in range(len(pids))]
@@ -91,8 +93,7 @@ class Liveness:
         self._beats, self._progress = board.beats.copy(), board.progress.copy()
         self._silent_s, self._stalled_s = np.zeros(len(pids)), np.zeros(len(pids))
         self._cpu = [0] * len(pids)
-        self._left_out: set[int] = set()
-        self._looked = time.monotonic()
+        self._looked_s = now_s
 
     def renew(self, worker: int, pid: int) -> None:
         """Another process has taken the worker's place."""
@@ -101,24 +102,20 @@ class Liveness:
         self._cpu[worker] = 0
         self._board.waits[worker] = 0
 
-    def leave_out(self, worker: int) -> None:
-        """The worker has done its part: from now on its silence is no fault."""
-        self._left_out.add(worker)
+    def look(self, now_s: float, states: Mapping[int, tuple[str, int]]) -> tuple[int, str] | None:
+        """The first worker that has stopped answering or getting on, and a sentence on it.
 
-    def look(self) -> tuple[int, str] | None:
-        """The first worker that has stopped answering or getting on, and a sentence on it."""
-        now = time.monotonic()
-        passed = min(now - self._looked, self.longest_look_s)
-        self._looked = now
+        states: what `process_state` tells of those who are waited for, by number; the others' silence is no fault.
+        """
+        passed = min(now_s - self._looked_s, self.longest_look_s)
+        self._looked_s = now_s
         beats, progress = self._board.beats.copy(), self._board.progress.copy()
         self._silent_s = np.where(beats == self._beats, self._silent_s + passed, 0)
         busy = (progress == self._progress) & (self._board.waits == 0)
         self._stalled_s = np.where(busy, self._stalled_s + passed, 0)
         self._beats, self._progress = beats, progress
-        for worker, pid in enumerate(self._pids):
-            if worker in self._left_out:
-                continue
-            state, cpu = _process_state(pid)
+        for worker, (state, cpu) in sorted(states.items()):
+            pid = self._pids[worker]
             # A worker inside C code that holds the interpreter's lock is silent too, but uses the processor.
             if state not in "Tt" and cpu > self._cpu[worker]:
                 self._silent_s[worker] = 0
@@ -138,7 +135,7 @@ class Liveness:
         return None
 
 
-def _process_state(pid: int) -> tuple[str, int]:
+def process_state(pid: int) -> tuple[str, int]:
     """The kernel's letter for the process's state, and its processor time in ticks; ("?", 0) where unknown."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,0 +1,399 @@
+"""The agent's process: forks the workers, watches them, writes the tape, and does what the roster orders.
+
+Users know it as the supervisor of the run. It imports torch once, before it forks, so that a team starts, and starts
+again, in a moment. It runs none of the user's code, has one thread, and ends with its client: no process of a run
+outlives another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, assert_never
+
+from instep.descendants import adopting_orphans, children, die_with_parent
+from instep.errors import InstepError, RecipeError, RecordError, described
+from instep.record import best, checkpoint
+from instep.record.files import write_atomically
+from instep.record.folder import RunFolder
+from instep.record.tape import Tape
+from instep.team.channel import Channel
+from instep.team.heartbeat import Liveness, process_state
+from instep.team.journal import ClientGone, Journal
+from instep.team.messages import (
+    Agreed,
+    Assignment,
+    Cancelled,
+    ClientToSupervisor,
+    Ended,
+    Events,
+    Failed,
+    Finished,
+    Left,
+    Ready,
+    Request,
+    StopRun,
+    SupervisorToClient,
+    Sync,
+    Synced,
+    WorkerToSupervisor,
+)
+from instep.team.orders import (
+    AskToStop,
+    CancelRun,
+    EndEpoch,
+    EpochEnded,
+    FailRun,
+    FinishRun,
+    Go,
+    Join,
+    Lost,
+    Member,
+    NoteLoss,
+    Order,
+    Replace,
+    Resumed,
+    RosterEvent,
+    Said,
+    Start,
+    StopAsked,
+    StopServer,
+    Warn,
+)
+from instep.team.outcome import result_of, start_of
+from instep.team.processes import MemberProcess, MemberProcesses, import_before_forks
+from instep.team.roster import Roster
+from instep.team.signals import Requests
+from instep.transport.shared_memory import reserve
+
+PATIENCE_S = 1.0
+"""Seconds to wait for the lock of the run folder: the workers of a run that was killed hold it a moment longer."""
+
+LOOK_S = 0.2
+"""Seconds between two looks at the workers."""
+
+GRACE_S = 10.0
+"""Seconds that workers have to leave after their last message."""
+
+SERVED_GRACE_S = 1.0
+"""Seconds that workers of the server engine have, all together: what they still compute is for nobody."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop where there was nothing to save, or at once."""
+
+
+class Agent:
+    """One run, over all starts of its team."""
+
+    def __init__(self, run: Request, client: Channel, requests: Requests | None = None):
+        self._run, self._client, self._requests = run, client, requests or Requests()
+        self._folder, self._parent = RunFolder(run.folder), os.getppid()
+        self._serving = run.engine == "server"
+        self.roster = Roster(run.team.workers, run.team.restarts, run.folder, serving=self._serving)
+        self._processes: MemberProcesses | None = None
+        self._recipe = run.recipe
+        self._resume_from: Path | None = None
+        self._found: list[str] = []  # parameters that processes told of at their end
+        self._looked = 0.0
+        self._result: dict[str, Any] | None = None
+
+    def supervise(self) -> dict[str, Any]:
+        """Trains to the end, with restarts. Returns the result. Raises InstepError, Interrupted or ClientGone."""
+        self._others = children()  # which are not this run's: none, unless a program supervises by itself
+        with (
+            adopting_orphans(),
+            self._folder.locked(PATIENCE_S) as self._held,
+            Tape(self._folder.tape_path, append=True) as tape,
+        ):
+            self._journal = Journal(self._folder, tape, self._client, self._run.began)
+            try:
+                self._journal.read()
+                self._about = self._folder.about()
+                best.read(self._folder.checkpoints)  # a damaged one is told of now, not in the midst of training
+                self._resume_from = self._journal.newest_checkpoint(resumed=self._run.resumed)
+                self._check_steps()
+                return self._train()
+            except InstepError as error:
+                why = self._cause(error)
+                self._journal.record("failed", why=why.message)
+                raise why from error.__cause__
+
+    def _cause(self, error: InstepError) -> InstepError:
+        """What is to be told: where the run folder is gone, that is why something else failed."""
+        try:
+            self._held.check()
+        except RecordError as gone:
+            return gone
+        return error
+
+    def _check_steps(self) -> None:
+        steps = self._run.recipe_table["steps"]
+        done = checkpoint.steps_done(self._resume_from) if self._resume_from is not None else 0
+        if done > steps:
+            raise RecipeError(
+                f"{self._run.folder} has done {done} steps already, and 'recipe.steps' is {steps}; give {done} or more."
+            )
+
+    # What it hears
+
+    def _train(self) -> dict[str, Any]:
+        try:
+            for order in self.roster.begin():
+                self._obey(order)
+            while self._result is None:
+                self._listen()
+            return self._result
+        finally:
+            self._end()
+
+    def _listen(self) -> None:
+        """Waits until something happens, or it is time to look at the workers."""
+        processes = self._team
+        active = [processes[member] for member in self.roster.active]
+        sources: list[Any] = [self._client, *(p.pipe for p in active), *(p.handle.death for p in active)]
+        heard: list[Any] = wait(sources, timeout=LOOK_S)
+        if self._client in heard:
+            self._hear_client()
+        if self._requests.end or self._requests.at_once:
+            self._hear(StopAsked(at_once=self._requests.at_once))
+        for process in active:
+            if process.pipe in heard or process.handle.death in heard:
+                self._hear_process(process)
+        if time.monotonic() - self._looked >= LOOK_S and self._result is None:
+            self._look()
+
+    def _hear_client(self) -> None:
+        try:
+            message: ClientToSupervisor = self._client.recv()
+        except (EOFError, ConnectionResetError):
+            raise ClientGone from None
+        assert isinstance(message, StopRun), f"during a run a client asks for its end alone, not {message}"
+        self._hear(StopAsked())
+
+    def _hear_process(self, process: MemberProcess) -> None:
+        """All that it has said, and its death."""
+        try:
+            while process.member in self.roster.active and (message := process.receive()) is not None:
+                self._hear_message(process, message)
+        except EOFError:
+            name = self.roster.name(process.member.number)
+            log = self._folder.log_of(name.removeprefix("the "))
+            self._hear(Lost(process.member, *process.how_it_ended(name, log)))
+
+    def _hear_message(self, process: MemberProcess, message: WorkerToSupervisor) -> None:
+        match message:
+            case Events(events):
+                self._journal.pass_on(events)
+                return
+            case Sync():
+                self._journal.sync()
+                process.send(Synced())
+                return
+            case Ready():
+                process.ready = message
+            case Ended():
+                process.ended = message
+        self._hear(Said(process.member, message))
+
+    def _look(self) -> None:
+        """What no message tells."""
+        self._looked = time.monotonic()
+        self._held.check()
+        if os.getppid() != self._parent:  # whoever it was that held the client's end of the pipe open
+            raise ClientGone
+        processes = self._team
+        processes.look_for_orphans()
+        states = {m.number: process_state(processes[m].handle.pid) for m in self.roster.active}
+        found = self._liveness.look(self._looked, states)
+        if found is not None:
+            number, why = found
+            self._hear(Lost(next(m for m in self.roster.active if m.number == number), why))
+
+    def _hear(self, event: RosterEvent) -> None:
+        """Tells the roster, and does what it orders."""
+        waiting = deque([event])
+        if self._team.board.stop_wanted():
+            waiting.appendleft(StopAsked(within=True))
+        while waiting:
+            for order in self.roster.hear(waiting.popleft()):
+                waiting.extend(self._obey(order))
+
+    # What it does
+
+    @property
+    def _team(self) -> MemberProcesses:
+        assert self._processes is not None, "a team has started"
+        return self._processes
+
+    def _obey(self, order: Order) -> list[RosterEvent]:
+        """Does it. Returns what the roster is to know of it. Raises the run's error, or Interrupted."""
+        match order:
+            case Start():
+                self._start(order)
+            case Go():
+                self._go(order)
+            case Join(member):
+                self._team[member].send(self._agreed)
+            case Replace():
+                self._replace(order)
+            case AskToStop():
+                self._team.board.ask_to_stop()
+            case StopServer(server):
+                self._team[server].send(StopRun())
+            case EndEpoch(epoch):
+                self._end()
+                return [EpochEnded(epoch, tuple(self._found))]
+            case NoteLoss(member, why):
+                self._journal.record("left", worker=member.number, why=why)
+            case Warn(why):
+                self._journal.warn(why)
+            case FinishRun(leader):
+                self._result = self._finish(leader)
+            case FailRun(error):
+                raise error
+            case CancelRun():
+                raise Interrupted
+            case _:
+                assert_never(order)
+        return []
+
+    def _start(self, order: Start) -> None:
+        if order.looked:
+            self._journal.remove_unlooked()
+        if order.epoch > 1:
+            self._resume_from = self._journal.newest_checkpoint(resumed=self._run.resumed)
+        self._held.check()
+        meta = checkpoint.read_manifest(self._resume_from).meta if self._resume_from is not None else {}
+        self.roster.hear(Resumed(order.epoch, tuple(meta.get("written", ())), bool(meta.get("unlooked"))))
+        team = self._run.team
+        self._processes = processes = MemberProcesses(team.workers, self._others, serving=self._serving)
+        with self._run.recipe.prepared() as self._recipe:
+            for member in order.members:
+                self._fork(member)
+        self._recipe = self._run.recipe
+        names = [self.roster.name(member.number) for member in order.members]
+        pids = [process.handle.pid for process in processes]
+        self._looked = time.monotonic()
+        self._liveness = Liveness(
+            processes.board, pids, team.answer_timeout_s, team.stall_timeout_s, names, now_s=self._looked
+        )
+
+    def _fork(self, member: Member) -> None:
+        run, successor = self._run, member.incarnation > 0
+        assignment = Assignment(
+            recipe=self._recipe,
+            team=run.team,
+            folder=run.folder,
+            fingerprints=run.fingerprints or (run.fingerprint,),
+            resume_from=None if successor else self._resume_from,
+            began=run.began,
+            lines=self._team.lines,
+            incarnation=member.incarnation,
+            first=self._resume_from is None and not successor and member.epoch == 1,
+            run_id=self._run_id,
+            identity=self._held.identity,
+            written=tuple(sorted(self.roster.written)),
+        )
+        self._team.fork(member, assignment, self._client)
+
+    @property
+    def _run_id(self) -> str | None:
+        return self._about.id if self._about is not None else None
+
+    def _go(self, order: Go) -> None:
+        """All workers have built the recipe, which is the run's from here on: gives them memory, lets them start."""
+        processes = self._team
+        lead = processes[self.roster.leader].ready
+        assert lead is not None, "all are ready"
+        self._agreed = Agreed(lead.facts, lead.memory)
+        reserve(processes.descriptor, lead.memory)
+        if not self._journal.started:  # a recipe that is refused leaves no trace
+            write_atomically(self._folder.recipe_path, self._run.recipe_file.encode())
+        again = order.epoch > 1
+        resumed = self._journal.begun or again
+        self._journal.record("run_started", **start_of(self._run, self._run_id, lead.facts, resumed=resumed))
+        for why in () if again else (*self._run.notices, *self._run.rule.warnings()):
+            self._journal.warn(why)
+        for member in order.members:
+            processes[member].send(self._agreed)
+
+    def _replace(self, order: Replace) -> None:
+        old = self._team.take_out(order.member)
+        self._found += self._journal.pass_on_the_rest(old.pipe)
+        old.close()
+        self._team[self.roster.leader].send(Left(order.member.number, order.why))
+        if order.successor is not None:
+            self._fork(order.successor)
+            self._liveness.renew(order.successor.number, self._team[order.successor].handle.pid)
+
+    def _end(self) -> None:
+        """Ends what lives of the team, and reads the last words."""
+        if self._processes is None:
+            return
+        processes, self._processes = self._processes, None
+        processes.end()
+        try:
+            for process in processes:
+                self._found += self._journal.pass_on_the_rest(process.pipe)
+        finally:
+            processes.close()
+
+    def _finish(self, leader: Member) -> dict[str, Any]:
+        """Lets the workers leave, and writes the result."""
+        processes = self._team
+        until = time.monotonic() + SERVED_GRACE_S
+        for process in processes:
+            process.handle.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
+        ended = processes[leader].ended
+        assert ended is not None, "all is done"
+        costs = [process.ended.costs for process in processes if process.ended is not None]
+        result = result_of(self._run, self._agreed.facts, ended, costs, self.roster.restarts)
+        self._held.check()
+        self._folder.write_result(result)
+        version, digest, interrupted = ended.progress["version"], ended.digest, ended.interrupted
+        self._journal.record("run_ended", version=version, digest=digest, result=result, interrupted=interrupted)
+        return result
+
+
+def main(descriptor: int) -> None:
+    """Entry of the process: serves one run for the client at the other end of `descriptor`, and ends."""
+    die_with_parent(signal.SIGCONT)  # it is woken, should it be stopped then, and ends its workers
+    _serve(Channel.of(descriptor))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # nothing is open any more, and taking torch down in order costs a second
+
+
+def _serve(client: Channel) -> None:
+    try:
+        run: ClientToSupervisor = client.recv()
+    except EOFError:
+        return
+    assert isinstance(run, Request), f"a run begins with a Request, not {run}"
+    import_before_forks()
+    requests = Requests()
+    requests.listen()
+    try:
+        client.send(Finished(Agent(run, client, requests).supervise()))
+    except ClientGone:
+        pass
+    except Interrupted:
+        _send_quietly(client, Cancelled())
+    except InstepError as error:
+        _send_quietly(client, Failed.of(error))
+    except BaseException as error:
+        sentence = f"the supervisor failed: {described(error)}; this is a fault of Instep, please report it."
+        _send_quietly(client, Failed("InstepError", sentence, traceback.format_exc()))
+
+
+def _send_quietly(client: Channel, message: SupervisorToClient) -> None:
+    with contextlib.suppress(OSError):
+        client.send(message)

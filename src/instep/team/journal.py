@@ -1,0 +1,107 @@
+"""The record of a run as the agent keeps it: what happens goes on the tape, and to the client."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from instep.errors import CheckpointError
+from instep.record import checkpoint
+from instep.record.folder import RunFolder
+from instep.record.tape import Tape, Told, told
+from instep.team.channel import Channel
+from instep.team.messages import Events, WorkerToSupervisor, Written
+
+
+class ClientGone(Exception):
+    """The client's process has ended, or wants no more."""
+
+
+class Journal:
+    """Of a run that began at `began` on the monotonic clock. Its methods raise ClientGone and RecordError."""
+
+    def __init__(self, folder: RunFolder, tape: Tape, client: Channel, began: float):
+        self._folder, self._tape, self._client, self._began = folder, tape, client, began
+        self.begun = False
+        """Whether the tape had the run's beginning already, whatever the client takes it for."""
+        self.started = False
+        """Whether a team of this process has: what is told before waits for it, or is not written."""
+        self._told = Told()
+        self._early: list[dict[str, Any]] = []
+
+    def read(self) -> None:
+        """Reads what the tape tells already."""
+        self.begun = self._tape.begun
+        self._told = told(self._tape.path)
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """Notes an event of the agent's own."""
+        t_s = round(time.monotonic() - self._began, 6)
+        self.pass_on([{"t_s": t_s, "clock": "wall", "kind": kind, **fields}])
+
+    def warn(self, why: str) -> None:
+        """Notes a warning of the agent's own."""
+        self.record("warned", why=why)
+
+    def pass_on(self, events: Sequence[dict[str, Any]]) -> None:
+        """Notes what has happened. On the tape, ``run_started`` comes first; of a start that comes to nothing it holds
+        none.
+        """
+        self._early += events
+        for event in events:
+            self._told.note(event)
+        if self.started or any(event["kind"] == "run_started" for event in events):
+            self.started = True
+            for waiting in sorted(self._early, key=lambda early: early["kind"] != "run_started"):
+                self._tape.write(waiting)
+            self._early.clear()
+        try:
+            self._client.send(Events(events))
+        except (BrokenPipeError, ConnectionResetError):
+            raise ClientGone from None
+
+    def pass_on_the_rest(self, pipe: Channel) -> Sequence[str]:
+        """What a process told before its end belongs on the tape: a checkpoint may hold those very steps.
+
+        Returns the parameters that it told its forwards to write.
+        """
+        found: list[str] = []
+        with contextlib.suppress(EOFError, OSError, ClientGone):
+            while pipe.poll():
+                message: WorkerToSupervisor = pipe.recv()
+                if isinstance(message, Events):
+                    self.pass_on(message.events)
+                elif isinstance(message, Written):
+                    found += message.names
+        return found
+
+    def sync(self) -> None:
+        """Makes sure that what was told so far outlives this process, and a power cut."""
+        self._tape.flush(sync=True)
+
+    def newest_checkpoint(self, *, resumed: bool) -> Path | None:
+        """The newest sound checkpoint, if there is one. Raises CheckpointError where a resumed run has none."""
+        path, problems = self._folder.newest_checkpoint(self._told)
+        for problem in problems:
+            self.warn(problem)
+        if path is None and problems and resumed:
+            raise CheckpointError(
+                f"no checkpoint in {self._folder.checkpoints} is sound, so the run cannot be resumed; start a new one.",
+                detail="\n".join(problems),
+            )
+        return path
+
+    def remove_unlooked(self) -> None:
+        """Removes checkpoints of stops: forwards may have written into their weights past autograd, unseen."""
+        for path in checkpoint.all_in(self._folder.checkpoints):
+            with contextlib.suppress(CheckpointError):
+                if checkpoint.read_manifest(path).meta.get("unlooked"):
+                    shutil.rmtree(path)
+                    self.warn(
+                        f"the checkpoint {path} was saved at a stop, and that forward may have written its weights "
+                        f"before anybody looked; it was removed."
+                    )

@@ -1,0 +1,172 @@
+"""What a roster hears of a team's processes, and what it has the agent do. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from instep.errors import InstepError
+from instep.team.messages import Digest, Ended, Failed, Ready, Saved, Written
+
+
+@dataclass(frozen=True, order=True)
+class Member:
+    """A process of the team. Workers count from 0, and a server comes after them; `incarnation` counts the processes
+    that had its place before in its epoch.
+    """
+
+    epoch: int
+    number: int
+    incarnation: int = 0
+
+
+# Events
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What the checkpoint that an epoch starts from tells. None of the epoch's processes has started yet.
+
+    written: parameters that forwards are known to write. unlooked: whether others may have been written, unseen.
+    """
+
+    epoch: int
+    written: tuple[str, ...] = ()
+    unlooked: bool = False
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a process has sent."""
+
+    member: Member
+    message: Ready | Digest | Written | Saved | Failed | Ended
+
+
+@dataclass(frozen=True)
+class Lost:
+    """It died, does not answer, or gets nowhere, as the sentence `why` says. detail: what it printed last."""
+
+    member: Member
+    why: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class StopAsked:
+    """The run is to end: after the present step, with a checkpoint, or at once.
+
+    within: one of the team's own processes asked for it, and all of them know already.
+    """
+
+    at_once: bool = False
+    within: bool = False
+
+
+@dataclass(frozen=True)
+class EpochEnded:
+    """All processes of an epoch have ended, and their last words are read. written: parameters that those tell of."""
+
+    epoch: int
+    written: tuple[str, ...] = ()
+
+
+RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded
+
+# Orders
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start these processes, who are the whole team, from the newest checkpoint.
+
+    looked: checkpoints that a forward may have written into, unseen, are to be removed first.
+    """
+
+    epoch: int
+    members: tuple[Member, ...]
+    looked: bool = False
+
+
+@dataclass(frozen=True)
+class Go:
+    """All are ready: let them begin."""
+
+    epoch: int
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Join:
+    """A successor is ready: let it begin with the others, who go on."""
+
+    member: Member
+
+
+@dataclass(frozen=True)
+class Replace:
+    """End what is left of a member that was lost, tell the server `why`, and start its successor if there is one."""
+
+    member: Member
+    successor: Member | None
+    why: str
+
+
+@dataclass(frozen=True)
+class AskToStop:
+    """Have the team end after the present step, with a checkpoint."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class StopServer:
+    """Have the server save what is sound and stop, since the code of worker number `worker` has raised."""
+
+    server: Member
+    worker: int
+
+
+@dataclass(frozen=True)
+class EndEpoch:
+    """End all processes of an epoch at once, and answer with `EpochEnded`."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class NoteLoss:
+    """Put on the tape that a member was lost."""
+
+    member: Member
+    why: str
+
+
+@dataclass(frozen=True)
+class Warn:
+    """Put a warning on the tape."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class FinishRun:
+    """All have done their part: the run has ended, with the result that `leader` has told."""
+
+    leader: Member
+
+
+@dataclass(frozen=True)
+class FailRun:
+    """The run ends with this error. What still lives of the team is to be ended."""
+
+    error: InstepError
+
+
+@dataclass(frozen=True)
+class CancelRun:
+    """The run ends without a result, as it was asked to. What still lives of the team is to be ended."""
+
+
+Order = (
+    Start | Go | Join | Replace | AskToStop | StopServer | EndEpoch | NoteLoss | Warn | FinishRun | FailRun | CancelRun
+)

@@ -1,0 +1,158 @@
+"""The processes of a team between one start and its end, and what they share."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from instep.descendants import children, end_children, reap
+from instep.errors import killed_by, no_process
+from instep.team.channel import Channel, Line
+from instep.team.heartbeat import HeartbeatBoard
+from instep.team.launcher import Handle
+from instep.team.messages import Assignment, Ended, Ready, SupervisorToWorker, WorkerToSupervisor
+from instep.team.orders import Member
+from instep.transport.shared_memory import anonymous_file
+
+
+@dataclass
+class MemberProcess:
+    """A member's process, as the agent sees it. `ready` and `ended`: what it has said."""
+
+    member: Member
+    handle: Handle
+    pipe: Channel
+    ready: Ready | None = None
+    ended: Ended | None = None
+
+    def send(self, message: SupervisorToWorker) -> None:
+        """Sends a message; nothing where it is dead, as will be seen."""
+        with contextlib.suppress(OSError):
+            self.pipe.send(message)
+
+    def receive(self) -> WorkerToSupervisor | None:
+        """The next message, if one is there. Raises EOFError where none can come any more."""
+        dead = self.handle.exitcode is not None
+        try:
+            if self.pipe.poll():
+                message: WorkerToSupervisor = self.pipe.recv()
+                return message
+        except OSError:
+            dead = True
+        if dead:
+            raise EOFError
+        return None
+
+    def how_it_ended(self, name: str, log: Path) -> tuple[str, str]:
+        """A sentence on a process that is dead, or as good as that, and the end of what it printed."""
+        self.handle.join(1)
+        code = self.handle.exitcode
+        if code is not None and code < 0:
+            how = f"was {killed_by(code)}"
+        else:
+            how = f"ended with exit status {code} in the middle of the run"
+        return f"{name} (pid {self.handle.pid}) {how}.", _tail(log)
+
+    def close(self) -> None:
+        """Closes what is open here for the process, which has ended."""
+        self.pipe.close()
+        self.handle.close()
+
+
+class MemberProcesses:
+    """Those of one epoch. `others`: children of this process that are not the run's. Raises ResourceError."""
+
+    def __init__(self, workers: int, others: set[int], *, serving: bool):
+        self._workers, self._others = workers, others
+        self._by_number: dict[int, MemberProcess] = {}
+        self._orphans: set[int] = set()  # of processes that lived at the last look
+        opened: list[Line] = []
+        try:
+            for _ in range(workers if serving else 0):
+                opened.append(Line.open())
+            self.board = HeartbeatBoard(workers + serving)
+            self.descriptor = anonymous_file()
+            """Of the memory that all map."""
+        except OSError as error:
+            for line in opened:
+                line.close()
+            raise no_process(f"a team of {workers} workers", error) from error
+        self.lines = tuple(opened)
+        """Between the server and each worker."""
+
+    def __iter__(self) -> Iterator[MemberProcess]:
+        """In order of their numbers."""
+        return iter([self._by_number[number] for number in sorted(self._by_number)])
+
+    def __getitem__(self, member: Member) -> MemberProcess:
+        return self._by_number[member.number]
+
+    def fork(self, member: Member, assignment: Assignment, client: Channel) -> None:
+        """Starts the member's process, which does not need the `client`. Raises ResourceError."""
+        try:
+            ours, theirs = Channel.pair()
+            with contextlib.closing(theirs):
+                unused = [client, ours, *(other.pipe for other in self)]
+                arguments = (unused, assignment, member.number, theirs, self.board, self.descriptor)
+                handle = Handle(_main, arguments, f"worker-{member.number}")
+        except OSError as error:
+            raise no_process(f"process {member.number + 1} of the {self._workers} workers", error) from error
+        self._by_number[member.number] = MemberProcess(member, handle, ours)
+
+    def look_for_orphans(self) -> None:
+        """Notes what the run's processes have started and left behind. Of that, what is dead is waited for."""
+        self._orphans = children() - self._others - {process.handle.pid for process in self}
+        reap(self._orphans)
+
+    def take_out(self, member: Member) -> MemberProcess:
+        """Ends a member's process, with all that it has left behind; to be closed."""
+        process = self._by_number.pop(member.number)
+        process.handle.kill()
+        process.handle.join()
+        end_children(self._others | self._orphans | {other.handle.pid for other in self})
+        return process
+
+    def end(self) -> None:
+        """Ends all, with all that they have left behind."""
+        for process in self:
+            process.handle.kill()
+        for process in self:
+            process.handle.join()
+        end_children(but=self._others)
+
+    def close(self) -> None:
+        """Closes what is open here for them, who have ended."""
+        for process in self:
+            process.close()
+        for line in self.lines:
+            line.close()
+        os.close(self.descriptor)
+
+
+def import_before_forks() -> None:
+    """What every worker needs and takes seconds to import: each optimizer imports torch._dynamo when it is built."""
+    for name in ("numpy.random", "torch._dynamo", "instep.team.process"):
+        import_module(name)
+
+
+def _main(unused: list[Channel], *arguments: Any) -> None:
+    from instep.team.process import main
+
+    gc.freeze()  # what was inherited: the collector would write to it, and so copy it
+    for pipe in unused:  # or a worker would keep its siblings' pipes open after the agent's end
+        pipe.close()
+    main(*arguments)
+
+
+def _tail(log: Path, lines: int = 20) -> str:
+    """The end of what the worker printed."""
+    try:
+        return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""

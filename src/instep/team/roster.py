@@ -1,0 +1,290 @@
+"""The roster: the state machine that decides over a team's processes. Events in, orders out; no torch, clock or I/O.
+
+The agent tells it who is ready, who is lost and what was asked, and carries out what comes back, in order. All the
+processes of one start of the team have the number of that start in common, the epoch. What is promised, in any order
+of events:
+
+- Every epoch that starts ends: by `EndEpoch`, which is answered by `EpochEnded`, or with the run. The run ends by one
+  of `FinishRun`, `FailRun` and `CancelRun`, after which no order comes.
+- Orders name processes that have started and were not lost, and `Go` those of them alone that are ready.
+- Nobody waits for the dead: of a process that is lost comes a successor, a new epoch, the end of the run, or, where the
+  others can end without it, nothing at all.
+- A restart is counted once, whichever way the death was noticed, and no more of them come than are allowed. To go back
+  for parameters that forwards write is none: what was found then is known later, so that it comes to an end.
+- What comes of another epoch, or of a process that was replaced or has done its part, changes nothing.
+- After a stop no process starts, and once those that live have ended or are lost the run is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from instep.errors import InstepError, WorkerError
+from instep.team.messages import Digest, Ended, Failed, Ready, Saved, Written
+from instep.team.orders import (
+    AskToStop,
+    CancelRun,
+    EndEpoch,
+    EpochEnded,
+    FailRun,
+    FinishRun,
+    Go,
+    Join,
+    Lost,
+    Member,
+    NoteLoss,
+    Order,
+    Replace,
+    Resumed,
+    RosterEvent,
+    Start,
+    StopAsked,
+    StopServer,
+    Warn,
+)
+from instep.worker.stopping import with_saved
+
+
+@dataclass(slots=True)
+class _Place:
+    """Who has a place in the team. `done`: it is not waited for any more."""
+
+    member: Member
+    facts: Mapping[str, Any] | None = None
+    ended: Ended | None = None
+    done: bool = False
+
+
+class Roster:
+    """The team of one run, over all its epochs.
+
+    serving: under the server engine, where a worker can be replaced while the others go on, and the run ends with the
+    server; in lockstep all have the same weights, and one is nothing without the others. restarts: so many are allowed.
+    folder: the run folder, for sentences.
+    """
+
+    def __init__(self, workers: int, restarts: int, folder: Path, *, serving: bool):
+        self._count, self._allowed, self._folder, self._serving = workers + serving, restarts, folder, serving
+        self._leader = workers if serving else 0
+        self.epoch = 0
+        """The number of the present start of the team, from 1."""
+        self.restarts = 0
+        """Restarts so far, of the team or of a worker."""
+        self.written: set[str] = set()
+        """The parameters that forwards are known to write."""
+        self.going = False
+        """Whether the team of this epoch has begun."""
+        self.over = False
+        """Whether the run has."""
+        self._places: list[_Place] = []
+        self._unlooked = False
+        self._digests: dict[int, dict[int, str]] = {}  # by version and number
+        self._ending: Lost | Written | None = None  # why the epoch ends, until it is gone
+        self._stopping = False
+        self._raised: InstepError | None = None  # by a worker of the server engine, while the server saves
+
+    def begin(self) -> list[Order]:
+        """Starts the team for the first time."""
+        return [self._start()]
+
+    def hear(self, event: RosterEvent) -> list[Order]:
+        """What is to be done after `event`, in this order."""
+        if self.over:
+            return []
+        if isinstance(event, StopAsked):
+            return self._stop(event)
+        if isinstance(event, EpochEnded):
+            return self._again(event) if self._ending is not None and event.epoch == self.epoch else []
+        if isinstance(event, Resumed):
+            if event.epoch == self.epoch:
+                self.written.update(event.written)
+                self._unlooked = event.unlooked
+            return []
+        if event.member not in self.active:
+            return []
+        place = self._places[event.member.number]
+        return self._lost(event, place) if isinstance(event, Lost) else self._said(event.message, place)
+
+    @property
+    def active(self) -> list[Member]:
+        """Who is waited for: the present members but those that have done their part."""
+        if self.over or self._ending is not None:
+            return []
+        return [place.member for place in self._places if not place.done]
+
+    @property
+    def leader(self) -> Member:
+        """Who speaks for all: the server or, in lockstep, worker 0."""
+        return self._places[self._leader].member
+
+    def name(self, number: int) -> str:
+        """What a member is called in a sentence."""
+        return "the server" if self._serving and number == self._leader else f"worker {number}"
+
+    # What follows from an event
+
+    def _said(self, message: Ready | Digest | Written | Saved | Failed | Ended, place: _Place) -> list[Order]:
+        match message:
+            case Ready():
+                place.facts = message.facts
+                return [Join(place.member)] if self.going else self._go()
+            case Digest():
+                return self._compare(place.member.number, message)
+            case Ended():
+                place.ended, place.done = message, True
+                return self._finish()
+            case Written():
+                return self._end(message)
+            case Failed():
+                return self._failed(message.error(), place)
+            case Saved():
+                assert self._raised is not None, "the server was told to stop"
+                sentence = with_saved(self._raised.message, message.version, self._folder)
+                return self._over(FailRun(type(self._raised)(sentence, detail=self._raised.detail)))
+
+    def _start(self, *, looked: bool = False) -> Start:
+        self.epoch += 1
+        members = tuple(Member(self.epoch, number) for number in range(self._count))
+        self._places = [_Place(member) for member in members]
+        self._digests, self._unlooked, self.going = {}, False, False
+        self._ending = self._raised = None
+        return Start(self.epoch, members, looked)
+
+    def _go(self) -> list[Order]:
+        """Lets the team begin once all are ready, if they agree on what they start from."""
+        if any(place.facts is None for place in self._places):
+            return []
+        facts = self._places[self._leader].facts or {}
+        for number, place in enumerate(self._places):
+            own = place.facts or {}
+            for name, value in facts.items():
+                if name in own and own[name] != value:
+                    samples = ", and each sample on its index besides" if name == "data" else ""
+                    return self._fault(
+                        f"worker {number} starts from other {name} than {self.name(self._leader)} ({own[name]} instead "
+                        f"of {value}); what builds them must depend on its arguments and the seed alone{samples}."
+                    )
+        new = tuple(sorted({*facts.get("written", ())} - self.written))
+        if new and self._unlooked:  # before the checkpoint that the team starts from, say
+            return self._end(Written(new, "a first forward after a stop"))
+        self.going = True
+        return [Go(self.epoch, tuple(place.member for place in self._places))]
+
+    def _compare(self, number: int, own: Digest) -> list[Order]:
+        digests = self._digests.setdefault(own.version, {})
+        digests[number] = own.digest
+        first = next(iter(digests))
+        if own.digest != digests[first]:
+            return self._fault(
+                f"worker {number} has other weights than worker {first} at version {own.version}, which "
+                f"lockstep rules out: some code depends on more than the batch and the seed (a clock, a set's order, "
+                f"threads), or the machine is faulty."
+            )
+        if len(digests) == len(self._places):
+            del self._digests[own.version]
+        return []
+
+    def _finish(self) -> list[Order]:
+        """Ends the run with the server, or else with the last worker."""
+        if not (self._places[self._leader].done if self._serving else all(place.done for place in self._places)):
+            return []
+        self._digests.clear()
+        for place in [] if self._serving else self._places:
+            assert place.ended is not None, "all have"
+            own = Digest(place.ended.progress["version"], place.ended.digest)
+            if different := self._compare(place.member.number, own):
+                return different
+        return self._over(FinishRun(self.leader))
+
+    def _failed(self, error: InstepError, place: _Place) -> list[Order]:
+        """What a process's code raised ends the run; in lockstep, and at the server, it is saved by then."""
+        if not self._can_do_without(place.member):
+            return self._over(FailRun(self._raised or error))
+        place.done = True
+        if self._raised is not None:
+            return []
+        self._raised = error
+        return [StopServer(self.leader, place.member.number)]
+
+    def _lost(self, event: Lost, place: _Place) -> list[Order]:
+        member = event.member
+        if self._raised is not None:  # the first error is the one to tell of
+            return self._failed(self._raised, place)
+        if not self._can_do_without(member):
+            return self._end(event)
+        if self._stopping:
+            place.done = True
+            return [Replace(member, None, event.why)]
+        if (too_often := self._count_restart(event)) is not None:
+            return [NoteLoss(member, event.why), *self._over(FailRun(too_often))]
+        successor = Member(self.epoch, member.number, member.incarnation + 1)
+        self._places[member.number] = _Place(successor)
+        return [Replace(member, successor, event.why)]
+
+    def _can_do_without(self, member: Member) -> bool:
+        """Whether the others go on when it is lost."""
+        return self._serving and self.going and member != self.leader
+
+    def _stop(self, event: StopAsked) -> list[Order]:
+        known, self._stopping = self._stopping, True
+        if event.at_once:
+            return self._over(CancelRun())
+        if event.within or self._ending is not None:
+            return []
+        if not self.going:
+            return self._over(CancelRun())
+        return [] if known else [AskToStop(self.epoch)]
+
+    def _end(self, why: Lost | Written) -> list[Order]:
+        self._ending = why
+        return [EndEpoch(self.epoch)]
+
+    def _again(self, gone: EpochEnded) -> list[Order]:
+        """An epoch has ended before its time: what comes now."""
+        why = self._ending
+        assert why is not None
+        orders: list[Order] = [NoteLoss(why.member, why.why)] if isinstance(why, Lost) else []
+        if self._stopping:
+            return [*orders, *self._over(CancelRun())]
+        if isinstance(why, Written):
+            return self._go_back(why, gone.written)
+        if (too_often := self._count_restart(why)) is not None:
+            return [*orders, *self._over(FailRun(too_often))]
+        return [*orders, self._start()]
+
+    def _go_back(self, found: Written, more: Sequence[str]) -> list[Order]:
+        """A new start with what was found to be written. It is no fault of a worker's, so it counts as no restart."""
+        new = sorted({*found.names, *more} - self.written)
+        if not new:
+            return self._fault(
+                f"a forward wrote parameter '{found.names[0]}' in {found.where}, which was known to be written; this "
+                f"is a fault of Instep, please report it."
+            )
+        self.written.update(new)
+        others = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        why = (
+            f"a forward wrote parameter '{new[0]}'{others} for the first time in {found.where}; the team goes back "
+            f"to its last checkpoint, each worker with a copy of its own of what is written, as if so from the start."
+        )
+        return [Warn(why), self._start(looked=True)]
+
+    def _count_restart(self, lost: Lost) -> WorkerError | None:
+        """Counts a worker, or a team, that starts again; the error where that would be once too often."""
+        if self.restarts == self._allowed:
+            return WorkerError(
+                f"{lost.why.rstrip('.')}; the team has started again {self.restarts} times, as often as "
+                f"team.restarts allows.",
+                detail=lost.detail,
+            )
+        self.restarts += 1
+        return None
+
+    def _fault(self, sentence: str) -> list[Order]:
+        return self._over(FailRun(WorkerError(sentence)))
+
+    def _over(self, order: FinishRun | FailRun | CancelRun) -> list[Order]:
+        self.over = True
+        return [order]
