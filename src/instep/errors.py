@@ -28,6 +28,10 @@ LONGEST = 200
 """Characters of a value, or of what an exception says, that a sentence shows."""
 
 
+_LONGEST_WORD = 500
+"""Characters of a sentence without a space between, such as a path, that are shown."""
+
+
 def clean(text: str, keep: str = "") -> str:
     """`text` on one line and without control characters, which a terminal would obey, but for those in `keep`."""
     if text.isprintable():
@@ -53,6 +57,18 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def _without_long_words(text: str) -> str:
+    """`text` with words cut that no path that a system takes has in it: values of the user's."""
+    if len(text) <= _LONGEST_WORD:
+        return text
+    return " ".join(w if len(w) <= _LONGEST_WORD else f"{w[: LONGEST - 3]}..." for w in text.split(" "))
+
+
+def _ended_once(text: str) -> str:
+    """`text` without the full stop behind a value that was cut."""
+    return text.removesuffix(".") if text.endswith("....") else text
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 
@@ -61,7 +77,7 @@ class InstepError(Exception):
     """The root of the tree."""
 
     def __init__(self, message: str, *, detail: str = "") -> None:
-        super().__init__(clean(message))
+        super().__init__(_ended_once(_without_long_words(clean(message))))
         self.detail = detail
 
     @property

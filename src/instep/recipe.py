@@ -44,6 +44,9 @@ _MOST = {"batch": 1 << 40, "microbatches": 1 << 20, "steps": 1 << 53, "threads":
 MOST_WORKERS = 1 << 20
 """Of a team, virtual ones too."""
 
+_LONGEST_NAME = 240
+"""Bytes of a recipe's name: file systems take 255, and a folder's name may get a number."""
+
 LEAST_TIMEOUT_S = 0.5
 """Seconds: two heartbeats of a worker. With less, workers that are well would count as stopped."""
 
@@ -136,6 +139,11 @@ class Recipe:
         if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
             raise RecipeError(
                 f"'recipe.name' is {shown(self.name)}; it names the run folder: write a name without '/'."
+            )
+        if len(self.name.encode()) > _LONGEST_NAME:
+            raise RecipeError(
+                f"'recipe.name' is {shown(self.name)}, of {len(self.name)} characters; it names the run folder: write "
+                f"one of at most {_LONGEST_NAME}."
             )
         for key in ("batch", "microbatches", "steps", "threads"):
             _at_least(f"recipe.{key}", getattr(self, key), 1)
@@ -303,9 +311,7 @@ def read(name_or_path: str | Path) -> dict[str, Any]:
     """The table of a built-in recipe, by name, or of a TOML file. Built-in names come first. Raises RecipeError."""
     path = path_of(name_or_path)
     try:
-        table = tomllib.loads(path.read_bytes().decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {cut(error)}.") from None
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # ValueError: a null byte
         if (path / "recipe.toml").is_file():
             raise RecipeError(
@@ -315,7 +321,13 @@ def read(name_or_path: str | Path) -> dict[str, Any]:
         hint = suggest(str(name_or_path), names_of_recipes(), "the built-in recipes are")
         raise RecipeError(f"{shown(str(name_or_path))} is neither a built-in recipe nor a file{hint}") from None
     except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}.") from None
+        raise RecipeError(
+            f"{cut(path)} cannot be read: {error.strerror}; give a built-in recipe or a TOML file."
+        ) from None
+    try:
+        table = tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:  # a number of too many digits is no TOMLDecodeError
+        raise RecipeError(f"{path} is not valid TOML: {cut(error)}.") from None
     table.setdefault("name", path.stem)
     return table
 

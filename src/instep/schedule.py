@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from instep.errors import RecipeError
 from instep.tables import added, check_types
@@ -115,3 +115,22 @@ class Phase:
                 phase.skipped.union(change.skip_samples),
             )
         return phase
+
+
+def what_changed(table: Mapping[str, Any], version: int) -> str:
+    """In words, what the changes in a recipe's table made of it at `version`: "learning rate 0.01, scale 0.5"."""
+    now: dict[str, Any] = {"schedule": table.get("schedule", {}), "watch": table.get("watch", {})}
+    words: list[str] = []
+    for change in table.get("changes", ()):
+        here = change["version"] == version
+        for key in ("schedule", "watch"):
+            after = change.get(key, now[key])
+            differing = [name for name in {**now[key], **after} if now[key].get(name) != after.get(name)]
+            words += [f"{key}.{name} {after.get(name, 'none')}" for name in differing] if here else []
+            now[key] = after
+        if here and "lr" in change:
+            words.append(f"learning rate {change['lr']:g}")
+        if here and change.get("skip_samples"):
+            left = len(change["skip_samples"])
+            words.append(f"without {left:,} sample{'' if left == 1 else 's'}")
+    return ", ".join(words)

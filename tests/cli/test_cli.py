@@ -177,7 +177,7 @@ def test_none_takes_an_optional_field_away(trained: Trained, here: Path) -> None
             "train my.toml --steps 1 --recipe.steps 2",
             "--steps and --recipe.steps set the same field; give one of them.",
         ),
-        ("train my.toml --workers two", 'Invalid value for --workers: unable to convert "two" into int.'),
+        ("simulate my.toml --workers two", "--workers is 'two', of type str; it must be a whole number."),
         ("train my.toml --workers", 'Command "train" parameter --workers requires an argument.'),
         ("train my.toml more", "'more' is one argument too many; 'instep train --help' lists what there is."),
         ("train", "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."),

@@ -98,7 +98,7 @@ def test_what_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     path = "n" * 300
     for look in (RunFolder.open, digest):
-        with pytest.raises(RecordError, match=f"^{path} cannot be read: File name too long; check the path"):
+        with pytest.raises(RecordError, match=r"^n{197}\.\.\. cannot be read: File name too long; check the path"):
             look(path)
     with pytest.raises(ResourceError, match="cannot be made: File name too long; .*; or give --out"):
         RunFolder.claim(path)
@@ -145,7 +145,7 @@ def test_a_folder_that_is_held_tells_where_it_is_now(tmp_path: Path) -> None:
     with run.locked() as held:
         held.check()
         run.path.rename(tmp_path / "moved")
-        with pytest.raises(RecordError, match=f"{run.path} was moved to {tmp_path / 'moved'} while .* with --resume"):
+        with pytest.raises(RecordError, match=f"{run.path} was moved to {tmp_path / 'moved'} while .*; resume it from"):
             held.check()
         RunFolder.create(run.path)  # another one in its place
         with pytest.raises(RecordError, match=f"was moved to {tmp_path / 'moved'}"):

@@ -199,5 +199,5 @@ def test_ctrl_c_in_python_names_the_folder_to_go_on_with(tmp_path: Path) -> None
     recipe = regression(steps=2000)
     with pytest.raises(KeyboardInterrupt) as caught:
         instep.train(recipe, out=tmp_path / "run", monitors=[interrupt])
-    assert f"go on with instep.train(resume='{tmp_path / 'run'}')" in str(caught.value)
+    assert f"go on with instep.train(recipe, resume='{tmp_path / 'run'}')" in str(caught.value)
     assert instep.train(recipe, team=instep.Team(), resume=tmp_path / "run", monitors=[]).result["steps"] == 2000

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from instep.cli.helping import ABOUT, COMMANDS, table, wrapped
-from instep.errors import InstepError, RecordError, clean, cut, shown
+from instep.errors import LONGEST, InstepError, RecordError, clean, cut, shown
 
 _COMPUTING = ("train", "replay", "simulate", "memory")
 
@@ -93,10 +93,17 @@ def _run(argv: list[str]) -> None:
             f"{shown(extra)} is one argument too many; 'instep {rest[0]} --help' lists what there is."
         ) from None
     except CycloptsError as error:
-        raise UsageError(" ".join(str(error).split())) from None
+        raise UsageError(_without_long(" ".join(str(error).split()), rest)) from None
     if rest[0] in _COMPUTING:
         _check_working_folder()
     command(*bound.args, **bound.kwargs)
+
+
+def _without_long(sentence: str, tokens: Sequence[str]) -> str:
+    """`sentence` with what it repeats of a long command line cut."""
+    for token in tokens:
+        sentence = sentence.replace(token, cut(token)) if len(token) > LONGEST else sentence
+    return sentence
 
 
 def _check_working_folder() -> None:

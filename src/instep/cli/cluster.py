@@ -7,6 +7,7 @@ from instep.clock.network import Network
 from instep.clock.slow import parse_slow
 from instep.clock.times import Failures, WorkerTimes
 from instep.clock.units import duration_s
+from instep.errors import cut
 from instep.offline.cluster import Cluster
 from instep.recipe import MOST_WORKERS, Recipe
 from instep.rules.work import Pieces
@@ -51,7 +52,9 @@ def refuse_team(settings: Settings) -> None:
     """Raises UsageError where a field of a real team is set, which would change nothing."""
     for name, _ in settings:
         if name.startswith("team."):
-            raise UsageError(f"--{name} sets a real team; the virtual one has flags of its own, such as --workers.")
+            raise UsageError(
+                f"--{cut(name)} sets a real team; the virtual one has flags of its own, such as --workers."
+            )
 
 
 def steps_for(recipe: Recipe, workers: int, contributions: int) -> int:

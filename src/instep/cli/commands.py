@@ -8,12 +8,13 @@ from pathlib import Path
 from cyclopts import App
 
 from instep.cli.cluster import cluster_of, refuse_team, steps_for
-from instep.cli.flags import Settings, UsageError, with_short
+from instep.cli.flags import Settings, UsageError, share, whole_number, with_short
 from instep.cli.given import import_paths, parsed
 from instep.cli.helping import ABOUT, COMMANDS, Formatter, table
 from instep.cli.replay import replay_rule, replay_run
 from instep.cli.train import indices, train_recipe
 from instep.components import importable
+from instep.errors import cut
 from instep.monitors.console import Console
 from instep.offline.cluster import Cluster
 from instep.recipe import (
@@ -55,9 +56,9 @@ def app(settings: Settings) -> App:
         recipe: str | None = None,
         /,
         *,
-        workers: int | None = None,
-        steps: int | None = None,
-        seed: int | None = None,
+        workers: str | None = None,
+        steps: str | None = None,
+        seed: str | None = None,
         rule: str | None = None,
         slow: str | None = None,
         memory: str | None = None,
@@ -132,14 +133,14 @@ def app(settings: Settings) -> App:
         recipe: str,
         /,
         *,
-        workers: int = 2,
+        workers: str = "2",
         rule: str | None = None,
-        steps: int | None = None,
-        contributions: int | None = None,
-        seed: int | None = None,
+        steps: str | None = None,
+        contributions: str | None = None,
+        seed: str | None = None,
         slow: str = "",
         times: str | None = None,
-        persistence: float = 0.0,
+        persistence: str = "0.0",
         failures: str | None = None,
         restart: str | None = None,
         bandwidth: str | None = None,
@@ -201,13 +202,16 @@ def app(settings: Settings) -> App:
             )
         short = (("steps", "recipe.steps", steps), ("seed", "recipe.seed", seed), ("rule", "recipe.rule", rule))
         wanted, _ = parsed(recipe, with_short(settings, short))
+        count = whole_number(workers, "--workers")
         cluster = cluster_of(
-            workers, times=times, persistence=persistence, slow=slow, failures=failures, restart=restart,
-            bandwidth=bandwidth, latency=latency, merge=merge, collective=not server, seed=wanted.seed,
+            count, times=times, persistence=share(persistence, "--persistence"), slow=slow, failures=failures,
+            restart=restart, bandwidth=bandwidth, latency=latency, merge=merge, collective=not server, seed=wanted.seed,
         )  # fmt: skip
         cluster = dataclasses.replace(cluster, batched=batched)
         if contributions is not None:
-            wanted = dataclasses.replace(wanted, steps=steps_for(wanted, workers, contributions))
+            wanted = dataclasses.replace(
+                wanted, steps=steps_for(wanted, count, whole_number(contributions, "--contributions"))
+            )
         _simulate(recipe, wanted, cluster, gradients, out)
 
     @app.command(help=f"{COMMANDS['memory']}\n\n{_MEMORY}")
@@ -247,7 +251,7 @@ def app(settings: Settings) -> App:
 
 def _refuse(settings: Settings) -> None:
     if settings:
-        raise UsageError(f"--{settings[0][0]} goes with 'instep train' only.")
+        raise UsageError(f"--{cut(settings[0][0])} goes with 'instep train' only.")
 
 
 def _recipes() -> None:

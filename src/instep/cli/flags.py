@@ -11,12 +11,18 @@ from typing import Any, get_args, get_origin, get_type_hints
 from instep.buffer_modes import flat
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.errors import InstepError, RecipeError, shown
+from instep.errors import InstepError, RecipeError, cut, shown
 from instep.recipe import Recipe, Team
 
 Settings = Sequence[tuple[str, str]]
 """Names of fields, such as ``recipe.schedule.kind``, each with the text of its value."""
 
+
+SEVERAL_BY_FLAG = (
+    "of several optimizers, change the tables in the recipe's file, or scale all learning rates by "
+    "--recipe.schedule.scale, which alone may change on a resume."
+)
+"""What helps where a flag is to set a part of one of several optimizers."""
 
 _PATTERNS = "recipe.buffers."
 """What follows it is one name, whose dots are its own."""
@@ -42,9 +48,9 @@ def split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
         else:
             text = value if equals else next(tokens, None)
             if text is None or (not equals and text.startswith("--")):
-                raise UsageError(f"{name} needs a value, as in {name}=VALUE.")
+                raise UsageError(f"{cut(name)} needs a value, as in {cut(name)}=VALUE.")
             if name[2:] in settings:
-                raise UsageError(f"{name} is given twice; give it once.")
+                raise UsageError(f"{cut(name)} is given twice; give it once.")
             settings[name[2:]] = text
     return list(settings.items()), rest
 
@@ -110,8 +116,7 @@ def _room(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     inner = table.setdefault(key, {})
     if isinstance(inner, list):
         raise RecipeError(
-            f"'{where}' is a list of {len(inner)} tables, and a part of it cannot be set by a flag; change it in the "
-            f"recipe's file, or scale all learning rates by --recipe.schedule.scale, as a resume may too."
+            f"'{where}' is a list of {len(inner)} tables, and a part of it cannot be set by a flag; {SEVERAL_BY_FLAG}"
         )
     if not isinstance(inner, dict):
         raise RecipeError(f"'{where}' is {shown(inner)}, and a part of it cannot be set; it must be a table.")
@@ -145,10 +150,26 @@ def toml_value(text: str) -> Any:
         return float(text)
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, a number of too many digits, or brackets too deep
         return text
     value = table.pop("value")
     return value if not table and isinstance(value, (bool, int, float, str, list, dict)) else text
+
+
+def whole_number(text: str, flag: str) -> int:
+    """The value of a flag that counts something, read as in TOML. Raises UsageError."""
+    value = toml_value(text)
+    if type(value) is not int:
+        raise UsageError(f"{flag} is {shown(value)}, of type {type(value).__name__}; it must be a whole number.")
+    return value
+
+
+def share(text: str, flag: str) -> float:
+    """The value of a flag that is a number. Raises UsageError."""
+    value = toml_value(text)
+    if type(value) not in (int, float):
+        raise UsageError(f"{flag} is {shown(value)}; it must be a number.")
+    return float(value)
 
 
 def unknown_flag(token: str, flags: Sequence[str], command: str) -> UsageError:
@@ -164,19 +185,21 @@ def unknown_flag(token: str, flags: Sequence[str], command: str) -> UsageError:
         *difflib.get_close_matches(flag, flags, 1),
     ]
     near += [ends[end] for end in difflib.get_close_matches(name, list(ends), 1)]
-    return UsageError(f"there is no flag {flag}; {_hint(next(filter(None, near), ''), command)}")
+    return UsageError(f"there is no flag {cut(flag)}; {_hint(next(filter(None, near), ''), command)}")
 
 
 def _unknown(name: str) -> UsageError:
     known = list(_names())
     parts = name.replace("-", "_").split(".")
+    if parts[:2] == ["recipe", "optimizer"] and len(parts) > 2 and parts[2].isdecimal():
+        return UsageError(f"there is no flag --{cut(name)}: {SEVERAL_BY_FLAG}")
     if len(parts) > 2 and ".".join([*parts[:2], "args"]) in known:
         near = ".".join([*parts[:2], "args", *parts[2:]])
     else:
         near = next(iter(difflib.get_close_matches(name.replace("-", "_"), known, 1)), "")
     if len(parts) == 2 and parts[1] in _MEANT:
-        return UsageError(f"there is no flag --{name}; {_hint(_MEANT[parts[1]])}")
-    return UsageError(f"there is no flag --{name}; {_hint(near and f'--{near}')}")
+        return UsageError(f"there is no flag --{cut(name)}; {_hint(_MEANT[parts[1]])}")
+    return UsageError(f"there is no flag --{cut(name)}; {_hint(near and f'--{near}')}")
 
 
 _MEANT = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 from instep.budget import mib
 from instep.cli.flags import UsageError
-from instep.errors import ResourceError
+from instep.errors import ResourceError, shown
 from instep.gradient_checkpointing.structure import Plan, listed
 from instep.worker.memory_trade import Trade
 
@@ -102,9 +103,13 @@ def check_plot(path: Path) -> None:
             "--plot needs matplotlib, which is in the report extra: pip install 'instep[report]'."
         ) from None
     if path.suffix.removeprefix(".").lower() not in Figure().canvas.get_supported_filetypes():
-        raise UsageError(f"--plot {str(path)!r} has no format that can be drawn; name a .png, .svg or .pdf.")
+        raise UsageError(f"--plot {shown(str(path))} has no format that can be drawn; name a .png, .svg or .pdf.")
+    if len(os.fsencode(path.name)) > 255:
+        raise UsageError(f"--plot {shown(str(path))} is longer than names of files are; choose a shorter one.")
     if not path.absolute().parent.is_dir():
-        raise UsageError(f"--plot {str(path)!r} lies in a folder that is not there; make it, or name another file.")
+        raise UsageError(
+            f"--plot {shown(str(path))} lies in a folder that is not there; make it, or name another file."
+        )
 
 
 def draw(trade: Trade, path: Path) -> None:

@@ -76,6 +76,12 @@ def _saved(resume: Path, given: str | None, settings: Settings) -> tuple[Recipe,
             f"the recipe of {resume} holds {nameless}, an object that only the program that made it has; resume it "
             f"from there with instep.train(recipe, resume={str(resume)!r})."
         )
+    optimizer = table.get("optimizer")
+    if isinstance(optimizer, list) and any(name.startswith("recipe.optimizer.") for name, _ in settings):
+        raise RecipeError(
+            f"{resume} has {len(optimizer)} optimizers, of which a resume may change the learning rates alone, all by "
+            f"one factor: --recipe.schedule.scale."
+        )
     recipe, team = parse(merge(as_last_changed(copy.deepcopy(table)), settings))
     changed = resume_differences(recipe.to_table(), table)
     if changed:

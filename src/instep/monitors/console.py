@@ -14,9 +14,11 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from instep.budget import mib
+from instep.differences import without_address
 from instep.monitors.progress import ProgressDisplay, duration, fit, nbytes, number, rate
 from instep.rules.presets import text_of
 from instep.rules.rule import UpdateRule
+from instep.schedule import what_changed
 from instep.tables import as_saved, from_table
 
 _LABEL = 12
@@ -45,6 +47,7 @@ class Console:
         self._progress = ProgressDisplay()
         self._started = False
         self._rule: UpdateRule | None = None
+        self._recipe: Mapping[str, Any] = {}
         self._losses = 0  # each of which costs a restart: of the team, or of the worker alone
         self._broken = False
 
@@ -90,6 +93,7 @@ class Console:
 
     def _begin(self, event: Mapping[str, Any]) -> None:
         recipe, team = event["recipe"], event["team"]
+        self._recipe = recipe
         if self._started:
             left = max(0, team["restarts"] - self._losses)
             at = f"restarted after step {event['step']:,}"
@@ -106,6 +110,9 @@ class Console:
         row("parameters", f"{event['parameters']:,}")
         row("samples", f"{event['samples']:,}, {recipe['batch']:,} a step")
         row("workers", f"{team['workers']} on {team['device']}, for {recipe['microbatches']} microbatches a step")
+        changed = what_changed(recipe, event["version"])
+        if changed:
+            row("changed", f"from step {event['step'] + 1:,} on: {changed}")
         if self._path is not None:
             row("run folder", str(self._path))
         self._screen.gap()
@@ -194,7 +201,9 @@ class Console:
                 screen.sample(result["sample"])
         screen.gap()
         if interrupted and self._path is not None:
-            screen.row("go on with", f"instep train --resume {shlex.quote(str(self._path))}")
+            how = f"instep train --resume {shlex.quote(str(self._path))}"
+            nameless = without_address(self._recipe) is not None
+            screen.row("go on with", f"instep.train(recipe, resume={str(self._path)!r})" if nameless else how)
         if event["digest"] is not None:  # a simulation without gradients has none
             screen.row("digest", event["digest"])
         if self._path is not None:

@@ -20,6 +20,7 @@ _REMEDIES = {
     errno.EACCES: "make the folder writable, or use another one",
     errno.EPERM: "make the folder writable, or use another one",
     errno.EROFS: "use a folder on a disk that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
     errno.EFBIG: "raise the limit on the size of files, ulimit -f",
     errno.EIO: "check the disk, or use a folder on another one",
 }

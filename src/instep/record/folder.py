@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from instep.errors import CheckpointError, RecordError
+from instep.differences import without_address
+from instep.errors import CheckpointError, InstepError, RecordError, cut
+from instep.recipe import read_saved
 from instep.record import checkpoint, tape
 from instep.record.digest import digest_of_file
 from instep.record.files import close_own, disk_error, hold_alone, json_text, write_atomically
@@ -70,11 +72,18 @@ class RunFolder:
         except (FileExistsError, NotADirectoryError):
             remedy = "choose another one with --out"
             if run._holds_training():
-                remedy += f", or go on with the run in it with --resume {path}"
+                remedy += f", or go on with the run in it with {run.how_to_resume()}"
             raise RecordError(f"{path} exists and is not an empty folder; {remedy}.") from None
         except OSError as error:
             raise disk_error(f"the run folder {path} cannot be made", error) from error
         return run
+
+    def how_to_resume(self) -> str:
+        """For a message: the flag of ``instep train``, or the call where the recipe holds an object of a program."""
+        with suppress(InstepError, OSError):
+            if without_address(read_saved(self.recipe_path)) is not None:
+                return f"instep.train(recipe, resume={str(self.path)!r})"
+        return f"--resume {self.path}"
 
     def _holds_training(self) -> bool:
         with suppress(OSError, RecordError):
@@ -106,7 +115,7 @@ class RunFolder:
         with _readable(path):
             is_folder, is_run = run.path.is_dir(), run.recipe_path.is_file()
         if not is_folder:
-            raise RecordError(f"there is no folder {path}; give the folder of a run, such as runs/NAME.")
+            raise RecordError(f"there is no folder {cut(path)}; give the folder of a run, such as runs/NAME.")
         if not is_run and run.checkpoints.is_dir() and not any(run.checkpoints.iterdir()):
             raise RecordError(
                 f"in {path} a run was ended before its recipe was there, so there is nothing to resume; start it with "
@@ -255,7 +264,7 @@ class RunFolder:
         except FileNotFoundError:
             raise RecordError(
                 f"the run {self.path} has no {self.result_path.name}, for it has not ended; go on with it with "
-                f"--resume {self.path}."
+                f"{self.how_to_resume()}."
             ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise self._unreadable() from error
@@ -268,7 +277,7 @@ class RunFolder:
 
     def _unreadable(self, wrong: str = "") -> RecordError:
         why = f"is not as it was written, for {wrong}" if wrong else "cannot be read as a JSON table"
-        return RecordError(f"{self.result_path} {why}; restore it, or have it written anew by --resume {self.path}.")
+        return RecordError(f"{self.result_path} {why}; restore it, or have it written anew by {self.how_to_resume()}.")
 
 
 def digest(path: Path | str) -> str:
@@ -331,7 +340,7 @@ def _readable(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}; check the path and its rights.") from error
+        raise RecordError(f"{cut(path)} cannot be read: {error.strerror}; check the path and its rights.") from error
 
 
 def _digest(path: Path) -> str:

@@ -36,8 +36,8 @@ class Held:
                 f"of it is left; start it again."
             )
         raise RecordError(
-            f"the run folder {self.path} was moved to {now} while the run trained in it, so the run was ended; go on "
-            f"from its last checkpoint with --resume {now}."
+            f"the run folder {self.path} was moved to {now} while the run trained in it, so the run was ended; resume "
+            f"it from {now}, where its last checkpoint is."
         )
 
     def _lies_now(self) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import os
 import queue
 import subprocess
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -171,6 +172,7 @@ def train(
     program leaves them alone and calls `train` from its main thread. Raises InstepError: see `instep.errors`.
     """
     _check_arguments(recipe, team)
+    skipped = _indices(skip_samples)
     watching, folders = monitors_of(monitors), folders_of(import_paths)
     notices: list[str] = []
     if resume is not None:
@@ -184,14 +186,14 @@ def train(
                 f"instep train {folder.recipe_path}."
             )
         table, team, saved_paths = saved(folder, recipe, team, f"train(recipe, resume={str(folder.path)!r})")
-        recipe, notices = resumed(folder, recipe, table, tuple(skip_samples))
+        recipe, notices = resumed(folder, recipe, table, skipped)
         folders += saved_paths
     else:
         if recipe is None:
             raise RecipeError("there is nothing to train: give a recipe, or a run to resume.")
         team = team or Team()
-        if skip_samples:
-            first = Change(version=0, skip_samples=tuple(skip_samples))
+        if skipped:
+            first = Change(version=0, skip_samples=skipped)
             recipe = dataclasses.replace(recipe, changes=(first, *recipe.changes))
     check_team(recipe, team)
     sent = pickled(recipe)
@@ -233,11 +235,23 @@ def train(
         raise
     client.close()
     if result["interrupted"]:
-        raise KeyboardInterrupt(
-            f"the run ended after step {result['steps']}, and is saved; go on with instep.train(resume="
-            f"{str(folder.path)!r}) or instep train --resume {folder.path}"
-        )
+        how = folder.how_to_resume()
+        how = how if how.startswith("instep") else f"instep.train(resume={str(folder.path)!r}) or instep train {how}"
+        raise KeyboardInterrupt(f"the run ended after step {result['steps']}, and is saved; go on with {how}")
     return Run(folder.path, result, recipe, tuple(folders))
+
+
+def _indices(given: Any) -> tuple[int, ...]:
+    """The indices of `skip_samples`. Raises RecipeError."""
+    try:
+        listed = () if isinstance(given, str | bytes | Mapping) else tuple(given)
+        if (given and not listed) or any(isinstance(index, bool) for index in listed):
+            raise TypeError
+        return tuple(map(operator.index, listed))
+    except TypeError:
+        raise RecipeError(
+            f"'skip_samples' is {shown(given)}; it must be a list of indices of samples, such as [17, 204]."
+        ) from None
 
 
 def _check_arguments(recipe: Any, team: Any) -> None:
@@ -374,7 +388,7 @@ class _Client:
     def _remedy(self) -> str:
         """What to do after the supervisor was killed. `train` removes the folder of a run that has trained nothing."""
         if self.trained or self._resumed:
-            return f"go on with --resume {self._folder.path}"
+            return f"go on with {self._folder.how_to_resume()}"
         return "nothing was trained, and no folder is left of it: start the run again"
 
     def _wait(self) -> int:
