@@ -69,6 +69,7 @@ CONTRIBUTION = {"computed", "pushed", "merged"}
 RUN = {"run_started", "joined", "evaluated", "checkpointed", "run_ended"}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("produced", "kinds"),
     [

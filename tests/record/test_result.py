@@ -29,6 +29,7 @@ TRAINED = BOTH | {"parameters", "interrupted", "stopped", "data_digest", "sample
 SIMULATED = BOTH | {"contributions", "simulated_in_s", "scheduled_in_s"}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("rule", "engine"), [("synchronous", "auto"), ("asynchronous", "auto")])
 def test_a_trained_run_has_all_its_keys_and_a_share_of_idle_time_for_each_worker(
     rule: str, engine: Any, tmp_path: Path
@@ -40,6 +41,7 @@ def test_a_trained_run_has_all_its_keys_and_a_share_of_idle_time_for_each_worker
     assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_simulated_run_has_all_its_keys(gradients: bool, tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "run")
