@@ -30,7 +30,7 @@ from instep.data.cursor import Cursor
 from instep.models import GPT
 from instep.optimizers import adamw
 from instep.randomness import key, seed_all
-from instep.transport.shared_memory import mark, wait_for
+from instep.transport.memory import mark, wait_for
 
 
 def main(options: Options) -> None:

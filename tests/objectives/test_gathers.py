@@ -26,7 +26,7 @@ from instep.offline.cluster import Cluster
 from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
-from instep.transport import parcels
+from instep.transport import shared_memory
 from instep.watch import Watch
 from support.harness import train_here
 
@@ -117,14 +117,13 @@ def expected(path: Path) -> dict[str, float]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("room", [parcels.ROOM, 1000])
+@pytest.mark.parametrize("room", [shared_memory.ROOM, 1000])
 def test_there_is_one_value_for_any_team_and_it_is_that_of_the_whole_set(
     room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parcels, "ROOM", room)
-    monkeypatch.setattr("instep.engines.lockstep.ROOM", room)
-    teams = [Team(workers=w) for w in (1, 2, 3)] + [Team(workers=2, engine="server")]
-    if room < parcels.ROOM:  # in many pieces
+    monkeypatch.setattr(shared_memory, "ROOM", room)
+    teams = [Team(workers=w) for w in (1, 2, 3, 5)] + [Team(workers=2, engine="server")]
+    if room < shared_memory.ROOM:  # in many pieces
         teams = teams[:3:2]
     runs = [train_here(recipe(), team, tmp_path / str(place)) for place, team in enumerate(teams)]
     found = [gathered(run.events) for run in runs]
@@ -135,7 +134,7 @@ def test_there_is_one_value_for_any_team_and_it_is_that_of_the_whole_set(
     for run in runs:
         assert run.result["gathered"] == found[0][-1]
         assert json.loads((run.path / "result.json").read_text())["gathered"] == found[0][-1]
-    if room == parcels.ROOM:
+    if room == shared_memory.ROOM:
         virtual = simulate(recipe(), Cluster(workers=3), True, None, lambda event: None)
         assert virtual["gathered"] == found[0][-1]
 

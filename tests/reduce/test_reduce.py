@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import os
 import random
-import resource
-import signal
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from instep.errors import RecipeError, ResourceError
+from instep.errors import RecipeError
 from instep.reduce.buffers import Buffers, changed_by_any
 from instep.reduce.fold import Fold
 from instep.reduce.layout import ALIGN, Layout
 from instep.reduce.reduction import Reduction
 from instep.reduce.tree import tree_sum
-from instep.transport import shared_memory as shared
-from instep.transport.shared_memory import Region, anonymous_file, as_tensors, attach, mark, reserve, wait_for
+from support.gradients import add_cut
 from support.reference import next_buffer
 
 finite = st.floats(-1e3, 1e3, width=32)
@@ -101,7 +94,7 @@ def test_slices_of_workers_are_all_blocks_once(sizes: list[int], block: int, wor
     assert 0 < layout.block <= max(block, ALIGN)
     if sum(sizes) >= block:
         assert layout.block == block
-    assert [b for worker in range(workers) for b in layout.slice_of(worker, workers)] == list(range(layout.blocks))
+    assert [b for cut in Reduction(layout, workers, workers).cuts for b in cut] == list(range(layout.blocks))
 
 
 # --------------------------------------------------------------------------------------------------------------- fold
@@ -192,7 +185,7 @@ class Team:
                 fold.close()
             touched = [a or b for a, b in zip(touched, fold.touched, strict=True)]
         for worker in reversed(range(len(self.reduction.ranges))):
-            self.reduction.add_slice(worker, self.slots)
+            add_cut(self.reduction, worker, self.slots)
         homes = [self.slots[self.reduction.slots_of(worker)[0]] for worker in range(len(self.reduction.ranges))]
         assert all(same_bits(home, homes[0]) for home in homes), "each worker reads the whole gradient in its home"
         return self.layout.views(homes[0]), touched
@@ -295,7 +288,7 @@ def test_slices_add_up_to_the_tree_for_any_team(microbatches: int, data: st.Data
     slots = [tree_sum(leaves[slice(*node)], torch.add).clone() for node in reduction.nodes]
     order = list(range(workers))
     random.Random(seed).shuffle(order)  # slices are apart from each other, so any order will do
-    norms = {worker: reduction.add_slice(worker, slots) for worker in order}
+    norms = {worker: add_cut(reduction, worker, slots) for worker in order}
     expected = tree_sum(leaves, torch.add)
     for worker in range(workers):
         assert same_bits(slots[reduction.slots_of(worker)[0]], expected)
@@ -454,141 +447,3 @@ def test_buffers_that_lockstep_cannot_share() -> None:
     model.wave += 1
     with pytest.raises(RecipeError, match="buffer 'wave' is complex and was changed in training"):
         buffers.leave(filled=True)
-
-
-# ------------------------------------------------------------------------------------------------------ shared memory
-
-REGIONS = {
-    "marks": Region((3,), "int64"),
-    "empty": Region((0, 5), "float32"),
-    "slots": Region((2, 5000), "float32"),
-    "later": Region((7,), "uint8", reserve=False),
-}
-
-
-@pytest.fixture
-def descriptor() -> Any:
-    found = anonymous_file()
-    yield found
-    os.close(found)
-
-
-def test_all_that_attach_see_the_same_memory(descriptor: int) -> None:
-    reserve(descriptor, REGIONS)
-    ours, theirs = attach(descriptor, REGIONS), attach(descriptor, REGIONS)
-    for index, (name, region) in enumerate(REGIONS.items()):
-        assert (ours[name].shape, str(ours[name].dtype)) == (region.shape, region.dtype)
-        assert not ours[name].any(), "it begins with zeros"
-        ours[name][...] = index + 1
-    for index, name in enumerate(REGIONS):
-        assert (theirs[name] == index + 1).all(), "arrays do not overlap"
-    as_tensors(theirs["slots"])[1][7] = 5.0
-    assert ours["slots"][1, 7] == 5.0
-
-
-def test_reserved_pages_are_there_before_they_are_written(descriptor: int) -> None:
-    reserve(descriptor, REGIONS)
-    had = os.fstat(descriptor).st_blocks * 512
-    assert had >= REGIONS["slots"].nbytes
-    attach(descriptor, REGIONS)["later"][:] = 1
-    assert os.fstat(descriptor).st_blocks * 512 > had
-
-
-def test_too_little_memory_is_refused_before_it_is_used(descriptor: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "_available_bytes", lambda: 1 << 20)
-    reserve(descriptor, {"slots": Region((1 << 20,), "uint8")})
-    sentence = r"need 2 MiB of shared memory, and 1 MiB are free; take fewer workers .*\.$"
-    with pytest.raises(ResourceError, match=sentence):
-        reserve(descriptor, {"slots": Region((2 << 20,), "uint8")})
-    reserve(descriptor, {"slots": Region((2 << 20,), "uint8", reserve=False)})
-    monkeypatch.setattr(shared, "_available_bytes", lambda: None)
-    reserve(descriptor, {"slots": Region((2 << 20,), "uint8")})
-
-
-def test_what_the_system_refuses_is_a_sentence(descriptor: int) -> None:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    try:
-        with pytest.raises(ResourceError, match="the limit on the size of files, ulimit -f, is smaller; raise it"):
-            reserve(descriptor, REGIONS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
-
-
-def test_the_memory_that_is_free_is_known_here() -> None:
-    free = shared._available_bytes()
-    assert free is None or free > 1 << 20
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_an_anonymous_file_leaves_nothing(named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if named:  # as where the system has no memory files
-        monkeypatch.delattr(os, "memfd_create", raising=False)
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
-    found = anonymous_file()
-    reserve(found, REGIONS)
-    attach(found, REGIONS)["slots"][0, 0] = 1.0
-    assert os.fstat(found).st_nlink == 0
-    os.close(found)
-    assert not list(tmp_path.iterdir())
-    if before:
-        assert set(os.listdir("/dev/shm")) <= before
-
-
-@pytest.mark.processes
-def test_marks_order_what_forked_processes_write(descriptor: int) -> None:
-    """Two processes in turn add to each other's rows; each reads only what the other has marked."""
-    regions = {"marks": Region((2,), "int64"), "rows": Region((2, 1 << 14), "int64")}
-    reserve(descriptor, regions)
-    rounds = 300
-    child = os.fork()
-    arrays = attach(descriptor, regions)
-    marks, rows = arrays["marks"], arrays["rows"]
-    me = 0 if child else 1
-    wrong = 0
-    for turn in range(1, rounds + 1):
-        rows[me] = turn
-        mark(marks, me, 2 * turn - 1)
-        wait_for(marks, 2 * turn - 1)
-        wrong += int((rows[1 - me] != turn).sum())
-        mark(marks, me, 2 * turn)
-        wait_for(marks, 2 * turn)
-    if not child:
-        os._exit(wrong > 0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert wrong == 0
-
-
-@pytest.mark.processes
-def test_waiting_ends_only_when_all_have_come(descriptor: int) -> None:
-    regions = {"marks": Region((3,), "int64")}
-    reserve(descriptor, regions)
-    marks = attach(descriptor, regions)["marks"]
-    mark(marks, 0, 5)
-    mark(marks, 1, 4)
-    began = time.monotonic()
-    child = os.fork()
-    if not child:
-        time.sleep(0.2)
-        mark(marks, 2, 9)
-        os._exit(0)
-    wait_for(marks, 4)
-    assert time.monotonic() - began >= 0.2
-    assert marks.tolist() == [5, 4, 9]
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_a_wait_of_minutes_looks_a_thousand_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    marks, slept_s = np.zeros(2, dtype=np.int64), [0.0]
-
-    def sleep(seconds: float) -> None:
-        slept_s.append(slept_s[-1] + seconds)
-        marks[:] = slept_s[-1] >= 300
-
-    monkeypatch.setattr("instep.transport.shared_memory.time.sleep", sleep)
-    wait_for(marks, 1)
-    assert 300_000 <= len(slept_s) < 301_000
-    assert slept_s[1] == 0.00005

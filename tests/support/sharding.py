@@ -14,14 +14,14 @@ from instep.worker.replica import Replica
 CHOOSE = "instep.engines.lockstep.choose"
 
 
-def replicated(replica: Replica, reduction: Reduction, worker: int) -> Replicated:
+def replicated(replica: Replica, reduction: Reduction, worker: int, machine: range) -> Replicated:
     """As `choose`, without the choice."""
     return Replicated(replica, reduction, worker)
 
 
-def sharded(replica: Replica, reduction: Reduction, worker: int) -> Sharded:
+def sharded(replica: Replica, reduction: Reduction, worker: int, machine: range) -> Sharded:
     """As `choose`, where it must come to this."""
-    chosen = choose(replica, reduction, worker)
+    chosen = choose(replica, reduction, worker, machine)
     assert isinstance(chosen, Sharded)
     return chosen
 

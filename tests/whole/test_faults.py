@@ -411,7 +411,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
 
 
 def test_memory_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("instep.transport.shared_memory._available_bytes", lambda: 1000)
+    monkeypatch.setattr("instep.transport.memory._available_bytes", lambda: 1000)
     with pytest.raises(ResourceError, match="MiB of shared memory, and 0 MiB are free; take fewer workers"):
         train_here(workloads.gpt(steps=2), Team(workers=2), tmp_path / "run")
 

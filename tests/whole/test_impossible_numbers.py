@@ -138,7 +138,7 @@ def test_as_many_steps_as_there_may_be_are_begun(rule: str, tmp_path: Path) -> N
 def test_a_limit_on_the_size_of_files_is_told_as_that(tmp_path: Path) -> None:
     import resource
 
-    from instep.transport.shared_memory import Region, anonymous_file, reserve
+    from instep.transport.memory import Region, anonymous_file, reserve
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     descriptor = anonymous_file()

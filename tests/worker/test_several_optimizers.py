@@ -78,7 +78,7 @@ def training_state(run: Path, version: int) -> dict[str, Any]:
 def placement_of(recipe: Recipe) -> Placement:
     replica = Replica(recipe, "cpu")
     reduction = Reduction(Layout.of(replica.parameters, BLOCK["cpu"]), recipe.microbatches, 2)
-    return choose(replica, reduction, 0)
+    return choose(replica, reduction, 0, range(2))
 
 
 @pytest.mark.processes

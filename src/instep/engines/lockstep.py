@@ -1,48 +1,42 @@
-"""The lockstep engine: every worker in every update, on collectives over shared memory, without a server.
+"""The lockstep engine: every worker in every update, on collectives, without a server.
 
-A step goes in one direction: load, compute and fold, post, add the slices, commit, update, settle. Gradients are
-shared. So are the weights, each worker updating its share of them, wherever `instep.engines.sharding` finds that this
-changes no bit; else weights and the whole update are private to each worker. A step is committed when every slice is
-marked done, and that mark is never taken back. Before it no weight of the step is changed, after it all are, and they
-are read again only when all have settled; a team that loses a worker in between starts again from a checkpoint, in
-other memory.
+A step goes in one direction: load, compute and fold, gather what all must know, add the cuts level by level, gather
+their norms, update, settle. Gradients travel by a `Group`, whatever it is made of. Where a machine's workers share
+memory they share the weights too, each worker updating its share of them, wherever `instep.engines.sharding` finds that
+this changes no bit; else weights and the whole update are private to each worker. A step is committed by the second
+gather. Before it no weight of the step is changed, after it all are, and they are read again only when all have
+settled; a team that loses a worker in between starts again from a checkpoint, in another group.
 
 Why a worker may read shared weights after a step (to evaluate, to write a checkpoint) though others go on: they can
-compute the next step meanwhile, but update nothing before it is committed, and for that each worker must have posted.
+compute the next step meanwhile, but update nothing before it is committed, and for that each worker must have come.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from instep.clock.network import gather_bytes, reduce_bytes
 from instep.engines.sharding import Placement, choose
-from instep.record import events
 from instep.reduce.buffers import APART, changed_by_any
+from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
 from instep.reduce.tree import worker_ranges
-from instep.transport.exchange import LEFT, Exchange, regions
-from instep.transport.parcels import ROOM, Parcels
-from instep.transport.shared_memory import Region, as_tensors, mark, wait_for
-from instep.worker.evaluation import (
-    Evaluation,
-    batches_held_out,
-    evaluate,
-    packed,
-    unpacked,
-)
+from instep.transport.fields import Fields, as_rows
+from instep.transport.group import Group, Pending, Sizes
+from instep.worker.evaluation import Evaluation, batches_held_out, evaluate, packed, unpacked
 from instep.worker.first_look import look_at_data, look_at_objective
 from instep.worker.gradients import Computed, Gradients
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict
-from instep.worker.stopping import OtherRaised
 from instep.worker.updates import Added, Update, Updates, wrong_in_step
 
 _OFF = 2
@@ -65,28 +59,31 @@ class Pulse(Protocol):
 class Lockstep:
     """One worker's side of the lockstep engine.
 
-    `emit(event)` writes to the tape; `clock()` is seconds since the run's start. Raises FirstWrite while a
-    forward writes parameters that were not known to be written.
+    machines: how many workers each machine has; those of one are neighbours, and share memory. `emit(kind, **fields)`
+    writes to the tape; `clock()` is seconds since the run's start. Raises FirstWrite while a forward writes parameters
+    that were not known to be written.
     """
 
     def __init__(
         self,
         replica: Replica,
         worker: int,
-        workers: int,
+        machines: Sequence[int],
         pulse: Pulse,
-        emit: Callable[[events.Event], None],
+        emit: Callable[..., None],
         clock: Callable[[], float],
         checkpoint_every: int = 0,
     ):
         recipe = replica.recipe
-        self.replica, self.worker, self.workers = replica, worker, workers
+        self.replica, self.worker, self.workers = replica, worker, sum(machines)
         self._pulse, self._emit, self._clock = pulse, emit, clock
         self.gradients = Gradients(replica, pulse.advance, checkpoint_every=checkpoint_every)
         self._layout, self._buffers = self.gradients.layout, self.gradients.buffers
         self.updates = Updates(replica, self._buffers)
-        self.reduction = Reduction(self._layout, recipe.microbatches, workers)
-        self._own = range(*self.reduction.ranges[worker])
+        self.reduction = Reduction(self._layout, recipe.microbatches, levels_of(machines))
+        self._ranges, self._machine = self.reduction.ranges, machine_of(worker, machines)
+        self._lefts: dict[tuple[bool, bool], Fields] = {}
+        self._own = range(*self._ranges[worker])
         self._held_out = batches_held_out(replica)
         self.terms: list[str] = []
         self.slowness = 1.0
@@ -94,48 +91,54 @@ class Lockstep:
         self.busy_s = 0.0
         """Seconds it has computed, slowness included."""
         self._samples: dict[int, Any] = {}  # of the next step, by microbatch
-        self._exchange: Exchange
-        self._stopping = False
+        self._group: Group
+        self._whole: Tensor | None = None  # where the group puts the sum together
+        self._evaluated = -1  # at which version last
         self._late: tuple[str, Exception] | None = None  # what loading the next step raised, and where
 
     def prepare(self, version: int) -> None:
         """Loads the first batches and learns the objective's terms."""
         self.replica.enter(version)
         looks = version == 0 and self.worker == 0
-        first = look_at_data(self.replica, lambda why: self._emit(events.WarnedEvent(why=why))) if looks else None
+        first = look_at_data(self.replica, lambda why: self._emit("warned", why=why)) if looks else None
         probe = self.replica.learn_terms(version, first)
         self.terms = list(self.replica.objective.terms or ())
         if looks:
             look_at_objective(self.replica, probe)
 
-    def memory(self) -> dict[str, Region]:
-        """Decides where the weights are to lie. Returns what memory the team must share."""
-        self.placement: Placement = choose(self.replica, self.reduction, self.worker)
-        return regions(
-            reduction=self.reduction,
-            microbatches=self.replica.recipe.microbatches,
-            terms=len(self.terms),
-            parameters=len(self.replica.parameters),
-            buffers=self._buffers,
-            evaluations=len(self._held_out),
-            weight_bytes=self.placement.weight_bytes,
-            parcel_bytes=ROOM if self.replica.objective.gathers and self._held_out and self.workers > 1 else 0,
-            written_bytes=self.replica.written.row_bytes,
-            on_device=self.replica.device.type != "cpu",
-        )
+    def sizes(self) -> Sizes:
+        """Decides where the weights are to lie, and what a worker tells the others. The sizes of the group."""
+        replica, reduction, terms = self.replica, self.reduction, len(self.terms)
+        self.placement: Placement = choose(replica, reduction, self.worker, self._machine)
+        most = max(stop - start for start, stop in self._ranges)
+        buffers = len(self._buffers.names)
+        self._facts = Fields(
+            sums=("float64", (most, terms)), counts=("int64", (most, terms)), ends=("int64", (buffers,)),
+            touched=("uint8", (len(replica.parameters),)), changed=("uint8", (buffers,)), wrote=("uint8", ()),
+            stop=("uint8", ()),
+        )  # fmt: skip
+        share = max(1, -(-len(self._held_out) // self.workers))
+        self._evaluations = Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
+        longest = max(self._facts.nbytes, self._evaluations.nbytes, self._left(buffers=True, written=True).nbytes)
+        common = self.placement.weight_bytes
+        return Sizes(reduction.levels, tuple(reduction.rows), tuple(reduction.sums), self._layout.size, longest, common)
 
-    def join(self, descriptor: int, memory: Mapping[str, Region]) -> None:
-        """Maps the team's memory."""
-        self._exchange = Exchange.attach(descriptor, memory)
-        self._parcels = Parcels(self._exchange, self.worker, self._barrier)
-        if self.replica.device.type == "cpu":
-            self._slots = as_tensors(self._exchange.slots)
-        else:
-            size = self._layout.size
-            self._slots = [torch.zeros(size, device=self.replica.device) for _ in self.reduction.nodes]
-        self.placement.attach(self._exchange, self._slots, self._barrier)
-        own = self.reduction.slots_of(self.worker)
-        self.gradients.assign(self.reduction.nodes_of(self.worker), [self._slots[i] for i in own])
+    def _left(self, *, buffers: bool, written: bool) -> Fields:
+        """What goes with the norms of a cut: what microbatches left in buffers and in written parameters, if at all."""
+        key = buffers, written
+        self._lefts[key] = self._lefts.get(key) or Fields(
+            integers=("int64", (self._buffers.integer_layout.size * buffers,)),
+            buffers=("float32", (max(self.reduction.rows) * buffers, self._buffers.row_size * buffers)),
+            norms=("float32", (max(map(len, self.reduction.cuts)),)),
+            written=("uint8", (self.replica.written.row_bytes * written,)),
+        )  # fmt: skip
+        return self._lefts[key]
+
+    def join(self, group: Group) -> None:
+        """Takes the team's group into use."""
+        self._group = group
+        self.placement.attach(group)
+        self.gradients.assign(self.reduction.nodes_of(self.worker), group.rows)
 
     def run(self, progress: Progress, after_step: Callable[[Progress, bool], None], steps: int) -> bool:
         """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
@@ -144,9 +147,7 @@ class Lockstep:
         Raises ObjectiveError or NonFiniteError before the update that it would have spoilt.
         """
         self._load(progress.version)
-        self._barrier(self._exchange.posted, progress.version + 1)
-        totals = self._totals()
-        self._barrier(self._exchange.done, progress.version + 1)  # or a fast worker would post the next step's counts
+        totals = self._totals(self._facts.gather(self._group))
         while progress.version < steps:
             totals, stopped = self._step(progress, totals, steps)
             stopped = stopped or bool(progress.stopped)
@@ -156,37 +157,41 @@ class Lockstep:
         return False
 
     def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], bool]:
-        exchange, step = self._exchange, progress.version
+        group, replica, step = self._group, self.replica, progress.version
         began = time.monotonic()
-        self.replica.enter(step)
+        replica.enter(step)
         self._compute(step, totals)
+        pending = group.exchange(self.reduction.piece)
         if step + 1 < steps:
             self._load_ahead(step + 1)
-        if self.worker == 0:
-            exchange.stop[0] = self._pulse.stop_wanted()
+        self._facts.own["stop"] = self.worker == 0 and self._pulse.stop_wanted()
 
-        self._barrier(exchange.posted, step + 2)  # posted: what the others wrote can be read
-        sums, stopped, next_totals = exchange.sums.copy(), bool(exchange.stop[0]), self._totals()
-        seen = np.bitwise_or.reduce(exchange.touched, axis=0)
+        facts = self._facts.gather(group)  # what the others wrote can be read
+        sums = np.concatenate([facts["sums"][w, : stop - start] for w, (start, stop) in enumerate(self._ranges)])
+        stopped, next_totals = bool(facts["stop"][0]), self._totals(facts)
+        seen = np.bitwise_or.reduce(facts["touched"], axis=0)
         touched, off = (seen & 1).astype(bool).tolist(), np.flatnonzero(seen & _OFF)
-        written = self.replica.written.after(self.replica.written.merged(as_tensors(exchange.written), step))
-        changed = changed_by_any(exchange.changed)
-        self._post_buffers(changed)
-        norms = self.placement.add_slice(self._slots)
-        blocks = self._layout.slice_of(self.worker, self.workers)
-        exchange.norms[blocks.start : blocks.stop] = norms.cpu().numpy()
+        changed, wrote = changed_by_any(facts["changed"]), bool(facts["wrote"].any())
+        ends = self._ends(facts["ends"]) if step == 0 else ()
+        left = self._post_left(changed, wrote)
+        part = self._add(pending)
+        self._assemble(part)
+        own_norms = self.reduction.norms(part).cpu().numpy()
+        left.own["norms"][: len(own_norms)] = own_norms
 
-        self._barrier(exchange.done, step + 2)  # committed: the gradient is whole
-        norm = total_norm(exchange.norms)
-        gradients = zip(self.replica.names, self.placement.gradients, touched, strict=True)
-        wrong = wrong_in_step(self.replica, step, self.terms, sums, totals, norm, gradients)
+        found = left.gather(group)  # committed: the gradient is whole
+        norms = np.concatenate([found["norms"][w, : len(cut)] for w, cut in enumerate(self.reduction.cuts)])
+        written = replica.written.after(replica.written.merged(as_rows(found["written"]), step) if wrote else {})
+        norm = total_norm(norms)
+        gradients = zip(replica.names, self.placement.gradients, touched, strict=True)
+        wrong = wrong_in_step(replica, step, self.terms, sums, totals, norm, gradients)
         added = Added(
             dict(zip(self.terms, sums.T.tolist(), strict=True)), totals, norm, touched, written,
             bad=wrong, left_out=bool(wrong),
-            off=off.tolist() if off.size or self.replica.trainable.off else None,
-            ends=self._ends() if step == 0 else (),
+            off=off.tolist() if off.size or replica.trainable.off else None,
+            ends=ends,
         )  # fmt: skip
-        update = self.updates.make(step, added, self.placement, partial(self._take_buffers, step, changed))
+        update = self.updates.make(step, added, self.placement, partial(self._take_buffers, step, changed, found))
         progress.merged(version=step + 1, steps=step + 1, items=update.items, objective=update.objective)
         self._pulse.advance()
         update.verdict.note(progress)
@@ -216,45 +221,62 @@ class Lockstep:
         self._report(step, totals, from_s, to_s)
 
     def _post(self, step: int, computed: Computed) -> None:
-        """Writes into the shared arrays what the others must know of the worker's microbatches."""
-        exchange, worker = self._exchange, self.worker
-        self.replica.written.post(torch.from_numpy(exchange.written[worker]))
-        for microbatch in self._own:
+        """Notes what the others must know of the worker's microbatches."""
+        own = self._facts.own
+        for place, microbatch in enumerate(self._own):
             sums = computed.sums.get(microbatch)
-            exchange.sums[microbatch] = [sums[name] for name in self.terms] if sums else 0.0
-        exchange.touched[worker] = computed.touched
+            own["sums"][place] = [sums[name] for name in self.terms] if sums else 0.0
+        own["touched"] = computed.touched
         if computed.ended:
-            exchange.touched[worker, list(computed.ended)] |= _OFF
-        exchange.changed[worker] = computed.changed
+            own["touched"][list(computed.ended)] |= _OFF
+        own["changed"] = computed.changed
+        own["wrote"] = self.replica.written.wrote
+        own["ends"] = 0
         for index, (_, end) in computed.ends.items():
-            exchange.ends[worker, index] = end if end == APART else end + 1  # 0 is no word
+            own["ends"][index] = end if end == APART else end + 1  # 0 is no word
 
-    def _post_buffers(self, changed: list[int]) -> None:
-        """Writes what the worker's microbatches left in these buffers."""
+    def _add(self, pending: Pending) -> Tensor:
+        """The gradient's sum over this worker's cut: what comes is added, level by level."""
+        sums = self.reduction.add(self.worker, pending.wait())
+        for level in range(1, len(self._group.levels)):
+            sums = self.reduction.add(self.worker, self._group.exchange(self.reduction.piece, sums).wait(), level)
+        return sums[0]
+
+    def _assemble(self, part: Tensor) -> None:
+        """Puts the cuts of all workers together, where the placement wants the gradient."""
+        whole = self._group.assemble(part, self.reduction.piece, shared=self.placement.shared)
+        if whole is not self._whole:
+            self._whole = whole
+            self.placement.take(whole)
+
+    def _post_left(self, changed: list[int], wrote: bool) -> Fields:
+        """Notes what the worker's microbatches left in these buffers, and in written parameters, if any wrote some."""
+        fields = self._left(buffers=bool(changed), written=wrote)
         if changed:
-            rows, own = as_tensors(self._exchange.buffers), self.reduction.slots_of(self.worker)
-            self._buffers.post(
-                changed, self._own.start, self.reduction.nodes_of(self.worker), [rows[i] for i in own],
-                torch.from_numpy(self._exchange.integers[self.worker]),
-            )  # fmt: skip
+            nodes = self.reduction.nodes_of(self.worker)
+            rows, integers = as_rows(fields.own["buffers"])[: len(nodes)], torch.from_numpy(fields.own["integers"])
+            self._buffers.post(changed, self._own.start, nodes, rows, integers)
+        if wrote:
+            self.replica.written.post(torch.from_numpy(fields.own["written"]))
+        return fields
 
-    def _take_buffers(self, step: int, changed: list[int]) -> None:
+    def _take_buffers(self, step: int, changed: list[int], found: NDArray[Any]) -> None:
         """Gives these buffers what all workers' microbatches come to."""
         if changed:
-            self._buffers.finish(
-                changed, self.reduction.plan, as_tensors(self._exchange.buffers), as_tensors(self._exchange.integers),
-                *self._filled(step),
-            )  # fmt: skip
+            rows = [row for w, count in enumerate(self.reduction.rows) for row in as_rows(found["buffers"][w])[:count]]
+            integers = as_rows(found["integers"])
+            self._buffers.finish(changed, self.reduction.plan, rows, integers, *self._filled(step))
 
     def _filled(self, step: int) -> tuple[int, tuple[int, int]]:
         """How many microbatches have samples, and where the worker that has the last of them posts its buffers."""
         filled = [m for m in range(self.replica.recipe.microbatches) if self.replica.cursor.microbatch_size(step, m)]
-        worker = next(w for w, (start, stop) in enumerate(self.reduction.ranges) if start <= filled[-1] < stop)
+        worker = next(w for w, (start, stop) in enumerate(self._ranges) if start <= filled[-1] < stop)
         return len(filled), (self.reduction.slots_of(worker)[0], worker)
 
-    def _ends(self) -> list[dict[int, tuple[int, int]]]:
+    @staticmethod
+    def _ends(ends: NDArray[np.int64]) -> list[dict[int, tuple[int, int]]]:
         """How each worker's microbatches left the buffers, in the first step, from what all started with."""
-        return [{int(i): (0, int(ends[i])) for i in np.flatnonzero(ends)} for ends in self._exchange.ends]
+        return [{int(i): (0, int(each[i])) for i in np.flatnonzero(each)} for each in ends]
 
     def unwritten(self, version: int) -> Callable[[], None] | None:
         """What raises FirstWrite where others' forwards have written into the shared weights since this call.
@@ -267,11 +289,11 @@ class Lockstep:
         return lambda: self.replica.written.check(before, f"the step after version {version}")
 
     def _load(self, step: int) -> None:
-        """Loads the worker's samples of `step` and posts their item counts."""
+        """Loads the worker's samples of `step` and notes their item counts."""
         self._samples = {microbatch: self.replica.batch(step, microbatch) for microbatch in self._own}
-        for microbatch, samples in self._samples.items():
+        for place, samples in enumerate(self._samples.values()):
             counts = dict.fromkeys(self.terms, 0) if samples is None else self.replica.objective.counts(samples)
-            self._exchange.counts[microbatch] = [counts[name] for name in self.terms]
+            self._facts.own["counts"][place] = [counts[name] for name in self.terms]
 
     def _load_ahead(self, step: int) -> None:
         """Loads the next step's batches. What that raises waits until it is that step's turn: this one is sound."""
@@ -282,20 +304,12 @@ class Lockstep:
             self._late = self.replica.doing, error
         self.replica.enter(step - 1)  # which is not made yet
 
-    def _totals(self) -> dict[str, int]:
-        return dict(zip(self.terms, (int(n) for n in self._exchange.counts.sum(axis=0)), strict=True))
+    def _totals(self, facts: NDArray[Any]) -> dict[str, int]:
+        return dict(zip(self.terms, (int(n) for n in facts["counts"].sum(axis=(0, 1))), strict=True))
 
-    def _barrier(self, marks: Any, value: int) -> None:
-        mark(marks, self.worker, value)
-        self._wait(marks, value)
-
-    def _wait(self, marks: Any, value: int) -> None:
-        """Waits for marks. Raises OtherRaised where somebody will never set them."""
-        self._pulse.waiting(True)
-        came = wait_for(marks, value, self._exchange.raised, 1 + self._stopping)
-        self._pulse.waiting(False)
-        if not came:
-            raise OtherRaised
+    def agree(self, *answer: int) -> list[int]:
+        """What worker 0 answers; all meet for it."""
+        return [int(n) for n in self._group.gather(torch.tensor(answer, dtype=torch.int64))[0]]
 
     def stop(
         self, version: int, save: Callable[[dict[str, Any]], None], *, saved: int, needed: bool, written: bool
@@ -307,37 +321,22 @@ class Lockstep:
         `written`: a forward has written weights that no copy is kept of, so they are not sound.
         Returns the version of the newest checkpoint then, 0 if there is none.
         """
-        exchange, lead = self._exchange, self.worker == 0
+        lead = self.worker == 0
         try:
-            exchange.sound[self.worker] = version + 1 if self.updates.sound and not written else 0
+            sound = version + 1 if self.updates.sound and not written else 0
             self._buffers.put_back()
-            exchange.raised[self.worker] = 1
-            self._stopping = True
-            self._barrier(exchange.stopped, 1)  # all have stopped: what they have is known, and nobody meets any more
-            sound = exchange.sound.tolist()
-            self.placement.rejoin()
-            if lead:
-                exchange.said[0] = needed and sound == [version + 1] * self.workers
-                exchange.saved[0] = saved
-            self._barrier(exchange.stopped, 2)
-            if exchange.said[0]:
+            self._group.interrupt()
+            states = self._group.gather(torch.tensor([sound]))  # all have stopped: what they have is known
+            save_it, saved = self.agree(lead and needed and bool((states == version + 1).all()), saved)
+            if save_it:
                 training = self.placement.training_state()
                 if training is not None:
                     save(training)
-                    exchange.saved[0] = version
-                mark(exchange.stopped, self.worker, LEFT)
-                self._wait(exchange.stopped[:1], LEFT)
+                saved = self.agree(version)[0]
         except BaseException:
-            exchange.raised[self.worker] = 2
+            self._group.interrupt()
             raise
-        return int(exchange.saved[0])
-
-    def leave(self, version: int) -> None:
-        """The worker has done its part, and version is saved: whoever raises later need not wait for it."""
-        self._exchange.sound[self.worker] = version + 1
-        if self.worker == 0:
-            self._exchange.said[0], self._exchange.saved[0] = False, version
-        mark(self._exchange.stopped, self.worker, LEFT)
+        return saved
 
     @property
     def bytes_a_step(self) -> int:
@@ -346,53 +345,54 @@ class Lockstep:
         With one node a worker it is ``2 (W - 1)`` times the gradient, as with a ring all-reduce. The all-gather is of
         the sum or, where they are shared, of the weights.
         """
-        size = 4 * self.replica.size
-        return reduce_bytes(self.workers, size, len(self.reduction.nodes)) + gather_bytes(self.workers, size)
+        size_bytes = 4 * self.replica.size
+        reduced = reduce_bytes(self.workers, size_bytes, len(self.reduction.nodes))
+        return reduced + gather_bytes(self.workers, size_bytes)
 
     def _report(self, step: int, totals: dict[str, int], from_s: float, to_s: float) -> None:
+        own = [self._own.start, self._own.stop]
         nbytes = 4 * self.replica.size * len(self.reduction.nodes_of(self.worker))
-        span: dict[str, Any] = {"from_s": from_s, "to_s": to_s, "microbatches": [self._own.start, self._own.stop]}
-        self._emit(events.ComputedEvent(worker=self.worker, version=step, **span, **self.replica.verified()))
-        self._emit(events.PushedEvent(worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]]))
+        self._emit(
+            "computed", worker=self.worker, version=step, from_s=from_s, to_s=to_s, microbatches=own,
+            **self.replica.verified(),
+        )  # fmt: skip
+        self._emit("pushed", worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]])
 
     def _emit_merged(self, step: int, update: Update, train_s: float) -> None:
         contributions = [
-            events.MergedContribution(worker=worker, version=step, microbatches=list(bounds))
-            for worker, bounds in enumerate(self.reduction.ranges)
+            {"worker": worker, "version": step, "microbatches": list(bounds)}
+            for worker, bounds in enumerate(self._ranges)
         ]
-        if why := update.verdict.why:
-            self._emit(events.WarnedEvent(why=why, version=step + 1))
+        if update.verdict.why:
+            self._emit("warned", why=update.verdict.why, version=step + 1)
         self._emit(
-            events.MergedEvent(
-                version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * self.workers,
-                staleness=[0] * self.workers, train_s=round(train_s, 6), **update.facts(),
-            )
+            "merged", version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * self.workers,
+            staleness=[0] * self.workers, train_s=round(train_s, 6), **update.facts(),
         )  # fmt: skip
         for why in update.doubts:
-            self._emit(events.WarnedEvent(why=why, version=step + 1))
+            self._emit("warned", why=why, version=step + 1)
 
     def evaluate(self, version: int) -> Evaluation | None:
-        """The objective on the held-out data. Only worker 0 waits for it and gets it; the others give their share.
-
-        Where it may end the run, all wait for it, and where outputs are gathered, until worker 0 has these.
-        """
-        exchange, replica = self._exchange, self.replica
-        if not self._held_out:
+        """The objective on the held-out data, each with its share: for worker 0, or all where it may end the run."""
+        replica = self.replica
+        if not self._held_out or version == self._evaluated:  # worker 0, which notes it, does not ask again
             return None
+        self._evaluated = version
         replica.doing = f"evaluating version {version}"
-        own = range(*worker_ranges(len(self._held_out), self.workers)[self.worker])
-        outputs = []
-        for found in evaluate(replica, self._held_out, own, self._pulse.advance):
-            exchange.evaluation_counts[found.place] = found.counts
-            exchange.evaluation_sums[found.place] = found.sums
+        shares = worker_ranges(len(self._held_out), self.workers)
+        own, outputs = shares[self.worker], []
+        for found in evaluate(replica, self._held_out, range(*own), self._pulse.advance):
+            self._evaluations.own["counts"][found.place - own[0]] = found.counts
+            self._evaluations.own["sums"][found.place - own[0]] = found.sums
             outputs.append(found.outputs)
         if replica.objective.gathers and self.workers > 1:
-            parcels = self._parcels.send(packed(outputs))
-            outputs = [each for parcel in parcels for each in unpacked(parcel)]
-        mark(exchange.evaluated, self.worker, version + 1)
+            blobs = self._group.share(packed(outputs), to=0)
+            outputs = [each for blob in blobs for each in unpacked(blob)]
+        gathered = self._evaluations.gather(self._group)
         if self.worker and replica.watch.patience is None:
             return None
-        self._wait(exchange.evaluated, version + 1)
-        return Evaluation.of(
-            replica, exchange.evaluation_counts, exchange.evaluation_sums, [] if self.worker else outputs
+        counts, sums = (
+            np.concatenate([gathered[name][w, : stop - start] for w, (start, stop) in enumerate(shares)])
+            for name in ("counts", "sums")
         )
+        return Evaluation.of(replica, counts, sums, [] if self.worker else outputs)

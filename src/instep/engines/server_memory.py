@@ -9,7 +9,7 @@ from torch import Tensor
 
 from instep.reduce.pack import Pack
 from instep.rules.ledger import Ledger
-from instep.transport.shared_memory import Region, attach
+from instep.transport.memory import Region, attach
 from instep.worker.contribution import Vectors
 from instep.worker.gradients import Contributor
 

@@ -1,29 +1,27 @@
 """Where a team in lockstep has its weights and the sum of its gradients, and which worker updates what.
 
 Replicated: each worker has weights of its own, a copy of the sum, and makes the whole update. That is right for any
-model and optimizer. Sharded: the weights and one sum are shared by all, and each worker updates the parameters that it
-owns, with only their state in its optimizer. That takes less time and memory, and gives the same bits where an update
-of a parameter hangs on this parameter alone and nothing else touches the weights; `choose` decides it from what all
-workers know alike.
+model and optimizer. Sharded: the weights and one sum are shared by the workers of a machine, and each updates the
+parameters that it owns there, with only their state in its optimizer; every machine holds all. That takes less time
+and memory, and gives the same bits where an update of a parameter hangs on this parameter alone and nothing else
+touches the weights; `choose` decides it from what all workers know alike.
 """
 
 from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn, optim
 from torch.optim import optimizer as torch_optimizer
 
 from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
 from instep.reduce.ownership import owners
 from instep.reduce.reduction import Reduction, clip
-from instep.transport.exchange import Exchange
+from instep.transport.group import Group
 from instep.worker.replica import Replica
 from instep.worker.updates import clipped_step
 
@@ -34,29 +32,27 @@ BY_PARAMETER = (
 """Optimizers in which no parameter's update depends on other parameters. Not Adafactor: the first parameter's type
 decides what it adds to all. A subclass may do anything, so it does not count."""
 
-Barrier = Callable[[NDArray[np.int64], int], None]
-"""Marks a worker in the marks given with a value, and waits until all have it."""
-
 
 class Placement(ABC):
     """One worker's side of it."""
 
     weight_bytes: int
-    """Of the memory for weights that the team shares."""
+    """Of the memory for weights that the workers of a machine share."""
+    shared: bool
+    """Whether they share the sum of the gradients, too."""
     gradients: list[Tensor]
-    """The sum by parameter, as views; whole once all workers have added their slices, until the update."""
+    """The sum by parameter, as views; whole once all workers have put their cuts there, until the update."""
 
     def __init__(self, replica: Replica, reduction: Reduction, worker: int):
         self._replica, self._reduction, self._worker = replica, reduction, worker
-        self._home = reduction.slots_of(worker)[0]
 
-    @abstractmethod
-    def attach(self, exchange: Exchange, slots: Sequence[Tensor], barrier: Barrier) -> None:
-        """Takes the team's memory into use; slots as for `Reduction.add_slice`. A barrier must follow."""
+    def attach(self, group: Group) -> None:
+        """Takes the team's group into use. A gather must follow before the weights are read."""
+        self._group = group
 
-    @abstractmethod
-    def add_slice(self, slots: Sequence[Tensor]) -> Tensor:
-        """Adds the worker's slice of the gradient; the norms of its blocks."""
+    def take(self, whole: Tensor) -> None:
+        """From now on the sum of the gradients ([layout.size], float32) lies there."""
+        self._sum, self.gradients = whole, self._reduction.layout.views(whole)
 
     @abstractmethod
     def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
@@ -73,10 +69,6 @@ class Placement(ABC):
     def agree(self, flag: bool) -> bool:
         """What worker 0 says, if the others must know; else the worker's own `flag`."""
 
-    def rejoin(self) -> None:
-        """All workers have stopped, wherever they were: from here on they meet again."""
-        return
-
     @abstractmethod
     def training_state(self) -> dict[str, Any] | None:
         """As that of a replica alone, at worker 0; None at the others. All must ask at the same version."""
@@ -85,14 +77,7 @@ class Placement(ABC):
 class Replicated(Placement):
     """Weights, sum and the whole update at each worker."""
 
-    weight_bytes = 0
-
-    def attach(self, exchange: Exchange, slots: Sequence[Tensor], barrier: Barrier) -> None:
-        self._sum = slots[self._home]
-        self.gradients = self._reduction.layout.views(self._sum)
-
-    def add_slice(self, slots: Sequence[Tensor]) -> Tensor:
-        return self._reduction.add_slice(self._worker, slots)
+    weight_bytes, shared = 0, False
 
     def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
         return clipped_step(self._replica, step, self._sum, self.gradients, norm, touched)
@@ -108,33 +93,31 @@ class Replicated(Placement):
 
 
 class Sharded(Placement):
-    """Weights and sum in memory of the team, a share of the update at each worker.
+    """Weights and sum in memory of the machine, a share of the update at each of its workers.
 
-    Between the mark that commits a step and `settle` each worker writes the parameters that it owns, and scales their
-    part of the sum, in node 0's slot; nobody reads weights then. At all other times nobody writes them.
+    Between the gather that commits a step and `settle` each worker writes the parameters that it owns, and scales their
+    part of the sum; nobody reads weights then. At all other times nobody writes them.
     """
 
-    def __init__(self, replica: Replica, reduction: Reduction, worker: int):
-        super().__init__(replica, reduction, worker)
-        whose = owners([parameter.numel() for parameter in replica.parameters], reduction.workers)
-        self._own = [owner == worker for owner in whose]
-        self._offsets, self.weight_bytes = placed([parameter.nbytes for parameter in replica.parameters], ALIGN_BYTES)
-        self._meetings = 0
+    shared = True
 
-    def attach(self, exchange: Exchange, slots: Sequence[Tensor], barrier: Barrier) -> None:
-        self._exchange, self._barrier = exchange, barrier
-        self.gradients = self._reduction.layout.views(slots[0])
+    def __init__(self, replica: Replica, reduction: Reduction, worker: int, machine: range):
+        super().__init__(replica, reduction, worker)
+        whose = owners([parameter.numel() for parameter in replica.parameters], len(machine))
+        self._own = [machine[owner] == worker for owner in whose]
+        self._sends = 0 in machine and worker > 0  # the other machines hold the same
+        self._offsets, self.weight_bytes = placed([parameter.nbytes for parameter in replica.parameters], ALIGN_BYTES)
+
+    def attach(self, group: Group) -> None:
+        super().attach(group)
         states = [one.of_torch.state for one in self._replica.optimizer.each]
         for parameter, offset, own in zip(self._replica.parameters, self._offsets, self._own, strict=True):
-            part = exchange.weights[offset : offset + parameter.nbytes]
-            shared = torch.from_numpy(part).view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
+            part = torch.from_numpy(group.common.numpy()[offset : offset + parameter.nbytes])
+            shared = part.view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
             shared.copy_(parameter.detach())  # all workers write the same
             parameter.data = shared
             for state in [] if own else states:
                 state.pop(parameter, None)
-
-    def add_slice(self, slots: Sequence[Tensor]) -> Tensor:
-        return self._reduction.add_slice(self._worker, slots, to_all=False)
 
     def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
         known = zip(self.gradients, touched, self._own, strict=True)
@@ -145,63 +128,36 @@ class Sharded(Placement):
         return self._replica.update(step, gradients)
 
     def settle(self) -> None:
-        self._meet()
+        self._group.gather(torch.empty(0))
 
     def agree(self, flag: bool) -> bool:
-        if self._worker == 0:
-            self._exchange.said[0] = flag
-        self._meet()
-        return bool(self._exchange.said[0])
-
-    def rejoin(self) -> None:
-        self._meetings = int(self._exchange.met.max())
+        return bool(self._group.gather(torch.tensor([flag]))[0])
 
     def training_state(self) -> dict[str, Any] | None:
         replica = self._replica
-        if self._worker:
-            own = io.BytesIO()
+        own = io.BytesIO()
+        if self._sends:
             torch.save([one.state()["state"] for one in replica.optimizer.each], own)
-            self._send(own.getvalue())
+        blobs = self._group.share(own.getvalue(), to=0)
+        if self._worker:
             return None
         training = replica.training_state()
         wholes = training["optimizer"].get("several", [training["optimizer"]])
-        for parcel in filter(None, self._send(b"")):
-            for whole, state in zip(wholes, torch.load(io.BytesIO(parcel), weights_only=True), strict=True):
+        for blob in filter(None, blobs):
+            for whole, state in zip(wholes, torch.load(io.BytesIO(blob), weights_only=True), strict=True):
                 whole["state"].update(state)
         for whole in wholes:
             whole["state"] = dict(sorted(whole["state"].items()))
         return training
 
-    def _send(self, parcel: bytes) -> list[bytes]:
-        """Sends bytes to worker 0, which gets all workers'; in pieces, through the slots, which are free till the next
-        step."""
-        exchange, workers = self._exchange, range(self._reduction.workers)
-        rooms = [exchange.slots[self._reduction.slots_of(worker)[0]].view(np.uint8) for worker in workers]
-        room = rooms[self._worker]
-        exchange.parcels[self._worker] = len(parcel)
-        self._meet()
-        lengths = [int(length) for length in exchange.parcels]
-        found = [bytearray() for _ in workers]
-        for start in range(0, max(lengths), len(room)):
-            piece = parcel[start : start + len(room)]
-            room[: len(piece)] = bytearray(piece)
-            self._meet()
-            if self._worker == 0:
-                for worker in workers:
-                    found[worker] += rooms[worker][: max(0, lengths[worker] - start)].tobytes()
-            self._meet()
-        room[: len(parcel)] = 0  # gaps between gradients must stay 0
-        return [bytes(each) for each in found]
 
-    def _meet(self) -> None:
-        self._meetings += 1
-        self._barrier(self._exchange.met, self._meetings)
+def choose(replica: Replica, reduction: Reduction, worker: int, machine: range) -> Placement:
+    """Sharded where that gives the same bits, else replicated: what a forward writes nobody else may see.
 
-
-def choose(replica: Replica, reduction: Reduction, worker: int) -> Placement:
-    """Sharded where that gives the same bits, else replicated: what a forward writes nobody else may see."""
+    machine: the workers that share memory with this one.
+    """
     sharded = (
-        reduction.workers > 1
+        (len(machine) > 1 or len(reduction.levels) > 1)  # all alike, one that is alone on its machine too
         and replica.device.type == "cpu"
         and not replica.written.trains
         # A rollback reads all weights, and puts them back, before the update.
@@ -209,7 +165,7 @@ def choose(replica: Replica, reduction: Reduction, worker: int) -> Placement:
         and all(_updates_by_parameter(one.of_torch) for one in replica.optimizer.each)
         and _can_move(replica.parameters)
     )
-    return (Sharded if sharded else Replicated)(replica, reduction, worker)
+    return Sharded(replica, reduction, worker, machine) if sharded else Replicated(replica, reduction, worker)
 
 
 def _updates_by_parameter(optimizer: optim.Optimizer) -> bool:

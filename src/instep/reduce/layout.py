@@ -65,10 +65,6 @@ class Layout:
         """How many blocks the vector has."""
         return self.size // self.block
 
-    def slice_of(self, worker: int, workers: int) -> range:
-        """The blocks that `worker` adds."""
-        return range(worker * self.blocks // workers, (worker + 1) * self.blocks // workers)
-
 
 def placed(sizes: Iterable[int], align: int) -> tuple[tuple[int, ...], int]:
     """Where each of `sizes` begins, one after the other at multiples of `align`, and where the last ends."""

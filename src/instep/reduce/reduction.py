@@ -1,9 +1,10 @@
-"""The reduction: the tree nodes of all workers into the gradient of the whole batch, each worker adding one slice."""
+"""The reduction: the tree nodes of all workers into the gradient of the whole batch, each worker adding one cut."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,28 +12,54 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.reduce.layout import Layout
+from instep.reduce.levels import Levels, Shares, cut, levels_of
 from instep.reduce.tree import Node, maximal_nodes, merge_plan, worker_ranges
 
 
-class Reduction:
-    """Who owns which nodes, and the adding of one worker's slice.
+@dataclass(frozen=True)
+class _Adding:
+    """What one worker adds at one level: the plan, in indices into the rows that it gets, and where sums are then."""
 
-    `slots[i]` is the flat vector ([layout.size], float32) of node i, visible to all workers. The sum of a slice is
-    left in the *first* slot of every worker, its home, so that afterwards each worker reads the whole gradient from
-    a vector that only it uses, and an optimizer may change it in place; or in slot 0 alone. The bytes that a worker
+    plan: list[tuple[int, int]]
+    sums: list[int]
+
+
+class Reduction:
+    """Who owns which nodes, and the adding of one worker's cut.
+
+    levels: as in `instep.reduce.levels`; a number stands for so many workers that add all at once. At each level a
+    worker adds the rows of one cut: of every worker's nodes, and then of every machine's sums. The bytes that a worker
     moves are those of a reduce-scatter and an all-gather; of the gradient, or else of the weights.
     """
 
-    def __init__(self, layout: Layout, microbatches: int, workers: int):
+    def __init__(self, layout: Layout, microbatches: int, levels: Levels | int):
         self.layout = layout
-        self.workers = workers
-        self.ranges = worker_ranges(microbatches, workers)
+        self.levels = levels_of([1] * levels) if isinstance(levels, int) else levels
+        self.shares = Shares(self.levels)
+        self.workers = len(self.shares.order)
+        self.ranges = worker_ranges(microbatches, self.workers)
         self._own = [maximal_nodes(start, stop, microbatches) for start, stop in self.ranges]
         self.nodes: list[Node] = [node for nodes in self._own for node in nodes]
         self.plan = merge_plan(self.nodes, microbatches)
+        self.cuts = cut(layout.blocks, self.shares)
+        """The blocks of the sum that each worker comes to have."""
+        self.piece = [slice(blocks.start * layout.block, blocks.stop * layout.block) for blocks in self.cuts]
+        """The same in elements."""
+        rows = self._own
+        self._adding: list[list[_Adding]] = []  # by level and set of ranks
+        for teams in self.levels:
+            known = [(team, [node for rank in team for node in rows[rank]]) for team in teams]
+            spans = [(self.ranges[team.start][0], self.ranges[team.stop - 1][1]) for team in teams]
+            sums = [maximal_nodes(*span, microbatches) for span in spans]
+            self._adding.append([
+                _Adding(merge_plan(nodes, microbatches, into), [_first_in(nodes, node) for node in into])
+                for (_, nodes), into in zip(known, sums, strict=True)
+            ])  # fmt: skip
+            # Of each set only one worker sends the sums of a cut on, so its first stands for it.
+            rows = [sums[i] if rank == team.start else [] for i, team in enumerate(teams) for rank in team]
 
     def slots_of(self, worker: int) -> range:
-        """The indices of the worker's nodes; the first one is its home."""
+        """The indices of the worker's nodes among all."""
         first = sum(len(nodes) for nodes in self._own[:worker])
         return range(first, first + len(self._own[worker]))
 
@@ -40,24 +67,42 @@ class Reduction:
         """The worker's maximal nodes, from left to right."""
         return self._own[worker]
 
-    def add_slice(self, worker: int, slots: Sequence[Tensor], *, to_all: bool = True) -> Tensor:
-        """Adds the worker's blocks of all slots in tree order, in place; into every worker's home or slot 0 alone.
+    @property
+    def rows(self) -> list[int]:
+        """How many nodes each worker has."""
+        return [len(nodes) for nodes in self._own]
 
-        Returns the L2 norm of each of these blocks ([blocks of the slice], float32): the parts of the gradient's norm,
-        whose order does not depend on the team either.
+    @property
+    def sums(self) -> list[int]:
+        """How many nodes the sum of each machine has, at the first of two levels."""
+        return [len(adding.sums) for adding in self._adding[0]]
+
+    def add(self, worker: int, rows: Sequence[Tensor], level: int = 0) -> list[Tensor]:
+        """Adds what the worker gets at a level in tree order, in place; the sums, one at the last level.
+
+        rows: the same cut, of whole blocks, of all nodes that add there; float32.
         """
-        homes = [self.slots_of(other)[0] for other in range(1, self.workers)] if to_all else []
-        own = self.layout.slice_of(worker, self.workers)
-        blocks = [slot.view(-1, self.layout.block)[own.start : own.stop] for slot in slots]
-        if self.plan or homes:
+        team = next(index for index, team in enumerate(self.levels[level]) if worker in team)
+        adding = self._adding[level][team]
+        if adding.plan:
             # Block by block for the cache's sake: each element is added by the plan, wherever the blocks begin.
-            for parts in zip(*(rows.unbind(0) for rows in blocks), strict=True):
-                for into, source in self.plan:
+            for parts in zip(*(row.view(-1, self.layout.block).unbind(0) for row in rows), strict=True):
+                for into, source in adding.plan:
                     parts[into].add_(parts[source])
-                for home in homes:
-                    parts[home].copy_(parts[0])
-        norms: Tensor = torch.linalg.vector_norm(blocks[0], dim=1)
+        return [rows[index] for index in adding.sums]
+
+    def norms(self, part: Tensor) -> Tensor:
+        """The L2 norm of each block of a cut, float32: the parts of the gradient's norm.
+
+        Their order does not depend on the team either.
+        """
+        norms: Tensor = torch.linalg.vector_norm(part.view(-1, self.layout.block), dim=1)
         return norms
+
+
+def _first_in(nodes: Sequence[Node], whole: Node) -> int:
+    """The index of the first of `nodes` that lies in `whole`."""
+    return next(index for index, node in enumerate(nodes) if whole[0] <= node[0] and node[1] <= whole[1])
 
 
 def norm_of(flat: Tensor, layout: Layout) -> float:

@@ -95,10 +95,11 @@ def fold_plan(start: int, stop: int) -> list[Leaf]:
     return fold((start, stop), 0)
 
 
-def merge_plan(nodes: Sequence[Node], microbatches: int) -> list[tuple[int, int]]:
+def merge_plan(nodes: Sequence[Node], microbatches: int, into: Sequence[Node] = ()) -> list[tuple[int, int]]:
     """In-place additions (into, from), indices into `nodes`, after which nodes[0] holds the sum of all.
 
-    `nodes` are the maximal nodes of all workers, from left to right; together they cover [0, microbatches).
+    `nodes` are the maximal nodes of all workers, from left to right; together they cover [0, microbatches). Or they
+    cover the nodes `into` alone: then the first one in each of these holds its sum.
     """
     index = {node: i for i, node in enumerate(nodes)}
     plan: list[tuple[int, int]] = []
@@ -111,5 +112,6 @@ def merge_plan(nodes: Sequence[Node], microbatches: int) -> list[tuple[int, int]
         plan.append((left, right))
         return left
 
-    merge((0, microbatches))
+    for node in into or [(0, microbatches)]:
+        merge(node)
     return plan

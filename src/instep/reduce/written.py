@@ -230,6 +230,11 @@ class WrittenParameters:
     # --------------------------------------------------------------------------------------------------------- rows
 
     @property
+    def wrote(self) -> bool:
+        """Whether this process's microbatches left anything, or disagreed."""
+        return bool(self._left or self._torn)
+
+    @property
     def row_bytes(self) -> int:
         """Of a row, which holds the changes of one process."""
         return self._row_bytes

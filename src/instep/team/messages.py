@@ -15,13 +15,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from instep.recipe import Team
-    from instep.record.events import Event
     from instep.record.held import Identity
-    from instep.record.result import Costs
     from instep.rules import UpdateRule
     from instep.team.channel import Line
     from instep.team.pickling import Pickled
-    from instep.transport.shared_memory import Region
+    from instep.transport.memory import Region
     from instep.worker.contribution import Facts
 
 # ------------------------------------------------------------------------------------------------------ several ways
@@ -29,14 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """What has happened in a process, in order."""
-
-    events: Sequence[Event]
-
-
-@dataclass(frozen=True, slots=True)
-class PlainEvents:
-    """Events as they stand on the tape, for who watches."""
+    """Events of the tape, in order: from who makes them, and from the supervisor to the client."""
 
     events: Sequence[dict[str, Any]]
 
@@ -106,7 +97,7 @@ class Cancelled:
 
 
 ClientToSupervisor = Request | StopRun
-SupervisorToClient = PlainEvents | Finished | Failed | Cancelled
+SupervisorToClient = Events | Finished | Failed | Cancelled
 
 # ------------------------------------------------------------------- supervisor, and worker or server of its team
 
@@ -188,8 +179,7 @@ class Saved:
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A process has done its part. `progress` is `instep.worker.evaluation.Progress`; `left`, what the run leaves
-    beside its weights; `costs`, of its rule: in lockstep each
-    worker tells its own idle share, and all the same bytes.
+    beside its weights; `costs`, fields of the result.
 
     A worker of the server engine has nothing to tell but that.
     """
@@ -198,7 +188,7 @@ class Ended:
     digest: str = ""
     interrupted: bool = False
     left: Mapping[str, Any] = field(default_factory=dict)
-    costs: Costs | None = None
+    costs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +235,7 @@ class Pushed:
     facts: Facts
     from_s: float
     to_s: float
-    verified: dict[str, Any]
+    verified: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,4 +259,4 @@ class Call:
 
 
 CallerToChild = Call
-ChildToCaller = PlainEvents | Finished | Failed
+ChildToCaller = Events | Finished | Failed

@@ -21,18 +21,18 @@ from instep.engines import server
 from instep.engines.lockstep import Lockstep
 from instep.errors import InstepError, described
 from instep.record.digest import digest_of_state
-from instep.record.events import JoinedEvent
 from instep.record.folder import RunFolder
-from instep.record.result import Costs
 from instep.reduce.written import FirstWrite
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
 from instep.team.messages import Assignment, Digest, Ended, Failed, Written
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
+from instep.transport.group import PeerRaised, Solo
+from instep.transport.shared_memory import SharedMemoryGroup, regions
 from instep.worker.activation_memory import fit_memory
 from instep.worker.milestones import Milestones, Progress
-from instep.worker.stopping import OtherRaised, with_saved
+from instep.worker.stopping import with_saved
 
 
 def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoard, descriptor: int) -> None:
@@ -51,7 +51,7 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
             server.serve(session, descriptor)
         else:
             server.contribute(session, descriptor)
-    except OtherRaised:
+    except PeerRaised:
         session.send_events()
         sys.stdout.flush()
         with contextlib.suppress(EOFError):
@@ -76,19 +76,20 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
 def _in_lockstep(session: Session, descriptor: int) -> None:
     """The life of a worker of the lockstep engine."""
     team, worker = session.assignment.team, session.number
-    session.emit(JoinedEvent(worker=worker, pid=os.getpid(), host=socket.gethostname()))
+    session.emit("joined", worker=worker, pid=os.getpid(), host=socket.gethostname())
     replica = session.build()
     progress = Progress()
     saved = session.saved()
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
         progress = session.progress_of(saved)
-    engine = Lockstep(replica, worker, team.workers, session.pulse, session.emit, session.clock, team.checkpoint_every)
+    machines, every = (team.workers,), team.checkpoint_every
+    engine = Lockstep(replica, worker, machines, session.pulse, session.emit, session.clock, every)
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version)
     fit_memory(replica, team, session.emit if worker == 0 else None, workers=team.workers)
-    memory = engine.memory()
+    sizes, alone = engine.sizes(), team.workers == 1
     facts = session.facts(
         version=progress.version,
         weights=digest_of_state(replica.saved_state()),
@@ -96,7 +97,9 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         shared_weight_bytes=engine.placement.weight_bytes,
         written=list(replica.written.names),
     )
-    engine.join(descriptor, session.ready(facts, memory).memory)
+    session.ready(facts, {} if alone else regions(sizes))
+    waiting = session.pulse.waiting
+    engine.join(Solo(sizes, replica.device) if alone else SharedMemoryGroup(descriptor, sizes, worker, waiting))
     engine.slowness = server.slowness_of(session)
     recipe, first, began = session.recipe, progress.version, session.clock()
     keeper = _Keeper(session, engine, progress)
@@ -109,7 +112,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         if not interrupted:
             keeper.milestones.ended(progress, keeper.evaluate, lambda: session.mark_best(progress))
         digest = digest_of_state(replica.saved_state())
-        engine.placement.settle()  # nobody reads the weights any more: what the recipe shows them to may change them
+        engine.agree()  # nobody reads weights any more: what the recipe shows them to may change them; nobody raises
     except BaseException as error:
         session.send_events()
         doing = replica.doing
@@ -120,13 +123,12 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             )  # fmt: skip
         replica.doing = doing
         raise
-    engine.leave(progress.version)
     left = session.leave() if worker == 0 and not interrupted else {}
     session.send_events()
-    costs = Costs(
-        bytes_sent=(progress.version - first) * engine.bytes_a_step,
-        idle_share=[round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
-    )
+    costs = {
+        "bytes_sent": (progress.version - first) * engine.bytes_a_step,
+        "idle_share": [round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
+    }
     session.pipe.send(Ended(asdict(progress), digest, interrupted, left, costs))
 
 

@@ -18,7 +18,7 @@ from instep.team.heartbeat import HeartbeatBoard
 from instep.team.launcher import Handle
 from instep.team.messages import Assignment, Ended, Ready, SupervisorToWorker, WorkerToSupervisor
 from instep.team.orders import Member
-from instep.transport.shared_memory import anonymous_file
+from instep.transport.memory import anonymous_file
 
 
 @dataclass

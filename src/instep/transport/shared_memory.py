@@ -1,152 +1,102 @@
-"""Anonymous memory that a team shares. It has no name, so no ending of the processes can leave it behind."""
+"""A group whose ranks are processes of one machine: memory that they share is read in place, and nothing is moved."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import math
-import mmap
-import os
-import tempfile
-import threading
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from instep.errors import ResourceError
+from instep.reduce.layout import ALIGN_BYTES
+from instep.transport.group import PeerRaised, Pending, Piece, Sizes, Views, Waiting, as_bytes, put
+from instep.transport.memory import Region, attach, mark, wait_for
 
-PAGE = mmap.PAGESIZE
-
-
-@dataclass(frozen=True)
-class Region:
-    """One array in shared memory. `reserve` asks for its pages at once, else they come when first written."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    reserve: bool = True
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array, without padding."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+ROOM = 1 << 20
+"""Bytes of a part of what is shared."""
 
 
-def anonymous_file() -> int:
-    """A file descriptor of memory without a name. It is inherited by forked processes."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("instep")
-    with tempfile.TemporaryFile() as file:  # elsewhere than on Linux: a file already unlinked
-        return os.dup(file.fileno())
+def regions(sizes: Sizes) -> dict[str, Region]:
+    """What a file for a team of these sizes must hold, see `instep.transport.memory.reserve`."""
+    size = len(sizes.rows)
+    fact_bytes = -(-sizes.fact_bytes // ALIGN_BYTES) * ALIGN_BYTES
+    return {
+        "turns": Region((2, size), "int64"),
+        "interrupts": Region((size,), "int64"),
+        "facts": Region((4, size, fact_bytes), "uint8", reserve=False),
+        "rows": Region((sum(sizes.rows), sizes.width), "float32"),
+        "common": Region((sizes.common_bytes,), "uint8"),
+        "rooms": Region((size, ROOM), "uint8", reserve=False),
+    }
 
 
-def reserve(descriptor: int, regions: Mapping[str, Region]) -> None:
-    """Gives the file the size of all regions and asks for their pages. Raises ResourceError."""
-    total, wanted = 0, 0
-    spans: list[tuple[int, int]] = []
-    for region in regions.values():
-        if region.reserve and region.nbytes:
-            spans.append((total, region.nbytes))
-            wanted += region.nbytes
-        total += _padded(region.nbytes)
-    free = _available_bytes()
-    if free is not None and wanted > free:
-        raise ResourceError(_too_little(wanted, f"{_mib(free)} are free"))
-    try:
-        os.ftruncate(descriptor, total)
-        if hasattr(os, "posix_fallocate"):
-            for start, length in spans:
-                os.posix_fallocate(descriptor, start, length)
-    except OSError as error:
-        if error.errno == errno.EFBIG:
-            raise ResourceError(
-                f"the workers share {math.ceil(total / 2**20):,} MiB of memory as a file without a name, and the limit "
-                f"on the size of files, ulimit -f, is smaller; raise it."
-            ) from None
-        raise ResourceError(_too_little(wanted, f"the system answered: {error.strerror}")) from None
+class SharedMemoryGroup:
+    """One rank of it. `descriptor` is of a file that was reserved for the `regions` of these sizes, all of it 0.
 
-
-def attach(descriptor: int, regions: Mapping[str, Region]) -> dict[str, NDArray[np.generic]]:
-    """Maps the regions of a reserved file as numpy arrays."""
-    memory = mmap.mmap(descriptor, sum(_padded(region.nbytes) for region in regions.values()))
-    arrays: dict[str, NDArray[np.generic]] = {}
-    offset = 0
-    for name, region in regions.items():
-        arrays[name] = np.ndarray(region.shape, region.dtype, buffer=memory, offset=offset)
-        offset += _padded(region.nbytes)
-    return arrays
-
-
-def as_tensors(array: NDArray[np.generic]) -> list[Tensor]:
-    """The rows of a two-dimensional array as tensors over the same memory."""
-    return list(torch.from_numpy(array))
-
-
-_fence = threading.Lock()
-
-
-def mark(marks: NDArray[np.int64], worker: int, value: int) -> None:
-    """Sets a worker's mark. Marks only rise, and a worker that sees one sees all that was written before it."""
-    for _ in range(2):  # taking a lock after giving it back keeps writes in order on processors that would swap them
-        with _fence:
-            pass
-    marks[worker] = value
-
-
-def wait_for(marks: NDArray[np.int64], value: int, raised: NDArray[np.int64] | None = None, level: int = 1) -> bool:
-    """Returns when every mark is at least `value`: True; or, False, once one of `raised` is at least `level`.
-
-    It sleeps between looks, after a while ever longer, so that workers without a core of their own don't hold up the
-    others. There is no time limit here: who waits is not at fault, and the supervisor ends the team when a worker
-    fails.
+    There is no time limit: who waits is not at fault, and whoever started the ranks ends them all when one dies. So
+    PeerLost is never raised here.
     """
-    looks, pause_s = 0, 0.00005
-    while int(marks.min()) < value:
-        if raised is not None and int(raised.max()) >= level:
-            return False
-        time.sleep(pause_s)
-        looks += 1
-        if looks > 150:
-            pause_s = min(1.05 * pause_s, 0.001)
-    with _fence:
-        pass
-    return True
 
+    def __init__(self, descriptor: int, sizes: Sizes, rank: int, waiting: Waiting = lambda flag: None):
+        self.rank, self.size, self.levels = rank, len(sizes.rows), sizes.levels
+        self._waiting = waiting
+        arrays = attach(descriptor, regions(sizes))
+        self._turns = arrays["turns"].view(np.int64)
+        """[2, W] how often each rank came to a gather, before an interrupt and after it. Marks only rise."""
+        self._interrupts = arrays["interrupts"].view(np.int64)
+        """[W] how often each rank has interrupted the others."""
+        # Two of them by turns, since the last ones are still read; and two for what comes after an interrupt.
+        self._facts = torch.from_numpy(arrays["facts"])
+        self._all: list[Tensor] = list(torch.from_numpy(arrays["rows"]))
+        firsts = np.cumsum([0, *sizes.rows])
+        self._homes: list[Tensor] = [self._all[first] for first in firsts[:-1]]
+        self.rows = self._all[firsts[rank] : firsts[rank + 1]]
+        self.common = torch.from_numpy(arrays["common"])
+        self._rooms = arrays["rooms"]
+        self._turn, self._interrupted = 0, 0
 
-def _padded(nbytes: int) -> int:
-    return max(1, -(-nbytes // PAGE)) * PAGE
+    def gather(self, fact: Tensor) -> Tensor:
+        self._turn += 1
+        anew = min(self._interrupted, 1)
+        facts, turns = self._facts[self._turn % 2 + 2 * anew], self._turns[anew]
+        facts[self.rank, : fact.nbytes] = as_bytes(fact)
+        mark(turns, self.rank, self._turn)
+        self._waiting(True)
+        came = wait_for(turns, self._turn, self._interrupts, self._interrupted + 1)
+        self._waiting(False)
+        if not came:
+            raise PeerRaised("another worker has raised.")
+        return facts[:, : fact.nbytes].view(fact.dtype)
 
+    def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
+        return Views([row[piece[self.rank]] for row in self._all])
 
-def _available_bytes() -> int | None:
-    """Memory that can still be had, by the kernel's estimate and the control group's limit; None if unknown."""
-    free: list[int] = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-    except OSError:
-        return None
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cache = int(stat.get("active_file", 0)) + int(stat.get("inactive_file", 0))  # given back when need be
-        free.append(limit - used + cache)
-    return min(free, default=None)
+    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Tensor:
+        for home in self._homes[:1] if shared else self._homes:
+            put(own, home[piece[self.rank]])
+        return self._homes[0 if shared else self.rank]
 
+    def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
+        lengths = self.gather(torch.tensor([len(blob)])).flatten().tolist()
+        reads, found = to in (None, self.rank), [bytearray() for _ in lengths]
+        for start in range(0, max(lengths), ROOM):
+            part = blob[start : start + ROOM]
+            self._rooms[self.rank, : len(part)] = np.frombuffer(part, np.uint8)
+            self._meet()  # the parts are there
+            for rank, length in enumerate(lengths) if reads else ():
+                found[rank] += self._rooms[rank, : max(0, length - start)].tobytes()
+            self._meet()  # and read
+        return [bytes(each) for each in found] if reads else []
 
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.0f} MiB"
+    def interrupt(self) -> None:
+        self._interrupted += 1
+        self._turn = 0  # the ranks have none in common
+        self._interrupts[self.rank] = self._interrupted
 
+    def close(self) -> None:
+        self.rows, self._all, self._homes = [], [], []
+        self.common = self._facts = torch.empty(0)
+        self._turns, self._interrupts, self._rooms = (np.zeros(0, np.int64) for _ in range(3))
 
-def _too_little(wanted: int, why: str) -> str:
-    return (
-        f"the workers' gradients and weights need {_mib(wanted)} of shared memory, and {why}; "
-        f"take fewer workers or a smaller model, or free some memory."
-    )
+    def _meet(self) -> None:
+        self.gather(torch.empty(0))

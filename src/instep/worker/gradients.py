@@ -24,7 +24,7 @@ from instep.reduce.reduction import norm_of
 from instep.reduce.tree import Node, nodes_of
 from instep.reduce.written import WrittenParameters
 from instep.rules.work import Pieces, Work
-from instep.transport.shared_memory import Region
+from instep.transport.memory import Region
 from instep.worker.contribution import NOTHING, Facts, Vectors, latest_of
 from instep.worker.item_counts import ItemCounts
 from instep.worker.milestones import Milestones

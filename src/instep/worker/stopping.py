@@ -5,10 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 
-class OtherRaised(Exception):
-    """Another worker's code has raised: this one is to stop too, and has nothing to tell."""
-
-
 def with_saved(sentence: str, version: int, folder: Path) -> str:
     """`sentence`, on why a run stops, with what is saved of it: the weights of `version`; nothing at 0."""
     if not version:

@@ -1,0 +1,150 @@
+"""How the workers of a team reach each other: the one seam between the step and what moves bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from instep.reduce.levels import Levels
+
+Piece = Sequence[slice]
+"""A piece of the rows, by rank: which cut of it, in elements, each rank gets. Cuts may be empty and of any sizes; they
+lie one after the other, in the order of `instep.reduce.levels.Shares`."""
+
+Waiting = Callable[[bool], None]
+"""Told True when a call begins to wait for others, and False when it has ended."""
+
+
+class PeerLost(Exception):
+    """A rank has died or cannot be reached: the group is of no use any more. A new one may be made of who is left."""
+
+
+class PeerRaised(Exception):
+    """Another rank has broken off what all did together, see `Group.interrupt`."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a group is made for; the same at all ranks.
+
+    rows: how many rows, of `width` float32, each rank writes. sums: with two levels, how many rows each machine's come
+    to at the first. fact_bytes: of the longest fact. common_bytes: of `Group.common`.
+    """
+
+    levels: Levels
+    rows: tuple[int, ...]
+    sums: tuple[int, ...]
+    width: int
+    fact_bytes: int = 0
+    common_bytes: int = 0
+
+
+class Pending(Protocol):
+    """Rows on their way."""
+
+    def wait(self) -> list[Tensor]:
+        """What this rank adds next: the same cut of all nodes, in node order, which it may change. Once at most."""
+
+
+class Group(Protocol):
+    """W processes that make the same calls in the same order. Bytes are moved, never added.
+
+    Any call but `interrupt` and `close` may raise PeerLost or PeerRaised. After PeerLost only `close` is of use.
+    """
+
+    rank: int
+    size: int
+    levels: Levels
+    """The sets of ranks that exchange with each other, innermost first: what comes to be added at one is added before
+    the next."""
+    rows: list[Tensor]
+    """This rank's tree nodes, [width] float32 each; at first 0. They are written before `exchange`, and are not its
+    own between that and the second gather after it."""
+    common: Tensor
+    """[common_bytes] uint8 that all ranks of a machine write and read, in turns that they keep by gathers; at first
+    0."""
+
+    def gather(self, fact: Tensor) -> Tensor:
+        """A barrier. Every rank's fact, [n] to [W, n] in rank order, good until the next gather; n is the same at all.
+
+        Facts lie on the CPU and have any type; n may be 0. What was written in `rows` and `common` before is seen.
+        """
+
+    def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
+        """Begins to exchange a piece of the rows; or, at the second level, what the first has come to there: `sums`.
+
+        Before its `wait`, and before anything else of the same rows begins, a gather must follow the first level's;
+        several pieces may be on their way meanwhile, and be waited for in any order.
+        """
+
+    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Tensor:
+        """Puts the ranks' sums of their cuts of a piece together. The whole, [width]; complete after the next gather.
+
+        shared: one for all ranks of a machine, which none may write until others have read it; else each has its own.
+        """
+
+    def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
+        """Sends bytes of any length to one rank, or to all: every rank's, in rank order; nothing at the others."""
+
+    def interrupt(self) -> None:
+        """Breaks off all that the ranks do together, for something is wrong here.
+
+        The present or next call of the ranks that have called this less often raises PeerRaised. Those that have called
+        it as often do things together anew.
+        """
+
+    def close(self) -> None:
+        """Gives back what the group holds. Others that still wait for this rank are told that it is lost."""
+
+
+class Solo:
+    """One process, on any device."""
+
+    def __init__(self, sizes: Sizes, device: torch.device | str = "cpu"):
+        self.rank, self.size, self.levels = 0, 1, sizes.levels
+        self.rows = [torch.zeros(sizes.width, device=device) for _ in range(sizes.rows[0])]
+        self.common = torch.zeros(sizes.common_bytes, dtype=torch.uint8)
+
+    def gather(self, fact: Tensor) -> Tensor:
+        return fact.clone()[None]
+
+    def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
+        return Views([row[piece[0]] for row in self.rows])
+
+    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Tensor:
+        put(own, self.rows[0][piece[0]])
+        return self.rows[0]
+
+    def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
+        return [blob]
+
+    def interrupt(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.rows = []
+
+
+@dataclass(frozen=True)
+class Views:
+    """A Pending of what needs no moving."""
+
+    rows: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        return self.rows
+
+
+def put(part: Tensor, into: Tensor) -> None:
+    """Copies `part`, unless that is where it lies already."""
+    if part.data_ptr() != into.data_ptr():
+        into.copy_(part)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A tensor of one dimension as uint8: no backend moves all types."""
+    return tensor.contiguous().view(torch.uint8)

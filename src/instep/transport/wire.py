@@ -1,0 +1,177 @@
+"""All-to-alls between processes of any machines, through gloo or NCCL, that end when a process does.
+
+Gloo's own ways to leave are of no use where an operation is on its way (torch 2.13): `abort` does nothing, and giving
+the group up blocks until its time-out. What helps is to shut its connections. Then the operation raises at once, here
+and at all who wait for this process. So every operation is an all-to-all, of which all wait for all, and whoever is
+told of a loss tells the others by leaving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _distributed_c10d as c10d
+
+from instep.transport.group import PeerLost
+
+LOOK = timedelta(milliseconds=20)
+"""Between two looks at whether to go on waiting. A wait of gloo's that times out breaks nothing."""
+
+FOREVER = timedelta(hours=1000)
+"""The time-out of the backend's own: to be slow is no fault, and whoever started the processes sees who dies."""
+
+STILL_WAITING = "Operation timed out"
+"""How gloo's words begin when only the wait has ended. To ask `is_completed` instead would be wrong: the operation may
+end in between."""
+
+Connect = Callable[[], c10d.Store]
+"""Gives a store that all processes of a team reach; a new client each time."""
+
+
+class Wire:
+    """One process's end. The processes that make it with the same `name`, in a store, find each other.
+
+    `address` is one of this machine's that the others reach; else what its host's name resolves to. The time that the
+    others take to come is unlimited. A device other than the CPU takes NCCL: the same calls, on tensors of the device.
+    """
+
+    def __init__(self, connect: Connect, name: str, rank: int, size: int, device: torch.device, address: str = ""):
+        self.device, self._rank, self._size = device, rank, size
+        self._pending: list[c10d.Work] = []
+        self._group: Any = None  # a backend of torch's, whose types its stubs don't tell
+        before = _sockets()
+        made: list[Any] = []
+
+        def join() -> None:
+            try:
+                made.append(_backend(c10d.PrefixStore(name, connect()), rank, size, device, address))
+            except BaseException as error:
+                made.append(error)
+
+        joining = threading.Thread(target=join, daemon=True)  # signals are heard meanwhile
+        joining.start()
+        while joining.is_alive():
+            joining.join(LOOK.total_seconds())
+        self._sockets = _sockets() - before
+        group = made[0]
+        if isinstance(group, BaseException):
+            self.leave()
+            raise PeerLost(f"rank {rank} of {size} could not join the others: {group}") from group
+        self._group = group
+
+    def all_to_all(self, send: Tensor, lengths: Sequence[int], expected: Sequence[int]) -> Exchange:
+        """Begins to send each process its run of `send`, of so many elements; `expected`: of what each sends here.
+
+        `send` stays as it is until the end.
+        """
+        if self._group is None:
+            raise PeerLost(f"rank {self._rank} of {self._size} has left the others.")
+        send = send.contiguous().to(self.device)
+        found = torch.empty(sum(expected), dtype=send.dtype, device=self.device)
+        try:
+            work = self._group.alltoall_base(found, send, list(expected), list(lengths))
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        self._pending.append(work)
+        return Exchange(self, work, send, found)
+
+    def finish(self, work: c10d.Work) -> None:
+        """Waits for the end of an operation. Raises PeerLost."""
+        try:
+            if self.device.type == "cpu":
+                while not _ended(work):
+                    pass
+            else:
+                while not work.is_completed():
+                    time.sleep(0.0002)
+                work.wait()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        self._pending.remove(work)
+
+    def leave(self) -> None:
+        """Ends it, at once, whatever is on its way."""
+        group, self._group = self._group, None
+        if group is None or self._pending:
+            if group is not None and self.device.type != "cpu":
+                group.abort()
+            _shut(self._sockets)
+            for work in self._pending:
+                with contextlib.suppress(RuntimeError):
+                    work.wait()
+        self._pending = []
+
+    def _lost(self, error: RuntimeError) -> PeerLost:
+        _shut(self._sockets)  # so that all are told
+        self.leave()
+        return PeerLost(f"rank {self._rank} of {self._size} has lost another one: {str(error).splitlines()[0]}")
+
+
+class Exchange:
+    """An all-to-all on its way."""
+
+    def __init__(self, wire: Wire, work: c10d.Work, send: Tensor, found: Tensor):
+        self._wire, self._work, self._send, self._found = wire, work, send, found
+
+    def wait(self) -> Tensor:
+        """What the others have sent, one after the other in rank order. Raises PeerLost."""
+        self._wire.finish(self._work)
+        return self._found
+
+
+def _backend(store: c10d.Store, rank: int, size: int, device: torch.device, address: str) -> Any:
+    """Made directly, so that nothing global is touched."""
+    if device.type != "cpu":  # it was never run
+        nccl: Any = c10d.ProcessGroupNCCL
+        options = nccl.Options()
+        options._timeout = FOREVER
+        return nccl(store, rank, size, options)
+    gloo: Any = c10d.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = FOREVER
+    options._devices = [gloo.create_device(hostname=address) if address else gloo.create_default_device()]
+    return gloo(store, rank, size, options)
+
+
+def _ended(work: c10d.Work) -> bool:
+    """Waits a little for an operation of gloo's; whether it has ended."""
+    try:
+        work.wait(LOOK)
+    except RuntimeError as error:
+        if STILL_WAITING not in str(error):
+            raise
+        return False
+    return True
+
+
+def _sockets() -> set[tuple[int, int]]:
+    """Number and inode of each socket that is open here: a number alone may be another's later."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own is closed by now
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                found.add((int(name), status.st_ino))
+    return found
+
+
+def _shut(sockets: set[tuple[int, int]]) -> None:
+    """Shuts the connections of gloo's among them. Not what listens: gloo would end the process."""
+    for number, inode in sockets:
+        with contextlib.suppress(OSError):
+            if os.fstat(number).st_ino != inode:
+                continue
+            with socket.socket(fileno=os.dup(number)) as one:
+                internet = one.family in (socket.AF_INET, socket.AF_INET6)
+                if internet and not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    one.shutdown(socket.SHUT_RDWR)

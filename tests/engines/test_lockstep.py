@@ -1,0 +1,164 @@
+"""The lockstep engine over every group: one digest, whatever moves the bytes, and one training state."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from instep.engines.lockstep import Lockstep
+from instep.models import GPT
+from instep.recipe import Recipe, Schedule
+from instep.record.digest import digest_of_state
+from instep.transport.group import Group, PeerRaised, Sizes, Solo
+from instep.worker.milestones import Progress
+from instep.worker.replica import Replica
+from support import workloads
+from support.groups import Kind, Ranks
+from support.reference import reference_digests
+from support.sharding import assert_same
+
+pytestmark = pytest.mark.processes
+
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"parameters": ["*norm*", "*.bias", "embedding*"], "use": "torch.optim:AdamW", "args": {"lr": 0.003}},
+    {"parameters": "*", "use": "torch.optim:Muon", "args": {"lr": 0.01}},
+]
+
+
+class Normed(GPT):
+    """A GPT with dropout, whose logits go through BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__(vocabulary=32, context=12, width=16, depth=2, heads=2, dropout=0.2, tied=True)
+        self.batch_norm = nn.BatchNorm1d(32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = super().forward(tokens)
+        some = torch.cat([logits.flatten(0, 1), logits.new_zeros(1, 32)])  # one row alone has no variance
+        normed: Tensor = self.batch_norm(some)
+        return normed[:-1].view_as(logits)
+
+
+def recipe(**changes: Any) -> Recipe:
+    """Ragged batches, clipping, AdamW and Muon, a schedule."""
+    fields = {"model": Normed, "optimizer": OPTIMIZERS, "schedule": Schedule(kind="cosine", warmup_steps=2)}
+    return workloads.gpt(**{**fields, "steps": 5, "evaluate_every": 2, **changes})
+
+
+class Quiet:
+    """A pulse that nobody looks at."""
+
+    def advance(self) -> None:
+        pass
+
+    def waiting(self, flag: bool) -> None:
+        pass
+
+    def stop_wanted(self) -> bool:
+        return False
+
+
+def engine_of(recipe: Recipe, rank: int, machines: tuple[int, ...]) -> Lockstep:
+    engine = Lockstep(Replica(recipe, "cpu"), rank, machines, Quiet(), lambda kind, **fields: None, time.monotonic)
+    engine.prepare(0)
+    return engine
+
+
+def trained(recipe: Recipe, make: Callable[[Sizes], Group], rank: int, machines: tuple[int, ...]) -> Any:
+    """The digest, the held-out objective, and the training state where this is rank 0."""
+    torch.set_num_threads(1)
+    engine = engine_of(recipe, rank, machines)
+    group = make(engine.sizes())
+    engine.join(group)
+    found = []
+
+    def after_step(progress: Progress, last: bool) -> None:
+        if progress.version % 2 == 0 and (evaluation := engine.evaluate(progress.version)) is not None:
+            found.append(evaluation.objective)
+
+    engine.run(Progress(), after_step, recipe.steps)
+    training = engine.placement.training_state()
+    engine.agree()
+    digest = digest_of_state(engine.replica.saved_state())
+    group.close()
+    saved = io.BytesIO()
+    torch.save(training, saved)
+    return digest, found, saved.getvalue() if rank == 0 else type(engine.placement).__name__
+
+
+def of_team(recipe: Recipe, kind: Kind) -> list[Any]:
+    sizes = engine_sizes(recipe, kind)
+    return Ranks(kind, sizes, lambda make, rank: trained(recipe, make, rank, kind.machines)).answers(120)
+
+
+def engine_sizes(recipe: Recipe, kind: Kind) -> Sizes:
+    torch.set_num_threads(1)
+    return engine_of(recipe, 0, kind.machines).sizes()
+
+
+def check(recipe: Recipe, kinds: list[Kind], placed: str = "") -> str:
+    """Every rank of every team has the digest, objective and training state of a process alone."""
+    digest, objectives, saved = trained(recipe, Solo, 0, (1,))
+    for kind in kinds:
+        first, *others = of_team(recipe, kind)
+        assert first[:2] == (digest, objectives), kind
+        assert_same(*(torch.load(io.BytesIO(each), weights_only=True) for each in (first[2], saved)))
+        assert {each[0] for each in others} == {digest}, kind
+        assert not placed or {each[2] for each in others} == {placed}
+    return str(digest)
+
+
+def test_one_digest_alone_in_memory_and_by_gloo() -> None:
+    kinds = [Kind("2 in memory", (2,)), Kind("2 by gloo", (1, 1), True), Kind("3 by gloo", (1, 1, 1), True)]
+    made = recipe()
+    assert check(made, kinds) == reference_digests(made)[made.steps]
+
+
+@pytest.mark.slow
+def test_one_digest_for_5_processes_and_machines_of_several_workers() -> None:
+    """Weights are shared in each machine that has several."""
+    several = [Kind("5 by gloo", (1,) * 5, True), Kind("5 in memory", (5,))]
+    machines = [Kind("2 + 2", (2, 2), True), Kind("3 + 2", (3, 2), True), Kind("2 + 1", (2, 1), True)]
+    check(recipe(), several + machines)
+
+
+def test_machines_whose_workers_share_weights_have_the_digest_of_private_ones() -> None:
+    check(recipe(steps=3), [Kind("2 + 2", (2, 2), True)], "Sharded")
+    check(recipe(steps=3, optimizer=own_adamw), [Kind("2 + 2", (2, 2), True)], "Replicated")
+
+
+class OwnAdamW(torch.optim.AdamW):
+    """It might do anything, so weights are not shared."""
+
+
+def own_adamw(parameters: Any) -> OwnAdamW:
+    return OwnAdamW(parameters, lr=0.003)
+
+
+@pytest.mark.parametrize("kind", [Kind("3 in memory", (3,)), Kind("3 by gloo", (1, 1, 1), True)], ids=lambda k: k.name)
+def test_where_one_raises_all_stop_and_the_weights_are_saved(kind: Kind) -> None:
+    made = recipe()
+
+    def body(make: Callable[[Sizes], Group], rank: int) -> Any:
+        engine = engine_of(made, rank, kind.machines)
+        engine.join(make(engine.sizes()))
+        progress, saved = Progress(), []
+
+        def after_step(progress: Progress, last: bool) -> None:
+            if progress.version == 3 and rank == 1:
+                raise ValueError("of the user's")
+
+        with pytest.raises(ValueError if rank == 1 else PeerRaised):
+            engine.run(progress, after_step, made.steps)
+        version = engine.stop(progress.version, saved.append, saved=0, needed=True, written=False)
+        return version, progress.version, len(saved), digest_of_state(engine.replica.saved_state())
+
+    found = Ranks(kind, engine_sizes(made, kind), body).answers()
+    expected = reference_digests(made)[3]
+    assert found == [(3, 3, rank == 0, expected) for rank in range(3)]

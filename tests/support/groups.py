@@ -1,0 +1,139 @@
+"""Teams over every kind of group, each rank a process that was forked from the test's."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+from torch._C._distributed_c10d import FileStore
+
+from instep.reduce.levels import levels_of, machine_of
+from instep.transport.distributed import DistributedGroup, of_ranks
+from instep.transport.group import Group, Sizes, Solo
+from instep.transport.memory import anonymous_file, reserve
+from instep.transport.shared_memory import SharedMemoryGroup, regions
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What to run over: machines of so many workers each, and whether what is between them is gloo."""
+
+    name: str
+    machines: tuple[int, ...]
+    gloo: bool = False
+
+    @property
+    def size(self) -> int:
+        return sum(self.machines)
+
+    @property
+    def teams(self) -> list[range]:
+        """The ranks that share memory."""
+        return [machine_of(sum(self.machines[:i]), self.machines) for i in range(len(self.machines))]
+
+
+SOLO = Kind("solo", (1,))
+SHARED = [Kind("2 in memory", (2,)), Kind("3 in memory", (3,))]
+DISTRIBUTED = [Kind("2 by gloo", (1, 1), True), Kind("3 by gloo", (1, 1, 1), True), Kind("2 + 2", (2, 2), True),
+               Kind("3 + 1 + 1", (3, 1, 1), True)]  # fmt: skip
+ALL = [SOLO, *SHARED, *DISTRIBUTED]
+
+
+def sizes_of(kind: Kind, rows: Sequence[int] = (), width: int = 64, fact: int = 4096, common: int = 64) -> Sizes:
+    """Sizes of a group of that kind; one row a rank, if nothing else is said."""
+    levels = levels_of(kind.machines)
+    sums = tuple(1 for _ in kind.machines) if len(levels) > 1 else ()
+    return Sizes(levels, tuple(rows or [1] * kind.size), sums, width, fact, common)
+
+
+Body = Callable[[Callable[..., Group], int], Any]
+"""What a rank does; it is given what makes its group, and the rank."""
+
+
+class Ranks:
+    """The processes of a team at work. `answers` are None for those that have ended without a word."""
+
+    def __init__(self, kind: Kind, sizes: Sizes, body: Body):
+        self._open = ExitStack()
+        self._files = []
+        for team in kind.teams:
+            self._files.append(anonymous_file())
+            self._open.callback(os.close, self._files[-1])
+            if len(team) > 1:
+                reserve(self._files[-1], regions(of_ranks(sizes, team)))
+        self._store = f"{self._open.enter_context(tempfile.TemporaryDirectory())}/store"
+        context = multiprocessing.get_context("fork")
+        self.processes, self._pipes = [], []
+        for rank in range(kind.size):
+            ours, theirs = multiprocessing.Pipe()
+            process = context.Process(target=self._run, args=(kind, sizes, rank, body, theirs))
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self._pipes.append(ours)
+
+    def answers(self, within_s: float = 60) -> list[Any]:
+        """What each body gave, by rank. Raises what one raised, and ends those that take longer."""
+        found: list[Any] = [None] * len(self.processes)
+        waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        try:
+            while waiting:
+                ready = wait(list(waiting), within_s)
+                assert ready, f"ranks {sorted(waiting.values())} gave no answer"
+                for pipe in ready:
+                    assert isinstance(pipe, Connection)
+                    rank = waiting.pop(pipe)
+                    try:
+                        found[rank], trace = pipe.recv()
+                    except EOFError:
+                        continue
+                    assert trace is None, f"rank {rank}: {trace}"
+        finally:
+            self.end()
+        return found
+
+    def end(self) -> None:
+        """Ends all."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._open.close()
+
+    def _run(self, kind: Kind, sizes: Sizes, rank: int, body: Body, pipe: Connection) -> None:
+        gc.freeze()  # what was inherited: stores whose threads are not here must not be taken down
+        torch.set_num_threads(1)
+        try:
+            answer = body(lambda own, name="team": self.group(kind, own, rank, name), rank), None
+        except BaseException:
+            answer = None, traceback.format_exc()
+        pipe.send(answer)
+        pipe.close()
+        os._exit(0)  # what was inherited is the parent's
+
+    def group(self, kind: Kind, sizes: Sizes, rank: int, name: str) -> Group:
+        """This rank's group."""
+        at = next(i for i, team in enumerate(kind.teams) if rank in team)
+        team = kind.teams[at]
+        machine: Group | None = None
+        if len(team) > 1:
+            machine = SharedMemoryGroup(self._files[at], of_ranks(sizes, team), rank - team.start)
+        if not kind.gloo:
+            return machine or Solo(sizes)
+
+        return DistributedGroup(lambda: FileStore(self._store), name, rank, sizes, machine, address="127.0.0.1")
+
+
+def run(kind: Kind, sizes: Sizes, body: Body) -> list[Any]:
+    """What each rank's body gave."""
+    return Ranks(kind, sizes, body).answers()
