@@ -37,12 +37,13 @@ from support.regression import regression, squares
 from support.sentences import one_sentence
 from support.serving import RULES, WORKLOADS, at, check_tape, disturbed, kill, killed_altogether, replayed
 
+pytestmark = pytest.mark.processes
+
 Events = list[dict[str, Any]]
 
 # ----------------------------------------------------------------------------------------------------- the same digest
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("name", quick(RULES, "asynchronous", "backup_workers", "post_local_sgd", "async_diloco"))
 def test_a_run_with_a_slow_worker_a_death_and_a_successor_is_replayed_exactly(name: str) -> None:
     recipe, run = disturbed(name, WORKLOADS[name])
@@ -52,7 +53,6 @@ def test_a_run_with_a_slow_worker_a_death_and_a_successor_is_replayed_exactly(na
     assert found == Replayed(run.digest, run.digest, run.result["versions"], "")
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_is_replayed_exactly_with_the_other_model(name: str) -> None:
@@ -98,14 +98,12 @@ def random_run(rule: UpdateRule, seed: int, path: Path) -> None:
     assert found.same, (found, team, recipe.rule)
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_ten_asynchronous_runs_are_replayed_exactly(seed: int, tmp_path: Path) -> None:
     random_run(p.asynchronous(), seed, tmp_path / "run")
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [100, 101, 102])
 @pytest.mark.parametrize("name", [*RULES, *MORE_RULES])
@@ -113,7 +111,6 @@ def test_random_runs_under_every_rule_are_replayed_exactly(name: str, seed: int,
     random_run(RULES.get(name) or MORE_RULES[name], seed, tmp_path / "run")
 
 
-@pytest.mark.processes
 def test_a_run_in_lockstep_is_replayed_over_resumes_with_other_teams(tmp_path: Path) -> None:
     """The recipe alone decides; each start is from a checkpoint that the tape tells of."""
     recipe, path = workloads.convnet(), tmp_path / "run"
@@ -126,7 +123,6 @@ def test_a_run_in_lockstep_is_replayed_over_resumes_with_other_teams(tmp_path: P
     assert replayed(recipe, path) == Replayed(run.digest, run.digest, 7, "")
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 def test_a_run_in_lockstep_that_starts_again_is_replayed(tmp_path: Path) -> None:
     recipe = workloads.gpt()
@@ -136,7 +132,6 @@ def test_a_run_in_lockstep_that_starts_again_is_replayed(tmp_path: Path) -> None
     assert replayed(recipe, run.path).same
 
 
-@pytest.mark.processes
 def test_a_run_in_lockstep_with_more_steps_is_replayed(tmp_path: Path) -> None:
     recipe = workloads.gpt(steps=3)
     train_here(recipe, Team(workers=2), tmp_path / "run")
@@ -145,7 +140,6 @@ def test_a_run_in_lockstep_with_more_steps_is_replayed(tmp_path: Path) -> None:
     assert replayed(longer, tmp_path / "run").same
 
 
-@pytest.mark.processes
 def test_a_run_that_was_killed_and_never_resumed_has_no_digest_to_be_the_same_as(tmp_path: Path) -> None:
     recipe = regression(rule=p.asynchronous(), steps=50)
     when = lambda event: event["kind"] == "merged" and event["version"] >= 9  # noqa: E731
@@ -155,7 +149,6 @@ def test_a_run_that_was_killed_and_never_resumed_has_no_digest_to_be_the_same_as
     assert found.versions >= 8
 
 
-@pytest.mark.processes
 @pytest.mark.slow
 def test_replay_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     """As `instep replay` does: the recipe travels there, objects without an address and all."""
@@ -175,7 +168,6 @@ def test_a_recipe_that_no_file_can_hold_is_asked_for_by_the_call_that_needs_it(t
         replay_under(run.path, p.asynchronous())
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("text", ["asynchronous", "diloco:2"])
 def test_an_error_of_the_users_own_code_is_not_blamed_on_the_tape(text: str, tmp_path: Path) -> None:
     calls, table = [10**6], {True: 1.0}
@@ -344,7 +336,6 @@ LIES: list[tuple[Callable[[Events], None], str]] = [
 ]
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(("lie", "sentence"), LIES, ids=[lie.__name__ for lie, _ in LIES])
 def test_a_tape_changed_by_hand_is_told(
     lie: Callable[[Events], None], sentence: str, honest: tuple[Recipe, Events]
@@ -360,7 +351,6 @@ def test_the_honest_tape_is_the_runs_own(honest: tuple[Recipe, Events]) -> None:
     assert replay(*honest).same
 
 
-@pytest.mark.processes
 def test_the_order_of_an_updates_contributions_decides_bits(honest: tuple[Recipe, Events], tmp_path: Path) -> None:
     """Three floats added in another order: told unless the bits are the run's all the same."""
     recipe = workloads.gpt(rule=UpdateRule(quorum="3"), steps=4)
@@ -429,7 +419,6 @@ def test_a_tape_with_a_torn_or_damaged_line(cut: int, honest: tuple[Recipe, Even
     assert one_sentence(caught.value.message)
 
 
-@pytest.mark.processes
 def test_code_that_computes_otherwise_than_in_the_run_is_told(tmp_path: Path) -> None:
     """Another library, processor or edit of the model: the first contribution that differs is named."""
     scale = [1.0]

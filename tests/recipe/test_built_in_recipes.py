@@ -310,6 +310,7 @@ def test_windows_that_shuffling_does_not_change_are_left_out() -> None:
 # ---------------------------------------------------------------------------------------------------- an earlier run
 
 
+@pytest.mark.processes
 def test_a_model_is_taken_from_an_earlier_run(teacher: Path) -> None:
     digest = json.loads((teacher / "result.json").read_text())["digest"]
     model = run_model(teacher, digest=digest)

@@ -41,6 +41,8 @@ from instep.worker.replica import Replica
 from instep.worker.updates import Merger
 from support.harness import train_here
 
+pytestmark = pytest.mark.processes
+
 STRANGE: list[Any] = [
     None, True, -1, 0, 7, 10**30, 1.5, float("nan"), "", "x", [], [[]], [None], {}, {"a": 1}, {"version": "x"},
 ]  # fmt: skip
@@ -129,7 +131,6 @@ def run(good: tuple[Recipe, Path], tmp_path: Path) -> tuple[Recipe, RunFolder]:
     return good[0], RunFolder(tmp_path / "run")
 
 
-@pytest.mark.processes
 def test_a_tape_of_strange_values_is_a_sentence_or_is_read_right(run: tuple[Recipe, RunFolder]) -> None:
     given, folder = run
     events = [json.loads(line) for line in folder.tape_path.read_text().splitlines()]
@@ -258,7 +259,6 @@ def test_a_manifest_that_verifies_nothing_does_not_pass(files: dict[str, int], r
         checkpoint.verify(newest)
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("good", RULES[:1], indirect=True)
 def test_a_resume_beside_a_damaged_best_mark_says_what_to_do(run: tuple[Recipe, RunFolder]) -> None:
     given, folder = run

@@ -18,7 +18,7 @@ PROJECT = Path(__file__).parents[2]
 TUTORIAL = (PROJECT / "docs" / "tutorial.md").read_text()
 STEPS = 1200
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
 def blocks(language: str) -> list[str]:
