@@ -94,6 +94,7 @@ def test_wrong_arguments_of_train_are_one_sentence(arguments: dict[str, Any], se
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 def test_a_log_that_cannot_be_written_is_one_sentence(project: Path, tmp_path: Path) -> None:
     shutil.copytree(project / "run", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/logs")
