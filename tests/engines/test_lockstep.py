@@ -52,7 +52,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 class Quiet:
-    """A pulse that nobody looks at."""
+    """A heartbeat that nobody looks at."""
 
     def advance(self) -> None:
         pass

@@ -123,15 +123,15 @@ def test_a_worker_that_finishes_nothing_is_named(world: World) -> None:
 
 
 def test_who_waits_for_others_is_not_blamed_for_finishing_nothing(world: World) -> None:
-    pulses = [Heartbeat(world.board, worker, os.getpid()) for worker in range(2)]
-    pulses[0].waiting(True)
+    heartbeats = [Heartbeat(world.board, worker, os.getpid()) for worker in range(2)]
+    heartbeats[0].waiting(True)
     found = world.passes(61, alive=(0, 1))
     assert found is not None
     assert found[0] == 1
-    pulses[0].waiting(False)
-    pulses[1].advance()
+    heartbeats[0].waiting(False)
+    heartbeats[1].advance()
     assert world.passes(59, alive=(0, 1)) is None
-    pulses[1].advance()
+    heartbeats[1].advance()
     found = world.passes(2, alive=(0, 1))
     assert found is not None
     assert found[0] == 0, "its own time began when it no longer waited"
@@ -170,14 +170,14 @@ def test_a_team_waits_for_the_one_that_writes_the_sample(tmp_path: Path, monkeyp
 @pytest.mark.processes
 def test_a_stop_is_seen_by_all() -> None:
     board = HeartbeatBoard(3)
-    pulses = [Heartbeat(board, worker, os.getpid()) for worker in range(3)]
-    assert not any(each.stop_wanted() for each in pulses)
+    heartbeats = [Heartbeat(board, worker, os.getpid()) for worker in range(3)]
+    assert not any(each.stop_wanted() for each in heartbeats)
     child = os.fork()
     if not child:
         board.ask_to_stop()
         os._exit(0)
     os.waitpid(child, 0)
-    assert all(each.stop_wanted() for each in pulses)
+    assert all(each.stop_wanted() for each in heartbeats)
 
 
 # ------------------------------------------------------------------------------------------------------ real processes

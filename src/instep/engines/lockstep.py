@@ -43,7 +43,7 @@ _OFF = 2
 """Beside 1, for a gradient, in what workers tell of a parameter: a microbatch left it requiring none."""
 
 
-class Pulse(Protocol):
+class SignsOfLife(Protocol):
     """How a worker shows that it lives and gets on."""
 
     def advance(self) -> None:
@@ -69,15 +69,15 @@ class Lockstep:
         replica: Replica,
         worker: int,
         machines: Sequence[int],
-        pulse: Pulse,
+        heartbeat: SignsOfLife,
         emit: Callable[..., None],
         clock: Callable[[], float],
         checkpoint_every: int = 0,
     ):
         recipe = replica.recipe
         self.replica, self.worker, self.workers = replica, worker, sum(machines)
-        self._pulse, self._emit, self._clock = pulse, emit, clock
-        self.gradients = Gradients(replica, pulse.advance, checkpoint_every=checkpoint_every)
+        self._heartbeat, self._emit, self._clock = heartbeat, emit, clock
+        self.gradients = Gradients(replica, heartbeat.advance, checkpoint_every=checkpoint_every)
         self._layout, self._buffers = self.gradients.layout, self.gradients.buffers
         self.updates = Updates(replica, self._buffers)
         self.reduction = Reduction(self._layout, recipe.microbatches, levels_of(machines))
@@ -164,7 +164,7 @@ class Lockstep:
         pending = group.exchange(self.reduction.piece)
         if step + 1 < steps:
             self._load_ahead(step + 1)
-        self._facts.own["stop"] = self.worker == 0 and self._pulse.stop_wanted()
+        self._facts.own["stop"] = self.worker == 0 and self._heartbeat.stop_wanted()
 
         facts = self._facts.gather(group)  # what the others wrote can be read
         sums = np.concatenate([facts["sums"][w, : stop - start] for w, (start, stop) in enumerate(self._ranges)])
@@ -193,7 +193,7 @@ class Lockstep:
         )  # fmt: skip
         update = self.updates.make(step, added, self.placement, partial(self._take_buffers, step, changed, found))
         progress.merged(version=step + 1, steps=step + 1, items=update.items, objective=update.objective)
-        self._pulse.advance()
+        self._heartbeat.advance()
         update.verdict.note(progress)
         progress.train_s += time.monotonic() - began
         if self.worker == 0:
@@ -381,7 +381,7 @@ class Lockstep:
         replica.doing = f"evaluating version {version}"
         shares = worker_ranges(len(self._held_out), self.workers)
         own, outputs = shares[self.worker], []
-        for found in evaluate(replica, self._held_out, range(*own), self._pulse.advance):
+        for found in evaluate(replica, self._held_out, range(*own), self._heartbeat.advance):
             self._evaluations.own["counts"][found.place - own[0]] = found.counts
             self._evaluations.own["sums"][found.place - own[0]] = found.sums
             outputs.append(found.outputs)

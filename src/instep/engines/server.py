@@ -66,7 +66,7 @@ def contribute(session: Session, descriptor: int) -> None:
     known = agreed.facts["written"]
     replica.written.learn(known)
     pieces, every = _pieces(session, agreed.facts["cut"]), assignment.team.checkpoint_every
-    contributor = Contributor(replica, pieces, session.pulse.advance, checkpoint_every=every)
+    contributor = Contributor(replica, pieces, session.heartbeat.advance, checkpoint_every=every)
     contributor.prepare(0)
     fit_memory(replica, assignment.team, session.emit if session.number == 0 else None)
     replica.written.agree(known, "a first forward")
@@ -75,9 +75,9 @@ def contribute(session: Session, descriptor: int) -> None:
     line, own = assignment.lines[worker].worker, assignment.incarnation
     line.send(Hello(own, os.getpid(), socket.gethostname()))
     while True:
-        session.pulse.waiting(True)
+        session.heartbeat.waiting(True)
         message: ServerToWorker = line.recv()
-        session.pulse.waiting(False)
+        session.heartbeat.waiting(False)
         if isinstance(message, NoMore):
             break
         if message.incarnation != own:
@@ -180,14 +180,14 @@ class _Server:
         self._obey(lost)
         if self._progress.unevaluated:
             self._milestones.reached(self._progress, self._progress.steps, self._evaluate, self._keep)
-        while not (self._over or self._told_to_stop or session.pulse.stop_wanted()):
+        while not (self._over or self._told_to_stop or session.heartbeat.stop_wanted()):
             self._replica.doing = "waiting for workers"
-            session.pulse.waiting(True)
+            session.heartbeat.waiting(True)
             sources: list[Any] = [session.pipe, *self._lines]
             deadline_s = self._ledger.deadline_s
             left_s = LOOK_S if deadline_s is None else deadline_s - session.clock()
             listened: list[Any] = wait(sources, max(0.0, min(LOOK_S, left_s)))
-            session.pulse.waiting(False)
+            session.heartbeat.waiting(False)
             while session.pipe.poll():  # first, for a successor's first word must not come before the news of the death
                 self._heard.append(session.pipe.recv())
             while self._heard:
@@ -327,7 +327,7 @@ class _Server:
             work = ledger.pieces.work(contribution.piece)
             arrived.append(Arrived(contribution.worker, work, facts, vectors, weight, staleness, base))
         update = self._merger.merge(arrived)
-        self._session.pulse.advance()
+        self._session.heartbeat.advance()
         self._progress.train_s = time.monotonic() - self._began_s
         done = self._merger.microbatches // ledger.pieces.microbatches
         self._progress.merged(version=action.version, steps=done, items=update.items, objective=update.objective)
@@ -366,7 +366,7 @@ class _Server:
     def _evaluate(self) -> bool:
         """Evaluates; whether this version is to be saved as the best."""
         self._replica.doing = f"evaluating version {self._progress.version}"
-        found = evaluate_alone(self._replica, self._held_out, self._session.pulse.advance)
+        found = evaluate_alone(self._replica, self._held_out, self._session.heartbeat.advance)
         return self._session.evaluated(self._progress, found)
 
     def _sync_tape(self) -> None:

@@ -46,7 +46,7 @@ class Heartbeat:
     def start(self) -> None:
         """Starts to beat. On Linux the kernel ends a worker without agent even if it is stopped."""
         die_with_parent()
-        threading.Thread(target=self._beat, name="pulse", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def advance(self) -> None:
         """A piece of work is finished."""

@@ -37,13 +37,13 @@ from instep.worker.stopping import with_saved
 
 def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoard, descriptor: int) -> None:
     """The whole life of a process of the team, which was forked. The server comes after the workers in number."""
-    pulse = Heartbeat(board, number, os.getppid())
-    pulse.start()
+    heartbeat = Heartbeat(board, number, os.getppid())
+    heartbeat.start()
     take_care_of_helpers([pipe.close, *(line.close for line in assignment.lines), lambda: os.close(descriptor)])
     leave_to_others(board.ask_to_stop)
     name = "server" if number == assignment.team.workers else f"worker {number}"
     _redirect_output(RunFolder(assignment.folder).log_of(name))
-    session = Session(assignment, number, pipe, pulse)
+    session = Session(assignment, number, pipe, heartbeat)
     try:
         if not assignment.lines:
             _in_lockstep(session, descriptor)
@@ -84,7 +84,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         replica.load(saved.model_state, saved.training_state)
         progress = session.progress_of(saved)
     machines, every = (team.workers,), team.checkpoint_every
-    engine = Lockstep(replica, worker, machines, session.pulse, session.emit, session.clock, every)
+    engine = Lockstep(replica, worker, machines, session.heartbeat, session.emit, session.clock, every)
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version)
@@ -98,7 +98,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         written=list(replica.written.names),
     )
     session.ready(facts, {} if alone else regions(sizes))
-    waiting = session.pulse.waiting
+    waiting = session.heartbeat.waiting
     engine.join(Solo(sizes, replica.device) if alone else SharedMemoryGroup(descriptor, sizes, worker, waiting))
     engine.slowness = server.slowness_of(session)
     recipe, first, began = session.recipe, progress.version, session.clock()

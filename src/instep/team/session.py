@@ -38,8 +38,8 @@ HOLD_S = 0.1
 class Session:
     """One process between one start of the team and its end."""
 
-    def __init__(self, assignment: Assignment, number: int, pipe: Channel, pulse: Heartbeat):
-        self.assignment, self.number, self.pipe, self.pulse = assignment, number, pipe, pulse
+    def __init__(self, assignment: Assignment, number: int, pipe: Channel, heartbeat: Heartbeat):
+        self.assignment, self.number, self.pipe, self.heartbeat = assignment, number, pipe, heartbeat
         self.replica: Replica | None = None
         self._data: dict[str, Any] | None = None
         self._unread: list[int] = []  # samples that the digest should cover, but that are left out and fail
@@ -157,9 +157,9 @@ class Session:
         Returns the facts and the memory of worker 0 or, where there is one, of the server.
         """
         self.pipe.send(Ready(facts, memory))
-        self.pulse.waiting(True)
+        self.heartbeat.waiting(True)
         agreed: Agreed = self.pipe.recv()
-        self.pulse.waiting(False)
+        self.heartbeat.waiting(False)
         return agreed
 
     def save(
@@ -197,7 +197,7 @@ class Session:
             sound=sound,
         )
         self.saved_version = progress.version
-        self.pulse.advance()
+        self.heartbeat.advance()
         self.emit(
             "checkpointed", version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest
         )
