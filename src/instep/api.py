@@ -57,7 +57,7 @@ def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replaye
     """
     folder = RunFolder.open(Path(run))
     table, _, paths = saved(folder, recipe, None, f"replay({str(run)!r}, recipe)")
-    recipe = recorded(folder, recipe, table)
+    recipe = recorded(folder, recipe, table, replaying=True)
     events = [event for event in tape.read(folder.tape_path) if event["kind"] not in ("computed", "evaluated")]
     found: Replayed = _in_child("instep.offline.tape_replay:replay", recipe, (events,), paths, ())
     return found
@@ -78,7 +78,7 @@ def replay_under(
     """
     folder = RunFolder.open(Path(run))
     table, team, paths = saved(folder, recipe, None, f"replay_under({str(run)!r}, rule, recipe)")
-    recipe = recorded(folder, recipe, table)
+    recipe = recorded(folder, recipe, table, replaying=True)
     times = recorded_times(folder, team.workers)
     cluster = Cluster(workers=team.workers, times=times, merge_s=0.0, collective=False)
     changed = dataclasses.replace(recipe, rule=rule)

@@ -54,6 +54,7 @@ def parse_budget(text: str, name: str) -> Budget:
     return Budget(nbytes=nbytes)
 
 
-def mib(nbytes: float) -> str:
-    """Bytes for people, in MiB; rounded up, so that the same as a budget is enough."""
-    return f"{math.ceil(nbytes / 2**20 * 10) / 10:,.1f} MiB"
+def as_size(nbytes: float) -> str:
+    """Bytes for people, in MiB, or in KiB below one; rounded up, so that the same as a budget is enough."""
+    unit, size = ("MiB", 2**20) if nbytes > 2**20 - 100 else ("KiB", 2**10)
+    return f"{math.ceil(nbytes / size * 10) / 10:.1f} {unit}"

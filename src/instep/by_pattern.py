@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,16 +47,23 @@ class ByPattern:
         return " and ".join(component.describe() for _, component in self.parts)
 
     def split(self, names: Sequence[str]) -> list[list[str]]:
-        """The names of each part, in their order. Raises ComponentError for a name that nothing matches, and a part
-        without a name.
+        """The names of each part, in their order. Raises ComponentError for a name that nothing matches, and for a
+        pattern or a part that matches none. A pattern whose names earlier parts have is passed over.
         """
+        for patterns, component in self.parts:
+            for pattern in patterns:
+                if not any(_matches(name, [pattern]) for name in names):
+                    raise ComponentError(
+                        f"'parameters' of the optimizer {component.describe()} has {shown(pattern)}, and no parameter "
+                        f"of the model has such a name; {_near(pattern, names)}"
+                    )
         groups: list[list[str]] = [[] for _ in self.parts]
         for name in names:
             matching = (place for place, (patterns, _) in enumerate(self.parts) if _matches(name, patterns))
             place = next(matching, None)
             if place is None:
                 raise ComponentError(
-                    f"parameter '{name}' matches no pattern of 'optimizer'; add a last part for the others, with "
+                    f"parameter '{name}' matches no pattern of 'optimizer'; add a last table for the others, with "
                     f'parameters = "*", or freeze it.'
                 )
             groups[place].append(name)
@@ -67,6 +75,13 @@ class ByPattern:
                     f"such as '{names[0]}'."
                 )
         return groups
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
+    """The end of a sentence on a pattern without a name: the nearest name, or what names there are."""
+    ends = {part: name for name in reversed(names) for part in (*name.split("."), name)}
+    near = difflib.get_close_matches(pattern.strip("*."), ends, 1)
+    return f"did you mean that of {shown(ends[near[0]])}?" if near else f"names are such as {shown(names[0])}."
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -34,7 +34,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def rows(text: str) -> list[tuple[float, int]]:
     """The table's sizes in MiB and shares in per cent."""
-    return [(float(size), int(share)) for size, share in re.findall(r"^ *([\d.]+) MiB +(\d+) % ", text, re.MULTILINE)]
+    rows = re.findall(r"^ *([\d.]+) ([KM])iB +(\d+) % ", text, re.MULTILINE)
+    return [(in_mib(size, unit), int(share)) for size, unit, share in rows]
+
+
+def in_mib(size: str, unit: str) -> float:
+    return float(size) / (1024 if unit == "K" else 1)
 
 
 def test_the_trade_is_a_table_and_every_share_in_it_can_be_had(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,11 +57,12 @@ def test_the_trade_is_a_table_and_every_share_in_it_can_be_had(capsys: pytest.Ca
 def test_a_budget_shows_its_plan_predicted_and_measured(budget: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", "small.toml", "--budget", budget]) == 0
     out = capsys.readouterr().out
-    sizes = [float(size) for size in re.findall(r"^(?:budget|predicted|measured) +([\d.]+) MiB", out, re.MULTILINE)]
+    found = re.findall(r"^(?:budget|predicted|measured) +([\d.]+) ([KM])iB", out, re.MULTILINE)
+    sizes = [in_mib(*size) for size in found]
     assert sizes[1] <= sizes[0]
     assert sizes[2] == pytest.approx(sizes[1], abs=0.11)
     assert "this plan costs" in out
-    assert re.search(r"^larger +[\d.]+ MiB would cost", out, re.MULTILINE)
+    assert re.search(r"^larger +[\d.]+ [KM]iB would cost", out, re.MULTILINE)
     assert "blocks." in out
 
 
@@ -81,10 +87,10 @@ def test_a_recipe_that_compiles_is_planned_as_in_its_runs(capsys: pytest.Capture
         ("512Mb", "--budget is '512Mb'; write bytes with their unit"),
         ("0%", "--budget is '0%'; a share is above 0 %"),
         ("0MiB", "--budget is '0MiB'; it must be above 0"),
-        ("1kB", r"no plan fits into 0.0 MiB: the least that one needs is \d"),
+        ("1kB", r"no plan fits into 1.0 KiB: the least that one needs is \d"),
         (
             "2%",
-            r"no plan fits into .* MiB: the least that one needs is [\d.]+ MiB, \d+ % of the [\d.]+ MiB with nothing",
+            r"no plan fits into .* KiB: the least that one needs is [\d.]+ KiB, \d+ % of the [\d.]+ MiB with nothing",
         ),
     ],
 )

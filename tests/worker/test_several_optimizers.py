@@ -168,7 +168,7 @@ def test_the_first_pattern_that_matches_has_a_parameter() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "sentence"),
     [
-        ({"weight": "torch.optim:SGD"}, "parameter 'bias' matches no pattern of 'optimizer'; add a last part for the"),
+        ({"weight": "torch.optim:SGD"}, "parameter 'bias' matches no pattern of 'optimizer'; add a last table for the"),
         ({"*": "torch.optim:SGD", "b*": "torch.optim:Adam"}, "no parameter is left for the optimizer .*Adam, whose"),
         ([{"use": "torch.optim:SGD"}], "has no key 'parameters', which each of several optimizers has; write"),
         ([], "'optimizer' is an empty list"),

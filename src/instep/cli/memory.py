@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from instep.budget import mib
+from instep.budget import as_size
 from instep.cli.flags import UsageError
 from instep.errors import ResourceError, shown
 from instep.gradient_checkpointing.structure import Plan, listed
@@ -21,9 +21,9 @@ def show(trade: Trade, file: object = None) -> None:
     console = Console(highlight=False, markup=False, file=file)  # type: ignore[arg-type]
     profile = trade.profile
     console.print(
-        f"One microbatch takes {mib(profile.peak_bytes)} for activations at its peak with nothing recomputed, "
-        f"{mib(profile.held_bytes)} of them held for backward by {len(profile.names)} blocks. Weights, gradients and "
-        f"the optimizer's state come on top."
+        f"One microbatch takes {as_size(profile.peak_bytes)} for activations at its peak with nothing recomputed, "
+        f"{as_size(profile.held_bytes)} of them held for backward by {len(profile.names)} blocks. Weights, gradients "
+        f"and the optimizer's state come on top."
     )
     if trade.compiled:
         console.print(
@@ -39,7 +39,7 @@ def show(trade: Trade, file: object = None) -> None:
     for place, plan in enumerate(trade.plans):
         share = math.ceil(100 * plan.peak_bytes / profile.peak_bytes)  # so that --budget of it is enough
         table.add_row(
-            mib(plan.peak_bytes), f"{share} %", _percent(plan.extra_time),
+            as_size(plan.peak_bytes), f"{share} %", _percent(plan.extra_time),
             _percent(plan.extra_flops), _in_short(plan), style="bold" if place == mark else None,
         )  # fmt: skip
     console.print(table)
@@ -57,15 +57,15 @@ def show(trade: Trade, file: object = None) -> None:
 def _show_plan(console: object, trade: Trade, plan: Plan) -> None:
     say = console.print  # type: ignore[attr-defined]
     extra = _measured(trade)
-    say(f"budget     {mib(plan.budget_bytes)}")
-    say(f"predicted  {mib(plan.peak_bytes)}, {_percent(plan.extra_time)} more time, "
+    say(f"budget     {as_size(plan.budget_bytes)}")
+    say(f"predicted  {as_size(plan.peak_bytes)}, {_more_time(plan.extra_time)}, "
         f"{_percent(plan.extra_flops)} more FLOPs")  # fmt: skip
-    say(f"measured   {mib(trade.measured_bytes)}, {_percent(extra)} more time (a few passes: other work on this "
+    say(f"measured   {as_size(trade.measured_bytes)}, {_more_time(extra)} (a few passes: other work on this "
         f"machine shows in it)")  # fmt: skip
     say(f"bound      {plan.distance()}")
     for label, other in (("larger", _beside(trade, plan, 1)), ("smaller", _beside(trade, plan, -1))):
         if other is not None:
-            say(f"{label:<11}{mib(other.peak_bytes)} would cost {_percent(other.extra_time)} more time")
+            say(f"{label:<11}{as_size(other.peak_bytes)} would cost {_more_time(other.extra_time)}")
     say()
     for text, names in plan.groups():
         say(f"{listed(names)}: {text}")
@@ -147,3 +147,7 @@ def _measured(trade: Trade) -> float:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def _more_time(share: float) -> str:
+    return f"{_percent(abs(share))} {'less' if share < 0 else 'more'} time"

@@ -9,11 +9,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset, default_collate
 
 from instep.data import Collate, MapStyle, failed, sample
-from instep.errors import DataError
+from instep.errors import DataError, cut, told
 from instep.randomness import key
+
+SHOWN_SAMPLES = 16
+"""Indices of samples that a message names at most."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,42 @@ def _order(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=generator)
 
 
+def samples_in_words(indices: Sequence[int]) -> str:
+    """Samples for a message: "samples 3, 17 and 204"."""
+    shown = [f"{index}" for index in indices[:SHOWN_SAMPLES]]
+    if len(indices) > len(shown):
+        shown.append(f"{len(indices) - len(shown)} more")
+    listed = " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
+    return f"sample{'' if len(indices) == 1 else 's'} {listed}"
+
+
 def load(samples: MapStyle, indices: Sequence[int], collate: Collate | None = None) -> Any:
     """The batch of samples `indices`, at least one, in this order. Raises DataError where the data set fails."""
     tensors = rows_of(samples, collate)
     if tensors is not None:
         return take_rows(tensors, torch.tensor(indices))
-    return (default_collate if collate is None else collate)(fetch(samples, indices))
+    fetched = fetch(samples, indices)
+    try:
+        return (default_collate if collate is None else collate)(fetched)
+    except Exception as error:
+        raise DataError(
+            f"{samples_in_words(indices)} cannot be put into one batch ({told(error)}){_odd_ones(fetched, indices)}; "
+            f"all samples must be alike, or recipe.data have a 'collate' that takes them."
+        ) from error
+
+
+def _odd_ones(fetched: Sequence[Any], indices: Sequence[int]) -> str:
+    """In words, which samples are of another kind or shape than most."""
+    kinds = [cut(pytree.tree_map(_kind, each)).replace("'", "") for each in fetched]
+    usual = max(kinds, key=kinds.count)
+    odd = [index for index, kind in zip(indices, kinds, strict=True) if kind != usual]
+    if not odd:
+        return ""
+    return f", for sample {odd[0]} is {kinds[list(indices).index(odd[0])]}, and most are {usual}"
+
+
+def _kind(leaf: Any) -> str:
+    return type(leaf).__name__ + (f"{list(leaf.shape)}" if isinstance(leaf, Tensor) else "")
 
 
 def fetch(samples: MapStyle, indices: Sequence[int]) -> list[Any]:

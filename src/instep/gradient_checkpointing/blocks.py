@@ -21,8 +21,8 @@ def find_blocks(model: nn.Module) -> list[str]:
     if not names:
         raise CheckpointingError(
             f"the model {type(model).__name__} has no repeated block: no two of its parts are of one class and have "
-            f"parts of their own; leave the memory budget out (--memory, team.memory), or, in Python, name what may be "
-            f"recomputed, as in instep.gradient_checkpointing.profile(..., blocks=['encoder', 'head'])."
+            f"parts of their own; train it without a memory budget (--memory, team.memory) or, in Python, name what "
+            f"may be recomputed, as in instep.gradient_checkpointing.profile(..., blocks=['encoder', 'head'])."
         )
     return names
 

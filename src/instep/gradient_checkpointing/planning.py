@@ -18,7 +18,7 @@ from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Literal
 
-from instep.budget import mib
+from instep.budget import as_size
 from instep.errors import CheckpointingError, shown
 from instep.gradient_checkpointing.frontier import Graph, Price, frontier, priced
 from instep.gradient_checkpointing.structure import BlockKind, BlockPlan, Choice, Plan, Profile
@@ -64,8 +64,8 @@ def plan(profile: Profile, *, budget_bytes: int, price: Literal["seconds", "flop
         least = min(candidate.peak_bytes for candidate in candidates)
         share = math.ceil(100 * least / max(1, profile.peak_bytes))
         raise CheckpointingError(
-            f"no plan fits into {budget_bytes / 2**20:,.1f} MiB: the least that one needs is {mib(least)}, {share} % "
-            f"of the {mib(profile.peak_bytes)} with nothing recomputed; give it that, or take smaller microbatches."
+            f"no plan fits into {as_size(budget_bytes)}: the least that one needs is {as_size(least)}, {share} % "
+            f"of the {as_size(profile.peak_bytes)} with nothing recomputed; give it that, or take smaller microbatches."
         )
     best = min(fitting, key=lambda c: (c.cost, c.peak_bytes, c.choices))
     return _plan(profile, best, budget_bytes, price)

@@ -93,8 +93,8 @@ def _used_once(model: nn.Module, objective: Objective, batch: Any, names: list[s
     if not once:
         name, number = next(iter(calls.items()))
         raise CheckpointingError(
-            f"block '{name}' runs {number} times in a forward, and a plan is for blocks that run once; leave the "
-            f"memory budget out (--memory, team.memory), or, in Python, name others, as in "
+            f"block '{name}' runs {number} times in a forward, and a plan is for blocks that run once; train it "
+            f"without a memory budget (--memory, team.memory) or, in Python, name others, as in "
             f"instep.gradient_checkpointing.profile(..., blocks=['encoder', 'head'])."
         )
     return once

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
-from instep.budget import mib
+from instep.budget import as_size
 
 SHOWN = 12
 """Kinds of blocks that a plan tells of, so that what is printed fits a screen."""
@@ -125,7 +125,7 @@ class Profile:
     overheads: Overheads = field(default_factory=Overheads)
 
     def __repr__(self) -> str:
-        return f"<Profile: peak {mib(self.peak_bytes)}, {len(self.names)} blocks of {len(self.kinds)} kinds>"
+        return f"<Profile: peak {as_size(self.peak_bytes)}, {len(self.names)} blocks of {len(self.kinds)} kinds>"
 
     @property
     def held_bytes(self) -> int:
@@ -220,7 +220,7 @@ class Plan:
     def describe(self) -> str:
         """What is kept, and how far the plan is from the lower bound: some lines of text."""
         lines = [
-            f"predicted peak {mib(self.peak_bytes)} of {mib(self.nothing_bytes)} with nothing recomputed; "
+            f"predicted peak {as_size(self.peak_bytes)} of {as_size(self.nothing_bytes)} with nothing recomputed; "
             f"extra work {100 * self.extra_flops:.1f} % of the step's FLOPs, {100 * self.extra_time:.1f} % of its time",
             self.distance(),
         ]
@@ -236,7 +236,7 @@ class Plan:
 
     def __repr__(self) -> str:
         blocks = f"{self.checkpointed} of {len(self.blocks)} blocks recomputed"
-        return f"<Plan: peak {mib(self.peak_bytes)} of {mib(self.nothing_bytes)}, {blocks}>"
+        return f"<Plan: peak {as_size(self.peak_bytes)} of {as_size(self.nothing_bytes)}, {blocks}>"
 
     def distance(self) -> str:
         """How far the plan is from the lower bound."""

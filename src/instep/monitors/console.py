@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from instep.budget import mib
+from instep.budget import as_size
 from instep.differences import without_address
 from instep.monitors.progress import ProgressDisplay, duration, fit, nbytes, number, rate
 from instep.rules.presets import text_of
@@ -128,14 +128,16 @@ class Console:
     def _planned(self, event: Mapping[str, Any]) -> None:
         """A gradient checkpointing plan, and what it took when it was tried."""
         measured = event["measured_bytes"]
-        took = f", measured {mib(measured)}" if measured is not None else ""
+        took = f", measured {as_size(measured)}" if measured is not None else ""
         work = "nothing recomputed: all of it fits"
         if event["checkpointed"]:
             work = (
                 f"{100 * event['extra_flops']:.1f} % more FLOPs in {event['checkpointed']} of {event['blocks']} blocks"
             )
-        whole = mib(event["nothing_recomputed_bytes"])
-        self._screen.row("memory", f"{mib(event['predicted_bytes'])} predicted{took}, of {whole} a microbatch; {work}")
+        whole = as_size(event["nothing_recomputed_bytes"])
+        self._screen.row(
+            "memory", f"{as_size(event['predicted_bytes'])} predicted{took}, of {whole} a microbatch; {work}"
+        )
         self._screen.gap()
 
     def _costs(self, result: Mapping[str, Any]) -> None:

@@ -193,6 +193,8 @@ class _Playback:
         digest = digest_of_state(state_of(self._replayer))
         if self._recorded is not None and self._recorded != digest and not self._divergence:
             self._divergence = f"version {self._version}, the last, has other weights here than in the run."
+        if self._divergence and self._recorded == digest:
+            self._divergence = f"{self._divergence.rstrip('.')}; the last weights are those of the run."
         changing = what_does_not_repeat(self._replayer.merger.replica.data) if self._divergence else ""
         why = f"{self._divergence} {changing[0].upper()}{changing[1:]}" if changing else self._divergence
         proof = Proof(self._checkpoints, self._updates, self._contributions)
@@ -264,7 +266,7 @@ class _Playback:
             finite = math.isfinite(found) and told is not None
             same = math.isclose(told, found, rel_tol=1e-9, abs_tol=1e-12) if finite else told is None
         if not same and not self._divergence:
-            self._divergence = f"{what}: its {name} is {told!r} on the tape and {found!r} here; its bits are the same."
+            self._divergence = f"{what}: its {name} is {told!r} on the tape and {found!r} here."
 
     def _compare_pushed(self, event: Mapping[str, Any], found: list[str]) -> None:
         self._contributions += 1

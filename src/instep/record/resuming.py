@@ -45,7 +45,7 @@ def resumed(
     return after, _jump(after, version, table["steps"], done) if prolonged else []
 
 
-def recorded(folder: RunFolder, given: Recipe | None, table: Mapping[str, Any]) -> Recipe:
+def recorded(folder: RunFolder, given: Recipe | None, table: Mapping[str, Any], *, replaying: bool = False) -> Recipe:
     """The recipe in the run's `table`, its objects and what decides no result taken from the one `given`.
 
     Raises CheckpointError where the two differ in what no resume may change.
@@ -57,6 +57,11 @@ def recorded(folder: RunFolder, given: Recipe | None, table: Mapping[str, Any]) 
     differences = resume_differences(given.to_table(), table)
     if differences:
         shown = "; ".join([*differences[:3], *([f"and {len(differences) - 3} more"] if len(differences) > 3 else [])])
+        if replaying:
+            raise CheckpointError(
+                f"the run {folder.path} was trained with another recipe ({shown}); a replay computes the run again as "
+                f"it was: give its own recipe, of which it needs the objects alone."
+            )
         raise CheckpointError(
             f"the run {folder.path} was trained with another recipe ({shown}); resume it with its "
             f"own, of which steps, schedule (its scale for the rates of several optimizers), watch and one "

@@ -129,6 +129,8 @@ class Run:
     def model(self, *, best: bool = False) -> nn.Module:
         """The recipe's model with the final weights, or those with the best held-out objective, on the CPU.
 
+        It is as the recipe builds it, most often in training mode: call its `eval()` before you use it.
+
         >>> run.model()(torch.ones(1, 3)).shape
         torch.Size([1, 1])
         """

@@ -71,8 +71,6 @@ class Session:
             return
         if (why := try_optimizer(build, resume=not self.assignment.team.memory)) is not None:
             self.emit("warned", why=why)
-        if self.assignment.team.memory:
-            self.emit("warned", why="whether a checkpoint can be loaded is not tried in a run with a memory budget.")
 
     def _warn(self) -> None:
         """Tells of what is doubtful, once."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from instep import data, objectives
-from instep.data.cursor import Cursor, rows_of
+from instep.data.cursor import Cursor, rows_of, samples_in_words
 from instep.errors import (
     CheckpointError,
     DataError,
@@ -31,7 +31,7 @@ from instep.worker.extra_state import ExtraState
 from instep.worker.model import build_model, check_parameters, compiled, own_memory_for_buffers
 from instep.worker.model_doubts import model_doubts
 from instep.worker.optimizer import optimizer_of
-from instep.worker.sample_reader import SampleReader, samples_in_words
+from instep.worker.sample_reader import SampleReader
 from instep.worker.single_samples import check_single_samples
 from instep.worker.spot_checks import SpotChecks
 from instep.worker.trainable import Trainable

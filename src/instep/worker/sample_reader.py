@@ -14,9 +14,6 @@ from instep.randomness import seed_all
 RETRY_S = 0.1
 """Seconds before samples are read again; twice as many before each further try."""
 
-SHOWN_SAMPLES = 16
-"""Indices of samples that a message names at most."""
-
 
 class SampleReader:
     """Reads batches, collated. `retries`: how often samples are read again that the system refuses."""
@@ -45,12 +42,3 @@ class SampleReader:
     def doubts(self) -> list[str]:
         """Sentences on what was read again."""
         return [f"samples were read again, after an error of the system: {why}." for why in sorted(self._read_again)]
-
-
-def samples_in_words(indices: Sequence[int]) -> str:
-    """Samples for a message: "samples 3, 17 and 204"."""
-    shown = [f"{index}" for index in indices[:SHOWN_SAMPLES]]
-    if len(indices) > len(shown):
-        shown.append(f"{len(indices) - len(shown)} more")
-    listed = " and ".join(filter(None, [", ".join(shown[:-1]), *shown[-1:]]))
-    return f"sample{'' if len(indices) == 1 else 's'} {listed}"
