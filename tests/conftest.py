@@ -40,6 +40,11 @@ def _note(event: str, _: tuple[Any, ...]) -> None:
 sys.addaudithook(_note)
 
 
+def pytest_runtest_logstart() -> None:
+    """What a module's fixtures start as they end, after its last test, is not the next test's."""
+    _started.clear()
+
+
 @pytest.fixture(autouse=True)
 def _of_its_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Holds a test to what its mark says of it, or the lack of one: see `markers` in pyproject.toml."""

@@ -39,7 +39,7 @@ from instep.team.client import (
     saved,
     start_process,
 )
-from instep.team.messages import Call, ChildToCaller, Events, Failed, Finished
+from instep.team.messages import Call, ChildToCaller, Failed, Finished, PlainEvents
 from instep.team.pickling import memory_file
 from instep.team.signals import deaf
 
@@ -154,7 +154,7 @@ def _in_child(
         theirs.close()
         try:
             line.send(Call(address, recipe.threads, sent))
-            while isinstance(message := _next(line, process), Events):
+            while isinstance(message := _next(line, process), PlainEvents):
                 for event in message.events:
                     for monitor in monitors:
                         monitor(event)

@@ -65,7 +65,7 @@ class Quiet:
 
 
 def engine_of(recipe: Recipe, rank: int, machines: tuple[int, ...]) -> Lockstep:
-    engine = Lockstep(Replica(recipe, "cpu"), rank, machines, Quiet(), lambda kind, **fields: None, time.monotonic)
+    engine = Lockstep(Replica(recipe, "cpu"), rank, machines, Quiet(), lambda event: None, time.monotonic)
     engine.prepare(0)
     return engine
 

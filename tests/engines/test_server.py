@@ -23,6 +23,7 @@ from instep.offline.cluster import Cluster
 from instep.offline.simulation import simulate
 from instep.recipe import Recipe, Team, check_team
 from instep.record import checkpoint, tape
+from instep.record.events import Event
 from instep.reduce.pack import Pack
 from instep.rules import UpdateRule
 from instep.rules import presets as p
@@ -532,11 +533,11 @@ def test_a_server_that_dies_between_a_checkpoint_and_its_event_loses_nothing(
     emit = Session.emit
     mark = tmp_path / "struck"
 
-    def strike(self: Session, kind: str, **fields: Any) -> None:
-        if kind == "checkpointed" and fields["version"] >= 4 and not mark.exists():
+    def strike(self: Session, event: Event) -> None:
+        if event.kind == "checkpointed" and event.version >= 4 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        emit(self, kind, **fields)
+        emit(self, event)
 
     monkeypatch.setattr(Session, "emit", strike)
     recipe = workloads.gpt(rule=ASYNC, steps=4)
@@ -554,11 +555,11 @@ def test_a_supervisor_that_dies_between_a_checkpoint_and_its_event_leaves_a_whol
     """What a checkpoint holds is on the tape before it is: else the run could go on and never be replayed."""
     emit = Session.emit
 
-    def strike(self: Session, kind: str, **fields: Any) -> None:
-        if kind == "checkpointed" and fields["version"] >= 4:
+    def strike(self: Session, event: Event) -> None:
+        if event.kind == "checkpointed" and event.version >= 4:
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(60)
-        emit(self, kind, **fields)
+        emit(self, event)
 
     recipe, path = workloads.gpt(rule=ASYNC, steps=4), tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -587,11 +588,11 @@ def test_a_server_that_dies_together_with_a_worker_starts_again(tmp_path: Path) 
 def test_a_server_that_exits_is_named_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emit = Session.emit
 
-    def strike(self: Session, kind: str, **fields: Any) -> None:
-        if kind == "merged" and fields["version"] == 3:
+    def strike(self: Session, event: Event) -> None:
+        if event.kind == "merged" and event.version == 3:
             os.write(1, b"last words\n")
             os._exit(3)
-        emit(self, kind, **fields)
+        emit(self, event)
 
     monkeypatch.setattr(Session, "emit", strike)
     with pytest.raises(WorkerError, match=r"the server \(pid \d+\) ended with exit status 3") as caught:

@@ -33,9 +33,10 @@ def planned(outcome: Any) -> list[dict[str, Any]]:
     return [event for event in outcome.events if event["kind"] == "planned"]
 
 
+@pytest.mark.slow  # test_teams_and_autocast_and_the_server_take_plans_too has it at one
 @pytest.mark.parametrize(
     ("make", "plans"),
-    [pytest.param(lambda: gpt(steps=2), 6, marks=pytest.mark.slow), (resnet, 3)],
+    [(lambda: gpt(steps=2), 6), (resnet, 3)],
     ids=["gpt", "resnet"],
 )
 def test_a_run_has_the_same_digest_at_ten_budgets(make: Any, plans: int, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_tape_of_strange_values_is_a_sentence_or_is_read_right(run: tuple[Reci
     assert whole.same
     said, count = 0, 0
     for place in kinds.values():
-        for path, strange in some(events[place], 14):
+        for path, strange in some(events[place], 7):
             lines = [*events[:place], changed(events[place], path, strange), *events[place + 1 :]]
             folder.tape_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

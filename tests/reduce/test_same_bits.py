@@ -9,6 +9,8 @@ import torch
 
 from instep.bits import bits_of, same_bits
 
+pytestmark = pytest.mark.pure
+
 TYPES = (
     torch.bool, torch.uint8, torch.int64, torch.uint16, torch.float8_e4m3fn, torch.bfloat16, torch.float32,
     torch.float64, torch.complex64, torch.complex128,

@@ -37,7 +37,7 @@ def state(outcome: Outcome) -> dict[str, torch.Tensor]:
     return checkpoint.load(path).model_state
 
 
-@pytest.mark.parametrize("kind", writers.KINDS)
+@pytest.mark.parametrize("kind", quick(writers.KINDS, "max_norm", "forced", "teacher"))
 def test_each_step_is_that_of_the_reference_for_any_number_of_workers(kind: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     made = recipe(writers.KINDS[kind])
@@ -46,7 +46,7 @@ def test_each_step_is_that_of_the_reference_for_any_number_of_workers(kind: str,
         assert run(made, tmp_path, workers, checkpoint_every=1, keep=0).digests == expected
 
 
-@pytest.mark.parametrize("kind", writers.KINDS)
+@pytest.mark.parametrize("kind", quick(writers.KINDS, "max_norm", "forced", "teacher"))
 def test_the_weights_are_those_of_a_plain_loop(kind: str, tmp_path: Path) -> None:
     made = recipe(writers.KINDS[kind])
     found = state(run(made, tmp_path, 2))

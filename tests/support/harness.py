@@ -13,7 +13,7 @@ from instep.record.folder import About, RunFolder
 from instep.team import session
 from instep.team.agent import Agent
 from instep.team.channel import Channel
-from instep.team.messages import Events, Request, StopRun
+from instep.team.messages import PlainEvents, Request, StopRun
 from instep.team.pickling import dump
 from instep.team.processes import import_before_forks
 
@@ -29,7 +29,7 @@ class Client:
     def fileno(self) -> int:
         return self._theirs.fileno()
 
-    def send(self, message: Events) -> None:
+    def send(self, message: PlainEvents) -> None:
         for event in message.events:
             self.events.append(event)
             if self._on_event:

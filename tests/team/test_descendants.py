@@ -23,7 +23,8 @@ from instep.record.folder import RunFolder
 from instep.rules.presets import parse as rule
 from instep.team import agent
 from support.harness import Client, train_here
-from support.processes import INSTEP, Started, wait_until, write_project
+from support.kinds import quick
+from support.processes import INSTEP, Started, complaint, wait_until, write_project
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")]
 
@@ -222,6 +223,9 @@ def test_nothing_is_left_of_a_run_whose_head_is_killed(who: str, project: Path) 
                 os.kill(pid, signal.SIGKILL)  # nothing tells whose it is once its supervisor is gone
             os.kill(started.supervisor(), signal.SIGKILL)
         assert started.ends() == (-signal.SIGKILL if who == "client" else 1)
+        if who == "supervisor":
+            assert "was killed by SIGKILL" in complaint(started)
+            assert "and its workers with it; go on with --resume run." in complaint(started)
         wait_until(lambda: gone(helpers), 5, "the end of the helpers")
         with RunFolder(project / "run").locked():
             pass
@@ -229,7 +233,7 @@ def test_nothing_is_left_of_a_run_whose_head_is_killed(who: str, project: Path) 
         started.end()
 
 
-@pytest.mark.parametrize("ending", ["by itself", "client killed"])
+@pytest.mark.parametrize("ending", quick(["by itself", "client killed"], "client killed"))
 def test_nothing_is_left_of_a_simulation(ending: str, project: Path) -> None:
     steps = 1 if ending == "by itself" else 5000
     line = f"simulate my.toml --recipe.data.use helped:helped --workers 2 --times 1s --steps {steps}"

@@ -367,6 +367,7 @@ def test_a_killed_client_takes_the_run_with_it(training: Training) -> None:
     assert any(event["kind"] == "merged" for event in tape.read(run / "tape.jsonl"))
 
 
+@pytest.mark.slow  # as the client
 def test_a_killed_supervisor_takes_its_workers_with_it(training: Training) -> None:
     started, run = training("supervisor", "--steps", 1000, pause_s="0.05")
     wait_until(lambda: any((run / "checkpoints").glob("step-*")), 60, "a checkpoint", started)

@@ -14,6 +14,7 @@ import pytest
 
 from instep.errors import DataError, ResourceError
 from instep.recipe import Team
+from instep.record.events import WarnedEvent
 from instep.rules import presets as p
 from instep.team import messages as m
 from instep.team.pickling import dump
@@ -26,7 +27,8 @@ REGIONS = {"weights": Region((2, 64), "uint8")}
 FACTS = Facts(((0, 2), (2, 3)), {"loss": 7}, {"loss": (1.0, 2.0, 0.5)}, 3, (0, 1), (0,), ends={0: (1, 2)})
 
 MESSAGES = [
-    m.Events([{"t_s": 0.5, "clock": "wall", "kind": "merged", "version": 1}]),
+    m.Events([WarnedEvent(t_s=0.5, why="slow")]),
+    m.PlainEvents([{"t_s": 0.5, "clock": "wall", "kind": "merged", "version": 1}]),
     m.Failed.of(ResourceError("there is no room", detail="a trace")),
     m.Finished({"digest": "ab", "objective_last": float("inf")}),
     m.StopRun(),
@@ -76,7 +78,7 @@ def test_every_message_has_a_direction_and_only_what_is_passed_on_has_several() 
     assert len(UNIONS) == 8
     assert set().union(*UNIONS.values()) == CLASSES - {m.Assignment}, "which is handed over at the fork"
     several = {each for each in CLASSES if sum(each in union for union in UNIONS.values()) > 1}
-    assert several == {m.Events, m.Failed, m.Finished, m.StopRun}
+    assert several == {m.PlainEvents, m.Failed, m.Finished, m.StopRun}
 
 
 def test_an_error_comes_out_as_it_went_in() -> None:

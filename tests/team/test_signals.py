@@ -141,6 +141,7 @@ def test_a_signal_to_the_supervisor_ends_a_run_saved(number: signal.Signals, run
     ends_saved(run, folder)
 
 
+@pytest.mark.slow  # of Stop there is a test without a process
 def test_a_warning_ends_a_program_s_run_saved(runs: Runs) -> None:
     run, folder = runs("usr2 to a program")
     run.process.send_signal(signal.SIGUSR2)

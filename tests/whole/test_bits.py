@@ -74,7 +74,8 @@ def test_an_order_of_arrival_gives_other_bits(tmp_path: Path, monkeypatch: pytes
     assert digests[8] != digests[1]
 
 
-@pytest.mark.parametrize("name", quick(workloads.ALL, "convnet"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", workloads.ALL)
 def test_resumed_from_any_version_with_another_team(name: str, tmp_path: Path) -> None:
     recipe = workloads.ALL[name]()
     whole = train_here(recipe, Team(workers=2, checkpoint_every=1, keep=0), tmp_path / "whole")
@@ -137,7 +138,7 @@ def test_compiled(name: str, tmp_path: Path) -> None:
 
 def test_bfloat16(tmp_path: Path) -> None:
     recipe = workloads.gpt(precision="bfloat16", steps=4)
-    digests = {train_here(recipe, Team(workers=w), tmp_path / str(w)).digest for w in (1, 3, 8)}
+    digests = {train_here(recipe, Team(workers=w), tmp_path / str(w)).digest for w in (1, 3)}
     assert len(digests) == 1
     assert digests != {reference("gpt")[4]}
 

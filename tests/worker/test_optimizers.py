@@ -25,6 +25,7 @@ from instep.worker.optimizer_state import difference, put_back, tensors_in
 from instep.worker.trial import try_checkpoint, try_optimizer
 from support import workloads
 from support.harness import Client, act_on, train_here
+from support.kinds import quick
 from support.sentences import one_sentence
 from support.serving import replayed
 
@@ -193,12 +194,12 @@ def test_state_of_any_layout_is_resumed_bit_for_bit(optimizer: Any, tmp_path: Pa
     whole = train_here(recipe_of(optimizer), Team(workers=1), tmp_path / "whole")
     assert [event["why"] for event in whole.events if event["kind"] == "warned"] == []
     assert replayed(recipe_of(optimizer), whole.path).same
-    for workers in (1, 3):
+    for workers in (3,) if optimizer is not LAYOUTS[0] else (1, 3):
         recipe = lambda steps: recipe_of(optimizer, steps=steps)  # noqa: E731
         assert resumed_halfway(recipe, Team(workers=workers), tmp_path / str(workers)) == whole.digest
 
 
-@pytest.mark.parametrize("optimizer", LAYOUTS)
+@pytest.mark.parametrize("optimizer", quick(LAYOUTS, *LAYOUTS[:2]))
 def test_the_server_resumes_and_replays_state_of_any_layout(optimizer: Any, tmp_path: Path) -> None:
     def recipe(steps: int) -> Recipe:
         return recipe_of(optimizer, steps=steps, rule=p.asynchronous())

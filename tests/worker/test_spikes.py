@@ -205,10 +205,10 @@ def test_rollbacks_that_do_not_help_end_the_run(tmp_path: Path) -> None:
     ("rule", "answer"),
     [
         (presets.asynchronous(), "skip"),
-        (presets.asynchronous(), "stop"),
-        (presets.bounded_staleness(1), "skip"),
+        pytest.param(presets.asynchronous(), "stop", marks=pytest.mark.slow),
+        pytest.param(presets.bounded_staleness(1), "skip", marks=pytest.mark.slow),
         (presets.diloco(2), "stop"),
-        (presets.diloco(2), "warn"),
+        pytest.param(presets.diloco(2), "warn", marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

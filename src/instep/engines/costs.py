@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from instep.record.result import Costs
 
 
 class Tally:
@@ -48,20 +49,20 @@ class Tally:
         """A contribution was dropped."""
         self._dropped += 1
 
-    def result(self, longest: int) -> dict[str, Any]:
-        """The fields of ``result.json``, of this session. `longest`: versions, of pieces that were given out again."""
+    def result(self, longest: int) -> Costs:
+        """What this session cost. `longest`: versions, of pieces that were given out again."""
         for worker, since_s in enumerate(self._since_s):
             if since_s is not None:
                 self.left(worker)
-        return {
-            "bytes_sent": self._bytes,
-            "staleness_mean": self._staleness_sum / self._merged if self._merged else 0.0,
-            "staleness_max": self._staleness_max,
-            "delayed_max": max(self._staleness_max, longest),
-            "lead_max": self._lead_max,
-            "idle_share": [
+        return Costs(
+            bytes_sent=self._bytes,
+            staleness_mean=self._staleness_sum / self._merged if self._merged else 0.0,
+            staleness_max=self._staleness_max,
+            delayed_max=max(self._staleness_max, longest),
+            lead_max=self._lead_max,
+            idle_share=[
                 round(max(0.0, 1 - busy / there), 4) if there else 0.0
                 for busy, there in zip(self._busy_s, self._there_s, strict=True)
             ],
-            "dropped": self._dropped,
-        }
+            dropped=self._dropped,
+        )

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from instep.clock.network import gather_bytes, reduce_bytes
 from instep.engines.sharding import Placement, choose
+from instep.record import events
 from instep.reduce.buffers import APART, changed_by_any
 from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
@@ -59,9 +60,9 @@ class SignsOfLife(Protocol):
 class Lockstep:
     """One worker's side of the lockstep engine.
 
-    machines: how many workers each machine has; those of one are neighbours, and share memory. `emit(kind, **fields)`
-    writes to the tape; `clock()` is seconds since the run's start. Raises FirstWrite while a forward writes parameters
-    that were not known to be written.
+    machines: how many workers each machine has; those of one are neighbours, and share memory. `emit(event)` writes to
+    the tape; `clock()` is seconds since the run's start. Raises FirstWrite while a forward writes parameters that were
+    not known to be written.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Lockstep:
         worker: int,
         machines: Sequence[int],
         heartbeat: SignsOfLife,
-        emit: Callable[..., None],
+        emit: Callable[[events.Event], None],
         clock: Callable[[], float],
         checkpoint_every: int = 0,
     ):
@@ -100,7 +101,7 @@ class Lockstep:
         """Loads the first batches and learns the objective's terms."""
         self.replica.enter(version)
         looks = version == 0 and self.worker == 0
-        first = look_at_data(self.replica, lambda why: self._emit("warned", why=why)) if looks else None
+        first = look_at_data(self.replica, lambda why: self._emit(events.WarnedEvent(why=why))) if looks else None
         probe = self.replica.learn_terms(version, first)
         self.terms = list(self.replica.objective.terms or ())
         if looks:
@@ -345,32 +346,30 @@ class Lockstep:
         With one node a worker it is ``2 (W - 1)`` times the gradient, as with a ring all-reduce. The all-gather is of
         the sum or, where they are shared, of the weights.
         """
-        size_bytes = 4 * self.replica.size
-        reduced = reduce_bytes(self.workers, size_bytes, len(self.reduction.nodes))
-        return reduced + gather_bytes(self.workers, size_bytes)
+        size = 4 * self.replica.size
+        return reduce_bytes(self.workers, size, len(self.reduction.nodes)) + gather_bytes(self.workers, size)
 
     def _report(self, step: int, totals: dict[str, int], from_s: float, to_s: float) -> None:
-        own = [self._own.start, self._own.stop]
         nbytes = 4 * self.replica.size * len(self.reduction.nodes_of(self.worker))
-        self._emit(
-            "computed", worker=self.worker, version=step, from_s=from_s, to_s=to_s, microbatches=own,
-            **self.replica.verified(),
-        )  # fmt: skip
-        self._emit("pushed", worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]])
+        span: dict[str, Any] = {"from_s": from_s, "to_s": to_s, "microbatches": [self._own.start, self._own.stop]}
+        self._emit(events.ComputedEvent(worker=self.worker, version=step, **span, **self.replica.verified()))
+        self._emit(events.PushedEvent(worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]]))
 
     def _emit_merged(self, step: int, update: Update, train_s: float) -> None:
         contributions = [
-            {"worker": worker, "version": step, "microbatches": list(bounds)}
+            events.MergedContribution(worker=worker, version=step, microbatches=list(bounds))
             for worker, bounds in enumerate(self._ranges)
         ]
-        if update.verdict.why:
-            self._emit("warned", why=update.verdict.why, version=step + 1)
+        if why := update.verdict.why:
+            self._emit(events.WarnedEvent(why=why, version=step + 1))
         self._emit(
-            "merged", version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * self.workers,
-            staleness=[0] * self.workers, train_s=round(train_s, 6), **update.facts(),
+            events.MergedEvent(
+                version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * self.workers,
+                staleness=[0] * self.workers, train_s=round(train_s, 6), **update.facts(),
+            )
         )  # fmt: skip
         for why in update.doubts:
-            self._emit("warned", why=why, version=step + 1)
+            self._emit(events.WarnedEvent(why=why, version=step + 1))
 
     def evaluate(self, version: int) -> Evaluation | None:
         """The objective on the held-out data, each with its share: for worker 0, or all where it may end the run."""

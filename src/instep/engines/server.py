@@ -22,6 +22,7 @@ from instep.clock.slow import parse_slow, slow_factors
 from instep.engines.costs import Tally
 from instep.engines.resumed_ledger import resumed_ledger
 from instep.engines.server_memory import PublishedWeights, server_memory, server_regions
+from instep.record import events
 from instep.record.digest import digest_of_state
 from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
@@ -100,7 +101,7 @@ def serve(session: Session, descriptor: int) -> None:
     saved = session.saved()
     pieces = _pieces(session, workers if saved is None else saved.meta.get("cut", workers))
     contributor = Contributor(replica, pieces)
-    first = look_at_data(replica, lambda why: session.emit("warned", why=why)) if saved is None else None
+    first = look_at_data(replica, lambda why: session.emit(events.WarnedEvent(why=why))) if saved is None else None
     probe = contributor.prepare(0, first)
     merger = Merger(replica, pieces)
     ledger, progress = Ledger(session.recipe.rule, pieces), Progress()
@@ -233,7 +234,7 @@ class _Server:
             return  # a last word of a process that has been replaced
         match message:
             case Hello():
-                self._session.emit("joined", worker=worker, pid=message.pid, host=message.host)
+                self._session.emit(events.JoinedEvent(worker=worker, pid=message.pid, host=message.host))
                 self._tally.joined(worker)
                 self._waiting.add(worker)
                 if self._begun or len(self._waiting) == len(self._lines):
@@ -257,7 +258,7 @@ class _Server:
                 self._told_to_stop = True
             case Left(worker, why):
                 self._incarnations[worker] += 1
-                self._session.emit("left", worker=worker, why=why)
+                self._session.emit(events.LeftEvent(worker=worker, why=why))
                 self._tally.left(worker)
                 self._waiting.discard(worker)
                 if worker in self._ledger.active:
@@ -273,11 +274,13 @@ class _Server:
         items = facts.items
         sent_bytes = 4 * self._replica.size * len(facts.nodes)
         self._session.emit(
-            "computed", worker=worker, version=base, from_s=from_s, to_s=to_s, **covers, **pushed.verified
+            events.ComputedEvent(worker=worker, version=base, from_s=from_s, to_s=to_s, **covers, **pushed.verified)
         )
         self._session.emit(
-            "pushed", seq=seq, worker=worker, version=base, piece=piece, **covers, items=items, bytes=sent_bytes,
-            checksum=vectors.checksum(len(facts.nodes)),
+            events.PushedToServerEvent(
+                seq=seq, worker=worker, version=base, piece=piece, **covers, items=items, bytes=sent_bytes,
+                checksum=vectors.checksum(len(facts.nodes)),
+            )
         )  # fmt: skip
         self._tally.pushed(worker, from_s, to_s, sent_bytes)
         self._arrived[seq] = (facts, vectors)
@@ -300,9 +303,8 @@ class _Server:
             elif isinstance(action, Drop):
                 self._arrived.pop(action.contribution.seq, None)
                 self._tally.dropped()
-                self._session.emit(
-                    "dropped", seq=action.contribution.seq, worker=action.contribution.worker, why=action.why
-                )
+                dropped = action.contribution
+                self._session.emit(events.DroppedEvent(seq=dropped.seq, worker=dropped.worker, why=action.why))
         self._unmade = []
 
     def _release(self, action: Release) -> None:
@@ -311,7 +313,7 @@ class _Server:
             if vectors is self._vectors[worker]:  # it waits for its update while its worker goes on
                 self._arrived[seq] = (facts, vectors.clone())
         lead = self._ledger.lead_of(worker)
-        self._session.emit("released", worker=worker, version=action.version, piece=action.piece, lead=lead)
+        self._session.emit(events.ReleasedEvent(worker=worker, version=action.version, piece=action.piece, lead=lead))
         self._tally.released(worker, lead, self._merger.pack.size_bytes)
         slot = self._published.slot_of(action.version)
         off = tuple(self._replica.trainable.off)
@@ -334,14 +336,17 @@ class _Server:
         update.verdict.note(self._progress)
         self._tally.merged(action.staleness)
         contributions = [
-            {"seq": c.seq, "worker": c.worker, "version": c.base, "piece": c.piece} for c in action.contributions
+            events.MergedContribution(seq=c.seq, worker=c.worker, version=c.base, piece=c.piece)
+            for c in action.contributions
         ]
         for why in filter(None, (update.verdict.why, *update.doubts)):
-            self._session.emit("warned", why=why, version=action.version)
+            self._session.emit(events.WarnedEvent(why=why, version=action.version))
         self._session.emit(
-            "merged", version=action.version, step=done, contributions=contributions, weights=list(action.weights),
-            staleness=list(action.staleness), train_s=round(self._progress.train_s, 6), **update.facts(),
-            checksum=self._merger.checksum(),
+            events.MergedByServerEvent(
+                version=action.version, step=done, contributions=contributions, weights=list(action.weights),
+                staleness=list(action.staleness), train_s=round(self._progress.train_s, 6), **update.facts(),
+                checksum=self._merger.checksum(),
+            )
         )  # fmt: skip
 
     def _at_milestones(self, before: int, now: int) -> None:

@@ -164,7 +164,7 @@ class _Simulation:
         self._away = bytearray(b"\1" * workers)
         self._direct = self._down is None and times.failures is None  # whether a release is the start of computation
         bare = on_event is None and items_of is None and times.failures is None and self._vectors_of is None
-        self._notes = None if bare else Notes(workers, on_event)
+        self._notes = None if bare else Notes(pieces, on_event)
 
         self._occupied = False  # the server makes an update; who has something for it waits
         self._queue: deque[tuple[Callable[[int], None], int]] = deque()

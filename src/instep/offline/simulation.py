@@ -10,8 +10,12 @@ import contextlib
 import statistics
 import time
 from collections.abc import Collection
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import UNSET
+from msgspec.structs import replace
 
 from instep.clock.times import WorkerTimes
 from instep.data import digest
@@ -23,10 +27,26 @@ from instep.offline.schedule import simulate as schedule
 from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint
 from instep.record.digest import digest_of_state
+from instep.record.events import (
+    SCHEMA,
+    DroppedEvent,
+    EvaluatedEvent,
+    Event,
+    LeftEvent,
+    MergedByServerEvent,
+    MergedOnClockEvent,
+    PushedToServerEvent,
+    ReleasedEvent,
+    RunEndedEvent,
+    RunStartedEvent,
+    WarnedEvent,
+    plain,
+)
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.held import Held
-from instep.record.tape import SCHEMA, Tape
+from instep.record.result import Costs, Result
+from instep.record.tape import Tape
 from instep.reduce.written import FirstWrite
 from instep.restore import older_kept
 from instep.rules.work import Pieces
@@ -42,6 +62,9 @@ _NO_END = (
     "'recipe.watch' may end the run early, or take updates back, and on a virtual clock the whole schedule is laid out "
     "before any objective is known; set watch.spike to 'warn' or 'skip' and leave watch.patience out, or train."
 )
+
+_TOLD = (RunStartedEvent, MergedByServerEvent, EvaluatedEvent, RunEndedEvent, LeftEvent, WarnedEvent)
+"""What is handed on at once."""
 
 MEASURED = 5
 """Microbatches that are timed where no times are given."""
@@ -95,7 +118,7 @@ class _Simulation:
         self._tape = Tape(self._folder.tape_path) if self._folder else None
         self._replica = self._replayer.merger.replica
         self._progress, self._milestones = Progress(), Milestones(recipe.steps, recipe.evaluate_every)
-        self._events: list[tuple[str, dict[str, Any]]] = []
+        self._events: list[Event] = []
 
     def run(self, began: float) -> dict[str, Any]:
         recipe, cluster = self._recipe, self._cluster
@@ -110,7 +133,7 @@ class _Simulation:
         weights_bytes = self._replayer.merger.pack.size_bytes
         self._start(microbatch_s)
         for why in [*doubts, *(self._replica.doubts() if self._gradients else ())]:
-            self._emit("warned", {"t_s": 0.0, "clock": "virtual", "why": why})
+            self._emit(WarnedEvent(clock="virtual", why=why))
         on_event = self._live if self._tape is not None else None  # without gradients there is nothing to wait for
         if self._gradients:
             on_event = self._note
@@ -123,8 +146,8 @@ class _Simulation:
             items_of=self._replayer.items if self._gradients else None, on_event=on_event,
         )  # fmt: skip
         scheduled_s = time.monotonic() - began
-        for kind, fields in self._events:
-            self._live(kind, fields)
+        for event in self._events:
+            self._live(event)
         return self._end(found, scheduled_s, time.monotonic() - began)
 
     def close(self) -> None:
@@ -145,58 +168,63 @@ class _Simulation:
         self._replayer.merger.pack.save(self._replayer.merger.pack.empty())
         return statistics.median(found[1:]), 2 * (time.monotonic() - began)
 
-    def _note(self, kind: str, fields: dict[str, Any]) -> None:
-        if kind != "computed" or self._tape is not None:
-            self._events.append((kind, fields))
+    def _note(self, event: Event) -> None:
+        if event.kind != "computed" or self._tape is not None:
+            self._events.append(event)
 
-    def _live(self, kind: str, fields: dict[str, Any]) -> None:
+    def _live(self, event: Event) -> None:
         """Computes what an event stands for, if gradients are wanted, and hands it on."""
-        replayer, before = self._replayer, self._progress.steps
-        if kind in ("computed", "pushed") and self._tape is not None:
-            fields |= self._pieces.work(fields["piece"]).covers()
-        if self._gradients:
-            if kind == "left":
-                replayer.left(fields["worker"])
-            elif kind == "released":
-                replayer.released(fields["worker"], fields["piece"], fields["version"])
-            elif kind == "pushed":
-                replayer.pushed(fields["seq"], fields["worker"])
-                fields["items"] = replayer.waiting[fields["seq"]]  # fewer than expected where a local step is left out
-                if self._tape is not None:
-                    fields["checksum"] = replayer.checksum(fields["seq"])
-            elif kind == "dropped":
-                replayer.dropped(fields["seq"])
-            elif kind == "merged":
-                self._merge(fields)
-        self._emit(kind, fields)
+        before = self._progress.steps
+        self._emit(self._computed(event) if self._gradients else event)
         if self._milestones.evaluates(before, self._progress.steps):
-            self._evaluate(fields["version"], fields["t_s"])
+            self._evaluate(self._progress.version, event.t_s)
 
-    def _merge(self, fields: dict[str, Any]) -> None:
-        rule = self._recipe.rule
+    def _computed(self, event: Event) -> Event:
+        """The event with what its gradients tell."""
+        replayer = self._replayer
+        match event:
+            case LeftEvent():
+                replayer.left(event.worker)
+            case ReleasedEvent():
+                replayer.released(event.worker, event.piece, event.version)
+            case PushedToServerEvent():
+                replayer.pushed(event.seq, event.worker)
+                items = replayer.waiting[event.seq]  # fewer than expected where a local step is left out
+                checksum = UNSET if self._tape is None else replayer.checksum(event.seq)
+                return replace(event, items=items, checksum=checksum)
+            case DroppedEvent():
+                replayer.dropped(event.seq)
+            case MergedOnClockEvent():
+                return self._merge(event)
+        return event
+
+    def _merge(self, event: MergedOnClockEvent) -> Event:
+        rule, staleness, weights = self._recipe.rule, event.staleness, event.weights
+        seqs = [each.seq for each in event.contributions if each.seq is not UNSET]
         if not rule.gradients:
-            waiting, staleness = self._replayer.waiting, fields["staleness"]
-            items = [waiting[each["seq"]] for each in fields["contributions"]]
-            fields["weights"] = rule.weights(items, staleness)
-        parts = zip(fields["contributions"], fields["weights"], fields["staleness"], strict=True)
-        update = self._replayer.merged(fields["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
+            waiting = self._replayer.waiting
+            weights = list(rule.weights([waiting[seq] for seq in seqs], staleness))
+        parts = zip(seqs, weights, staleness, strict=True)
+        update = self._replayer.merged(event.version, {seq: (weight, old) for seq, weight, old in parts})
         done = self._replayer.merger.microbatches // self._pieces.microbatches
-        fields |= {"step": done, **update.facts()}
-        if self._tape is not None:
-            fields["checksum"] = self._replayer.merger.checksum()
         for why in filter(None, (update.verdict.why, *update.doubts)):
-            self._emit("warned", {"t_s": fields["t_s"], "clock": "virtual", "why": why})
-        self._progress.merged(version=fields["version"], steps=done, items=update.items, objective=update.objective)
+            self._emit(WarnedEvent(t_s=event.t_s, clock="virtual", why=why))
+        self._progress.merged(version=event.version, steps=done, items=update.items, objective=update.objective)
         update.verdict.note(self._progress)
+        return MergedByServerEvent(
+            t_s=event.t_s, clock="virtual", version=event.version, step=done, contributions=event.contributions,
+            weights=weights, staleness=staleness, **update.facts(),
+            checksum=UNSET if self._tape is None else self._replayer.merger.checksum(),
+        )  # fmt: skip
 
     def _evaluate(self, version: int, t_s: float) -> None:
         found = evaluate_alone(self._replica, batches_held_out(self._replica))
         if found is None:
             return
         self._progress.held_out = found.facts(version, self._replica)
-        self._emit("evaluated", {"t_s": t_s, "clock": "virtual", **self._progress.held_out})
+        self._emit(EvaluatedEvent(t_s=t_s, clock="virtual", **self._progress.held_out))
         for why in filter(None, (found.problem(version), *found.doubts)):
-            self._emit("warned", {"t_s": t_s, "clock": "virtual", "why": why})
+            self._emit(WarnedEvent(t_s=t_s, clock="virtual", why=why))
 
     def _start(self, microbatch_s: float) -> None:
         recipe, data = self._recipe, self._replica.data
@@ -204,20 +232,17 @@ class _Simulation:
         if self._folder is not None:
             write_atomically(self._folder.recipe_path, dumps(recipe, team).encode())
         self._emit(
-            "run_started",
-            {
-                "t_s": 0.0, "clock": "virtual", "schema": SCHEMA,
-                "folder": str(self._folder.path) if self._folder else "",
-                "recipe": recipe.to_table(), "team": to_table(team), "fingerprint": recipe.fingerprint(),
-                "data_digest": digest(data), "samples": len(data.train),
-                "parameters": self._replica.size, "version": 0, "step": 0,
-                "steps": recipe.steps, "resumed": False, "engine": "virtual", "cut": self._cluster.workers,
-                "libraries": {}, "import_paths": [], "microbatch_s": microbatch_s, "batched": self._cluster.batched,
-                **({"written": list(written)} if (written := self._replica.written.names) else {}),
-            },
+            RunStartedEvent(
+                clock="virtual", schema=SCHEMA, folder=str(self._folder.path) if self._folder else "",
+                recipe=recipe.to_table(), team=to_table(team), fingerprint=recipe.fingerprint(),
+                data_digest=digest(data), samples=len(data.train), parameters=self._replica.size, version=0, step=0,
+                steps=recipe.steps, resumed=False, engine="virtual", cut=self._cluster.workers, libraries={},
+                import_paths=[], microbatch_s=microbatch_s, batched=self._cluster.batched,
+                written=list(self._replica.written.names) or UNSET,
+            )
         )  # fmt: skip
         for why in recipe.rule.warnings():
-            self._emit("warned", {"t_s": 0.0, "clock": "virtual", "why": why})
+            self._emit(WarnedEvent(clock="virtual", why=why))
 
     def _end(self, found: SimulatedRun, scheduled_s: float, took_s: float) -> dict[str, Any]:
         digest, progress = None, self._progress
@@ -234,57 +259,49 @@ class _Simulation:
                     training_state=self._replayer.merger.training_state(), meta={}, keep=1,
                     fingerprint=self._recipe.fingerprint(),
                 )  # fmt: skip
-        result = {
-            "recipe": self._recipe.name,
-            "rule": self._recipe.rule.name,
-            "engine": "virtual",
-            "digest": digest,
-            "steps": self._recipe.steps,
-            "versions": found.versions,
-            "items": items,
-            "workers": self._cluster.workers,
-            "microbatches": self._recipe.microbatches,
-            "contributions": found.contributions,
-            "objective_first": progress.objective_first,
-            "objective_last": progress.objective_last,
-            "held_out": progress.held_out.get("objective"),
-            "held_out_terms": progress.held_out.get("terms"),
-            "bits_per_byte": progress.held_out.get("bits_per_byte"),
-            "gathered": progress.held_out.get("gathered"),
-            "wall_s": found.wall_s,
-            "items_per_s": items / found.wall_s if items and found.wall_s else None,
-            "restarts": found.failures,
-            "bytes_sent": found.bytes_sent,
-            "staleness_mean": found.staleness_mean,
-            "staleness_max": found.staleness_max,
-            "delayed_max": found.delayed_max,
-            "lead_max": found.lead_max,
-            "idle_share": [round(float(share), 4) for share in found.idle_share],
-            "dropped": found.dropped,
-            "skipped": progress.skipped,
-            "bad_batches": progress.bad_batches,
-            "simulated_in_s": round(took_s, 3),
-            "scheduled_in_s": round(scheduled_s, 3),
-        }
+        costs = Costs(
+            bytes_sent=found.bytes_sent,
+            staleness_mean=found.staleness_mean,
+            staleness_max=found.staleness_max,
+            delayed_max=found.delayed_max,
+            lead_max=found.lead_max,
+            idle_share=[round(float(share), 4) for share in found.idle_share],
+            dropped=found.dropped,
+        )
+        result = Result.of(
+            asdict(progress),
+            costs,
+            recipe=self._recipe.name,
+            digest=digest,
+            rule=self._recipe.rule.name,
+            engine="virtual",
+            steps=self._recipe.steps,
+            versions=found.versions,
+            items=items,
+            workers=self._cluster.workers,
+            microbatches=self._recipe.microbatches,
+            contributions=found.contributions,
+            items_per_s=items / found.wall_s if items and found.wall_s else None,
+            wall_s=found.wall_s,
+            restarts=found.failures,
+            simulated_in_s=round(took_s, 3),
+            scheduled_in_s=round(scheduled_s, 3),
+        ).table()
         if self._folder is not None:
             self._folder.write_result(result)
         self._emit(
-            "run_ended",
-            {
-                "t_s": found.wall_s, "clock": "virtual", "version": found.versions, "digest": digest, "result": result,
-                "interrupted": False,
-            },
+            RunEndedEvent(
+                t_s=found.wall_s, clock="virtual", version=found.versions, digest=digest, result=result,
+                interrupted=False,
+            )
         )  # fmt: skip
         return result
 
-    def _emit(self, kind: str, fields: dict[str, Any]) -> None:
-        event = {"kind": kind, **fields}
+    def _emit(self, event: Event) -> None:
         if self._tape is not None:
-            self._tape.write(event)
-        if kind in ("run_started", "merged", "evaluated", "run_ended", "left", "warned") and (
-            self._gradients or kind != "merged"
-        ):
-            self._tell(event)
+            self._tape.write(plain(event))
+        if isinstance(event, _TOLD):
+            self._tell(plain(event))
 
 
 def _slow(text: str) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import Any
 
 from instep.clock.link import Link
 from instep.clock.loop import Loop
+from instep.record import events
 from instep.rules.actions import Drop, Merge
+from instep.rules.work import Pieces
 
-OnEvent = Callable[[str, dict[str, Any]], None]
-"""Called with an event's kind and its other fields, as they stand on a tape."""
+OnEvent = Callable[[events.Event], None]
 
 
 class Notes:
@@ -20,8 +20,9 @@ class Notes:
     `on_event` gets what a tape would hold, if it is not None.
     """
 
-    def __init__(self, workers: int, on_event: OnEvent | None):
-        self._on_event = on_event
+    def __init__(self, pieces: Pieces, on_event: OnEvent | None):
+        workers = pieces.workers
+        self._work, self._on_event = pieces.work, on_event
         self.piece, self._base = [-1] * workers, [0] * workers
         self.from_s, self.to_s = array("d", bytes(8 * workers)), array("d", bytes(8 * workers))
         self._holder: list[Loop | Link | None] = [None] * workers  # where the next event waits, and
@@ -44,16 +45,19 @@ class Notes:
 
     def joined(self, worker: int, t_s: float) -> None:
         """It is there."""
-        self._tell("joined", t_s, worker=worker)
+        if self._on_event is not None:
+            self._on_event(events.JoinedEvent(t_s=t_s, clock="virtual", worker=worker))
 
     def left(self, worker: int, t_s: float) -> None:
         """The server heard that it is gone."""
-        self._tell("left", t_s, worker=worker, why="it failed")
+        if self._on_event is not None:
+            self._on_event(events.LeftEvent(t_s=t_s, clock="virtual", worker=worker, why="it failed"))
 
     def released(self, worker: int, piece: int, version: int, t_s: float) -> None:
         """It has work."""
         self.piece[worker], self._base[worker] = piece, version
-        self._tell("released", t_s, worker=worker, version=version, piece=piece)
+        if self._on_event is not None:
+            self._on_event(events.ReleasedEvent(t_s=t_s, clock="virtual", worker=worker, version=version, piece=piece))
 
     def computes(self, worker: int, from_s: float, to_s: float) -> None:
         """It computes, if nothing comes in between."""
@@ -61,21 +65,45 @@ class Notes:
 
     def pushed(self, worker: int, t_s: float, seq: int, items: int, size_bytes: int) -> None:
         """The server heard of its contribution."""
-        if self._on_event is not None:
-            where = {"worker": worker, "version": self._base[worker], "piece": self.piece[worker]}
-            self._tell("computed", t_s, **where, from_s=self.from_s[worker], to_s=self.to_s[worker])
-            self._tell("pushed", t_s, **where, seq=seq, items=items, bytes=size_bytes)
+        if self._on_event is None:
+            return
+        piece, version = self.piece[worker], self._base[worker]
+        _, batch, local_steps, start, stop = self._work(piece)
+        covered = [start, stop]
+        self._on_event(
+            events.ComputedEvent(
+                t_s=t_s, clock="virtual", worker=worker, version=version, piece=piece, from_s=self.from_s[worker],
+                to_s=self.to_s[worker], batch=batch, local_steps=local_steps, microbatches=covered,
+            )
+        )  # fmt: skip
+        self._on_event(
+            events.PushedToServerEvent(
+                t_s=t_s, clock="virtual", seq=seq, worker=worker, version=version, piece=piece, batch=batch,
+                local_steps=local_steps, microbatches=covered, items=items, bytes=size_bytes,
+            )
+        )  # fmt: skip
 
     def merged(self, action: Merge, t_s: float) -> None:
         """An update is made."""
         if self._on_event is not None:
-            self._tell("merged", t_s, **action.facts())
+            merged = [
+                events.MergedContribution(seq=seq, worker=worker, version=base, piece=piece, items=items)
+                for seq, worker, piece, base, items in action.contributions
+            ]
+            self._on_event(
+                events.MergedOnClockEvent(
+                    t_s=t_s, clock="virtual", version=action.version, contributions=merged,
+                    weights=list(action.weights), staleness=list(action.staleness),
+                )
+            )  # fmt: skip
 
     def dropped(self, action: Drop, t_s: float) -> None:
         """A contribution came too late."""
         if self._on_event is not None:
-            self._tell("dropped", t_s, **action.contribution.facts(), why=action.why)
-
-    def _tell(self, kind: str, t_s: float, **fields: Any) -> None:
-        if self._on_event is not None:
-            self._on_event(kind, {"t_s": t_s, "clock": "virtual", **fields})
+            seq, worker, piece, base, items = action.contribution
+            self._on_event(
+                events.DroppedEvent(
+                    t_s=t_s, clock="virtual", seq=seq, worker=worker, piece=piece, version=base, items=items,
+                    why=action.why,
+                )
+            )  # fmt: skip

@@ -2,7 +2,92 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from msgspec import UNSET, UnsetType
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Costs:
+    """What an update rule cost: bytes, versions that contributions were behind, rounds that workers were ahead, the
+    share of its time in which each worker did not compute, contributions that were dropped.
+
+    Under a rule in lockstep none is behind, ahead or dropped.
+    """
+
+    bytes_sent: int
+    staleness_mean: float = 0.0
+    staleness_max: int = 0
+    delayed_max: int = 0
+    lead_max: int = 0
+    idle_share: Sequence[float]
+    dropped: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What ``result.json`` holds, see docs/record.md; without what is not set, for only some runs have it."""
+
+    recipe: str
+    digest: str | None
+    rule: str
+    engine: str
+    steps: int
+    versions: int
+    items: int | None
+    workers: int
+    microbatches: int
+    parameters: int | UnsetType = UNSET
+    contributions: int | UnsetType = UNSET
+    objective_first: float | None
+    objective_last: float | None
+    held_out: float | None
+    held_out_terms: Mapping[str, float] | None
+    bits_per_byte: float | None
+    gathered: Mapping[str, float] | None
+    items_per_s: float | None
+    wall_s: float
+    restarts: int
+    bytes_sent: int
+    staleness_mean: float
+    staleness_max: int
+    delayed_max: int
+    lead_max: int
+    idle_share: Sequence[float]
+    dropped: int
+    interrupted: bool | UnsetType = UNSET
+    stopped: str | UnsetType | None = UNSET
+    skipped: int
+    bad_batches: int
+    data_digest: str | UnsetType = UNSET
+    sample: str | UnsetType | None = UNSET
+    artifacts: Mapping[str, Any] | UnsetType | None = UNSET
+    simulated_in_s: float | UnsetType = UNSET
+    scheduled_in_s: float | UnsetType = UNSET
+
+    @classmethod
+    def of(cls, progress: Mapping[str, Any], costs: Costs, **more: Any) -> Result:
+        """From the fields of a run's `instep.worker.milestones.Progress` and what its rule cost; `more` is the rest."""
+        held_out = progress["held_out"]
+        return cls(
+            objective_first=progress["objective_first"],
+            objective_last=progress["objective_last"],
+            held_out=held_out.get("objective"),
+            held_out_terms=held_out.get("terms"),
+            bits_per_byte=held_out.get("bits_per_byte"),
+            gathered=held_out.get("gathered"),
+            skipped=progress["skipped"],
+            bad_batches=progress["bad_batches"],
+            **{each.name: getattr(costs, each.name) for each in fields(costs)},
+            **more,
+        )
+
+    def table(self) -> dict[str, Any]:
+        """The fields that are set, in their order."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in found.items() if value is not UNSET}
 
 
 @dataclass(frozen=True)

@@ -127,47 +127,6 @@ def _shown(value: Any) -> str:
 
 WORKER = whole(0, 1 << 24)
 
-EVENT: Mapping[str, Shape] = {"t_s": NUMBER, "clock": TEXT, "kind": TEXT}
-"""What every event of a tape has."""
-
-_OF_WORK = {
-    "worker": WORKER, "version": COUNT, "piece": COUNT, "batch": COUNT, "local_steps": whole(1), "microbatches": SPAN,
-}  # fmt: skip
-_CONTRIBUTION = Table({**_OF_WORK, "seq": COUNT})
-_CHECKSUM = Each(TEXT)
-
-_FIELDS: Mapping[str, Mapping[str, Shape]] = {
-        "run_started": {
-            "folder": TEXT, "run": Maybe(TEXT), "digest": Maybe(TEXT), "recipe": ANY_TABLE,
-            "team": Table({"device": one_of("cpu", "cuda"), "workers": whole(1), "restarts": COUNT}),
-            "engine": one_of("lockstep", "server", "virtual"), "cut": whole(1, 1 << 24), "fingerprint": TEXT,
-            "data_digest": TEXT, "samples": COUNT, "parameters": COUNT, "version": COUNT, "step": COUNT,
-            "steps": whole(1), "resumed": FLAG, "libraries": All(TEXT), "import_paths": Each(TEXT), "batched": FLAG,
-            "microbatch_s": FIGURE,
-        },
-        "joined": {"worker": WORKER, "pid": COUNT, "host": TEXT},
-        "released": {**_OF_WORK, "lead": COUNT},
-        "computed": {**_OF_WORK, "from_s": NUMBER, "to_s": NUMBER},
-        "pushed": {**_OF_WORK, "seq": COUNT, "bytes": COUNT, "items": COUNT, "checksum": _CHECKSUM},
-        "merged": {
-            "version": COUNT, "step": COUNT, "contributions": Each(_CONTRIBUTION), "weights": Each(NUMBER),
-            "staleness": Each(COUNT), "objective": FIGURE, "terms": All(FIGURE), "items": COUNT, "lr": FIGURE,
-            "grad_norm": FIGURE, "spike": TEXT, "checksum": _CHECKSUM,
-        },
-        "dropped": {"seq": COUNT, "worker": WORKER, "why": TEXT},
-        "evaluated": {
-            "version": COUNT, "objective": FIGURE, "terms": All(FIGURE), "items": COUNT, "bits_per_byte": FIGURE,
-        },
-        "checkpointed": {"version": COUNT, "path": TEXT, "bytes": COUNT, "digest": TEXT},
-        "left": {"worker": WORKER, "why": TEXT},
-        "warned": {"why": TEXT, "version": COUNT},
-        "failed": {"why": TEXT},
-        "run_ended": {"version": COUNT, "digest": Maybe(TEXT), "result": ANY_TABLE, "interrupted": FLAG},
-}  # fmt: skip
-
-EVENTS = {kind: Table({**EVENT, **fields}) for kind, fields in _FIELDS.items()}
-"""The fields of each kind of event, as far as somebody reads them; see docs/record.md."""
-
 PROGRESS = Table(
     {
         "version": COUNT, "steps": COUNT, "items": COUNT, "train_s": NUMBER, "objective_first": FIGURE,

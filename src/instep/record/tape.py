@@ -18,29 +18,19 @@ from types import TracebackType
 from typing import Any
 
 from instep.errors import RecordError, ResourceError, shown
+from instep.record.events import QUIET, SCHEMA
 from instep.record.files import close_own, disk_error, hold_alone, json_text, sync_folder
-from instep.record.shapes import EVENT, EVENTS, Table, misfit
-
-SCHEMA = 2
-"""The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
-
-_QUIET = frozenset({"released", "computed", "pushed", "merged", "dropped"})
-"""Kinds that may wait in memory for a while; any other is written through at once.
-
-They come with every contribution. A tape that lacks the last of them is as good as one of a run that was killed before:
-what a resume and its replay need, the engine has synced before each checkpoint.
-"""
+from instep.record.schema import any_event, shapes
+from instep.record.shapes import misfit
 
 _DURABLE = frozenset({"run_started", "checkpointed", "failed", "run_ended"})
 """Kinds after which the tape is synced, so that it survives a power cut."""
-
-_ANY_EVENT = Table(EVENT)
 
 _WAIT_S = 0.5
 _WAIT_BYTES = 1 << 16
 
 
-class Event(dict[str, Any]):
+class _Read(dict[str, Any]):
     """An event as it was read, which says what it lacks."""
 
     def __missing__(self, name: str) -> Any:
@@ -91,7 +81,7 @@ class Tape:
         kind = event["kind"]
         self._waiting += json_text(event).encode() + b"\n"
         late = time.monotonic() - self._flushed_s > _WAIT_S or len(self._waiting) > _WAIT_BYTES
-        if late or kind not in _QUIET:
+        if late or kind not in QUIET:
             self.flush(sync=kind in _DURABLE)
 
     def flush(self, *, sync: bool = False) -> None:
@@ -137,13 +127,14 @@ class Tape:
             self.close()
 
 
-def read(path: Path | str) -> Iterator[Event]:
+def read(path: Path | str) -> Iterator[dict[str, Any]]:
     """The events of a tape, in order. A torn last line, left by a crash, is skipped.
 
     Raises RecordError, when it gets there, for a missing file, a damaged line (by number, from 1), a field of another
-    kind than was written, see `shapes.EVENTS`, a first event that is not ``run_started``, or a schema that is not
-    `SCHEMA`. A field that an event lacks raises RecordError where it is asked for.
+    kind than was written, see `instep.record.events`, a first event that is not ``run_started``, or a schema that is
+    not `SCHEMA`. A field that an event lacks raises RecordError where it is asked for.
     """
+    known, other = shapes(), any_event()
     try:
         with open(path, "rb") as file:
             line, number = file.readline(), 1
@@ -157,13 +148,13 @@ def read(path: Path | str) -> Iterator[Event]:
                     )
                 if event is not None:
                     _check_schema(event, number, path)
-                    wrong = misfit(event, EVENTS.get(event["kind"], _ANY_EVENT))
+                    wrong = misfit(event, known.get(event["kind"], other))
                     if wrong is not None:
                         raise RecordError(
                             f"line {number} of the tape {path} is not as it was written: of the event "
                             f"{shown(event['kind'])} {wrong}; restore the file."
                         )
-                    yield Event(event)
+                    yield _Read(event)
                 line, number = following, number + 1
     except OSError as error:
         raise RecordError(f"the tape {path} cannot be read: {error.strerror}; check the path.") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Contribution(NamedTuple):
@@ -14,12 +14,6 @@ class Contribution(NamedTuple):
     base: int
     """The version it was computed from."""
     items: int
-
-    def facts(self) -> dict[str, Any]:
-        """What a tape says of it."""
-        return {
-            "seq": self.seq, "worker": self.worker, "piece": self.piece, "version": self.base, "items": self.items,
-        }  # fmt: skip
 
 
 class Release(NamedTuple):
@@ -37,15 +31,6 @@ class Merge(NamedTuple):
     contributions: tuple[Contribution, ...]
     weights: tuple[float, ...]
     staleness: tuple[int, ...]
-
-    def facts(self) -> dict[str, Any]:
-        """What a tape says of it."""
-        return {
-            "version": self.version,
-            "contributions": [contribution.facts() for contribution in self.contributions],
-            "weights": list(self.weights),
-            "staleness": list(self.staleness),
-        }
 
 
 class Drop(NamedTuple):

@@ -21,6 +21,7 @@ from typing import Any, assert_never
 from instep.descendants import adopting_orphans, children, die_with_parent
 from instep.errors import InstepError, RecipeError, RecordError, described
 from instep.record import best, checkpoint
+from instep.record.events import FailedEvent, LeftEvent, RunEndedEvent
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape
@@ -123,7 +124,7 @@ class Agent:
                 return self._train()
             except InstepError as error:
                 why = self._cause(error)
-                self._journal.record("failed", why=why.message)
+                self._journal.record(FailedEvent(why=why.message))
                 raise why from error.__cause__
 
     def _cause(self, error: InstepError) -> InstepError:
@@ -252,7 +253,7 @@ class Agent:
                 self._end()
                 return [EpochEnded(epoch, tuple(self._found))]
             case NoteLoss(member, why):
-                self._journal.record("left", worker=member.number, why=why)
+                self._journal.record(LeftEvent(worker=member.number, why=why))
             case Warn(why):
                 self._journal.warn(why)
             case FinishRun(leader):
@@ -319,7 +320,7 @@ class Agent:
             write_atomically(self._folder.recipe_path, self._run.recipe_file.encode())
         again = order.epoch > 1
         resumed = self._journal.begun or again
-        self._journal.record("run_started", **start_of(self._run, self._run_id, lead.facts, resumed=resumed))
+        self._journal.record(start_of(self._run, self._run_id, lead.facts, resumed=resumed))
         for why in () if again else (*self._run.notices, *self._run.rule.warnings()):
             self._journal.warn(why)
         for member in order.members:
@@ -354,12 +355,12 @@ class Agent:
             process.handle.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
         ended = processes[leader].ended
         assert ended is not None, "all is done"
-        costs = [process.ended.costs for process in processes if process.ended is not None]
+        costs = [process.ended.costs for process in processes if process.ended and process.ended.costs]
         result = result_of(self._run, self._agreed.facts, ended, costs, self.roster.restarts)
         self._held.check()
         self._folder.write_result(result)
         version, digest, interrupted = ended.progress["version"], ended.digest, ended.interrupted
-        self._journal.record("run_ended", version=version, digest=digest, result=result, interrupted=interrupted)
+        self._journal.record(RunEndedEvent(version=version, digest=digest, result=result, interrupted=interrupted))
         return result
 
 

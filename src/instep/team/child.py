@@ -15,7 +15,7 @@ from typing import Any
 from instep.descendants import adopting_orphans, die_with_parent, end_children, take_care_of_helpers
 from instep.errors import InstepError
 from instep.team.channel import Channel
-from instep.team.messages import CallerToChild, Events, Failed, Finished
+from instep.team.messages import CallerToChild, Failed, Finished, PlainEvents
 from instep.team.signals import leave_to_others
 
 _LOOK_MS = 500
@@ -106,6 +106,6 @@ def _answer(line: Channel) -> None:
 
 def _tell(line: Channel, event: dict[str, Any]) -> None:
     try:
-        line.send(Events([event]))
+        line.send(PlainEvents([event]))
     except OSError:  # the parent is gone
         os._exit(1)

@@ -50,9 +50,9 @@ from instep.tables import from_table
 from instep.team.channel import Channel
 from instep.team.messages import (
     Cancelled,
-    Events,
     Failed,
     Finished,
+    PlainEvents,
     Request,
     StopRun,
     SupervisorToClient,
@@ -407,7 +407,7 @@ class _Client:
         try:
             while True:
                 message: SupervisorToClient = self._channel.recv()
-                if isinstance(message, Events):
+                if isinstance(message, PlainEvents):
                     for event in message.events:
                         self.trained |= event["kind"] == "merged"
                         self._events.put(event)

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from instep.errors import CheckpointError
 from instep.record import checkpoint
+from instep.record.events import Event, RunStartedEvent, WarnedEvent, plain
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape, Told, told
 from instep.team.channel import Channel
-from instep.team.messages import Events, WorkerToSupervisor, Written
+from instep.team.messages import Events, PlainEvents, WorkerToSupervisor, Written
 
 
 class ClientGone(Exception):
@@ -38,29 +41,29 @@ class Journal:
         self.begun = self._tape.begun
         self._told = told(self._tape.path)
 
-    def record(self, kind: str, **fields: Any) -> None:
-        """Notes an event of the agent's own."""
-        t_s = round(time.monotonic() - self._began, 6)
-        self.pass_on([{"t_s": t_s, "clock": "wall", "kind": kind, **fields}])
+    def record(self, event: Event) -> None:
+        """Notes an event of the agent's own, that happens now."""
+        self.pass_on([replace(event, t_s=round(time.monotonic() - self._began, 6))])
 
     def warn(self, why: str) -> None:
         """Notes a warning of the agent's own."""
-        self.record("warned", why=why)
+        self.record(WarnedEvent(why=why))
 
-    def pass_on(self, events: Sequence[dict[str, Any]]) -> None:
+    def pass_on(self, happened: Sequence[Event]) -> None:
         """Notes what has happened. On the tape, ``run_started`` comes first; of a start that comes to nothing it holds
         none.
         """
+        events = [plain(event) for event in happened]
         self._early += events
         for event in events:
             self._told.note(event)
-        if self.started or any(event["kind"] == "run_started" for event in events):
+        if self.started or any(isinstance(event, RunStartedEvent) for event in happened):
             self.started = True
             for waiting in sorted(self._early, key=lambda early: early["kind"] != "run_started"):
                 self._tape.write(waiting)
             self._early.clear()
         try:
-            self._client.send(Events(events))
+            self._client.send(PlainEvents(events))
         except (BrokenPipeError, ConnectionResetError):
             raise ClientGone from None
 

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from instep.recipe import Team
+    from instep.record.events import Event
     from instep.record.held import Identity
+    from instep.record.result import Costs
     from instep.rules import UpdateRule
     from instep.team.channel import Line
     from instep.team.pickling import Pickled
@@ -27,7 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Events of the tape, in order: from who makes them, and from the supervisor to the client."""
+    """What has happened in a process, in order."""
+
+    events: Sequence[Event]
+
+
+@dataclass(frozen=True, slots=True)
+class PlainEvents:
+    """Events as they stand on the tape, for who watches."""
 
     events: Sequence[dict[str, Any]]
 
@@ -97,7 +106,7 @@ class Cancelled:
 
 
 ClientToSupervisor = Request | StopRun
-SupervisorToClient = Events | Finished | Failed | Cancelled
+SupervisorToClient = PlainEvents | Finished | Failed | Cancelled
 
 # ------------------------------------------------------------------- supervisor, and worker or server of its team
 
@@ -179,7 +188,8 @@ class Saved:
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A process has done its part. `progress` is `instep.worker.evaluation.Progress`; `left`, what the run leaves
-    beside its weights; `costs`, fields of the result.
+    beside its weights; `costs`, of its rule: in lockstep each
+    worker tells its own idle share, and all the same bytes.
 
     A worker of the server engine has nothing to tell but that.
     """
@@ -188,7 +198,7 @@ class Ended:
     digest: str = ""
     interrupted: bool = False
     left: Mapping[str, Any] = field(default_factory=dict)
-    costs: Mapping[str, Any] = field(default_factory=dict)
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +245,7 @@ class Pushed:
     facts: Facts
     from_s: float
     to_s: float
-    verified: dict[str, float]
+    verified: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,4 +269,4 @@ class Call:
 
 
 CallerToChild = Call
-ChildToCaller = Events | Finished | Failed
+ChildToCaller = PlainEvents | Finished | Failed

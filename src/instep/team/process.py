@@ -21,7 +21,9 @@ from instep.engines import server
 from instep.engines.lockstep import Lockstep
 from instep.errors import InstepError, described
 from instep.record.digest import digest_of_state
+from instep.record.events import JoinedEvent
 from instep.record.folder import RunFolder
+from instep.record.result import Costs
 from instep.reduce.written import FirstWrite
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
@@ -76,7 +78,7 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
 def _in_lockstep(session: Session, descriptor: int) -> None:
     """The life of a worker of the lockstep engine."""
     team, worker = session.assignment.team, session.number
-    session.emit("joined", worker=worker, pid=os.getpid(), host=socket.gethostname())
+    session.emit(JoinedEvent(worker=worker, pid=os.getpid(), host=socket.gethostname()))
     replica = session.build()
     progress = Progress()
     saved = session.saved()
@@ -125,10 +127,10 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         raise
     left = session.leave() if worker == 0 and not interrupted else {}
     session.send_events()
-    costs = {
-        "bytes_sent": (progress.version - first) * engine.bytes_a_step,
-        "idle_share": [round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
-    }
+    costs = Costs(
+        bytes_sent=(progress.version - first) * engine.bytes_a_step,
+        idle_share=[round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
+    )
     session.pipe.send(Ended(asdict(progress), digest, interrupted, left, costs))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from instep.data import digest_without
@@ -18,6 +19,7 @@ from instep.models import generate
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.record import best, checkpoint
+from instep.record.events import QUIET, CheckpointedEvent, EvaluatedEvent, Event, WarnedEvent
 from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.record.held import is_there
@@ -43,7 +45,7 @@ class Session:
         self.replica: Replica | None = None
         self._data: dict[str, Any] | None = None
         self._unread: list[int] = []  # samples that the digest should cover, but that are left out and fail
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
         self._sent_s = 0.0
         self._told: set[str] = set()
         self.saved_version = 0
@@ -70,7 +72,7 @@ class Session:
         if not (self.assignment.first and self.leads):
             return
         if (why := try_optimizer(build, resume=not self.assignment.team.memory)) is not None:
-            self.emit("warned", why=why)
+            self.emit(WarnedEvent(why=why))
 
     def _warn(self) -> None:
         """Tells of what is doubtful, once."""
@@ -78,7 +80,7 @@ class Session:
         for why in self.replica.doubts() if self.leads else ():
             if why not in self._told:
                 self._told.add(why)
-                self.emit("warned", why=why)
+                self.emit(WarnedEvent(why=why))
 
     def saved(self) -> checkpoint.Loaded | None:
         """The checkpoint to go on from, if there is one. Raises CheckpointError if it is of other data or recipe."""
@@ -109,7 +111,7 @@ class Session:
         if progress.stopped:
             why = f"the run was ended ({progress.stopped}); give another recipe.watch to go on"
         if why and self.leads:
-            self.emit("warned", why=f"nothing is left to train, for {why}.")
+            self.emit(WarnedEvent(why=f"nothing is left to train, for {why}."))
         return progress
 
     def _fingerprint(self, version: int) -> str:
@@ -132,11 +134,11 @@ class Session:
             return False
         if self.leads:
             listed = ", ".join(map(str, self._unread))
-            self.emit(
-                "warned",
-                why=f"samples {listed}, which are left out, cannot be read, so that the data could not be compared "
-                f"with those that the run was trained on.",
+            why = (
+                f"samples {listed}, which are left out, cannot be read, so that the data could not be compared with "
+                f"those that the run was trained on."
             )
+            self.emit(WarnedEvent(why=why))
         return True
 
     def facts(self, **more: Any) -> dict[str, Any]:
@@ -197,7 +199,7 @@ class Session:
         self.saved_version = progress.version
         self.heartbeat.advance()
         self.emit(
-            "checkpointed", version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest
+            CheckpointedEvent(version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest)
         )
 
     def tries_checkpoint(self, version: int) -> bool:
@@ -213,7 +215,7 @@ class Session:
         why = try_checkpoint(self.replica, model_state, training_state)
         self._tried_version = before
         if why is not None:
-            self.emit("warned", why=why)
+            self.emit(WarnedEvent(why=why))
 
     def must_save(self, version: int) -> bool:
         """Whether a checkpoint of `version` is worth a try: there is something to save, and the disk did not refuse."""
@@ -227,9 +229,9 @@ class Session:
         progress.evaluated(facts, self.recipe.steps, self.replica.watch.patience)
         if not self.leads:
             return False
-        self.emit("evaluated", **progress.held_out)
+        self.emit(EvaluatedEvent(**progress.held_out))
         for why in filter(None, (found.problem(progress.version), *found.doubts)):
-            self.emit("warned", why=why, version=progress.version)
+            self.emit(WarnedEvent(why=why, version=progress.version))
         return self.assignment.team.keep_best and best.is_best(self._checkpoints, progress.version, found.objective)
 
     def mark_best(self, progress: Progress) -> None:
@@ -265,7 +267,7 @@ class Session:
                 figures = dict(recipe.artifacts.build(replica.module, replica.data, run.artifacts) or {})
             json_text(figures)
         except Exception as error:  # the run is done; what only shows it must not end it
-            self.emit("warned", why=f"the artifacts could not be written: {told(error)}")
+            self.emit(WarnedEvent(why=f"the artifacts could not be written: {told(error)}"))
             figures = {}
         files = sorted(path.relative_to(run.path).as_posix() for path in run.artifacts.rglob("*") if path.is_file())
         return {"files": files, "figures": figures}
@@ -285,13 +287,13 @@ class Session:
                 tokens = generate(replica.module, prompt, recipe.sample_length)
             return codec.decode(tokens[0].tolist())
         except Exception as error:  # the run is done; what only shows it must not end it
-            self.emit("warned", why=f"no sample could be written: {told(error)}")
+            self.emit(WarnedEvent(why=f"no sample could be written: {told(error)}"))
             return None
 
-    def emit(self, kind: str, **fields: Any) -> None:
-        """Notes an event. Those of every step are sent with others, see `HOLD_S`."""
-        self._events.append({"t_s": self.clock(), "clock": "wall", "kind": kind, **fields})
-        if kind not in ("computed", "pushed", "merged", "released", "dropped"):
+    def emit(self, event: Event) -> None:
+        """Notes an event that happens now. Those of every step are sent with others, see `HOLD_S`."""
+        self._events.append(replace(event, t_s=self.clock()))
+        if event.kind not in QUIET:
             self.send_events()
 
     def send_events(self, *, held: bool = False) -> None:

@@ -14,17 +14,18 @@ from instep.budget import parse_budget
 from instep.gradient_checkpointing import Applied
 from instep.gradient_checkpointing.structure import Plan, Profile
 from instep.recipe import Recipe, Team
+from instep.record.events import Event, PlannedEvent
 from instep.worker.replica import Replica
 from instep.worker.spot_checks import SpotChecks
 
 
 def fit_memory(
-    replica: Replica, team: Team, emit: Callable[..., None] | None = None, *, workers: int = 1
+    replica: Replica, team: Team, emit: Callable[[Event], None] | None = None, *, workers: int = 1
 ) -> Plan | None:
     """Plans for the team's budget, such as "40%", and puts the plan on the replica's model; "" does nothing.
 
     Recomputed values are checked in the first step, and by samples later; `workers` wait for each other.
-    `emit("planned", ...)` tells what was predicted and then measured (`measured_bytes` is None for a compiled model,
+    `emit` gets `PlannedEvent`: what was predicted and then measured (`measured_bytes` is None for a compiled model,
     whose kernels hide what they keep). Raises CheckpointingError.
     """
     if not team.memory:
@@ -34,7 +35,7 @@ def fit_memory(
         return _fitted(replica, team, emit, workers)
 
 
-def _fitted(replica: Replica, team: Team, emit: Callable[..., None] | None, workers: int) -> Plan:
+def _fitted(replica: Replica, team: Team, emit: Callable[[Event], None] | None, workers: int) -> Plan:
     budget = parse_budget(team.memory, "'team.memory'")
     profile, batch = profile_of(replica)
     wanted = budget.of(profile.peak_bytes)
@@ -48,7 +49,7 @@ def _fitted(replica: Replica, team: Team, emit: Callable[..., None] | None, work
             workers=workers,
         )  # fmt: skip
     if emit is not None:
-        emit("planned", **facts(plan, None if recipe.compile else measured))
+        emit(planned(plan, None if recipe.compile else measured))
     return plan
 
 
@@ -83,18 +84,18 @@ def objective_of(replica: Replica) -> Callable[[nn.Module, Any], dict[str, Tenso
     return objective
 
 
-def facts(plan: Plan, measured: tuple[int, float] | None) -> dict[str, Any]:
+def planned(plan: Plan, measured: tuple[int, float] | None) -> PlannedEvent:
     """What the tape says of a plan."""
-    return {
-        "budget_bytes": plan.budget_bytes,
-        "nothing_recomputed_bytes": plan.nothing_bytes,
-        "predicted_bytes": plan.peak_bytes,
-        "measured_bytes": measured[0] if measured else None,
-        "extra_flops": round(plan.extra_flops, 6),
-        "extra_time": round(plan.extra_time, 6),
-        "blocks": len(plan.blocks),
-        "checkpointed": plan.checkpointed,
-    }
+    return PlannedEvent(
+        budget_bytes=plan.budget_bytes,
+        nothing_recomputed_bytes=plan.nothing_bytes,
+        predicted_bytes=plan.peak_bytes,
+        measured_bytes=measured[0] if measured else None,
+        extra_flops=round(plan.extra_flops, 6),
+        extra_time=round(plan.extra_time, 6),
+        blocks=len(plan.blocks),
+        checkpointed=plan.checkpointed,
+    )
 
 
 def _elements(batch: Any) -> int:

@@ -98,8 +98,9 @@ class Milestones:
 
     def may_save(self, batch: int) -> bool:
         """Whether the weights after `batch`, from 0, may be saved: as due, as the best, or as the last."""
-        return batch + 1 == self.steps or any(
-            _passes(every, batch, batch + 1) for every in (self.checkpoint_every, self.evaluate_every)
+        now = batch + 1
+        return (
+            now == self.steps or _passes(self.checkpoint_every, batch, now) or _passes(self.evaluate_every, batch, now)
         )
 
     def reached(

@@ -211,7 +211,7 @@ class Replica:
         self._extra_state.check(step)
         return {name: value.detach() for name, value in sums.items()}
 
-    def verified(self) -> dict[str, float]:
+    def verified(self) -> dict[str, Any]:
         """For the tape: `verify_s`, the seconds of comparing recomputed values since this was asked last, if any."""
         seconds = 0.0 if self.checks is None else self.checks.took_s()
         return {"verify_s": round(seconds, 6)} if seconds else {}

@@ -114,7 +114,8 @@ class Updates:
         rate: float | None = 0.0
         self.sound = False
         if verdict.updates:
-            self._replica.written.take(added.written)
+            if added.written:
+                self._replica.written.take(added.written)
             rate = weights.update(step, added.norm, added.touched)
             if added.off is not None:
                 self._replica.trainable.take(added.off)

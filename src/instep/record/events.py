@@ -1,0 +1,388 @@
+"""Every kind of event of a tape: a frozen structure each, whose fields say their types, units and meanings. No torch.
+
+Whoever emits an event makes one of these, so that a field too many or too few is an error on the spot; `plain` gives
+what the tape holds. Where engines tell different things of one kind, there are several structures of that kind.
+
+A reader meets tapes of other versions too: it gets plain tables, and passes over kinds and fields that are not here.
+`instep.record.schema` makes of these structures what a reader checks, and the table of docs/record.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec.structs import astuple
+
+SCHEMA = 2
+"""The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
+
+
+def _is(meaning: str) -> Meta:
+    return Meta(description=meaning)
+
+
+def _where(condition: str) -> Meta:
+    """When a field is there that need not be."""
+    return Meta(extra={"where": condition})
+
+
+def _has(wanted: Any) -> Meta:
+    """The type that a reader finds, where the one who writes need not know it."""
+    return Meta(extra={"has": wanted})
+
+
+Count = Annotated[int, Meta(ge=0)]
+Counted = Annotated[int, Meta(ge=1)]
+"""Of what there is at least one."""
+Worker = Annotated[int, Meta(ge=0, le=1 << 24), _is("the worker's number, from 0")]
+Seconds = Annotated[float, Meta(extra={"unit": "seconds"})]
+Bytes = Annotated[int, Meta(ge=0, extra={"unit": "bytes"})]
+Figure = float | None
+"""Null where it is not finite, or where there is none."""
+Span = Annotated[list[Count], Meta(min_length=2, max_length=2)]
+"""[start, stop]"""
+
+Version = Annotated[Count, _is("updates that the weights have had")]
+Base = Annotated[Count, _is("the version that the worker started from")]
+Seq = Annotated[Count, _is("the contribution's number, in order of arrival")]
+Piece = Annotated[Count, _is("the piece's number; a global batch is cut into `cut` pieces")]
+Batch = Annotated[Count, _is("the piece's first global batch")]
+LocalSteps = Annotated[Counted, _is("the worker's own steps, on one global batch each")]
+Microbatches = Annotated[Span, _is("what it covers of a global batch")]
+Items = Annotated[Count, _is("of the objective's first term")]
+Terms = Annotated[Mapping[str, Figure], _is("the mean of each term, by name; in an evaluation of each metric too")]
+Checksum = Annotated[list[str], _is("8 hexadecimal digits for each tensor")]
+Why = Annotated[str, _is("a sentence")]
+
+
+class Event(Struct, frozen=True, kw_only=True, gc=False):
+    """What every event has. Whoever emits it says when."""
+
+    kind: ClassVar[str]
+    by: ClassVar[str] = ""
+    """The engines that emit it, where not all do."""
+
+    t_s: Annotated[Seconds, _is("since the start of its session")] = 0.0
+    clock: Annotated[Literal["wall", "virtual"], _is('"virtual" in a simulation')] = "wall"
+
+
+class _Team(TypedDict, total=False):
+    """What readers ask of a team."""
+
+    device: Literal["cpu", "cuda"]
+    workers: Counted
+    restarts: Count
+
+
+class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A session begins, or its team starts again: the run goes on from `version`."""
+
+    kind = "run_started"
+
+    schema: Annotated[int, _is("the version of the events' fields and of what they mean")]
+    folder: Annotated[str, _is("the run folder, empty for none")]
+    run: Annotated[str | None, _is("the run's id"), _where("not in a simulation")] | UnsetType = UNSET
+    recipe: Annotated[dict[str, Any], _is("the resolved recipe")]
+    team: Annotated[dict[str, Any], _is("the resolved team"), _has(_Team)]
+    fingerprint: Annotated[str, _is("of the recipe")]
+    data_digest: Annotated[str, _is("of the training data")]
+    samples: Annotated[Count, _is("of the training data")]
+    engine: Annotated[str, _is("what runs the workers"), _has(Literal["lockstep", "server", "virtual"])]
+    cut: Annotated[int, Meta(ge=1, le=1 << 24), _is("pieces that a global batch is cut into")]
+    parameters: Annotated[Count, _is("trainable weights")]
+    version: Version
+    digest: (
+        Annotated[str | None, _is("of the weights that it starts from"), _where("not in a simulation")] | UnsetType
+    ) = UNSET
+    step: Annotated[Count, _is("global batches done")]
+    steps: Annotated[Counted, _is("global batches of the run")]
+    resumed: Annotated[bool, _is("whether anything was done before")]
+    libraries: Annotated[dict[str, str], _is("versions by name")]
+    import_paths: Annotated[list[str], _is("folders where the recipe's modules are looked for")]
+    microbatch_s: Annotated[Seconds | None, _is("of a microbatch, measured"), _where("in a simulation")] | UnsetType = (
+        UNSET
+    )
+    batched: Annotated[bool, _is("whether gradients are computed together"), _where("in a simulation")] | UnsetType = (
+        UNSET
+    )
+    written: Annotated[list[str], _is("parameters"), _where("where forwards are known to write any")] | UnsetType = (
+        UNSET
+    )
+
+
+class JoinedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A worker is there."""
+
+    kind = "joined"
+
+    worker: Worker
+    pid: Annotated[Count, _is("its process"), _where("not in a simulation")] | UnsetType = UNSET
+    host: Annotated[str, _is("its machine"), _where("not in a simulation")] | UnsetType = UNSET
+
+
+class ReleasedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A worker gets a piece to compute, and the weights of `version`."""
+
+    kind = "released"
+    by = "server, simulation"
+
+    worker: Worker
+    version: Base
+    piece: Piece
+    lead: Annotated[Count, _is("rounds that it is ahead"), _where("not in a simulation")] | UnsetType = UNSET
+
+
+class ComputedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A worker has computed a contribution."""
+
+    kind = "computed"
+
+    worker: Worker
+    version: Base
+    piece: Annotated[Piece, _where("in a simulation")] | UnsetType = UNSET
+    from_s: Annotated[Seconds, _is("its begin")]
+    to_s: Annotated[Seconds, _is("its end")]
+    batch: Annotated[Batch, _where("not in lockstep")] | UnsetType = UNSET
+    local_steps: Annotated[LocalSteps, _where("not in lockstep")] | UnsetType = UNSET
+    microbatches: Microbatches
+    verify_s: Annotated[Seconds, _is("spent on it"), _where("where recomputed values were compared")] | UnsetType = (
+        UNSET
+    )
+
+
+class PushedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A worker has sent a contribution."""
+
+    kind = "pushed"
+    by = "lockstep"
+
+    worker: Worker
+    version: Base
+    bytes: Bytes
+    items: Items
+
+
+class PushedToServerEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A contribution has arrived."""
+
+    kind = "pushed"
+    by = "server, simulation"
+
+    seq: Seq
+    worker: Worker
+    version: Base
+    piece: Piece
+    batch: Batch
+    local_steps: LocalSteps
+    microbatches: Microbatches
+    items: Items
+    bytes: Bytes
+    checksum: Annotated[Checksum, _where("not without gradients")] | UnsetType = UNSET
+
+
+class MergedContribution(Struct, frozen=True, kw_only=True, gc=False):
+    """A part of an update."""
+
+    seq: Annotated[Seq, _where("not in lockstep")] | UnsetType = UNSET
+    worker: Worker
+    version: Base
+    piece: Annotated[Piece, _where("not in lockstep")] | UnsetType = UNSET
+    items: Annotated[Items, _where("in a simulation")] | UnsetType = UNSET
+    microbatches: Annotated[Microbatches, _where("in lockstep")] | UnsetType = UNSET
+
+
+Contributions = Annotated[list[MergedContribution], _is("in the order in which they are added")]
+Weights = Annotated[list[float], _is("of each contribution")]
+Staleness = Annotated[list[Count], _is("versions that each contribution was behind")]
+Step = Annotated[Count, _is("global batches done")]
+Objective = Annotated[Figure, _is("null where it has no items, as at the ragged end of an epoch")]
+Rate = Annotated[Figure, _is("the first group's learning rate, null where the optimizer has none")]
+Norm = Annotated[Figure, _is("of the gradient or delta, before clipping")]
+TrainSeconds = Annotated[Seconds, _is("in steps so far")]
+Spike = Annotated[str, _is("the watch's answer"), _where("where it is one")]
+BadBatches = Annotated[Count, _is("batches that were left out"), _where("where any were bad")]
+
+
+class MergedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """An update is made."""
+
+    kind = "merged"
+    by = "lockstep"
+
+    version: Version
+    step: Step
+    contributions: Contributions
+    weights: Weights
+    staleness: Staleness
+    objective: Objective
+    terms: Terms
+    items: Items
+    lr: Rate
+    grad_norm: Norm
+    train_s: TrainSeconds
+    spike: Spike | UnsetType = UNSET
+    bad_batches: BadBatches | UnsetType = UNSET
+
+
+class MergedByServerEvent(Event, frozen=True, kw_only=True, gc=False):
+    """An update is made of what has arrived."""
+
+    kind = "merged"
+    by = "server, simulation with gradients"
+
+    version: Version
+    step: Step
+    contributions: Contributions
+    weights: Weights
+    staleness: Staleness
+    train_s: Annotated[TrainSeconds, _where("not in a simulation")] | UnsetType = UNSET
+    objective: Objective
+    terms: Terms
+    items: Items
+    lr: Rate
+    grad_norm: Norm
+    spike: Spike | UnsetType = UNSET
+    bad_batches: BadBatches | UnsetType = UNSET
+    checksum: Annotated[Checksum, _where("not in a simulation that keeps no tape")] | UnsetType = UNSET
+
+
+class MergedOnClockEvent(Event, frozen=True, kw_only=True, gc=False):
+    """An update whose gradients nobody computes."""
+
+    kind = "merged"
+    by = "simulation without gradients"
+
+    version: Version
+    contributions: Contributions
+    weights: Weights
+    staleness: Staleness
+
+
+class DroppedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A contribution is not merged. Its piece is given out again."""
+
+    kind = "dropped"
+    by = "server, simulation"
+
+    seq: Seq
+    worker: Worker
+    piece: Annotated[Piece, _where("in a simulation")] | UnsetType = UNSET
+    version: Annotated[Base, _where("in a simulation")] | UnsetType = UNSET
+    items: Annotated[Items, _where("in a simulation")] | UnsetType = UNSET
+    why: Why
+
+
+class EvaluatedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """The weights of `version` are evaluated on held-out data."""
+
+    kind = "evaluated"
+
+    version: Version
+    objective: Annotated[Figure, _is("null where it is not finite")]
+    terms: Terms
+    items: Items
+    gathered: (
+        Annotated[Mapping[str, Figure], _is("metrics that are no sums"), _where("where the objective gathers any")]
+        | UnsetType
+    ) = UNSET
+    bits_per_byte: (
+        Annotated[Figure, _is("of text"), _where("where cross entropy is counted in tokens of it")] | UnsetType
+    ) = UNSET
+
+
+class CheckpointedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A checkpoint is saved."""
+
+    kind = "checkpointed"
+    by = "lockstep, server"
+
+    version: Version
+    path: Annotated[str, _is("relative to `checkpoints/` in the run folder")]
+    bytes: Bytes
+    digest: Annotated[str, _is("of the weights")]
+
+
+class LeftEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A worker is gone."""
+
+    kind = "left"
+
+    worker: Worker
+    why: Why
+
+
+class PlannedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """Activations are recomputed by a plan, which was tried."""
+
+    kind = "planned"
+    by = "lockstep, server"
+
+    budget_bytes: Annotated[Bytes, _is("that it may take")]
+    nothing_recomputed_bytes: Annotated[Bytes, _is("without a plan")]
+    predicted_bytes: Annotated[Bytes, _is("with it")]
+    measured_bytes: Annotated[Bytes | None, _is("in its trial; null for a compiled model")]
+    extra_flops: Annotated[float, _is("a share of those of a step")]
+    extra_time: Annotated[float, _is("a share of that of a step")]
+    blocks: Annotated[Count, _is("that the model has")]
+    checkpointed: Annotated[Count, _is("blocks in which anything is recomputed")]
+
+
+class WarnedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """Something is doubtful."""
+
+    kind = "warned"
+
+    why: Why
+    version: Annotated[Version, _where("where it is of one")] | UnsetType = UNSET
+
+
+class FailedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """The run ends with an error."""
+
+    kind = "failed"
+    by = "lockstep, server"
+
+    why: Why
+
+
+class RunEndedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """The run ends, or stops as it was asked to."""
+
+    kind = "run_ended"
+
+    version: Version
+    digest: Annotated[str | None, _is("of the weights; null without gradients")]
+    result: Annotated[dict[str, Any], _is("what result.json holds")]
+    interrupted: Annotated[bool, _is("whether it was asked to end")]
+
+
+QUIET = frozenset({"released", "computed", "pushed", "merged", "dropped"})
+"""Kinds that come with every contribution, so that they may wait for others before they are handed on.
+
+A tape that lacks the last of them is as good as one of a run that was killed before: what a resume and its replay
+need, the engine has synced before each checkpoint.
+"""
+
+TYPES: tuple[type[Event], ...] = (
+    RunStartedEvent, JoinedEvent, ReleasedEvent, ComputedEvent, PushedEvent, PushedToServerEvent, MergedEvent,
+    MergedByServerEvent, MergedOnClockEvent, DroppedEvent, EvaluatedEvent, CheckpointedEvent, LeftEvent, PlannedEvent,
+    WarnedEvent, FailedEvent, RunEndedEvent,
+)  # fmt: skip
+"""All structures, in the order of a run."""
+
+
+def plain(event: Event) -> dict[str, Any]:
+    """The event as it stands on a tape: its fields that are set, in their order, as plain values."""
+    t_s, clock, *values = astuple(event)
+    found = {"t_s": t_s, "clock": clock, "kind": event.kind}
+    for name, value in zip(event.__struct_fields__[2:], values, strict=True):
+        if value is not UNSET:
+            found[name] = [_table(each) for each in value] if name == "contributions" else value
+    return found
+
+
+def _table(contribution: MergedContribution) -> dict[str, Any]:
+    fields = zip(contribution.__struct_fields__, astuple(contribution), strict=True)
+    return {name: value for name, value in fields if value is not UNSET}
