@@ -22,7 +22,10 @@ from instep.recipe import (
     names_of_recipes,
     path_of,
 )
+from instep.record.files import json_text
+from instep.record.folder import RunFolder
 from instep.record.folder import digest as digest_of
+from instep.record.tape import read as read_tape
 from instep.team.signals import interrupting
 
 _TRAIN = """\
@@ -245,6 +248,19 @@ def app(settings: Settings) -> App:
         """
         _refuse(settings)
         print(digest_of(path))
+
+    @app.command(help=COMMANDS["tape"])
+    def tape(run: Path, /) -> None:
+        """Tape.
+
+        Parameters
+        ----------
+        run
+            A run folder.
+        """
+        _refuse(settings)
+        for event in read_tape(RunFolder.open(run).tape_path):
+            print(json_text(event))
 
     return app
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "memory": "Show what recomputing activations saves in memory and costs in time.",
     "recipes": "List the built-in recipes.",
     "digest": "Print the digest of a run or checkpoint.",
+    "tape": "Print what happened in a run, one JSON object a line.",
 }
 
 LEFT = 20

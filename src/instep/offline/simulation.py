@@ -26,6 +26,7 @@ from instep.offline.schedule import SimulatedRun
 from instep.offline.schedule import simulate as schedule
 from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint
+from instep.record.blocks import BlockTape
 from instep.record.digest import digest_of_state
 from instep.record.events import (
     SCHEMA,
@@ -115,7 +116,9 @@ class _Simulation:
             recipe, cluster.workers, "cpu", batched=gradients and cluster.batched, written=written,
             checkpoint_every=Team().checkpoint_every,
         )  # fmt: skip
-        self._tape = Tape(self._folder.tape_path) if self._folder else None
+        self._tape: Tape | BlockTape | None = Tape(self._folder.tape_path) if self._folder else None
+        if isinstance(self._tape, Tape) and not gradients:  # which would take longer than all that is written
+            self._tape = BlockTape(self._tape)
         self._replica = self._replayer.merger.replica
         self._progress, self._milestones = Progress(), Milestones(recipe.steps, recipe.evaluate_every)
         self._events: list[Event] = []
@@ -134,7 +137,7 @@ class _Simulation:
         self._start(microbatch_s)
         for why in [*doubts, *(self._replica.doubts() if self._gradients else ())]:
             self._emit(WarnedEvent(clock="virtual", why=why))
-        on_event = self._live if self._tape is not None else None  # without gradients there is nothing to wait for
+        on_event = self._emit if self._tape is not None else None  # without gradients there is nothing to wait for
         if self._gradients:
             on_event = self._note
         found = schedule(
@@ -298,7 +301,9 @@ class _Simulation:
         return result
 
     def _emit(self, event: Event) -> None:
-        if self._tape is not None:
+        if isinstance(self._tape, BlockTape):
+            self._tape.write(event)
+        elif self._tape is not None:
             self._tape.write(plain(event))
         if isinstance(event, _TOLD):
             self._tell(plain(event))

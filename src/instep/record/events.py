@@ -358,6 +358,17 @@ class RunEndedEvent(Event, frozen=True, kw_only=True, gc=False):
     interrupted: Annotated[bool, _is("whether it was asked to end")]
 
 
+class BlockEvent(Event, frozen=True, kw_only=True, gc=False):
+    """In a tape.jsonl, for the events that lie in columns in another file."""
+
+    kind = "block"
+    by = "simulation without gradients"
+
+    file: Annotated[str, _is("relative to the run folder")]
+    events: Annotated[Counted, _is("that it holds")]
+    bytes: Bytes
+
+
 QUIET = frozenset({"released", "computed", "pushed", "merged", "dropped"})
 """Kinds that come with every contribution, so that they may wait for others before they are handed on.
 
@@ -368,7 +379,7 @@ need, the engine has synced before each checkpoint.
 TYPES: tuple[type[Event], ...] = (
     RunStartedEvent, JoinedEvent, ReleasedEvent, ComputedEvent, PushedEvent, PushedToServerEvent, MergedEvent,
     MergedByServerEvent, MergedOnClockEvent, DroppedEvent, EvaluatedEvent, CheckpointedEvent, LeftEvent, PlannedEvent,
-    WarnedEvent, FailedEvent, RunEndedEvent,
+    WarnedEvent, FailedEvent, RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""
 

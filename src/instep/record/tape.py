@@ -154,7 +154,12 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
                             f"line {number} of the tape {path} is not as it was written: of the event "
                             f"{shown(event['kind'])} {wrong}; restore the file."
                         )
-                    yield _Read(event)
+                    if event["kind"] == "block":
+                        from instep.record.blocks import read_block
+
+                        yield from map(_Read, read_block(Path(path), event))
+                    else:
+                        yield _Read(event)
                 line, number = following, number + 1
     except OSError as error:
         raise RecordError(f"the tape {path} cannot be read: {error.strerror}; check the path.") from error
