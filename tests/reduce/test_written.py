@@ -18,7 +18,7 @@ from instep.record.digest import digest_of_file
 from instep.worker.memory_trade import memory_trade
 from instep.worker.replica import Replica
 from support import writers
-from support.harness import Client, Outcome, train_here
+from support.harness import Outcome, stopping_at, train_here
 from support.kinds import quick
 from support.reference import reference_digests
 from support.serving import replayed
@@ -116,7 +116,7 @@ def test_a_resume_does_not_trust_weights_of_a_stop_that_nobody_has_looked_at(
     torch.set_num_threads(1)
     made = recipe(partial(Forced, late=3, past=True))
     team = Team(workers=workers, engine=engine, checkpoint_every=100)
-    client = Client(lambda event: client.ask_to_stop() if event.get("version") == 5 else None)
+    client = stopping_at(5)
     stopped = train_here(made, team, tmp_path / "run", client=client)
     assert stopped.result["interrupted"]
     found = train_here(made, team, tmp_path / "run", resume=True)

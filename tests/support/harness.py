@@ -103,3 +103,9 @@ def act_on(kind: str, act: Callable[[int], None], version: int | None = None) ->
             act(pids[1])
 
     return see
+
+
+def stopping_at(version: int) -> Client:
+    """A client that asks to stop when it hears of `version`."""
+    client = Client(lambda event: client.ask_to_stop() if event.get("version") == version else None)
+    return client

@@ -25,9 +25,9 @@ def regression(**changes: Any) -> Recipe:
     return Recipe(**{**fields, **changes})
 
 
-def numbers() -> TensorDataset:
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(40, 3, generator=generator), torch.randn(40, 1, generator=generator))
+def numbers(count: int = 40, seed: int = 0) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(count, 3, generator=generator), torch.randn(count, 1, generator=generator))
 
 
 def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ from instep.team import agent
 from support.harness import Client, train_here
 from support.kinds import quick
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
+from support.regression import squares
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")]
 
@@ -88,10 +89,6 @@ class Helped(Dataset[tuple[Tensor, Tensor]]):
         while self.helpers:
             self.helpers.pop()()
         return self.x[index], self.x[index, :1]
-
-
-def squares(model: nn.Module, batch: Any) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum()
 
 
 def recipe(*helpers: Callable[[], None], **changes: Any) -> Recipe:

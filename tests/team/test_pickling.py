@@ -22,6 +22,7 @@ from instep.recipe import Recipe, Team
 from instep.team import pickling, plain
 from instep.team.mapped_files import FileSpan
 from support.harness import train_here
+from support.regression import squares
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is mapped by Linux's means")
 
@@ -337,10 +338,6 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
             (self.notes / f"{os.getpid()}").write_text(str(own / 1024))
         row = torch.tensor(np.asarray(self.rows[index, :3]))
         return row, row[:1]
-
-
-def squares(model: nn.Module, batch: Any) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum()
 
 
 def trained(data: Any, folder: Path, workers: int) -> str:

@@ -19,7 +19,7 @@ from instep.data import Data
 from instep.recipe import Recipe, Team
 from instep.reduce.tree import Node
 from support import workloads
-from support.harness import Client, train_here
+from support.harness import Client, stopping_at, train_here
 from support.kinds import quick
 from support.reference import reference_digests
 from support.workloads import Sentences, padded
@@ -36,12 +36,6 @@ def reference(name: str) -> dict[int, str]:
     if name not in _known:
         _known[name] = reference_digests(workloads.ALL[name]())
     return _known[name]
-
-
-def stopping_at(version: int) -> Client:
-    """A client that asks to stop when it hears of `version`."""
-    client = Client(lambda event: client.ask_to_stop() if event.get("version") == version else None)
-    return client
 
 
 @pytest.mark.parametrize("name", workloads.ALL)

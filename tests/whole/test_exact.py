@@ -35,6 +35,7 @@ from instep.worker.replica import Replica
 from support.gradients import instep_gradient
 from support.harness import train_here
 from support.kinds import quick
+from support.regression import squares
 from support.tasks import TASKS, WORDS, Drawn
 
 pytestmark = pytest.mark.processes
@@ -220,10 +221,6 @@ def test_a_ddp_loop_with_the_usual_mean_fails_the_same_check(tmp_path: Path) -> 
 def doubles() -> TensorDataset:
     inputs = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return TensorDataset(inputs, (inputs[:, :1] * 3).tanh())
-
-
-def squares(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum()
 
 
 def test_the_objective_on_the_tape_is_one_number_for_any_team_engine_and_clock(tmp_path: Path) -> None:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch import nn
 
 from instep.budget import parse_budget
 from instep.clock.network import Network
@@ -24,6 +22,7 @@ from instep.rules.presets import parse as parse_rule
 from instep.rules.rule import UpdateRule
 from instep.watch import Watch
 from support.harness import Client, train_here
+from support.regression import numbers, squares
 
 ABSURD: list[Any] = [
     -(10**18), -1, 0, 10**18, 2**62, 2**63, 2**64, 10**400, 10**5000, math.inf, -math.inf, math.nan, 1e308, 5e-324,
@@ -106,15 +105,6 @@ def test_sentences_on_impossible_numbers(make: Any, sentence: str) -> None:
     with pytest.raises(RecipeError) as caught:
         make()
     assert sentence in caught.value.message
-
-
-def numbers() -> TensorDataset:
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(40, 3, generator=generator), torch.randn(40, 1, generator=generator))
-
-
-def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum()
 
 
 @pytest.mark.processes

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from instep.data import Data
 from instep.errors import ComponentError
@@ -21,6 +20,7 @@ from instep.record.folder import digest as digest_of
 from instep.rules import UpdateRule
 from instep.rules import presets as p
 from support.harness import train_here
+from support.regression import numbers, squares
 from support.schedule_free import BETA, ScheduleFree
 from support.sentences import one_sentence
 from support.serving import replayed
@@ -38,18 +38,9 @@ class Hidden(ScheduleFree):
     train = eval = None  # type: ignore[assignment]
 
 
-def pairs(seed: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    return TensorDataset(torch.randn(24, 3, generator=generator), torch.randn(24, 1, generator=generator))
-
-
-def squares(model: nn.Module, batch: Any) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum()
-
-
 def held_out(state: Mapping[str, Tensor]) -> float:
     """The objective that weights have on the held-out data."""
-    return float(squares(_with(state), pairs(1).tensors).detach()) / 24
+    return float(squares(_with(state), numbers(24, seed=1).tensors).detach()) / 24
 
 
 def seen(model: nn.Module, data: Data, folder: Path) -> Mapping[str, Any]:
@@ -59,7 +50,8 @@ def seen(model: nn.Module, data: Data, folder: Path) -> Mapping[str, Any]:
 def recipe_of(optimizer: Any = ScheduleFree, **changes: Any) -> Recipe:
     fields: dict[str, Any] = {
         "model": lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)), "objective": squares,
-        "data": lambda: Data(pairs(0), pairs(1)), "optimizer": optimizer, "batch": 6, "microbatches": 3, "steps": 6,
+        "data": lambda: Data(numbers(24), numbers(24, seed=1)), "optimizer": optimizer,
+        "batch": 6, "microbatches": 3, "steps": 6,
         "artifacts": seen,
     }  # fmt: skip
     return Recipe(**{**fields, **changes})

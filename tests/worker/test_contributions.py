@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import io
 import tracemalloc
+from functools import partial
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from instep.worker.replica import Replica
 from instep.worker.updates import Merger
 from support import workloads
 from support.reference import reference_digests
+from support.regression import numbers, squares
 from support.serving import RULES, Driven, close, drive
 
 SEEDS = st.integers(0, 1 << 30)
@@ -46,22 +48,13 @@ def plain(**changes: Any) -> Recipe:
     fields: dict[str, Any] = {
         "model": lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)),
         "objective": squares,
-        "data": numbers,
+        "data": partial(numbers, 37),
         "optimizer": sgd(),
         "batch": 16,
         "microbatches": 8,
         "steps": 4,
     }
     return Recipe(**{**fields, **changes})
-
-
-def numbers() -> TensorDataset:
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(37, 3, generator=generator), torch.randn(37, 1, generator=generator))
-
-
-def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum()
 
 
 # --------------------------------------------------------------------------------------------------- lockstep's bits
@@ -477,7 +470,7 @@ def test_the_outer_state_that_is_saved_is_all_of_it(outer: Any, momentum: float,
 @pytest.mark.parametrize("rule", [p.asynchronous(), p.local_sgd(2)], ids=lambda rule: rule.name)
 def test_a_term_that_is_not_finite_is_named(rule: UpdateRule) -> None:
     def bad(model: nn.Module, batch: Any) -> Tensor:
-        some = bool((batch[0] == numbers()[9][0]).all(1).any())
+        some = bool((batch[0] == numbers(37)[9][0]).all(1).any())
         return squares(model, batch) * (float("inf") if some else 1.0)
 
     with pytest.raises(NonFiniteError, match=r"term 'objective' of the objective is inf in step \d, microbatch \d"):
@@ -533,7 +526,7 @@ class Constants(nn.Module):
 
 @pytest.mark.parametrize("text", ["local_sgd:2", "async_diloco:2,buffer=4", "asynchronous", "synchronous"])
 def test_buffers_that_training_does_not_change_keep_every_bit(text: str) -> None:
-    data = TensorDataset(*(column.repeat(2, 1)[:64] for column in numbers().tensors))  # 2 in each microbatch
+    data = TensorDataset(*(column.repeat(2, 1)[:64] for column in numbers(37).tensors))  # 2 in each microbatch
     run = drive(plain(model=Constants, data=lambda: data, rule=parse(text)), 3, seed=1)
     start = Constants().state_dict()
     assert torch.equal(run.state["third"], start["third"])

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from instep.errors import CheckpointError, ComponentError, RecipeError, RecordError
 from instep.offline.cluster import Cluster
@@ -26,6 +25,7 @@ from instep.worker.trial import try_checkpoint, try_optimizer
 from support import workloads
 from support.harness import Client, act_on, train_here
 from support.kinds import quick
+from support.regression import numbers, squares
 from support.sentences import one_sentence
 from support.serving import replayed
 
@@ -45,18 +45,10 @@ class Narrow(nn.Module):
         return out
 
 
-def numbers() -> TensorDataset:
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(24, 3, generator=generator), torch.randn(24, 1, generator=generator))
-
-
-def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum()
-
-
 def recipe_of(optimizer: Any, **changes: Any) -> Recipe:
     fields: dict[str, Any] = {
-        "model": Narrow, "objective": squares, "data": numbers, "optimizer": optimizer, "batch": 6, "microbatches": 3,
+        "model": Narrow, "objective": squares, "data": partial(numbers, 24), "optimizer": optimizer,
+        "batch": 6, "microbatches": 3,
         "steps": 5,
     }  # fmt: skip
     return Recipe(**{**fields, **changes})

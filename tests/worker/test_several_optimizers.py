@@ -24,7 +24,7 @@ from instep.rules import UpdateRule
 from instep.rules import presets as p
 from instep.worker.replica import Replica
 from support import workloads
-from support.harness import Client, train_here
+from support.harness import stopping_at, train_here
 from support.regression import regression
 from support.schedule_free import ScheduleFree
 from support.sentences import one_sentence
@@ -64,11 +64,6 @@ class ByHand(optim.Optimizer):
         for index, each in enumerate(self.inner):
             each.load_state_dict(state_dict[str(index)])
         self.param_groups = [group for each in self.inner for group in each.param_groups]
-
-
-def stopping_at(version: int) -> Client:
-    client = Client(lambda event: client.ask_to_stop() if event.get("version") == version else None)
-    return client
 
 
 def training_state(run: Path, version: int) -> dict[str, Any]:
