@@ -15,10 +15,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from instep import errors, gradient_checkpointing, models, objectives, rules
-    from instep.api import replay, replay_under, simulate
+    from instep.api import Run, replay, replay_under, simulate, train
     from instep.components import Component
     from instep.data import Data
     from instep.errors import InstepError
+    from instep.monitors import Monitor
     from instep.monitors.console import Console
     from instep.monitors.tensorboard import TensorBoard
     from instep.objectives import objective
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from instep.recipe import Recipe, Team
     from instep.rules import UpdateRule
     from instep.schedule import Schedule
-    from instep.team.client import Monitor, Run, train
     from instep.watch import Watch
 
 _PUBLIC = {
@@ -35,9 +35,9 @@ _PUBLIC = {
     "Console": "instep.monitors.console",
     "Data": "instep.data",
     "InstepError": "instep.errors",
-    "Monitor": "instep.team.client",
+    "Monitor": "instep.monitors",
     "Recipe": "instep.recipe",
-    "Run": "instep.team.client",
+    "Run": "instep.api",
     "Schedule": "instep.schedule",
     "Team": "instep.recipe",
     "TensorBoard": "instep.monitors.tensorboard",
@@ -47,7 +47,7 @@ _PUBLIC = {
     "replay": "instep.api",
     "replay_under": "instep.api",
     "simulate": "instep.api",
-    "train": "instep.team.client",
+    "train": "instep.api",
 }
 _MODULES = ("errors", "gradient_checkpointing", "models", "objectives", "rules")
 

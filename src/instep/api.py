@@ -1,49 +1,211 @@
-"""What one process computes by itself, with the environment of a run's workers: replays and simulations.
-
-As in the launcher, torch is not imported here: the process that computes does.
-"""
+"""What a program calls: `train`, `replay`, `replay_under` and `simulate`. No torch: who computes has it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import operator
 import os
-import signal
-import subprocess
-import sys
-import uuid
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, assert_never
+from typing import TYPE_CHECKING, Any
 
 from instep.clock.recorded import RecordedTimes
-from instep.descendants import Stopped
-from instep.errors import RecordError, WorkerError, killed_by, no_process
+from instep.components import importable
+from instep.errors import CheckpointError, RecipeError, RecordError, shown
+from instep.monitors import Monitor
 from instep.offline.cluster import Cluster
-from instep.recipe import Recipe, Team
+from instep.recipe import Recipe, Team, check_team, dumps, engine_of
 from instep.record import tape
-from instep.record.folder import About, RunFolder, remove
+from instep.record.folder import About, RunFolder, check_path, remove
 from instep.record.held import identity_of
 from instep.record.result import Replayed
-from instep.record.resuming import recorded
+from instep.record.resuming import is_simulation, recorded, resumed, saved
 from instep.rules import UpdateRule
-from instep.team.channel import Channel
-from instep.team.client import (
-    LOOK_S,
-    Monitor,
-    ended,
-    folders_of,
-    monitors_of,
-    open_standard_files,
-    pickled,
-    saved,
-    start_process,
-)
-from instep.team.messages import Call, ChildToCaller, Failed, Finished, PlainEvents
-from instep.team.pickling import memory_file
-from instep.team.signals import deaf
+from instep.schedule import Change
+from instep.team.client import computed, pickled, supervised
+from instep.team.messages import Request
+from instep.team.signals import interrupting
 
-_SIMULATE = "instep.offline.simulation:simulate"
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `result` is the content of its result.json."""
+
+    path: Path
+    result: dict[str, Any]
+    recipe: Recipe
+    import_paths: tuple[str, ...] = ()
+    """Folders that the recipe's modules were looked for in."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the final weights."""
+        return str(self.result["digest"])
+
+    @property
+    def objective(self) -> float:
+        """The objective of the last step, on its training batch."""
+        return float(self.result["objective_last"])
+
+    @property
+    def held_out(self) -> float | None:
+        """The objective on the held-out data; None if there are none."""
+        value = self.result["held_out"]
+        return None if value is None else float(value)
+
+    def state_dict(self, *, best: bool = False) -> dict[str, Tensor]:
+        """The final weights, from the last checkpoint; with `best`, those with the best held-out objective.
+
+        Raises CheckpointError if that checkpoint is missing, damaged or not theirs.
+        """
+        from instep.record import best as kept
+        from instep.record import checkpoint
+
+        folder = RunFolder(self.path).checkpoints
+        if best:
+            found = kept.read(folder)
+            if found is None:
+                raise CheckpointError(
+                    f"{self.path} has no best checkpoint: nothing was evaluated, or team.keep_best was off."
+                )
+            return checkpoint.load(checkpoint.path_of(folder, found.version)).model_state
+        path, _ = RunFolder(self.path).newest_checkpoint()
+        if path is None:
+            raise CheckpointError(f"{self.path} has no sound checkpoint.")
+        saved = checkpoint.load(path)
+        if saved.digest != self.digest:
+            raise CheckpointError(
+                f"the newest sound checkpoint of {self.path}, {path.name}, does not hold the weights that this run "
+                f"ended with: its own was damaged, or the run has gone on since; load the checkpoint you want by path."
+            )
+        return saved.model_state
+
+    def model(self, *, best: bool = False) -> nn.Module:
+        """The recipe's model with the final weights, or those with the best held-out objective, on the CPU.
+
+        It is as the recipe builds it, most often in training mode: call its `eval()` before you use it.
+
+        >>> run.model()(torch.ones(1, 3)).shape
+        torch.Size([1, 1])
+        """
+        from instep.worker.model import build_model
+
+        with importable(self.import_paths):
+            model = build_model(self.recipe.model)
+        model.load_state_dict(self.state_dict(best=best))
+        return model
+
+
+@interrupting()
+def train(
+    recipe: Recipe | None = None,
+    *,
+    team: Team | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    monitors: Iterable[Monitor] = (),
+    import_paths: Sequence[str | os.PathLike[str]] = (),
+    skip_samples: Sequence[int] = (),
+) -> Run:
+    """Trains `recipe` with `team` and returns the finished run.
+
+    >>> run = instep.train(recipe, team=team)
+    >>> run.path.name, run.result["steps"], len(run.digest)
+    ('custom', 3, 64)
+
+    recipe: what is trained; with `resume` it may be left out if the saved one can be read back.
+    team: who trains; by default one worker, or the saved team with `resume`.
+    out: the run folder to make, by default ``runs/NAME``, ``runs/NAME-2`` and so on.
+    resume: the run folder of a run to continue, exactly, with the same or another team. Schedule, watch and the
+        optimizer's argument `lr` may be others than so far: they hold from here on, see `Recipe.changes`.
+    monitors: called with every event; none by default, and nothing is printed.
+    import_paths: folders to look for the recipe's modules in, before ``sys.path``.
+    skip_samples: indices of training samples to leave out from here on, in later resumes too; their batches are then
+        smaller.
+
+    A KeyboardInterrupt ends the run after the present step, with a checkpoint, and is then raised again; a second one
+    ends it at once. So do SIGTERM, SIGHUP and what schedulers warn with, SIGUSR1, SIGUSR2 and SIGXCPU, where the
+    program leaves them alone and calls `train` from its main thread. Raises InstepError: see `instep.errors`.
+    """
+    _check_arguments(recipe, team)
+    skipped = _indices(skip_samples)
+    watching, folders = monitors_of(monitors), folders_of(import_paths)
+    if resume is None:
+        wanted = _to_begin(recipe, team, skipped)
+    elif out is not None:
+        raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
+    else:
+        wanted = _to_resume(RunFolder.open(Path(resume)), recipe, team, skipped)
+    return _trained(wanted, out, watching, (*folders, *wanted.import_paths))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be trained, and by whom; `folder` is that of a run that goes on."""
+
+    recipe: Recipe
+    team: Team
+    folder: RunFolder | None = None
+    notices: Sequence[str] = ()
+    import_paths: Sequence[str] = ()
+
+
+def _to_begin(recipe: Recipe | None, team: Team | None, skip_samples: tuple[int, ...]) -> _Wanted:
+    if recipe is None:
+        raise RecipeError("there is nothing to train: give a recipe, or a run to resume.")
+    if skip_samples:
+        first = Change(version=0, skip_samples=skip_samples)
+        recipe = dataclasses.replace(recipe, changes=(first, *recipe.changes))
+    return _Wanted(recipe, team or Team())
+
+
+def _to_resume(folder: RunFolder, recipe: Recipe | None, team: Team | None, skip_samples: tuple[int, ...]) -> _Wanted:
+    check_path(folder.path)
+    if is_simulation(folder):
+        raise CheckpointError(
+            f"{folder.path} is the folder of a simulation, which cannot be resumed; train its recipe instead: "
+            f"instep train {folder.recipe_path}."
+        )
+    table, team, paths = saved(folder, recipe, team, f"train(recipe, resume={str(folder.path)!r})")
+    recipe, notices = resumed(folder, recipe, table, skip_samples)
+    return _Wanted(recipe, team, folder, notices, paths)
+
+
+def _trained(
+    wanted: _Wanted, out: str | os.PathLike[str] | None, monitors: list[Monitor], import_paths: tuple[str, ...]
+) -> Run:
+    recipe, team, folder = wanted.recipe, wanted.team, wanted.folder
+    check_team(recipe, team)
+    sent, recipe_file = pickled(recipe), dumps(recipe, team)
+    if folder is None:
+        path = Path(out) if out is not None else RunFolder.claim(recipe.name)
+        folder = RunFolder.create(path, recipe_file, About(import_paths=import_paths))
+    request = Request(
+        recipe=sent,
+        recipe_table=recipe.to_table(),
+        recipe_file=recipe_file,
+        fingerprint=recipe.fingerprint(),
+        team=team,
+        rule=recipe.rule,
+        engine=engine_of(recipe, team),
+        folder=folder.path.resolve(),
+        resumed=wanted.folder is not None,
+        import_paths=import_paths,
+        began=time.monotonic(),
+        fingerprints=recipe.fingerprints(),
+        notices=tuple(wanted.notices),
+    )
+    result = supervised(folder, request, recipe.threads, monitors)
+    if result["interrupted"]:
+        how = folder.how_to_resume()
+        how = how if how.startswith("instep") else f"instep.train(resume={str(folder.path)!r}) or instep train {how}"
+        raise KeyboardInterrupt(f"the run ended after step {result['steps']}, and is saved; go on with {how}")
+    return Run(folder.path, result, recipe, import_paths)
 
 
 def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replayed:
@@ -59,7 +221,10 @@ def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replaye
     table, _, paths = saved(folder, recipe, None, f"replay({str(run)!r}, recipe)")
     recipe = recorded(folder, recipe, table, replaying=True)
     events = [event for event in tape.read(folder.tape_path) if event["kind"] not in ("computed", "evaluated")]
-    found: Replayed = _in_child("instep.offline.tape_replay:replay", recipe, (events,), paths, ())
+    found: Replayed = computed(
+        "instep.offline.tape_replay:replay", recipe, (events,), paths, (),
+        if_killed="a replay takes the memory of one worker, under local steps of all: replay it where there is more",
+    )  # fmt: skip
     return found
 
 
@@ -121,16 +286,17 @@ def simulate(
     gradients: False finds times, bytes, staleness and idle shares alone. out: the run folder to make, none if None.
     Raises InstepError.
     """
-    watching = monitors_of(monitors)
+    watching, paths = monitors_of(monitors), folders_of(import_paths)
     folder = None
     if out is not None:
-        about = About("simulation", tuple(folders_of(import_paths)))
+        about = About("simulation", tuple(paths))
         folder = RunFolder.create(Path(out), about=about).path.resolve()
         identity = identity_of(folder)
     try:
-        found: dict[str, Any] = _in_child(
-            _SIMULATE, recipe, (cluster, gradients, folder), folders_of(import_paths), watching
-        )
+        found: dict[str, Any] = computed(
+            "instep.offline.simulation:simulate", recipe, (cluster, gradients, folder), paths, watching,
+            if_killed="a simulation of fewer workers takes less",
+        )  # fmt: skip
     except BaseException:
         if folder is not None:  # half a simulation is of no use, and would be in the way of the next
             remove(folder, identity)
@@ -138,64 +304,45 @@ def simulate(
     return found
 
 
-def _in_child(
-    address: str, recipe: Recipe, arguments: tuple[Any, ...], paths: Sequence[str], monitors: Iterable[Monitor]
-) -> Any:
-    """What the function at `address` gives for (recipe, *arguments), in a process as a run's workers are."""
-    mark, sent, path = uuid.uuid4().hex, pickled(recipe, *arguments), [*paths, *sys.path]
-    with contextlib.ExitStack() as stack:
-        try:
-            open_standard_files()
-            line, theirs = map(stack.enter_context, map(contextlib.closing, Channel.pair()))
-            log = stack.enter_context(open(memory_file(), "w+b"))
-            process = start_process("instep.team.child", theirs.fileno(), path, recipe.threads, log, mark, sent)
-        except OSError as error:
-            raise no_process("the process that computes", error) from error
-        theirs.close()
-        try:
-            line.send(Call(address, recipe.threads, sent))
-            while isinstance(message := _next(line, process), PlainEvents):
-                for event in message.events:
-                    for monitor in monitors:
-                        monitor(event)
-        except (EOFError, OSError):
-            status = ended(process, mark)
-            log.seek(0)
-            raise WorkerError(
-                f"the process that computes {_how_it_ended(status, address)}.",
-                detail=log.read().decode(errors="replace")[-4000:],
-            ) from None
-        finally:
-            with deaf():
-                line.hang_up()  # which ends it, with all that it started, where it has not ended yet
-                ended(process, mark)
-    match message:
-        case Finished(found):
-            return found
-        case Failed():
-            raise message.error()
-        case _:
-            assert_never(message)
+def _indices(given: Any) -> tuple[int, ...]:
+    """The indices of `skip_samples`. Raises RecipeError."""
+    try:
+        listed = () if isinstance(given, str | bytes | Mapping) else tuple(given)
+        if (given and not listed) or any(isinstance(index, bool) for index in listed):
+            raise TypeError
+        return tuple(map(operator.index, listed))
+    except TypeError:
+        raise RecipeError(
+            f"'skip_samples' is {shown(given)}; it must be a list of indices of samples, such as [17, 204]."
+        ) from None
 
 
-def _next(line: Channel, process: subprocess.Popen[bytes]) -> ChildToCaller:
-    """The next message of the process. Raises EOFError where there is none, and WorkerError where it is stopped."""
-    stopped = Stopped(process.pid, Team().answer_timeout_s, children=True)
-    while not line.poll(LOOK_S):
-        why = stopped.look()
-        if why:
-            process.kill()
-            raise WorkerError(f"the process that computes {why}; start it again.")
-    message: ChildToCaller = line.recv()
-    return message
+def _check_arguments(recipe: Any, team: Any) -> None:
+    for name, given, kind in (("recipe", recipe, Recipe), ("team", team, Team)):
+        if given is not None and not isinstance(given, kind):
+            raise RecipeError(
+                f"'{name}' is {shown(given)}; it must be an instep.{kind.__name__}: names and files of recipes are for "
+                f"the command, instep train."
+            )
 
 
-def _how_it_ended(status: int, address: str) -> str:
-    if status >= 0:
-        return "ended early; its log follows"
-    remedy = "its log follows"
-    if -status == signal.SIGKILL and address == _SIMULATE:
-        remedy = "a simulation of fewer workers takes less"
-    elif -status == signal.SIGKILL:
-        remedy = "a replay takes the memory of one worker, under local steps of all: replay it where there is more"
-    return f"was {killed_by(status)}; {remedy}"
+def monitors_of(given: Any) -> list[Monitor]:
+    """The monitors, if they can be called. Raises RecipeError."""
+    monitors: list[Any] = list(given) if isinstance(given, Iterable) else [None]
+    if any(isinstance(monitor, type) or not callable(monitor) for monitor in monitors):
+        raise RecipeError(
+            f"'monitors' is {shown(given)}; it must be a list of functions of an event: [instep.Console()]."
+        )
+    return monitors
+
+
+def folders_of(import_paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
+    """The folders `import_paths`, or the one folder, as they can be used from anywhere."""
+    several = [import_paths] if isinstance(import_paths, (str, os.PathLike)) else import_paths
+    try:
+        return [os.path.abspath(path) for path in several]
+    except FileNotFoundError:
+        raise RecipeError(
+            "'import_paths' cannot be found from the working folder, which is not there any more; change to one that "
+            "is, with os.chdir, or give absolute paths."
+        ) from None

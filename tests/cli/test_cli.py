@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from instep import api
 from instep import recipe as recipe_module
 from instep.cli import COMMANDS, main
 from instep.components import Component
 from instep.errors import WorkerError
 from instep.recipe import Recipe, Schedule, Team, dumps
 from instep.record import folder as folder_module
-from instep.team import client as launch
 
 pytestmark = pytest.mark.pure
 
@@ -61,12 +61,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     def train(recipe: Recipe, *, team: Team, **rest: Any) -> None:
         seen.recipe, seen.team, seen.rest = recipe, team, rest
 
-    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(api, "train", train)
     return seen
 
 
 def replace_train(monkeypatch: pytest.MonkeyPatch, train: Callable[..., None]) -> None:
-    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(api, "train", train)
 
 
 def status(capsys: pytest.CaptureFixture[str], line: str) -> tuple[int, str]:

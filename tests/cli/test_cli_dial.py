@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from instep import Cluster, rules
+from instep import Cluster, api, rules
 from instep import api as alone
 from instep.cli import main
 from instep.clock.times import WorkerTimes
 from instep.recipe import Recipe, Team
 from instep.record.result import Proof, Replayed
-from instep.team import client as launch
 
 FILE = 'model = "m:M"\nobjective = "m:o"\ndata = "m:d"\nmicrobatches = 4\nbatch = 4\n'
 
@@ -36,7 +35,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def simulate(recipe: Recipe, cluster: Cluster, **rest: Any) -> None:
         seen.update(recipe=recipe, cluster=cluster, **rest)
 
-    monkeypatch.setattr(launch, "train", train)
+    monkeypatch.setattr(api, "train", train)
     monkeypatch.setattr(alone, "simulate", simulate)
     return seen
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from instep.api import train
 from instep.errors import CheckpointError, InstepError, NonFiniteError, ObjectiveError, RecipeError, WorkerError
 from instep.offline.cluster import Cluster
 from instep.offline.simulation import simulate
@@ -27,7 +28,6 @@ from instep.record.events import Event
 from instep.reduce.pack import Pack
 from instep.rules import UpdateRule
 from instep.rules import presets as p
-from instep.team.client import train
 from instep.team.journal import ClientGone
 from instep.team.session import Session
 from support import workloads

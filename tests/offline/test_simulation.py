@@ -11,6 +11,7 @@ import pytest
 
 from instep.api import replay as replay_alone
 from instep.api import simulate as simulate_alone
+from instep.api import train
 from instep.clock.network import Network
 from instep.clock.recorded import RecordedTimes
 from instep.clock.times import Failures, WorkerTimes
@@ -23,9 +24,9 @@ from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint, tape
 from instep.record.folder import About, RunFolder, digest
 from instep.rules import PRESETS, UpdateRule
-from instep.team.client import train
 from support.kinds import quick
 from support.reference import reference_digests
+from support.regression import regression
 from support.workloads import ALL, convnet, gpt
 
 pytestmark = pytest.mark.processes
@@ -183,3 +184,12 @@ def test_more_workers_than_microbatches_take_one_each() -> None:
     result = run(gpt(rule=rule("asynchronous"), steps=4), workers=20)
     assert result["versions"] == 4 * 8
     assert len(result["idle_share"]) == 20
+
+
+def test_an_error_of_the_system_in_a_monitor_is_not_taken_for_the_end_of_the_process(tmp_path: Path) -> None:
+    def full(event: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        simulate_alone(regression(), Cluster(workers=2), gradients=False, out=tmp_path / "run", monitors=[full])
+    assert not (tmp_path / "run").exists()

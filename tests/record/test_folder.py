@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from instep.api import train
 from instep.errors import CheckpointError, RecordError, ResourceError
 from instep.record import checkpoint
 from instep.record.checkpoint import MANIFEST, MODEL, TRAINING
 from instep.record.folder import About, RunFolder, digest, remove
 from instep.record.held import identity_of
-from instep.team.client import train
 from support.full_disk import full_disk
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from instep import api as alone
+from instep.api import Run
 from instep.cli import train as train_command
 from instep.engines.resumed_ledger import resumed_ledger
 from instep.errors import CheckpointError, InstepError, RecordError
@@ -31,11 +32,10 @@ from instep.recipe import Recipe, Team, read_saved
 from instep.record import best, checkpoint, tape
 from instep.record.checkpoint import MANIFEST, MODEL, TRAINING
 from instep.record.folder import RunFolder, digest
-from instep.record.resuming import recorded, resumed
+from instep.record.resuming import recorded, resumed, saved
 from instep.record.shapes import NUMBER, SPAN, Maybe, misfit, one_of, whole
 from instep.rules.presets import parse
 from instep.rules.work import Pieces
-from instep.team.client import Run, saved
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.updates import Merger

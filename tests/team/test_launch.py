@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 import torch
 
+from instep.api import Run
 from instep.errors import CheckpointError
 from instep.recipe import Recipe, Team, parse, read
 from instep.record import checkpoint, tape
-from instep.team.client import Run
 from support.harness import Outcome, train_here
 from support.kinds import quick
 from support.processes import INSTEP, Started, complaint, wait_until, write_project

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instep.errors import DataError, InstepError, WorkerError
-from instep.team.messages import Digest, Ended, Failed, Ready, Saved, Written
+from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
 from instep.team.orders import (
     AskToStop,
     CancelRun,
@@ -177,7 +177,7 @@ class World:
 
     def writes(self, member: Member, names: tuple[str, ...]) -> None:
         self.stage[member] = "done"
-        self.says(member, Written(names, "step 3"))
+        self.says(member, FoundWritten(names, "step 3"))
 
     def stop(self, *, at_once: bool = False, within: bool = False) -> None:
         self.stopping = True
@@ -260,7 +260,7 @@ class World:
             elif self.living("building"):
                 self.build()
             elif self.server_told:
-                self.says(self.roster.leader, Saved(5))
+                self.says(self.roster.leader, StoppedAt(5))
             else:
                 self.end(self.roster.leader if self.serving else working[0])
         raise AssertionError(f"no end came: {self.orders[-10:]}")
@@ -508,7 +508,7 @@ def test_an_error_of_a_worker_is_told_once_the_server_has_saved_whatever_else_be
     world.raises(member(2), DataError("another"))
     assert world.orders == [StopServer(member(3), 1)]
     if then == "saved":
-        world.says(member(3), Saved(1200))
+        world.says(member(3), StoppedAt(1200))
     elif then == "lost":
         world.lose(member(3))
     else:

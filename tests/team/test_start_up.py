@@ -26,7 +26,7 @@ from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team, dumps
 from instep.record import tape
 from instep.record.folder import About, RunFolder
-from instep.team.client import saved
+from instep.record.resuming import saved
 from support.harness import Client, train_here
 from support.processes import INSTEP, Started, complaint, write_project
 

@@ -24,7 +24,7 @@ def loaded_after(code: str) -> set[str]:
         "import instep",
         "import instep.recipe",
         "import instep.record.tape",
-        "import instep.team.client",
+        "import instep.api",
         "import instep.cli",
         "from instep import train, Recipe, Team, Run, Monitor, Console, Component, Schedule, InstepError, errors",
         "import instep; dir(instep)",

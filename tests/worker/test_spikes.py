@@ -314,7 +314,7 @@ def test_without_keep_best_only_the_last_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_best_checkpoint_of_a_run_is_had_by_name(tmp_path: Path) -> None:
-    from instep.team.client import Run
+    from instep.api import Run
 
     recipe = overfitting()
     run = train_here(recipe, Team(), tmp_path / "run")

@@ -42,7 +42,8 @@ def train_recipe(
             "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
         )
 
-    from instep.team.client import Monitor, train
+    from instep.api import train
+    from instep.monitors import Monitor
 
     paths = import_paths(given)
     with interrupting(), contextlib.ExitStack() as stack:

@@ -35,8 +35,8 @@ from instep.team.messages import (
     Left,
     NoMore,
     Pushed,
-    Saved,
     ServerToWorker,
+    StoppedAt,
     StopRun,
     SupervisorToWorker,
     Sync,
@@ -203,7 +203,7 @@ class _Server:
             session.send_events(held=True)
         if self._told_to_stop and not self._over:
             self.stop()
-            session.pipe.send(Saved(session.saved_version))
+            session.pipe.send(StoppedAt(session.saved_version))
             return
         interrupted = not self._over
         for line in self._lines:  # those too who come late

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from instep.components import Component
-from instep.differences import without_contents
-from instep.errors import CheckpointError, RecordError
-from instep.recipe import Recipe, parse, table_differences
+from instep.differences import without_address, without_contents
+from instep.errors import CheckpointError, RecipeError, RecordError
+from instep.recipe import Recipe, Team, parse, read_saved, table_differences
 from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder
 from instep.schedule import Change, Phase, Schedule
@@ -18,6 +18,37 @@ from instep.watch import Watch
 
 JUMP = 1.25
 """A learning rate that rises by more than this because a run is prolonged is warned of."""
+
+
+def saved(
+    folder: RunFolder, recipe: Recipe | None, team: Team | None, call: str
+) -> tuple[dict[str, Any], Team, list[str]]:
+    """The table of the run's recipe, the team to go on with, and where the run found its modules.
+
+    call: of `instep`, with the recipe, for who has to give it. Raises RecipeError and CheckpointError.
+    """
+    table = read_saved(folder.recipe_path)
+    nameless = without_address(table)
+    if recipe is None and nameless is not None:
+        raise RecipeError(
+            f"the recipe of {folder.path} holds {nameless}, an object that only the program that made it has; give "
+            f"that recipe too: instep.{call}."
+        )
+    saved_team = from_table(Team, table.pop("team", {}), "team")
+    about = folder.about()
+    paths = about.import_paths if about is not None else _started(folder).get("import_paths", [])
+    return table, team or saved_team, list(paths)
+
+
+def is_simulation(folder: RunFolder) -> bool:
+    """Whether nothing was trained there."""
+    about = folder.about()
+    return (about is not None and about.kind == "simulation") or _started(folder).get("engine") == "virtual"
+
+
+def _started(folder: RunFolder) -> dict[str, Any]:
+    """The first event of the run's tape, which tells of its start; empty where there is no tape."""
+    return next(iter(tape.read(folder.tape_path)), {}) if folder.tape_path.exists() else {}
 
 
 def resumed(

@@ -1,55 +1,30 @@
-"""`train`: the client's side of a run. It imports no torch, computes nothing and prints nothing."""
+"""The caller's side of the processes that it starts: the supervisor of a run, and a process that computes alone.
+
+It imports no torch, computes nothing and prints nothing.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import operator
-import os
 import queue
-import subprocess
+import signal
 import sys
-import tempfile
 import threading
-import time
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import IO, Any, assert_never
 
-from instep.components import importable
-from instep.descendants import MARK, Stopped, end_marked
-from instep.differences import without_address
-from instep.errors import (
-    CheckpointError,
-    ComponentError,
-    InstepError,
-    RecipeError,
-    WorkerError,
-    described,
-    killed_by,
-    no_process,
-    shown,
-)
-from instep.recipe import (
-    Recipe,
-    Team,
-    check_team,
-    dumps,
-    engine_of,
-    read_saved,
-)
-from instep.record import tape
+from instep.descendants import Stopped
+from instep.errors import ComponentError, InstepError, WorkerError, described, killed_by, no_process
+from instep.monitors import Monitor
+from instep.recipe import Recipe, Team
 from instep.record.files import disk_error
-from instep.record.folder import About, RunFolder, check_path, remove
+from instep.record.folder import RunFolder, remove
 from instep.record.held import identity_of
-from instep.record.resuming import resumed
-from instep.schedule import Change
-from instep.tables import from_table
-from instep.team.channel import Channel
+from instep.team.launcher import NewPython
 from instep.team.messages import (
+    Call,
     Cancelled,
+    ChildToCaller,
     Failed,
     Finished,
     PlainEvents,
@@ -57,260 +32,50 @@ from instep.team.messages import (
     StopRun,
     SupervisorToClient,
 )
-from instep.team.pickling import Pickled, dump
-from instep.team.signals import Stop, blocked, deaf, interrupting
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from instep.team.pickling import Pickled, dump, memory_file
+from instep.team.signals import Stop, deaf, interrupting
 
 LOOK_S = 0.5
-"""Seconds without news after which a client looks whether the process that it started is stopped."""
-
-ENDING_S = 15.0
-"""Seconds that such a process has to end, with all its own, once it was told to."""
-
-Monitor = Callable[[dict[str, Any]], None]
-"""Called with every event of the tape, in order, in the process that called `train`."""
+"""Seconds without news after which a caller looks whether the process that it started is stopped."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished run. `result` is the content of its result.json."""
+def supervised(folder: RunFolder, request: Request, threads: int, monitors: Sequence[Monitor]) -> dict[str, Any]:
+    """Has a supervisor do what is requested. Returns the result. Raises InstepError, and what a monitor raises.
 
-    path: Path
-    result: dict[str, Any]
-    recipe: Recipe
-    import_paths: tuple[str, ...] = ()
-    """Folders that the recipe's modules were looked for in."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the final weights."""
-        return str(self.result["digest"])
-
-    @property
-    def objective(self) -> float:
-        """The objective of the last step, on its training batch."""
-        return float(self.result["objective_last"])
-
-    @property
-    def held_out(self) -> float | None:
-        """The objective on the held-out data; None if there are none."""
-        value = self.result["held_out"]
-        return None if value is None else float(value)
-
-    def state_dict(self, *, best: bool = False) -> dict[str, Tensor]:
-        """The final weights, from the last checkpoint; with `best`, those with the best held-out objective.
-
-        Raises CheckpointError if that checkpoint is missing, damaged or not theirs.
-        """
-        from instep.record import best as kept
-        from instep.record import checkpoint
-
-        folder = RunFolder(self.path).checkpoints
-        if best:
-            found = kept.read(folder)
-            if found is None:
-                raise CheckpointError(
-                    f"{self.path} has no best checkpoint: nothing was evaluated, or team.keep_best was off."
-                )
-            return checkpoint.load(checkpoint.path_of(folder, found.version)).model_state
-        path, _ = RunFolder(self.path).newest_checkpoint()
-        if path is None:
-            raise CheckpointError(f"{self.path} has no sound checkpoint.")
-        saved = checkpoint.load(path)
-        if saved.digest != self.digest:
-            raise CheckpointError(
-                f"the newest sound checkpoint of {self.path}, {path.name}, does not hold the weights that this run "
-                f"ended with: its own was damaged, or the run has gone on since; load the checkpoint you want by path."
-            )
-        return saved.model_state
-
-    def model(self, *, best: bool = False) -> nn.Module:
-        """The recipe's model with the final weights, or those with the best held-out objective, on the CPU.
-
-        It is as the recipe builds it, most often in training mode: call its `eval()` before you use it.
-
-        >>> run.model()(torch.ones(1, 3)).shape
-        torch.Size([1, 1])
-        """
-        from instep.worker.model import build_model
-
-        with importable(self.import_paths):
-            model = build_model(self.recipe.model)
-        model.load_state_dict(self.state_dict(best=best))
-        return model
-
-
-@interrupting()
-def train(
-    recipe: Recipe | None = None,
-    *,
-    team: Team | None = None,
-    out: str | os.PathLike[str] | None = None,
-    resume: str | os.PathLike[str] | None = None,
-    monitors: Iterable[Monitor] = (),
-    import_paths: Sequence[str | os.PathLike[str]] = (),
-    skip_samples: Sequence[int] = (),
-) -> Run:
-    """Trains `recipe` with `team` and returns the finished run.
-
-    >>> run = instep.train(recipe, team=team)
-    >>> run.path.name, run.result["steps"], len(run.digest)
-    ('custom', 3, 64)
-
-    recipe: what is trained; with `resume` it may be left out if the saved one can be read back.
-    team: who trains; by default one worker, or the saved team with `resume`.
-    out: the run folder to make, by default ``runs/NAME``, ``runs/NAME-2`` and so on.
-    resume: the run folder of a run to continue, exactly, with the same or another team. Schedule, watch and the
-        optimizer's argument `lr` may be others than so far: they hold from here on, see `Recipe.changes`.
-    monitors: called with every event; none by default, and nothing is printed.
-    import_paths: folders to look for the recipe's modules in, before ``sys.path``.
-    skip_samples: indices of training samples to leave out from here on, in later resumes too; their batches are then
-        smaller.
-
-    A KeyboardInterrupt ends the run after the present step, with a checkpoint, and is then raised again; a second one
-    ends it at once. So do SIGTERM, SIGHUP and what schedulers warn with, SIGUSR1, SIGUSR2 and SIGXCPU, where the
-    program leaves them alone and calls `train` from its main thread. Raises InstepError: see `instep.errors`.
+    The folder of a new run that has trained nothing is removed then: its name is free again.
     """
-    _check_arguments(recipe, team)
-    skipped = _indices(skip_samples)
-    watching, folders = monitors_of(monitors), folders_of(import_paths)
-    notices: list[str] = []
-    if resume is not None:
-        if out is not None:
-            raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
-        folder = RunFolder.open(Path(resume))
-        check_path(folder.path)
-        if _is_simulation(folder):
-            raise CheckpointError(
-                f"{folder.path} is the folder of a simulation, which cannot be resumed; train its recipe instead: "
-                f"instep train {folder.recipe_path}."
-            )
-        table, team, saved_paths = saved(folder, recipe, team, f"train(recipe, resume={str(folder.path)!r})")
-        recipe, notices = resumed(folder, recipe, table, skipped)
-        folders += saved_paths
-    else:
-        if recipe is None:
-            raise RecipeError("there is nothing to train: give a recipe, or a run to resume.")
-        team = team or Team()
-        if skipped:
-            first = Change(version=0, skip_samples=skipped)
-            recipe = dataclasses.replace(recipe, changes=(first, *recipe.changes))
-    check_team(recipe, team)
-    sent = pickled(recipe)
-    recipe_file = dumps(recipe, team)
-    if resume is None:
-        path = Path(out) if out is not None else RunFolder.claim(recipe.name)
-        folder = RunFolder.create(path, recipe_file, About(import_paths=tuple(folders)))
-    identity = identity_of(folder.path)
-    request = Request(
-        recipe=sent,
-        recipe_table=recipe.to_table(),
-        recipe_file=recipe_file,
-        fingerprint=recipe.fingerprint(),
-        team=team,
-        rule=recipe.rule,
-        engine=engine_of(recipe, team),
-        folder=folder.path.resolve(),
-        resumed=resume is not None,
-        import_paths=tuple(folders),
-        began=time.monotonic(),
-        fingerprints=recipe.fingerprints(),
-        notices=tuple(notices),
-    )
+    identity, client = identity_of(folder.path), None
     try:
-        client = _Client(folder, resume is not None)
-    except OSError as error:
-        if resume is None:
-            remove(folder.path, identity)
-        raise no_process("the supervisor of the run", error) from error
-    try:
-        client.start(recipe.threads, [*folders, *sys.path], sent)
+        client = _Client(folder, request, threads)
         with interrupting() as stop, stop.noting():
-            result = client.serve(request, watching, stop)
+            result = client.serve(monitors, stop)
     except BaseException:
         with deaf():
-            client.close()  # first, or a worker would still write there
-            if resume is None and not client.trained:
-                remove(folder.path, identity)  # nothing was trained: the name is free again
+            if client is not None:
+                client.close()  # first, or a worker would still write there
+            if not request.resumed and (client is None or not client.trained):
+                remove(folder.path, identity)
         raise
     client.close()
-    if result["interrupted"]:
-        how = folder.how_to_resume()
-        how = how if how.startswith("instep") else f"instep.train(resume={str(folder.path)!r}) or instep train {how}"
-        raise KeyboardInterrupt(f"the run ended after step {result['steps']}, and is saved; go on with {how}")
-    return Run(folder.path, result, recipe, tuple(folders))
-
-
-def _indices(given: Any) -> tuple[int, ...]:
-    """The indices of `skip_samples`. Raises RecipeError."""
-    try:
-        listed = () if isinstance(given, str | bytes | Mapping) else tuple(given)
-        if (given and not listed) or any(isinstance(index, bool) for index in listed):
-            raise TypeError
-        return tuple(map(operator.index, listed))
-    except TypeError:
-        raise RecipeError(
-            f"'skip_samples' is {shown(given)}; it must be a list of indices of samples, such as [17, 204]."
-        ) from None
-
-
-def _check_arguments(recipe: Any, team: Any) -> None:
-    for name, given, kind in (("recipe", recipe, Recipe), ("team", team, Team)):
-        if given is not None and not isinstance(given, kind):
-            raise RecipeError(
-                f"'{name}' is {shown(given)}; it must be an instep.{kind.__name__}: names and files of recipes are for "
-                f"the command, instep train."
-            )
-
-
-def monitors_of(given: Any) -> list[Monitor]:
-    """The monitors, if they can be called. Raises RecipeError."""
-    monitors: list[Any] = list(given) if isinstance(given, Iterable) else [None]
-    if any(isinstance(monitor, type) or not callable(monitor) for monitor in monitors):
-        raise RecipeError(
-            f"'monitors' is {shown(given)}; it must be a list of functions of an event: [instep.Console()]."
-        )
-    return monitors
-
-
-def folders_of(import_paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
-    """The folders `import_paths`, or the one folder, as they can be used from anywhere."""
-    several = [import_paths] if isinstance(import_paths, (str, os.PathLike)) else import_paths
-    try:
-        return [os.path.abspath(path) for path in several]
-    except FileNotFoundError:
-        raise RecipeError(
-            "'import_paths' cannot be found from the working folder, which is not there any more; change to one that "
-            "is, with os.chdir, or give absolute paths."
-        ) from None
+    return result
 
 
 class _Client:
-    """The supervisor's process, as its client sees it."""
+    """The supervisor's process, as its client sees it. Raises ResourceError where it cannot be started."""
 
-    def __init__(self, folder: RunFolder, resumed: bool):
-        self.trained, self._resumed, self._folder = False, resumed, folder
-        self._mark = uuid.uuid4().hex
+    def __init__(self, folder: RunFolder, request: Request, threads: int):
+        self.trained = False
+        self._folder, self._request = folder, request
         self._log = folder.logs / "supervisor.log"
-        self._process: subprocess.Popen[bytes] | None = None
-        open_standard_files()
-        self._channel, self._theirs = Channel.pair()
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()  # None: there are no more
         self._final: Finished | Failed | Cancelled | None = None
         self._receiver = threading.Thread(target=self._receive, name="instep-client", daemon=True)
-
-    def start(self, threads: int, path: list[str], sent: Pickled) -> None:
-        """Starts the supervisor. `path` becomes its ``sys.path``; it has the memory of `sent`."""
+        path = [*request.import_paths, *sys.path]
         try:
             with self._opened_log() as log:
-                self._process = start_process(
-                    "instep.team.agent", self._theirs.fileno(), path, threads, log, self._mark, sent
-                )
+                self._process = NewPython("instep.team.agent", path, threads, log, request.recipe)
         except OSError as error:
             raise no_process("the supervisor of the run", error) from error
-        self._theirs.close()
 
     def _opened_log(self) -> IO[bytes]:
         try:
@@ -319,31 +84,38 @@ class _Client:
         except OSError as error:
             raise disk_error(f"the log {self._log} cannot be written", error) from error
 
-    def serve(self, request: Request, monitors: list[Monitor], stop: Stop) -> dict[str, Any]:
+    def serve(self, monitors: Sequence[Monitor], stop: Stop) -> dict[str, Any]:
         """Hands events to the monitors until the run ends. Returns the result. Raises InstepError."""
-        with contextlib.suppress(OSError):  # it could not start: `_ending` says so
-            self._channel.send(request)
+        self._tell(self._request)
         self._receiver.start()
-        assert self._process is not None, "it was started"
-        stopped = Stopped(self._process.pid, request.team.answer_timeout_s)
+        watching = _Watching(monitors)
+        pressed = self._pass_on_events(watching, stop)
+        failed = None if pressed or stop.wanted else watching.failed
+        try:
+            result = self._ending()
+        except KeyboardInterrupt:
+            if failed is not None:
+                raise failed from None
+            raise
+        if failed is not None:
+            if result["interrupted"]:
+                failed.add_note(f"The run ended after the step that it was at, and is saved: {self._request.folder}.")
+            raise failed
+        return result
+
+    def _pass_on_events(self, watching: _Watching, stop: Stop) -> bool:
+        """Hands events to the monitors until no more come. Returns whether Ctrl-C was pressed, which `stop` misses."""
+        stopped = Stopped(self._process.pid, self._request.team.answer_timeout_s)
         asked = pressed = False
-        failed: Exception | None = None
-        watching = list(monitors)
         while True:
             try:
-                if (stop.wanted or pressed or failed is not None) and not asked:
+                if (stop.wanted or pressed or watching.failed is not None) and not asked:
                     asked = True
-                    with contextlib.suppress(OSError):  # it may be ending already
-                        self._channel.send(StopRun())
+                    self._tell(StopRun())
                 event = self._events.get(timeout=LOOK_S)
                 if event is None:
-                    break
-                for place, monitor in enumerate(watching):
-                    try:
-                        monitor(event)
-                    except Exception as error:  # as Ctrl-C; the others still see the end
-                        watching[place] = _deaf_monitor
-                        failed = failed or error
+                    return pressed
+                watching.see(event)
             except queue.Empty:
                 why = stopped.look()
                 if why:
@@ -353,18 +125,10 @@ class _Client:
                 if pressed or stop.terminated:
                     raise
                 pressed = True
-        interrupted = pressed or stop.wanted
-        try:
-            result = self._ending()
-        except KeyboardInterrupt:
-            if failed is not None and not interrupted:
-                raise failed from None
-            raise
-        if failed is not None and not interrupted:
-            if result["interrupted"]:
-                failed.add_note(f"The run ended after the step that it was at, and is saved: {request.folder}.")
-            raise failed
-        return result
+
+    def _tell(self, message: Request | StopRun) -> None:
+        with contextlib.suppress(OSError):  # it could not start, or is ending already: `_ending` says so
+            self._process.channel.send(message)
 
     def _ending(self) -> dict[str, Any]:
         match self._final:
@@ -374,8 +138,7 @@ class _Client:
                 raise self._final.error()
             case Cancelled():
                 raise KeyboardInterrupt
-        assert self._process is not None, "it was started"
-        status = self._wait()
+        status = self._process.wait()
         if status > 0:
             raise WorkerError(
                 f"the supervisor of the run could not start (exit status {status}); its log follows.",
@@ -388,16 +151,10 @@ class _Client:
         )
 
     def _remedy(self) -> str:
-        """What to do after the supervisor was killed. `train` removes the folder of a run that has trained nothing."""
-        if self.trained or self._resumed:
+        """What to do after the supervisor was killed. The folder of a run that has trained nothing is removed."""
+        if self.trained or self._request.resumed:
             return f"go on with {self._folder.how_to_resume()}"
         return "nothing was trained, and no folder is left of it: start the run again"
-
-    def _wait(self) -> int:
-        """The supervisor's exit status; it is killed if it does not end by itself."""
-        if self._process is None:
-            return 0
-        return ended(self._process, self._mark)
 
     def _tail(self) -> str:
         return self._log.read_text(errors="replace")[-2000:] if self._log.exists() else ""
@@ -406,7 +163,7 @@ class _Client:
         """Reads in a thread of its own, so that an interrupt never tears a message."""
         try:
             while True:
-                message: SupervisorToClient = self._channel.recv()
+                message: SupervisorToClient = self._process.channel.recv()
                 if isinstance(message, PlainEvents):
                     for event in message.events:
                         self.trained |= event["kind"] == "merged"
@@ -420,122 +177,100 @@ class _Client:
 
     def close(self) -> None:
         """Ends the supervisor if it still runs; it ends its workers."""
-        self._channel.hang_up()
-        self._theirs.close()
-        self._wait()
+        self._process.end()
         if self._receiver.is_alive():
             self._receiver.join()
-        self._channel.close()
+        self._process.channel.close()
+
+
+class _Watching:
+    """Monitors. One that raises hears no more, as after Ctrl-C; the others still see the run's end."""
+
+    def __init__(self, monitors: Sequence[Monitor]):
+        self._monitors = list(monitors)
+        self.failed: Exception | None = None
+        """What the first of them has raised."""
+
+    def see(self, event: dict[str, Any]) -> None:
+        """Hands it to each."""
+        for place, monitor in enumerate(self._monitors):
+            try:
+                monitor(event)
+            except Exception as error:
+                self._monitors[place] = _deaf_monitor
+                self.failed = self.failed or error
 
 
 def _deaf_monitor(event: dict[str, Any]) -> None:
     """In the place of a monitor that has raised."""
 
 
-def open_standard_files() -> None:
-    """Where a program has closed one of the three: else what is opened next would take its place in other processes."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
+def computed(
+    address: str,
+    recipe: Recipe,
+    arguments: tuple[Any, ...],
+    import_paths: Sequence[str],
+    monitors: Sequence[Monitor],
+    *,
+    if_killed: str,
+) -> Any:
+    """What the function at `address` gives for (recipe, *arguments), in a process as a run's workers are.
 
-
-def start_process(
-    module: str, descriptor: int, path: list[str], threads: int, log: IO[bytes], mark: str, sent: Pickled
-) -> subprocess.Popen[bytes]:
-    """Starts ``main(descriptor)`` of `module` in a new process, which prints to `log`; `path` is its sys.path.
-    It has the memory of `sent`.
-
-    What a terminal or a scheduler sends to all is for the client: the process starts with these signals blocked.
+    Raises InstepError, and at once what a monitor raises. `if_killed`: what to do where the system kills the process.
     """
-    usable = [entry for entry in path if isinstance(entry, str)]  # Python itself passes over the others
-    with blocked():
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                f"import sys; sys.path[:] = {usable!r}; from {module} import main; main({descriptor})",
-            ],
-            cwd=_working_folder(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=[descriptor, sent.descriptor],
-            env={**_environment(threads), MARK: mark},
-        )
+    sent = pickled(recipe, *arguments)
+    with contextlib.ExitStack() as stack:
+        try:
+            log = stack.enter_context(open(memory_file(), "w+b"))
+            path = [*import_paths, *sys.path]
+            process = NewPython("instep.team.child", path, recipe.threads, log, sent)
+        except OSError as error:
+            raise no_process("the process that computes", error) from error
+        try:
+            with contextlib.suppress(OSError):  # it could not start: there is no answer then
+                process.channel.send(Call(address, recipe.threads, sent))
+            while isinstance(message := _answer(process), PlainEvents):
+                for event in message.events:
+                    for monitor in monitors:
+                        monitor(event)
+            if message is None:
+                raise _ended_early(process, log, if_killed)
+        finally:
+            with deaf():
+                process.end()
+                process.channel.close()
+    match message:
+        case Finished(result):
+            return result
+        case Failed():
+            raise message.error()
+        case _:
+            assert_never(message)
 
 
-def ended(process: subprocess.Popen[bytes], mark: str) -> int:
-    """The exit status of a process of `start_process` that has been told to end, killed if it does not; what it could
-    not end itself is killed too.
-    """
+def _answer(process: NewPython) -> ChildToCaller | None:
+    """The next message of the process; None where none comes any more. Raises WorkerError where it is stopped."""
+    stopped = Stopped(process.pid, Team().answer_timeout_s, children=True)
+    while not process.channel.poll(LOOK_S):
+        why = stopped.look()
+        if why:
+            process.kill()
+            raise WorkerError(f"the process that computes {why}; start it again.")
     try:
-        status = process.wait(ENDING_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        status = process.wait()
-    if status:
-        end_marked(mark)
-    return status
+        message: ChildToCaller = process.channel.recv()
+    except (EOFError, OSError):
+        return None
+    return message
 
 
-def _working_folder() -> str | None:
-    """Where to start a process: here, or elsewhere if this folder is gone, for torch could not be loaded."""
-    try:
-        os.getcwd()
-    except OSError:
-        return "/"
-    return None
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """The supervisor's environment: what must be set before Python, numpy and torch start."""
-    caches = {}
-    try:
-        tempfile.gettempdir()
-    except FileNotFoundError:
-        if not os.access(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""), os.W_OK):
-            # Torch makes this folder as it is imported, and only runs that compile write there: one that is there.
-            caches = {"TORCHINDUCTOR_CACHE_DIR": "/proc/self"}
-    return {
-        **os.environ,
-        **caches,
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": "1",  # numpy's; its threads would have to survive the fork
-        "PYTHONHASHSEED": "0",  # the order of a set must not change a batch
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matrix products on a GPU
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # no helper processes that could outlive a worker
-    }
-
-
-def saved(
-    folder: RunFolder, recipe: Recipe | None, team: Team | None, call: str
-) -> tuple[dict[str, Any], Team, list[str]]:
-    """The table of the run's recipe, the team to go on with, and where the run found its modules.
-
-    call: of `instep`, with the recipe, for who has to give it. Raises RecipeError and CheckpointError.
-    """
-    table = read_saved(folder.recipe_path)
-    nameless = without_address(table)
-    if recipe is None and nameless is not None:
-        raise RecipeError(
-            f"the recipe of {folder.path} holds {nameless}, an object that only the program that made it has; give "
-            f"that recipe too: instep.{call}."
-        )
-    saved_team = from_table(Team, table.pop("team", {}), "team")
-    about = folder.about()
-    paths = about.import_paths if about is not None else _started(folder).get("import_paths", [])
-    return table, team or saved_team, list(paths)
-
-
-def _is_simulation(folder: RunFolder) -> bool:
-    about = folder.about()
-    return (about is not None and about.kind == "simulation") or _started(folder).get("engine") == "virtual"
-
-
-def _started(folder: RunFolder) -> dict[str, Any]:
-    """The first event of the run's tape, which tells of its start; empty where there is no tape."""
-    return next(iter(tape.read(folder.tape_path)), {}) if folder.tape_path.exists() else {}
+def _ended_early(process: NewPython, log: IO[bytes], if_killed: str) -> WorkerError:
+    status = process.wait()
+    log.seek(0)
+    how = "ended early" if status >= 0 else f"was {killed_by(status)}"
+    remedy = if_killed if -status == signal.SIGKILL else "its log follows"
+    return WorkerError(
+        f"the process that computes {how}; {remedy}.", detail=log.read().decode(errors="replace")[-4000:]
+    )
 
 
 def pickled(recipe: Recipe, *more: Any) -> Pickled:

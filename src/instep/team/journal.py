@@ -17,7 +17,7 @@ from instep.record.events import Event, RunStartedEvent, WarnedEvent, plain
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape, Told, told
 from instep.team.channel import Channel
-from instep.team.messages import Events, PlainEvents, WorkerToSupervisor, Written
+from instep.team.messages import Events, FoundWritten, PlainEvents, WorkerToSupervisor
 
 
 class ClientGone(Exception):
@@ -78,7 +78,7 @@ class Journal:
                 message: WorkerToSupervisor = pipe.recv()
                 if isinstance(message, Events):
                     self.pass_on(message.events)
-                elif isinstance(message, Written):
+                elif isinstance(message, FoundWritten):
                     found += message.names
         return found
 

@@ -171,7 +171,7 @@ class Synced:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class FoundWritten:
     """Forwards were found to write these parameters, of which nobody knew; `where` it was first."""
 
     names: Sequence[str]
@@ -179,7 +179,7 @@ class Written:
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
+class StoppedAt:
     """The server has stopped, as it was told to; the newest version that it has saved."""
 
     version: int
@@ -210,7 +210,7 @@ class Left:
 
 
 SupervisorToWorker = Agreed | Synced | Left | StopRun
-WorkerToSupervisor = Events | Ready | Digest | Sync | Written | Saved | Failed | Ended
+WorkerToSupervisor = Events | Ready | Digest | Sync | FoundWritten | StoppedAt | Failed | Ended
 
 # --------------------------------------------------------------------------------------- server and worker, on a line
 #

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from instep.errors import InstepError
-from instep.team.messages import Digest, Ended, Failed, Ready, Saved, Written
+from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
 
 
 @dataclass(frozen=True, order=True)
@@ -39,7 +39,7 @@ class Said:
     """What a process has sent."""
 
     member: Member
-    message: Ready | Digest | Written | Saved | Failed | Ended
+    message: Ready | Digest | FoundWritten | StoppedAt | Failed | Ended
 
 
 @dataclass(frozen=True)

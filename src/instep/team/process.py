@@ -27,7 +27,7 @@ from instep.record.result import Costs
 from instep.reduce.written import FirstWrite
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
-from instep.team.messages import Assignment, Digest, Ended, Failed, Written
+from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.transport.group import PeerRaised, Solo
@@ -60,7 +60,7 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
             pipe.recv()  # until the supervisor, which hears of it from another, ends this process
     except FirstWrite as found:
         session.send_events()
-        pipe.send(Written(found.names, found.where))
+        pipe.send(FoundWritten(found.names, found.where))
     except InstepError as error:
         session.send_events()
         sentence = with_saved(error.message, session.stopped_at, assignment.folder)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from instep.errors import InstepError, WorkerError
-from instep.team.messages import Digest, Ended, Failed, Ready, Saved, Written
+from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
 from instep.team.orders import (
     AskToStop,
     CancelRun,
@@ -82,7 +82,7 @@ class Roster:
         self._places: list[_Place] = []
         self._unlooked = False
         self._digests: dict[int, dict[int, str]] = {}  # by version and number
-        self._ending: Lost | Written | None = None  # why the epoch ends, until it is gone
+        self._ending: Lost | FoundWritten | None = None  # why the epoch ends, until it is gone
         self._stopping = False
         self._raised: InstepError | None = None  # by a worker of the server engine, while the server saves
 
@@ -126,7 +126,7 @@ class Roster:
 
     # What follows from an event
 
-    def _said(self, message: Ready | Digest | Written | Saved | Failed | Ended, place: _Place) -> list[Order]:
+    def _said(self, message: Ready | Digest | FoundWritten | StoppedAt | Failed | Ended, place: _Place) -> list[Order]:
         match message:
             case Ready():
                 place.facts = message.facts
@@ -136,11 +136,11 @@ class Roster:
             case Ended():
                 place.ended, place.done = message, True
                 return self._finish()
-            case Written():
+            case FoundWritten():
                 return self._end(message)
             case Failed():
                 return self._failed(message.error(), place)
-            case Saved():
+            case StoppedAt():
                 assert self._raised is not None, "the server was told to stop"
                 sentence = with_saved(self._raised.message, message.version, self._folder)
                 return self._over(FailRun(type(self._raised)(sentence, detail=self._raised.detail)))
@@ -169,7 +169,7 @@ class Roster:
                     )
         new = tuple(sorted({*facts.get("written", ())} - self.written))
         if new and self._unlooked:  # before the checkpoint that the team starts from, say
-            return self._end(Written(new, "a first forward after a stop"))
+            return self._end(FoundWritten(new, "a first forward after a stop"))
         self.going = True
         return [Go(self.epoch, tuple(place.member for place in self._places))]
 
@@ -238,7 +238,7 @@ class Roster:
             return self._over(CancelRun())
         return [] if known else [AskToStop(self.epoch)]
 
-    def _end(self, why: Lost | Written) -> list[Order]:
+    def _end(self, why: Lost | FoundWritten) -> list[Order]:
         self._ending = why
         return [EndEpoch(self.epoch)]
 
@@ -249,13 +249,13 @@ class Roster:
         orders: list[Order] = [NoteLoss(why.member, why.why)] if isinstance(why, Lost) else []
         if self._stopping:
             return [*orders, *self._over(CancelRun())]
-        if isinstance(why, Written):
+        if isinstance(why, FoundWritten):
             return self._go_back(why, gone.written)
         if (too_often := self._count_restart(why)) is not None:
             return [*orders, *self._over(FailRun(too_often))]
         return [*orders, self._start()]
 
-    def _go_back(self, found: Written, more: Sequence[str]) -> list[Order]:
+    def _go_back(self, found: FoundWritten, more: Sequence[str]) -> list[Order]:
         """A new start with what was found to be written. It is no fault of a worker's, so it counts as no restart."""
         new = sorted({*found.names, *more} - self.written)
         if not new:
