@@ -65,9 +65,7 @@ def move_and_replace(run: Path) -> None:
 def test_a_run_whose_folder_is_moved_ends_and_goes_on_where_it_lies(rule: str, replaced: bool, tmp_path: Path) -> None:
     run, moved = tmp_path / "run", tmp_path / "moved"
     act = (lambda: move_and_replace(run)) if replaced else (lambda: run.rename(moved))
-    with pytest.raises(
-        RecordError, match=f"folder {run} was moved to {moved} while .* go on .* with --resume {moved}."
-    ):
+    with pytest.raises(RecordError, match=f"folder {run} was moved to {moved} while .*; resume it from {moved}, where"):
         train_here(small(rule), TEAM, run, client=after(4, act))
     left = sorted(path.name for path in run.rglob("*")) if run.exists() else None
     assert left == (["checkpoints"] if replaced else None)
