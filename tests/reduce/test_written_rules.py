@@ -185,7 +185,10 @@ def test_a_first_write_late_is_as_if_known_from_the_start(
 @pytest.mark.parametrize("kind", quick(["forced", "teacher"], "teacher"))
 @pytest.mark.parametrize("name", ["asynchronous", "async_diloco:2,buffer=4", "delay_compensated"])
 def test_a_real_run_is_replayed_with_its_checksums(name: str, kind: str, tmp_path: Path) -> None:
-    made = recipe(writers.KINDS[kind], steps=8, rule=rule(name))
+    made = recipe(
+        writers.KINDS[kind], steps=8, rule=rule(name),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),  # of any staleness
+    )  # fmt: skip
     run = train_here(made, Team(workers=3, slow="1:3x", checkpoint_every=4), tmp_path / "run")
     found = replayed(made, run.path)
     assert found.same, found.divergence
