@@ -360,7 +360,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(training: Training) -> None:
 @pytest.mark.slow  # test_descendants.py has it with helpers to end too
 def test_a_killed_client_takes_the_run_with_it(training: Training) -> None:
     started, run = training("client", "--steps", 1000)
-    started.says("step ")
+    place = run / "tape.jsonl"
+    wait_until(lambda: place.exists() and b'"merged"' in place.read_bytes(), 60, "an update on the tape", started)
     assert started.workers() == 2
     started.process.kill()
     assert started.ends() == -signal.SIGKILL
