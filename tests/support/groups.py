@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import FileStore
 
+from instep.memory_file import memory_file
 from instep.reduce.levels import levels_of, machine_of
 from instep.transport.distributed import DistributedGroup, of_ranks
 from instep.transport.group import Group, Sizes, Solo
-from instep.transport.memory import anonymous_file, reserve
+from instep.transport.memory import reserve
 from instep.transport.shared_memory import SharedMemoryGroup, regions
 
 
@@ -66,7 +67,7 @@ class Ranks:
         self._open = ExitStack()
         self._files = []
         for team in kind.teams:
-            self._files.append(anonymous_file())
+            self._files.append(memory_file())
             self._open.callback(os.close, self._files[-1])
             if len(team) > 1:
                 reserve(self._files[-1], regions(of_ranks(sizes, team)))

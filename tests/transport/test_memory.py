@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from instep.errors import ResourceError
+from instep.memory_file import memory_file
 from instep.transport import memory
-from instep.transport.memory import Region, anonymous_file, attach, mark, reserve, wait_for
+from instep.transport.memory import Region, attach, mark, reserve, wait_for
 
 REGIONS = {
     "marks": Region((3,), "int64"),
@@ -27,7 +28,7 @@ REGIONS = {
 
 @pytest.fixture
 def descriptor() -> Any:
-    found = anonymous_file()
+    found = memory_file()
     yield found
     os.close(found)
 
@@ -87,7 +88,7 @@ def test_an_anonymous_file_leaves_nothing(named: bool, tmp_path: Path, monkeypat
         monkeypatch.delattr(os, "memfd_create", raising=False)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
-    found = anonymous_file()
+    found = memory_file()
     reserve(found, REGIONS)
     attach(found, REGIONS)["slots"][0, 0] = 1.0
     assert os.fstat(found).st_nlink == 0

@@ -128,10 +128,11 @@ def test_as_many_steps_as_there_may_be_are_begun(rule: str, tmp_path: Path) -> N
 def test_a_limit_on_the_size_of_files_is_told_as_that(tmp_path: Path) -> None:
     import resource
 
-    from instep.transport.memory import Region, anonymous_file, reserve
+    from instep.memory_file import memory_file
+    from instep.transport.memory import Region, reserve
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    descriptor = anonymous_file()
+    descriptor = memory_file()
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
     try:
         with pytest.raises(ResourceError, match=r"share 8 MiB of memory as a file .* ulimit -f, is smaller; raise it"):

@@ -11,6 +11,8 @@ import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 
+from instep.ranges import equal_ranges
+
 Levels = tuple[tuple[range, ...], ...]
 """Innermost first, the sets of ranks that add with each other; ranks of a machine are neighbours. The last is all."""
 
@@ -70,6 +72,5 @@ class Shares:
 
 def cut(count: int, shares: Shares) -> list[range]:
     """`count` blocks, or elements, in cuts by rank, whose sizes differ by at most one."""
-    size = len(shares.order)
-    found = {rank: range(i * count // size, (i + 1) * count // size) for i, rank in enumerate(shares.order)}
-    return [found[rank] for rank in range(size)]
+    found = dict(zip(shares.order, equal_ranges(count, len(shares.order)), strict=True))
+    return [range(*found[rank]) for rank in range(len(shares.order))]

@@ -7,12 +7,12 @@ of two below b - a: ``node(a, b) = node(a, m) + node(m, b)``; a leaf is one micr
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
+from instep.ranges import equal_ranges
 from instep.rules.work import Pieces, Work
 
 T = TypeVar("T")
@@ -36,8 +36,7 @@ def tree_sum(leaves: Sequence[T], add: Callable[[T, T], T]) -> T:
 def worker_ranges(count: int, workers: int) -> list[Node]:
     """`count` pieces of work as `workers` contiguous ranges whose sizes differ by at most one."""
     # Any ranges give the same bits; contiguous ones of equal size give few nodes a worker, and so few bytes to move.
-    bounds = [worker * count // workers for worker in range(workers + 1)]
-    return list(itertools.pairwise(bounds))
+    return equal_ranges(count, workers)
 
 
 def maximal_nodes(start: int, stop: int, microbatches: int) -> list[Node]:

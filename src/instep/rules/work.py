@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from instep.ranges import equal_ranges
 from instep.rules.rule import UpdateRule
 
 
@@ -114,7 +115,7 @@ class Pieces:
     @cached_property
     def _edges(self) -> tuple[int, ...]:
         """Where the ranges of a batch begin, and the last one ends."""
-        return tuple(part * self.microbatches // self.parts for part in range(self.parts + 1))
+        return (0, *(stop for _, stop in equal_ranges(self.microbatches, self.parts)))
 
     @cached_property
     def _single(self) -> int:

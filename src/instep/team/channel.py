@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any
 
-from instep.team.pickling import memory_file
+from instep.memory_file import memory_file
 
 PACKET_BYTES = 1 << 16
 """Above that a message goes as a file of memory, whose descriptor is sent: a packet arrives whole, or not at all."""

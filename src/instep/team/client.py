@@ -15,6 +15,7 @@ from typing import IO, Any, assert_never
 
 from instep.descendants import Stopped
 from instep.errors import ComponentError, InstepError, WorkerError, described, killed_by, no_process
+from instep.memory_file import memory_file
 from instep.monitors import Monitor
 from instep.recipe import Recipe, Team
 from instep.record.files import disk_error
@@ -32,7 +33,7 @@ from instep.team.messages import (
     StopRun,
     SupervisorToClient,
 )
-from instep.team.pickling import Pickled, dump, memory_file
+from instep.team.pickling import Pickled, dump
 from instep.team.signals import Stop, deaf, interrupting
 
 LOOK_S = 0.5

@@ -14,7 +14,6 @@ import mmap
 import os
 import pickle
 import sys
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from typing import Any
 import cloudpickle
 
 from instep.errors import DataError, ResourceError
+from instep.memory_file import memory_file
 from instep.team.mapped_files import FileSpan, MappedFiles
 from instep.team.plain import CONTAINERS, PlainParts, load_plain
 
@@ -122,14 +122,6 @@ def dump(value: Any) -> Pickled:
     except BaseException:
         os.close(descriptor)
         raise
-
-
-def memory_file() -> int:
-    """A descriptor of memory without a name, which no ending of processes can leave behind. Raises OSError."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("instep")
-    with tempfile.TemporaryFile() as file:  # elsewhere than on Linux: a file already unlinked
-        return os.dup(file.fileno())
 
 
 def _write(descriptor: int, view: memoryview, offset: int) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 from instep.descendants import children, end_children, reap
 from instep.errors import killed_by, no_process
+from instep.memory_file import memory_file
 from instep.team.channel import Channel, Line
 from instep.team.heartbeat import HeartbeatBoard
 from instep.team.launcher import Handle
 from instep.team.messages import Assignment, Ended, Ready, SupervisorToWorker, WorkerToSupervisor
 from instep.team.orders import Member
-from instep.transport.memory import anonymous_file
 
 
 @dataclass
@@ -77,7 +77,7 @@ class MemberProcesses:
             for _ in range(workers if serving else 0):
                 opened.append(Line.open())
             self.board = HeartbeatBoard(workers + serving)
-            self.descriptor = anonymous_file()
+            self.descriptor = memory_file()
             """Of the memory that all map."""
         except OSError as error:
             for line in opened:

@@ -7,7 +7,6 @@ import errno
 import math
 import mmap
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -34,14 +33,6 @@ class Region:
     def nbytes(self) -> int:
         """Bytes of the array, without padding."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-
-def anonymous_file() -> int:
-    """A file descriptor of memory without a name. It is inherited by forked processes."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("instep")
-    with tempfile.TemporaryFile() as file:  # elsewhere than on Linux: a file already unlinked
-        return os.dup(file.fileno())
 
 
 def reserve(descriptor: int, regions: Mapping[str, Region]) -> None:
