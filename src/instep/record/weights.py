@@ -42,12 +42,15 @@ _NAMES = {
     "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2": "F8_E5M2",
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
 }
 """The names of torch's types in a safetensors file."""
 
-_ITEM_BYTES = {"BOOL": 1, "F8_E4M3": 1, "F8_E4M3FNUZ": 1, "F8_E5M2": 1, "F8_E5M2FNUZ": 1, "BF16": 2, "C64": 8} | {
-    f"{kind}{bits}": bits // 8 for kind in "FIU" for bits in (8, 16, 32, 64) if (kind, bits) != ("F", 8)
-}
+_ITEM_BYTES = (
+    dict.fromkeys(("BOOL", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2", "F8_E5M2FNUZ", "F8_E8M0"), 1)
+    | {"BF16": 2, "C64": 8}
+    | {f"{kind}{bits}": bits // 8 for kind in "FIU" for bits in (8, 16, 32, 64) if (kind, bits) != ("F", 8)}
+)
 
 _METADATA = "__metadata__"
 
