@@ -21,7 +21,7 @@ from instep import descendants
 from instep.recipe import Recipe, Team
 from instep.record.folder import RunFolder
 from instep.rules.presets import parse as rule
-from instep.team import agent
+from instep.team import crew
 from support.harness import Client, train_here
 from support.kinds import quick
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
@@ -103,7 +103,7 @@ def recipe(*helpers: Callable[[], None], **changes: Any) -> Recipe:
 def test_a_death_is_seen_at_once_though_helpers_hold_the_pipes(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent, "GRACE_S", 0.5)  # for a worker that waits for its helper at the end
+    monkeypatch.setattr(crew, "GRACE_S", 0.5)  # for a worker that waits for its helper at the end
     pids: dict[int, int] = {}
     killed: list[tuple[int, float]] = []
 

@@ -15,7 +15,7 @@ import pytest
 
 from instep.data import Data
 from instep.recipe import Team
-from instep.team import agent
+from instep.team import crew
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard, Liveness, process_state
 from support import workloads
 from support.harness import train_here
@@ -161,7 +161,7 @@ def test_a_team_waits_for_the_one_that_writes_the_sample(tmp_path: Path, monkeyp
             time.sleep(2.5)
             return "a sample"
 
-    monkeypatch.setattr(agent, "process_state", lambda pid: ("Z", 0))
+    monkeypatch.setattr(crew, "process_state", lambda pid: ("Z", 0))
     recipe = workloads.gpt(steps=1, sample_length=1, data=lambda: Data(Sentences(40), collate=padded, codec=Slow()))
     run = train_here(recipe, Team(workers=2, answer_timeout_s=1.5, restarts=0), tmp_path / "run")
     assert run.result["sample"] == "a sample"

@@ -14,6 +14,8 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, assert_never
@@ -26,10 +28,9 @@ from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape
 from instep.team.channel import Channel
-from instep.team.heartbeat import Liveness, process_state
+from instep.team.crew import Crew, LocalCrew, Told
 from instep.team.journal import ClientGone, Journal
 from instep.team.messages import (
-    Agreed,
     Assignment,
     Cancelled,
     ClientToSupervisor,
@@ -44,7 +45,6 @@ from instep.team.messages import (
     SupervisorToClient,
     Sync,
     Synced,
-    WorkerToSupervisor,
 )
 from instep.team.orders import (
     AskToStop,
@@ -69,22 +69,15 @@ from instep.team.orders import (
     Warn,
 )
 from instep.team.outcome import result_of, start_of
-from instep.team.processes import MemberProcess, MemberProcesses, import_before_forks
+from instep.team.processes import import_before_forks
 from instep.team.roster import Roster
 from instep.team.signals import Requests
-from instep.transport.memory import reserve
 
 PATIENCE_S = 1.0
 """Seconds to wait for the lock of the run folder: the workers of a run that was killed hold it a moment longer."""
 
 LOOK_S = 0.2
 """Seconds between two looks at the workers."""
-
-GRACE_S = 10.0
-"""Seconds that workers have to leave after their last message."""
-
-SERVED_GRACE_S = 1.0
-"""Seconds that workers of the server engine have, all together: what they still compute is for nobody."""
 
 
 class Interrupted(Exception):
@@ -97,10 +90,15 @@ class Agent:
     def __init__(self, run: Request, client: Channel, requests: Requests | None = None):
         self._run, self._client, self._requests = run, client, requests or Requests()
         self._folder, self._parent = RunFolder(run.folder), os.getppid()
-        self._serving = run.engine == "server"
-        self.roster = Roster(run.team.workers, run.team.restarts, run.folder, serving=self._serving)
-        self._processes: MemberProcesses | None = None
-        self._recipe = run.recipe
+        serving = run.engine == "server"
+        self.roster = Roster(run.team.workers, run.team.restarts, run.folder, serving=serving)
+        others = children()  # which are not this run's: none, unless a program supervises by itself
+        self._local = LocalCrew(
+            run.team, others, client, serving=serving, name=self.roster.name, log_of=self._folder.log_of
+        )
+        self._crews: list[Crew] = [self._local]
+        self._facts: Mapping[str, Any] = {}  # what the team of this epoch starts from
+        self._ended: dict[int, Ended] = {}
         self._resume_from: Path | None = None
         self._found: list[str] = []  # parameters that processes told of at their end
         self._looked = 0.0
@@ -108,7 +106,6 @@ class Agent:
 
     def supervise(self) -> dict[str, Any]:
         """Trains to the end, with restarts. Returns the result. Raises InstepError, Interrupted or ClientGone."""
-        self._others = children()  # which are not this run's: none, unless a program supervises by itself
         with (
             adopting_orphans(),
             self._folder.locked(PATIENCE_S) as self._held,
@@ -157,18 +154,18 @@ class Agent:
 
     def _listen(self) -> None:
         """Waits until something happens, or it is time to look at the workers."""
-        processes = self._team
-        active = [processes[member] for member in self.roster.active]
-        sources: list[Any] = [self._client, *(p.pipe for p in active), *(p.handle.death for p in active)]
-        heard: list[Any] = wait(sources, timeout=LOOK_S)
-        if self._client in heard:
+        sources: list[Any] = [self._client, *(source for crew in self._crews for source in crew.sources())]
+        ready: list[Any] = wait(sources, timeout=LOOK_S)
+        if self._client in ready:
             self._hear_client()
         if self._requests.end or self._requests.at_once:
             self._hear(StopAsked(at_once=self._requests.at_once))
-        for process in active:
-            if process.pipe in heard or process.handle.death in heard:
-                self._hear_process(process)
-        if time.monotonic() - self._looked >= LOOK_S and self._result is None:
+        for crew in self._crews:
+            for heard in crew.hear(ready):
+                self._hear_member(crew, heard)
+                if self._result is not None:
+                    return
+        if time.monotonic() - self._looked >= LOOK_S:
             self._look()
 
     def _hear_client(self) -> None:
@@ -179,30 +176,24 @@ class Agent:
         assert isinstance(message, StopRun), f"during a run a client asks for its end alone, not {message}"
         self._hear(StopAsked())
 
-    def _hear_process(self, process: MemberProcess) -> None:
-        """All that it has said, and its death."""
-        try:
-            while process.member in self.roster.active and (message := process.receive()) is not None:
-                self._hear_message(process, message)
-        except EOFError:
-            name = self.roster.name(process.member.number)
-            log = self._folder.log_of(name.removeprefix("the "))
-            self._hear(Lost(process.member, *process.how_it_ended(name, log)))
-
-    def _hear_message(self, process: MemberProcess, message: WorkerToSupervisor) -> None:
-        match message:
+    def _hear_member(self, crew: Crew, heard: Told | Lost) -> None:
+        """What a process has sent, or that it is lost."""
+        if isinstance(heard, Lost):
+            self._hear(heard)
+            return
+        match heard.message:
             case Events(events):
                 self._journal.pass_on(events)
                 return
             case Sync():
                 self._journal.sync()
-                process.send(Synced())
+                crew.send(heard.member, Synced())
                 return
-            case Ready():
-                process.ready = message
+            case Ready(facts) if heard.member == self.roster.leader:
+                self._facts = facts
             case Ended():
-                process.ended = message
-        self._hear(Said(process.member, message))
+                self._ended[heard.member.number] = heard.message
+        self._hear(Said(heard.member, heard.message))
 
     def _look(self) -> None:
         """What no message tells."""
@@ -210,29 +201,20 @@ class Agent:
         self._held.check()
         if os.getppid() != self._parent:  # whoever it was that held the client's end of the pipe open
             raise ClientGone
-        processes = self._team
-        processes.look_for_orphans()
-        states = {m.number: process_state(processes[m].handle.pid) for m in self.roster.active}
-        found = self._liveness.look(self._looked, states)
-        if found is not None:
-            number, why = found
-            self._hear(Lost(next(m for m in self.roster.active if m.number == number), why))
+        for crew in self._crews:
+            if (lost := crew.look()) is not None:
+                self._hear(lost)
 
     def _hear(self, event: RosterEvent) -> None:
         """Tells the roster, and does what it orders."""
         waiting = deque([event])
-        if self._team.board.stop_wanted():
+        if self._local.stop_wanted():
             waiting.appendleft(StopAsked(within=True))
         while waiting:
             for order in self.roster.hear(waiting.popleft()):
                 waiting.extend(self._obey(order))
 
     # What it does
-
-    @property
-    def _team(self) -> MemberProcesses:
-        assert self._processes is not None, "a team has started"
-        return self._processes
 
     def _obey(self, order: Order) -> list[RosterEvent]:
         """Does it. Returns what the roster is to know of it. Raises the run's error, or Interrupted."""
@@ -242,13 +224,13 @@ class Agent:
             case Go():
                 self._go(order)
             case Join(member):
-                self._team[member].send(self._agreed)
+                self._local.join(member)
             case Replace():
                 self._replace(order)
             case AskToStop():
-                self._team.board.ask_to_stop()
+                self._local.ask_to_stop()
             case StopServer(server):
-                self._team[server].send(StopRun())
+                self._local.send(server, StopRun())
             case EndEpoch(epoch):
                 self._end()
                 return [EpochEnded(epoch, tuple(self._found))]
@@ -274,36 +256,24 @@ class Agent:
         self._held.check()
         meta = checkpoint.read_manifest(self._resume_from).meta if self._resume_from is not None else {}
         self.roster.hear(Resumed(order.epoch, tuple(meta.get("written", ())), bool(meta.get("unlooked"))))
-        team = self._run.team
-        self._processes = processes = MemberProcesses(team.workers, self._others, serving=self._serving)
-        with self._run.recipe.prepared() as self._recipe:
-            for member in order.members:
-                self._fork(member)
-        self._recipe = self._run.recipe
-        names = [self.roster.name(member.number) for member in order.members]
-        pids = [process.handle.pid for process in processes]
+        self._ended.clear()
         self._looked = time.monotonic()
-        self._liveness = Liveness(
-            processes.board, pids, team.answer_timeout_s, team.stall_timeout_s, names, now_s=self._looked
-        )
+        self._local.start(order.members, self._assignment(first=self._resume_from is None and order.epoch == 1))
 
-    def _fork(self, member: Member) -> None:
-        run, successor = self._run, member.incarnation > 0
-        assignment = Assignment(
-            recipe=self._recipe,
+    def _assignment(self, *, first: bool) -> Assignment:
+        run = self._run
+        return Assignment(
+            recipe=run.recipe,
             team=run.team,
             folder=run.folder,
             fingerprints=run.fingerprints or (run.fingerprint,),
-            resume_from=None if successor else self._resume_from,
+            resume_from=self._resume_from,
             began=run.began,
-            lines=self._team.lines,
-            incarnation=member.incarnation,
-            first=self._resume_from is None and not successor and member.epoch == 1,
+            first=first,
             run_id=self._run_id,
             identity=self._held.identity,
             written=tuple(sorted(self.roster.written)),
         )
-        self._team.fork(member, assignment, self._client)
 
     @property
     def _run_id(self) -> str | None:
@@ -311,52 +281,38 @@ class Agent:
 
     def _go(self, order: Go) -> None:
         """All workers have built the recipe, which is the run's from here on: gives them memory, lets them start."""
-        processes = self._team
-        lead = processes[self.roster.leader].ready
-        assert lead is not None, "all are ready"
-        self._agreed = Agreed(lead.facts, lead.memory)
-        reserve(processes.descriptor, lead.memory)
+        for crew in self._crews:
+            crew.prepare(self._facts)
         if not self._journal.started:  # a recipe that is refused leaves no trace
             write_atomically(self._folder.recipe_path, self._run.recipe_file.encode())
         again = order.epoch > 1
         resumed = self._journal.begun or again
-        self._journal.record(start_of(self._run, self._run_id, lead.facts, resumed=resumed))
+        self._journal.record(start_of(self._run, self._run_id, self._facts, resumed=resumed))
         for why in () if again else (*self._run.notices, *self._run.rule.warnings()):
             self._journal.warn(why)
-        for member in order.members:
-            processes[member].send(self._agreed)
+        for crew in self._crews:
+            crew.go()
 
     def _replace(self, order: Replace) -> None:
-        old = self._team.take_out(order.member)
-        self._found += self._journal.pass_on_the_rest(old.pipe)
-        old.close()
-        self._team[self.roster.leader].send(Left(order.member.number, order.why))
+        self._found += self._journal.pass_on_the_rest(self._local.take_out(order.member))
+        self._local.send(self.roster.leader, Left(order.member.number, order.why))
         if order.successor is not None:
-            self._fork(order.successor)
-            self._liveness.renew(order.successor.number, self._team[order.successor].handle.pid)
+            self._local.succeed(order.successor, replace(self._assignment(first=False), resume_from=None))
 
     def _end(self) -> None:
         """Ends what lives of the team, and reads the last words."""
-        if self._processes is None:
-            return
-        processes, self._processes = self._processes, None
-        processes.end()
-        try:
-            for process in processes:
-                self._found += self._journal.pass_on_the_rest(process.pipe)
-        finally:
-            processes.close()
+        for crew in self._crews:
+            crew.end()
+        for crew in self._crews:
+            self._found += self._journal.pass_on_the_rest(crew.last_words())
 
     def _finish(self, leader: Member) -> dict[str, Any]:
         """Lets the workers leave, and writes the result."""
-        processes = self._team
-        until = time.monotonic() + SERVED_GRACE_S
-        for process in processes:
-            process.handle.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
-        ended = processes[leader].ended
-        assert ended is not None, "all is done"
-        costs = [process.ended.costs for process in processes if process.ended and process.ended.costs]
-        result = result_of(self._run, self._agreed.facts, ended, costs, self.roster.restarts)
+        for crew in self._crews:
+            crew.leave()
+        ended = self._ended[leader.number]
+        costs = [each.costs for _, each in sorted(self._ended.items()) if each.costs]
+        result = result_of(self._run, self._facts, ended, costs, self.roster.restarts)
         self._held.check()
         self._folder.write_result(result)
         version, digest, interrupted = ended.progress["version"], ended.digest, ended.interrupted

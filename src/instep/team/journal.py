@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +67,18 @@ class Journal:
         except (BrokenPipeError, ConnectionResetError):
             raise ClientGone from None
 
-    def pass_on_the_rest(self, pipe: Channel) -> Sequence[str]:
-        """What a process told before its end belongs on the tape: a checkpoint may hold those very steps.
+    def pass_on_the_rest(self, words: Iterable[WorkerToSupervisor]) -> Sequence[str]:
+        """What processes told before their end belongs on the tape: a checkpoint may hold those very steps.
 
-        Returns the parameters that it told its forwards to write.
+        Returns the parameters that they told their forwards to write.
         """
         found: list[str] = []
-        with contextlib.suppress(EOFError, OSError, ClientGone):
-            while pipe.poll():
-                message: WorkerToSupervisor = pipe.recv()
-                if isinstance(message, Events):
+        for message in words:
+            if isinstance(message, Events):
+                with contextlib.suppress(ClientGone):
                     self.pass_on(message.events)
-                elif isinstance(message, FoundWritten):
-                    found += message.names
+            elif isinstance(message, FoundWritten):
+                found += message.names
         return found
 
     def sync(self) -> None:

@@ -17,19 +17,18 @@ from instep.memory_file import memory_file
 from instep.team.channel import Channel, Line
 from instep.team.heartbeat import HeartbeatBoard
 from instep.team.launcher import Handle
-from instep.team.messages import Assignment, Ended, Ready, SupervisorToWorker, WorkerToSupervisor
+from instep.team.messages import Assignment, Ready, SupervisorToWorker, WorkerToSupervisor
 from instep.team.orders import Member
 
 
 @dataclass
 class MemberProcess:
-    """A member's process, as the agent sees it. `ready` and `ended`: what it has said."""
+    """A member's process, as the agent sees it. `ready`: what it has said."""
 
     member: Member
     handle: Handle
     pipe: Channel
     ready: Ready | None = None
-    ended: Ended | None = None
 
     def send(self, message: SupervisorToWorker) -> None:
         """Sends a message; nothing where it is dead, as will be seen."""

@@ -1,0 +1,234 @@
+"""The processes of a team on one host, over all its epochs, as whoever decides for the team sees them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from instep.recipe import Team
+from instep.team.channel import Channel
+from instep.team.heartbeat import Liveness, process_state
+from instep.team.messages import (
+    Agreed,
+    Assignment,
+    Ended,
+    Failed,
+    FoundWritten,
+    Ready,
+    StoppedAt,
+    SupervisorToWorker,
+    WorkerToSupervisor,
+)
+from instep.team.orders import Lost, Member
+from instep.team.processes import MemberProcess, MemberProcesses
+from instep.transport.memory import reserve
+
+GRACE_S = 10.0
+"""Seconds that workers have to leave after their last message."""
+
+SERVED_GRACE_S = 1.0
+"""Seconds that workers of the server engine have, all together: what they still compute is for nobody."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a member has sent."""
+
+    member: Member
+    message: WorkerToSupervisor
+
+
+class Crew(Protocol):
+    """One host's. Between `start` and `end` it has an epoch's members; its methods may raise ResourceError."""
+
+    def start(self, members: Collection[Member], assignment: Assignment) -> None:
+        """Starts the processes of an epoch, without a recipe's code in this one."""
+
+    def prepare(self, facts: Mapping[str, Any]) -> None:
+        """All members of the team are ready, with these `facts`: makes room for what those of the host share."""
+
+    def go(self) -> None:
+        """Lets them begin."""
+
+    def send(self, member: Member, message: SupervisorToWorker) -> None:
+        """Sends a member a message; nothing where it is dead, as will be heard."""
+
+    def sources(self) -> list[Any]:
+        """What to wait for, with `multiprocessing.connection.wait`."""
+
+    def hear(self, ready: Collection[Any]) -> Iterator[Told | Lost]:
+        """What is heard of those of the `sources` that are ready."""
+
+    def look(self) -> Lost | None:
+        """What no message tells: the first member that is lost in silence."""
+
+    def leave(self) -> None:
+        """Waits a while for those that have said their last word to end by themselves."""
+
+    def end(self) -> None:
+        """Ends all of an epoch at once; `last_words` must follow."""
+
+    def last_words(self) -> Iterator[WorkerToSupervisor]:
+        """What they had told before their end, unheard so far."""
+
+
+class LocalCrew:
+    """Those of this machine, forked from this process.
+
+    team: its fields, and how many all hosts have. others: children of this process that are not the run's. client: what
+    the members do not need. name: what a member is called in a sentence; log_of: where it prints.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        others: set[int],
+        client: Channel,
+        *,
+        serving: bool,
+        name: Callable[[int], str],
+        log_of: Callable[[str], Path],
+    ):
+        self._team, self._others, self._client, self._serving = team, others, client, serving
+        self._name, self._log_of = name, log_of
+        self._processes: MemberProcesses | None = None
+        self._done: set[Member] = set()
+
+    def start(self, members: Collection[Member], assignment: Assignment) -> None:
+        self._processes = processes = MemberProcesses(self._team.workers, self._others, serving=self._serving)
+        self._done.clear()
+        with assignment.recipe.prepared() as recipe:
+            for member in members:
+                self._fork(member, replace(assignment, recipe=recipe))
+        count = self._team.workers + self._serving
+        pids = {process.member.number: process.handle.pid for process in processes}
+        self._liveness = Liveness(
+            processes.board,
+            [pids.get(number, 0) for number in range(count)],
+            self._team.answer_timeout_s,
+            self._team.stall_timeout_s,
+            [self._name(number) for number in range(count)],
+            now_s=time.monotonic(),
+        )
+
+    def _fork(self, member: Member, assignment: Assignment) -> None:
+        own = replace(assignment, lines=self.processes.lines, incarnation=member.incarnation)
+        self.processes.fork(member, own, self._client)
+
+    def prepare(self, facts: Mapping[str, Any]) -> None:
+        lead = list(self.processes)[-1 if self._serving else 0].ready
+        assert lead is not None, "all are ready"
+        self._agreed = Agreed(facts, lead.memory)
+        reserve(self.processes.descriptor, lead.memory)
+
+    def go(self) -> None:
+        for process in self.processes:
+            process.send(self._agreed)
+
+    def join(self, member: Member) -> None:
+        """A successor is ready: lets it begin with the others, who go on."""
+        self.send(member, self._agreed)
+
+    def send(self, member: Member, message: SupervisorToWorker) -> None:
+        self.processes[member].send(message)
+
+    def sources(self) -> list[Any]:
+        waiting = [process for process in self._processes or () if process.member not in self._done]
+        return [*(process.pipe for process in waiting), *(process.handle.death for process in waiting)]
+
+    def hear(self, ready: Collection[Any]) -> Iterator[Told | Lost]:
+        processes = self._processes
+        for process in list(processes or ()):
+            if process.pipe in ready or process.handle.death in ready:
+                yield from self._hear_one(processes, process)
+
+    def _hear_one(self, processes: MemberProcesses | None, process: MemberProcess) -> Iterator[Told | Lost]:
+        """All that it has said, and its death. Whoever hears it may end the epoch or take the member out meanwhile."""
+        member = process.member
+        try:
+            while processes and self._processes is processes and process in processes and member not in self._done:
+                message = process.receive()
+                if message is None:
+                    return
+                if isinstance(message, Ready):
+                    process.ready = message
+                elif isinstance(message, Ended | Failed | FoundWritten | StoppedAt):
+                    self._done.add(member)
+                yield Told(member, message)
+        except EOFError:
+            yield self._lost(process)
+
+    def _lost(self, process: MemberProcess) -> Lost:
+        self._done.add(process.member)
+        name = self._name(process.member.number)
+        return Lost(process.member, *process.how_it_ended(name, self._log_of(name.removeprefix("the "))))
+
+    def look(self) -> Lost | None:
+        if self._processes is None:
+            return None
+        self._processes.look_for_orphans()
+        waiting = {p.member.number: p for p in self._processes if p.member not in self._done}
+        states = {number: process_state(process.handle.pid) for number, process in waiting.items()}
+        found = self._liveness.look(time.monotonic(), states)
+        if found is None:
+            return None
+        number, why = found
+        self._done.add(waiting[number].member)
+        return Lost(waiting[number].member, why)
+
+    @property
+    def processes(self) -> MemberProcesses:
+        """Those of the present epoch."""
+        assert self._processes is not None, "a team has started"
+        return self._processes
+
+    def ask_to_stop(self) -> None:
+        """Asks for an end after the present step, with a checkpoint."""
+        self.processes.board.ask_to_stop()
+
+    def stop_wanted(self) -> bool:
+        """Whether that was asked for, by one of the members too."""
+        return self._processes is not None and self._processes.board.stop_wanted()
+
+    def take_out(self, member: Member) -> list[WorkerToSupervisor]:
+        """Ends what is left of a member that was lost. Returns its last words."""
+        old = self.processes.take_out(member)
+        words = list(_rest(old.pipe))
+        old.close()
+        return words
+
+    def succeed(self, successor: Member, assignment: Assignment) -> None:
+        """Starts the successor of a member that was taken out."""
+        self._fork(successor, assignment)
+        self._liveness.renew(successor.number, self.processes[successor].handle.pid)
+
+    def leave(self) -> None:
+        until = time.monotonic() + SERVED_GRACE_S
+        for process in self.processes:
+            process.handle.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
+
+    def end(self) -> None:
+        if self._processes is not None:
+            self._processes.end()
+
+    def last_words(self) -> Iterator[WorkerToSupervisor]:
+        if self._processes is None:
+            return
+        processes, self._processes = self._processes, None
+        try:
+            for process in processes:
+                yield from _rest(process.pipe)
+        finally:
+            processes.close()
+
+
+def _rest(pipe: Channel) -> Iterator[WorkerToSupervisor]:
+    """What has arrived there from a process that has ended."""
+    with contextlib.suppress(EOFError, OSError):
+        while pipe.poll():
+            message: WorkerToSupervisor = pipe.recv()
+            yield message
