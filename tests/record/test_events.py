@@ -112,4 +112,4 @@ def test_an_event_is_the_same_on_the_other_side_of_a_pipe_and_fields_not_set_are
 def test_the_table_of_events_in_the_documentation_is_the_one_that_the_code_makes() -> None:
     told = (ROOT / "docs" / "record.md").read_text()
     assert schema.documented() in told, "renew it with: python -m instep.record.schema"
-    assert set(schema.shapes()) == {structure.kind for structure in TYPES}
+    assert set(schema.by_kind()) == {structure.kind for structure in TYPES}

@@ -28,21 +28,7 @@ from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.ledger_state import ledger_state
 from instep.rules.work import Pieces
-from instep.team.messages import (
-    Compute,
-    Ended,
-    Hello,
-    Left,
-    NoMore,
-    Pushed,
-    ServerToWorker,
-    StoppedAt,
-    StopRun,
-    SupervisorToWorker,
-    Sync,
-    Synced,
-    WorkerToServer,
-)
+from instep.team import messages
 from instep.worker.activation_memory import fit_memory
 from instep.worker.contribution import Arrived, Facts, Vectors
 from instep.worker.evaluation import batches_held_out, evaluate_alone
@@ -74,12 +60,12 @@ def contribute(session: Session, descriptor: int) -> None:
     weights, vectors = server_memory(descriptor, agreed.memory)
     slowness = slowness_of(session)
     line, own = assignment.lines[worker].worker, assignment.incarnation
-    line.send(Hello(own, os.getpid(), socket.gethostname()))
+    line.send(messages.Hello(own, os.getpid(), socket.gethostname()))
     while True:
         session.heartbeat.waiting(True)
-        message: ServerToWorker = line.recv()
+        message: messages.ServerToWorker = line.recv()
         session.heartbeat.waiting(False)
-        if isinstance(message, NoMore):
+        if isinstance(message, messages.NoMore):
             break
         if message.incarnation != own:
             continue  # it was meant for the process that had this place before
@@ -90,8 +76,8 @@ def contribute(session: Session, descriptor: int) -> None:
         found = contributor.compute(work, weights[message.slot], vectors[worker], message.off)
         if slowness > 1:
             time.sleep((slowness - 1) * (session.clock() - from_s))
-        line.send(Pushed(own, found, from_s, session.clock(), replica.verified()))
-    session.pipe.send(Ended())
+        line.send(messages.Pushed(own, found, from_s, session.clock(), replica.verified()))
+    session.pipe.send(messages.Ended())
 
 
 def serve(session: Session, descriptor: int) -> None:
@@ -168,7 +154,7 @@ class _Server:
         self._held_out = batches_held_out(replica)
         recipe, team = session.recipe, session.assignment.team
         self._milestones = Milestones(recipe.steps, recipe.evaluate_every, team.checkpoint_every)
-        self._heard: deque[SupervisorToWorker] = deque()  # from the supervisor, not yet acted on
+        self._heard: deque[messages.SupervisorToWorker] = deque()  # from the supervisor, not yet acted on
         self._waiting: set[int] = set()
         self._begun = False
         self._told_to_stop = False  # since a worker's code has raised
@@ -203,11 +189,11 @@ class _Server:
             session.send_events(held=True)
         if self._told_to_stop and not self._over:
             self.stop()
-            session.pipe.send(StoppedAt(session.saved_version))
+            session.pipe.send(messages.StoppedAt(session.saved_version))
             return
         interrupted = not self._over
         for line in self._lines:  # those too who come late
-            line.send(NoMore())
+            line.send(messages.NoMore())
         self._save(looked=self._ledger.finished)
         if not interrupted:
             self._milestones.ended(self._progress, self._evaluate, lambda: session.mark_best(self._progress))
@@ -215,7 +201,7 @@ class _Server:
         left = {} if interrupted else session.leave()
         session.send_events()
         costs = self._tally.result(self._ledger.delays.longest)
-        session.pipe.send(Ended(asdict(self._progress), digest, interrupted, left, costs))
+        session.pipe.send(messages.Ended(asdict(self._progress), digest, interrupted, left, costs))
 
     @property
     def _over(self) -> bool:
@@ -229,17 +215,17 @@ class _Server:
             session.send_events()
         session.stopped_at = session.saved_version
 
-    def _hear(self, worker: int, message: WorkerToServer) -> None:
+    def _hear(self, worker: int, message: messages.WorkerToServer) -> None:
         if message.incarnation != self._incarnations[worker]:
             return  # a last word of a process that has been replaced
         match message:
-            case Hello():
+            case messages.Hello():
                 self._session.emit(events.JoinedEvent(worker=worker, pid=message.pid, host=message.host))
                 self._tally.joined(worker)
                 self._waiting.add(worker)
                 if self._begun or len(self._waiting) == len(self._lines):
                     self._begin()
-            case Pushed():
+            case messages.Pushed():
                 self._pushed(worker, message)
             case _:
                 assert_never(message)
@@ -252,11 +238,11 @@ class _Server:
             self._obey(self._ledger.joined(worker, self._session.clock()))
         self._waiting.clear()
 
-    def _hear_supervisor(self, message: SupervisorToWorker) -> None:
+    def _hear_supervisor(self, message: messages.SupervisorToWorker) -> None:
         match message:
-            case StopRun():
+            case messages.StopRun():
                 self._told_to_stop = True
-            case Left(worker, why):
+            case messages.Left(worker, why):
                 self._incarnations[worker] += 1
                 self._session.emit(events.LeftEvent(worker=worker, why=why))
                 self._tally.left(worker)
@@ -266,7 +252,7 @@ class _Server:
             case _:
                 raise AssertionError(f"the server has asked for nothing that {message} answers")
 
-    def _pushed(self, worker: int, pushed: Pushed) -> None:
+    def _pushed(self, worker: int, pushed: messages.Pushed) -> None:
         ledger, facts, from_s, to_s = self._ledger, pushed.facts, pushed.from_s, pushed.to_s
         seq, piece, base = ledger.next_seq, *ledger.in_hand(worker)
         work, vectors = ledger.pieces.work(piece), self._vectors[worker]
@@ -317,7 +303,7 @@ class _Server:
         self._tally.released(worker, lead, self._merger.pack.size_bytes)
         slot = self._published.slot_of(action.version)
         off = tuple(self._replica.trainable.off)
-        self._lines[worker].send(Compute(self._incarnations[worker], action.piece, slot, off, action.version))
+        self._lines[worker].send(messages.Compute(self._incarnations[worker], action.piece, slot, off, action.version))
 
     def _merge(self, action: Merge) -> None:
         self._replica.doing = f"making update {action.version}"
@@ -377,8 +363,8 @@ class _Server:
     def _sync_tape(self) -> None:
         """Whoever is killed now, no checkpoint holds updates that the tape lacks: no replay could make them."""
         self._session.send_events()
-        self._session.pipe.send(Sync())
-        while not isinstance(message := self._session.pipe.recv(), Synced):
+        self._session.pipe.send(messages.Sync())
+        while not isinstance(message := self._session.pipe.recv(), messages.Synced):
             self._heard.append(message)
 
     def _save(self, *, looked: bool = True) -> None:

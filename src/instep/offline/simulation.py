@@ -25,24 +25,9 @@ from instep.offline.replayer import Replayer, state_of
 from instep.offline.schedule import SimulatedRun
 from instep.offline.schedule import simulate as schedule
 from instep.recipe import Recipe, Team, dumps
-from instep.record import checkpoint
+from instep.record import checkpoint, events
 from instep.record.blocks import BlockTape
 from instep.record.digest import digest_of_state
-from instep.record.events import (
-    SCHEMA,
-    DroppedEvent,
-    EvaluatedEvent,
-    Event,
-    LeftEvent,
-    MergedByServerEvent,
-    MergedOnClockEvent,
-    PushedToServerEvent,
-    ReleasedEvent,
-    RunEndedEvent,
-    RunStartedEvent,
-    WarnedEvent,
-    plain,
-)
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.held import Held
@@ -64,7 +49,10 @@ _NO_END = (
     "before any objective is known; set watch.spike to 'warn' or 'skip' and leave watch.patience out, or train."
 )
 
-_TOLD = (RunStartedEvent, MergedByServerEvent, EvaluatedEvent, RunEndedEvent, LeftEvent, WarnedEvent)
+_TOLD = (
+    events.RunStartedEvent, events.MergedByServerEvent, events.EvaluatedEvent, events.RunEndedEvent, events.LeftEvent,
+    events.WarnedEvent,
+)  # fmt: skip
 """What is handed on at once."""
 
 MEASURED = 5
@@ -121,7 +109,7 @@ class _Simulation:
             self._tape = BlockTape(self._tape)
         self._replica = self._replayer.merger.replica
         self._progress, self._milestones = Progress(), Milestones(recipe.steps, recipe.evaluate_every)
-        self._events: list[Event] = []
+        self._events: list[events.Event] = []
 
     def run(self, began: float) -> dict[str, Any]:
         recipe, cluster = self._recipe, self._cluster
@@ -136,7 +124,7 @@ class _Simulation:
         weights_bytes = self._replayer.merger.pack.size_bytes
         self._start(microbatch_s)
         for why in [*doubts, *(self._replica.doubts() if self._gradients else ())]:
-            self._emit(WarnedEvent(clock="virtual", why=why))
+            self._emit(events.WarnedEvent(clock="virtual", why=why))
         on_event = self._emit if self._tape is not None else None  # without gradients there is nothing to wait for
         if self._gradients:
             on_event = self._note
@@ -171,37 +159,37 @@ class _Simulation:
         self._replayer.merger.pack.save(self._replayer.merger.pack.empty())
         return statistics.median(found[1:]), 2 * (time.monotonic() - began)
 
-    def _note(self, event: Event) -> None:
+    def _note(self, event: events.Event) -> None:
         if event.kind != "computed" or self._tape is not None:
             self._events.append(event)
 
-    def _live(self, event: Event) -> None:
+    def _live(self, event: events.Event) -> None:
         """Computes what an event stands for, if gradients are wanted, and hands it on."""
         before = self._progress.steps
         self._emit(self._computed(event) if self._gradients else event)
         if self._milestones.evaluates(before, self._progress.steps):
             self._evaluate(self._progress.version, event.t_s)
 
-    def _computed(self, event: Event) -> Event:
+    def _computed(self, event: events.Event) -> events.Event:
         """The event with what its gradients tell."""
         replayer = self._replayer
         match event:
-            case LeftEvent():
+            case events.LeftEvent():
                 replayer.left(event.worker)
-            case ReleasedEvent():
+            case events.ReleasedEvent():
                 replayer.released(event.worker, event.piece, event.version)
-            case PushedToServerEvent():
+            case events.PushedToServerEvent():
                 replayer.pushed(event.seq, event.worker)
                 items = replayer.waiting[event.seq]  # fewer than expected where a local step is left out
                 checksum = UNSET if self._tape is None else replayer.checksum(event.seq)
                 return replace(event, items=items, checksum=checksum)
-            case DroppedEvent():
+            case events.DroppedEvent():
                 replayer.dropped(event.seq)
-            case MergedOnClockEvent():
+            case events.MergedOnClockEvent():
                 return self._merge(event)
         return event
 
-    def _merge(self, event: MergedOnClockEvent) -> Event:
+    def _merge(self, event: events.MergedOnClockEvent) -> events.Event:
         rule, staleness, weights = self._recipe.rule, event.staleness, event.weights
         seqs = [each.seq for each in event.contributions if each.seq is not UNSET]
         if not rule.gradients:
@@ -211,10 +199,10 @@ class _Simulation:
         update = self._replayer.merged(event.version, {seq: (weight, old) for seq, weight, old in parts})
         done = self._replayer.merger.microbatches // self._pieces.microbatches
         for why in filter(None, (update.verdict.why, *update.doubts)):
-            self._emit(WarnedEvent(t_s=event.t_s, clock="virtual", why=why))
+            self._emit(events.WarnedEvent(t_s=event.t_s, clock="virtual", why=why))
         self._progress.merged(version=event.version, steps=done, items=update.items, objective=update.objective)
         update.verdict.note(self._progress)
-        return MergedByServerEvent(
+        return events.MergedByServerEvent(
             t_s=event.t_s, clock="virtual", version=event.version, step=done, contributions=event.contributions,
             weights=weights, staleness=staleness, **update.facts(),
             checksum=UNSET if self._tape is None else self._replayer.merger.checksum(),
@@ -225,9 +213,9 @@ class _Simulation:
         if found is None:
             return
         self._progress.held_out = found.facts(version, self._replica)
-        self._emit(EvaluatedEvent(t_s=t_s, clock="virtual", **self._progress.held_out))
+        self._emit(events.EvaluatedEvent(t_s=t_s, clock="virtual", **self._progress.held_out))
         for why in filter(None, (found.problem(version), *found.doubts)):
-            self._emit(WarnedEvent(t_s=t_s, clock="virtual", why=why))
+            self._emit(events.WarnedEvent(t_s=t_s, clock="virtual", why=why))
 
     def _start(self, microbatch_s: float) -> None:
         recipe, data = self._recipe, self._replica.data
@@ -235,8 +223,8 @@ class _Simulation:
         if self._folder is not None:
             write_atomically(self._folder.recipe_path, dumps(recipe, team).encode())
         self._emit(
-            RunStartedEvent(
-                clock="virtual", schema=SCHEMA, folder=str(self._folder.path) if self._folder else "",
+            events.RunStartedEvent(
+                clock="virtual", schema=events.SCHEMA, folder=str(self._folder.path) if self._folder else "",
                 recipe=recipe.to_table(), team=to_table(team), fingerprint=recipe.fingerprint(),
                 data_digest=digest(data), samples=len(data.train), parameters=self._replica.size, version=0, step=0,
                 steps=recipe.steps, resumed=False, engine="virtual", cut=self._cluster.workers, libraries={},
@@ -245,7 +233,7 @@ class _Simulation:
             )
         )  # fmt: skip
         for why in recipe.rule.warnings():
-            self._emit(WarnedEvent(clock="virtual", why=why))
+            self._emit(events.WarnedEvent(clock="virtual", why=why))
 
     def _end(self, found: SimulatedRun, scheduled_s: float, took_s: float) -> dict[str, Any]:
         digest, progress = None, self._progress
@@ -293,20 +281,20 @@ class _Simulation:
         if self._folder is not None:
             self._folder.write_result(result)
         self._emit(
-            RunEndedEvent(
+            events.RunEndedEvent(
                 t_s=found.wall_s, clock="virtual", version=found.versions, digest=digest, result=result,
                 interrupted=False,
             )
         )  # fmt: skip
         return result
 
-    def _emit(self, event: Event) -> None:
+    def _emit(self, event: events.Event) -> None:
         if isinstance(self._tape, BlockTape):
             self._tape.write(event)
         elif self._tape is not None:
-            self._tape.write(plain(event))
+            self._tape.write(events.plain(event))
         if isinstance(event, _TOLD):
-            self._tell(plain(event))
+            self._tell(events.plain(event))
 
 
 def _slow(text: str) -> Any:

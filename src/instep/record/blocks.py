@@ -21,18 +21,7 @@ from msgspec.structs import astuple
 from numpy.typing import NDArray
 
 from instep.errors import RecordError, shown
-from instep.record.events import (
-    BlockEvent,
-    ComputedEvent,
-    DroppedEvent,
-    Event,
-    JoinedEvent,
-    LeftEvent,
-    MergedOnClockEvent,
-    PushedToServerEvent,
-    ReleasedEvent,
-    plain,
-)
+from instep.record.events import QUIET, BlockEvent, Event, plain
 from instep.record.files import disk_error
 
 if TYPE_CHECKING:
@@ -41,9 +30,7 @@ if TYPE_CHECKING:
 SIZE = 1 << 16
 """Events of a block, at most."""
 
-_IN_BLOCKS = frozenset(
-    (JoinedEvent, ReleasedEvent, ComputedEvent, PushedToServerEvent, MergedOnClockEvent, DroppedEvent, LeftEvent)
-)
+_IN_BLOCKS = QUIET | {"joined", "left"}
 _NAME = re.compile(r"tape/\d{6}\.npz")
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -60,7 +47,7 @@ class BlockTape:
 
     def write(self, event: Event) -> None:
         """Adds an event."""
-        if type(event) in _IN_BLOCKS:
+        if event.kind in _IN_BLOCKS:
             self._events.append(event)
             if len(self._events) == SIZE:
                 self._write_block()

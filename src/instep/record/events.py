@@ -10,7 +10,7 @@ A reader meets tapes of other versions too: it gets plain tables, and passes ove
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypedDict
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypedDict, TypeVar
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import astuple
@@ -19,12 +19,12 @@ SCHEMA = 2
 """The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
 
 
-def _is(meaning: str) -> Meta:
-    return Meta(description=meaning)
+def _is(meaning: str, where: str | None = None) -> Meta:
+    """`where`: when a field is there that need not be."""
+    return Meta(description=meaning, extra=None if where is None else {"where": where})
 
 
 def _where(condition: str) -> Meta:
-    """When a field is there that need not be."""
     return Meta(extra={"where": condition})
 
 
@@ -33,6 +33,9 @@ def _has(wanted: Any) -> Meta:
     return Meta(extra={"has": wanted})
 
 
+_Given = TypeVar("_Given")
+Maybe: TypeAlias = _Given | UnsetType
+"""What need not be there."""
 Count = Annotated[int, Meta(ge=0)]
 Counted = Annotated[int, Meta(ge=1)]
 """Of what there is at least one."""
@@ -83,7 +86,7 @@ class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
 
     schema: Annotated[int, _is("the version of the events' fields and of what they mean")]
     folder: Annotated[str, _is("the run folder, empty for none")]
-    run: Annotated[str | None, _is("the run's id"), _where("not in a simulation")] | UnsetType = UNSET
+    run: Maybe[Annotated[str | None, _is("the run's id", where="not in a simulation")]] = UNSET
     recipe: Annotated[dict[str, Any], _is("the resolved recipe")]
     team: Annotated[dict[str, Any], _is("the resolved team"), _has(_Team)]
     fingerprint: Annotated[str, _is("of the recipe")]
@@ -93,23 +96,15 @@ class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
     cut: Annotated[int, Meta(ge=1, le=1 << 24), _is("pieces that a global batch is cut into")]
     parameters: Annotated[Count, _is("trainable weights")]
     version: Version
-    digest: (
-        Annotated[str | None, _is("of the weights that it starts from"), _where("not in a simulation")] | UnsetType
-    ) = UNSET
+    digest: Maybe[Annotated[str | None, _is("of the weights that it starts from", where="not in a simulation")]] = UNSET
     step: Annotated[Count, _is("global batches done")]
     steps: Annotated[Counted, _is("global batches of the run")]
     resumed: Annotated[bool, _is("whether anything was done before")]
     libraries: Annotated[dict[str, str], _is("versions by name")]
     import_paths: Annotated[list[str], _is("folders where the recipe's modules are looked for")]
-    microbatch_s: Annotated[Seconds | None, _is("of a microbatch, measured"), _where("in a simulation")] | UnsetType = (
-        UNSET
-    )
-    batched: Annotated[bool, _is("whether gradients are computed together"), _where("in a simulation")] | UnsetType = (
-        UNSET
-    )
-    written: Annotated[list[str], _is("parameters"), _where("where forwards are known to write any")] | UnsetType = (
-        UNSET
-    )
+    microbatch_s: Maybe[Annotated[Seconds | None, _is("of a microbatch, measured", where="in a simulation")]] = UNSET
+    batched: Maybe[Annotated[bool, _is("whether gradients are computed together", where="in a simulation")]] = UNSET
+    written: Maybe[Annotated[list[str], _is("parameters", where="where forwards are known to write any")]] = UNSET
 
 
 class JoinedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -118,8 +113,8 @@ class JoinedEvent(Event, frozen=True, kw_only=True, gc=False):
     kind = "joined"
 
     worker: Worker
-    pid: Annotated[Count, _is("its process"), _where("not in a simulation")] | UnsetType = UNSET
-    host: Annotated[str, _is("its machine"), _where("not in a simulation")] | UnsetType = UNSET
+    pid: Maybe[Annotated[Count, _is("its process", where="not in a simulation")]] = UNSET
+    host: Maybe[Annotated[str, _is("its machine", where="not in a simulation")]] = UNSET
 
 
 class ReleasedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -131,7 +126,7 @@ class ReleasedEvent(Event, frozen=True, kw_only=True, gc=False):
     worker: Worker
     version: Base
     piece: Piece
-    lead: Annotated[Count, _is("rounds that it is ahead"), _where("not in a simulation")] | UnsetType = UNSET
+    lead: Maybe[Annotated[Count, _is("rounds that it is ahead", where="not in a simulation")]] = UNSET
 
 
 class ComputedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -141,15 +136,13 @@ class ComputedEvent(Event, frozen=True, kw_only=True, gc=False):
 
     worker: Worker
     version: Base
-    piece: Annotated[Piece, _where("in a simulation")] | UnsetType = UNSET
+    piece: Maybe[Annotated[Piece, _where("in a simulation")]] = UNSET
     from_s: Annotated[Seconds, _is("its begin")]
     to_s: Annotated[Seconds, _is("its end")]
-    batch: Annotated[Batch, _where("not in lockstep")] | UnsetType = UNSET
-    local_steps: Annotated[LocalSteps, _where("not in lockstep")] | UnsetType = UNSET
+    batch: Maybe[Annotated[Batch, _where("not in lockstep")]] = UNSET
+    local_steps: Maybe[Annotated[LocalSteps, _where("not in lockstep")]] = UNSET
     microbatches: Microbatches
-    verify_s: Annotated[Seconds, _is("spent on it"), _where("where recomputed values were compared")] | UnsetType = (
-        UNSET
-    )
+    verify_s: Maybe[Annotated[Seconds, _is("spent on it", where="where recomputed values were compared")]] = UNSET
 
 
 class PushedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -179,18 +172,18 @@ class PushedToServerEvent(Event, frozen=True, kw_only=True, gc=False):
     microbatches: Microbatches
     items: Items
     bytes: Bytes
-    checksum: Annotated[Checksum, _where("not without gradients")] | UnsetType = UNSET
+    checksum: Maybe[Annotated[Checksum, _where("not without gradients")]] = UNSET
 
 
 class MergedContribution(Struct, frozen=True, kw_only=True, gc=False):
     """A part of an update."""
 
-    seq: Annotated[Seq, _where("not in lockstep")] | UnsetType = UNSET
+    seq: Maybe[Annotated[Seq, _where("not in lockstep")]] = UNSET
     worker: Worker
     version: Base
-    piece: Annotated[Piece, _where("not in lockstep")] | UnsetType = UNSET
-    items: Annotated[Items, _where("in a simulation")] | UnsetType = UNSET
-    microbatches: Annotated[Microbatches, _where("in lockstep")] | UnsetType = UNSET
+    piece: Maybe[Annotated[Piece, _where("not in lockstep")]] = UNSET
+    items: Maybe[Annotated[Items, _where("in a simulation")]] = UNSET
+    microbatches: Maybe[Annotated[Microbatches, _where("in lockstep")]] = UNSET
 
 
 Contributions = Annotated[list[MergedContribution], _is("in the order in which they are added")]
@@ -201,8 +194,8 @@ Objective = Annotated[Figure, _is("null where it has no items, as at the ragged 
 Rate = Annotated[Figure, _is("the first group's learning rate, null where the optimizer has none")]
 Norm = Annotated[Figure, _is("of the gradient or delta, before clipping")]
 TrainSeconds = Annotated[Seconds, _is("in steps so far")]
-Spike = Annotated[str, _is("the watch's answer"), _where("where it is one")]
-BadBatches = Annotated[Count, _is("batches that were left out"), _where("where any were bad")]
+Spike = Annotated[str, _is("the watch's answer", where="where it is one")]
+BadBatches = Annotated[Count, _is("batches that were left out", where="where any were bad")]
 
 
 class MergedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -222,8 +215,8 @@ class MergedEvent(Event, frozen=True, kw_only=True, gc=False):
     lr: Rate
     grad_norm: Norm
     train_s: TrainSeconds
-    spike: Spike | UnsetType = UNSET
-    bad_batches: BadBatches | UnsetType = UNSET
+    spike: Maybe[Spike] = UNSET
+    bad_batches: Maybe[BadBatches] = UNSET
 
 
 class MergedByServerEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -237,15 +230,15 @@ class MergedByServerEvent(Event, frozen=True, kw_only=True, gc=False):
     contributions: Contributions
     weights: Weights
     staleness: Staleness
-    train_s: Annotated[TrainSeconds, _where("not in a simulation")] | UnsetType = UNSET
+    train_s: Maybe[Annotated[TrainSeconds, _where("not in a simulation")]] = UNSET
     objective: Objective
     terms: Terms
     items: Items
     lr: Rate
     grad_norm: Norm
-    spike: Spike | UnsetType = UNSET
-    bad_batches: BadBatches | UnsetType = UNSET
-    checksum: Annotated[Checksum, _where("not in a simulation that keeps no tape")] | UnsetType = UNSET
+    spike: Maybe[Spike] = UNSET
+    bad_batches: Maybe[BadBatches] = UNSET
+    checksum: Maybe[Annotated[Checksum, _where("not in a simulation that keeps no tape")]] = UNSET
 
 
 class MergedOnClockEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -268,10 +261,14 @@ class DroppedEvent(Event, frozen=True, kw_only=True, gc=False):
 
     seq: Seq
     worker: Worker
-    piece: Annotated[Piece, _where("in a simulation")] | UnsetType = UNSET
-    version: Annotated[Base, _where("in a simulation")] | UnsetType = UNSET
-    items: Annotated[Items, _where("in a simulation")] | UnsetType = UNSET
+    piece: Maybe[Annotated[Piece, _where("in a simulation")]] = UNSET
+    version: Maybe[Annotated[Base, _where("in a simulation")]] = UNSET
+    items: Maybe[Annotated[Items, _where("in a simulation")]] = UNSET
     why: Why
+
+
+Gathered = Annotated[Mapping[str, Figure], _is("metrics that are no sums", where="where the objective gathers any")]
+BitsPerByte = Annotated[Figure, _is("of text", where="where cross entropy is counted in tokens of it")]
 
 
 class EvaluatedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -283,13 +280,8 @@ class EvaluatedEvent(Event, frozen=True, kw_only=True, gc=False):
     objective: Annotated[Figure, _is("null where it is not finite")]
     terms: Terms
     items: Items
-    gathered: (
-        Annotated[Mapping[str, Figure], _is("metrics that are no sums"), _where("where the objective gathers any")]
-        | UnsetType
-    ) = UNSET
-    bits_per_byte: (
-        Annotated[Figure, _is("of text"), _where("where cross entropy is counted in tokens of it")] | UnsetType
-    ) = UNSET
+    gathered: Maybe[Gathered] = UNSET
+    bits_per_byte: Maybe[BitsPerByte] = UNSET
 
 
 class CheckpointedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -335,7 +327,7 @@ class WarnedEvent(Event, frozen=True, kw_only=True, gc=False):
     kind = "warned"
 
     why: Why
-    version: Annotated[Version, _where("where it is of one")] | UnsetType = UNSET
+    version: Maybe[Annotated[Version, _where("where it is of one")]] = UNSET
 
 
 class FailedEvent(Event, frozen=True, kw_only=True, gc=False):

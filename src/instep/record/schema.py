@@ -9,37 +9,23 @@ from functools import cache
 
 from msgspec import inspect
 
+from instep.record import shapes
 from instep.record.events import TYPES, Event, MergedContribution
-from instep.record.shapes import (
-    ANY_TABLE,
-    FLAG,
-    LARGEST,
-    NUMBER,
-    SPAN,
-    TEXT,
-    All,
-    Each,
-    Maybe,
-    Shape,
-    Table,
-    one_of,
-    whole,
-)
 
 
 @cache
-def shapes() -> dict[str, Table]:
+def by_kind() -> dict[str, shapes.Table]:
     """What the fields of each kind of event must be, where they are there."""
-    found: dict[str, dict[str, Shape]] = {}
+    found: dict[str, dict[str, shapes.Shape]] = {}
     for structure in TYPES:
         found.setdefault(structure.kind, {}).update({each.name: _shape(each.type) for each in _fields(structure)})
-    return {kind: Table({**fields, "kind": TEXT}) for kind, fields in found.items()}
+    return {kind: shapes.Table({**fields, "kind": shapes.TEXT}) for kind, fields in found.items()}
 
 
 @cache
-def any_event() -> Table:
+def any_event() -> shapes.Table:
     """What every event must be, of unknown kinds too."""
-    return Table({**{each.name: _shape(each.type) for each in _fields(Event)}, "kind": TEXT})
+    return shapes.Table({**{each.name: _shape(each.type) for each in _fields(Event)}, "kind": shapes.TEXT})
 
 
 def _fields(structure: type[Event | MergedContribution]) -> tuple[inspect.Field, ...]:
@@ -48,25 +34,27 @@ def _fields(structure: type[Event | MergedContribution]) -> tuple[inspect.Field,
     return found.fields
 
 
-def _shape(found: inspect.Type) -> Shape:
+def _shape(found: inspect.Type) -> shapes.Shape:
     match found:
         case inspect.Metadata(extra={"has": wanted}):
             return _shape(inspect.type_info(wanted))
         case inspect.Metadata():
             return _shape(found.type)
         case inspect.IntType():
-            return whole(found.ge or 0, LARGEST if found.le is None else found.le)
+            return shapes.whole(found.ge or 0, shapes.LARGEST if found.le is None else found.le)
         case inspect.ListType():
-            return SPAN if found.max_length == 2 else Each(_shape(found.item_type))
+            return shapes.SPAN if found.max_length == 2 else shapes.Each(_shape(found.item_type))
+        case inspect.DictType(value_type=inspect.AnyType()):
+            return shapes.ANY_TABLE
         case inspect.DictType():
-            return ANY_TABLE if isinstance(found.value_type, inspect.AnyType) else All(_shape(found.value_type))
+            return shapes.All(_shape(found.value_type))
         case inspect.UnionType():  # with null
-            return Maybe(_shape(found.types[0]))
+            return shapes.Maybe(_shape(found.types[0]))
         case inspect.LiteralType():
-            return one_of(*map(str, found.values))
+            return shapes.one_of(*map(str, found.values))
         case inspect.TypedDictType() | inspect.StructType():
-            return Table({each.name: _shape(each.type) for each in found.fields})
-    return {inspect.FloatType: NUMBER, inspect.StrType: TEXT, inspect.BoolType: FLAG}[type(found)]
+            return shapes.Table({each.name: _shape(each.type) for each in found.fields})
+    return {inspect.FloatType: shapes.NUMBER, inspect.StrType: shapes.TEXT, inspect.BoolType: shapes.FLAG}[type(found)]
 
 
 def documented() -> str:

@@ -20,7 +20,7 @@ from typing import Any
 from instep.errors import RecordError, ResourceError, shown
 from instep.record.events import QUIET, SCHEMA
 from instep.record.files import close_own, disk_error, hold_alone, json_text, sync_folder
-from instep.record.schema import any_event, shapes
+from instep.record.schema import any_event, by_kind
 from instep.record.shapes import misfit
 
 _DURABLE = frozenset({"run_started", "checkpointed", "failed", "run_ended"})
@@ -134,7 +134,7 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
     kind than was written, see `instep.record.events`, a first event that is not ``run_started``, or a schema that is
     not `SCHEMA`. A field that an event lacks raises RecordError where it is asked for.
     """
-    known, other = shapes(), any_event()
+    known, other = by_kind(), any_event()
     try:
         with open(path, "rb") as file:
             line, number = file.readline(), 1

@@ -27,47 +27,12 @@ from instep.record.events import FailedEvent, LeftEvent, RunEndedEvent
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape
+from instep.team import messages, orders
 from instep.team.channel import Channel
 from instep.team.crew import Crew, LocalCrew, Told
 from instep.team.journal import ClientGone, Journal
-from instep.team.messages import (
-    Assignment,
-    Cancelled,
-    ClientToSupervisor,
-    Ended,
-    Events,
-    Failed,
-    Finished,
-    Left,
-    Ready,
-    Request,
-    StopRun,
-    SupervisorToClient,
-    Sync,
-    Synced,
-)
-from instep.team.orders import (
-    AskToStop,
-    CancelRun,
-    EndEpoch,
-    EpochEnded,
-    FailRun,
-    FinishRun,
-    Go,
-    Join,
-    Lost,
-    Member,
-    NoteLoss,
-    Order,
-    Replace,
-    Resumed,
-    RosterEvent,
-    Said,
-    Start,
-    StopAsked,
-    StopServer,
-    Warn,
-)
+from instep.team.messages import Request
+from instep.team.orders import Member
 from instep.team.outcome import result_of, start_of
 from instep.team.processes import import_before_forks
 from instep.team.roster import Roster
@@ -98,7 +63,7 @@ class Agent:
         )
         self._crews: list[Crew] = [self._local]
         self._facts: Mapping[str, Any] = {}  # what the team of this epoch starts from
-        self._ended: dict[int, Ended] = {}
+        self._ended: dict[int, messages.Ended] = {}
         self._resume_from: Path | None = None
         self._found: list[str] = []  # parameters that processes told of at their end
         self._looked = 0.0
@@ -159,7 +124,7 @@ class Agent:
         if self._client in ready:
             self._hear_client()
         if self._requests.end or self._requests.at_once:
-            self._hear(StopAsked(at_once=self._requests.at_once))
+            self._hear(orders.StopAsked(at_once=self._requests.at_once))
         for crew in self._crews:
             for heard in crew.hear(ready):
                 self._hear_member(crew, heard)
@@ -170,30 +135,30 @@ class Agent:
 
     def _hear_client(self) -> None:
         try:
-            message: ClientToSupervisor = self._client.recv()
+            message: messages.ClientToSupervisor = self._client.recv()
         except (EOFError, ConnectionResetError):
             raise ClientGone from None
-        assert isinstance(message, StopRun), f"during a run a client asks for its end alone, not {message}"
-        self._hear(StopAsked())
+        assert isinstance(message, messages.StopRun), f"during a run a client asks for its end alone, not {message}"
+        self._hear(orders.StopAsked())
 
-    def _hear_member(self, crew: Crew, heard: Told | Lost) -> None:
+    def _hear_member(self, crew: Crew, heard: Told | orders.Lost) -> None:
         """What a process has sent, or that it is lost."""
-        if isinstance(heard, Lost):
+        if isinstance(heard, orders.Lost):
             self._hear(heard)
             return
         match heard.message:
-            case Events(events):
+            case messages.Events(events):
                 self._journal.pass_on(events)
                 return
-            case Sync():
+            case messages.Sync():
                 self._journal.sync()
-                crew.send(heard.member, Synced())
+                crew.send(heard.member, messages.Synced())
                 return
-            case Ready(facts) if heard.member == self.roster.leader:
+            case messages.Ready(facts) if heard.member == self.roster.leader:
                 self._facts = facts
-            case Ended():
+            case messages.Ended():
                 self._ended[heard.member.number] = heard.message
-        self._hear(Said(heard.member, heard.message))
+        self._hear(orders.Said(heard.member, heard.message))
 
     def _look(self) -> None:
         """What no message tells."""
@@ -205,64 +170,64 @@ class Agent:
             if (lost := crew.look()) is not None:
                 self._hear(lost)
 
-    def _hear(self, event: RosterEvent) -> None:
+    def _hear(self, event: orders.RosterEvent) -> None:
         """Tells the roster, and does what it orders."""
         waiting = deque([event])
         if self._local.stop_wanted():
-            waiting.appendleft(StopAsked(within=True))
+            waiting.appendleft(orders.StopAsked(within=True))
         while waiting:
             for order in self.roster.hear(waiting.popleft()):
                 waiting.extend(self._obey(order))
 
     # What it does
 
-    def _obey(self, order: Order) -> list[RosterEvent]:
+    def _obey(self, order: orders.Order) -> list[orders.RosterEvent]:
         """Does it. Returns what the roster is to know of it. Raises the run's error, or Interrupted."""
         match order:
-            case Start():
+            case orders.Start():
                 self._start(order)
-            case Go():
+            case orders.Go():
                 self._go(order)
-            case Join(member):
+            case orders.Join(member):
                 self._local.join(member)
-            case Replace():
+            case orders.Replace():
                 self._replace(order)
-            case AskToStop():
+            case orders.AskToStop():
                 self._local.ask_to_stop()
-            case StopServer(server):
-                self._local.send(server, StopRun())
-            case EndEpoch(epoch):
+            case orders.StopServer(server):
+                self._local.send(server, messages.StopRun())
+            case orders.EndEpoch(epoch):
                 self._end()
-                return [EpochEnded(epoch, tuple(self._found))]
-            case NoteLoss(member, why):
+                return [orders.EpochEnded(epoch, tuple(self._found))]
+            case orders.NoteLoss(member, why):
                 self._journal.record(LeftEvent(worker=member.number, why=why))
-            case Warn(why):
+            case orders.Warn(why):
                 self._journal.warn(why)
-            case FinishRun(leader):
+            case orders.FinishRun(leader):
                 self._result = self._finish(leader)
-            case FailRun(error):
+            case orders.FailRun(error):
                 raise error
-            case CancelRun():
+            case orders.CancelRun():
                 raise Interrupted
             case _:
                 assert_never(order)
         return []
 
-    def _start(self, order: Start) -> None:
+    def _start(self, order: orders.Start) -> None:
         if order.looked:
             self._journal.remove_unlooked()
         if order.epoch > 1:
             self._resume_from = self._journal.newest_checkpoint(resumed=self._run.resumed)
         self._held.check()
         meta = checkpoint.read_manifest(self._resume_from).meta if self._resume_from is not None else {}
-        self.roster.hear(Resumed(order.epoch, tuple(meta.get("written", ())), bool(meta.get("unlooked"))))
+        self.roster.hear(orders.Resumed(order.epoch, tuple(meta.get("written", ())), bool(meta.get("unlooked"))))
         self._ended.clear()
         self._looked = time.monotonic()
         self._local.start(order.members, self._assignment(first=self._resume_from is None and order.epoch == 1))
 
-    def _assignment(self, *, first: bool) -> Assignment:
+    def _assignment(self, *, first: bool) -> messages.Assignment:
         run = self._run
-        return Assignment(
+        return messages.Assignment(
             recipe=run.recipe,
             team=run.team,
             folder=run.folder,
@@ -279,7 +244,7 @@ class Agent:
     def _run_id(self) -> str | None:
         return self._about.id if self._about is not None else None
 
-    def _go(self, order: Go) -> None:
+    def _go(self, order: orders.Go) -> None:
         """All workers have built the recipe, which is the run's from here on: gives them memory, lets them start."""
         for crew in self._crews:
             crew.prepare(self._facts)
@@ -293,9 +258,9 @@ class Agent:
         for crew in self._crews:
             crew.go()
 
-    def _replace(self, order: Replace) -> None:
+    def _replace(self, order: orders.Replace) -> None:
         self._found += self._journal.pass_on_the_rest(self._local.take_out(order.member))
-        self._local.send(self.roster.leader, Left(order.member.number, order.why))
+        self._local.send(self.roster.leader, messages.Left(order.member.number, order.why))
         if order.successor is not None:
             self._local.succeed(order.successor, replace(self._assignment(first=False), resume_from=None))
 
@@ -331,7 +296,7 @@ def main(descriptor: int) -> None:
 
 def _serve(client: Channel) -> None:
     try:
-        run: ClientToSupervisor = client.recv()
+        run: messages.ClientToSupervisor = client.recv()
     except EOFError:
         return
     assert isinstance(run, Request), f"a run begins with a Request, not {run}"
@@ -339,18 +304,18 @@ def _serve(client: Channel) -> None:
     requests = Requests()
     requests.listen()
     try:
-        client.send(Finished(Agent(run, client, requests).supervise()))
+        client.send(messages.Finished(Agent(run, client, requests).supervise()))
     except ClientGone:
         pass
     except Interrupted:
-        _send_quietly(client, Cancelled())
+        _send_quietly(client, messages.Cancelled())
     except InstepError as error:
-        _send_quietly(client, Failed.of(error))
+        _send_quietly(client, messages.Failed.of(error))
     except BaseException as error:
         sentence = f"the supervisor failed: {described(error)}; this is a fault of Instep, please report it."
-        _send_quietly(client, Failed("InstepError", sentence, traceback.format_exc()))
+        _send_quietly(client, messages.Failed("InstepError", sentence, traceback.format_exc()))
 
 
-def _send_quietly(client: Channel, message: SupervisorToClient) -> None:
+def _send_quietly(client: Channel, message: messages.SupervisorToClient) -> None:
     with contextlib.suppress(OSError):
         client.send(message)

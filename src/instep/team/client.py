@@ -21,18 +21,9 @@ from instep.recipe import Recipe, Team
 from instep.record.files import disk_error
 from instep.record.folder import RunFolder, remove
 from instep.record.held import identity_of
+from instep.team import messages
 from instep.team.launcher import NewPython
-from instep.team.messages import (
-    Call,
-    Cancelled,
-    ChildToCaller,
-    Failed,
-    Finished,
-    PlainEvents,
-    Request,
-    StopRun,
-    SupervisorToClient,
-)
+from instep.team.messages import Cancelled, Failed, Finished, PlainEvents, Request
 from instep.team.pickling import Pickled, dump
 from instep.team.signals import Stop, deaf, interrupting
 
@@ -112,7 +103,7 @@ class _Client:
             try:
                 if (stop.wanted or pressed or watching.failed is not None) and not asked:
                     asked = True
-                    self._tell(StopRun())
+                    self._tell(messages.StopRun())
                 event = self._events.get(timeout=LOOK_S)
                 if event is None:
                     return pressed
@@ -127,7 +118,7 @@ class _Client:
                     raise
                 pressed = True
 
-    def _tell(self, message: Request | StopRun) -> None:
+    def _tell(self, message: Request | messages.StopRun) -> None:
         with contextlib.suppress(OSError):  # it could not start, or is ending already: `_ending` says so
             self._process.channel.send(message)
 
@@ -164,7 +155,7 @@ class _Client:
         """Reads in a thread of its own, so that an interrupt never tears a message."""
         try:
             while True:
-                message: SupervisorToClient = self._process.channel.recv()
+                message: messages.SupervisorToClient = self._process.channel.recv()
                 if isinstance(message, PlainEvents):
                     for event in message.events:
                         self.trained |= event["kind"] == "merged"
@@ -229,7 +220,7 @@ def computed(
             raise no_process("the process that computes", error) from error
         try:
             with contextlib.suppress(OSError):  # it could not start: there is no answer then
-                process.channel.send(Call(address, recipe.threads, sent))
+                process.channel.send(messages.Call(address, recipe.threads, sent))
             while isinstance(message := _answer(process), PlainEvents):
                 for event in message.events:
                     for monitor in monitors:
@@ -249,7 +240,7 @@ def computed(
             assert_never(message)
 
 
-def _answer(process: NewPython) -> ChildToCaller | None:
+def _answer(process: NewPython) -> messages.ChildToCaller | None:
     """The next message of the process; None where none comes any more. Raises WorkerError where it is stopped."""
     stopped = Stopped(process.pid, Team().answer_timeout_s, children=True)
     while not process.channel.poll(LOOK_S):
@@ -258,7 +249,7 @@ def _answer(process: NewPython) -> ChildToCaller | None:
             process.kill()
             raise WorkerError(f"the process that computes {why}; start it again.")
     try:
-        message: ChildToCaller = process.channel.recv()
+        message: messages.ChildToCaller = process.channel.recv()
     except (EOFError, OSError):
         return None
     return message

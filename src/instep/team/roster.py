@@ -23,28 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from instep.errors import InstepError, WorkerError
+from instep.team import orders
 from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
-from instep.team.orders import (
-    AskToStop,
-    CancelRun,
-    EndEpoch,
-    EpochEnded,
-    FailRun,
-    FinishRun,
-    Go,
-    Join,
-    Lost,
-    Member,
-    NoteLoss,
-    Order,
-    Replace,
-    Resumed,
-    RosterEvent,
-    Start,
-    StopAsked,
-    StopServer,
-    Warn,
-)
+from instep.team.orders import Member, Order
 from instep.worker.stopping import with_saved
 
 
@@ -82,7 +63,7 @@ class Roster:
         self._places: list[_Place] = []
         self._unlooked = False
         self._digests: dict[int, dict[int, str]] = {}  # by version and number
-        self._ending: Lost | FoundWritten | None = None  # why the epoch ends, until it is gone
+        self._ending: orders.Lost | FoundWritten | None = None  # why the epoch ends, until it is gone
         self._stopping = False
         self._raised: InstepError | None = None  # by a worker of the server engine, while the server saves
 
@@ -90,15 +71,15 @@ class Roster:
         """Starts the team for the first time."""
         return [self._start()]
 
-    def hear(self, event: RosterEvent) -> list[Order]:
+    def hear(self, event: orders.RosterEvent) -> list[Order]:
         """What is to be done after `event`, in this order."""
         if self.over:
             return []
-        if isinstance(event, StopAsked):
+        if isinstance(event, orders.StopAsked):
             return self._stop(event)
-        if isinstance(event, EpochEnded):
+        if isinstance(event, orders.EpochEnded):
             return self._again(event) if self._ending is not None and event.epoch == self.epoch else []
-        if isinstance(event, Resumed):
+        if isinstance(event, orders.Resumed):
             if event.epoch == self.epoch:
                 self.written.update(event.written)
                 self._unlooked = event.unlooked
@@ -106,7 +87,7 @@ class Roster:
         if event.member not in self.active:
             return []
         place = self._places[event.member.number]
-        return self._lost(event, place) if isinstance(event, Lost) else self._said(event.message, place)
+        return self._lost(event, place) if isinstance(event, orders.Lost) else self._said(event.message, place)
 
     @property
     def active(self) -> list[Member]:
@@ -130,7 +111,7 @@ class Roster:
         match message:
             case Ready():
                 place.facts = message.facts
-                return [Join(place.member)] if self.going else self._go()
+                return [orders.Join(place.member)] if self.going else self._go()
             case Digest():
                 return self._compare(place.member.number, message)
             case Ended():
@@ -143,15 +124,15 @@ class Roster:
             case StoppedAt():
                 assert self._raised is not None, "the server was told to stop"
                 sentence = with_saved(self._raised.message, message.version, self._folder)
-                return self._over(FailRun(type(self._raised)(sentence, detail=self._raised.detail)))
+                return self._over(orders.FailRun(type(self._raised)(sentence, detail=self._raised.detail)))
 
-    def _start(self, *, looked: bool = False) -> Start:
+    def _start(self, *, looked: bool = False) -> orders.Start:
         self.epoch += 1
         members = tuple(Member(self.epoch, number) for number in range(self._count))
         self._places = [_Place(member) for member in members]
         self._digests, self._unlooked, self.going = {}, False, False
         self._ending = self._raised = None
-        return Start(self.epoch, members, looked)
+        return orders.Start(self.epoch, members, looked)
 
     def _go(self) -> list[Order]:
         """Lets the team begin once all are ready, if they agree on what they start from."""
@@ -171,7 +152,7 @@ class Roster:
         if new and self._unlooked:  # before the checkpoint that the team starts from, say
             return self._end(FoundWritten(new, "a first forward after a stop"))
         self.going = True
-        return [Go(self.epoch, tuple(place.member for place in self._places))]
+        return [orders.Go(self.epoch, tuple(place.member for place in self._places))]
 
     def _compare(self, number: int, own: Digest) -> list[Order]:
         digests = self._digests.setdefault(own.version, {})
@@ -197,19 +178,19 @@ class Roster:
             own = Digest(place.ended.progress["version"], place.ended.digest)
             if different := self._compare(place.member.number, own):
                 return different
-        return self._over(FinishRun(self.leader))
+        return self._over(orders.FinishRun(self.leader))
 
     def _failed(self, error: InstepError, place: _Place) -> list[Order]:
         """What a process's code raised ends the run; in lockstep, and at the server, it is saved by then."""
         if not self._can_do_without(place.member):
-            return self._over(FailRun(self._raised or error))
+            return self._over(orders.FailRun(self._raised or error))
         place.done = True
         if self._raised is not None:
             return []
         self._raised = error
-        return [StopServer(self.leader, place.member.number)]
+        return [orders.StopServer(self.leader, place.member.number)]
 
-    def _lost(self, event: Lost, place: _Place) -> list[Order]:
+    def _lost(self, event: orders.Lost, place: _Place) -> list[Order]:
         member = event.member
         if self._raised is not None:  # the first error is the one to tell of
             return self._failed(self._raised, place)
@@ -217,43 +198,43 @@ class Roster:
             return self._end(event)
         if self._stopping:
             place.done = True
-            return [Replace(member, None, event.why)]
+            return [orders.Replace(member, None, event.why)]
         if (too_often := self._count_restart(event)) is not None:
-            return [NoteLoss(member, event.why), *self._over(FailRun(too_often))]
+            return [orders.NoteLoss(member, event.why), *self._over(orders.FailRun(too_often))]
         successor = Member(self.epoch, member.number, member.incarnation + 1)
         self._places[member.number] = _Place(successor)
-        return [Replace(member, successor, event.why)]
+        return [orders.Replace(member, successor, event.why)]
 
     def _can_do_without(self, member: Member) -> bool:
         """Whether the others go on when it is lost."""
         return self._serving and self.going and member != self.leader
 
-    def _stop(self, event: StopAsked) -> list[Order]:
+    def _stop(self, event: orders.StopAsked) -> list[Order]:
         known, self._stopping = self._stopping, True
         if event.at_once:
-            return self._over(CancelRun())
+            return self._over(orders.CancelRun())
         if event.within or self._ending is not None:
             return []
         if not self.going:
-            return self._over(CancelRun())
-        return [] if known else [AskToStop(self.epoch)]
+            return self._over(orders.CancelRun())
+        return [] if known else [orders.AskToStop(self.epoch)]
 
-    def _end(self, why: Lost | FoundWritten) -> list[Order]:
+    def _end(self, why: orders.Lost | FoundWritten) -> list[Order]:
         self._ending = why
-        return [EndEpoch(self.epoch)]
+        return [orders.EndEpoch(self.epoch)]
 
-    def _again(self, gone: EpochEnded) -> list[Order]:
+    def _again(self, gone: orders.EpochEnded) -> list[Order]:
         """An epoch has ended before its time: what comes now."""
         why = self._ending
         assert why is not None
-        orders: list[Order] = [NoteLoss(why.member, why.why)] if isinstance(why, Lost) else []
+        noted: list[Order] = [orders.NoteLoss(why.member, why.why)] if isinstance(why, orders.Lost) else []
         if self._stopping:
-            return [*orders, *self._over(CancelRun())]
+            return [*noted, *self._over(orders.CancelRun())]
         if isinstance(why, FoundWritten):
             return self._go_back(why, gone.written)
         if (too_often := self._count_restart(why)) is not None:
-            return [*orders, *self._over(FailRun(too_often))]
-        return [*orders, self._start()]
+            return [*noted, *self._over(orders.FailRun(too_often))]
+        return [*noted, self._start()]
 
     def _go_back(self, found: FoundWritten, more: Sequence[str]) -> list[Order]:
         """A new start with what was found to be written. It is no fault of a worker's, so it counts as no restart."""
@@ -269,9 +250,9 @@ class Roster:
             f"a forward wrote parameter '{new[0]}'{others} for the first time in {found.where}; the team goes back "
             f"to its last checkpoint, each worker with a copy of its own of what is written, as if so from the start."
         )
-        return [Warn(why), self._start(looked=True)]
+        return [orders.Warn(why), self._start(looked=True)]
 
-    def _count_restart(self, lost: Lost) -> WorkerError | None:
+    def _count_restart(self, lost: orders.Lost) -> WorkerError | None:
         """Counts a worker, or a team, that starts again; the error where that would be once too often."""
         if self.restarts == self._allowed:
             return WorkerError(
@@ -283,8 +264,8 @@ class Roster:
         return None
 
     def _fault(self, sentence: str) -> list[Order]:
-        return self._over(FailRun(WorkerError(sentence)))
+        return self._over(orders.FailRun(WorkerError(sentence)))
 
-    def _over(self, order: FinishRun | FailRun | CancelRun) -> list[Order]:
+    def _over(self, order: orders.FinishRun | orders.FailRun | orders.CancelRun) -> list[Order]:
         self.over = True
         return [order]
