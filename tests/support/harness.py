@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from instep.recipe import Recipe, Team, dumps, engine_of
 from instep.record.folder import About, RunFolder
@@ -63,9 +65,13 @@ class Outcome:
 
 
 def train_here(
-    recipe: Recipe, team: Team, path: Path, *, resume: bool = False, client: Client | None = None
+    recipe: Recipe, team: Team, path: Path, *, resume: bool = False, client: Client | None = None, tried: bool = False
 ) -> Outcome:
-    """As `instep.train`, in this process. `digests` are those of the checkpoints, by version."""
+    """As `instep.train`, in this process. `digests` are those of the checkpoints, by version.
+
+    Only with `tried` does it try the optimizer and a checkpoint first, see `instep.worker.trial`: that changes no bit,
+    as is shown where it is the subject, and it takes as much time again.
+    """
     if not resume:
         RunFolder.create(path, dumps(recipe, team), About())
     request = Request(
@@ -85,9 +91,13 @@ def train_here(
     client = client or Client()
     import_before_forks()
     session.HOLD_S = 0.0  # so that a client can act on each step
-    result = Agent(request, client).supervise()  # type: ignore[arg-type]
+    with nullcontext() if tried else _UNTRIED:
+        result = Agent(request, client).supervise()  # type: ignore[arg-type]
     digests = {e["version"]: e["digest"] for e in client.events if e["kind"] == "checkpointed"}
     return Outcome(result, client.events, path, digests)
+
+
+_UNTRIED = mock.patch.multiple(session, try_optimizer=lambda *_, **__: None, try_checkpoint=lambda *_: None)
 
 
 def act_on(kind: str, act: Callable[[int], None], version: int | None = None) -> Callable[[dict[str, Any]], None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from msgspec import UNSET
 
 from instep.errors import DataError, ResourceError
 from instep.recipe import Team
@@ -67,6 +68,12 @@ def test_every_message_arrives_as_it_was_sent(message: Any) -> None:
     found = pickle.loads(pickle.dumps(message))
     assert found == message
     assert type(found) is type(message)
+
+
+def test_what_an_event_leaves_out_is_looked_for_where_it_is_from() -> None:
+    content = pickle.dumps(UNSET)
+    assert b"msgspec" in content
+    assert pickle.loads(content) is UNSET
 
 
 def test_every_message_is_tried_above_and_frozen() -> None:

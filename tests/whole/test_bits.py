@@ -42,7 +42,7 @@ def reference(name: str) -> dict[int, str]:
 @pytest.mark.parametrize("workers", quick(WORKERS, 1, 2, 3, 8))
 def test_every_step_is_that_of_the_reference_for_any_number_of_workers(name: str, workers: int, tmp_path: Path) -> None:
     recipe = workloads.ALL[name]()
-    run = train_here(recipe, Team(workers=workers, checkpoint_every=1, keep=0), tmp_path / "run")
+    run = train_here(recipe, Team(workers=workers, checkpoint_every=1, keep=0), tmp_path / "run", tried=workers == 2)
     assert run.digests == reference(name)
 
 

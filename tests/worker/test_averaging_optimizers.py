@@ -100,7 +100,7 @@ def test_what_is_evaluated_and_saved_is_the_average_and_training_goes_on_from_th
 @pytest.mark.parametrize("engine", ["lockstep", "server"])
 def test_a_resume_goes_on_from_the_weights_that_were_trained(engine: Any, tmp_path: Path) -> None:
     whole = train_here(recipe_of(), Team(workers=1), tmp_path / "whole")
-    train_here(recipe_of(steps=3), Team(workers=2, engine=engine), tmp_path / "run")
+    train_here(recipe_of(steps=3), Team(workers=2, engine=engine), tmp_path / "run", tried=True)
     run = train_here(recipe_of(), Team(workers=3, engine=engine), tmp_path / "run", resume=True)
     check(run)
     assert run.digest == whole.digest
@@ -146,4 +146,4 @@ def test_an_evaluation_that_would_change_the_state_is_refused(tmp_path: Path) ->
             self.param_groups[0]["steps"] += 1
 
     with pytest.raises(ComponentError, match="Swapping does not come back to its own 'optimizer.param_groups.0.steps'"):
-        train_here(recipe_of(Swapping), Team(), tmp_path / "run")
+        train_here(recipe_of(Swapping), Team(), tmp_path / "run", tried=True)

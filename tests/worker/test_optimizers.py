@@ -177,7 +177,7 @@ LAYOUTS: list[Any] = [Plain, Quantised, Both, Deep]
 
 def resumed_halfway(recipe: Callable[[int], Recipe], team: Team, path: Path) -> str:
     """The digest of a run that was ended after 2 steps and resumed."""
-    train_here(recipe(2), team, path)
+    train_here(recipe(2), team, path, tried=True)
     return train_here(recipe(5), team, path, resume=True).digest
 
 
@@ -266,7 +266,9 @@ def test_what_cannot_be_resumed_is_refused_in_the_first_step(
     changes: dict[str, Any], error: Any, sentence: str, rule: UpdateRule, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=sentence) as caught:
-        train_here(recipe_of(**{"optimizer": Plain, "rule": rule, **changes}), Team(workers=2), tmp_path / "run")
+        train_here(
+            recipe_of(**{"optimizer": Plain, "rule": rule, **changes}), Team(workers=2), tmp_path / "run", tried=True
+        )
     assert one_sentence(caught.value.message)
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
@@ -287,13 +289,13 @@ def test_all_is_tried_once_in_a_run_and_not_on_a_restart_or_resume(
     monkeypatch.setattr("instep.team.session.try_optimizer", noted("optimizer", try_optimizer))
     team = Team(workers=2, checkpoint_every=1, engine=engine)
     client = Client(act_on("merged", lambda pid: os.kill(pid, signal.SIGKILL), version=1))
-    train_here(recipe_of(Plain, steps=2), team, tmp_path / "run", client=client)
-    train_here(recipe_of(Plain, steps=3), team, tmp_path / "run", resume=True)
+    train_here(recipe_of(Plain, steps=2), team, tmp_path / "run", client=client, tried=True)
+    train_here(recipe_of(Plain, steps=3), team, tmp_path / "run", resume=True, tried=True)
     assert (tmp_path / "tried").read_text() == "optimizer checkpoint "
 
 
 def test_a_budget_for_memory_leaves_the_checkpoint_untried(tmp_path: Path) -> None:
-    run = train_here(workloads.gpt(steps=2), Team(memory="80%"), tmp_path / "run")
+    run = train_here(workloads.gpt(steps=2), Team(memory="80%"), tmp_path / "run", tried=True)
     lines = [event["why"] for event in run.events if event["kind"] == "warned"]
     assert lines == []
 
@@ -302,7 +304,7 @@ def test_a_state_above_the_limit_leaves_the_checkpoint_untried_with_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("instep.worker.trial.MOST_BYTES", 11)
-    run = train_here(recipe_of(Deep), Team(workers=2), tmp_path / "run")
+    run = train_here(recipe_of(Deep), Team(workers=2), tmp_path / "run", tried=True)
     (line,) = (event["why"] for event in run.events if event["kind"] == "warned")
     assert line.startswith("whether a checkpoint can be loaded was not tried: the optimizer's state takes 0.0 GB, and")
     assert one_sentence(line)
@@ -385,7 +387,7 @@ def test_what_an_optimizer_asks_for_in_vain_is_a_sentence_before_the_first_step(
 ) -> None:
     client = Client()
     with pytest.raises(ComponentError, match=sentence) as caught:
-        train_here(recipe_of(optimizer), Team(workers=2), tmp_path / "run", client=client)
+        train_here(recipe_of(optimizer), Team(workers=2), tmp_path / "run", client=client, tried=True)
     assert one_sentence(caught.value.message)
     assert "merged" not in {event["kind"] for event in client.events}
 
@@ -395,7 +397,7 @@ def test_the_server_and_the_virtual_clock_try_the_optimizer_too(optimizer: Any, 
     name = optimizer.__name__
     for rule in (p.asynchronous(), UpdateRule.from_text("local_sgd:2")):
         with pytest.raises(ComponentError, match=f"the optimizer {name}"):
-            train_here(recipe_of(optimizer, rule=rule), Team(workers=2), tmp_path / rule.name)
+            train_here(recipe_of(optimizer, rule=rule), Team(workers=2), tmp_path / rule.name, tried=True)
         with pytest.raises(ComponentError, match=f"the optimizer {name}"):
             simulate(recipe_of(optimizer, rule=rule), Cluster(workers=2), True, None, lambda event: None)
 
@@ -408,7 +410,7 @@ def test_the_trial_leaves_no_trace_on_the_run(tmp_path: Path, monkeypatch: pytes
 
     digests = []
     for name in ("with", "without"):
-        digests.append(train_here(recipe_of(drawing), Team(workers=2), tmp_path / name).digest)
+        digests.append(train_here(recipe_of(drawing), Team(workers=2), tmp_path / name, tried=True).digest)
         monkeypatch.setattr("instep.team.session.try_optimizer", lambda build, **_: None)
         monkeypatch.setattr("instep.team.session.try_checkpoint", lambda *_: None)
     assert digests[0] == digests[1]
@@ -423,7 +425,7 @@ def test_a_trial_that_dies_is_a_warning(tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().step(closure)
 
-    run = train_here(recipe_of(lambda p: Dying(p, lr=0.01)), Team(workers=2), tmp_path / "run")
+    run = train_here(recipe_of(lambda p: Dying(p, lr=0.01)), Team(workers=2), tmp_path / "run", tried=True)
     (line,) = (event["why"] for event in run.events if event["kind"] == "warned")
     assert line == (
         "a first step of the optimizer could not be tried aside: it was killed by SIGKILL, as the kernel does when "
@@ -442,7 +444,7 @@ def test_an_optimizer_without_a_learning_rate_is_left_alone_under_a_constant_sch
         made.register_step_post_hook(lambda own, *_: own.param_groups[0].update(lr=None))
         return made
 
-    run = train_here(recipe_of(adafactor), Team(workers=2), tmp_path / "run")
+    run = train_here(recipe_of(adafactor), Team(workers=2), tmp_path / "run", tried=True)
     assert {event["lr"] for event in run.events if event["kind"] == "merged"} == {None}
     plain = train_here(recipe_of(lambda p: torch.optim.Adafactor(p, lr=0.05)), Team(), tmp_path / "plain")
     assert run.digest == plain.digest
@@ -500,7 +502,9 @@ def first_of_all(named_parameters: Any, lr: float) -> torch.optim.Optimizer:
 
 def test_names_reach_an_optimizer_that_asks_for_them(tmp_path: Path) -> None:
     made = [partial(by_keyword, lr=0.01), partial(first_of_all, lr=0.01)]
-    runs = [train_here(recipe_of(each), Team(workers=w), tmp_path / str(w)) for w, each in enumerate(made, 1)]
+    runs = [
+        train_here(recipe_of(each), Team(workers=w), tmp_path / str(w), tried=True) for w, each in enumerate(made, 1)
+    ]
     assert runs[0].digest == runs[1].digest
     assert not [event for event in runs[0].events if event["kind"] == "warned"]
 

@@ -83,7 +83,7 @@ def test_muon_and_adamw_train_a_gpt_with_one_digest_for_any_team(
     team = partial(Team, checkpoint_every=1, keep=0)
     assert isinstance(placement_of(gpt()), Sharded)
     runs = [train_here(gpt(), team(workers=w), tmp_path / str(w)) for w in (1, 2, 3)]
-    runs.append(train_here(gpt(optimizer=ByHand), team(workers=2), tmp_path / "by hand"))
+    runs.append(train_here(gpt(optimizer=ByHand), team(workers=2), tmp_path / "by hand", tried=True))
     runs.append(train_here(gpt(), team(workers=2, engine="server"), tmp_path / "server"))
     monkeypatch.setattr(CHOOSE, replicated)
     runs.append(train_here(gpt(), team(workers=3), tmp_path / "replicated"))
@@ -99,7 +99,7 @@ def test_muon_and_adamw_train_a_gpt_with_one_digest_for_any_team(
 
 @pytest.mark.processes
 def test_a_run_of_several_is_resumed_by_another_team_and_engine(tmp_path: Path) -> None:
-    whole = train_here(gpt(), Team(), tmp_path / "whole")
+    whole = train_here(gpt(), Team(), tmp_path / "whole", tried=True)
     for version, team in ((2, Team(workers=3)), (4, Team(workers=2, engine="server"))):
         run = train_here(gpt(), team, tmp_path / "run", client=stopping_at(version), resume=version > 2)
         assert run.result["interrupted"]

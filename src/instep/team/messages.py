@@ -5,9 +5,12 @@ A receiver matches on the class; mypy sees that it knows all of its union, and w
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from msgspec import UnsetType
 
 from instep.errors import InstepError, by_name
 
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from instep.team.pickling import Pickled
     from instep.transport.memory import Region
     from instep.worker.contribution import Facts
+
+copyreg.pickle(UnsetType, lambda _: (UnsetType, ()))  # else pickle looks for it in every module that is loaded
 
 # ------------------------------------------------------------------------------------------------------ several ways
 

@@ -135,9 +135,12 @@ class MemberProcesses:
 
 
 def import_before_forks() -> None:
-    """What every worker needs and takes seconds to import: each optimizer imports torch._dynamo when it is built."""
-    for name in ("numpy.random", "torch._dynamo", "instep.team.process"):
-        import_module(name)
+    """What every worker needs and takes long to import: each optimizer imports torch._dynamo when it is built."""
+    from torch.profiler import record_function
+
+    with record_function("imports"):  # as each optimizer's steps are, of which the first would import more
+        for name in ("numpy.random", "torch._dynamo", "torch.utils.serialization.config", "instep.team.process"):
+            import_module(name)
 
 
 def _main(unused: list[Channel], *arguments: Any) -> None:
