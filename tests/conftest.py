@@ -64,6 +64,15 @@ def _of_its_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         pytest.fail(f"it starts a process ({', '.join(started)}); mark it, or its file, with pytest.mark.processes")
 
 
+@pytest.fixture
+def forked_pythons() -> Iterator[None]:
+    """New Pythons that Instep starts are forks of this process, without the seconds that an import of torch takes."""
+    from support.forks import forking
+
+    with forking():
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gives slow tests more time than the `timeout` in pyproject.toml, unless they name their own."""
     for item in items:

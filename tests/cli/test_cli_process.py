@@ -58,7 +58,7 @@ def test_no_simulation_outlives_its_command(how: signal.Signals, tmp_path: Path)
     line = (
         "simulate my.toml --rule asynchronous --workers 1000 --contributions 20000 --no-gradients --times 1s --out out"
     )
-    started = Started([*INSTEP, *line.split()], project)
+    started = Started([*INSTEP, *line.split()], project, forked=True)
     try:
         blocks = project / "out" / "tape"
         wait_until(lambda: blocks.exists() and any(blocks.iterdir()), 60, "a schedule that goes on", started)

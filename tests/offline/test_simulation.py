@@ -139,6 +139,7 @@ def test_a_cluster_that_cannot_be_is_refused(fields: dict[str, Any], sentence: s
         Cluster(**{"workers": 2, "times": TIMES, **fields})
 
 
+@pytest.mark.usefixtures("forked_pythons")
 def test_a_simulation_that_is_killed_says_so(tmp_path: Path) -> None:
     (tmp_path / "greedy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     recipe = convnet(model=Component("greedy:Net"))
@@ -146,6 +147,7 @@ def test_a_simulation_that_is_killed_says_so(tmp_path: Path) -> None:
         simulate_alone(recipe, Cluster(workers=1, times=TIMES), import_paths=[str(tmp_path)])
 
 
+@pytest.mark.usefixtures("forked_pythons")
 def test_a_replay_that_is_killed_is_not_told_as_a_simulation(tmp_path: Path) -> None:
     (tmp_path / "greedy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     recipe = convnet(model=Component("greedy:Net"))
@@ -186,6 +188,7 @@ def test_more_workers_than_microbatches_take_one_each() -> None:
     assert len(result["idle_share"]) == 20
 
 
+@pytest.mark.usefixtures("forked_pythons")
 def test_an_error_of_the_system_in_a_monitor_is_not_taken_for_the_end_of_the_process(tmp_path: Path) -> None:
     def full(event: dict[str, Any]) -> None:
         raise OSError(28, "No space left on device")

@@ -69,9 +69,13 @@ def write_project(folder: Path) -> Path:
 
 
 class Started:
-    """A process in a session of its own, its output in files, that can tell its descendants by their environment."""
+    """A process in a session of its own, its output in files, that can tell its descendants by that session, and those
+    that left it by their environment. With `forked` it is a command of INSTEP without the seconds of a new Python.
+    """
 
-    def __init__(self, command: Sequence[str], folder: Path, *, stdin: str = "", **environment: str) -> None:
+    def __init__(
+        self, command: Sequence[str], folder: Path, *, stdin: str = "", forked: bool = False, **environment: str
+    ) -> None:
         self._mark = f"INSTEP_TEST={uuid.uuid4()}"
         self._files = folder / f"output-{uuid.uuid4()}"
         self._files.mkdir(parents=True)
@@ -79,15 +83,18 @@ class Started:
         (self._files / "in").write_text(stdin)
         name, _, value = self._mark.partition("=")
         with (self._files / "in").open() as given, self._file("out", "w") as out, self._file("err", "w") as err:
-            self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                stdin=given,
-                stdout=out,
-                stderr=err,
-                env={**os.environ, name: value, **environment},
-                start_new_session=True,
-            )
+            options: dict[str, Any] = {
+                "cwd": folder, "stdin": given, "stdout": out, "stderr": err, "start_new_session": True,
+                "env": {**os.environ, name: value, **environment},
+            }  # fmt: skip
+            self.process: Any
+            if forked:
+                from support import forks  # torch, which not all tests of processes need
+
+                assert list(command[:3]) == INSTEP
+                self.process = forks.instep(*command[3:], **options)
+            else:
+                self.process = subprocess.Popen(command, **options)
 
     def _file(self, name: str, mode: str = "r") -> Any:
         return (self._files / name).open(mode)
@@ -109,8 +116,9 @@ class Started:
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
-                if self._mark.encode() in path.read_bytes().split(b"\0"):
-                    found.append(int(path.parent.name))
+                pid = int(path.parent.name)
+                if session_of(pid) == self.process.pid or self._mark.encode() in path.read_bytes().split(b"\0"):
+                    found.append(pid)
         return [pid for pid in found if pid != self.process.pid]
 
     def supervisor(self) -> int:
@@ -151,6 +159,14 @@ def shared_memory() -> set[str]:
 def parent_of(pid: int) -> int:
     with contextlib.suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def session_of(pid: int) -> int:
+    """0 for a process that is gone, and only waited for."""
+    with contextlib.suppress(OSError):
+        state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+        return int(session) if state not in "ZX" else 0
     return 0
 
 

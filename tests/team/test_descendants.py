@@ -192,11 +192,12 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def begun(line: str, project: Path, helpers: int) -> tuple[Started, list[int]]:
+def begun(line: str, project: Path, helpers: int, forked: bool) -> tuple[Started, list[int]]:
     """A command whose processes have started so many helpers; their pids."""
     paths = os.pathsep.join([*map(str, Path(__file__).parents[:2]), os.environ.get("PYTHONPATH", "")])
     (project / "pids").touch()
-    started = Started([*INSTEP, *line.split()], project, PYTHONPATH=paths, HELPERS=str(project / "pids"), PAUSE_S="0.1")
+    environment = {"PYTHONPATH": paths, "HELPERS": str(project / "pids"), "PAUSE_S": "0.1"}
+    started = Started([*INSTEP, *line.split()], project, forked=forked, **environment)
     pids = (project / "pids").read_text
     wait_until(lambda: pids().count("\n") >= helpers, 60, "helpers", started)
     return started, [int(pid) for pid in pids().split()]
@@ -209,7 +210,7 @@ def gone(pids: list[int]) -> bool:
 @pytest.mark.parametrize("who", ["client", "supervisor"])
 def test_nothing_is_left_of_a_run_whose_head_is_killed(who: str, project: Path) -> None:
     line = "train my.toml --recipe.data.use helped:helped --steps 5000 --out run --team.checkpoint_every 1"
-    started, helpers = begun(line, project, helpers=2 * len(HELPERS))
+    started, helpers = begun(line, project, 2 * len(HELPERS), forked=who == "client")
     try:
         tape = project / "run" / "tape.jsonl"
         wait_until(lambda: "checkpointed" in tape.read_text(), 20, "a checkpoint", started)
@@ -234,7 +235,7 @@ def test_nothing_is_left_of_a_run_whose_head_is_killed(who: str, project: Path) 
 def test_nothing_is_left_of_a_simulation(ending: str, project: Path) -> None:
     steps = 1 if ending == "by itself" else 5000
     line = f"simulate my.toml --recipe.data.use helped:helped --workers 2 --times 1s --steps {steps}"
-    started, helpers = begun(line, project, helpers=len(HELPERS) - 1)
+    started, helpers = begun(line, project, len(HELPERS) - 1, forked=True)
     try:
         if ending == "client killed":
             started.process.kill()

@@ -312,7 +312,8 @@ def training(project: Path, start: Start) -> Training:
 
     def train(name: str, *flags: object, pause_s: str = PAUSE_S) -> tuple[Started, Path]:
         out = project / name
-        return start(*INSTEP, "train", project / "my.toml", "--out", out, *flags, PAUSE_S=pause_s), out
+        command = [*INSTEP, "train", project / "my.toml", "--out", out, *flags]
+        return start(*command, PAUSE_S=pause_s, forked=True), out
 
     return train
 
@@ -336,7 +337,7 @@ def test_ctrl_c_ends_a_run_that_can_go_on(training: Training, expected: dict[int
     (line,) = (line for line in started.out.splitlines() if line.startswith("go on with"))
     instep, *command = shlex.split(line.removeprefix("go on with"))
     assert instep == "instep"
-    resumed = start(*INSTEP, *command, "--workers", 3)
+    resumed = start(*INSTEP, *command, "--workers", 3, forked=True)
     assert resumed.ends() == 0, resumed.err
     assert result_of(run)["digest"] == expected[40]
     assert (result_of(run)["workers"], result_of(run)["interrupted"]) == (3, False)
@@ -399,7 +400,8 @@ def test_a_killed_and_a_stopped_worker_are_named_and_change_nothing(
     project: Path, start: Start, expected: dict[int, str]
 ) -> None:
     run = project / "disturbed"
-    started = start(*INSTEP, "train", project / "my.toml", "--out", run, PAUSE_S="0.1")
+    line = ("train", project / "my.toml", "--out", run, "--team.answer_timeout_s", 1.5)
+    started = start(*INSTEP, *line, PAUSE_S="0.05", forked=True)
 
     def worker(number: int) -> int:
         joined = [e for e in tape.read(run / "tape.jsonl") if e["kind"] == "joined" and e["worker"] == number]

@@ -73,6 +73,7 @@ def test_every_message_arrives_as_it_was_sent(message: Any) -> None:
 def test_what_an_event_leaves_out_is_looked_for_where_it_is_from() -> None:
     content = pickle.dumps(UNSET)
     assert b"msgspec" in content
+    assert b"UnsetType" in content, "not the first module that has its value"
     assert pickle.loads(content) is UNSET
 
 

@@ -416,6 +416,7 @@ def test_plain_objects_are_unpickled_once_before_the_forks(tmp_path: Path, monke
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("forked_pythons")
 def test_runs_with_plain_objects_are_replayed_and_simulated(tmp_path: Path) -> None:
     recipe = Recipe(
         model=partial(nn.Linear, 3, 1), objective=squares, data=Records(MANY), batch=8, microbatches=4, steps=3

@@ -105,7 +105,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], t
         folder = project / ("library" if name not in RUNS else f"run-{list(RUNS).index(name)}")
         line = f"train my.toml --out {folder} --team.answer_timeout_s 1.5 {flags}"
         command = [INSTEP[0], "-c", LIBRARY] if name not in RUNS else [*INSTEP, *line.split()]
-        run = Started(command, project, PAUSE_S=str(pause_s))
+        run = Started(command, project, forked=name in RUNS, PAUSE_S=str(pause_s))
         started.append(run)
         kind = '"run_started"' if RUNS.get(name, ("", 0.0))[1] > 1 else '"merged"'
         tape = folder / "tape.jsonl"

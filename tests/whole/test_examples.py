@@ -30,6 +30,7 @@ FIRST: tuple[Callable[..., Any], ...] = (
 """In the order of a session: each may use what those before it have made."""
 
 
+@pytest.mark.usefixtures("forked_pythons")
 def test_the_examples_of_what_is_called_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = {"instep": instep, "torch": torch, "dataclasses": dataclasses, "__name__": "__main__"}

@@ -188,6 +188,7 @@ def test_a_mean_for_a_sum_is_told_of_counts() -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("forked_pythons")
 def test_ctrl_c_in_python_names_the_folder_to_go_on_with(tmp_path: Path) -> None:
     seen = []
 
@@ -196,8 +197,8 @@ def test_ctrl_c_in_python_names_the_folder_to_go_on_with(tmp_path: Path) -> None
         if event["kind"] == "merged" and seen.count("merged") == 1:
             raise KeyboardInterrupt
 
-    recipe = regression(steps=2000)
+    recipe = regression(steps=1000)
     with pytest.raises(KeyboardInterrupt) as caught:
         instep.train(recipe, out=tmp_path / "run", monitors=[interrupt])
     assert f"go on with instep.train(recipe, resume='{tmp_path / 'run'}')" in str(caught.value)
-    assert instep.train(recipe, team=instep.Team(), resume=tmp_path / "run", monitors=[]).result["steps"] == 2000
+    assert instep.train(recipe, team=instep.Team(), resume=tmp_path / "run", monitors=[]).result["steps"] == 1000

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -63,13 +62,11 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
 ) -> None:
     saved = project / "run" / "recipe.toml"
     before = saved.read_bytes()
-    command = [*INSTEP, "train", *flags.format(project=project).split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == status
-    assert done.stderr.startswith("instep: " + sentence.format(project=project))
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
-    assert not list(tmp_path.iterdir())
+    started = Started([*INSTEP, "train", *flags.format(project=project).split()], tmp_path, forked=True)
+    assert started.ends() == status
+    assert complaint(started).startswith("instep: " + sentence.format(project=project))
+    assert started.out == ""
+    assert [path.name[:7] for path in tmp_path.iterdir()] == ["output-"], "which are the test's own"
     assert saved.read_bytes() == before
 
 
@@ -123,7 +120,7 @@ def test_what_only_workers_see_is_one_sentence(flags: str, sentence: str, projec
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     command = [*INSTEP, "train", str(project / "my.toml"), "--out", "run", "--workers", "1", *flags.split()]
-    started = Started(command, tmp_path)
+    started = Started(command, tmp_path, forked=True)
     try:
         assert started.ends() == 1
     finally:

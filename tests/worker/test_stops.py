@@ -277,6 +277,7 @@ class Monitor:
                 raise ValueError("no such tracker")
 
 
+@pytest.mark.usefixtures("forked_pythons")
 def test_a_monitor_that_raises_ends_the_run_as_ctrl_c_does(tmp_path: Path) -> None:
     bad, good = Monitor(3), Monitor(-1)
     long = recipe(steps=5000)
