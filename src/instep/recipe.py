@@ -95,6 +95,8 @@ class Recipe:
     name: of the recipe, for run folders and reports.
     evaluate_every: steps between evaluations on held-out data; 0 evaluates at the end alone.
     evaluate_samples: how many held-out samples, the first ones; None takes all.
+    checksum_every: under a synchronous rule, updates between two after which the tape gets a checksum of each tensor:
+        parameter, buffer and optimizer state. More than the steps takes none.
     sample_prompt, sample_length: for text, the prompt and the number of tokens generated at the end; 0 for none.
     artifacts: called at the end with (model, data, folder), writes into this folder what a person can look at or use,
         and gives a mapping of figures, or None. See `instep.artifacts`.
@@ -123,6 +125,7 @@ class Recipe:
     name: str = field(default="custom", metadata=_NO_RESULT)
     evaluate_every: int = field(default=0, metadata=_NO_RESULT)
     evaluate_samples: int | None = field(default=None, metadata=_NO_RESULT)
+    checksum_every: int = field(default=20, metadata=_NO_RESULT)
     sample_prompt: str = field(default="", metadata=_NO_RESULT)
     sample_length: int = field(default=0, metadata=_NO_RESULT)
     artifacts: ComponentLike | None = field(default=None, metadata=_NO_RESULT)
@@ -145,7 +148,7 @@ class Recipe:
                 f"'recipe.name' is {shown(self.name)}, of {len(self.name)} characters; it names the run folder: write "
                 f"one of at most {_LONGEST_NAME}."
             )
-        for key in ("batch", "microbatches", "steps", "threads"):
+        for key in ("batch", "microbatches", "steps", "threads", "checksum_every"):
             _at_least(f"recipe.{key}", getattr(self, key), 1)
         for key in ("evaluate_every", "sample_length"):
             _at_least(f"recipe.{key}", getattr(self, key), 0)

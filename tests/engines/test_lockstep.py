@@ -15,6 +15,7 @@ from instep.engines.lockstep import Lockstep
 from instep.models import GPT
 from instep.recipe import Recipe, Schedule
 from instep.record.digest import digest_of_state
+from instep.record.events import ChecksummedEvent, Event
 from instep.transport.group import Group, PeerRaised, Sizes, Solo
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
@@ -48,7 +49,7 @@ class Normed(GPT):
 def recipe(**changes: Any) -> Recipe:
     """Ragged batches, clipping, AdamW and Muon, a schedule."""
     fields = {"model": Normed, "optimizer": OPTIMIZERS, "schedule": Schedule(kind="cosine", warmup_steps=2)}
-    return workloads.gpt(**{**fields, "steps": 5, "evaluate_every": 2, **changes})
+    return workloads.gpt(**{**fields, "steps": 5, "evaluate_every": 2, "checksum_every": 2, **changes})
 
 
 class Quiet:
@@ -64,19 +65,24 @@ class Quiet:
         return False
 
 
-def engine_of(recipe: Recipe, rank: int, machines: tuple[int, ...]) -> Lockstep:
-    engine = Lockstep(Replica(recipe, "cpu"), rank, machines, Quiet(), lambda event: None, time.monotonic)
+def engine_of(
+    recipe: Recipe, rank: int, machines: tuple[int, ...], emit: Callable[[Event], None] = lambda event: None
+) -> Lockstep:
+    engine = Lockstep(Replica(recipe, "cpu"), rank, machines, Quiet(), emit, time.monotonic)
     engine.prepare(0)
     return engine
 
 
 def trained(recipe: Recipe, make: Callable[[Sizes], Group], rank: int, machines: tuple[int, ...]) -> Any:
-    """The digest, the held-out objective, and the training state where this is rank 0."""
+    """The digest, held-out objectives and checksums, the training state where this is rank 0, and how many parameters
+    this rank takes the checksums of.
+    """
     torch.set_num_threads(1)
-    engine = engine_of(recipe, rank, machines)
+    events = list[Event]()
+    engine = engine_of(recipe, rank, machines, events.append)
     group = make(engine.sizes())
     engine.join(group)
-    found = []
+    found = list[Any]()
 
     def after_step(progress: Progress, last: bool) -> None:
         if progress.version % 2 == 0 and (evaluation := engine.evaluate(progress.version)) is not None:
@@ -89,7 +95,9 @@ def trained(recipe: Recipe, make: Callable[[Sizes], Group], rank: int, machines:
     group.close()
     saved = io.BytesIO()
     torch.save(training, saved)
-    return digest, found, saved.getvalue() if rank == 0 else type(engine.placement).__name__
+    found += [(e.version, e.weights, e.optimizer) for e in events if isinstance(e, ChecksummedEvent)]
+    kind = type(engine.placement).__name__
+    return digest, found, saved.getvalue() if rank == 0 else kind, sum(engine.placement.share)
 
 
 def of_team(recipe: Recipe, kind: Kind) -> list[Any]:
@@ -103,11 +111,13 @@ def engine_sizes(recipe: Recipe, kind: Kind) -> Sizes:
 
 
 def check(recipe: Recipe, kinds: list[Kind], placed: str = "") -> str:
-    """Every rank of every team has the digest, objective and training state of a process alone."""
-    digest, objectives, saved = trained(recipe, Solo, 0, (1,))
+    """Every rank of every team has the digest, objective, checksums and training state of a process alone."""
+    digest, told, saved, parameters = trained(recipe, Solo, 0, (1,))
+    assert isinstance(told[-1], tuple), "checksums are the last"
     for kind in kinds:
         first, *others = of_team(recipe, kind)
-        assert first[:2] == (digest, objectives), kind
+        assert first[:2] == (digest, told), kind
+        assert sum(each[3] for each in (first, *others)) == parameters, "each takes its part of the checksums"
         assert_same(*(torch.load(io.BytesIO(each), weights_only=True) for each in (first[2], saved)))
         assert {each[0] for each in others} == {digest}, kind
         assert not placed or {each[2] for each in others} == {placed}

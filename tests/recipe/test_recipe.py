@@ -205,6 +205,7 @@ HARMLESS: dict[str, Any] = {
     "name": "other",
     "evaluate_every": 5,
     "evaluate_samples": 5,
+    "checksum_every": 5,
     "sample_prompt": "x",
     "sample_length": 5,
     "artifacts": "m:write",

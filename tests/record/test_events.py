@@ -47,7 +47,7 @@ def check_events(events: list[dict[str, Any]], by: str) -> set[str]:
 
 def trained(rule: str, **team: Any) -> Callable[[Path], tuple[list[dict[str, Any]], str]]:
     def train(path: Path) -> tuple[list[dict[str, Any]], str]:
-        recipe = workloads.gpt(rule=parse(rule), steps=4, evaluate_every=2)
+        recipe = workloads.gpt(rule=parse(rule), steps=4, evaluate_every=2, checksum_every=2)
         train_here(recipe, Team(workers=2, **team), path)
         return list(tape.read(path / "tape.jsonl")), "server" if team else "lockstep"
 
@@ -73,7 +73,7 @@ RUN = {"run_started", "joined", "evaluated", "checkpointed", "run_ended"}
 @pytest.mark.parametrize(
     ("produced", "kinds"),
     [
-        (trained("synchronous"), CONTRIBUTION | RUN),
+        (trained("synchronous"), CONTRIBUTION | RUN | {"checksummed"}),
         (trained("bounded_staleness:1", engine="server"), CONTRIBUTION | RUN | {"released"}),
         (simulated(True), (CONTRIBUTION | RUN | {"released"}) - {"checkpointed"}),
         (simulated(False), (CONTRIBUTION | RUN | {"released"}) - {"checkpointed", "evaluated"}),

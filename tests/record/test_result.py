@@ -25,7 +25,7 @@ BOTH = {
     "bytes_sent", "staleness_mean", "staleness_max", "delayed_max", "lead_max", "idle_share", "dropped", "skipped",
     "bad_batches",
 }  # fmt: skip
-TRAINED = BOTH | {"parameters", "interrupted", "stopped", "data_digest", "sample", "artifacts"}
+TRAINED = BOTH | {"checksum_s", "parameters", "interrupted", "stopped", "data_digest", "sample", "artifacts"}
 SIMULATED = BOTH | {"contributions", "simulated_in_s", "scheduled_in_s"}
 
 

@@ -109,8 +109,9 @@ def net() -> nn.Module:
 
 def recipe(rule: str) -> Recipe:
     return Recipe(
-        model=net, objective=squares, data=numbers, batch=8, microbatches=2, steps=4, rule=parse(rule), evaluate_every=2
-    )
+        model=net, objective=squares, data=numbers, batch=8, microbatches=2, steps=4, rule=parse(rule),
+        evaluate_every=2, checksum_every=2,
+    )  # fmt: skip
 
 
 RULES = ["synchronous", "asynchronous", "async_diloco:2"]
@@ -290,7 +291,11 @@ def test_a_replay_compares_what_the_tape_says_of_each_update(run: tuple[Recipe, 
     serving = given.rule.name != "synchronous"
     pushed = sum(event["kind"] == "pushed" for event in events) if serving else 0
     saved_at = sum(event["kind"] == "checkpointed" for event in events)
-    assert dataclasses.astuple(found.proof) == (saved_at, updates, pushed)
+    sums = [
+        each for event in events if event["kind"] == "checksummed" for each in (event["weights"], event["optimizer"])
+    ]
+    assert bool(sums) == (not serving)
+    assert dataclasses.astuple(found.proof) == (saved_at, updates, pushed, sum(map(len, sums)))
     for name, other, words in (
         ("objective", 0.5, "its objective is 0.5 on the tape and "),
         ("lr", 0.5, "its learning rate is 0.5 on the tape and "),

@@ -9,10 +9,17 @@ import pytest
 import torch
 
 from instep.recipe import Team
+from instep.reduce.checksums import checksum
 from support import workloads
 from support.harness import train_here
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_checksum_is_the_same_wherever_the_tensor_lies(kind: torch.dtype) -> None:
+    values = (1000 * torch.randn(5_000_001)).to(kind)
+    assert checksum([values.cuda()]) == checksum([values])
 
 
 @pytest.mark.parametrize("name", workloads.ALL)

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from instep.errors import NonFiniteError, ObjectiveError
 from instep.recipe import Recipe, Schedule
-from instep.reduce.checksums import checksum
+from instep.reduce.checksums import _weighted_sum_in_place, checksum
 from instep.reduce.layout import Layout
 from instep.reduce.pack import Pack
 from instep.rules import UpdateRule, parse
@@ -617,6 +617,18 @@ def by_definition(words: list[int]) -> str:
 def test_a_checksum_is_the_sum_that_its_docstring_says(size: int) -> None:
     values = torch.randn(size, generator=torch.Generator().manual_seed(1))
     assert checksum([values]) == [by_definition([word % 2**32 for word in values.view(torch.int32).tolist()])]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.complex128])
+@pytest.mark.parametrize("size", [0, 1, 1025, (1 << 22) + 3])
+def test_a_checksum_in_pieces_as_on_a_gpu_is_the_same(kind: torch.dtype, size: int) -> None:
+    values = (1000 * torch.randn(size, generator=torch.Generator().manual_seed(1))).to(kind)
+    assert checksum([values]) == [f"{_weighted_sum_in_place(values):08x}"]
+
+
+def test_a_checksum_of_a_view_that_is_conjugate_or_negative_is_that_of_its_values() -> None:
+    values = torch.randn(4, dtype=torch.complex64).conj()
+    assert checksum([values, values.imag]) == checksum([values.clone(), values.imag.clone()])
 
 
 @given(st.integers(1, 5000), st.data(), SEEDS)

@@ -30,8 +30,9 @@ from instep.team.signals import interrupting
 
 _TRAIN = """\
 Any other field is set by its name with dots: --recipe.optimizer.args.lr 3e-4, --recipe.schedule.kind wsd, \
---team.restarts 5. A value is read as in TOML (3e-4, true, [0.9, 0.95], "text"), or else as text; none takes an \
-optional field away. Flags win over the file.
+--team.restarts 5, --recipe.checksum_every 10 (updates between checksums of each tensor on the tape). A value is read \
+as in TOML (3e-4, true, [0.9, 0.95], "text"), or else as text; none takes an optional field away. Flags win over the \
+file.
 
 With --resume the run's own recipe is used. The team, the steps and fields that decide no result may change, and from \
 there on --recipe.schedule.*, --recipe.watch.* and --recipe.optimizer.args.lr (of several optimizers, \

@@ -38,6 +38,7 @@ from instep.worker.gradients import Computed, Gradients
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict
+from instep.worker.tensor_checksums import checksum_when_due
 from instep.worker.updates import Added, Update, Updates, wrong_in_step
 
 _OFF = 2
@@ -151,6 +152,7 @@ class Lockstep:
         totals = self._totals(self._facts.gather(self._group))
         while progress.version < steps:
             totals, stopped = self._step(progress, totals, steps)
+            checksum_when_due(self.replica, progress, self._emit, self.placement.checksums)
             stopped = stopped or bool(progress.stopped)
             after_step(progress, stopped or progress.version == steps)
             if stopped or progress.stopped:

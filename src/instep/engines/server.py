@@ -36,6 +36,7 @@ from instep.worker.first_look import look_at_data, look_at_objective
 from instep.worker.gradients import Contributor
 from instep.worker.milestones import Milestones, Progress
 from instep.worker.replica import Replica
+from instep.worker.tensor_checksums import checksum_when_due
 from instep.worker.updates import Merger
 
 if TYPE_CHECKING:
@@ -334,6 +335,7 @@ class _Server:
                 checksum=self._merger.checksum(),
             )
         )  # fmt: skip
+        checksum_when_due(self._replica, self._progress, self._session.emit)
 
     def _at_milestones(self, before: int, now: int) -> None:
         recipe = self._session.recipe

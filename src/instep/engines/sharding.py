@@ -23,6 +23,7 @@ from instep.reduce.ownership import owners
 from instep.reduce.reduction import Reduction, clip
 from instep.transport.group import Group
 from instep.worker.replica import Replica
+from instep.worker.tensor_checksums import Checksums, own_checksums, together
 from instep.worker.updates import clipped_step
 
 BY_PARAMETER = (
@@ -73,6 +74,17 @@ class Placement(ABC):
     def training_state(self) -> dict[str, Any] | None:
         """As that of a replica alone, at worker 0; None at the others. All must ask at the same version."""
 
+    @property
+    @abstractmethod
+    def share(self) -> list[bool]:
+        """By parameter, whether this worker is to read it and its optimizer's state where one worker is enough."""
+
+    def checksums(self) -> Checksums | None:
+        """As those of a replica alone, at worker 0; None at the others. All must ask at the same version."""
+        own = own_checksums(self._replica, self.share, self._worker, self._group.size)
+        shares = self._group.share(own, to=0)
+        return together(shares) if shares else None
+
 
 class Replicated(Placement):
     """Weights, sum and the whole update at each worker."""
@@ -91,6 +103,11 @@ class Replicated(Placement):
     def training_state(self) -> dict[str, Any] | None:
         return None if self._worker else self._replica.training_state()
 
+    @property
+    def share(self) -> list[bool]:
+        sizes = [parameter.numel() for parameter in self._replica.parameters]
+        return [owner == self._worker for owner in owners(sizes, self._group.size)]
+
 
 class Sharded(Placement):
     """Weights and sum in memory of the machine, a share of the update at each of its workers.
@@ -105,7 +122,7 @@ class Sharded(Placement):
         super().__init__(replica, reduction, worker)
         whose = owners([parameter.numel() for parameter in replica.parameters], len(machine))
         self._own = [machine[owner] == worker for owner in whose]
-        self._sends = 0 in machine and worker > 0  # the other machines hold the same
+        self._leads = 0 in machine  # the other machines hold the same
         self._offsets, self.weight_bytes = placed([parameter.nbytes for parameter in replica.parameters], ALIGN_BYTES)
 
     def attach(self, group: Group) -> None:
@@ -136,7 +153,7 @@ class Sharded(Placement):
     def training_state(self) -> dict[str, Any] | None:
         replica = self._replica
         own = io.BytesIO()
-        if self._sends:
+        if self._leads and self._worker:
             torch.save([one.state()["state"] for one in replica.optimizer.each], own)
         blobs = self._group.share(own.getvalue(), to=0)
         if self._worker:
@@ -149,6 +166,10 @@ class Sharded(Placement):
         for whole in wholes:
             whole["state"] = dict(sorted(whole["state"].items()))
         return training
+
+    @property
+    def share(self) -> list[bool]:
+        return [own and self._leads for own in self._own]
 
 
 def choose(replica: Replica, reduction: Reduction, worker: int, machine: range) -> Placement:

@@ -39,6 +39,7 @@ from instep.rules.work import Pieces
 from instep.tables import to_table
 from instep.worker.evaluation import batches_held_out, evaluate_alone
 from instep.worker.milestones import Milestones, Progress
+from instep.worker.tensor_checksums import checksum_when_due
 from instep.worker.trial import try_optimizer
 
 if TYPE_CHECKING:
@@ -167,6 +168,11 @@ class _Simulation:
         """Computes what an event stands for, if gradients are wanted, and hands it on."""
         before = self._progress.steps
         self._emit(self._computed(event) if self._gradients else event)
+        if self._gradients and self._tape is not None and isinstance(event, events.MergedOnClockEvent):
+            checksum_when_due(
+                self._replica, self._progress,
+                lambda found: self._emit(replace(found, t_s=event.t_s, clock="virtual", took_s=UNSET)),
+            )  # fmt: skip
         if self._milestones.evaluates(before, self._progress.steps):
             self._evaluate(self._progress.version, event.t_s)
 

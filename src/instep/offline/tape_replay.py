@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from instep.data.repeats import what_does_not_repeat
@@ -15,6 +15,7 @@ from instep.record.digest import digest_of_state
 from instep.record.result import Proof, Replayed
 from instep.reduce.written import FirstWrite
 from instep.worker.optimizer_state import copied
+from instep.worker.tensor_checksums import checksums_of
 from instep.worker.updates import Update
 
 if TYPE_CHECKING:
@@ -108,7 +109,8 @@ class _Playback:
         self._recorded: str | None = None
         self._divergence = ""
         self._told: dict[int, Mapping[str, Any]] = {}  # in lockstep: updates by version, until they are computed
-        self._updates = self._contributions = self._checkpoints = 0
+        self._updates = self._contributions = self._checkpoints = self._checksums = 0
+        self._alike = 0  # the last version whose tensors were all compared and the same
 
     def start(self, event: Mapping[str, Any]) -> None:
         """The run starts, or starts again from a checkpoint: later updates than that never were."""
@@ -116,6 +118,7 @@ class _Playback:
         for later in [kept for kept in self._kept if kept > version]:
             del self._kept[later]  # of a history that was taken back
         self._told = {told: event for told, event in self._told.items() if told <= version}
+        self._alike = min(version, self._alike)
         if version not in self._kept:
             self._make_up_for(version)
         if self._engine != _engine_of(event):
@@ -140,6 +143,10 @@ class _Playback:
             self._expect(event["digest"], f"the checkpoint of version {event['version']}")
             self._checkpoints += 1
             self._keep(event["version"])
+        elif kind == "checksummed":
+            self._catch_up(event["version"])
+            self._must_be(self._version, event, event["version"])
+            self._compare_tensors(event)
         elif kind == "run_ended":
             self._catch_up(event["version"])
             self._must_be(self._version, event, event["version"])
@@ -197,7 +204,7 @@ class _Playback:
             self._divergence = f"{self._divergence.rstrip('.')}; the last weights are those of the run."
         changing = what_does_not_repeat(self._replayer.merger.replica.data) if self._divergence else ""
         why = f"{self._divergence} {changing[0].upper()}{changing[1:]}" if changing else self._divergence
-        proof = Proof(self._checkpoints, self._updates, self._contributions)
+        proof = Proof(self._checkpoints, self._updates, self._contributions, self._checksums)
         return Replayed(digest, self._recorded, self._version, why, proof)
 
     def _must_be(self, version: int, event: Mapping[str, Any], expected: int) -> None:
@@ -285,9 +292,20 @@ class _Playback:
         workers = sorted({each["worker"] for each in event["contributions"]})
         self._divergence = (
             f"version {event['version']}, an update from {'worker' if len(workers) == 1 else 'workers'} "
-            f"{', '.join(map(str, workers))}, differs in '{names[0]}'"
-            f"{f' and {len(names) - 1} other tensors' if len(names) > 1 else ''}; the contributions were the same."
+            f"{', '.join(map(str, workers))}, {_differs_in(names)}; the contributions were the same."
         )
+
+    def _compare_tensors(self, event: Mapping[str, Any]) -> None:
+        """Every tensor that the tape tells the checksum of."""
+        found, names = checksums_of(self._replayer.merger.replica), list[str]()
+        for own, told in (found["weights"], event["weights"]), (found["optimizer"], event["optimizer"]):
+            names += [name for name in {**own, **told} if own.get(name) != told.get(name)]
+            self._checksums += len(told)
+        if names and not self._divergence:
+            since = f"; all were the same in version {self._alike}" if self._alike else ""
+            self._divergence = f"version {event['version']} {_differs_in(names)}{since}."
+        elif not names:
+            self._alike = event["version"]
 
     def _expect(self, digest: str, what: str) -> None:
         if not self._divergence and digest_of_state(state_of(self._replayer)) != digest:
@@ -318,6 +336,11 @@ class _Playback:
         merger.version = version
         self._replayer.everybody_left()
         self._version = version
+
+
+def _differs_in(names: Sequence[str]) -> str:
+    others = f" and {len(names) - 1} other tensor{'s' if len(names) > 2 else ''}" if len(names) > 1 else ""
+    return f"differs in '{names[0]}'{others}"
 
 
 def _engine_of(started: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -196,6 +196,8 @@ Norm = Annotated[Figure, _is("of the gradient or delta, before clipping")]
 TrainSeconds = Annotated[Seconds, _is("in steps so far")]
 Spike = Annotated[str, _is("the watch's answer", where="where it is one")]
 BadBatches = Annotated[Count, _is("batches that were left out", where="where any were bad")]
+Gathered = Annotated[Mapping[str, Figure], _is("metrics that are no sums", where="where the objective gathers any")]
+BitsPerByte = Annotated[Figure, _is("of text", where="where cross entropy is counted in tokens of it")]
 
 
 class MergedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -267,8 +269,16 @@ class DroppedEvent(Event, frozen=True, kw_only=True, gc=False):
     why: Why
 
 
-Gathered = Annotated[Mapping[str, Figure], _is("metrics that are no sums", where="where the objective gathers any")]
-BitsPerByte = Annotated[Figure, _is("of text", where="where cross entropy is counted in tokens of it")]
+class ChecksummedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """Under a synchronous rule, every so many updates: what all tensors are."""
+
+    kind = "checksummed"
+    by = "lockstep, server, simulation with gradients"
+
+    version: Version
+    weights: Annotated[Mapping[str, str], _is("8 hexadecimal digits for each parameter and buffer, by name")]
+    optimizer: Annotated[Mapping[str, str], _is("the same for what it keeps, by the parameter's name and its own")]
+    took_s: Maybe[Annotated[Seconds, _is("spent on it", where="not in a simulation")]] = UNSET
 
 
 class EvaluatedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -361,8 +371,8 @@ class BlockEvent(Event, frozen=True, kw_only=True, gc=False):
     bytes: Bytes
 
 
-QUIET = frozenset({"released", "computed", "pushed", "merged", "dropped"})
-"""Kinds that come with every contribution, so that they may wait for others before they are handed on.
+QUIET = frozenset({"released", "computed", "pushed", "merged", "dropped", "checksummed"})
+"""Kinds that come with contributions, so that they may wait for others before they are handed on.
 
 A tape that lacks the last of them is as good as one of a run that was killed before: what a resume and its replay
 need, the engine has synced before each checkpoint.
@@ -370,22 +380,20 @@ need, the engine has synced before each checkpoint.
 
 TYPES: tuple[type[Event], ...] = (
     RunStartedEvent, JoinedEvent, ReleasedEvent, ComputedEvent, PushedEvent, PushedToServerEvent, MergedEvent,
-    MergedByServerEvent, MergedOnClockEvent, DroppedEvent, EvaluatedEvent, CheckpointedEvent, LeftEvent, PlannedEvent,
-    WarnedEvent, FailedEvent, RunEndedEvent, BlockEvent,
+    MergedByServerEvent, MergedOnClockEvent, DroppedEvent, ChecksummedEvent, EvaluatedEvent, CheckpointedEvent,
+    LeftEvent, PlannedEvent, WarnedEvent, FailedEvent, RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""
 
 
 def plain(event: Event) -> dict[str, Any]:
     """The event as it stands on a tape: its fields that are set, in their order, as plain values."""
-    t_s, clock, *values = astuple(event)
-    found = {"t_s": t_s, "clock": clock, "kind": event.kind}
-    for name, value in zip(event.__struct_fields__[2:], values, strict=True):
-        if value is not UNSET:
-            found[name] = [_table(each) for each in value] if name == "contributions" else value
+    found = {"t_s": event.t_s, "clock": event.clock, "kind": event.kind, **_table(event)}
+    if "contributions" in found:
+        found["contributions"] = [_table(each) for each in found["contributions"]]
     return found
 
 
-def _table(contribution: MergedContribution) -> dict[str, Any]:
-    fields = zip(contribution.__struct_fields__, astuple(contribution), strict=True)
+def _table(told: Event | MergedContribution) -> dict[str, Any]:
+    fields = zip(told.__struct_fields__, astuple(told), strict=True)
     return {name: value for name, value in fields if value is not UNSET}

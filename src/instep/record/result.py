@@ -49,6 +49,7 @@ class Result:
     gathered: Mapping[str, float] | None
     items_per_s: float | None
     wall_s: float
+    checksum_s: float | UnsetType = UNSET
     restarts: int
     bytes_sent: int
     staleness_mean: float
@@ -93,19 +94,21 @@ class Result:
 @dataclass(frozen=True)
 class Proof:
     """What a replay compared with the tape: the weights at so many checkpoints; so many updates, by objective, items
-    and learning rate; and where a server made them, their weights, staleness and so many contributions, by piece, items
-    and the checksum of their vectors.
+    and learning rate; of synchronous ones, so many checksums, of a tensor each; and where a server made them, their
+    weights, staleness and so many contributions, by piece, items and the checksum of their vectors.
     """
 
     checkpoints: int = 0
     updates: int = 0
     contributions: int = 0
+    checksums: int = 0
 
     def __str__(self) -> str:
         parts = [
             f"{count:,} {what}{'' if count == 1 else 's'}"
             for count, what in (
-                (self.contributions, "contribution"), (self.updates, "update"), (self.checkpoints, "checkpoint")
+                (self.contributions, "contribution"), (self.updates, "update"), (self.checksums, "tensor checksum"),
+                (self.checkpoints, "checkpoint"),
             )
             if count
         ]  # fmt: skip

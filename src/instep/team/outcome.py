@@ -63,6 +63,7 @@ def result_of(
         parameters=facts["parameters"],
         items_per_s=progress["items"] / progress["train_s"] if progress["train_s"] else None,
         wall_s=round(time.monotonic() - run.began, 3),
+        checksum_s=round(progress["checksum_s"], 6),
         restarts=restarts,
         interrupted=leader.interrupted,
         stopped=progress["stopped"] or None,

@@ -30,6 +30,7 @@ class Progress:
     skipped: int = 0  # updates that were left out because of a spike
     bad_batches: int = 0  # that were left out because they were not finite, or had no items
     stopped: str = ""  # why the run ended before its last step
+    checksum_s: float = 0.0  # of train_s, spent on the tape's checksums by tensor
     unevaluated: bool = False  # an evaluation was due at this version, and raised: a resume makes up for it
 
     @classmethod
