@@ -40,6 +40,7 @@ from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.updates import Merger
 from support.harness import train_here
+from support.kinds import quick
 
 pytestmark = pytest.mark.processes
 
@@ -227,12 +228,15 @@ def test_small_files_of_strange_values_are_a_sentence_or_are_read_right(run: tup
 
 
 @pytest.mark.parametrize("good", RULES[:1], indirect=True)
-def test_a_recipe_file_of_strange_values_is_a_sentence_or_is_read_right(run: tuple[Recipe, RunFolder]) -> None:
+@pytest.mark.parametrize("most", quick([120, 800], 120))
+def test_a_recipe_file_of_strange_values_is_a_sentence_or_is_read_right(
+    most: int, run: tuple[Recipe, RunFolder]
+) -> None:
     given, folder = run
     parts = {"model": "torch.nn:Identity", "objective": "math:sin", "data": "math:cos"}
     addressed = dataclasses.replace(given, **parts, artifacts={"use": "math:tan", "args": {}})
     table = {**addressed.to_table(), "team": read_saved(folder.recipe_path)["team"]}
-    for path, strange in some(table, 400, depth=3):
+    for path, strange in some(table, most, depth=3):
         if not path:
             continue
         try:
