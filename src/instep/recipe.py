@@ -125,7 +125,7 @@ class Recipe:
     name: str = field(default="custom", metadata=_NO_RESULT)
     evaluate_every: int = field(default=0, metadata=_NO_RESULT)
     evaluate_samples: int | None = field(default=None, metadata=_NO_RESULT)
-    checksum_every: int = field(default=20, metadata=_NO_RESULT)
+    checksum_every: int = field(default=50, metadata=_NO_RESULT)
     sample_prompt: str = field(default="", metadata=_NO_RESULT)
     sample_length: int = field(default=0, metadata=_NO_RESULT)
     artifacts: ComponentLike | None = field(default=None, metadata=_NO_RESULT)

@@ -35,6 +35,8 @@ def checksum(tensors: Iterable[Tensor]) -> list[str]:
 def _weighted_sum(flat: Tensor) -> int:
     words = _words(flat).numpy().view(np.uint32)
     rows = words.size // _ROW
+    if not rows:  # most tensors of most models, and all that there is to them is the time of calls
+        return int(np.dot(words, _WEIGHTS[: words.size]))
     whole, rest = words[: rows * _ROW].reshape(rows, _ROW), words[rows * _ROW :]
     sums = np.append(np.einsum("rc,c->r", whole, _WEIGHTS), np.dot(rest, _WEIGHTS[: rest.size]))
     return int(np.dot(sums, _powers(rows + 1)))
