@@ -227,7 +227,7 @@ class RunFolder:
         finally:
             close_own(descriptor)
 
-    def newest_checkpoint(self, told: tape.Told | None = None) -> tuple[Path | None, list[str]]:
+    def newest_checkpoint(self, told: tape.ToldCheckpoints | None = None) -> tuple[Path | None, list[str]]:
         """The newest sound checkpoint of this run, or None, and a sentence on each newer one that is damaged or of
         another run.
 

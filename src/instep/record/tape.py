@@ -183,7 +183,7 @@ def latest(events: Iterable[Mapping[str, Any]], kind: str = "merged") -> list[di
 
 
 @dataclass
-class Told:
+class ToldCheckpoints:
     """What a tape tells of its run's checkpoints: the run's id, if it has one, and the digest of each version's."""
 
     run: str | None = None
@@ -201,12 +201,12 @@ class Told:
                 self.digests[version] = digest
 
 
-def told(path: Path | str) -> Told:
+def told(path: Path | str) -> ToldCheckpoints:
     """What the tape tells of checkpoints; nothing where there is none. Raises RecordError where it cannot be read.
 
     Only the lines that matter are looked at, and damaged ones are passed over, so that a resume need not read it whole.
     """
-    found = Told()
+    found = ToldCheckpoints()
     try:
         with open(path, "rb") as file:
             for line in file:

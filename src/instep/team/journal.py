@@ -15,7 +15,7 @@ from instep.errors import CheckpointError
 from instep.record import checkpoint
 from instep.record.events import Event, RunStartedEvent, WarnedEvent, plain
 from instep.record.folder import RunFolder
-from instep.record.tape import Tape, Told, told
+from instep.record.tape import Tape, ToldCheckpoints, told
 from instep.team.channel import Channel
 from instep.team.messages import Events, FoundWritten, PlainEvents, WorkerToSupervisor
 
@@ -33,7 +33,7 @@ class Journal:
         """Whether the tape had the run's beginning already, whatever the client takes it for."""
         self.started = False
         """Whether a team of this process has: what is told before waits for it, or is not written."""
-        self._told = Told()
+        self._told = ToldCheckpoints()
         self._early: list[dict[str, Any]] = []
 
     def read(self) -> None:
