@@ -34,6 +34,7 @@ from support import workloads
 from support.harness import Client, Outcome, train_here
 from support.ledgers import list_pieces
 from support.processes import wait_until
+from support.reference import reference_digests
 
 RULES: dict[str, UpdateRule] = {
     "synchronous": p.synchronous(),
@@ -141,6 +142,16 @@ def close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, rtol: 
 
 
 # ------------------------------------------------------------------------------------------------------- a real team
+
+
+@functools.cache
+def reference(name: str) -> dict[int, str]:
+    torch.set_num_threads(1)
+    return reference_digests(workloads.ALL[name]())
+
+
+def serving(workers: int = 2, **fields: Any) -> Team:
+    return Team(workers=workers, engine="server", **fields)
 
 
 def at(kind: str, nth: int, act: Callable[[dict[int, int]], None], **fields: Any) -> Callable[[dict[str, Any]], None]:

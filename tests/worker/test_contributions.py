@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-import io
 import tracemalloc
 from functools import partial
 from typing import Any
@@ -19,16 +18,13 @@ from torch.utils.data import TensorDataset
 
 from instep.errors import NonFiniteError, ObjectiveError
 from instep.recipe import Recipe, Schedule
-from instep.reduce.checksums import _weighted_sum_in_place, checksum
-from instep.reduce.layout import Layout
-from instep.reduce.pack import Pack
+from instep.reduce.checksums import checksum
 from instep.rules import UpdateRule, parse
 from instep.rules import presets as p
 from instep.rules.ledger import Merge
 from instep.rules.work import Pieces
 from instep.worker.contribution import Arrived, Facts
 from instep.worker.gradients import Contributor
-from instep.worker.outer_optimizer import OuterOptimizer
 from instep.worker.replica import Replica
 from instep.worker.updates import Merger
 from support import workloads
@@ -372,98 +368,6 @@ def test_a_worker_keeps_nothing_of_what_it_has_contributed(rule: UpdateRule) -> 
     assert grown < 100 * 250, "bytes a contribution: the counts of one were a thousand"
 
 
-# --------------------------------------------------------------------------------------------- the outer optimizer
-
-RULE: dict[str, Any] = {"quorum": "all", "order": "round", "max_lead": 0}
-
-
-def stepped(rule: UpdateRule, deltas: list[list[Tensor]], save_at: int = -1) -> list[Tensor]:
-    """The parameters after the outer optimizer's steps; with `save_at`, its state goes through a file before it."""
-    parameters = [torch.linspace(-1, 1, 6).reshape(2, 3), torch.ones(4)]
-    layout = Layout.of(parameters, 64)
-    outer = OuterOptimizer(rule, layout)
-    for number, delta in enumerate(deltas):
-        if number == save_at:
-            file = io.BytesIO()
-            torch.save(outer.state(), file)
-            file.seek(0)
-            outer = OuterOptimizer(rule, layout)
-            outer.load(torch.load(file, weights_only=True))
-        flat = torch.zeros(layout.size)
-        for view, part in zip(layout.views(flat), delta, strict=True):
-            view.copy_(part)
-        outer.step(flat, parameters)
-    return parameters
-
-
-def deltas_of(seed: int, count: int) -> list[list[Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [[torch.randn(2, 3, generator=generator), torch.randn(4, generator=generator)] for _ in range(count)]
-
-
-@given(
-    outer=st.sampled_from(["sgd", "nesterov"]),
-    momentum=st.sampled_from([0.0, 0.5, 0.9]),
-    lr=st.floats(0.1, 2),
-    seed=SEEDS,
-)
-def test_the_outer_optimizer_is_that_of_torch(outer: Any, momentum: float, lr: float, seed: int) -> None:
-    deltas = deltas_of(seed, 7)
-    rule = UpdateRule(outer=outer, outer_lr=lr, outer_momentum=momentum, local_steps=2, **RULE)
-    expected = [torch.linspace(-1, 1, 6).reshape(2, 3), torch.ones(4)]
-    optimizer = torch.optim.SGD(expected, lr=lr, momentum=momentum, nesterov=outer == "nesterov" and momentum > 0)
-    for delta in deltas:
-        for parameter, gradient in zip(expected, delta, strict=True):
-            parameter.grad = gradient.clone()
-        optimizer.step()
-    for found, value in zip(stepped(rule, deltas), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
-
-
-def delayed_nesterov(
-    start: Tensor, gradients: list[Tensor], lr: float, decay: float, length: int, activation: float = 0.0
-) -> Tensor:
-    """Algorithm 3 of Liu et al., 2024, line by line, with the buffer as a list, in float64."""
-    weights, momentum, buffer = start.double(), torch.zeros_like(start).double(), []
-    for gradient in gradients:
-        g = gradient.double()
-        buffer.append(g)
-        if len(buffer) == length:
-            momentum = decay * momentum + torch.stack(buffer).sum(0) / length
-            step = (1 - activation * length + activation) * decay * momentum + g / length
-            buffer = []
-        else:
-            step = activation * decay * momentum + g / length
-        weights = weights - lr * step
-    return weights
-
-
-@given(length=st.integers(2, 6), decay=st.sampled_from([0.0, 0.5, 0.9]), lr=st.floats(0.1, 2), seed=SEEDS)
-def test_delayed_nesterov_is_algorithm_3_of_the_paper(length: int, decay: float, lr: float, seed: int) -> None:
-    deltas = deltas_of(seed, 15)
-    rule = UpdateRule(
-        quorum="1", outer="delayed_nesterov", outer_lr=lr, outer_momentum=decay, outer_buffer=length, local_steps=2
-    )
-    starts = [torch.linspace(-1, 1, 6).reshape(2, 3), torch.ones(4)]
-    for place, found in enumerate(stepped(rule, deltas)):
-        expected = delayed_nesterov(starts[place], [delta[place] for delta in deltas], lr, decay, length)
-        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
-
-
-@given(
-    outer=st.sampled_from(["sgd", "nesterov", "delayed_nesterov"]),
-    momentum=st.sampled_from([0.0, 0.9]),
-    save_at=st.integers(0, 9),
-    seed=SEEDS,
-)
-def test_the_outer_state_that_is_saved_is_all_of_it(outer: Any, momentum: float, save_at: int, seed: int) -> None:
-    buffer = {"outer_buffer": 3} if outer == "delayed_nesterov" else {}
-    rule = UpdateRule(outer=outer, outer_momentum=momentum, outer_lr=0.7, local_steps=2, **buffer, **RULE)
-    deltas = deltas_of(seed, 10)
-    for saved, whole in zip(stepped(rule, deltas, save_at), stepped(rule, deltas), strict=True):
-        assert torch.equal(saved, whole)
-
-
 # ------------------------------------------------------------------------------------------ what is not a number
 
 
@@ -533,129 +437,3 @@ def test_buffers_that_training_does_not_change_keep_every_bit(text: str) -> None
     assert torch.equal(run.state["tenth"], start["tenth"])
     assert not torch.equal(run.state["norm.running_mean"], start["norm.running_mean"])
     assert int(run.state["norm.num_batches_tracked"]) > 0
-
-
-# ---------------------------------------------------------------------------------------------- packs and checksums
-
-
-class Mixed(nn.Module):
-    """Tensors of several types and layouts, an empty one, a frozen one, a tied one."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.one = nn.Parameter(torch.randn(3, 5, generator=generator))
-        self.low = nn.Parameter(torch.randn(7, generator=generator).bfloat16())
-        self.wide = nn.Parameter(torch.randn(2, 3, generator=generator).double())
-        self.image = nn.Parameter(torch.randn(2, 3, 2, 2, generator=generator).to(memory_format=torch.channels_last))
-        self.none = nn.Parameter(torch.zeros(0, 4))
-        self.frozen = nn.Parameter(torch.randn(3, generator=generator), requires_grad=False)
-        self.tied = self.one
-        self.register_buffer("count", torch.randint(1 << 40, 1 << 41, (), generator=generator))
-        self.register_buffer("flag", torch.rand(5, generator=generator) > 0.5)
-        self.register_buffer("hidden", torch.randn(3, generator=generator), persistent=False)
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-
-def test_a_pack_carries_weights_and_buffers_bit_for_bit_into_another_module() -> None:
-    here, there = Mixed(1), Mixed(2)
-    pack = Pack(here, here.trained)
-    saved = pack.empty()
-    pack.save(saved)
-    Pack(there, there.trained).load(saved)
-    for mine, theirs in zip([*here.trained, *here.buffers()], [*there.trained, *there.buffers()], strict=True):
-        assert torch.equal(mine, theirs)
-        assert mine.stride() == theirs.stride()
-    assert not torch.equal(here.frozen, there.frozen), "what is not trained stays"
-    assert saved.shape == (pack.size_bytes,)
-
-
-def test_the_parameters_of_a_pack_are_views_of_it_and_no_longer_of_the_module() -> None:
-    module = Mixed()
-    pack = Pack(module, module.trained)
-    saved = pack.empty()
-    pack.save(saved)
-    before = [parameter.detach().clone() for parameter in module.trained]
-    with torch.no_grad():
-        for parameter in module.trained:
-            parameter.add_(1)
-    views = pack.parameters(saved)
-    assert all(torch.equal(view, value) for view, value in zip(views, before, strict=True))
-    saved.zero_()
-    assert not any(bool(view.any()) for view in views)
-
-
-def test_tensors_in_a_pack_do_not_overlap_and_are_aligned() -> None:
-    module = Mixed()
-    pack = Pack(module, module.trained)
-    saved = torch.zeros(pack.size_bytes, dtype=torch.uint8)
-    places = [(view.data_ptr() - saved.data_ptr(), view.numel() * view.element_size()) for view in pack._views(saved)]
-    assert all(place % 64 == 0 for place, size in places if size)
-    ends = 0
-    for place, size in places:
-        if size:
-            assert place >= ends
-            ends = place + size
-    assert ends <= pack.size_bytes
-
-
-def test_a_module_without_buffers_has_a_pack_too() -> None:
-    module = nn.Linear(1, 1, bias=False)
-    pack = Pack(module, list(module.parameters()))
-    assert pack.size_bytes == 64
-    assert Pack(nn.Identity(), []).size_bytes == 64
-
-
-def by_definition(words: list[int]) -> str:
-    return f"{sum(word * (2 * (i % 1024) + 1) * 0x9E3779B1 ** (i // 1024) for i, word in enumerate(words)) % 2**32:08x}"
-
-
-@pytest.mark.parametrize("size", [0, 1, 20, 1023, 1024, 1025, 5000])
-def test_a_checksum_is_the_sum_that_its_docstring_says(size: int) -> None:
-    values = torch.randn(size, generator=torch.Generator().manual_seed(1))
-    assert checksum([values]) == [by_definition([word % 2**32 for word in values.view(torch.int32).tolist()])]
-
-
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.bool, torch.complex128])
-@pytest.mark.parametrize("size", [0, 1, 1025, (1 << 22) + 3])
-def test_a_checksum_in_pieces_as_on_a_gpu_is_the_same(kind: torch.dtype, size: int) -> None:
-    values = (1000 * torch.randn(size, generator=torch.Generator().manual_seed(1))).to(kind)
-    assert checksum([values]) == [f"{_weighted_sum_in_place(values):08x}"]
-
-
-def test_a_checksum_of_a_view_that_is_conjugate_or_negative_is_that_of_its_values() -> None:
-    values = torch.randn(4, dtype=torch.complex64).conj()
-    assert checksum([values, values.imag]) == checksum([values.clone(), values.imag.clone()])
-
-
-@given(st.integers(1, 5000), st.data(), SEEDS)
-def test_any_bit_and_any_order_changes_a_checksum(size: int, data: st.DataObject, seed: int) -> None:
-    values = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    place, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 31))
-    other = values.clone()
-    other.view(torch.int32)[place] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31)).to(torch.int32)
-    assert checksum([values]) != checksum([other])
-    swapped = values.clone()
-    with_whom = data.draw(st.integers(0, size - 1))
-    swapped[place], swapped[with_whom] = values[with_whom], values[place]
-    assert (checksum([values]) == checksum([swapped])) == torch.equal(values, swapped)
-
-
-def test_a_checksum_is_of_each_tensor_and_does_not_depend_on_its_layout() -> None:
-    image = torch.arange(24.0).reshape(2, 3, 2, 2)
-    found = checksum([image, image.to(memory_format=torch.channels_last), image + 1, image[:0]])
-    assert found[0] == found[1] != found[2]
-    assert found[3] == "00000000"
-    assert all(len(each) == 8 for each in found)
-    assert checksum(nn.Linear(2, 2).parameters())
-
-
-@pytest.mark.parametrize("kind", [torch.float64, torch.int64, torch.bfloat16, torch.uint8, torch.bool])
-def test_other_bits_of_any_type_change_a_checksum(kind: torch.dtype) -> None:
-    values = torch.tensor([1, 1, 0]).to(kind)
-    other = values.clone()
-    other.view(torch.uint8)[0] ^= 1
-    assert len({*checksum([values, other, values[0], values.flip(0)])}) == 4

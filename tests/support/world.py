@@ -1,0 +1,259 @@
+"""Processes that obey a roster, for histories of a team: every promise is looked at with every order and event."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from instep.errors import DataError, InstepError
+from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
+from instep.team.orders import (
+    AskToStop,
+    CancelRun,
+    EndEpoch,
+    EpochEnded,
+    FailRun,
+    FinishRun,
+    Go,
+    Join,
+    Lost,
+    Member,
+    NoteLoss,
+    Order,
+    Replace,
+    Resumed,
+    RosterEvent,
+    Said,
+    Start,
+    StopAsked,
+    StopServer,
+)
+from instep.team.roster import Roster
+
+NAMES = ("a", "b", "c")
+FINAL = (FinishRun, FailRun, CancelRun)
+
+
+class World:
+    """Processes that obey a roster, and what happens to them. Every promise is looked at with every order and event.
+
+    `stage`: of all that were ever started: building, ready, working, done; "lost" once the roster knows of it, and
+    "dead" if it was ended. `said`: what a process has told the roster so far.
+    """
+
+    def __init__(self, workers: int = 2, restarts: int = 1, *, serving: bool = False, unlooked: bool = False):
+        self.roster = Roster(workers, restarts, Path("run"), serving=serving)
+        self.allowed, self.serving, self.unlooked = restarts, serving, unlooked
+        self.stage: dict[Member, str] = {}
+        self.said: list[RosterEvent] = []
+        self.orders: list[Order] = []
+        self.epochs: list[int] = []
+        self.ending: RosterEvent | None = None  # what the roster heard when it had an epoch ended, until that is gone
+        self.last: RosterEvent | None = None
+        self.final: Order | None = None
+        self.stopping = self.server_told = False
+        self.counted = 0
+        self.losses: list[Member] = []  # which must be told of
+        self.obey(self.roster.begin())
+
+    # What is ordered
+
+    def obey(self, orders: list[Order]) -> None:
+        for order in orders:
+            assert self.final is None, f"{order} came after {self.final}"
+            self.orders.append(order)
+            self.obey_one(order)
+        assert self.roster.over == (self.final is not None)
+        assert self.roster.restarts == self.counted <= self.allowed, "each restart is counted once"
+        if self.final is None and self.ending is None:
+            active = self.roster.active
+            assert set(active) <= set(self.living()), "it waits for the dead"
+            assert active, "it waits for nobody"
+            assert self.roster.going or any(self.stage[member] == "building" for member in active), "all wait for all"
+
+    def obey_one(self, order: Order) -> None:
+        match order:
+            case Start():
+                assert not self.stopping, "nothing starts after a stop"
+                assert not self.living(), "the team of before is not gone"
+                assert order.epoch == self.roster.epoch > max(self.epochs, default=0)
+                assert {member.epoch for member in order.members} == {order.epoch}
+                assert [member.number for member in order.members] == list(range(len(order.members)))
+                self.counted += isinstance(self.ending, Lost)
+                self.ending, self.server_told = None, False
+                self.epochs.append(order.epoch)
+                self.stage.update(dict.fromkeys(order.members, "building"))
+                self.roster.hear(Resumed(order.epoch, (), self.unlooked and not order.looked))
+            case Go(members=members):
+                self.go(members)
+                assert set(members) == set(self.present()), "all begin together"
+            case Join(member=member):
+                assert "working" in map(self.stage.get, self.present()), "there is nobody to join"
+                self.go((member,))
+            case Replace(member=old, successor=new):
+                assert self.serving, "in lockstep nobody goes on alone"
+                assert self.roster.going
+                assert self.stage[old] == "lost"
+                self.stage[old] = "dead"
+                assert old != self.roster.leader
+                if new is not None:
+                    assert not self.stopping, "nothing starts after a stop"
+                    assert new == Member(old.epoch, old.number, old.incarnation + 1)
+                    assert new not in self.stage
+                    self.stage[new] = "building"
+                    self.counted += 1
+            case AskToStop(epoch=epoch):
+                assert epoch == self.roster.epoch
+                assert self.roster.going
+                assert self.orders.count(order) == 1, "asked twice"
+            case StopServer(server=server):
+                assert self.stage[server] == "working"
+                assert not self.server_told
+                self.server_told = True
+            case EndEpoch(epoch=epoch):
+                assert epoch == self.roster.epoch
+                assert self.ending is None
+                self.ending = self.last
+            case NoteLoss(member=member):
+                assert self.stage[member] in ("lost", "dead")
+                assert [type(o) for o in self.orders if getattr(o, "member", None) == member].count(NoteLoss) == 1
+            case FinishRun(leader=leader):
+                assert self.stage[leader] == "done"
+                self.final = order
+            case FailRun() | CancelRun():
+                self.final = order
+
+    def go(self, members: tuple[Member, ...]) -> None:
+        for member in members:
+            assert self.stage[member] == "ready", f"{member} was let go, but is {self.stage[member]}"
+            self.stage[member] = "working"
+
+    # What happens
+
+    def tell(self, event: RosterEvent) -> None:
+        self.said.append(event)
+        self.last = event
+        self.obey(self.roster.hear(event))
+
+    def says(self, member: Member, message: Any) -> None:
+        self.tell(Said(member, message))
+
+    def present(self) -> list[Member]:
+        """The newest process in each place."""
+        found = {member.number: member for member in sorted(self.stage) if member.epoch == self.roster.epoch}
+        return list(found.values())
+
+    def living(self, *stages: str) -> list[Member]:
+        return [m for m, stage in self.stage.items() if stage in (stages or ("building", "ready", "working"))]
+
+    def gone(self, written: tuple[str, ...] = ()) -> None:
+        self.stage.update({m: "dead" for m, stage in self.stage.items() if stage != "lost"})
+        self.tell(EpochEnded(self.roster.epoch, written))
+
+    def ready(self, member: Member, **facts: Any) -> None:
+        self.stage[member] = "ready"
+        self.says(member, Ready(facts, {}))
+
+    def end(self, member: Member, digest: str = "same") -> None:
+        self.stage[member] = "done"
+        self.says(member, Ended({"version": 7}, digest))
+
+    def lose(self, member: Member, why: str = "it was killed.") -> None:
+        self.stage[member] = "lost"
+        if not self.server_told:
+            self.losses.append(member)
+        self.tell(Lost(member, why, "last words"))
+
+    def raises(self, member: Member, error: InstepError | None = None) -> None:
+        self.stage[member] = "done"
+        self.says(member, Failed.of(error or DataError("no sample")))
+
+    def writes(self, member: Member, names: tuple[str, ...]) -> None:
+        self.stage[member] = "done"
+        self.says(member, FoundWritten(names, "step 3"))
+
+    def stop(self, *, at_once: bool = False, within: bool = False) -> None:
+        self.stopping = True
+        self.tell(StopAsked(at_once, within))
+
+    def hear_old(self, event: RosterEvent) -> None:
+        """Something that was said before comes again, of a process that is not waited for any more, or an epoch that is
+        past: nothing changes.
+        """
+        member = getattr(event, "member", None)
+        if member is not None and (self.ending or member not in self.roster.active):
+            pass
+        elif not isinstance(event, EpochEnded | Resumed) or (event.epoch == self.roster.epoch and self.final is None):
+            return
+        before = self.state()
+        assert self.roster.hear(event) == []
+        assert self.state() == before, f"{event}, which is old, has changed something"
+
+    def state(self) -> dict[str, Any]:
+        return {name: sorted(it) if isinstance(it, set) else repr(it) for name, it in vars(self.roster).items()}
+
+    def happens(self, kind: str, pick: int) -> None:
+        """One of many things, to one of those to whom it can happen; nothing where there is nobody."""
+        if kind == "old":
+            past = self.roster.epoch - 1
+            for event in (*self.said[pick % 5 :: 5], EpochEnded(past, ("old",)), Resumed(past, ("old",), True)):
+                self.hear_old(event)
+            return
+        if self.final is not None:
+            return
+        match kind, self.ending is not None:
+            case "gone", True:
+                self.gone(NAMES[pick % 3 : pick % 2])
+            case "stop", _:
+                self.stop(at_once=pick % 5 == 0, within=pick % 5 == 1)
+            case _, True:
+                return
+        stages = {
+            "build": ("building",),
+            "ready": ("building",),
+            "end": ("working",),
+            "digest": ("working",),
+            "drift": ("working",),
+        }
+        able = self.living(*stages.get(kind, ()))
+        if self.final is not None or self.ending is not None or not able:
+            return
+        member = able[pick % len(able)]
+        match kind:
+            case "build":
+                self.build()
+            case "ready":
+                self.ready(member, weights="alike", written=NAMES[: pick % 2])
+            case "end":
+                self.end(member)
+            case "digest" | "drift":
+                if not self.serving:
+                    self.says(member, Digest(pick, "same" if kind == "digest" else f"of {member}"))
+            case "lose":
+                self.lose(member)
+            case "raise":
+                self.raises(member)
+            case "write":
+                self.writes(member, (NAMES[pick % 3],))
+
+    def build(self) -> None:
+        """All who are not ready are."""
+        for each in self.living("building"):
+            if self.final is None and self.ending is None:
+                self.ready(each, weights="alike")
+
+    def run_out(self) -> None:
+        """Nothing more befalls the team: it must come to its end."""
+        for _ in range(200):
+            if self.final is not None:
+                return
+            working = self.living("working")
+            if self.ending is not None:
+                self.gone()
+            elif self.living("building"):
+                self.build()
+            elif self.server_told:
+                self.says(self.roster.leader, StoppedAt(5))
+            else:
+                self.end(self.roster.leader if self.serving else working[0])
+        raise AssertionError(f"no end came: {self.orders[-10:]}")
