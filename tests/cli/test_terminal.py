@@ -154,7 +154,8 @@ FEW = {8: "the supervisor of the run", 14: "a team of 12 workers", 40: "process 
 """Who cannot be started with so many descriptors."""
 
 
-@pytest.mark.parametrize("most", quick(FEW, 14))
+@pytest.mark.slow  # a new Python each
+@pytest.mark.parametrize("most", FEW)
 def test_few_descriptors_are_a_sentence(most: int, tmp_path: Path) -> None:
     write_project(tmp_path)
     line = "instep train my.toml --workers 12 --recipe.microbatches 16 --recipe.batch 16 --rule asynchronous --out run"
@@ -164,7 +165,8 @@ def test_few_descriptors_are_a_sentence(most: int, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("then", quick(["true", "instep replay /media/run"], "true"))
+@pytest.mark.slow  # as few descriptors
+@pytest.mark.parametrize("then", ["true", "instep replay /media/run"])
 def test_a_run_needs_no_temporary_folder(then: str, tmp_path: Path) -> None:
     if any(
         Path(place).is_relative_to(hidden) for place in (sys.executable, __file__) for hidden in ("/tmp", "/var/tmp")

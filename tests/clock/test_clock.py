@@ -20,6 +20,7 @@ from instep.clock.network import Network, gather_bytes, reduce_bytes
 from instep.clock.slow import parse_slow, slow_factors
 from instep.clock.times import Failures, WorkerTimes
 from instep.errors import RecipeError
+from support.kinds import quick
 
 pytestmark = pytest.mark.pure
 
@@ -226,7 +227,7 @@ def test_a_network_that_makes_no_sense_is_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("kind", TIMES)
-@pytest.mark.parametrize("persistence", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("persistence", quick([0.0, 0.6, 1.0], 0.6))
 def test_over_many_workers_times_have_their_mean_and_deviation_whatever_persists(kind: str, persistence: float) -> None:
     found = drawn(TIMES[kind](persistence=persistence, seed=3), 3000, 20)
     mean, deviation = MOMENTS[kind]

@@ -38,7 +38,7 @@ def test_a_plan_is_neutral_and_takes_what_it_said(make: Any) -> None:
     expected = after_step(model, squares, batch)
     profile = gc.profile(model, squares, batch)
     tried = 0
-    for plan in [*list(ten_plans(profile))[::5], *gc.plans(profile, most=2, price="flops")]:
+    for plan in [list(ten_plans(profile))[5], *gc.plans(profile, most=2, price="flops")]:
         applied = gc.apply(model, plan)
         for applied.verify in (True, False):
             assert same(after_step(model, squares, batch), expected)

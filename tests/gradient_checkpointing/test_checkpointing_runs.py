@@ -58,19 +58,24 @@ def test_a_run_has_the_same_digest_at_ten_budgets(make: Any, plans: int, tmp_pat
     assert len(takes) >= plans
 
 
-def test_teams_and_autocast_and_the_server_take_plans_too(tmp_path: Path) -> None:
-    for name, recipe, workers in (
-        ("team", gpt(steps=2), 2),
-        ("bfloat16", gpt(steps=2, precision="bfloat16"), 1),
-        ("server", gpt(steps=2), 1),
-        ("diloco", gpt(steps=4, rule="diloco:2"), 1),
-    ):
-        engine: Any = "server" if name == "server" else "auto"
-        bare = train_here(recipe, Team(workers=workers, engine=engine), tmp_path / name)
-        lean = train_here(recipe, Team(workers=workers, engine=engine, memory="80%"), tmp_path / f"{name} lean")
-        assert lean.digest == bare.digest
-        assert len(planned(lean)) == 1
-        assert not planned(bare)
+@pytest.mark.parametrize(
+    ("changes", "workers", "engine"),
+    [
+        ({"steps": 2}, 2, "auto"),
+        pytest.param({"steps": 2, "precision": "bfloat16"}, 1, "auto", marks=pytest.mark.slow),
+        pytest.param({"steps": 2}, 1, "server", marks=pytest.mark.slow),
+        ({"steps": 4, "rule": "diloco:2"}, 1, "auto"),
+    ],
+    ids=["team", "bfloat16", "server", "diloco"],
+)
+def test_teams_and_autocast_and_the_server_take_plans_too(
+    changes: dict[str, Any], workers: int, engine: Any, tmp_path: Path
+) -> None:
+    bare = train_here(gpt(**changes), Team(workers=workers, engine=engine), tmp_path / "bare")
+    lean = train_here(gpt(**changes), Team(workers=workers, engine=engine, memory="80%"), tmp_path / "lean")
+    assert lean.digest == bare.digest
+    assert len(planned(lean)) == 1
+    assert not planned(bare)
 
 
 def test_a_budget_that_cannot_be_met_ends_the_run_with_a_sentence(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from instep.record import checkpoint
 from instep.transport import shared_memory
 from instep.watch import Watch
 from support.harness import train_here
+from support.kinds import quick
 
 pytestmark = pytest.mark.processes
 
@@ -248,7 +249,7 @@ class Strict:
         ({"gathers": {"objective": auc}, "outputs": outputs}, "gathers 'objective', and has a term of that name"),
     ],
 )
-@pytest.mark.parametrize("engine", ["lockstep", "server"])
+@pytest.mark.parametrize("engine", quick(["lockstep", "server"], "lockstep"))
 def test_what_cannot_be_gathered_is_refused_before_the_first_step(
     given: dict[str, Any], words: str, engine: Any, tmp_path: Path
 ) -> None:

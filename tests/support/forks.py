@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -119,6 +120,17 @@ def forking() -> Any:
     """What patches Instep's launcher so that its new Pythons are forks."""
     names = {**vars(subprocess), "Popen": _python}
     return mock.patch.object(launcher, "subprocess", SimpleNamespace(**names))
+
+
+def script(path: str, **options: Any) -> Fork:
+    """For `python PATH`, whose own new Pythons are forks too."""
+
+    def main() -> None:
+        sys.argv[:] = [path]
+        with forking():
+            exec(compile(Path(path).read_text(), path, "exec"), vars(sys.modules["__main__"]))
+
+    return Fork(main, **options)
 
 
 def instep(*line: str, **options: Any) -> Fork:

@@ -70,7 +70,7 @@ def write_project(folder: Path) -> Path:
 
 class Started:
     """A process in a session of its own, its output in files, that can tell its descendants by that session, and those
-    that left it by their environment. With `forked` it is a command of INSTEP without the seconds of a new Python.
+    that left it by their environment. With `forked` it is INSTEP or a script, without the seconds of a new Python.
     """
 
     def __init__(
@@ -91,8 +91,9 @@ class Started:
             if forked:
                 from support import forks  # torch, which not all tests of processes need
 
-                assert list(command[:3]) == INSTEP
-                self.process = forks.instep(*command[3:], **options)
+                python, *rest = command
+                assert python == sys.executable
+                self.process = forks.instep(*rest[2:], **options) if rest[0] == "-m" else forks.script(*rest, **options)
             else:
                 self.process = subprocess.Popen(command, **options)
 

@@ -1,6 +1,6 @@
 """Whole processes: `instep train` and programs that call `instep.train`, how they end, and what they leave behind.
 
-Each start imports torch, which takes seconds, so those that do not disturb each other are started together.
+A new Python imports torch for seconds, so those that are not about their start are forked.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def result_of(run: Path) -> dict[str, Any]:
 def finished(project: Path, start: Start) -> tuple[Path, Started]:
     """A run that nothing disturbed."""
     out = project / "finished"
-    started = start(*INSTEP, "train", project / "my.toml", "--out", out)
+    started = start(*INSTEP, "train", project / "my.toml", "--out", out, forked=True)
     assert started.ends() == 0, started.err
     return out, started
 
@@ -271,6 +271,7 @@ def test_a_damaged_checkpoint_is_told_of_and_passed_over(
     assert run.digest == expected[20]
 
 
+@pytest.mark.slow  # test_memory.py has it that nothing lies there
 def test_a_small_dev_shm_does_not_matter(project: Path, start: Start, expected: dict[int, str]) -> None:
     if not can_mount():
         pytest.skip("a small /dev/shm cannot be mounted here")

@@ -378,7 +378,7 @@ def test_data_are_in_memory_once_for_all_workers(kind: str, tmp_path: Path) -> N
         return max(float(path.read_text()) for path in notes.iterdir())
 
     # What the caller holds, which forked workers here share with it, is a third each.
-    assert own_mib(150) - own_mib(1) < 75
+    assert own_mib(60) - own_mib(1) < 30
 
 
 class Records(Dataset[tuple[Tensor, Tensor]]):

@@ -27,6 +27,7 @@ from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import checksums_of, own_checksums, together
 from support import workloads
 from support.harness import Client, stopping_at, train_here
+from support.kinds import quick
 from support.regression import regression
 from support.serving import at, kill, replayed
 
@@ -58,7 +59,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", quick(RECIPES, "sharded", "two optimizers"))
 def test_the_checksums_are_the_same_for_any_number_of_workers_on_any_engine(name: str, tmp_path: Path) -> None:
     recipe = RECIPES[name](steps=4, checksum_every=2)
     for workers in (1, 2, 3):
