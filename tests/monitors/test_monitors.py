@@ -70,6 +70,13 @@ def test_a_run_as_plain_lines() -> None:
     assert plain(a_run(died=True), path="runs/gpt") == RUN
 
 
+def test_what_each_of_several_optimizers_trains_is_a_line_of_the_head() -> None:
+    trained = ["AdamW: 12 tensors, 49,152 weights", "Muon: 1 tensor, 4 weights"]
+    shown = plain([{**started(), "optimizers": trained}])
+    assert "\nparameters  4,812,032\noptimizer.0 AdamW: 12 tensors, 49,152 weights\noptimizer.1 Muon: 1" in shown
+    assert "optimizer" not in plain([started()])
+
+
 def test_an_interrupted_run_says_how_to_go_on() -> None:
     printed = plain([started(5.0, 7, resumed=True), merged(6, 8), ended(7, 8, interrupted=True)], path="my runs/a")
     assert "recipe      gpt, 20 steps, resumed after step 7\n" in printed

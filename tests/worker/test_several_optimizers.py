@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,29 @@ class ByHand(optim.Optimizer):
 
 def training_state(run: Path, version: int) -> dict[str, Any]:
     return checkpoint.load(checkpoint.path_of(run / "checkpoints", version)).training_state
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("engine", ["lockstep", "server", "simulated"])
+def test_the_tape_tells_what_each_of_several_optimizers_trains(engine: Any, tmp_path: Path) -> None:
+    def started(recipe: Recipe, name: str) -> dict[str, Any]:
+        events: list[dict[str, Any]] = []
+        if engine == "simulated":
+            simulate(recipe, Cluster(workers=2), False, None, events.append)
+        else:
+            events += train_here(recipe, Team(workers=2, engine=engine), tmp_path / name).events
+        return next(event for event in events if event["kind"] == "run_started")
+
+    event = started(gpt(steps=1), "two")
+    replica = Replica(gpt(), "cpu")
+    sizes = [(name, each.numel()) for name, each in zip(replica.names, replica.parameters, strict=True)]
+    small = [size for name, size in sizes if any(fnmatchcase(name, pattern) for pattern in SMALL)]
+    large = sum(size for _, size in sizes) - sum(small)
+    assert event["optimizers"] == [
+        f"AdamW: {len(small)} tensors, {sum(small):,} weights",
+        f"Muon: {len(sizes) - len(small)} tensors, {large:,} weights",
+    ]
+    assert "optimizers" not in started(workloads.gpt(steps=1), "one")
 
 
 def placement_of(recipe: Recipe) -> Placement:

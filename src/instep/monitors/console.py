@@ -108,6 +108,8 @@ class Console:
             self._rule = from_table(UpdateRule, as_saved(UpdateRule, rule), "rule")
         row("rule", f"{text_of(self._rule) if self._rule else rule['name']}, by the {event['engine']} engine")
         row("parameters", f"{event['parameters']:,}")
+        for place, trains in enumerate(event.get("optimizers", ())):
+            row(f"optimizer.{place}", trains)
         row("samples", f"{event['samples']:,}, {recipe['batch']:,} a step")
         row("workers", f"{team['workers']} on {team['device']}, for {recipe['microbatches']} microbatches a step")
         changed = what_changed(recipe, event["version"])

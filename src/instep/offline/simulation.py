@@ -224,7 +224,7 @@ class _Simulation:
             self._emit(events.WarnedEvent(t_s=t_s, clock="virtual", why=why))
 
     def _start(self, microbatch_s: float) -> None:
-        recipe, data = self._recipe, self._replica.data
+        recipe, data, each = self._recipe, self._replica.data, self._replica.optimizer.each
         team = Team(workers=self._cluster.workers, slow=self._cluster.slow)
         if self._folder is not None:
             write_atomically(self._folder.recipe_path, dumps(recipe, team).encode())
@@ -236,6 +236,7 @@ class _Simulation:
                 steps=recipe.steps, resumed=False, engine="virtual", cut=self._cluster.workers, libraries={},
                 import_paths=[], microbatch_s=microbatch_s, batched=self._cluster.batched,
                 written=list(self._replica.written.names) or UNSET,
+                optimizers=[one.what_it_trains for one in each] if len(each) > 1 else UNSET,
             )
         )  # fmt: skip
         for why in recipe.rule.warnings():

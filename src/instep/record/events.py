@@ -105,6 +105,7 @@ class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
     microbatch_s: Maybe[Annotated[Seconds | None, _is("of a microbatch, measured", where="in a simulation")]] = UNSET
     batched: Maybe[Annotated[bool, _is("whether gradients are computed together", where="in a simulation")]] = UNSET
     written: Maybe[Annotated[list[str], _is("parameters", where="where forwards are known to write any")]] = UNSET
+    optimizers: Maybe[Annotated[list[str], _is("what each of them trains", where="where there are several")]] = UNSET
 
 
 class JoinedEvent(Event, frozen=True, kw_only=True, gc=False):

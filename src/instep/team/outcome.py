@@ -38,6 +38,7 @@ def start_of(run: Request, run_id: str | None, facts: Mapping[str, Any], *, resu
         libraries=_libraries(),
         import_paths=list(run.import_paths),
         written=facts.get("written") or UNSET,
+        optimizers=facts["optimizers"] if len(facts["optimizers"]) > 1 else UNSET,
     )
 
 

@@ -148,6 +148,7 @@ class Session:
             "data": self.data_facts()["digest"],
             "samples": self.data_facts()["samples"],
             "parameters": self.replica.size,
+            "optimizers": [one.what_it_trains for one in self.replica.optimizer.each],
             **more,
         }
 

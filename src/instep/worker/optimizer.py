@@ -76,6 +76,12 @@ class Optimizer:
         """Itself, as one of one."""
         return [self]
 
+    @property
+    def what_it_trains(self) -> str:
+        """Its class, and the tensors and weights that it was given."""
+        tensors, weights = len(self._parameters), sum(parameter.numel() for parameter in self._parameters)
+        return f"{self.kind}: {tensors:,} tensor{'' if tensors == 1 else 's'}, {weights:,} weights"
+
     def check_schedule(self, schedule: Schedule) -> None:
         """Raises RecipeError where it would change a learning rate that the optimizer does not have."""
         if None in self._rates and schedule.changes:
