@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +23,19 @@ from instep.transport.distributed import DistributedGroup, of_ranks
 from instep.transport.group import Group, Sizes, Solo
 from instep.transport.memory import reserve
 from instep.transport.shared_memory import SharedMemoryGroup, regions
+from support.hosts import Hosts
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What to run over: machines of so many workers each, and whether what is between them is gloo."""
+    """What to run over: machines of so many workers each, whether what is between them is gloo, and whether they are
+    hosts of `support.hosts`.
+    """
 
     name: str
     machines: tuple[int, ...]
     gloo: bool = False
+    apart: bool = False
 
     @property
     def size(self) -> int:
@@ -46,6 +51,7 @@ SOLO = Kind("solo", (1,))
 SHARED = [Kind("2 in memory", (2,)), Kind("3 in memory", (3,))]
 DISTRIBUTED = [Kind("2 by gloo", (1, 1), True), Kind("3 by gloo", (1, 1, 1), True), Kind("2 + 2", (2, 2), True),
                Kind("3 + 1 + 1", (3, 1, 1), True)]  # fmt: skip
+APART = [Kind("2 hosts", (1, 1), True, True), Kind("3 hosts", (2, 1, 1), True, True)]
 ALL = [SOLO, *SHARED, *DISTRIBUTED]
 
 
@@ -71,7 +77,9 @@ class Ranks:
             self._open.callback(os.close, self._files[-1])
             if len(team) > 1:
                 reserve(self._files[-1], regions(of_ranks(sizes, team)))
-        self._store = f"{self._open.enter_context(tempfile.TemporaryDirectory())}/store"
+        folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
+        self._store = f"{folder}/store"
+        self.hosts = self._open.enter_context(Hosts(len(kind.machines), folder / "hosts")) if kind.apart else None
         context = multiprocessing.get_context("fork")
         self.processes, self._pipes = [], []
         for rank in range(kind.size):
@@ -113,6 +121,8 @@ class Ranks:
 
     def _run(self, kind: Kind, sizes: Sizes, rank: int, body: Body, pipe: Connection) -> None:
         gc.freeze()  # what was inherited: stores whose threads are not here must not be taken down
+        if self.hosts is not None:
+            self.hosts[self._at(kind, rank)].enter()
         torch.set_num_threads(1)
         try:
             answer = body(lambda own, name="team": self.group(kind, own, rank, name), rank), None
@@ -124,15 +134,19 @@ class Ranks:
 
     def group(self, kind: Kind, sizes: Sizes, rank: int, name: str) -> Group:
         """This rank's group."""
-        at = next(i for i, team in enumerate(kind.teams) if rank in team)
+        at = self._at(kind, rank)
         team = kind.teams[at]
         machine: Group | None = None
         if len(team) > 1:
             machine = SharedMemoryGroup(self._files[at], of_ranks(sizes, team), rank - team.start)
         if not kind.gloo:
             return machine or Solo(sizes)
+        address = "127.0.0.1" if self.hosts is None else self.hosts[at].address
+        return DistributedGroup(lambda: FileStore(self._store), name, rank, sizes, machine, address=address)
 
-        return DistributedGroup(lambda: FileStore(self._store), name, rank, sizes, machine, address="127.0.0.1")
+    def _at(self, kind: Kind, rank: int) -> int:
+        """The machine of a rank."""
+        return next(i for i, team in enumerate(kind.teams) if rank in team)
 
 
 def run(kind: Kind, sizes: Sizes, body: Body) -> list[Any]:

@@ -18,15 +18,16 @@ from torch import Tensor
 from instep.reduce.levels import Shares, levels_of
 from instep.transport import distributed, shared_memory
 from instep.transport.group import Group, PeerLost, PeerRaised, Piece
-from support.groups import ALL, DISTRIBUTED, SHARED, SOLO, Kind, Ranks, run, sizes_of
+from support.groups import ALL, APART, DISTRIBUTED, SHARED, SOLO, Kind, Ranks, run, sizes_of
 
 pytestmark = pytest.mark.processes
 
 Make = Callable[..., Group]
 
-every_kind = pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
-by_gloo = pytest.mark.parametrize("kind", DISTRIBUTED[1:], ids=lambda kind: kind.name)
-several = pytest.mark.parametrize("kind", [SHARED[1], *DISTRIBUTED[1:3]], ids=lambda kind: kind.name)
+apart = [pytest.param(kind, marks=pytest.mark.slow) for kind in APART]
+every_kind = pytest.mark.parametrize("kind", [*ALL, *apart], ids=lambda kind: kind.name)
+by_gloo = pytest.mark.parametrize("kind", [*DISTRIBUTED[1:], apart[1]], ids=lambda kind: kind.name)
+several = pytest.mark.parametrize("kind", [SHARED[1], *DISTRIBUTED[1:3], apart[1]], ids=lambda kind: kind.name)
 
 TYPES = [torch.bool, torch.int16, torch.uint16, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64]
 
