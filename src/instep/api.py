@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from instep.clock.recorded import RecordedTimes
+from instep.clock.times import RecordedTimes
 from instep.components import importable
 from instep.errors import CheckpointError, RecipeError, RecordError, shown
 from instep.monitors import Monitor

@@ -181,3 +181,10 @@ def by_name(name: str) -> type[InstepError]:
     """The error class called `name`; WorkerError for a name that is not in the tree."""
     found = globals().get(name)
     return found if isinstance(found, type) and issubclass(found, InstepError) else WorkerError
+
+
+def with_saved(sentence: str, version: int, folder: object) -> str:
+    """`sentence`, on why a run stops, with what its folder has saved of it: the weights of `version`; nothing at 0."""
+    if not version:
+        return sentence
+    return f"{sentence.rstrip('.')}; version {version:,} is saved: {folder} can be resumed from it."

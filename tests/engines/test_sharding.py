@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 from torch.utils.data import TensorDataset
 
-from instep.engines.sharding import BY_PARAMETER, Replicated, Sharded, choose
+from instep.engines.sharding import BY_PARAMETER, Replicated, Sharded, choose, owners
 from instep.errors import WorkerError
 from instep.recipe import Recipe, Team, Watch
 from instep.record import checkpoint
 from instep.reduce.layout import Layout
-from instep.reduce.ownership import owners
 from instep.reduce.reduction import Reduction
 from instep.worker.replica import Replica
 from support import workloads

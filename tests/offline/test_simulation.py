@@ -13,8 +13,7 @@ from instep.api import replay as replay_alone
 from instep.api import simulate as simulate_alone
 from instep.api import train
 from instep.clock.network import Network
-from instep.clock.recorded import RecordedTimes
-from instep.clock.times import Failures, WorkerTimes
+from instep.clock.times import Failures, RecordedTimes, WorkerTimes
 from instep.components import Component
 from instep.errors import CheckpointError, RecipeError, RecordError, WorkerError
 from instep.offline.cluster import Cluster

@@ -22,7 +22,7 @@ from instep.record import checkpoint
 from instep.record.folder import RunFolder
 from instep.restore import kept_module_state
 from instep.rules import UpdateRule
-from instep.worker.training_mode import idle_dropouts, into_training
+from instep.worker.model import idle_dropouts, into_training
 from support.harness import Outcome, train_here
 from support.serving import replayed
 

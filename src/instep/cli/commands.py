@@ -8,8 +8,7 @@ from pathlib import Path
 from cyclopts import App
 
 from instep.cli.cluster import cluster_of, refuse_team, steps_for
-from instep.cli.flags import Settings, UsageError, share, whole_number, with_short
-from instep.cli.given import import_paths, parsed
+from instep.cli.flags import Settings, UsageError, import_paths, parsed, share, whole_number, with_short
 from instep.cli.helping import ABOUT, COMMANDS, Formatter, table
 from instep.cli.replay import replay_rule, replay_run
 from instep.cli.train import indices, train_recipe
@@ -17,11 +16,7 @@ from instep.components import importable
 from instep.errors import cut
 from instep.monitors.console import Console
 from instep.offline.cluster import Cluster
-from instep.recipe import (
-    Recipe,
-    names_of_recipes,
-    path_of,
-)
+from instep.recipe import Recipe, names_of_recipes, path_of
 from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.record.folder import digest as digest_of

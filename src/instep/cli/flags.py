@@ -6,13 +6,14 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from instep.buffer_modes import flat
 from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.errors import InstepError, RecipeError, cut, shown
-from instep.recipe import Recipe, Team
+from instep.recipe import Recipe, Team, parse, path_of, read
 
 Settings = Sequence[tuple[str, str]]
 """Names of fields, such as ``recipe.schedule.kind``, each with the text of its value."""
@@ -229,3 +230,14 @@ def _names() -> Iterator[str]:
             one = Component if hint is ByPattern else hint
             for part in getattr(one, "__dataclass_fields__", ()):
                 yield f"{side}.{key}.{part}"
+
+
+def parsed(given: str, settings: Settings) -> tuple[Recipe, Team]:
+    """Recipe and team, with `settings`. Raises RecipeError and UsageError."""
+    return parse(merge(read(given), settings))
+
+
+def import_paths(given: str | None) -> tuple[str, ...]:
+    """Where a recipe's modules are looked for: beside its file, and in the current folder."""
+    folders = [Path.cwd()] if given is None else [path_of(given).resolve().parent, Path.cwd()]
+    return tuple(dict.fromkeys(map(str, folders)))

@@ -7,8 +7,7 @@ import copy
 from collections.abc import Sequence
 from pathlib import Path
 
-from instep.cli.flags import Settings, UsageError, merge
-from instep.cli.given import import_paths, parsed
+from instep.cli.flags import Settings, UsageError, import_paths, merge, parsed
 from instep.differences import without_address
 from instep.errors import RecipeError, RecordError, shown
 from instep.monitors.console import Console

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from instep.clock.slow import Slow, slow_factors
 from instep.clock.units import duration_s, number
-from instep.errors import RecipeError, shown
+from instep.errors import RecipeError, RecordError, shown
 
 _CHUNK = 128
 """Numbers that a worker draws at once."""
@@ -240,3 +241,31 @@ def _read(path: Path) -> tuple[float, ...]:
     if not times_s:
         raise RecipeError(f"the file of times {path} is empty; put times in seconds there, at least one.")
     return tuple(times_s)
+
+
+@dataclass(frozen=True)
+class RecordedTimes:
+    """Seconds a microbatch, by worker, in the order in which they were measured; worn out, a list starts anew."""
+
+    by_worker: tuple[tuple[float, ...], ...]
+    failures: None = None
+
+    @classmethod
+    def of(cls, found: Mapping[int, Sequence[float]], workers: int) -> RecordedTimes:
+        """From times by worker. Raises RecordError where a worker has none."""
+        missing = [worker for worker in range(workers) if not found.get(worker)]
+        if missing:
+            raise RecordError(
+                f"the tape has no time of worker {missing[0]}, who pushed nothing in that run; its arrivals under "
+                f"another rule cannot be told."
+            )
+        return cls(tuple(tuple(found[worker]) for worker in range(workers)))
+
+    def draws(self, workers: int) -> Callable[[int], float]:
+        """A function from a worker to the seconds a microbatch of its next contribution."""
+        series = [itertools.cycle(times) for times in self.by_worker[:workers]]
+        return lambda worker: next(series[worker])
+
+    def uptimes(self, worker: int) -> Iterator[float]:
+        """Nothing: nobody fails."""
+        return iter(())

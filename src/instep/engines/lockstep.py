@@ -30,8 +30,7 @@ from instep.reduce.buffers import APART, changed_by_any
 from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
 from instep.reduce.tree import worker_ranges
-from instep.transport.fields import Fields, as_rows
-from instep.transport.group import Group, Pending, Sizes
+from instep.transport.group import Fields, Group, Pending, Sizes, as_rows
 from instep.worker.evaluation import Evaluation, batches_held_out, evaluate, packed, unpacked
 from instep.worker.first_look import look_at_data, look_at_objective
 from instep.worker.gradients import Computed, Gradients

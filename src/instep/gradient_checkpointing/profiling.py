@@ -18,13 +18,7 @@ from instep.gradient_checkpointing.applying import planned
 from instep.gradient_checkpointing.blocks import find_blocks, named_blocks
 from instep.gradient_checkpointing.overheads import overheads_of
 from instep.gradient_checkpointing.replaying import LEAVE_OUT
-from instep.gradient_checkpointing.structure import (
-    BlockKind,
-    Moment,
-    Operation,
-    Profile,
-    Storage,
-)
+from instep.gradient_checkpointing.structure import BlockKind, Moment, Operation, Profile, Storage
 from instep.gradient_checkpointing.tracing import Memory, Readers, Tracer, Visit, tensors_in
 from instep.restore import kept_module_state, kept_random_state
 

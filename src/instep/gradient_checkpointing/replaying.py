@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
+from instep.bits import bits_of
 from instep.errors import RecomputeError
 from instep.gradient_checkpointing.structure import Act, BlockPlan
-from instep.gradient_checkpointing.verifying import checksum
 
 UNSET = frozenset({"aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_strided", "aten.new_empty_strided"})
 """Operations whose output has no value yet."""
@@ -319,3 +319,32 @@ def _other_operation(script: Script, place: int, func: Any, first: Any) -> Recom
 
 def _short(func: Any) -> str:
     return str(func).removeprefix("aten.")
+
+
+CHUNK = 1 << 16
+"""Elements that are summed at once, so that a checksum needs little memory of its own."""
+
+
+@torch.no_grad()
+def checksum(values: Any) -> tuple[Any, ...]:
+    """Of each tensor in `values`, in order: its shape, type, the sum of its bits as integers, and their sum weighted by
+    place (both modulo 2**64). Other values stand for themselves. Exact bits count: -0.0 and 0.0 differ, and two NaNs
+    of the same bits are the same."""
+    return tuple(_of(value) for value in pytree.tree_leaves(values))
+
+
+def _of(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    facts = (tuple(value.shape), value.dtype)
+    if value.layout is not torch.strided or value.is_quantized:
+        return facts
+    value = value.resolve_conj().resolve_neg()
+    bits = bits_of(value.contiguous()).view(-1)
+    total = weighted = 0
+    for start in range(0, bits.numel(), CHUNK):
+        part = bits[start : start + CHUNK].to(torch.int64)  # integers: their sum has no order, on any device
+        total += int(part.sum())
+        places = torch.arange(start + 1, start + 1 + part.numel(), device=part.device)
+        weighted += int((part * places).sum())
+    return (*facts, total % 2**64, weighted % 2**64)

@@ -195,11 +195,7 @@ def generate(
 
 
 def _generate(
-    model: Callable[[Tensor], Any],
-    tokens: Tensor,
-    length: int,
-    generator: torch.Generator | None,
-    temperature: float,
+    model: Callable[[Tensor], Any], tokens: Tensor, length: int, generator: torch.Generator | None, temperature: float
 ) -> Tensor:
     rows = tokens if tokens.dim() == 2 else tokens[None]
     given = rows.shape[1] > 0

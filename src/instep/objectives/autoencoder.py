@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError, shown
-from instep.objectives.fields import check_numbers
-from instep.objectives.protocol import Warmup, Weight
+from instep.objectives.protocol import Warmup, Weight, check_numbers
 
 
 @dataclass(frozen=True)

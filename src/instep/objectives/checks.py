@@ -32,11 +32,7 @@ Around = Callable[[], AbstractContextManager[None]]
 
 
 def check(
-    bound: Bound,
-    model: nn.Module,
-    batch: Any,
-    double: Callable[[], Any] | None = None,
-    around: Around = nullcontext,
+    bound: Bound, model: nn.Module, batch: Any, double: Callable[[], Any] | None = None, around: Around = nullcontext
 ) -> None:
     """Both checks, see `check_is_sum` for `double`. Raises ObjectiveError."""
     check_is_sum(bound, model, batch, double, around)
@@ -66,11 +62,7 @@ def check_repeats(bound: Bound, model: nn.Module, batch: Any, around: Around = n
 
 
 def check_is_sum(
-    bound: Bound,
-    model: nn.Module,
-    batch: Any,
-    double: Callable[[], Any] | None = None,
-    around: Around = nullcontext,
+    bound: Bound, model: nn.Module, batch: Any, double: Callable[[], Any] | None = None, around: Around = nullcontext
 ) -> None:
     """Raises ObjectiveError where a term looks like a mean: the batch twice over leaves it as it is.
 

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError
-from instep.objectives.fields import check_numbers
-from instep.objectives.protocol import TERM, Shared
+from instep.objectives.protocol import TERM, Shared, check_numbers
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError, shown
-from instep.objectives.fields import check_numbers
+from instep.objectives.protocol import check_numbers
 
 
 @dataclass(frozen=True)

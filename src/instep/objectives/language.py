@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError, cut, shown
-from instep.objectives.fields import check_numbers
 from instep.objectives.frozen import frozen, on_device
-from instep.objectives.protocol import TERM
+from instep.objectives.protocol import TERM, check_numbers
 from instep.objectives.vocabulary import CrossEntropy, Predictions, predict
 
 TokenBatch = Tensor | tuple[Tensor, Tensor] | list[Tensor]

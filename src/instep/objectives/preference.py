@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError
-from instep.objectives.fields import check_numbers
 from instep.objectives.frozen import frozen, on_device
 from instep.objectives.language import check_tokens, inputs_and_targets, read_predictions
-from instep.objectives.protocol import TERM
+from instep.objectives.protocol import TERM, check_numbers
 
 SIDES = ("chosen", "rejected")
 

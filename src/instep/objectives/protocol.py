@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast, overload
+from typing import Any, Protocol, TypeVar, cast, get_type_hints, overload
 
 from torch import Tensor, nn
 
 from instep.components import Component
 from instep.errors import ComponentError, ObjectiveError, cut
-from instep.objectives.fields import check_numbers
+from instep.tables import coerce
 
 TERM = "objective"
 """The name of the one term of an objective that answers with a bare tensor."""
@@ -176,3 +177,16 @@ def _check_arguments(component: Component, target: Callable[..., Any]) -> None:
             f"the objective {component.describe()} does not take the arguments given to it: {cut(error)}; it takes "
             f"{names}."
         ) from None
+
+
+def check_numbers(objective: Any) -> None:
+    """Raises RecipeError where a field of the dataclass `objective` that is to be a number, or a flag, is none.
+
+    A whole number is taken for any number. For `__post_init__`.
+    """
+    hints = get_type_hints(type(objective))
+    for field in dataclasses.fields(objective):
+        hint = hints[field.name]
+        if hint in (int, float, bool):
+            value = coerce(hint, getattr(objective, field.name), f"{type(objective).__name__}.{field.name}")
+            object.__setattr__(objective, field.name, value)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from instep.clock.network import Network
-from instep.clock.recorded import RecordedTimes
 from instep.clock.slow import parse_slow
-from instep.clock.times import WorkerTimes
+from instep.clock.times import RecordedTimes, WorkerTimes
 from instep.clock.units import number
 from instep.errors import RecipeError, shown
 from instep.recipe import MOST_WORKERS

@@ -82,13 +82,7 @@ def simulate(recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | N
 
 class _Simulation:
     def __init__(
-        self,
-        recipe: Recipe,
-        cluster: Cluster,
-        gradients: bool,
-        held: Held | None,
-        tell: Tell,
-        written: Collection[str],
+        self, recipe: Recipe, cluster: Cluster, gradients: bool, held: Held | None, tell: Tell, written: Collection[str]
     ):
         self._recipe, self._cluster, self._gradients, self._tell = recipe, cluster, gradients, tell
         if recipe.changes:

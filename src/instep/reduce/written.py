@@ -336,11 +336,7 @@ class WrittenParameters:
 
 
 def _trace(parameters: Sequence[Tensor], plain: Sequence[Tensor], *, sums: bool) -> Trace:
-    return Trace(
-        list(map(_version, parameters)),
-        list(map(Tensor.data_ptr, plain)),
-        checksum(plain) if sums else [],
-    )
+    return Trace(list(map(_version, parameters)), list(map(Tensor.data_ptr, plain)), checksum(plain) if sums else [])
 
 
 def _join(one: WrittenElements | None, other: WrittenElements) -> WrittenElements | None:

@@ -25,11 +25,10 @@ from collections.abc import Sequence
 from operator import attrgetter
 
 from instep.rules.actions import Action, Contribution, Drop, Finish, Merge, Release
-from instep.rules.active_worker import ActiveWorker
 from instep.rules.delays import Delays
-from instep.rules.pace import Pace
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
+from instep.rules.workers import ActiveWorker, Pace
 
 __all__ = ["Action", "Contribution", "Drop", "Finish", "Ledger", "Merge", "Release"]
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from instep.rules.actions import Contribution, Merge
-from instep.rules.active_worker import ActiveWorker
 from instep.rules.ledger import Ledger
 from instep.rules.rule import UpdateRule
 from instep.rules.work import Pieces
+from instep.rules.workers import ActiveWorker
 
 
 def ledger_state(ledger: Ledger, unmade: Sequence[Merge] = ()) -> dict[str, Any]:

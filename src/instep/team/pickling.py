@@ -73,12 +73,7 @@ class Pickled:
     def load(self) -> Any:
         """The object, another one for each call. Raises DataError where a file is gone, and what unpickling raises."""
         memory = memoryview(
-            mmap.mmap(
-                self.descriptor,
-                0,
-                flags=mmap.MAP_PRIVATE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            )
+            mmap.mmap(self.descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         )
         files = _mapped(span for span in self.buffers if isinstance(span, FileSpan))
         buffers = [

@@ -19,7 +19,7 @@ from torch import Tensor
 from instep.descendants import take_care_of_helpers
 from instep.engines import server
 from instep.engines.lockstep import Lockstep
-from instep.errors import InstepError, described
+from instep.errors import InstepError, described, with_saved
 from instep.record.digest import digest_of_state
 from instep.record.events import JoinedEvent
 from instep.record.folder import RunFolder
@@ -34,7 +34,6 @@ from instep.transport.group import PeerRaised, Solo
 from instep.transport.shared_memory import SharedMemoryGroup, regions
 from instep.worker.activation_memory import fit_memory
 from instep.worker.milestones import Milestones, Progress
-from instep.worker.stopping import with_saved
 
 
 def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoard, descriptor: int) -> None:

@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instep.errors import InstepError, WorkerError
+from instep.errors import InstepError, WorkerError, with_saved
 from instep.team import orders
 from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
 from instep.team.orders import Member, Order
-from instep.worker.stopping import with_saved
 
 
 @dataclass(slots=True)

@@ -1,9 +1,10 @@
-"""The recipe's model as every worker builds it: refused where it cannot be trained, and compiled where it is to be."""
+"""The recipe's model: built, set to train as a loop would, and what makes one doubt it, though it trains."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from instep.components import Component
 from instep.errors import ComponentError, RecipeError
 from instep.restore import is_expanded
 from instep.worker.optimizer import call
+from instep.worker.trainable import Trainable
 
 
 def build_model(component: Component) -> nn.Module:
@@ -61,3 +63,69 @@ def compiled(module: nn.Module) -> Any:
     if callable(hidden):  # what losses over a large vocabulary call instead of the module
         compiled.__dict__["hidden"] = torch.compile(hidden, dynamic=False)
     return compiled
+
+
+def into_training(module: nn.Module) -> None:
+    """Calls `train()` on the model, as a loop does: an override may keep parts in eval mode, or freeze them.
+
+    Where the root was in training mode already, parts in eval mode are frozen on purpose, and are put back. Not so the
+    base of an adapted model, which peft leaves in eval mode under a root that says training.
+    """
+    frozen = _frozen(module) if module.training else []
+    try:
+        inspect.signature(module.train).bind()
+    except TypeError:  # another method of that name
+        nn.Module.train(module)
+    else:
+        module.train()
+    for part in frozen:
+        part.training = False
+
+
+def idle_dropouts(module: nn.Module) -> list[str]:
+    """The names of dropout layers that drop nothing while the model trains, for they are in eval mode."""
+    if not module.training:
+        return []
+    layers = ((n, p) for n, p in module.named_modules() if isinstance(p, nn.modules.dropout._DropoutNd))
+    return [name for name, layer in layers if layer.p > 0 and not layer.training]
+
+
+def _frozen(module: nn.Module) -> list[nn.Module]:
+    wrappers = (part for part in module.modules() if part.training and hasattr(part, "peft_config"))
+    adapted = {id(part) for wrapper in wrappers for part in wrapper.modules()}
+    return [part for part in module.modules() if not part.training and id(part) not in adapted]
+
+
+def model_doubts(module: nn.Module, built: Collection[str], trainable: Trainable) -> list[str]:
+    """Sentences on a model that goes its own way, so that the run is not quite what it seems.
+
+    built: the names of its state_dict as it was built.
+    """
+    doubts = []
+    compiled = next((name for name in sorted(built) if "_orig_mod." in name), None)
+    if compiled is not None:
+        doubts.append(
+            f"the model, or a part of it, is wrapped by torch.compile, so a plain one cannot load its weights: one "
+            f"is named '{compiled}' instead of '{compiled.replace('_orig_mod.', '')}'; set "
+            f"recipe.compile, or compile in place with module.compile()."
+        )
+    idle = idle_dropouts(module)
+    if idle:
+        also = f", and so are {len(idle) - 1} others" if idle[1:] else ""
+        doubts.append(
+            f"dropout layer '{idle[0]}' is in eval mode while the model trains, and drops nothing{also}; if it is "
+            f"to drop, call train() on it where the model is built, else set its p to 0."
+        )
+    replaced = trainable.replaced()
+    if replaced:
+        doubts.append(
+            f"parameter '{replaced[0]}' is another object than when the model was built, so that the optimizer "
+            f"trains one which the model no longer uses; change its values in place, under torch.no_grad()."
+        )
+    others = sorted(set(built) ^ module.state_dict().keys())
+    if others:
+        doubts.append(
+            f"the model gained or lost '{others[0]}' since it was built, so no new one can load its checkpoints: "
+            f"no resume or restart will go on; have it all from the start."
+        )
+    return doubts

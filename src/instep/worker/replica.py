@@ -16,26 +16,25 @@ from torch import Tensor
 
 from instep import data, objectives
 from instep.data.cursor import Cursor, rows_of, samples_in_words
-from instep.errors import (
-    CheckpointError,
-    DataError,
-    NonFiniteError,
-    RecipeError,
-    RecomputeError,
-)
+from instep.errors import CheckpointError, DataError, NonFiniteError, RecipeError, RecomputeError
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.reduce.written import WrittenParameters
 from instep.worker.device import autocast, prepare_device, to_device
 from instep.worker.extra_state import ExtraState
-from instep.worker.model import build_model, check_parameters, compiled, own_memory_for_buffers
-from instep.worker.model_doubts import model_doubts
+from instep.worker.model import (
+    build_model,
+    check_parameters,
+    compiled,
+    into_training,
+    model_doubts,
+    own_memory_for_buffers,
+)
 from instep.worker.optimizer import optimizer_of
 from instep.worker.sample_reader import SampleReader
 from instep.worker.single_samples import check_single_samples
 from instep.worker.spot_checks import SpotChecks
 from instep.worker.trainable import Trainable
-from instep.worker.training_mode import into_training
 
 
 class Replica:
@@ -48,12 +47,7 @@ class Replica:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        device: str,
-        like: Replica | None = None,
-        retries: int = 0,
-        written: Collection[str] = (),
+        self, recipe: Recipe, device: str, like: Replica | None = None, retries: int = 0, written: Collection[str] = ()
     ):
         self.recipe = recipe
         self.device = prepare_device(device, recipe.threads)
