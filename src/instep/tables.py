@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.contents import contents
+from instep.differences import contents
 from instep.errors import ComponentError, RecipeError, cut, shown
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ from instep.offline.cluster import Cluster
 from instep.offline.simulation import simulate
 from instep.recipe import Team, check_team
 from instep.record import tape
-from instep.reduce.pack import Pack
+from instep.reduce.layout import Pack
 from instep.rules import UpdateRule
 from instep.rules import presets as p
 from support import workloads

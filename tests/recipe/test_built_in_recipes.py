@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from instep.artifacts.digits import told_apart
-from instep.artifacts.pictures import grid, write_png
+from instep.artifacts.digits import grid, told_apart, write_png
 from instep.cli.flags import merge
 from instep.data.cursor import load
 from instep.data.preferences import Shuffled, shuffled_text

@@ -25,7 +25,6 @@ from torch.utils.data import TensorDataset
 from instep import api as alone
 from instep.api import Run
 from instep.cli import train as train_command
-from instep.engines.resumed_ledger import resumed_ledger
 from instep.errors import CheckpointError, InstepError, RecordError
 from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team, read_saved
@@ -34,6 +33,7 @@ from instep.record.checkpoint import MANIFEST, MODEL, TRAINING
 from instep.record.folder import RunFolder, digest
 from instep.record.resuming import recorded, resumed, saved
 from instep.record.shapes import NUMBER, SPAN, Maybe, misfit, one_of, whole
+from instep.rules.ledger_state import resumed_ledger
 from instep.rules.presets import parse
 from instep.rules.work import Pieces
 from instep.worker.milestones import Progress

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from instep.reduce.checksums import _weighted_sum_in_place, checksum
-from instep.reduce.pack import Pack
+from instep.reduce.layout import Pack
 
 
 class Mixed(nn.Module):

@@ -20,13 +20,12 @@ from torch import Tensor
 
 from instep.clock.slow import parse_slow, slow_factors
 from instep.engines.costs import Tally
-from instep.engines.resumed_ledger import resumed_ledger
 from instep.engines.server_memory import PublishedWeights, server_memory, server_regions
 from instep.record import events
 from instep.record.digest import digest_of_state
 from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
-from instep.rules.ledger_state import ledger_state
+from instep.rules.ledger_state import ledger_state, resumed_ledger
 from instep.rules.work import Pieces
 from instep.team import messages
 from instep.worker.activation_memory import fit_memory

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from instep.reduce.pack import Pack
+from instep.reduce.layout import Pack
 from instep.rules.ledger import Ledger
 from instep.transport.memory import Region, attach
 from instep.worker.contribution import Vectors

@@ -18,8 +18,7 @@ from torch import Tensor
 from instep.errors import NonFiniteError
 from instep.reduce.buffers import Buffers
 from instep.reduce.fold import Fold
-from instep.reduce.layout import BLOCK, Layout
-from instep.reduce.pack import Pack
+from instep.reduce.layout import BLOCK, Layout, Pack
 from instep.reduce.reduction import norm_of
 from instep.reduce.tree import Node, nodes_of
 from instep.reduce.written import WrittenParameters

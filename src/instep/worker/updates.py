@@ -23,8 +23,7 @@ from instep.objectives import exact_sum
 from instep.record.shapes import COUNTS, misfit
 from instep.reduce.buffers import APART, Buffers, about_means
 from instep.reduce.checksums import checksum
-from instep.reduce.layout import BLOCK, Layout
-from instep.reduce.pack import Pack
+from instep.reduce.layout import BLOCK, Layout, Pack
 from instep.reduce.reduction import clip, norm_of
 from instep.reduce.tree import merge_plan
 from instep.reduce.writes import Writes
