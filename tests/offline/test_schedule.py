@@ -112,12 +112,10 @@ def test_simultaneous_pulls_and_pushes_share_the_servers_link() -> None:
     assert found.bytes_sent == 5 * 4 * 600
 
 
-@pytest.mark.parametrize("all_reduce", ["ring", "tree"])
-def test_collectives_take_the_place_of_the_server(all_reduce: Any) -> None:
-    more: dict[str, Any] = {"contribution_bytes": 100, "weights_bytes": 500, "all_reduce": all_reduce}
+def test_collectives_take_the_place_of_the_server() -> None:
+    more: dict[str, Any] = {"contribution_bytes": 100, "weights_bytes": 500}
     found = run("diloco:7", 4, 5, WorkerTimes.constant(1.0), NETWORK, collective=True, **more)
-    formula = NETWORK.ring_all_reduce_s if all_reduce == "ring" else NETWORK.tree_all_reduce_s
-    assert found.wall_s == pytest.approx(5 * (7.0 + formula(4, 100)))
+    assert found.wall_s == pytest.approx(5 * (7.0 + NETWORK.ring_all_reduce_s(4, 100)))
     assert found.bytes_sent == 5 * 2 * 3 * 100
     one, other = (run("asynchronous", 4, 5, WorkerTimes.constant(1.0), NETWORK, collective=c, **more) for c in (0, 1))
     assert same(one, other)
@@ -131,25 +129,15 @@ def test_updates_queue_at_the_server() -> None:
     assert run("synchronous", 10, 20, WorkerTimes.constant(1.0), merge_s=0.5).wall_s == pytest.approx(20 * 1.5)
 
 
-def test_a_late_worker_joins() -> None:
-    found = run("asynchronous", 2, 50, WorkerTimes.constant(1.0), joins_s=[0.0, 40.0])
-    assert found.wall_s == pytest.approx(70.0)
-    assert found.present_s.tolist() == [70.0, 30.0]
-    with pytest.raises(RecipeError, match="give a finite time from 0 for each of 2 workers"):
-        run("asynchronous", 2, 50, WorkerTimes.constant(1.0), joins_s=[0.0])
-
-
 @pytest.mark.parametrize("text", RULES)
 @pytest.mark.parametrize("merge_s", [0.0, 0.3])
 @pytest.mark.parametrize("network", [None, NETWORK])
-def test_every_preset_comes_to_its_end_with_joins_and_failures(text: str, merge_s: float, network: Any) -> None:
+def test_every_preset_comes_to_its_end_with_failures(text: str, merge_s: float, network: Any) -> None:
     rule = parse(text)
     length = 20.0 / rule.local_steps
     times = WorkerTimes.lognormal(length, length / 2, seed=1, failures=Failures(100.0, 5.0))
     events: list[tuple[str, dict[str, Any]]] = []
-    more: dict[str, Any] = {
-        "merge_s": merge_s, "contribution_bytes": 300, "weights_bytes": 500, "joins_s": [0.0, 0.0, 7.0, 50.0, 90.0],
-    }  # fmt: skip
+    more: dict[str, Any] = {"merge_s": merge_s, "contribution_bytes": 300, "weights_bytes": 500}
     found = run(text, 5, 8, times, network, on_event=told(lambda kind, fields: events.append((kind, fields))), **more)
 
     kinds = Counter(kind for kind, _ in events)

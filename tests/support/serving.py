@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from instep.errors import RecordError
-from instep.offline.replayer import Replayer, state_of
+from instep.offline.replayer import Replayer
 from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team
 from instep.record import tape
@@ -68,7 +68,7 @@ class Driven:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        return state_of(self.replayer)
+        return self.replayer.merger.replica.saved_state()
 
     @property
     def digest(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from instep.errors import InstepError, NonFiniteError
-from instep.offline.replayer import Replayer, state_of
+from instep.offline.replayer import Replayer
 from instep.recipe import Recipe
 from instep.record import checkpoint
 from instep.record.digest import digest_of_state
@@ -100,8 +100,8 @@ def outcome(recipe: Recipe, folder: Path) -> str:
         except NonFiniteError:  # with its defaults it diverges here
             return ""
     saved = checkpoint.save(
-        folder, version=HALF, model_state=state_of(run), training_state=run.merger.training_state(), meta={},
-        fingerprint="", keep=1,
+        folder, version=HALF, model_state=run.merger.replica.saved_state(), training_state=run.merger.training_state(),
+        meta={}, fingerprint="", keep=1,
     )  # fmt: skip
     again, loaded = Replayer(recipe, 1, "cpu"), checkpoint.load(saved.path)
     again.merger.load(loaded.model_state, loaded.training_state)
@@ -109,7 +109,7 @@ def outcome(recipe: Recipe, folder: Path) -> str:
     for step in range(HALF, STEPS):
         run.alone(step)
         again.alone(step)
-    digests = [digest_of_state(state_of(each)) for each in (run, again)]
+    digests = [digest_of_state(each.merger.replica.saved_state()) for each in (run, again)]
     assert digests[0] == digests[1]
     return ""
 

@@ -49,14 +49,6 @@ class Network:
         steps = workers - 1
         return (vectors + 1) * steps / workers * size_bytes / self.bandwidth_bytes_per_s + 2 * steps * self.latency_s
 
-    def tree_all_reduce_s(self, workers: int, size_bytes: float, vectors: int = 1) -> float:
-        """Seconds of a reduction up a binomial tree and a broadcast down it, the additions left out.
-
-        ``2 ceil(log2 W) * (latency + bytes / bandwidth)`` (Thakur, Rabenseifner and Gropp, 2005); `vectors` as above.
-        """
-        steps = (workers - 1).bit_length()
-        return steps * (2 * self.latency_s + (vectors + 1) * size_bytes / self.bandwidth_bytes_per_s)
-
 
 def reduce_bytes(workers: int, size_bytes: int, vectors: int) -> int:
     """Bytes that all W `workers` together send to have `vectors` added, each worker a W-th of them.

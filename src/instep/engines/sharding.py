@@ -9,7 +9,6 @@ touches the weights; `choose` decides it from what all workers know alike.
 
 from __future__ import annotations
 
-import heapq
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import optimizer as torch_optimizer
 
+from instep.ranges import owners
 from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
 from instep.reduce.reduction import Reduction, clip
 from instep.transport.group import Group
@@ -204,28 +204,11 @@ def _updates_by_parameter(optimizer: optim.Optimizer) -> bool:
 def _can_move(parameters: Sequence[nn.Parameter]) -> bool:
     """Whether the parameters can get other memory, with the same strides, and nothing else sees their present one."""
     alone = _uses(nn.Parameter(torch.zeros(1)))
-    return all(_is_plain(parameter) and is_dense(parameter) and _uses(parameter) == alone for parameter in parameters)
-
-
-def _is_plain(parameter: Tensor) -> bool:
-    return type(parameter) is nn.Parameter and parameter.layout == torch.strided
+    return all(
+        type(p) is nn.Parameter and p.layout == torch.strided and is_dense(p) and _uses(p) == alone for p in parameters
+    )
 
 
 def _uses(tensor: Tensor) -> int:
     """How many tensors, and Python's view of it, hold the tensor's memory."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
-
-
-def owners(sizes: Sequence[int], workers: int) -> list[int]:
-    """The worker that each of the parameters, of so many elements, belongs to.
-
-    The largest first, each goes to the worker that has the least so far; the first one wins a tie. So no worker has
-    more than the even share and one parameter.
-    """
-    loads = [(0, worker) for worker in range(workers)]
-    found = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        load, worker = loads[0]
-        found[index] = worker
-        heapq.heapreplace(loads, (load + sizes[index], worker))
-    return found

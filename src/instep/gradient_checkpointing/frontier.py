@@ -13,8 +13,9 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
-from instep.gradient_checkpointing.structure import Act, BlockKind, Choice, Operation, Overheads
+from instep.gradient_checkpointing.structure import Act, BlockKind, Choice, Overheads
 
 EXACT = 10
 """Up to so many groups every subset is tried."""
@@ -23,6 +24,8 @@ MOST = 96
 """How many unbeaten choices a state of the dynamic programme carries on; beyond, they are thinned out by bytes."""
 
 _NONE = Overheads()
+
+T = TypeVar("T")
 
 Price = tuple[float, float]
 """What a second and what a FLOP cost."""
@@ -47,13 +50,10 @@ class Graph:
         self.kind = kind
         self.groups = _groups(kind)
         self.group_of = {storage: place for place, c in enumerate(self.groups) for storage in c.storages}
-        self.roots = self._roots()
-
-    def _roots(self) -> frozenset[int]:
+        packed = {index for index, storage in enumerate(kind.storages) if storage.packed or storage.bare}
+        pinned = {index for operation in kind.operations if operation.pinned for index in operation.reads}
+        self.roots = frozenset(packed | pinned)
         """Storages that are needed whatever is kept."""
-        packed = {index for index, storage in enumerate(self.kind.storages) if storage.packed or storage.bare}
-        pinned = {index for operation in self.kind.operations if operation.pinned for index in operation.reads}
-        return frozenset(packed | pinned)
 
     @cached_property
     def relevant(self) -> tuple[int, ...]:
@@ -89,11 +89,13 @@ def choice_of(graph: Graph, kept: Iterable[int], overheads: Overheads = _NONE) -
     needed, again = graph.settle(chosen)
     stays = {s for place in chosen for s in graph.groups[place].storages if s in needed}
     acts = _acts(graph, stays, again)
-    selective = any(act is not Act.REPEAT for act, op in zip(acts, kind.operations, strict=True) if _substantial(op))
+    substantial = [bool(op.writes) or op.constant for op in kind.operations]
+    selective = any(act is not Act.REPEAT for act, counts in zip(acts, substantial, strict=True) if counts)
     if not selective:
         acts = (Act.REPEAT,) * len(acts)
     repeated = [op for op, act in zip(kind.operations, acts, strict=True) if act is Act.REPEAT]
-    last = _last_needed(kind)
+    packed = [i for i, op in enumerate(kind.operations) if any(kind.storages[s].packed for s in op.writes)]
+    last = max(packed, default=-1) + 1  # the number of operations up to the last that backward reads something of
     if not selective:  # torch stops where backward has all that it reads
         repeated = list(kind.operations[:last])
     around = overheads.block_s + overheads.op_s * last
@@ -163,20 +165,23 @@ def _by_states(graph: Graph, price: Price) -> list[tuple[int, ...]]:
                 nbytes = sum(stored[s].nbytes for s in group.storages if wanted >> s & 1 and not stored[s].escapes)
                 stays = [(held + nbytes, work, kept | 1 << place) for held, work, kept in points]
                 by_state.setdefault(needed & ~makes, []).extend(stays)
-        states = {state: _thinned(points) for state, points in by_state.items()}
+        states = {state: _unbeaten(points) for state, points in by_state.items()}
     kept = {kept for points in states.values() for _, _, kept in points}
     return [tuple(place for place in range(len(groups)) if mask >> place & 1) for mask in sorted(kept)]
 
 
-def _thinned(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
+def _unbeaten(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
     """The points that no other beats, at most `MOST` of them, the first and last always."""
     best: list[tuple[int, float, int]] = []
     for point in sorted(points):
         if not best or point[1] < best[-1][1]:
             best.append(point)
-    if len(best) <= MOST:
-        return best
-    return [best[round(i * (len(best) - 1) / (MOST - 1))] for i in range(MOST)]
+    return thinned(best, MOST)
+
+
+def thinned(items: list[T], most: int) -> list[T]:
+    """At most so many of the items, evenly spread, the first and last always."""
+    return items if len(items) <= most else [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _mask(bits: Iterable[int]) -> int:
@@ -246,21 +251,10 @@ def _acts(graph: Graph, stays: set[int], again: set[int]) -> tuple[Act, ...]:
     return tuple(acts)
 
 
-def _substantial(operation: Operation) -> bool:
-    return bool(operation.writes) or operation.constant
-
-
-def _last_needed(kind: BlockKind) -> int:
-    """The number of operations up to the last that backward reads something of."""
-    packed = [i + 1 for i, op in enumerate(kind.operations) if any(kind.storages[s].packed for s in op.writes)]
-    return max(packed, default=0)
-
-
 def _recompute_peak(kind: BlockKind, acts: tuple[Act, ...], stays: set[int], last: int) -> int:
     """The most bytes of the block's own that are alive while it is recomputed."""
-    stored, live, peak = kind.storages, 0, 0
-    live = sum(stored[s].nbytes for s in stays if not stored[s].escapes)
-    peak = live
+    stored = kind.storages
+    live = peak = sum(stored[s].nbytes for s in stays if not stored[s].escapes)
     dying: dict[int, int] = {}
     for place, (operation, act) in enumerate(zip(kind.operations, acts, strict=True)):
         for index in operation.writes:

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from instep.budget import as_size
 from instep.errors import CheckpointingError, shown
-from instep.gradient_checkpointing.frontier import Graph, Price, frontier, priced
-from instep.gradient_checkpointing.structure import BlockKind, BlockPlan, Choice, Plan, Profile
+from instep.gradient_checkpointing.frontier import Graph, Price, frontier, priced, thinned
+from instep.gradient_checkpointing.structure import BlockPlan, Choice, Plan, Profile
 
 EXHAUSTIVE = 4096
 """Up to so many combinations all are tried."""
@@ -141,28 +141,22 @@ def _base_at_the_top(profile: Profile) -> int:
     return most
 
 
-@lru_cache(maxsize=64)
-def _graph(kind: BlockKind) -> Graph:
-    return Graph(kind)
+_graph = lru_cache(maxsize=64)(Graph)
 
-
-def _price(profile: Profile, price: Literal["seconds", "flops"]) -> Price:
-    """What a second and a FLOP cost."""
-    if price == "seconds":
-        return (1.0, 0.0)
-    return (0.0, 1.0)
+_PRICES: dict[str, Price] = {"seconds": (1.0, 0.0), "flops": (0.0, 1.0)}
+"""What a second and a FLOP cost."""
 
 
 @lru_cache(maxsize=8)
 def _candidates(profile: Profile, price: Literal["seconds", "flops"]) -> tuple[_Candidate, ...]:
-    search = _Search(profile, _fronts(profile, price), _price(profile, price))
+    search = _Search(profile, _fronts(profile, price), _PRICES[price])
     return tuple(search.candidate(choices) for choices in dict.fromkeys(search.ways()))
 
 
 @lru_cache(maxsize=8)
 def _fronts(profile: Profile, price: Literal["seconds", "flops"]) -> tuple[tuple[Choice, ...], ...]:
     """By kind, the choices to combine."""
-    weights = _price(profile, price)
+    weights = _PRICES[price]
     fronts = [frontier(kind, weights, profile.overheads) for kind in profile.kinds]
     if _combinations(profile, fronts) > EXHAUSTIVE:
         fronts = [_fewer(front, weights) for front in fronts]
@@ -284,7 +278,7 @@ class _Search:
                 for held, cost, peak, way in states
                 for place, more, top in choices
             ]
-            states = _thinned(_best(found), most)
+            states = thinned(_best(found), most)
         for *_, way in states:
             places, here = [0] * len(self.profile.kind_of), way
             while here:
@@ -331,12 +325,6 @@ def _best(states: list[_State]) -> list[_State]:
         costs[place:end], peaks[place:end] = [cost], [peak]
         kept.append(state)
     return kept
-
-
-def _thinned(states: list[_State], most: int) -> list[_State]:
-    if len(states) <= most:
-        return states
-    return [states[round(i * (len(states) - 1) / (most - 1))] for i in range(most)]
 
 
 def _plan(profile: Profile, candidate: _Candidate, budget_bytes: int, price: Literal["seconds", "flops"]) -> Plan:

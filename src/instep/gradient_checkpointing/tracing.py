@@ -266,8 +266,8 @@ class Tracer(TorchDispatchMode):
             handles.append(block.register_forward_hook(self._leave, with_kwargs=True, always_call=True))
             for part, module in block.named_modules():
                 if part:
-                    handles.append(module.register_forward_pre_hook(self._into(part)))
-                    handles.append(module.register_forward_hook(self._out_of(part)))
+                    handles.append(module.register_forward_pre_hook(self._moves_to(part)))
+                    handles.append(module.register_forward_hook(self._moves_to(part.rpartition(".")[0])))
         return handles
 
     def _enter(self, index: int) -> Any:
@@ -290,17 +290,11 @@ class Tracer(TorchDispatchMode):
     def _numbers(self, values: Any) -> frozenset[int]:
         return frozenset(number for value in tensors_in(values) if (number := self._of(value)) is not None)
 
-    def _into(self, part: str) -> Any:
-        def into(module: nn.Module, args: Any) -> None:
+    def _moves_to(self, part: str) -> Any:
+        def hook(*_: Any) -> None:
             self.module = part
 
-        return into
-
-    def _out_of(self, part: str) -> Any:
-        def out_of(module: nn.Module, args: Any, out: Any) -> None:
-            self.module = part.rpartition(".")[0]
-
-        return out_of
+        return hook
 
 
 _READERS = frozenset({Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.__dlpack__})

@@ -8,7 +8,6 @@ schedule.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -208,8 +207,3 @@ class Replayer:
     def _reuse(self, vectors: Vectors) -> None:
         if self._together is None:  # it makes its own, parts of one large tensor
             self._spare.append(vectors)
-
-
-def state_of(replayer: Replayer) -> dict[str, Any]:
-    """The module's state_dict as it is now."""
-    return replayer.merger.replica.saved_state()

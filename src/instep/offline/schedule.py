@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,8 +81,6 @@ def simulate(
     weights_bytes: int = 0,
     merge_s: float = 0.0,
     collective: bool = False,
-    all_reduce: Literal["ring", "tree"] = "ring",
-    joins_s: Sequence[float] | None = None,
     items_of: Callable[[int], int] | None = None,
     on_event: OnEvent | None = None,
 ) -> SimulatedRun:
@@ -92,9 +89,8 @@ def simulate(
     network: None where messages take no time.
     contribution_bytes, weights_bytes: the size of a contribution's vector for one node of the tree, and of a pull.
     merge_s: seconds that the server needs for an update, in which it does nothing else.
-    collective: under a rule in lockstep, workers reduce among themselves: a round ends with an `all_reduce` of
+    collective: under a rule in lockstep, workers reduce among themselves: a round ends with a ring all-reduce of
         `contribution_bytes` over those present, there is no server and no pull. Other rules take no notice.
-    joins_s: when each worker comes, [W]; at 0 if None.
     items_of: items that a piece holds of the objective's first term; its microbatches if None.
     on_event: gets what a tape would hold: joined, released, computed, pushed, merged, dropped, left.
 
@@ -103,11 +99,8 @@ def simulate(
     rule.check_workers(pieces.workers)
     run = _Simulation(rule, pieces, times, network, contribution_bytes, weights_bytes, merge_s, items_of, on_event)
     if collective and rule.lockstep:
-        run.reduce_among_workers(network or Network(), all_reduce)
-    joins = [0.0] * pieces.workers if joins_s is None else [float(time_s) for time_s in joins_s]
-    if len(joins) != pieces.workers or not all(0 <= time_s < math.inf for time_s in joins):
-        raise RecipeError(f"'joins_s' is {joins}; give a finite time from 0 for each of {pieces.workers} workers.")
-    return run.run(joins)
+        run.reduce_among_workers(network or Network())
+    return run.run()
 
 
 class _Simulation:
@@ -174,18 +167,18 @@ class _Simulation:
         self._staleness_sum = self._staleness_max = self._pushed_bytes = self._pulled_bytes = 0
         self._more_vectors = 0  # that were pushed, beyond one a contribution
 
-    def reduce_among_workers(self, network: Network, all_reduce: Literal["ring", "tree"]) -> None:
+    def reduce_among_workers(self, network: Network) -> None:
         """Puts collectives in the place of the server."""
         self._down = self._up = None
         self._then = self._pushed
         self._direct, self._latency_s = self._failures is None, 0.0
-        self._reduce_s = network.ring_all_reduce_s if all_reduce == "ring" else network.tree_all_reduce_s
+        self._reduce_s = network.ring_all_reduce_s
 
-    def run(self, joins_s: list[float]) -> SimulatedRun:
+    def run(self) -> SimulatedRun:
         """The whole simulation."""
         loop, ledger = self._loop, self._ledger
-        for worker, time_s in enumerate(joins_s):
-            loop.at(time_s, self._joined, worker)
+        for worker in range(self._workers):
+            loop.at(0.0, self._joined, worker)
         with uncollected():
             loop.run()
         wall_s = self._finished_s

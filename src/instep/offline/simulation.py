@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from msgspec import UNSET
 from msgspec.structs import replace
 
+from instep.clock.slow import parse_slow
 from instep.clock.times import WorkerTimes
 from instep.data import digest
 from instep.errors import RecipeError
 from instep.offline.cluster import Cluster
-from instep.offline.replayer import Replayer, state_of
+from instep.offline.replayer import Replayer
 from instep.offline.schedule import SimulatedRun
 from instep.offline.schedule import simulate as schedule
 from instep.recipe import Recipe, Team, dumps
@@ -114,7 +115,8 @@ class _Simulation:
         if self._gradients:
             self._replayer.look(doubts.append)
         microbatch_s, merge_s = self._measured()
-        times = cluster.times or WorkerTimes.constant(microbatch_s, slow=_slow(cluster.slow), seed=recipe.seed)
+        slow = parse_slow(cluster.slow) if cluster.slow else ()
+        times = cluster.times or WorkerTimes.constant(microbatch_s, slow=slow, seed=recipe.seed)
         size_bytes = 4 * self._replica.size
         weights_bytes = self._replayer.merger.pack.size_bytes
         self._start(microbatch_s)
@@ -243,7 +245,7 @@ class _Simulation:
         items = progress.items if self._gradients else None
         if self._gradients:
             self._evaluate(found.versions, found.wall_s)
-            state = state_of(self._replayer)
+            state = self._replica.saved_state()
             digest = digest_of_state(state)
             if self._folder is not None:
                 checkpoint.save(
@@ -296,9 +298,3 @@ class _Simulation:
             self._tape.write(events.plain(event))
         if isinstance(event, _TOLD):
             self._tell(events.plain(event))
-
-
-def _slow(text: str) -> Any:
-    from instep.clock.slow import parse_slow
-
-    return parse_slow(text) if text else ()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from instep.data.repeats import what_does_not_repeat
 from instep.errors import RecordError
-from instep.offline.replayer import Replayer, state_of
+from instep.offline.replayer import Replayer
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
 from instep.record.result import Proof, Replayed
@@ -197,7 +197,7 @@ class _Playback:
 
     def result(self) -> Replayed:
         """What it came to."""
-        digest = digest_of_state(state_of(self._replayer))
+        digest = digest_of_state(self._replayer.merger.replica.saved_state())
         if self._recorded is not None and self._recorded != digest and not self._divergence:
             self._divergence = f"version {self._version}, the last, has other weights here than in the run."
         if self._divergence and self._recorded == digest:
@@ -308,7 +308,7 @@ class _Playback:
             self._alike = event["version"]
 
     def _expect(self, digest: str, what: str) -> None:
-        if not self._divergence and digest_of_state(state_of(self._replayer)) != digest:
+        if not self._divergence and digest_of_state(self._replayer.merger.replica.saved_state()) != digest:
             self._divergence = f"{what} has other weights here than in the run."
 
     def _fresh(self, started: Mapping[str, Any]) -> Replayer:
@@ -322,7 +322,7 @@ class _Playback:
 
     def _keep(self, version: int) -> None:
         merger = self._replayer.merger
-        state = {name: tensor.clone() for name, tensor in state_of(self._replayer).items()}
+        state = {name: tensor.clone() for name, tensor in self._replayer.merger.replica.saved_state().items()}
         training = copied(merger.training_state())
         self._kept[version] = {"model": state, "training": training, "microbatches": merger.microbatches}
         for old in sorted(self._kept)[1:-KEPT]:

@@ -234,11 +234,6 @@ class WrittenParameters:
         """Whether this process's microbatches left anything, or disagreed."""
         return bool(self._left or self._torn)
 
-    @property
-    def row_bytes(self) -> int:
-        """Of a row, which holds the changes of one process."""
-        return self._row_bytes
-
     def post(self, row: Tensor, changes: Mapping[str, WrittenElements] | None = None) -> None:
         """Writes what this process's microbatches left into `row` ([row_bytes], uint8, on the CPU); or `changes`."""
         for name, (flag, mask, new, old) in self._views(row).items():
@@ -301,7 +296,7 @@ class WrittenParameters:
         nbytes = [self._all[name].nbytes for name in self.names]
         parts = zip(numel, nbytes, strict=True)
         sizes = [size for count, bits in parts for size in (1, count, bits, bits)]
-        self._offsets, self._row_bytes = placed(sizes, ALIGN_BYTES)
+        self._offsets, self.row_bytes = placed(sizes, ALIGN_BYTES)
 
     def _views(self, row: Tensor) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
         """By name, as views of `row`: flag (0, 1 changed, 2 disagreed), mask, new and old bits."""

@@ -46,10 +46,10 @@ class Ledger:
 
     # With slots: of an object with more than 30 attributes, Python looks up each in a dictionary.
     __slots__ = (
-        "_bare", "_blocked", "_busy_at", "_by_round", "_count", "_due", "_finished", "_held", "_idle", "_in_flight",
-        "_lead", "_limit", "_next_piece", "_open", "_pace", "_pending", "_per_round", "_returned", "_seq", "_size",
-        "_size_of", "_waiting_since_s", "_wanted", "_whole", "_workers", "delays", "lead_max", "merged_microbatches",
-        "merged_pieces", "pieces", "round", "rule", "version",
+        "_bare", "_blocked", "_busy_at", "_by_round", "_count", "_due", "_held", "_idle", "_in_flight", "_lead",
+        "_limit", "_next_piece", "_open", "_pace", "_pending", "_per_round", "_returned", "_size", "_size_of",
+        "_waiting_since_s", "_wanted", "_whole", "_workers", "delays", "finished", "lead_max", "merged_microbatches",
+        "merged_pieces", "next_seq", "pieces", "round", "rule", "version",
     )  # fmt: skip
 
     def __init__(self, rule: UpdateRule, pieces: Pieces):
@@ -62,6 +62,10 @@ class Ledger:
         """The round that merges next; under order "arrival" the count of the slowest worker."""
         self.lead_max = 0
         """The largest `lead_of` of any worker when it was released, since the ledger was built."""
+        self.next_seq = 0
+        """The `seq` of the contribution that is pushed next."""
+        self.finished = False
+        """Whether every piece is merged."""
         self._by_round = rule.order == "round"
         self._lead = rule.max_lead
         self._limit = rule.max_staleness
@@ -77,7 +81,6 @@ class Ledger:
         self._per_round = pieces.workers
         self._next_piece = 0
         self._returned: list[int] = []  # a heap
-        self._seq = 0
         self._pending: dict[int, list[Contribution]] = {}  # by round; all under 0 where order is arrival
         self._waiting_since_s: float | None = None  # when the first of those came, where order is arrival
         self._workers: dict[int, ActiveWorker] = {}
@@ -91,7 +94,6 @@ class Ledger:
         self._pace = Pace()  # of those who are not doomed
         self._busy_at: dict[int, set[int]] = {}  # who computes from which version and is not doomed, with a limit
         self._in_flight = 0
-        self._finished = False
         self._look_ahead()
 
     # Events
@@ -122,8 +124,8 @@ class Ledger:
         """A worker has finished the piece it was released for; `items` it held of the objective's first term."""
         state = self._workers[worker]
         assert state.piece >= 0, f"worker {worker} has no work"
-        contribution = _new(Contribution, (self._seq, worker, state.piece, state.base, items))
-        self._seq += 1
+        contribution = _new(Contribution, (self.next_seq, worker, state.piece, state.base, items))
+        self.next_seq += 1
         self._stop(state)
         state.piece = -1
         actions: list[Action] = []
@@ -176,11 +178,6 @@ class Ledger:
     # State
 
     @property
-    def finished(self) -> bool:
-        """Whether every piece is merged."""
-        return self._finished
-
-    @property
     def active(self) -> list[int]:
         """The active workers, in order."""
         return sorted(self._workers)
@@ -197,11 +194,6 @@ class Ledger:
         """The versions that contributions in hand, computed or waiting, started from."""
         computing = {state.base for state in self._workers.values() if state.piece >= 0}
         return computing | {c.base for pending in self._pending.values() for c in pending}
-
-    @property
-    def next_seq(self) -> int:
-        """The `seq` of the contribution that is pushed next."""
-        return self._seq
 
     def in_hand(self, worker: int) -> tuple[int, int]:
         """The piece that a worker computes, and the version it computes from; piece -1 if it has none."""
@@ -251,7 +243,7 @@ class Ledger:
             if self._limit is not None:  # what started from there would now merge one version beyond the limit
                 self._doom(version - self._limit - 1)
         if self.merged_pieces == self._count:
-            self._finished = True
+            self.finished = True
             actions.append(Finish(version))
 
     def _look_ahead(self) -> None:

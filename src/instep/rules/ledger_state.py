@@ -28,7 +28,7 @@ def ledger_state(ledger: Ledger, unmade: Sequence[Merge] = ()) -> dict[str, Any]
         "merged_microbatches": ledger.merged_microbatches - sum(sizes),
         "next_piece": ledger._next_piece,
         "returned": sorted(ledger._returned),
-        "seq": ledger._seq,
+        "seq": ledger.next_seq,
         "pending": [list(c) for pending in [waiting, *ledger._pending.values()] for c in pending],
         "waiting_since_s": ledger._waiting_since_s,
         "workers": [
@@ -48,8 +48,8 @@ def ledger_of(rule: UpdateRule, pieces: Pieces, state: Mapping[str, Any]) -> Led
     ledger.delays.load(state)
     ledger.version = state["version"]
     ledger.merged_pieces, ledger.merged_microbatches = state["merged_pieces"], state["merged_microbatches"]
-    ledger._next_piece, ledger._returned, ledger._seq = state["next_piece"], list(state["returned"]), state["seq"]
-    ledger._finished = ledger.merged_pieces == ledger._count
+    ledger._next_piece, ledger._returned, ledger.next_seq = state["next_piece"], list(state["returned"]), state["seq"]
+    ledger.finished = ledger.merged_pieces == ledger._count
     ledger._waiting_since_s = state["waiting_since_s"]
     for values in state["pending"]:
         contribution = Contribution(*values)

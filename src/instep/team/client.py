@@ -189,12 +189,8 @@ class _Watching:
             try:
                 monitor(event)
             except Exception as error:
-                self._monitors[place] = _deaf_monitor
+                self._monitors[place] = lambda event: None
                 self.failed = self.failed or error
-
-
-def _deaf_monitor(event: dict[str, Any]) -> None:
-    """In the place of a monitor that has raised."""
 
 
 def computed(

@@ -15,7 +15,9 @@ class ExtraState:
     """The extra state of a model's modules, as it was when the model was built or loaded."""
 
     def __init__(self, module: nn.Module):
-        self._modules = [(n, m) for n, m in module.named_modules() if _has_any(m)]
+        self._modules = [
+            (n, m) for n, m in module.named_modules() if type(m).get_extra_state is not nn.Module.get_extra_state
+        ]
         self.restart()
 
     def restart(self) -> None:
@@ -38,10 +40,6 @@ class ExtraState:
         for (_, module), known in zip(self._modules, self._known, strict=True):
             if type(module).set_extra_state is not nn.Module.set_extra_state:
                 module.set_extra_state(copy.deepcopy(known))
-
-
-def _has_any(module: nn.Module) -> bool:
-    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def _same(a: Any, b: Any) -> bool:

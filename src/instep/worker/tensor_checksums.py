@@ -11,9 +11,9 @@ import torch
 from msgspec import json
 from torch import Tensor
 
+from instep.ranges import owners
 from instep.record.events import ChecksummedEvent
 from instep.reduce.checksums import checksum
-from instep.reduce.ownership import owners
 from instep.worker.milestones import Progress
 from instep.worker.optimizer_state import is_plain, tensors_in
 from instep.worker.replica import Replica
