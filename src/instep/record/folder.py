@@ -40,13 +40,27 @@ class About:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """A run's folder: `recipe.toml`, `run.json`, `tape.jsonl`, `checkpoints/`, `logs/` and, after an ending,
     `result.json`. From the moment that `recipe.toml` is there, the run can be resumed.
     """
 
-    path: Path
+    def __init__(self, path: Path):
+        self.path = path
+        self.about_path = path / "run.json"
+        """The run's id and where its modules are, see `About`."""
+        self.recipe_path = path / "recipe.toml"
+        """The resolved recipe, TOML."""
+        self.tape_path = path / "tape.jsonl"
+        """The tape, see `instep.record.tape`."""
+        self.checkpoints = path / "checkpoints"
+        """The folder of checkpoints, see `instep.record.checkpoint`."""
+        self.artifacts = path / "artifacts"
+        """The folder of what the recipe leaves at its end: samples, pictures, an exported model."""
+        self.logs = path / "logs"
+        """The folder of what workers print."""
+        self.result_path = path / "result.json"
+        """The result, JSON, written when a run ends."""
 
     @classmethod
     def create(cls, path: Path | str, recipe: str = "", about: About | None = None) -> RunFolder:
@@ -162,44 +176,9 @@ class RunFolder:
             f"the folders of its modules are read from the tape."
         )
 
-    @property
-    def about_path(self) -> Path:
-        """The run's id and where its modules are, see `About`."""
-        return self.path / "run.json"
-
-    @property
-    def recipe_path(self) -> Path:
-        """The resolved recipe, TOML."""
-        return self.path / "recipe.toml"
-
-    @property
-    def tape_path(self) -> Path:
-        """The tape, see `instep.record.tape`."""
-        return self.path / "tape.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints, see `instep.record.checkpoint`."""
-        return self.path / "checkpoints"
-
-    @property
-    def artifacts(self) -> Path:
-        """The folder of what the recipe leaves at its end: samples, pictures, an exported model."""
-        return self.path / "artifacts"
-
-    @property
-    def logs(self) -> Path:
-        """The folder of what workers print."""
-        return self.path / "logs"
-
     def log_of(self, who: str) -> Path:
         """Where a process of the team, "worker 0" or "server", prints."""
         return self.logs / f"{who.replace(' ', '-')}.log"
-
-    @property
-    def result_path(self) -> Path:
-        """The result, JSON, written when a run ends."""
-        return self.path / "result.json"
 
     @contextmanager
     def locked(self, patience_s: float = 0.0) -> Iterator[Held]:
