@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: teams are forked from the test process
@@ -13,6 +14,8 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not s
 
 import pytest
 from hypothesis import settings
+
+from support import large_pages
 
 SLOW_TIMEOUT_S = 1200
 
@@ -78,6 +81,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Most tests fork this process, which has its modules now."""
+    if session.items and Path("/proc/self/maps").exists():
+        large_pages.collapse()
 
 
 @pytest.hookimpl(trylast=True)

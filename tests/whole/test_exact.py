@@ -7,15 +7,11 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import multiprocessing
-import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,6 +28,7 @@ from instep.record import tape
 from instep.record.folder import RunFolder
 from instep.rules import UpdateRule
 from instep.worker.replica import Replica
+from support.ddp import by_ddp
 from support.gradients import instep_gradient
 from support.harness import train_here
 from support.kinds import quick
@@ -125,7 +122,7 @@ def test_one_digest_for_any_number_of_workers(name: str, tmp_path: Path) -> None
 
 # ----------------------------------------------------------------------------------------------------------------- DDP
 
-WORLD, STEP = 2, 1
+STEP = 1
 
 OFF_BY = {
     "next token": 0.599,
@@ -151,26 +148,7 @@ samples of 2 to 9 tokens, each microbatch's mean, and the mean of these. Measure
 
 def ddp_gradients(folder: Path) -> dict[str, Tensor]:
     """Of every task, by a loop as most are: the mean over a microbatch, accumulated, averaged over processes."""
-
-    def process(rank: int) -> None:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        store = f"file://{folder / 'store'}"
-        dist.init_process_group("gloo", store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-        torch.set_num_threads(1)
-        found = {name: ddp_gradient(name, rank) for name in TASKS}
-        if rank == 0:
-            torch.save(found, folder / "gradients.pt")
-        dist.destroy_process_group()
-
-    processes = [multiprocessing.get_context("fork").Process(target=process, args=(rank,)) for rank in range(WORLD)]
-    for each in processes:
-        each.start()
-    for each in processes:
-        each.join(100)
-        each.kill()
-    assert [each.exitcode for each in processes] == [0, 0]
-    gradients: dict[str, Tensor] = torch.load(folder / "gradients.pt", weights_only=True)
-    return gradients
+    return by_ddp(lambda rank: {name: ddp_gradient(name, rank) for name in TASKS}, folder)
 
 
 def uneven(name: str) -> Recipe:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import multiprocessing
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.worker.replica import Replica
 from support import workloads
+from support.ddp import by_ddp
 from support.gradients import instep_gradient
 from support.harness import train_here
 from support.tasks import PADDING, Texts, padded
@@ -183,26 +181,7 @@ def plain_weights(recipe: Recipe, wrap: Callable[[nn.Module], nn.Module] = lambd
 
 def ddp_weights(recipe: Recipe, folder: Path) -> dict[str, Tensor]:
     """The same loop under DistributedDataParallel, two processes over gloo."""
-
-    def process(rank: int) -> None:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        store = f"file://{folder / 'store'}"
-        dist.init_process_group("gloo", store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-        weights = plain_weights(recipe, DistributedDataParallel)
-        if rank == 0:
-            torch.save(weights, folder / "weights.pt")
-        dist.destroy_process_group()
-
-    folder.mkdir()
-    processes = [multiprocessing.get_context("fork").Process(target=process, args=(rank,)) for rank in range(2)]
-    for each in processes:
-        each.start()
-    for each in processes:
-        each.join(90)
-        each.kill()
-    assert [each.exitcode for each in processes] == [0, 0]
-    found: dict[str, Tensor] = torch.load(folder / "weights.pt", weights_only=True)
-    return found
+    return by_ddp(lambda rank: plain_weights(recipe, DistributedDataParallel), folder)
 
 
 def apart(recipe: Recipe, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

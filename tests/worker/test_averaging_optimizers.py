@@ -20,7 +20,7 @@ from instep.record.folder import digest as digest_of
 from instep.rules import UpdateRule
 from instep.rules import presets as p
 from support.harness import train_here
-from support.regression import numbers, squares
+from support.regression import numbers, regression, squares
 from support.schedule_free import BETA, ScheduleFree
 from support.sentences import one_sentence
 from support.serving import replayed
@@ -49,12 +49,10 @@ def seen(model: nn.Module, data: Data, folder: Path) -> Mapping[str, Any]:
 
 def recipe_of(optimizer: Any = ScheduleFree, **changes: Any) -> Recipe:
     fields: dict[str, Any] = {
-        "model": lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)), "objective": squares,
-        "data": lambda: Data(numbers(24), numbers(24, seed=1)), "optimizer": optimizer,
-        "batch": 6, "microbatches": 3, "steps": 6,
-        "artifacts": seen,
+        "model": lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)),
+        "data": lambda: Data(numbers(24), numbers(24, seed=1)), "batch": 6, "microbatches": 3, "artifacts": seen,
     }  # fmt: skip
-    return Recipe(**{**fields, **changes})
+    return regression(optimizer=optimizer, **{**fields, **changes})
 
 
 def loaded(run: Path, version: int = 6) -> checkpoint.Loaded:

@@ -21,6 +21,7 @@ from instep.record import checkpoint
 from instep.record.digest import digest_of_state
 from instep.worker import trial
 from instep.worker.replica import Replica
+from support.regression import regression
 from support.sentences import one_sentence
 
 STEPS, HALF = 8, 4
@@ -73,12 +74,8 @@ def points() -> TensorDataset:
     return TensorDataset(torch.randn(16, 6, generator=generator), torch.randn(16, 4, generator=generator))
 
 
-def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return (model(batch[0]) - batch[1]).square().sum()
-
-
 def recipe_of(build: Any, model: Any = Small) -> Recipe:
-    return Recipe(model=model, objective=squares, data=points, optimizer=build, batch=4, microbatches=2, steps=STEPS)
+    return regression(model=model, data=points, optimizer=build, batch=4, microbatches=2, steps=STEPS)
 
 
 def outcome(recipe: Recipe, folder: Path) -> str:

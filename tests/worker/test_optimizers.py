@@ -25,7 +25,7 @@ from instep.worker.trial import try_checkpoint, try_optimizer
 from support import workloads
 from support.harness import Client, act_on, train_here
 from support.kinds import quick
-from support.regression import numbers, squares
+from support.regression import numbers, regression
 from support.sentences import one_sentence
 from support.serving import replayed
 
@@ -46,12 +46,8 @@ class Narrow(nn.Module):
 
 
 def recipe_of(optimizer: Any, **changes: Any) -> Recipe:
-    fields: dict[str, Any] = {
-        "model": Narrow, "objective": squares, "data": partial(numbers, 24), "optimizer": optimizer,
-        "batch": 6, "microbatches": 3,
-        "steps": 5,
-    }  # fmt: skip
-    return Recipe(**{**fields, **changes})
+    fields = {"model": Narrow, "data": partial(numbers, 24), "batch": 6, "microbatches": 3, "steps": 5}
+    return regression(optimizer=optimizer, **{**fields, **changes})
 
 
 # ------------------------------------------------------------------------------------------------- layouts of the state
