@@ -41,10 +41,6 @@ class GatedClasses:
     def __init__(self, address: str):
         self._gate, self._forwards = Gate(address), -1
 
-    def counts(self, batch: Any) -> int:
-        """The rows."""
-        return len(batch[0])
-
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         if torch.is_grad_enabled():
             if self._forwards >= 0:  # the first is the engine's look at the objective

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,3 +94,18 @@ def limit(past: Sequence[float], deviations: float) -> float:
     middle = statistics.median(past)
     spread = statistics.median(abs(value - middle) for value in past)
     return middle + deviations * max(SIGMA_PER_MAD * spread, LEAST_SCALE * abs(middle))
+
+
+def usual(objective: float, past: Sequence[float], deviations: float) -> bool:
+    """Whether `objective` is no spike for sure, in a fraction of the time of `limit`; False where that is to tell.
+
+    Fewer than half of `past` lie nearer to the median than both quartiles do, so the scale is at least the nearer one's
+    distance. Rounding keeps order, so what lies within that bound lies within `limit`, to the bit.
+    """
+    ordered, quarter = sorted(past), len(past) // 4
+    upper = ordered[quarter + len(past) // 2]
+    if not math.isfinite(sum(ordered)):
+        return False
+    middle = statistics.median(ordered)
+    spread = min(middle - ordered[quarter], upper - middle)
+    return objective <= middle + deviations * max(SIGMA_PER_MAD * spread, LEAST_SCALE * abs(middle))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from instep.errors import RecipeError
-from instep.reduce.buffers import Buffers, changed_by_any
+from instep.reduce.buffers import Buffers
 from instep.reduce.fold import Fold
 from instep.reduce.layout import ALIGN, Layout
 from instep.reduce.reduction import Reduction
@@ -364,7 +364,7 @@ def step_buffers(models: list[Any], given: list[Any], buffers: list[Buffers] | N
                 model.see(values)
             own.leave(filled=values is not None)
         flags.append(own.changed())
-    changed = changed_by_any(np.array(flags, np.uint8))
+    changed = np.flatnonzero(np.any(flags, axis=0)).tolist()
     rows = [torch.zeros(buffers[0].row_size) for _ in reduction.nodes]
     integers = [torch.zeros(buffers[0].integer_layout.size, dtype=torch.int64) for _ in models]
     for worker, own in enumerate(buffers):

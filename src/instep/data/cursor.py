@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -59,12 +59,12 @@ class Cursor:
                 f"set recipe.batch to {self.samples} or less, or give more data."
             )
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Steps of one epoch, the one with the smaller batch included unless it is dropped."""
         return self.samples // self.batch if self.drop_last else -(-self.samples // self.batch)
 
-    @property
+    @cached_property
     def usual_size(self) -> int:
         """Samples of each microbatch of a whole batch."""
         return self.batch // self.microbatches
@@ -111,7 +111,7 @@ class Cursor:
         return whole[~torch.isin(whole, torch.tensor(sorted(self.skipped)))] if self.skipped else whole
 
     def _take(self, step: int, span: range) -> Tensor:
-        return _order(self.samples, self.seed, self.epoch(step))[span.start : span.stop]
+        return _order(self.samples, self.seed, self.epoch(step)).narrow(0, span.start, len(span))
 
 
 def _listed(indices: Tensor) -> list[int]:
@@ -178,8 +178,10 @@ def rows_of(samples: MapStyle, collate: Collate | None) -> tuple[Tensor, ...] | 
     """The tensors whose rows make up the samples, collated by default; None for all but a plain TensorDataset."""
     if collate is not None or type(samples) is not TensorDataset:
         return None
-    plain = all(type(t) is Tensor and t.layout is torch.strided and t.is_contiguous() for t in samples.tensors)
-    return samples.tensors if plain and all(t.device.type == "cpu" for t in samples.tensors) else None
+    for tensor in samples.tensors:
+        if not (type(tensor) is Tensor and tensor.layout is torch.strided and tensor.is_cpu and tensor.is_contiguous()):
+            return None
+    return samples.tensors
 
 
 def take_rows(tensors: Sequence[Tensor], indices: Tensor) -> list[Tensor]:

@@ -25,23 +25,20 @@ from torch import Tensor
 
 from instep.clock.network import gather_bytes, reduce_bytes
 from instep.engines.sharding import Placement, choose
+from instep.engines.step_facts import StepFacts
 from instep.record import events
-from instep.reduce.buffers import APART, changed_by_any
 from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
 from instep.reduce.tree import worker_ranges
 from instep.transport.group import Fields, Group, Pending, Sizes, as_rows
 from instep.worker.evaluation import Evaluation, batches_held_out, evaluate, packed, unpacked
 from instep.worker.first_look import look_at_data, look_at_objective
-from instep.worker.gradients import Computed, Gradients
+from instep.worker.gradients import Gradients
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict
 from instep.worker.tensor_checksums import checksum_when_due
 from instep.worker.updates import Added, Update, Updates, wrong_in_step
-
-_OFF = 2
-"""Beside 1, for a gradient, in what workers tell of a parameter: a microbatch left it requiring none."""
 
 
 class SignsOfLife(Protocol):
@@ -111,13 +108,8 @@ class Lockstep:
         """Decides where the weights are to lie, and what a worker tells the others. The sizes of the group."""
         replica, reduction, terms = self.replica, self.reduction, len(self.terms)
         self.placement: Placement = choose(replica, reduction, self.worker, self._machine)
-        most = max(stop - start for start, stop in self._ranges)
         buffers = len(self._buffers.names)
-        self._facts = Fields(
-            sums=("float64", (most, terms)), counts=("int64", (most, terms)), ends=("int64", (buffers,)),
-            touched=("uint8", (len(replica.parameters),)), changed=("uint8", (buffers,)), wrote=("uint8", ()),
-            stop=("uint8", ()),
-        )  # fmt: skip
+        self._facts = StepFacts(self._ranges, self.worker, self.terms, len(replica.parameters), buffers)
         share = max(1, -(-len(self._held_out) // self.workers))
         self._evaluations = Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
         longest = max(self._facts.nbytes, self._evaluations.nbytes, self._left(buffers=True, written=True).nbytes)
@@ -148,7 +140,7 @@ class Lockstep:
         Raises ObjectiveError or NonFiniteError before the update that it would have spoilt.
         """
         self._load(progress.version)
-        totals = self._totals(self._facts.gather(self._group))
+        totals = self._facts.gather(self._group).totals
         while progress.version < steps:
             totals, stopped = self._step(progress, totals, steps)
             checksum_when_due(self.replica, progress, self._emit, self.placement.checksums)
@@ -166,15 +158,10 @@ class Lockstep:
         pending = group.exchange(self.reduction.piece)
         if step + 1 < steps:
             self._load_ahead(step + 1)
-        self._facts.own["stop"] = self.worker == 0 and self._heartbeat.stop_wanted()
 
-        facts = self._facts.gather(group)  # what the others wrote can be read
-        sums = np.concatenate([facts["sums"][w, : stop - start] for w, (start, stop) in enumerate(self._ranges)])
-        stopped, next_totals = bool(facts["stop"][0]), self._totals(facts)
-        seen = np.bitwise_or.reduce(facts["touched"], axis=0)
-        touched, off = (seen & 1).astype(bool).tolist(), np.flatnonzero(seen & _OFF)
-        changed, wrote = changed_by_any(facts["changed"]), bool(facts["wrote"].any())
-        ends = self._ends(facts["ends"]) if step == 0 else ()
+        stop = self.worker == 0 and self._heartbeat.stop_wanted()
+        told = self._facts.gather(group, stop=stop)  # what the others wrote can be read
+        sums, (touched, off, changed, wrote) = told.sums, told.flags
         left = self._post_left(changed, wrote)
         part = self._add(pending)
         self._assemble(part)
@@ -182,16 +169,17 @@ class Lockstep:
         left.own["norms"][: len(own_norms)] = own_norms
 
         found = left.gather(group)  # committed: the gradient is whole
-        norms = np.concatenate([found["norms"][w, : len(cut)] for w, cut in enumerate(self.reduction.cuts)])
+        cuts = zip(found["norms"].tolist(), self.reduction.cuts, strict=True)
+        norm = total_norm([norm for each, cut in cuts for norm in each[: len(cut)]])
         written = replica.written.after(replica.written.merged(as_rows(found["written"]), step) if wrote else {})
-        norm = total_norm(norms)
         gradients = zip(replica.names, self.placement.gradients, touched, strict=True)
         wrong = wrong_in_step(replica, step, self.terms, sums, totals, norm, gradients)
+        by_term = {name: sums[place :: len(self.terms)] for place, name in enumerate(self.terms)}
         added = Added(
-            dict(zip(self.terms, sums.T.tolist(), strict=True)), totals, norm, touched, written,
+            by_term, totals, norm, touched, written,
             bad=wrong, left_out=bool(wrong),
-            off=off.tolist() if off.size or replica.trainable.off else None,
-            ends=ends,
+            off=off if off or replica.trainable.off else None,
+            ends=told.ends if step == 0 else (),
         )  # fmt: skip
         update = self.updates.make(step, added, self.placement, partial(self._take_buffers, step, changed, found))
         progress.merged(version=step + 1, steps=step + 1, items=update.items, objective=update.objective)
@@ -200,7 +188,7 @@ class Lockstep:
         progress.train_s += time.monotonic() - began
         if self.worker == 0:
             self._emit_merged(step, update, progress.train_s)
-        return next_totals, stopped
+        return told.totals, told.stop
 
     def _compute(self, step: int, totals: dict[str, int]) -> None:
         """Computes the worker's microbatches, and posts what they came to."""
@@ -215,27 +203,12 @@ class Lockstep:
         from_s = self._clock()
         computed = self.gradients.compute(step, self._samples, totals)
         self._samples = {}
-        self._post(step, computed)
+        self._facts.note(computed, wrote=self.replica.written.wrote)
         if self.slowness > 1:
             time.sleep((self.slowness - 1) * (self._clock() - from_s))
         to_s = self._clock()
         self.busy_s += to_s - from_s
         self._report(step, totals, from_s, to_s)
-
-    def _post(self, step: int, computed: Computed) -> None:
-        """Notes what the others must know of the worker's microbatches."""
-        own = self._facts.own
-        for place, microbatch in enumerate(self._own):
-            sums = computed.sums.get(microbatch)
-            own["sums"][place] = [sums[name] for name in self.terms] if sums else 0.0
-        own["touched"] = computed.touched
-        if computed.ended:
-            own["touched"][list(computed.ended)] |= _OFF
-        own["changed"] = computed.changed
-        own["wrote"] = self.replica.written.wrote
-        own["ends"] = 0
-        for index, (_, end) in computed.ends.items():
-            own["ends"][index] = end if end == APART else end + 1  # 0 is no word
 
     def _add(self, pending: Pending) -> Tensor:
         """The gradient's sum over this worker's cut: what comes is added, level by level."""
@@ -275,11 +248,6 @@ class Lockstep:
         worker = next(w for w, (start, stop) in enumerate(self._ranges) if start <= filled[-1] < stop)
         return len(filled), (self.reduction.slots_of(worker)[0], worker)
 
-    @staticmethod
-    def _ends(ends: NDArray[np.int64]) -> list[dict[int, tuple[int, int]]]:
-        """How each worker's microbatches left the buffers, in the first step, from what all started with."""
-        return [{int(i): (0, int(each[i])) for i in np.flatnonzero(each)} for each in ends]
-
     def unwritten(self, version: int) -> Callable[[], None] | None:
         """What raises FirstWrite where others' forwards have written into the shared weights since this call.
 
@@ -292,10 +260,12 @@ class Lockstep:
 
     def _load(self, step: int) -> None:
         """Loads the worker's samples of `step` and notes their item counts."""
-        self._samples = {microbatch: self.replica.batch(step, microbatch) for microbatch in self._own}
-        for place, samples in enumerate(self._samples.values()):
-            counts = dict.fromkeys(self.terms, 0) if samples is None else self.replica.objective.counts(samples)
-            self._facts.own["counts"][place] = [counts[name] for name in self.terms]
+        self._samples, counts = {}, []
+        for microbatch in self._own:
+            self._samples[microbatch] = samples = self.replica.batch(step, microbatch)
+            if samples is not None:  # counted at once: what draws here too knows the place, never the worker
+                counts.append(self.replica.objective.counts(samples))
+        self._facts.counts = [sum([each[name] for each in counts]) for name in self.terms]
 
     def _load_ahead(self, step: int) -> None:
         """Loads the next step's batches. What that raises waits until it is that step's turn: this one is sound."""
@@ -305,9 +275,6 @@ class Lockstep:
         except Exception as error:
             self._late = self.replica.doing, error
         self.replica.enter(step - 1)  # which is not made yet
-
-    def _totals(self, facts: NDArray[Any]) -> dict[str, int]:
-        return dict(zip(self.terms, (int(n) for n in facts["counts"].sum(axis=(0, 1))), strict=True))
 
     def agree(self, *answer: int) -> list[int]:
         """What worker 0 answers; all meet for it."""

@@ -22,16 +22,10 @@ from instep.ranges import owners
 from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
 from instep.reduce.reduction import Reduction, clip
 from instep.transport.group import Group
+from instep.worker.optimizer import BY_PARAMETER
 from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import Checksums, own_checksums, together
 from instep.worker.updates import clipped_step
-
-BY_PARAMETER = (
-    optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop, optim.Adagrad, optim.Adadelta, optim.Adamax, optim.NAdam,
-    optim.RAdam, optim.Rprop, optim.ASGD, optim.Muon,
-)  # fmt: skip
-"""Optimizers in which no parameter's update depends on other parameters. Not Adafactor: the first parameter's type
-decides what it adds to all. A subclass may do anything, so it does not count."""
 
 
 class Placement(ABC):

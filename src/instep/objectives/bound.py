@@ -190,6 +190,8 @@ def _weight(name: str, given: Any, step: int) -> float:
 
 
 def _samples(batch: Any) -> int:
+    if type(batch) in (list, tuple) and batch and type(batch[0]) is Tensor and batch[0].dim() > 0:
+        return len(batch[0])  # as below, at once
     for leaf in pytree.tree_leaves(batch, is_leaf=lambda part: isinstance(part, PackedSequence)):
         if isinstance(leaf, PackedSequence):  # its tensors are by time
             return int(leaf.batch_sizes[0])

@@ -13,9 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from instep.bits import same_bits
@@ -241,11 +239,6 @@ class Buffers:
     def _value(self, place: int, index: int) -> Tensor:
         left = self._left[place][index]
         return self._start[index] if left is None else left
-
-
-def changed_by_any(flags: NDArray[np.generic]) -> list[int]:
-    """The buffers that any worker changed; flags: [workers, buffers] uint8."""
-    return [int(index) for index in np.flatnonzero(flags.any(axis=0))]
 
 
 def about_means(names: Sequence[str]) -> str:

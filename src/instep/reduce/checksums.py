@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -34,6 +34,8 @@ def checksum(tensors: Iterable[Tensor]) -> list[str]:
 
 def _weighted_sum(flat: Tensor) -> int:
     words = _words(flat).numpy().view(np.uint32)
+    if words.size < _ROW:
+        return int(np.dot(words, _WEIGHTS[: words.size]))  # as below, where there are no whole rows
     rows = words.size // _ROW
     if not rows:  # most tensors of most models, and all that there is to them is the time of calls
         return int(np.dot(words, _WEIGHTS[: words.size]))
@@ -66,6 +68,7 @@ def _factors(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(_WEIGHTS.view(np.int32)).to(device), torch.from_numpy(powers).to(device)
 
 
+@lru_cache
 def _powers(rows: int) -> NDArray[np.uint32]:
     powers = np.full(rows, _BASE)
     powers[:1] = 1

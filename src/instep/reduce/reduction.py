@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.reduce.layout import Layout
@@ -46,6 +44,7 @@ class Reduction:
         self.piece = [slice(blocks.start * layout.block, blocks.stop * layout.block) for blocks in self.cuts]
         """The same in elements."""
         rows = self._own
+        self._teams = [[index for index, team in enumerate(teams) for _ in team] for teams in self.levels]
         self._adding: list[list[_Adding]] = []  # by level and set of ranks
         for teams in self.levels:
             known = [(team, [node for rank in team for node in rows[rank]]) for team in teams]
@@ -82,8 +81,7 @@ class Reduction:
 
         rows: the same cut, of whole blocks, of all nodes that add there; float32.
         """
-        team = next(index for index, team in enumerate(self.levels[level]) if worker in team)
-        adding = self._adding[level][team]
+        adding = self._adding[level][self._teams[level][worker]]
         if adding.plan:
             # Block by block for the cache's sake: each element is added by the plan, wherever the blocks begin.
             for parts in zip(*(row.view(-1, self.layout.block).unbind(0) for row in rows), strict=True):
@@ -108,7 +106,7 @@ def _first_in(nodes: Sequence[Node], whole: Node) -> int:
 def norm_of(flat: Tensor, layout: Layout) -> float:
     """The L2 norm of a whole flat gradient, added up from its blocks as the norms of slices are."""
     norms = torch.linalg.vector_norm(flat.view(-1, layout.block), dim=1)
-    return total_norm(norms.cpu().numpy())
+    return total_norm(norms.tolist())
 
 
 def clip(flat: Tensor, norm: float, largest: float | None) -> None:
@@ -118,6 +116,6 @@ def clip(flat: Tensor, norm: float, largest: float | None) -> None:
         flat.mul_(largest / (norm + 1e-6))
 
 
-def total_norm(norms: NDArray[np.float32]) -> float:
-    """The norm of the whole from those of all blocks."""
-    return math.sqrt(math.fsum(np.square(norms, dtype=np.float64)))  # fsum rounds once, so it has no order
+def total_norm(norms: Iterable[float]) -> float:
+    """The norm of the whole from those of all blocks, float32 each, whose squares are exact."""
+    return math.sqrt(math.fsum([norm * norm for norm in norms]))  # fsum rounds once, so it has no order

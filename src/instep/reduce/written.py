@@ -181,21 +181,13 @@ class WrittenParameters:
         for name in self.names:
             _put_back(self._all[name], self._homes[name], self._kept[name])
 
-    @contextmanager
-    def kept(self, where: str = "", *, closely: bool = False) -> Iterator[None]:
+    def kept(self, where: str = "", *, closely: bool = False) -> _Kept:
         """Around a step's microbatches, or forwards whose writes are not wanted: what they write is put back.
 
         Raises FirstWrite for what was not known, if told `where`, in place of any other error: that may come of it, and
         weights so changed are not those of any version. `closely`: see `look`.
         """
-        before = self.look(closely=closely)
-        self.begin()
-        try:
-            yield
-        finally:
-            self.put_back()
-            if where:
-                self.check(before, where)
+        return _Kept(self, where, closely)
 
     def own(self, step: int) -> dict[str, WrittenElements]:
         """What this process's microbatches left, by name. Raises RecipeError where they disagree."""
@@ -328,6 +320,22 @@ class WrittenParameters:
         found = {n for n, a, b in zip(names, before.versions, now.versions, strict=True) if a != b}
         found |= {n for n, a, b in zip(plain, before.places, now.places, strict=True) if a != b}
         return found | {n for n, a, b in zip(plain, before.sums, now.sums, strict=False) if a != b}
+
+
+class _Kept:
+    """`WrittenParameters.kept`, which every step enters: a generator would take twice as long."""
+
+    def __init__(self, written: WrittenParameters, where: str, closely: bool):
+        self._written, self._where, self._closely = written, where, closely
+
+    def __enter__(self) -> None:
+        self._before = self._written.look(closely=self._closely)
+        self._written.begin()
+
+    def __exit__(self, *_: object) -> None:
+        self._written.put_back()
+        if self._where:
+            self._written.check(self._before, self._where)
 
 
 def _trace(parameters: Sequence[Tensor], plain: Sequence[Tensor], *, sums: bool) -> Trace:

@@ -165,10 +165,13 @@ class Fields:
         kind = np.dtype([(name, dtype, shape) for name, (dtype, shape) in fields.items()], align=True)
         self.nbytes = kind.itemsize
         self._kind, self._bytes = kind, torch.zeros(self.nbytes, dtype=torch.uint8)
-        self.own: Any = self._bytes.numpy().view(kind)[0]
+        self._alone: NDArray[Any] = self._bytes.numpy().view(kind)
+        self.own: Any = self._alone[0]
 
     def gather(self, group: Group) -> NDArray[Any]:
-        """All ranks' by name, in rank order: [W, *shape]; good until the group's next gather."""
+        """All ranks' by name, in rank order: [W, *shape]; good until the group's next gather, or a change of `own`."""
+        if group.size == 1:
+            return self._alone
         found = group.gather(self._bytes).numpy()
         gathered: NDArray[Any] = found.view(self._kind)[:, 0]
         return gathered

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ from instep.worker.replica import Replica
 from instep.worker.updates import clipped_step
 
 
-@dataclass(frozen=True)
-class Computed:
+class Computed(NamedTuple):
     """What some microbatches of one batch came to, beside the vectors of their nodes.
 
     sums: of each term, by microbatch, of those with samples. touched: by parameter, whether it had a gradient. changed:

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
+from torch.optim import optimizer as torch_optimizer
 from torch.utils import _pytree as pytree
 
 from instep.by_pattern import ByPattern
@@ -23,6 +24,13 @@ from instep.recipe import Recipe
 from instep.reduce.checksums import checksum
 from instep.schedule import Schedule
 from instep.worker.optimizer_state import is_plain, put_back, tensors_in
+
+BY_PARAMETER = (
+    optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop, optim.Adagrad, optim.Adadelta, optim.Adamax, optim.NAdam,
+    optim.RAdam, optim.Rprop, optim.ASGD, optim.Muon,
+)  # fmt: skip
+"""Optimizers in which no parameter's update depends on other parameters, nor on random numbers. Not Adafactor: the
+first parameter's type decides what it adds to all. A subclass may do anything, so it does not count."""
 
 
 def optimizer_of(recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> Optimizer | Several:
@@ -65,11 +73,23 @@ class Optimizer:
         self.train()
         self._unsaved = _unsaved_state(self.of_torch)
         self._looked_for_kept_gradients = False
+        self._by_torch = type(self.of_torch) in BY_PARAMETER and all(type(p) is nn.Parameter for p in parameters)
 
     @property
     def kind(self) -> str:
         """Its class's name."""
         return type(self.of_torch).__name__
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether a step may draw random numbers, for more runs in it than what torch itself has written."""
+        one = self.of_torch
+        return (
+            not self._by_torch
+            or "step" in vars(one)
+            or bool(one._optimizer_step_pre_hooks or one._optimizer_step_post_hooks)
+            or bool(torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks)
+        )
 
     @property
     def each(self) -> list[Optimizer]:
@@ -219,6 +239,11 @@ class Several:
     def kind(self) -> str:
         """Their classes' names."""
         return " and ".join(one.kind for one in self.each)
+
+    @property
+    def may_draw(self) -> bool:
+        """As of one: whether any may."""
+        return any(one.may_draw for one in self.each)
 
     def step(self, factor: float) -> float | None:
         """As of one; the learning rate is that of the first."""

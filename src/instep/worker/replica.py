@@ -9,15 +9,16 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from instep import data, objectives
-from instep.data.cursor import Cursor, rows_of, samples_in_words
+from instep.data.cursor import Cursor, rows_of, samples_in_words, take_rows
 from instep.errors import CheckpointError, DataError, NonFiniteError, RecipeError, RecomputeError
-from instep.randomness import key, seed_all
+from instep.randomness import key, key_of_step, seed_all
 from instep.recipe import Recipe
 from instep.reduce.written import WrittenParameters
 from instep.worker.device import autocast, prepare_device, to_device
@@ -151,12 +152,17 @@ class Replica:
 
     def batch(self, step: int, microbatch: int) -> Any | None:
         """The samples of one microbatch, collated, on the device; None where the ragged end of an epoch has none."""
-        indices = self.cursor.microbatch(step, microbatch)
-        if not indices:
+        indices = self.cursor.microbatch_tensor(step, microbatch)
+        if not indices.numel():
             return None
         self.doing, self._in_hand = f"loading step {step + 1}, microbatch {microbatch}", (step, microbatch)
+        rows, seed = rows_of(self.data.train, self.data.collate), (self.recipe.seed, step, microbatch, "data")
+        if rows is not None:
+            if not self.objective.counts_samples:  # else nothing of the user's runs before the next seed
+                seed_all(key_of_step(*seed))
+            return to_device(take_rows(rows, indices), self.device)
         try:
-            batch = self.reader.read(self.data.train, indices, key(self.recipe.seed, step, microbatch, "data"))
+            batch = self.reader.read(self.data.train, indices.tolist(), key_of_step(*seed))
         except DataError as error:
             remedy = "mend it, or leave the sample out with skip_samples (--skip-samples)"
             raise DataError(f"{error.message.rstrip('.')}; {remedy}.", detail=error.detail) from error.__cause__
@@ -187,17 +193,20 @@ class Replica:
         self.doing, self._in_hand = f"computing step {step + 1}, microbatch {microbatch}", (step, microbatch)
         if self.checks is not None:
             self.checks.choose(step, microbatch)
-        seed_all(key(self.recipe.seed, step, microbatch, "compute"))  # dropout knows the place, never the worker
+        # Dropout knows the place, never the worker.
+        seed_all(key_of_step(self.recipe.seed, step, microbatch, "compute"))
         with self.autocast():
             sums = self.objective.sums(self._forward, batch, shared)
         weights = self.objective.weights(step)
         # In float32, and divided before backward: afterwards gradients are only added, and only in the tree.
-        parts = [
-            (weight if totals[name] else 0.0) * (sums[name].float() / max(1, totals[name]))
-            for name, weight in weights.items()
+        given = [
+            (sums[name], weight if totals[name] else 0.0, max(1, totals[name])) for name, weight in weights.items()
         ]
         try:
-            torch.stack(parts).sum().backward() if len(parts) > 1 else parts[0].backward()
+            if len(given) == 1 and type(given[0][0]) is Tensor:
+                given[0][0].backward(_root(*given[0]))
+            else:
+                torch.stack([weight * (value.float() / total) for value, weight, total in given]).sum().backward()
         except RecomputeError as error:
             raise (error if self.checks is None else self.checks.say(error)) from None
         if self.checks is not None:
@@ -238,7 +247,8 @@ class Replica:
         """
         self.doing = f"updating the weights in step {step + 1}"
         factor = self.schedule.factor(step, self.recipe.steps)
-        seed_all(key(self.recipe.seed, step, "update"))  # an optimizer that draws does so alike in every worker
+        if self.optimizer.may_draw:  # alike in every worker
+            seed_all(key(self.recipe.seed, step, "update"))
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         rate = self.optimizer.step(factor)
@@ -352,3 +362,13 @@ class Replica:
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision that the recipe asks for."""
         return autocast(self.device, self.recipe.precision)
+
+
+def _root(value: Tensor, weight: float, total: int) -> Tensor:
+    """The gradient of ``weight * (value.float() / total)`` for `value`, to the bit as backward gives it."""
+    return _root_of(weight, total, value.dtype, value.device).clone()  # which backward may hand on as it is
+
+
+@lru_cache(maxsize=64)
+def _root_of(weight: float, total: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return (torch.ones((), device=device) * weight / total).to(dtype)

@@ -6,23 +6,21 @@ any other rule; so every worker, and every replay, comes to the same verdict by 
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from instep.errors import CheckpointError, NonFiniteError, ObjectiveError
 from instep.record.shapes import WATCH, misfit
 from instep.reduce.buffers import Buffers
-from instep.watch import Watch, limit
+from instep.watch import Watch, limit, usual
 from instep.worker.milestones import Progress
 from instep.worker.optimizer_state import copied
 from instep.worker.replica import Replica
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """On one update. answer: "" where it is no spike, else what the watch answers with.
 
     why: a sentence to warn with, or "". bad: batches in it that are not finite or have no items. `left_out`: whether
@@ -42,7 +40,7 @@ class Verdict:
     def also(self, other: Verdict) -> Verdict:
         """Both, `other` on the spike."""
         why = " ".join(filter(None, [self.why, other.why]))
-        return dataclasses.replace(self, answer=other.answer, why=why)
+        return self._replace(answer=other.answer, why=why)
 
     def facts(self) -> dict[str, Any]:
         """What the tape says of the update, beside the rest."""
@@ -91,7 +89,7 @@ class Watcher:
             listed = "; ".join(why.message.rstrip(".") for why in whys)
             what = "the update is left" if update else "workers leave it" if len(whys) == 1 else "workers leave them"
             sentences.append(f"{listed}; {what} out, {self._bad:,} of at most {allowed:,} such batches.")
-        return dataclasses.replace(verdict, why=" ".join(sentences), bad=len(whys), left_out=update)
+        return verdict._replace(why=" ".join(sentences), bad=len(whys), left_out=update)
 
     def judge(self, step: int, objective: float) -> Verdict:
         """The verdict on the update of `step`, whose objective is this. A rollback is carried out.
@@ -103,7 +101,9 @@ class Watcher:
             return Verdict()
         if self._past.maxlen != watch.window:
             self._past = deque(self._past, maxlen=watch.window)
-        bound = limit(self._past, watch.deviations) if len(self._past) == watch.window else float("inf")
+        full = len(self._past) == watch.window
+        spike = full and not usual(objective, self._past, watch.deviations)
+        bound = limit(self._past, watch.deviations) if spike else math.inf
         self._past.append(objective)
         self._quiet -= 1
         if objective > bound:

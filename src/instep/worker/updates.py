@@ -10,12 +10,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.errors import CheckpointError, NonFiniteError, ObjectiveError
@@ -34,8 +31,7 @@ from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict, Watcher
 
 
-@dataclass(frozen=True)
-class Added:
+class Added(NamedTuple):
     """What an update is made from, beside the gradient.
 
     sums: of each term, microbatch by microbatch, in any order. totals: items by term. norm: the gradient's L2 norm.
@@ -56,8 +52,7 @@ class Added:
     ends: Iterable[Mapping[int, tuple[int, int]]] = ()
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What an update came to: the objective over the items of its contributions, and its parts by term.
 
     objective: None where they hold no item of a term that is minimised. doubts: sentences to warn with.
@@ -153,21 +148,21 @@ def wrong_in_step(
     replica: Replica,
     step: int,
     terms: Sequence[str],
-    sums: NDArray[np.float64],
+    sums: Sequence[float],
     totals: Mapping[str, int],
     norm: float,
     gradients: Iterable[tuple[str, Tensor, bool]],
 ) -> list[ObjectiveError]:
     """The first thing that is not finite in a whole step, or that it has no items; nothing where all is right.
 
-    sums: [microbatches, terms]. gradients: name, gradient, and whether there is one, of each parameter.
+    sums: of the microbatches, term by term. gradients: name, gradient, and whether there is one, of each parameter.
     """
     if not replica.objective.has_items(totals):
         return [replica.objective.no_items(step)]
-    finite = np.isfinite(sums)
-    if not finite.all():
-        microbatch = int(finite.all(axis=1).argmin())
-        return [*replica.not_finite(dict(zip(terms, sums[microbatch].tolist(), strict=True)), step, microbatch)[:1]]
+    bad_sum = next((place for place, value in enumerate(sums) if not math.isfinite(value)), None)
+    if bad_sum is not None:
+        microbatch, term = divmod(bad_sum, len(terms))
+        return [*replica.not_finite({terms[term]: sums[bad_sum]}, step, microbatch)]
     if math.isfinite(norm):
         return []
     bad = next((name for name, view, seen in gradients if seen and not bool(torch.isfinite(view).all())), None)

@@ -1,0 +1,99 @@
+"""What the workers of a team in lockstep tell each other in every step, beside tensors."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from instep.reduce.buffers import APART
+from instep.reduce.tree import Node
+from instep.transport.group import Group
+from instep.worker.gradients import Computed
+
+_OFF = 2
+"""Beside 1, for a gradient, in the flag of a parameter: a microbatch left it requiring none."""
+
+
+class Flags(NamedTuple):
+    """touched: by parameter, whether it has a gradient. off: the parameters that a microbatch left requiring none.
+    changed: the buffers that one changed. wrote: whether one wrote parameters."""
+
+    touched: list[bool]
+    off: list[int]
+    changed: list[int]
+    wrote: bool
+
+
+class TeamFacts(NamedTuple):
+    """What all workers tell. sums: of the step's microbatches, term by term. totals: the next step's items, by term.
+    ends: by worker, `Buffers.ends` of the first step. stop: whether the run is to end after the step."""
+
+    sums: list[float]
+    totals: dict[str, int]
+    flags: Flags
+    ends: list[Mapping[int, tuple[int, int]]]
+    stop: bool
+
+
+class StepFacts:
+    """One worker's side. ranges: the microbatches of each worker, `ranges[worker]` its own. All is few numbers, which
+    Python packs in less time than it takes to make arrays of them."""
+
+    def __init__(self, ranges: Sequence[Node], worker: int, terms: Sequence[str], parameters: int, buffers: int):
+        self._own, self._terms, self._parameters = range(*ranges[worker]), terms, parameters
+        self._of_each = [(stop - start) * len(terms) for start, stop in ranges]
+        self._most, flags = max(self._of_each), parameters + buffers + 1
+        self._layout = struct.Struct(f"{self._most}d{len(terms)}q{flags}s{8 * buffers}s?")
+        self.nbytes = self._layout.size
+        self._sums, self._flags, self._ends = [0.0] * self._most, bytes(flags), b""
+        self.counts: Sequence[int] = [0] * len(terms)
+        """The worker's items in the next step, by term."""
+
+    def note(self, computed: Computed, *, wrote: bool) -> None:
+        """What the worker's microbatches came to, and whether they wrote parameters."""
+        none = dict.fromkeys(self._terms, 0.0)
+        each = [computed.sums.get(microbatch, none) for microbatch in self._own]
+        self._sums = [sums[name] for sums in each for name in self._terms]
+        self._sums += [0.0] * (self._most - len(self._sums))
+        flags = bytearray([*computed.touched, *computed.changed, wrote])
+        for index in computed.ended or ():
+            flags[index] |= _OFF
+        self._flags, self._ends = bytes(flags), b""
+        if computed.ends:
+            ends = np.zeros(len(computed.changed), np.int64)
+            for index, (_, end) in computed.ends.items():
+                ends[index] = end if end == APART else end + 1  # 0 is no word
+            self._ends = ends.tobytes()
+
+    def gather(self, group: Group, *, stop: bool = False) -> TeamFacts:
+        """A barrier: what all tell; of `stop` what worker 0 says."""
+        own = (*self._sums, *self.counts, self._flags, self._ends, stop)
+        rows: list[Any] = [own]
+        if group.size > 1:
+            fact = torch.frombuffer(bytearray(self._layout.pack(*own)), dtype=torch.uint8)
+            rows = list(self._layout.iter_unpack(group.gather(fact).numpy().tobytes()))
+        sums = [value for row, count in zip(rows, self._of_each, strict=True) for value in row[:count]]
+        counts = zip(*(row[self._most : -3] for row in rows), strict=True)
+        flags = _together(tuple(row[-3] for row in rows), self._parameters)
+        totals = dict(zip(self._terms, map(sum, counts), strict=True))
+        return TeamFacts(sums, totals, flags, [_ends(row[-2]) for row in rows], rows[0][-1])
+
+
+@lru_cache(maxsize=1)  # they are seldom others than in the step before
+def _together(flags: tuple[bytes, ...], parameters: int) -> Flags:
+    seen = np.bitwise_or.reduce([np.frombuffer(each, np.uint8) for each in flags])
+    of_parameters, of_buffers = seen[:parameters], seen[parameters:-1]
+    off, changed = np.flatnonzero(of_parameters & _OFF), np.flatnonzero(of_buffers)
+    return Flags((of_parameters & 1).astype(bool).tolist(), off.tolist(), changed.tolist(), bool(seen[-1]))
+
+
+@lru_cache(maxsize=1)
+def _ends(ends: bytes) -> Mapping[int, tuple[int, int]]:
+    """How a worker's microbatches left the buffers, from what all started with."""
+    each = np.frombuffer(ends, np.int64)
+    return {int(index): (0, int(each[index])) for index in np.flatnonzero(each)}
