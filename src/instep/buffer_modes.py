@@ -41,14 +41,6 @@ class Mode:
         return f"sum:{self.decay!r}" if self.kind == "sum" and self.decay != 1 else self.kind
 
 
-def flat(patterns: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`patterns` with tables inside written as names with dots: TOML takes ``a.b`` without quotes for a table a."""
-    found: dict[str, Any] = {}
-    for key, value in patterns.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
-
-
 def parse(patterns: Mapping[str, Any]) -> dict[str, Mode]:
     """The mode of each pattern, in their order. Raises RecipeError for what is no mode."""
     return {pattern: _mode(pattern, text) for pattern, text in patterns.items()}

@@ -16,7 +16,7 @@ from instep.errors import shown
 
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Clauses on the fields of two recipes' tables that differ."""
-    mine, theirs = _flat(mine), _flat(theirs)
+    mine, theirs = flat(mine), flat(theirs)
     keys = sorted(mine.keys() | theirs.keys(), key=lambda key: "rule" if key == "rule.name" else key)
     return [
         f"recipe.{key} is {_shown(mine, key)} here and {_shown(theirs, key)} there"
@@ -49,14 +49,12 @@ def _shown(table: Mapping[str, Any], key: str) -> str:
     return shown(table[key]) if key in table else "not set"
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`table` with tables inside written as names with dots, as TOML takes ``a.b`` without quotes for a table a."""
+    found: dict[str, Any] = {}
     for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 _DEPTH, _LENGTH, _TEXT = 3, 32, 200

@@ -19,7 +19,7 @@ from instep import buffer_modes
 from instep.budget import parse_budget
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.differences import differences, without_contents
+from instep.differences import differences, flat, without_contents
 from instep.errors import RecipeError, cut, shown
 from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
@@ -137,7 +137,7 @@ class Recipe:
         if self.artifacts is not None:
             object.__setattr__(self, "artifacts", Component.of(self.artifacts))
         check_types(self, "recipe")
-        modes = buffer_modes.parse(buffer_modes.flat(self.buffers))
+        modes = buffer_modes.parse(flat(self.buffers))
         object.__setattr__(self, "buffers", {pattern: str(mode) for pattern, mode in modes.items()})
         if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
             raise RecipeError(

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from instep.buffer_modes import flat
 from instep.by_pattern import ByPattern
 from instep.components import Component
+from instep.differences import flat
 from instep.errors import InstepError, RecipeError, cut, shown
 from instep.recipe import Recipe, Team, parse, path_of, read
 

@@ -20,18 +20,8 @@ class Link:
     """
 
     __slots__ = (
-        "_count",
-        "_done",
-        "_exact",
-        "_gone",
-        "_heap",
-        "_loop",
-        "_number",
-        "_rate",
-        "_seen_s",
-        "_served",
-        "_wake",
-    )
+        "_count", "_done", "_exact", "_gone", "_heap", "_loop", "_number", "_rate", "_seen_s", "_served", "_wake",
+    )  # fmt: skip
 
     def __init__(self, loop: Loop, bandwidth_bytes_per_s: float, done: Callable[[Any], None]):
         self._loop, self._rate, self._done = loop, bandwidth_bytes_per_s, done

@@ -25,17 +25,8 @@ class Loop:
     """
 
     __slots__ = (
-        "_cancelled",
-        "_count",
-        "_later",
-        "_new",
-        "_now",
-        "_span",
-        "_spans",
-        "_spans_per_s",
-        "_stopped",
-        "now_s",
-    )
+        "_cancelled", "_count", "_later", "_new", "_now", "_span", "_spans", "_spans_per_s", "_stopped", "now_s",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.now_s = 0.0

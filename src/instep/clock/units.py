@@ -15,16 +15,8 @@ _DURATION = re.compile(rf"\s*({_NUMBER})\s*([a-zµμ]*)\s*")
 _RATE = re.compile(rf"\s*({_NUMBER})\s*([kKMGT]?i?)(b|bit|B)(?:/s|ps)\s*")
 
 _SECONDS = {
-    "ns": 1e-9,
-    "us": 1e-6,
-    "µs": 1e-6,
-    "μs": 1e-6,
-    "ms": 1e-3,
-    "s": 1.0,
-    "min": 60.0,
-    "h": 3600.0,
-    "d": 86400.0,
-}
+    "ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0,
+}  # fmt: skip
 _POWERS: dict[str, int] = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 
 

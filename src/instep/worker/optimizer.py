@@ -169,9 +169,8 @@ class Optimizer:
                 f"'{left[0]}' among them, so they keep their first values; give it all, or build the model with "
                 f"requires_grad=False on those."
             )
-        scheduled = hasattr(
-            self.of_torch.step, "_wrapped_by_lr_sched"
-        )  # an optimizer may have an initial_lr of its own
+        # Both, for an optimizer may have an initial_lr of its own.
+        scheduled = hasattr(self.of_torch.step, "_wrapped_by_lr_sched")
         if scheduled and any("initial_lr" in group for group in self.of_torch.param_groups):
             doubts.append(
                 f"a learning rate scheduler of torch has set the rates of the optimizer {self.kind}, and will not "
