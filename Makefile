@@ -15,7 +15,7 @@ NEEDS := pyproject.toml constraints.txt
 
 help:
 	@echo 'make train      train a small GPT with 2 workers in step; ARGS="--steps 20" changes it'
-	@echo 'make test       run the quick tests, five minutes on 2 cores; ARGS="-k digest" picks tests'
+	@echo 'make test       run the quick tests, under four minutes on 2 cores; ARGS="-k digest" picks tests'
 	@echo 'make test-all   run these and then the slow tests'
 	@echo 'make check      format, lint, types and the direction of imports, without changing a file'
 	@echo 'make bench      measure speed and memory against DDP and a bare PyTorch loop'

@@ -361,11 +361,11 @@ def test_a_worker_keeps_nothing_of_what_it_has_contributed(rule: UpdateRule) -> 
 
     tracemalloc.start()
     try:
-        before = contribute(0, 40)
-        grown = contribute(40, 140) - before
+        before = contribute(0, 20)
+        grown = contribute(20, 80) - before
     finally:
         tracemalloc.stop()
-    assert grown < 100 * 250, "bytes a contribution: the counts of one were a thousand"
+    assert grown < 60 * 250, "bytes a contribution: the counts of one were a thousand"
 
 
 # ------------------------------------------------------------------------------------------ what is not a number
