@@ -28,12 +28,15 @@ def build_model(component: Component) -> nn.Module:
     return model
 
 
-def own_memory_for_buffers(module: nn.Module) -> None:
-    """Gives an expanded buffer memory of its own for every element: one that is shared cannot be set back."""
+def build_for_training(component: Component, device: torch.device) -> nn.Module:
+    """The same, on the device and as a loop would train it, see `into_training`."""
+    module = build_model(component).to(device)
+    into_training(module)
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False):
-            if is_expanded(buffer):
+            if is_expanded(buffer):  # whose elements share memory, and so could not be set back
                 owner._buffers[name] = buffer.contiguous()
+    return module
 
 
 def check_parameters(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:

@@ -23,14 +23,7 @@ from instep.recipe import Recipe
 from instep.reduce.written import WrittenParameters
 from instep.worker.device import autocast, prepare_device, to_device
 from instep.worker.extra_state import ExtraState
-from instep.worker.model import (
-    build_model,
-    check_parameters,
-    compiled,
-    into_training,
-    model_doubts,
-    own_memory_for_buffers,
-)
+from instep.worker.model import build_for_training, check_parameters, compiled, model_doubts
 from instep.worker.optimizer import optimizer_of
 from instep.worker.sample_reader import SampleReader
 from instep.worker.single_samples import check_single_samples
@@ -83,9 +76,7 @@ class Replica:
         recipe = self.recipe
         self.doing = "building the model"
         seed_all(key(recipe.seed, "model"))
-        self.module = build_model(recipe.model).to(self.device)
-        into_training(self.module)
-        own_memory_for_buffers(self.module)
+        self.module = build_for_training(recipe.model, self.device)
         self._built = set(self.module.state_dict())
         self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
