@@ -6,15 +6,23 @@ server's links. Times of workers are lognormal, with a deviation of 0.3 of the m
 them are 4 times slower. Shown are the seconds from the call of `simulate` to its return, those of them that the
 process had a processor, and its largest resident set. The result goes to benchmarks/results/simulate.json. Targets, for
 the runs without a network: 15 s and 2 GB.
+
+With ``--tape ROUNDS`` it measures the command ``instep simulate gpt --rule RULE --no-gradients`` instead, so many times
+with ``--out`` and without, one after the other: processor seconds of its processes, and the bytes of the run folder
+beside those of its tape in JSON lines. That goes to benchmarks/results/tape.json. Targets: twice the time, a third of
+the bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +41,8 @@ from instep.rules.work import Pieces  # noqa: E402
 RESULT = ROOT / "benchmarks" / "results" / "simulate.json"
 TARGET_S, TARGET_BYTES = 15.0, 2e9
 CONTRIBUTION_BYTES = 1_000_000
+TAPE_RESULT = RESULT.with_name("tape.json")
+TARGET_TIME, TARGET_SHARE = 2.0, 1 / 3
 
 
 def measure(name: str, workers: int, contributions: int, network: bool) -> dict[str, Any]:
@@ -72,7 +82,11 @@ def main() -> None:
     parser.add_argument("--contributions", type=int, default=100, help="of each worker")
     parser.add_argument("--rule", choices=sorted(PRESETS), help="one rule instead of all; nothing is saved")
     parser.add_argument("--only", choices=("local", "network"), help=argparse.SUPPRESS)  # in this process
+    parser.add_argument("--tape", type=int, metavar="ROUNDS", help="what a tape costs")
     options = parser.parse_args()
+    if options.tape:
+        tape(options.rule or "asynchronous", options)
+        return
     if options.only:
         print(json.dumps(measure(options.rule, options.workers, options.contributions, options.only == "network")))
         return
@@ -94,6 +108,52 @@ def main() -> None:
     work = {"workers": options.workers, "contributions": options.contributions}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps({"machine": machine(), "work": work, "met": met, "rules": rules}, indent=1) + "\n")
+
+
+def tape(rule: str, options: argparse.Namespace) -> None:
+    """Measures the command with a run folder and without."""
+    command = [sys.executable, "-m", "instep", "simulate", "gpt", "--rule", rule, "--no-gradients"]
+    command += ["--workers", str(options.workers), "--contributions", str(options.contributions)]
+    without, with_out = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(options.tape):
+            run = Path(folder, str(number))
+            without.append(_cpu_s(command))
+            with_out.append(_cpu_s([*command, "--out", str(run)]))
+        size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+        with subprocess.Popen([sys.executable, "-m", "instep", "tape", str(run)], stdout=subprocess.PIPE) as printing:
+            assert printing.stdout is not None
+            lines = sum(map(len, printing.stdout))
+    found = {
+        "rule": rule,
+        "rounds": options.tape,
+        "without_cpu_s": statistics.median(without),
+        "with_cpu_s": statistics.median(with_out),
+        "ratio": round(statistics.median(with_out) / statistics.median(without), 3),
+        "ratios": [round(b / a, 3) for a, b in zip(without, with_out, strict=True)],
+        "folder_bytes": size,
+        "json_lines_bytes": lines,
+        "share": round(size / lines, 3),
+    }
+    met = found["ratio"] <= TARGET_TIME and found["share"] <= TARGET_SHARE
+    print(json.dumps(found, indent=1), "met" if met else "not met", sep="\n")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    work = {"workers": options.workers, "contributions": options.contributions, "commit": commit.stdout.strip()}
+    before = json.loads(TAPE_RESULT.read_text())["runs"] if TAPE_RESULT.exists() else []
+    runs = [run for run in before if run["work"] | {"commit": ""} != work | {"commit": ""}] + [
+        {"work": work, "met": met, **found}
+    ]
+    TAPE_RESULT.write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
+
+
+def _cpu_s(command: list[str]) -> float:
+    """Of the command and of all that it waited for."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 3)
 
 
 def _apart(name: str, mode: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from instep.clock.slow import parse_slow
 from instep.clock.times import Failures, WorkerTimes
 from instep.errors import RecipeError
 from instep.offline.schedule import SimulatedRun, simulate
-from instep.record.events import Event, plain
+from instep.offline.trace import EventListener
+from instep.record.events import plain
 from instep.rules import PRESETS, UpdateRule, parse
 from instep.rules.ledger import Ledger
 from instep.rules.work import Pieces
@@ -34,12 +35,16 @@ def run(
     """So many contributions of each worker, one microbatch in each of their batches."""
     rule = parse(text)
     steps = min(rounds, rule.local_after) + max(0, rounds - rule.local_after) * rule.local_steps
-    return simulate(rule, Pieces(rule, workers, workers, steps), times, network, **more)
+    return followed(rule, Pieces(rule, workers, workers, steps), times, network, **more)
 
 
-def told(call: Callable[[str, dict[str, Any]], None]) -> Callable[[Event], None]:
-    """Hands an event on as its kind and what the tape holds of it."""
-    return lambda event: call(event.kind, plain(event))
+def followed(
+    rule: UpdateRule, pieces: Pieces, times: WorkerTimes, network: Network | None = None,
+    on_event: Callable[[str, dict[str, Any]], None] | None = None, **more: Any,
+) -> SimulatedRun:  # fmt: skip
+    """Events are handed on as their kinds and what the tape holds of them."""
+    listener = EventListener(pieces, lambda event: on_event(event.kind, plain(event)) if on_event else None)
+    return simulate(rule, pieces, times, network, listener=listener if on_event else None, **more)
 
 
 def same(one: SimulatedRun, other: SimulatedRun) -> bool:
@@ -77,7 +82,7 @@ def test_equal_workers_that_wait_for_nobody_are_all_versions_of_one_turn_late() 
     found: list[int] = []
     schedule = run(
         "asynchronous", 6, 10, WorkerTimes.constant(1.0),
-        on_event=told(lambda kind, fields: found.extend(fields["staleness"] if kind == "merged" else [])),
+        on_event=lambda kind, fields: found.extend(fields["staleness"] if kind == "merged" else []),
     )  # fmt: skip
     assert found == [*range(6), *([5] * 54)]
     assert schedule.staleness_max == 5
@@ -138,7 +143,7 @@ def test_every_preset_comes_to_its_end_with_failures(text: str, merge_s: float, 
     times = WorkerTimes.lognormal(length, length / 2, seed=1, failures=Failures(100.0, 5.0))
     events: list[tuple[str, dict[str, Any]]] = []
     more: dict[str, Any] = {"merge_s": merge_s, "contribution_bytes": 300, "weights_bytes": 500}
-    found = run(text, 5, 8, times, network, on_event=told(lambda kind, fields: events.append((kind, fields))), **more)
+    found = run(text, 5, 8, times, network, on_event=lambda kind, fields: events.append((kind, fields)), **more)
 
     kinds = Counter(kind for kind, _ in events)
     merged = [c for kind, fields in events if kind == "merged" for c in fields["contributions"]]
@@ -158,7 +163,7 @@ def test_every_preset_comes_to_its_end_with_failures(text: str, merge_s: float, 
     assert times_s == sorted(times_s)
     assert {fields["clock"] for _, fields in events} == {"virtual"}
     lives(events)
-    assert same(found, run(text, 5, 8, times, network, on_event=told(lambda kind, fields: None), **more))
+    assert same(found, run(text, 5, 8, times, network, on_event=lambda kind, fields: None, **more))
     assert same(found, run(text, 5, 8, times, network, **more))
 
 
@@ -169,7 +174,7 @@ def test_workers_that_fail_at_any_moment_do_nothing_while_they_are_away(text: st
     events: list[tuple[str, dict[str, Any]]] = []
     found = run(
         text, 6, 30, times, Network(bandwidth_bytes_per_s=1000.0, latency_s=0.3), merge_s=0.4, contribution_bytes=100,
-        weights_bytes=100, on_event=told(lambda kind, fields: events.append((kind, fields))),
+        weights_bytes=100, on_event=lambda kind, fields: events.append((kind, fields)),
     )  # fmt: skip
     assert found.failures > 20
     lives(events)
@@ -204,14 +209,14 @@ def test_looking_on_changes_nothing_and_neither_does_running_again(text: str) ->
     times = WorkerTimes.lognormal(1.0, 0.5, persistence=0.5, seed=9)
     first = run(text, 7, 12, times)
     assert same(first, run(text, 7, 12, times))
-    assert same(first, run(text, 7, 12, times, on_event=told(lambda kind, fields: None)))
+    assert same(first, run(text, 7, 12, times, on_event=lambda kind, fields: None))
     assert not same(first, run(text, 7, 12, dataclasses.replace(times, seed=10)))
 
 
 def test_lost_work_counts_as_busy_until_the_worker_fails() -> None:
     times = WorkerTimes.constant(10.0, failures=Failures(15.0, 2.0), seed=4)
     events: list[tuple[str, dict[str, Any]]] = []
-    found = run("asynchronous", 1, 20, times, on_event=told(lambda kind, fields: events.append((kind, fields))))
+    found = run("asynchronous", 1, 20, times, on_event=lambda kind, fields: events.append((kind, fields)))
     assert found.failures == sum(kind == "left" for kind, _ in events) > 3
     assert found.busy_s == pytest.approx(found.present_s)
     assert found.wall_s == pytest.approx(found.present_s[0] + 2.0 * found.failures)
@@ -234,9 +239,9 @@ def test_a_rule_or_slow_workers_that_do_not_fit_the_team_are_refused() -> None:
 def test_weights_follow_the_items_of_pieces() -> None:
     found: list[tuple[float, ...]] = []
     rule = UpdateRule(name="half", quorum="2")
-    simulate(
+    followed(
         rule, Pieces(rule, 2, 2, 1), WorkerTimes.constant(1.0), items_of=lambda piece: 1 + 2 * piece,
-        on_event=told(lambda kind, fields: found.append(tuple(fields["weights"])) if kind == "merged" else None),
+        on_event=lambda kind, fields: found.append(tuple(fields["weights"])) if kind == "merged" else None,
     )  # fmt: skip
     assert found == [(0.25, 0.75)]
 
@@ -244,9 +249,9 @@ def test_weights_follow_the_items_of_pieces() -> None:
 def test_an_update_that_waits_for_a_time_is_made_at_that_time() -> None:
     rule = UpdateRule(name="hurried", quorum="all", max_wait_s=0.5)
     made: list[float] = []
-    simulate(
+    followed(
         rule, Pieces(rule, 3, 3, 2), WorkerTimes.constant(1.0, slow=parse_slow("2:1.25x,1:4x")),
-        on_event=told(lambda kind, fields: made.append(fields["t_s"]) if kind == "merged" else None),
+        on_event=lambda kind, fields: made.append(fields["t_s"]) if kind == "merged" else None,
     )  # fmt: skip
     assert made[0] == pytest.approx(1.5)
     assert all(b > a for a, b in itertools.pairwise(made))
@@ -280,9 +285,9 @@ def test_each_deadline_of_the_ledger_rings_once_or_is_taken_back_before(monkeypa
     monkeypatch.setattr(Ledger, "passed", passed)
     rule = UpdateRule(name="hurried", quorum="all", max_wait_s=0.5)
     made: list[float] = []
-    simulate(
+    followed(
         rule, Pieces(rule, 3, 3, 9), WorkerTimes.constant(1.0, slow=parse_slow("1:1.2x,2:1.7x")), merge_s=0.9,
-        on_event=told(lambda kind, fields: made.append(fields["t_s"]) if kind == "merged" else None),
+        on_event=lambda kind, fields: made.append(fields["t_s"]) if kind == "merged" else None,
     )  # fmt: skip
     assert made[0] == pytest.approx(1.5 + 0.9)
     assert 1 < len(rung) == len(set(rung)) < len(made)

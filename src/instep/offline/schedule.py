@@ -21,7 +21,7 @@ from instep.clock.loop import Loop, uncollected
 from instep.clock.network import Network, gather_bytes, reduce_bytes
 from instep.clock.times import WorkerTimes
 from instep.errors import RecipeError
-from instep.offline.trace import Notes, OnEvent
+from instep.offline.trace import Listener, Notes
 from instep.reduce.tree import nodes_of
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.rule import UpdateRule
@@ -82,7 +82,7 @@ def simulate(
     merge_s: float = 0.0,
     collective: bool = False,
     items_of: Callable[[int], int] | None = None,
-    on_event: OnEvent | None = None,
+    listener: Listener | None = None,
 ) -> SimulatedRun:
     """Runs `pieces` under `rule` on the virtual clock, to the end.
 
@@ -92,12 +92,12 @@ def simulate(
     collective: under a rule in lockstep, workers reduce among themselves: a round ends with a ring all-reduce of
         `contribution_bytes` over those present, there is no server and no pull. Other rules take no notice.
     items_of: items that a piece holds of the objective's first term; its microbatches if None.
-    on_event: gets what a tape would hold: joined, released, computed, pushed, merged, dropped, left.
+    listener: hears of what a tape would hold.
 
     Raises RecipeError where the rule, the slow workers or the failures do not fit the team.
     """
     rule.check_workers(pieces.workers)
-    run = _Simulation(rule, pieces, times, network, contribution_bytes, weights_bytes, merge_s, items_of, on_event)
+    run = _Simulation(rule, pieces, times, network, contribution_bytes, weights_bytes, merge_s, items_of, listener)
     if collective and rule.lockstep:
         run.reduce_among_workers(network or Network())
     return run.run()
@@ -109,8 +109,8 @@ class _Simulation:
     # With slots: of an object with more than 30 attributes, Python looks up each in a dictionary.
     __slots__ = (
         "_alarm", "_alarm_s", "_away", "_busy_s", "_contribution_bytes", "_direct", "_down", "_draw", "_drops",
-        "_even", "_failed", "_failures", "_finished_s", "_hopeless", "_items_of", "_latency_s", "_ledger", "_loop",
-        "_merge_s", "_microbatches", "_microbatches_of", "_more_vectors", "_notes", "_occupied", "_present",
+        "_even", "_failed", "_failures", "_finished_s", "_hopeless", "_items_of", "_latency_s", "_ledger", "_listener",
+        "_loop", "_merge_s", "_microbatches", "_microbatches_of", "_more_vectors", "_notes", "_occupied", "_present",
         "_present_s", "_pulled_bytes", "_pulls", "_pushed_bytes", "_queue", "_reduce_s", "_since_s", "_staleness_max",
         "_staleness_sum", "_then", "_timed", "_up", "_uptimes", "_vectors_of", "_weights_bytes", "_workers",
     )  # fmt: skip
@@ -125,7 +125,7 @@ class _Simulation:
         weights_bytes: int,
         merge_s: float,
         items_of: Callable[[int], int] | None,
-        on_event: OnEvent | None,
+        listener: Listener | None,
     ):
         workers = pieces.workers
         self._loop = loop = Loop()
@@ -156,8 +156,9 @@ class _Simulation:
         self._since_s = array("d", bytes(8 * workers))  # when it came
         self._away = bytearray(b"\1" * workers)
         self._direct = self._down is None and times.failures is None  # whether a release is the start of computation
-        bare = on_event is None and items_of is None and times.failures is None and self._vectors_of is None
-        self._notes = None if bare else Notes(pieces, on_event)
+        bare = listener is None and items_of is None and times.failures is None and self._vectors_of is None
+        self._notes = None if bare else Notes(workers, listener)
+        self._listener = listener
 
         self._occupied = False  # the server makes an update; who has something for it waits
         self._queue: deque[tuple[Callable[[int], None], int]] = deque()
@@ -295,8 +296,8 @@ class _Simulation:
         self._present += 1
         if self._failures is not None:
             self._loop.at(now_s + next(self._uptimes[worker]), self._fails, worker)
-        if self._notes is not None:
-            self._notes.joined(worker, now_s)
+        if self._listener is not None:
+            self._listener.joined(now_s, worker)
         self._obey(self._ledger.joined(worker, now_s))
 
     def _left(self, worker: int) -> None:
@@ -305,8 +306,8 @@ class _Simulation:
             return
         now_s = self._loop.now_s
         self._present -= 1
-        if self._notes is not None:
-            self._notes.left(worker, now_s)
+        if self._listener is not None:
+            self._listener.left(now_s, worker, "it failed")
         self._obey(self._ledger.left(worker, now_s))
 
     def _passed(self, _: None) -> None:
@@ -326,7 +327,7 @@ class _Simulation:
 
     def _obey(self, actions: list[Action]) -> None:
         """Carries out actions, in order. An update takes its time, and what follows comes after it."""
-        loop, notes = self._loop, self._notes
+        loop, notes, listener = self._loop, self._notes, self._listener
         now_s = at_s = loop.now_s
         for action in actions:
             if type(action) is Release:
@@ -350,12 +351,12 @@ class _Simulation:
                 at_s += self._merge_s
                 if self._reduce_s is not None:
                     at_s += self._reduce(self._reduce_s, action)
-                if notes is not None:
-                    notes.merged(action, at_s)
+                if listener is not None:
+                    listener.merged(at_s, action)
             elif type(action) is Drop:
                 self._drops += 1
-                if notes is not None:
-                    notes.dropped(action, at_s)
+                if listener is not None:
+                    listener.dropped(at_s, action)
             else:
                 self._finished_s = at_s
                 loop.stop()

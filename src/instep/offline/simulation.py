@@ -25,6 +25,7 @@ from instep.offline.cluster import Cluster
 from instep.offline.replayer import Replayer
 from instep.offline.schedule import SimulatedRun
 from instep.offline.schedule import simulate as schedule
+from instep.offline.trace import EventListener, Listener
 from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint, events
 from instep.record.blocks import BlockTape
@@ -102,7 +103,7 @@ class _Simulation:
         )  # fmt: skip
         self._tape: Tape | BlockTape | None = Tape(self._folder.tape_path) if self._folder else None
         if isinstance(self._tape, Tape) and not gradients:  # which would take longer than all that is written
-            self._tape = BlockTape(self._tape)
+            self._tape = BlockTape(self._tape, self._pieces, self._tell_of)
         self._replica = self._replayer.merger.replica
         self._progress, self._milestones = Progress(), Milestones(recipe.steps, recipe.evaluate_every)
         self._events: list[events.Event] = []
@@ -122,16 +123,16 @@ class _Simulation:
         self._start(microbatch_s)
         for why in [*doubts, *(self._replica.doubts() if self._gradients else ())]:
             self._emit(events.WarnedEvent(clock="virtual", why=why))
-        on_event = self._emit if self._tape is not None else None  # without gradients there is nothing to wait for
+        listener: Listener | None = self._tape if isinstance(self._tape, BlockTape) else None
         if self._gradients:
-            on_event = self._note
+            listener = EventListener(self._pieces, self._note)
         found = schedule(
             recipe.rule, self._pieces,
             times,  # type: ignore[arg-type]  # recorded ones have its methods
             cluster.network,
             contribution_bytes=size_bytes, weights_bytes=weights_bytes,
             merge_s=merge_s if cluster.merge_s is None else cluster.merge_s, collective=cluster.collective,
-            items_of=self._replayer.items if self._gradients else None, on_event=on_event,
+            items_of=self._replayer.items if self._gradients else None, listener=listener,
         )  # fmt: skip
         scheduled_s = time.monotonic() - began
         for event in self._events:
@@ -296,5 +297,8 @@ class _Simulation:
             self._tape.write(event)
         elif self._tape is not None:
             self._tape.write(events.plain(event))
+        self._tell_of(event)
+
+    def _tell_of(self, event: events.Event) -> None:
         if isinstance(event, _TOLD):
             self._tell(events.plain(event))

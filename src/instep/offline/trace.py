@@ -8,21 +8,78 @@ from collections.abc import Callable
 from instep.clock.link import Link
 from instep.clock.loop import Loop
 from instep.record import events
+from instep.record.blocks import BlockTape
 from instep.rules.actions import Drop, Merge
 from instep.rules.work import Pieces
 
-OnEvent = Callable[[events.Event], None]
+
+class EventListener:
+    """Makes an event of all that a tape would hold, and hands it to `on_event`."""
+
+    def __init__(self, pieces: Pieces, on_event: Callable[[events.Event], None]):
+        self._work, self._on_event = pieces.work, on_event
+
+    def joined(self, t_s: float, worker: int) -> None:
+        self._on_event(events.JoinedEvent(t_s=t_s, clock="virtual", worker=worker))
+
+    def left(self, t_s: float, worker: int, why: str) -> None:
+        self._on_event(events.LeftEvent(t_s=t_s, clock="virtual", worker=worker, why=why))
+
+    def released(self, t_s: float, worker: int, version: int, piece: int) -> None:
+        self._on_event(events.ReleasedEvent(t_s=t_s, clock="virtual", worker=worker, version=version, piece=piece))
+
+    def pushed(
+        self, t_s: float, worker: int, version: int, piece: int, from_s: float, to_s: float, seq: int, items: int,
+        size_bytes: int,
+    ) -> None:  # fmt: skip
+        covers = self._work(piece).covers()
+        self._on_event(
+            events.ComputedEvent(
+                t_s=t_s, clock="virtual", worker=worker, version=version, piece=piece, from_s=from_s, to_s=to_s,
+                **covers,
+            )
+        )  # fmt: skip
+        self._on_event(
+            events.PushedToServerEvent(
+                t_s=t_s, clock="virtual", seq=seq, worker=worker, version=version, piece=piece, items=items,
+                bytes=size_bytes, **covers,
+            )
+        )  # fmt: skip
+
+    def merged(self, t_s: float, action: Merge) -> None:
+        merged = [
+            events.MergedContribution(seq=seq, worker=worker, version=base, piece=piece, items=items)
+            for seq, worker, piece, base, items in action.contributions
+        ]
+        self._on_event(
+            events.MergedOnClockEvent(
+                t_s=t_s, clock="virtual", version=action.version, contributions=merged,
+                weights=list(action.weights), staleness=list(action.staleness),
+            )
+        )  # fmt: skip
+
+    def dropped(self, t_s: float, action: Drop) -> None:
+        seq, worker, piece, base, items = action.contribution
+        self._on_event(
+            events.DroppedEvent(
+                t_s=t_s, clock="virtual", seq=seq, worker=worker, piece=piece, version=base, items=items,
+                why=action.why,
+            )
+        )  # fmt: skip
+
+
+Listener = EventListener | BlockTape
+"""Who hears of what a tape would hold, in its order, by the same methods."""
 
 
 class Notes:
     """What each worker has in hand, and where its next event waits. Lists by worker: [W].
 
-    `on_event` gets what a tape would hold, if it is not None.
+    `listener` hears of it, if it is not None.
     """
 
-    def __init__(self, pieces: Pieces, on_event: OnEvent | None):
-        workers = pieces.workers
-        self._work, self._on_event = pieces.work, on_event
+    def __init__(self, workers: int, listener: Listener | None):
+        self.listener = listener
         self.piece, self._base = [-1] * workers, [0] * workers
         self.from_s, self.to_s = array("d", bytes(8 * workers)), array("d", bytes(8 * workers))
         self._holder: list[Loop | Link | None] = [None] * workers  # where the next event waits, and
@@ -43,21 +100,11 @@ class Notes:
             holder.cancel(self._token[worker])
             self._holder[worker] = None
 
-    def joined(self, worker: int, t_s: float) -> None:
-        """It is there."""
-        if self._on_event is not None:
-            self._on_event(events.JoinedEvent(t_s=t_s, clock="virtual", worker=worker))
-
-    def left(self, worker: int, t_s: float) -> None:
-        """The server heard that it is gone."""
-        if self._on_event is not None:
-            self._on_event(events.LeftEvent(t_s=t_s, clock="virtual", worker=worker, why="it failed"))
-
     def released(self, worker: int, piece: int, version: int, t_s: float) -> None:
         """It has work."""
         self.piece[worker], self._base[worker] = piece, version
-        if self._on_event is not None:
-            self._on_event(events.ReleasedEvent(t_s=t_s, clock="virtual", worker=worker, version=version, piece=piece))
+        if self.listener is not None:
+            self.listener.released(t_s, worker, version, piece)
 
     def computes(self, worker: int, from_s: float, to_s: float) -> None:
         """It computes, if nothing comes in between."""
@@ -65,45 +112,8 @@ class Notes:
 
     def pushed(self, worker: int, t_s: float, seq: int, items: int, size_bytes: int) -> None:
         """The server heard of its contribution."""
-        if self._on_event is None:
-            return
-        piece, version = self.piece[worker], self._base[worker]
-        _, batch, local_steps, start, stop = self._work(piece)
-        covered = [start, stop]
-        self._on_event(
-            events.ComputedEvent(
-                t_s=t_s, clock="virtual", worker=worker, version=version, piece=piece, from_s=self.from_s[worker],
-                to_s=self.to_s[worker], batch=batch, local_steps=local_steps, microbatches=covered,
-            )
-        )  # fmt: skip
-        self._on_event(
-            events.PushedToServerEvent(
-                t_s=t_s, clock="virtual", seq=seq, worker=worker, version=version, piece=piece, batch=batch,
-                local_steps=local_steps, microbatches=covered, items=items, bytes=size_bytes,
-            )
-        )  # fmt: skip
-
-    def merged(self, action: Merge, t_s: float) -> None:
-        """An update is made."""
-        if self._on_event is not None:
-            merged = [
-                events.MergedContribution(seq=seq, worker=worker, version=base, piece=piece, items=items)
-                for seq, worker, piece, base, items in action.contributions
-            ]
-            self._on_event(
-                events.MergedOnClockEvent(
-                    t_s=t_s, clock="virtual", version=action.version, contributions=merged,
-                    weights=list(action.weights), staleness=list(action.staleness),
-                )
-            )  # fmt: skip
-
-    def dropped(self, action: Drop, t_s: float) -> None:
-        """A contribution came too late."""
-        if self._on_event is not None:
-            seq, worker, piece, base, items = action.contribution
-            self._on_event(
-                events.DroppedEvent(
-                    t_s=t_s, clock="virtual", seq=seq, worker=worker, piece=piece, version=base, items=items,
-                    why=action.why,
-                )
+        if self.listener is not None:
+            self.listener.pushed(
+                t_s, worker, self._base[worker], self.piece[worker], self.from_s[worker], self.to_s[worker], seq,
+                items, size_bytes,
             )  # fmt: skip

@@ -8,52 +8,116 @@ No torch.
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from msgspec import UNSET, Struct
-from msgspec.structs import astuple
 from numpy.typing import NDArray
 
 from instep.errors import RecordError, shown
-from instep.record.events import QUIET, BlockEvent, Event, plain
+from instep.record.events import BlockEvent, Event, LeftEvent, plain
 from instep.record.files import disk_error
+from instep.rules.actions import Drop, Merge
+from instep.rules.work import Pieces
 
 if TYPE_CHECKING:
     from instep.record.tape import Tape
 
 SIZE = 1 << 16
-"""Events of a block, at most."""
+"""Events after which a block is closed with the next contribution."""
 
-_IN_BLOCKS = QUIET | {"joined", "left"}
+_JOINED, _LEFT, _RELEASED, _COMPUTED, _PUSHED, _MERGED, _DROPPED = range(7)
+_KINDS = np.array(["joined", "left", "released", "computed", "pushed", "merged", "dropped"])
+_ALL_OF_CONTRIBUTION = ("seq", "worker", "version", "piece", "items")
 _NAME = re.compile(r"tape/\d{6}\.npz")
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
+class _Rows:
+    """Numbers of many events, a row each: of 8 bytes, floats where a name says seconds or weight."""
+
+    def __init__(self, names: str):
+        types = [(name, "f8" if name.endswith("_s") or name == "weight" else "i8") for name in names.split()]
+        self._dtype, self.data = np.dtype(types), bytearray()
+        self.pack = struct.Struct("".join("d" if kind == "f8" else "q" for _, kind in types)).pack
+
+    def take(self) -> NDArray[Any]:
+        """All rows, which are kept no longer."""
+        data, self.data = self.data, bytearray()
+        return np.frombuffer(data, self._dtype)
+
+
 class BlockTape:
     """A tape of a simulation without gradients: events that come with every contribution go into blocks beside it.
 
-    Of a process that is killed, `tape` is whole up to its last block. Its methods raise ResourceError.
+    Their numbers go into rows, and these into columns: an object an event would take longer than the simulation.
+    `tell` gets those that are handed on at once. Of a process that is killed, `tape` is whole up to its last block.
+    Methods raise ResourceError.
     """
 
-    def __init__(self, tape: Tape):
-        self._tape, self._events, self._count = tape, list[Event](), 0
+    def __init__(self, tape: Tape, pieces: Pieces, tell: Callable[[Event], None]):
+        self._tape, self._pieces, self._tell, self._count = tape, pieces, tell, 0
+        self._order = bytearray()  # the kind of each event
+        self._texts: dict[str, int] = {}
+        self._joined, self._left = _Rows("t_s worker"), _Rows("t_s worker why")
+        self._released = _Rows("t_s worker version piece")
+        self._pushed = _Rows("t_s worker version piece from_s to_s seq items bytes")  # computed, and pushed
+        self._merged, self._parts = _Rows("t_s version parts"), _Rows("seq worker piece version items weight staleness")
+        self._dropped = _Rows("t_s seq worker piece version items why")
+        self._ranges = np.array([pieces.work(part)[3:] for part in range(pieces.parts)])
+
+    def joined(self, t_s: float, worker: int) -> None:
+        """A worker is there."""
+        self._joined.data += self._joined.pack(t_s, worker)
+        self._order.append(_JOINED)
+
+    def left(self, t_s: float, worker: int, why: str) -> None:
+        """A worker is gone."""
+        self._left.data += self._left.pack(t_s, worker, self._code(why))
+        self._order.append(_LEFT)
+        self._tell(LeftEvent(t_s=t_s, clock="virtual", worker=worker, why=why))
+
+    def released(self, t_s: float, worker: int, version: int, piece: int) -> None:
+        """A worker has work."""
+        rows = self._released
+        rows.data += rows.pack(t_s, worker, version, piece)
+        self._order.append(_RELEASED)
+
+    def pushed(
+        self, t_s: float, worker: int, version: int, piece: int, from_s: float, to_s: float, seq: int, items: int,
+        size_bytes: int,
+    ) -> None:  # fmt: skip
+        """A contribution was computed, and has arrived."""
+        if len(self._order) >= SIZE:
+            self._write_block()
+        rows = self._pushed
+        rows.data += rows.pack(t_s, worker, version, piece, from_s, to_s, seq, items, size_bytes)
+        self._order += b"%c%c" % (_COMPUTED, _PUSHED)
+
+    def merged(self, t_s: float, action: Merge) -> None:
+        """An update is made."""
+        version, contributions, weights, staleness = action
+        self._merged.data += self._merged.pack(t_s, version, len(contributions))
+        rows = self._parts
+        for part, weight, old in zip(contributions, weights, staleness, strict=True):
+            rows.data += rows.pack(*part, weight, old)
+        self._order.append(_MERGED)
+
+    def dropped(self, t_s: float, action: Drop) -> None:
+        """A contribution came too late."""
+        self._dropped.data += self._dropped.pack(t_s, *action.contribution, self._code(action.why))
+        self._order.append(_DROPPED)
 
     def write(self, event: Event) -> None:
-        """Adds an event."""
-        if event.kind in _IN_BLOCKS:
-            self._events.append(event)
-            if len(self._events) == SIZE:
-                self._write_block()
-        else:
-            self._write_block()
-            self._tape.write(plain(event))
+        """Adds an event of the frame."""
+        self._write_block()
+        self._tape.write(plain(event))
 
     def close(self) -> None:
         """Writes what waits, and closes the tape."""
@@ -62,65 +126,73 @@ class BlockTape:
         finally:
             self._tape.close()
 
+    def _code(self, text: str) -> int:
+        return self._texts.setdefault(text, len(self._texts))
+
     def _write_block(self) -> None:
-        if not self._events:
+        if not self._order:
             return
-        events, self._events = self._events, []
         self._count += 1
         path = self._tape.path.parent / "tape" / f"{self._count:06d}.npz"
+        events, arrays = len(self._order), self._arrays()
+        last_s = max(array[-1] for name, array in arrays.items() if name.endswith(".t_s"))
         try:
             path.parent.mkdir(exist_ok=True)
-            np.savez(path, **packed(events))  # type: ignore[arg-type]  # mypy takes them for its flag too
+            np.savez(path, **arrays)  # type: ignore[arg-type]  # mypy takes them for its flag too
             size = path.stat().st_size
         except OSError as error:
             raise disk_error(f"{path} cannot be written", error) from error
-        last = events[-1]
         name = f"{path.parent.name}/{path.name}"
-        self._tape.write(plain(BlockEvent(t_s=last.t_s, clock=last.clock, file=name, events=len(events), bytes=size)))
+        self._tape.write(plain(BlockEvent(t_s=float(last_s), clock="virtual", file=name, events=events, bytes=size)))
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        """What a block holds, of all that waits."""
+        kinds, order = np.unique(np.frombuffer(self._order, np.uint8), return_inverse=True)
+        self._order = bytearray()
+        found = {"kinds": _KINDS[kinds], "order": order.astype(np.uint8)}
+        tables = self._tables()
+        for place, kind in enumerate(kinds):
+            table = {"clock:texts": np.array(["virtual"]), "clock": np.zeros(1, np.uint8), **tables[kind]}
+            for name, column in table.items():
+                found[f"{place}.{name}"] = _smallest(column)
+        return found
+
+    def _tables(self) -> tuple[dict[str, NDArray[Any]], ...]:
+        """The columns of each kind, in the order in which fields stand on a tape."""
+        texts, self._texts = np.array(list(self._texts)), {}
+        pushed, merged, parts = self._pushed.take(), self._merged.take(), self._parts.take()
+        groups, which = np.unique(pushed["piece"] // self._pieces.parts, return_inverse=True)
+        batches = np.array([self._pieces.batches_of(group) for group in groups.tolist()]).reshape(-1, 2)[which]
+        work = {
+            "batch": batches[:, 0],
+            "local_steps": batches[:, 1],
+            "microbatches:lengths": np.array([2]),
+            "microbatches:items": self._ranges[pushed["piece"] % self._pieces.parts].ravel(),
+        }
+        return (
+            _of(self._joined.take()),
+            {**_of(self._left.take()), "why:texts": texts},
+            _of(self._released.take()),
+            {**_of(pushed, "t_s", "worker", "version", "piece", "from_s", "to_s"), **work},
+            {**_of(pushed, "t_s", "seq", "worker", "version", "piece"), **work, **_of(pushed, "items", "bytes")},
+            {
+                **_of(merged, "t_s", "version"),
+                "contributions:lengths": merged["parts"],
+                **{f"contributions.{name}": parts[name] for name in _ALL_OF_CONTRIBUTION},
+                "weights:lengths": merged["parts"],
+                "weights:items": parts["weight"],
+                "staleness:lengths": merged["parts"],
+                "staleness:items": parts["staleness"],
+            },
+            {**_of(self._dropped.take()), "why:texts": texts},
+        )
 
 
-def packed(events: Sequence[Event]) -> dict[str, NDArray[Any]]:
-    """The columns of events."""
-    places: dict[type[Event], int] = {
-        structure: place for place, structure in enumerate(dict.fromkeys(map(type, events)))
-    }
-    found = {
-        "kinds": np.array([structure.kind for structure in places]),
-        "order": np.fromiter((places[type(event)] for event in events), np.uint8, len(events)),
-    }
-    for structure, place in places.items():
-        _pack(found, str(place), [event for event in events if type(event) is structure])
-    return found
+def _of(rows: NDArray[Any], *names: str) -> dict[str, NDArray[Any]]:
+    return {name: rows[name] for name in names or rows.dtype.names or ()}
 
 
-def _pack(found: dict[str, NDArray[Any]], name: str, structures: Sequence[Struct]) -> None:
-    if structures:
-        columns = zip(*map(astuple, structures), strict=True)
-        for field, column in zip(structures[0].__struct_fields__, columns, strict=True):
-            _pack_column(found, f"{name}.{field}", column)
-
-
-def _pack_column(found: dict[str, NDArray[Any]], name: str, column: Sequence[Any]) -> None:
-    first = column[0]
-    if first is UNSET:
-        assert all(value is UNSET for value in column), f"{name} is set in all events of a block, or in none"
-    elif isinstance(first, str):
-        texts = {text: code for code, text in enumerate(dict.fromkeys(column))}
-        found[f"{name}:texts"] = np.array(list(texts))
-        found[name] = _smallest([texts[text] for text in column])
-    elif isinstance(first, list):
-        found[f"{name}:lengths"] = _smallest([len(items) for items in column])
-        items = list(chain.from_iterable(column))
-        if items and isinstance(items[0], Struct):
-            _pack(found, name, items)
-        elif items:
-            _pack_column(found, f"{name}:items", items)
-    else:
-        found[name] = _smallest(column)
-
-
-def _smallest(column: Sequence[Any]) -> NDArray[Any]:
-    array = np.array(column)
+def _smallest(array: NDArray[Any]) -> NDArray[Any]:
     if (array[0] == array).all():
         array = array[:1]
     if array.dtype.kind == "i":
@@ -130,7 +202,7 @@ def _smallest(column: Sequence[Any]) -> NDArray[Any]:
 
 
 def unpacked(arrays: Arrays) -> Iterator[dict[str, Any]]:
-    """The events of `packed`, in order, as they stand on a tape."""
+    """The events of a block, in order, as they stand on a tape."""
     kinds, order = arrays["kinds"].tolist(), arrays["order"]
     rows = []
     for place, kind in enumerate(kinds):
