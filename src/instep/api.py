@@ -6,6 +6,7 @@ import dataclasses
 import operator
 import os
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from instep.record import tape
 from instep.record.folder import About, RunFolder, check_path, remove
 from instep.record.held import identity_of
 from instep.record.result import Replayed
-from instep.record.resuming import is_simulation, recorded, resumed, saved
+from instep.record.resuming import changed_rates, is_simulation, recorded, resumed, saved
 from instep.rules import UpdateRule
 from instep.schedule import Change
 from instep.team.client import computed, pickled, supervised
@@ -122,7 +123,8 @@ def train(
     team: who trains; by default one worker, or the saved team with `resume`.
     out: the run folder to make, by default ``runs/NAME``, ``runs/NAME-2`` and so on.
     resume: the run folder of a run to continue, exactly, with the same or another team. Schedule, watch and the
-        optimizer's argument `lr` may be others than so far: they hold from here on, see `Recipe.changes`.
+        optimizer's argument `lr` may be others than so far: they hold from here on, see `Recipe.changes`. Without a
+        monitor, which would show it, other rates are warned of.
     monitors: called with every event; none by default, and nothing is printed.
     import_paths: folders to look for the recipe's modules in, before ``sys.path``.
     skip_samples: indices of training samples to leave out from here on, in later resumes too; their batches are then
@@ -141,6 +143,8 @@ def train(
         raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
     else:
         wanted = _to_resume(RunFolder.open(Path(resume)), recipe, team, skipped)
+        for why in () if watching else (*wanted.notices, *wanted.changed):  # a monitor sees them
+            warnings.warn(why, stacklevel=3)  # of the caller, beyond the decorator
     return _trained(wanted, out, watching, (*folders, *wanted.import_paths))
 
 
@@ -153,6 +157,7 @@ class _Wanted:
     folder: RunFolder | None = None
     notices: Sequence[str] = ()
     import_paths: Sequence[str] = ()
+    changed: Sequence[str] = ()
 
 
 def _to_begin(recipe: Recipe | None, team: Team | None, skip_samples: tuple[int, ...]) -> _Wanted:
@@ -173,7 +178,7 @@ def _to_resume(folder: RunFolder, recipe: Recipe | None, team: Team | None, skip
         )
     table, team, paths = saved(folder, recipe, team, f"train(recipe, resume={str(folder.path)!r})")
     recipe, notices = resumed(folder, recipe, table, skip_samples)
-    return _Wanted(recipe, team, folder, notices, paths)
+    return _Wanted(recipe, team, folder, notices, paths, changed_rates(folder, recipe, table))
 
 
 def _trained(

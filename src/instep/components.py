@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
 
-from instep.errors import ComponentError, cut, shown
+from instep.errors import ComponentError, InstepError, cut, described, place, shown
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,19 @@ class Component:
                 f"{self.describe()} does not take the arguments given to it: {cut(error)}{self._suggestion(signature)}"
             ) from None
         return target(*positional, **args)
+
+    def built(self, *positional: Any) -> Any:
+        """As `build`. Raises ComponentError where the user's code raises anything else than an InstepError."""
+        try:
+            return self.build(*positional)
+        except InstepError:
+            raise
+        except Exception as error:
+            about_arguments = isinstance(error, TypeError | ValueError | AssertionError)  # a sentence is enough
+            raise ComponentError(
+                f"{self.describe()} could not be built: {described(error)}{place(error)}.",
+                detail="" if about_arguments else traceback.format_exc(),
+            ) from error
 
     def _suggestion(self, signature: inspect.Signature) -> str:
         by_keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from instep.api import train
 from instep.data.cursor import Cursor
 from instep.errors import CheckpointError, DataError, RecipeError
 from instep.recipe import Recipe, Team, parse, read_saved
@@ -23,6 +25,7 @@ from instep.watch import Watch
 from support.harness import Client, train_here
 from support.kinds import quick
 from support.resuming import again, begin, data, go_on, linear, recipe
+from support.sentences import one_sentence
 from support.serving import RULES, at, kill
 
 pytestmark = pytest.mark.processes
@@ -173,6 +176,34 @@ def test_a_prolonged_schedule_that_jumps_is_warned_of(kind: Any, warned: int, tm
     assert same.changes == ()
     assert len(notices) == warned
     assert all("the learning rate jumps from 0 to" in notice and "at step 7" in notice for notice in notices)
+
+
+def test_a_program_without_a_monitor_is_warned_of_other_rates_and_one_with_a_monitor_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, path = recipe(steps=6), tmp_path / "run"
+    train_here(given, Team(), path)
+    monkeypatch.setattr("instep.api._trained", lambda *wanted: None)  # nothing is to be trained here
+
+    def told(changed: Recipe | None, **more: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(changed, resume=path, **more)
+        assert [each.filename for each in caught] == [__file__] * len(caught)
+        return [str(each.message) for each in caught]
+
+    slower = dataclasses.replace(given, optimizer=functools.partial(torch.optim.Adam, lr=0.01), steps=8)
+    scaled = dataclasses.replace(given, schedule=dataclasses.replace(given.schedule, scale=0.5))
+    for changed, words in (slower, "learning rate 0.01"), (scaled, "schedule.scale 0.5"):
+        (sentence,) = told(changed)
+        assert sentence.startswith(f"{path} goes on from version 6 with {words}, as the given recipe says; to go on as")
+        assert one_sentence(sentence)
+    assert told(slower, monitors=[lambda event: None]) == []
+    assert told(given) == told(None) == told(None, skip_samples=[1]) == []
+    jumping = dataclasses.replace(given, steps=12, schedule=Schedule(kind="cosine"))
+    train_here(dataclasses.replace(jumping, steps=6), Team(), tmp_path / "cosine")
+    path = tmp_path / "cosine"
+    assert [each.partition(" from ")[0] for each in told(jumping)] == ["the learning rate jumps"]
 
 
 def test_changes_are_tables_that_can_be_read_back_and_leave_no_trace_where_there_are_none() -> None:

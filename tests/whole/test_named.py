@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from instep.budget import as_size, parse_budget
 from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.data.cursor import load
-from instep.errors import CheckpointError, ComponentError, DataError
+from instep.errors import CheckpointError, ComponentError, DataError, WorkerError
 from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team, read_saved
 from instep.record import tape
@@ -25,6 +26,7 @@ from instep.record.folder import RunFolder
 from instep.record.resuming import recorded
 from instep.worker.model import build_model
 from instep.worker.optimizer import optimizer_of
+from support.harness import train_here
 from support.resuming import begin, recipe
 
 pytestmark = pytest.mark.processes
@@ -138,3 +140,40 @@ def test_a_replay_with_another_rate_claims_nothing_of_the_weights(tmp_path: Path
 def test_small_sizes_are_told_in_kib_and_are_enough_as_a_budget() -> None:
     assert [as_size(n) for n in (1, 1500, 2**20, 3 * 2**20)] == ["0.1 KiB", "1.5 KiB", "1.0 MiB", "3.0 MiB"]
     assert all(parse_budget(as_size(n), "x").of(0) >= n for n in range(1, 2**22, 997))
+
+
+# -------------------------------------------------------------------------------------- the line of the user's own code
+
+
+def breaks(why: type[Exception]) -> Any:
+    raise why("something in here")
+
+
+HERE = rf"\({re.escape(__file__)}, line {inspect.getsourcelines(breaks)[1] + 1}\)\."
+
+
+class Broken:
+    """An objective that cannot be built."""
+
+    def __init__(self) -> None:
+        breaks(OSError)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any: ...
+
+
+@pytest.mark.parametrize("why", [ValueError, RuntimeError, KeyError])
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_whatever_a_builder_raises_its_file_and_line_are_named(what: str, why: type[Exception], tmp_path: Path) -> None:
+    with pytest.raises(ComponentError) as caught:
+        train_here(recipe(**{what: functools.partial(breaks, why)}), Team(), tmp_path / "run")
+    assert re.search(rf" could not be built: {why.__name__}: .*{HERE}$", caught.value.message)
+    assert bool(caught.value.detail) == (why is not ValueError), "a wrong argument needs no traceback"
+
+
+def test_an_objective_that_cannot_be_built_and_one_that_raises_name_file_and_line(tmp_path: Path) -> None:
+    with pytest.raises(ComponentError) as caught:
+        train_here(recipe(objective=Broken), Team(), tmp_path / "run")
+    assert re.search(rf"Broken could not be built: OSError: .*{HERE}$", caught.value.message)
+    with pytest.raises(WorkerError) as raised:
+        train_here(recipe(objective=lambda model, batch: breaks(ZeroDivisionError)), Team(), tmp_path / "other")
+    assert re.search(rf"^worker 0 raised ZeroDivisionError: .* while computing .*{HERE}$", raised.value.message)

@@ -104,7 +104,7 @@ def from_component(component: Component) -> Data:
     """
     target = component.load()
     if component.args or inspect.isclass(target) or (callable(target) and not _indexed(target)):
-        target = component.build()
+        target = component.built()
     return as_data(target)
 
 

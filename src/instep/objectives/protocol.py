@@ -141,7 +141,7 @@ def from_component(component: Component) -> Objective:
     """
     target = component.load()
     if inspect.isclass(target):
-        target = component.build()
+        target = component.built()
     elif component.args and callable(target):
         _check_arguments(component, target)
         target = functools.partial(target, **component.keywords())

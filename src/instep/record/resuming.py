@@ -12,7 +12,7 @@ from instep.errors import CheckpointError, RecipeError, RecordError
 from instep.recipe import Recipe, Team, parse, read_saved, table_differences
 from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder
-from instep.schedule import Change, Phase, Schedule
+from instep.schedule import Change, Phase, Schedule, what_changed
 from instep.tables import from_table, to_table
 from instep.watch import Watch
 
@@ -74,6 +74,18 @@ def resumed(
         after = dataclasses.replace(used, changes=(*used.changes, *change))
     prolonged = before.steps != table["steps"] and (wanted.schedule, wanted.lr) == (now.schedule, now.lr)
     return after, _jump(after, version, table["steps"], done) if prolonged else []
+
+
+def changed_rates(folder: RunFolder, recipe: Recipe, table: Mapping[str, Any]) -> list[str]:
+    """A sentence where the `recipe` to go on with has other rates than the one in the run's `table`, from now on."""
+    changes = recipe.to_table().get("changes", [])
+    if not changes or changes == table.get("changes") or not changes[-1].keys() & {"schedule", "lr"}:
+        return []
+    version = changes[-1]["version"]
+    return [
+        f"{folder.path} goes on from version {version:,} with {what_changed(recipe.to_table(), version)}, as the given "
+        f"recipe says; to go on as it was, leave the recipe out or give the run's own."
+    ]
 
 
 def recorded(folder: RunFolder, given: Recipe | None, table: Mapping[str, Any], *, replaying: bool = False) -> Recipe:

@@ -19,7 +19,7 @@ from torch import Tensor
 from instep.descendants import take_care_of_helpers
 from instep.engines import server
 from instep.engines.lockstep import Lockstep
-from instep.errors import InstepError, described, with_saved
+from instep.errors import InstepError, described, place, with_saved
 from instep.record.digest import digest_of_state
 from instep.record.events import JoinedEvent
 from instep.record.folder import RunFolder
@@ -68,7 +68,7 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
         session.send_events()
         where = f" while {session.replica.doing}{session.replica.samples_in_hand()}" if session.replica else ""
         what = described(error)
-        sentence = with_saved(f"{name} raised {what}{where}.", session.stopped_at, assignment.folder)
+        sentence = with_saved(f"{name} raised {what}{where}{place(error)}.", session.stopped_at, assignment.folder)
         pipe.send(Failed("WorkerError", sentence, _own_part(error)))
     sys.stdout.flush()
     sys.stderr.flush()

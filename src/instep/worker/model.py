@@ -13,14 +13,13 @@ from torch import nn
 from instep.components import Component
 from instep.errors import ComponentError, RecipeError
 from instep.restore import is_expanded
-from instep.worker.optimizer import call
 from instep.worker.trainable import Trainable
 
 
 def build_model(component: Component) -> nn.Module:
     """The recipe's model, on the CPU. Raises ComponentError."""
     target = component.load()
-    model = copy.deepcopy(target) if isinstance(target, nn.Module) else call(component)
+    model = copy.deepcopy(target) if isinstance(target, nn.Module) else component.built()
     if not isinstance(model, nn.Module):
         raise ComponentError(
             f"the model {component.describe()} gave a {type(model).__name__}; it must give a torch.nn.Module."

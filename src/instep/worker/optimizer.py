@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from instep.by_pattern import ByPattern
 from instep.components import Component
-from instep.errors import CheckpointError, ComponentError, InstepError, RecipeError, cut, described, place, shown, told
+from instep.errors import CheckpointError, ComponentError, RecipeError, cut, described, shown, told
 from instep.recipe import Recipe
 from instep.reduce.checksums import checksum
 from instep.schedule import Schedule
@@ -272,17 +271,6 @@ class Several:
         return [why for one in self.each for why in one.doubts()]
 
 
-def call(component: Component, *positional: Any) -> Any:
-    """Builds, turning what the user's code raises about its arguments into a sentence."""
-    try:
-        return component.build(*positional)
-    except InstepError:
-        raise
-    except (TypeError, ValueError, AssertionError) as error:
-        why = f"{described(error)}{place(error)}"
-        raise ComponentError(f"{component.describe()} could not be built: {why}.") from error
-
-
 def _called(component: Component, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> Any:
     """What the component gives for the parameters and, where it has an argument `named_parameters`, for their names."""
     named = list(zip(names, parameters, strict=True))
@@ -291,10 +279,10 @@ def _called(component: Component, names: Sequence[str], parameters: Sequence[nn.
     except (TypeError, ValueError):  # it has no signature, or cannot be called
         arguments = []
     if "named_parameters" not in arguments or "named_parameters" in component.args:
-        return call(component, list(parameters))
+        return component.built(list(parameters))
     if arguments[0] == "named_parameters":
-        return call(component, named)
-    return call(Component(component.use, {**component.args, "named_parameters": named}), list(parameters))
+        return component.built(named)
+    return Component(component.use, {**component.args, "named_parameters": named}).built(list(parameters))
 
 
 def _built(
@@ -309,17 +297,18 @@ def _built(
         )
     try:
         optimizer = _called(component, names, parameters)
-    except Exception as error:  # its own code, which may raise anything
-        if (why := _refused(component, names, parameters, where, str(error.__cause__ or error))) is not None:
-            raise ComponentError(why) from (error.__cause__ or error)
-        if isinstance(error, InstepError):
+    except ComponentError as error:
+        cause = error.__cause__
+        if (why := _refused(component, names, parameters, where, str(cause or error))) is not None:
+            raise ComponentError(why) from (cause or error)
+        if cause is None or not error.detail:  # it was about arguments
             raise
         raise ComponentError(
             f"the optimizer {component.describe()} could not be built from the list of parameters "
-            f"({told(error)}); give what builds it from that list or, by an argument "
+            f"({told(cause)}); give what builds it from that list or, by an argument "
             f"'named_parameters', from their names too.",
-            detail=traceback.format_exc(),
-        ) from error
+            detail=error.detail,
+        ) from cause
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ComponentError(
             f"the optimizer {component.describe()} gave a {type(optimizer).__name__}; called with the list of "
