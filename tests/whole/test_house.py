@@ -136,6 +136,22 @@ def test_a_step_is_written_once(part: str) -> None:
     assert found == ONE_STEP[part]
 
 
+def told(tree: ast.AST) -> set[str]:
+    """The texts of a module that are no docstrings and no single words."""
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return {str(text.value) for text in texts if id(text) not in alone and " " in str(text.value)}
+
+
+def test_sentences_call_the_process_that_supervises_a_run_by_one_name() -> None:
+    """Its users know the agent of the code as the supervisor of the run."""
+    texts = {text for tree in trees_of(SRC).values() for text in told(tree)}
+    assert [text for text in texts if re.search(r"\bagents?\b", text)] == []
+    naming = [text for text in texts if "the supervisor" in text]
+    assert len(naming) >= 4
+    assert [text for text in naming if "the supervisor of the run" not in text] == []
+
+
 def test_what_is_looked_for_is_found(tmp_path: Path) -> None:
     """The tests above can fail."""
     (tmp_path / "room").mkdir()

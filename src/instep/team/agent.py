@@ -312,7 +312,7 @@ def _serve(client: Channel) -> None:
     except InstepError as error:
         _send_quietly(client, messages.Failed.of(error))
     except BaseException as error:
-        sentence = f"the supervisor failed: {described(error)}; this is a fault of Instep, please report it."
+        sentence = f"the supervisor of the run failed: {described(error)}; this is a fault of Instep, please report it."
         _send_quietly(client, messages.Failed("InstepError", sentence, traceback.format_exc()))
 
 
