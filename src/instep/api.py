@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +29,7 @@ from instep.rules import UpdateRule
 from instep.schedule import Change
 from instep.team.client import computed, pickled, supervised
 from instep.team.messages import Request
+from instep.team.place import Place, from_environment
 from instep.team.signals import interrupting
 
 if TYPE_CHECKING:
@@ -102,6 +105,22 @@ class Run:
         return model
 
 
+class _RunElsewhere(Run):
+    """A finished run as an agent sees it that does not have its folder."""
+
+    def __init__(self, agent: int, result: dict[str, Any], recipe: Recipe, import_paths: tuple[str, ...]):
+        values = {"_agent": agent, "result": result, "recipe": recipe, "import_paths": import_paths}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def path(self) -> Path:
+        raise RecordError(
+            f"the run folder is on the host of agent 0, and this is agent {self._agent}; ask for its path, weights and "  # type: ignore[attr-defined]
+            f"model there."
+        )
+
+
 @interrupting()
 def train(
     recipe: Recipe | None = None,
@@ -137,6 +156,8 @@ def train(
     _check_arguments(recipe, team)
     skipped = _indices(skip_samples)
     watching, folders = monitors_of(monitors), folders_of(import_paths)
+    if resume is None and begun_before(out):
+        out, resume = None, out
     if resume is None:
         wanted = _to_begin(recipe, team, skipped)
     elif out is not None:
@@ -185,9 +206,17 @@ def _trained(
     wanted: _Wanted, out: str | os.PathLike[str] | None, monitors: list[Monitor], import_paths: tuple[str, ...]
 ) -> Run:
     recipe, team, folder = wanted.recipe, wanted.team, wanted.folder
+    place = place_of(team)
     check_team(recipe, team)
     sent, recipe_file = pickled(recipe), dumps(recipe, team)
-    if folder is None:
+    if place is not None and engine_of(recipe, team) == "server":
+        raise RecipeError(
+            f"the rule '{recipe.rule.name}' needs the server engine, which runs on one machine so far; take rule "
+            f"'synchronous', or one machine."
+        )
+    if place is not None and place.agent > 0:
+        folder, monitors = RunFolder(Path(tempfile.mkdtemp(prefix="instep-"))), [_say]
+    elif folder is None:
         path = Path(out) if out is not None else RunFolder.claim(recipe.name)
         folder = RunFolder.create(path, recipe_file, About(import_paths=import_paths))
     request = Request(
@@ -204,13 +233,34 @@ def _trained(
         began=time.monotonic(),
         fingerprints=recipe.fingerprints(),
         notices=tuple(wanted.notices),
+        place=place,
     )
     result = supervised(folder, request, recipe.threads, monitors)
     if result["interrupted"]:
+        if place is not None and place.agent > 0:
+            raise KeyboardInterrupt(f"the run ended after step {result['steps']}, and is saved by agent 0.")
         how = folder.how_to_resume()
         how = how if how.startswith("instep") else f"instep.train(resume={str(folder.path)!r}) or instep train {how}"
         raise KeyboardInterrupt(f"the run ended after step {result['steps']}, and is saved; go on with {how}")
+    if place is not None and place.agent > 0:
+        return _RunElsewhere(place.agent, result, recipe, import_paths)
     return Run(folder.path, result, recipe, import_paths)
+
+
+def place_of(team: Team) -> Place | None:
+    """This process's place among the agents of several; None where it is the only one. Raises RecipeError."""
+    return None if team.launcher == "local" else from_environment(os.environ, team.launcher)
+
+
+def begun_before(out: str | os.PathLike[str] | None) -> bool:
+    """Whether torchrun has started agent 0 once more, and the run that it had begun in the folder `out` is to go on."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ.get("RANK") == "0"
+    return again and out is not None and RunFolder(Path(out)).recipe_path.exists()
+
+
+def _say(event: dict[str, Any]) -> None:
+    """What an agent that follows another tells: who it waits for."""
+    print(f"instep: {event['why']}", file=sys.stderr, flush=True)
 
 
 def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replayed:

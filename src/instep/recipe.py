@@ -233,6 +233,12 @@ class Team:
     slow: workers to slow down, by sleeping, for comparing rules: "1:4x" makes worker 1 take 4 times as long.
     answer_timeout_s: seconds without a sign of life after which a worker counts as stopped.
     stall_timeout_s: seconds in which a worker that answers may finish no microbatch.
+    launcher: who has started this agent of several: ``torchrun``, ``srun``, or nobody (``local``); ``auto`` looks.
+    interface: address, or name of the network interface, where the hosts of a run reach each other; "" finds it.
+    join_timeout_s: seconds in which all agents must have come.
+    lease_s, give_up_s: seconds of silence after which a host is lost, and in which it looks for agent 0 again.
+    when_lost: whether the hosts that are left ``continue`` with all workers, or ``wait`` for one that was lost.
+    mixed_processors: whether hosts may have processors of several kinds, which withdraws the promise of the same bits.
     """
 
     workers: int = 1
@@ -246,6 +252,13 @@ class Team:
     slow: str = ""
     answer_timeout_s: float = 4.0
     stall_timeout_s: float = 600.0
+    launcher: Literal["auto", "local", "torchrun", "srun"] = "auto"
+    interface: str = ""
+    join_timeout_s: float = 600.0
+    lease_s: float = 5.0
+    give_up_s: float = 60.0
+    when_lost: Literal["continue", "wait"] = "continue"
+    mixed_processors: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "team")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -187,3 +188,9 @@ def complaint(started: Started) -> str:
     assert started.err.count("\n") == 1, started.err
     assert started.err.endswith((".\n", "?\n"))
     return started.err
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])

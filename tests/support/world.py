@@ -15,6 +15,8 @@ from instep.team.orders import (
     FailRun,
     FinishRun,
     Go,
+    HostCame,
+    HostLost,
     Join,
     Lost,
     Member,
@@ -41,8 +43,21 @@ class World:
     "dead" if it was ended. `said`: what a process has told the roster so far.
     """
 
-    def __init__(self, workers: int = 2, restarts: int = 1, *, serving: bool = False, unlooked: bool = False):
-        self.roster = Roster(workers, restarts, Path("run"), serving=serving)
+    def __init__(
+        self,
+        workers: int = 2,
+        restarts: int = 1,
+        *,
+        serving: bool = False,
+        unlooked: bool = False,
+        agents: tuple[int, ...] = (1,),
+        patient: bool = False,
+    ):
+        agents = (1,) if serving else agents  # which needs one host
+        self.roster = Roster(workers, restarts, Path("run"), serving=serving, agents=agents, patient=patient)
+        self.hosts, self.patient = len(agents), patient
+        self.here = {0} if agents[0] == 1 else set()
+        self.started = False  # whether the present epoch has not ended
         self.allowed, self.serving, self.unlooked = restarts, serving, unlooked
         self.stage: dict[Member, str] = {}
         self.said: list[RosterEvent] = []
@@ -68,8 +83,18 @@ class World:
         if self.final is None and self.ending is None:
             active = self.roster.active
             assert set(active) <= set(self.living()), "it waits for the dead"
+            assert set(self.roster.awaited) == self.awaited()
+            if self.awaited():
+                assert not active
+                assert not self.living(), "a process lives, and its team waits for a host"
+                return
             assert active, "it waits for nobody"
             assert self.roster.going or any(self.stage[member] == "building" for member in active), "all wait for all"
+
+    def awaited(self) -> set[int]:
+        """The hosts without which no team may start now."""
+        needed = set(range(self.hosts)) if self.patient or not self.epochs else set()
+        return set() if self.started else needed - self.here
 
     def obey_one(self, order: Order) -> None:
         match order:
@@ -79,8 +104,11 @@ class World:
                 assert order.epoch == self.roster.epoch > max(self.epochs, default=0)
                 assert {member.epoch for member in order.members} == {order.epoch}
                 assert [member.number for member in order.members] == list(range(len(order.members)))
-                self.counted += isinstance(self.ending, Lost)
-                self.ending, self.server_told = None, False
+                hosts = [member.host for member in order.members]
+                assert hosts == sorted(hosts), "workers of a host are neighbours"
+                assert set(hosts) <= self.here, "who is not there starts nothing"
+                self.started = True
+                self.server_told = False
                 self.epochs.append(order.epoch)
                 self.stage.update(dict.fromkeys(order.members, "building"))
                 self.roster.hear(Resumed(order.epoch, (), self.unlooked and not order.looked))
@@ -114,6 +142,10 @@ class World:
                 assert epoch == self.roster.epoch
                 assert self.ending is None
                 self.ending = self.last
+                if isinstance(self.last, HostLost | HostCame):
+                    lost = [m for m in self.living() if m.host == self.last.host]
+                    self.stage.update(dict.fromkeys(lost, "lost"))
+                    self.losses.append(lost[0])
             case NoteLoss(member=member):
                 assert self.stage[member] in ("lost", "dead")
                 assert [type(o) for o in self.orders if getattr(o, "member", None) == member].count(NoteLoss) == 1
@@ -146,7 +178,18 @@ class World:
     def living(self, *stages: str) -> list[Member]:
         return [m for m, stage in self.stage.items() if stage in (stages or ("building", "ready", "working"))]
 
+    def comes(self, host: int) -> None:
+        self.here.add(host)
+        self.tell(HostCame(host, "b"))
+
+    def loses(self, host: int) -> None:
+        self.here.discard(host)
+        self.tell(HostLost(host, "host 1 (b) is lost."))
+
     def gone(self, written: tuple[str, ...] = ()) -> None:
+        lost = isinstance(self.ending, Lost | HostLost | HostCame)
+        self.counted += lost and not self.stopping and self.counted < self.allowed
+        self.started, self.ending = False, None
         self.stage.update({m: "dead" for m, stage in self.stage.items() if stage != "lost"})
         self.tell(EpochEnded(self.roster.epoch, written))
 
@@ -201,7 +244,12 @@ class World:
             return
         if self.final is not None:
             return
+        host = pick % self.hosts
         match kind, self.ending is not None:
+            case "come", _ if host or not self.here:
+                self.comes(host)
+            case "part", _ if host:
+                self.loses(host)
             case "gone", True:
                 self.gone(NAMES[pick % 3 : pick % 2])
             case "stop", _:
@@ -250,6 +298,8 @@ class World:
             working = self.living("working")
             if self.ending is not None:
                 self.gone()
+            elif self.awaited():
+                self.comes(min(self.awaited()))
             elif self.living("building"):
                 self.build()
             elif self.server_told:

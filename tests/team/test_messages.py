@@ -38,12 +38,14 @@ MESSAGES = [
     ),
     m.Cancelled(),
     m.Assignment(RECIPE, Team(), Path("run"), ("f",), None, 1.5, (1, 2), written=("w",)),
+    m.HostNetwork((1, 2), ("10.0.0.1", 4711), "start 1", "10.0.0.2"),
     m.Ready({"data": "ab", "samples": 3}, REGIONS),
     m.Agreed({"data": "ab", "samples": 3}, REGIONS),
     m.Digest(3, "ab"),
     m.Sync(),
     m.Synced(),
     m.FoundWritten(["w"], "a first forward"),
+    m.PeersLost("rank 1 of 2 has lost another one"),
     m.StoppedAt(4),
     m.Ended(dataclasses.asdict(Progress(version=3)), "ab", True, {"sample": "text"}, {"bytes_sent": 8}),
     m.Left(1, "worker 1 was killed"),
@@ -84,7 +86,7 @@ def test_every_message_is_tried_above_and_frozen() -> None:
 
 def test_every_message_has_a_direction_and_only_what_is_passed_on_has_several() -> None:
     assert len(UNIONS) == 8
-    assert set().union(*UNIONS.values()) == CLASSES - {m.Assignment}, "which is handed over at the fork"
+    assert set().union(*UNIONS.values()) == CLASSES - {m.Assignment, m.HostNetwork}, "which are handed over at the fork"
     several = {each for each in CLASSES if sum(each in union for union in UNIONS.values()) > 1}
     assert several == {m.PlainEvents, m.Failed, m.Finished, m.StopRun}
 

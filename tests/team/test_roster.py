@@ -28,7 +28,7 @@ from instep.team.orders import (
     StopServer,
     Warn,
 )
-from instep.team.roster import Roster
+from instep.team.roster import Roster, share_out
 from support.world import FINAL, World
 
 pytestmark = pytest.mark.pure
@@ -36,10 +36,14 @@ pytestmark = pytest.mark.pure
 
 KINDS = (
     "build", "build", "build", "ready", "end", "lose", "lose", "raise", "write", "digest", "drift", "stop", "gone",
-    "gone", "old",
+    "gone", "old", "come", "come", "part",
 )  # fmt: skip
 HISTORIES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 29)), max_size=60)
-WORLDS = st.builds(World, st.integers(1, 4), st.integers(0, 3), serving=st.booleans(), unlooked=st.booleans())
+AGENTS = st.sampled_from([(1,), (1,), (1, 1), (2, 1), (1, 1, 1)])
+WORLDS = st.builds(
+    World, st.integers(1, 4), st.integers(0, 3), serving=st.booleans(), unlooked=st.booleans(), agents=AGENTS,
+    patient=st.booleans(),
+)  # fmt: skip
 
 
 def keeps_every_promise(world: World, history: list[tuple[str, int]]) -> None:
@@ -53,7 +57,9 @@ def keeps_every_promise(world: World, history: list[tuple[str, int]]) -> None:
     cut_short = isinstance(world.final, CancelRun) and isinstance(world.ending, Lost) and told != world.losses
     assert told == world.losses[: len(world.losses) - cut_short], "each death is told of once"
     ended = [order.epoch for order in world.orders if isinstance(order, EndEpoch)]
-    assert ended + [world.roster.epoch] * (world.roster.epoch not in ended) == world.epochs, "every epoch ends once"
+    assert ended + [world.roster.epoch] * (world.roster.epoch not in (0, *ended)) == world.epochs, (
+        "every epoch ends once"
+    )
     for event in world.said:
         world.hear_old(event)
 
@@ -69,7 +75,7 @@ def test_random_histories_come_everywhere() -> None:
     """Or the test above would test nothing."""
     seen = set()
 
-    @settings(max_examples=500, database=None)
+    @settings(max_examples=1200, database=None)
     @given(WORLDS, HISTORIES)
     def look(world: World, history: list[tuple[str, int]]) -> None:
         for kind, pick in history:
@@ -145,6 +151,45 @@ def test_a_worker_of_the_server_is_replaced_and_joins_alone() -> None:
 def test_members_are_called_by_what_they_do() -> None:
     assert [Roster(2, 0, Path("run"), serving=True).name(n) for n in range(3)] == ["worker 0", "worker 1", "the server"]
     assert Roster(3, 0, Path("run"), serving=False).name(2) == "worker 2"
+
+
+def test_a_lost_host_leaves_its_workers_to_the_others_or_is_waited_for() -> None:
+    for patient in (False, True):
+        world = World(3, agents=(1, 1), patient=patient)
+        assert world.roster.awaited == [1]
+        world.comes(1)
+        assert [each.host for each in world.present()] == [0, 1, 1]
+        world.build()
+        world.loses(1)
+        world.gone()
+        assert [each.host for each in world.living()] == ([] if patient else [0, 0, 0])
+        world.comes(1)
+        assert [each.host for each in world.living()] == ([0, 1, 1] if patient else [0, 0, 0])
+        assert NoteLoss(Member(1, 1, host=1), "host 1 (b) is lost.") in world.orders
+        assert world.roster.restarts == 1
+
+
+def test_an_agent_that_comes_anew_has_no_workers() -> None:
+    world = World(2, agents=(1, 1))
+    world.comes(1)
+    world.build()
+    world.comes(1)
+    world.gone()
+    assert [each.host for each in world.present()] == [0, 1]
+    assert world.roster.restarts == 1
+
+
+def test_workers_are_shared_out_by_agents_and_the_rest_stands_by() -> None:
+    assert share_out(5, [1, 1]) == [2, 3]
+    assert share_out(2, [1, 1, 1]) == [1, 1, 0]
+    assert share_out(8, [2, 0, 1]) == [5, 0, 3]
+    assert share_out(1, [2]) == [1]
+
+
+def test_members_of_other_hosts_are_called_by_them_too() -> None:
+    world = World(2, agents=(1, 1))
+    world.comes(1)
+    assert [world.roster.name(number) for number in (0, 1)] == ["worker 0", "worker 1 on host 1 (b)"]
 
 
 def test_the_death_of_the_server_starts_all_again() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from instep.cli.flags import Settings, UsageError, import_paths, merge, parsed
@@ -31,6 +33,10 @@ def train_recipe(
     if out is not None and resume is not None:
         raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
 
+    from instep.api import begun_before, place_of, train
+
+    if resume is None and begun_before(out):
+        out, resume = None, out
     if resume is not None:
         recipe, team = _saved(resume, given, settings)
     elif given is not None:
@@ -41,10 +47,16 @@ def train_recipe(
             "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
         )
 
-    from instep.api import train
     from instep.monitors import Monitor
 
-    paths = import_paths(given)
+    paths, place = import_paths(given), place_of(team)
+    if place is not None and not any(name == "team.workers" for name, _ in settings):
+        team = replace(team, workers=place.agents)
+        if place.agent == 0:
+            print(f"instep: {place.agents} workers, one for each agent; --workers takes others.", file=sys.stderr)
+    if place is not None and place.agent > 0:  # the first has the run folder, and shows the run
+        train(recipe, team=team, resume=resume, import_paths=paths, skip_samples=skipped)
+        return
     with interrupting(), contextlib.ExitStack() as stack:
         if resume is None and out is None:
             out = RunFolder.claim(recipe.name)

@@ -10,10 +10,12 @@ A reader meets tapes of other versions too: it gets plain tables, and passes ove
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypedDict, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import astuple
+
+from instep.record.team import HostInTeam, TeamAsRead
 
 SCHEMA = 2
 """The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
@@ -71,14 +73,6 @@ class Event(Struct, frozen=True, kw_only=True, gc=False):
     clock: Annotated[Literal["wall", "virtual"], _is('"virtual" in a simulation')] = "wall"
 
 
-class _Team(TypedDict, total=False):
-    """What readers ask of a team."""
-
-    device: Literal["cpu", "cuda"]
-    workers: Counted
-    restarts: Count
-
-
 class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
     """A session begins, or its team starts again: the run goes on from `version`."""
 
@@ -88,7 +82,7 @@ class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
     folder: Annotated[str, _is("the run folder, empty for none")]
     run: Maybe[Annotated[str | None, _is("the run's id", where="not in a simulation")]] = UNSET
     recipe: Annotated[dict[str, Any], _is("the resolved recipe")]
-    team: Annotated[dict[str, Any], _is("the resolved team"), _has(_Team)]
+    team: Annotated[dict[str, Any], _is("the resolved team"), _has(TeamAsRead)]
     fingerprint: Annotated[str, _is("of the recipe")]
     data_digest: Annotated[str, _is("of the training data")]
     samples: Annotated[Count, _is("of the training data")]
@@ -106,6 +100,7 @@ class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
     batched: Maybe[Annotated[bool, _is("whether gradients are computed together", where="in a simulation")]] = UNSET
     written: Maybe[Annotated[list[str], _is("parameters", where="where forwards are known to write any")]] = UNSET
     optimizers: Maybe[Annotated[list[str], _is("what each of them trains", where="where there are several")]] = UNSET
+    hosts: Maybe[Annotated[list[HostInTeam], _is("who has workers", where="where there are several agents")]] = UNSET
 
 
 class JoinedEvent(Event, frozen=True, kw_only=True, gc=False):

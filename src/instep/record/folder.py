@@ -25,7 +25,7 @@ from instep.record.files import close_own, disk_error, hold_alone, json_text, wr
 from instep.record.held import Held, Identity, is_there
 from instep.record.shapes import ABOUT, RESULT, misfit
 
-_LOG = re.compile(r"(supervisor|server|worker-\d+)\.log")
+_LOG = re.compile(r"(supervisor|server|worker-\d+)\.log|[\w.-]+-\d+\.txt")
 
 
 @dataclass(frozen=True)

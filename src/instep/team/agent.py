@@ -16,7 +16,6 @@ import traceback
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -29,14 +28,17 @@ from instep.record.folder import RunFolder
 from instep.record.tape import Tape
 from instep.team import messages, orders
 from instep.team.channel import Channel
-from instep.team.crew import Crew, LocalCrew, Told
+from instep.team.crew import Crew, Heard, LocalCrew
+from instep.team.follower import Follower
+from instep.team.hosts import Hosts, network_of
 from instep.team.journal import ClientGone, Journal
 from instep.team.messages import Request
 from instep.team.orders import Member
 from instep.team.outcome import result_of, start_of
 from instep.team.processes import import_before_forks
 from instep.team.roster import Roster
-from instep.team.signals import Requests
+from instep.team.signals import Interrupted, Requests
+from instep.team.waiting import ready_of
 
 PATIENCE_S = 1.0
 """Seconds to wait for the lock of the run folder: the workers of a run that was killed hold it a moment longer."""
@@ -45,23 +47,21 @@ LOOK_S = 0.2
 """Seconds between two looks at the workers."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop where there was nothing to save, or at once."""
-
-
 class Agent:
     """One run, over all starts of its team."""
 
     def __init__(self, run: Request, client: Channel, requests: Requests | None = None):
         self._run, self._client, self._requests = run, client, requests or Requests()
         self._folder, self._parent = RunFolder(run.folder), os.getppid()
-        serving = run.engine == "server"
-        self.roster = Roster(run.team.workers, run.team.restarts, run.folder, serving=serving)
+        self._hosts: Hosts | None = None  # where there are other agents
+        self._parted: dict[Member, tuple[float, str]] = {}  # who has lost the others, when, and how
+        serving, team = run.engine == "server", run.team
+        agents = run.place.agents_by_host if run.place is not None else (1,)
+        patient = team.when_lost == "wait"
+        self.roster = Roster(team.workers, team.restarts, run.folder, serving=serving, agents=agents, patient=patient)
         others = children()  # which are not this run's: none, unless a program supervises by itself
-        self._local = LocalCrew(
-            run.team, others, client, serving=serving, name=self.roster.name, log_of=self._folder.log_of
-        )
-        self._crews: list[Crew] = [self._local]
+        name = self.roster.name
+        self._local = LocalCrew(team, others, self._unused, serving=serving, name=name, folder=self._folder)
         self._facts: Mapping[str, Any] = {}  # what the team of this epoch starts from
         self._ended: dict[int, messages.Ended] = {}
         self._resume_from: Path | None = None
@@ -83,11 +83,18 @@ class Agent:
                 best.read(self._folder.checkpoints)  # a damaged one is told of now, not in the midst of training
                 self._resume_from = self._journal.newest_checkpoint(resumed=self._run.resumed)
                 self._check_steps()
-                return self._train()
+                return self._train() if self._run.place is None else self._train_with_others()
             except InstepError as error:
                 why = self._cause(error)
                 self._journal.record(FailedEvent(why=why.message))
                 raise why from error.__cause__
+
+    def _train_with_others(self) -> dict[str, Any]:
+        """As `_train`; all other agents are told how it ended."""
+        with Hosts(self._run, self._folder, self._run_id) as self._hosts:
+            result = self._train()
+            self._hosts.tell(messages.Finished(result))
+            return result
 
     def _cause(self, error: InstepError) -> InstepError:
         """What is to be told: where the run folder is gone, that is why something else failed."""
@@ -119,17 +126,26 @@ class Agent:
 
     def _listen(self) -> None:
         """Waits until something happens, or it is time to look at the workers."""
-        sources: list[Any] = [self._client, *(source for crew in self._crews for source in crew.sources())]
-        ready: list[Any] = wait(sources, timeout=LOOK_S)
+        hosts, crews = self._hosts, self._crews
+        sources: list[Any] = [self._client, *(source for crew in crews for source in crew.sources())]
+        if hosts is None:
+            ready = ready_of(sources, [], LOOK_S)
+        else:
+            ready = ready_of([*sources, *hosts.sources()], hosts.senders(), LOOK_S)
         if self._client in ready:
             self._hear_client()
         if self._requests.end or self._requests.at_once:
             self._hear(orders.StopAsked(at_once=self._requests.at_once))
-        for crew in self._crews:
+        for crew in crews:
             for heard in crew.hear(ready):
                 self._hear_member(crew, heard)
                 if self._result is not None:
                     return
+        if hosts is not None:
+            for event in hosts.hear(ready, begun=self.roster.epoch > 0):
+                self._hear(event)
+            if line := hosts.awaiting(self.roster.awaited):
+                self._journal.say(line)
         if time.monotonic() - self._looked >= LOOK_S:
             self._look()
 
@@ -141,9 +157,9 @@ class Agent:
         assert isinstance(message, messages.StopRun), f"during a run a client asks for its end alone, not {message}"
         self._hear(orders.StopAsked())
 
-    def _hear_member(self, crew: Crew, heard: Told | orders.Lost) -> None:
-        """What a process has sent, or that it is lost."""
-        if isinstance(heard, orders.Lost):
+    def _hear_member(self, crew: Crew, heard: Heard | orders.RosterEvent) -> None:
+        """What a process has sent, or what has happened to it."""
+        if not isinstance(heard, Heard):
             self._hear(heard)
             return
         match heard.message:
@@ -158,6 +174,9 @@ class Agent:
                 self._facts = facts
             case messages.Ended():
                 self._ended[heard.member.number] = heard.message
+            case messages.PeersLost(why):
+                self._parted[heard.member] = time.monotonic(), why
+                return
         self._hear(orders.Said(heard.member, heard.message))
 
     def _look(self) -> None:
@@ -167,8 +186,21 @@ class Agent:
         if os.getppid() != self._parent:  # whoever it was that held the client's end of the pipe open
             raise ClientGone
         for crew in self._crews:
-            if (lost := crew.look()) is not None:
+            if (lost := crew.look()) is not None and self._result is None:
                 self._hear(lost)
+        for member, (since, why) in list(self._parted.items()):
+            if time.monotonic() - since > self._run.team.lease_s and member in self.roster.active:
+                name = self.roster.name(member.number)  # who died would be known by now
+                self._hear(orders.Lost(member, f"{name} was cut off from the other workers, who live: {why}"))
+
+    @property
+    def _crews(self) -> list[Crew]:
+        """Those of all hosts that are there, this one first."""
+        return [self._local, *(self._hosts.crews if self._hosts is not None else ())]
+
+    def _unused(self) -> list[Any]:
+        """What is open here that no worker needs."""
+        return [self._client, *(self._hosts.opened if self._hosts is not None else ())]
 
     def _hear(self, event: orders.RosterEvent) -> None:
         """Tells the roster, and does what it orders."""
@@ -222,8 +254,12 @@ class Agent:
         meta = checkpoint.read_manifest(self._resume_from).meta if self._resume_from is not None else {}
         self.roster.hear(orders.Resumed(order.epoch, tuple(meta.get("written", ())), bool(meta.get("unlooked"))))
         self._ended.clear()
+        self._parted.clear()
         self._looked = time.monotonic()
-        self._local.start(order.members, self._assignment(first=self._resume_from is None and order.epoch == 1))
+        assignment = self._assignment(first=self._resume_from is None and order.epoch == 1)
+        with network_of(order.members, self._hosts.address if self._hosts is not None else "") as network:
+            for crew in self._crews:
+                crew.start(order.members, replace(assignment, network=network))
 
     def _assignment(self, *, first: bool) -> messages.Assignment:
         run = self._run
@@ -252,7 +288,8 @@ class Agent:
             write_atomically(self._folder.recipe_path, self._run.recipe_file.encode())
         again = order.epoch > 1
         resumed = self._journal.begun or again
-        self._journal.record(start_of(self._run, self._run_id, self._facts, resumed=resumed))
+        hosts = self._hosts.described(order.members) if self._hosts is not None else None
+        self._journal.record(start_of(self._run, self._run_id, self._facts, resumed=resumed, hosts=hosts))
         for why in () if again else (*self._run.notices, *self._run.rule.warnings()):
             self._journal.warn(why)
         for crew in self._crews:
@@ -269,7 +306,7 @@ class Agent:
         for crew in self._crews:
             crew.end()
         for crew in self._crews:
-            self._found += self._journal.pass_on_the_rest(crew.last_words())
+            self._found += self._journal.pass_on_the_rest(told.message for told in crew.last_words())
 
     def _finish(self, leader: Member) -> dict[str, Any]:
         """Lets the workers leave, and writes the result."""
@@ -304,7 +341,10 @@ def _serve(client: Channel) -> None:
     requests = Requests()
     requests.listen()
     try:
-        client.send(messages.Finished(Agent(run, client, requests).supervise()))
+        if run.place is not None and run.place.agent > 0:
+            client.send(messages.Finished(Follower(run, client, requests).follow()))
+        else:
+            client.send(messages.Finished(Agent(run, client, requests).supervise()))
     except ClientGone:
         pass
     except Interrupted:

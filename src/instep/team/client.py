@@ -34,9 +34,11 @@ LOOK_S = 0.5
 def supervised(folder: RunFolder, request: Request, threads: int, monitors: Sequence[Monitor]) -> dict[str, Any]:
     """Has a supervisor do what is requested. Returns the result. Raises InstepError, and what a monitor raises.
 
-    The folder of a new run that has trained nothing is removed then: its name is free again.
+    The folder of a new run that has trained nothing is removed then: its name is free again. So is, at any end, that of
+    an agent that follows another, which is for scratch.
     """
     identity, client = identity_of(folder.path), None
+    follows = request.place is not None and request.place.agent > 0
     try:
         client = _Client(folder, request, threads)
         with interrupting() as stop, stop.noting():
@@ -45,10 +47,12 @@ def supervised(folder: RunFolder, request: Request, threads: int, monitors: Sequ
         with deaf():
             if client is not None:
                 client.close()  # first, or a worker would still write there
-            if not request.resumed and (client is None or not client.trained):
+            if follows or (not request.resumed and (client is None or not client.trained)):
                 remove(folder.path, identity)
         raise
     client.close()
+    if follows:
+        remove(folder.path, identity)
     return result
 
 

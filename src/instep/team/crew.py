@@ -6,10 +6,10 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from instep.recipe import Team
+from instep.record.folder import RunFolder
 from instep.team.channel import Channel
 from instep.team.heartbeat import Liveness, process_state
 from instep.team.messages import (
@@ -23,7 +23,7 @@ from instep.team.messages import (
     SupervisorToWorker,
     WorkerToSupervisor,
 )
-from instep.team.orders import Lost, Member
+from instep.team.orders import Lost, Member, RosterEvent
 from instep.team.processes import MemberProcess, MemberProcesses
 from instep.transport.memory import reserve
 
@@ -35,7 +35,7 @@ SERVED_GRACE_S = 1.0
 
 
 @dataclass(frozen=True)
-class Told:
+class Heard:
     """What a member has sent."""
 
     member: Member
@@ -60,11 +60,11 @@ class Crew(Protocol):
     def sources(self) -> list[Any]:
         """What to wait for, with `multiprocessing.connection.wait`."""
 
-    def hear(self, ready: Collection[Any]) -> Iterator[Told | Lost]:
+    def hear(self, ready: Collection[Any]) -> Iterator[Heard | RosterEvent]:
         """What is heard of those of the `sources` that are ready."""
 
-    def look(self) -> Lost | None:
-        """What no message tells: the first member that is lost in silence."""
+    def look(self) -> RosterEvent | None:
+        """What no message tells: the first that is lost in silence."""
 
     def leave(self) -> None:
         """Waits a while for those that have said their last word to end by themselves."""
@@ -72,29 +72,31 @@ class Crew(Protocol):
     def end(self) -> None:
         """Ends all of an epoch at once; `last_words` must follow."""
 
-    def last_words(self) -> Iterator[WorkerToSupervisor]:
+    def last_words(self) -> Iterator[Heard]:
         """What they had told before their end, unheard so far."""
 
 
 class LocalCrew:
     """Those of this machine, forked from this process.
 
-    team: its fields, and how many all hosts have. others: children of this process that are not the run's. client: what
-    the members do not need. name: what a member is called in a sentence; log_of: where it prints.
+    team: its fields, and how many all hosts have. others: children of this process that are not the run's. unused: what
+    is open here that members do not need. name: what a member is called in a sentence. folder: has the logs. host: the
+    number of this one.
     """
 
     def __init__(
         self,
         team: Team,
         others: set[int],
-        client: Channel,
+        unused: Callable[[], list[Any]],
         *,
         serving: bool,
         name: Callable[[int], str],
-        log_of: Callable[[str], Path],
+        folder: RunFolder,
+        host: int = 0,
     ):
-        self._team, self._others, self._client, self._serving = team, others, client, serving
-        self._name, self._log_of = name, log_of
+        self._team, self._others, self._unused, self._serving = team, others, unused, serving
+        self._name, self._folder, self._host = name, folder, host
         self._processes: MemberProcesses | None = None
         self._done: set[Member] = set()
 
@@ -103,7 +105,8 @@ class LocalCrew:
         self._done.clear()
         with assignment.recipe.prepared() as recipe:
             for member in members:
-                self._fork(member, replace(assignment, recipe=recipe))
+                if member.host == self._host:
+                    self._fork(member, replace(assignment, recipe=recipe))
         count = self._team.workers + self._serving
         pids = {process.member.number: process.handle.pid for process in processes}
         self._liveness = Liveness(
@@ -117,7 +120,7 @@ class LocalCrew:
 
     def _fork(self, member: Member, assignment: Assignment) -> None:
         own = replace(assignment, lines=self.processes.lines, incarnation=member.incarnation)
-        self.processes.fork(member, own, self._client)
+        self.processes.fork(member, own, self._unused())
 
     def prepare(self, facts: Mapping[str, Any]) -> None:
         lead = list(self.processes)[-1 if self._serving else 0].ready
@@ -140,13 +143,13 @@ class LocalCrew:
         waiting = [process for process in self._processes or () if process.member not in self._done]
         return [*(process.pipe for process in waiting), *(process.handle.death for process in waiting)]
 
-    def hear(self, ready: Collection[Any]) -> Iterator[Told | Lost]:
+    def hear(self, ready: Collection[Any]) -> Iterator[Heard | Lost]:
         processes = self._processes
         for process in list(processes or ()):
             if process.pipe in ready or process.handle.death in ready:
                 yield from self._hear_one(processes, process)
 
-    def _hear_one(self, processes: MemberProcesses | None, process: MemberProcess) -> Iterator[Told | Lost]:
+    def _hear_one(self, processes: MemberProcesses | None, process: MemberProcess) -> Iterator[Heard | Lost]:
         """All that it has said, and its death. Whoever hears it may end the epoch or take the member out meanwhile."""
         member = process.member
         try:
@@ -158,14 +161,15 @@ class LocalCrew:
                     process.ready = message
                 elif isinstance(message, Ended | Failed | FoundWritten | StoppedAt):
                     self._done.add(member)
-                yield Told(member, message)
+                yield Heard(member, message)
         except EOFError:
             yield self._lost(process)
 
     def _lost(self, process: MemberProcess) -> Lost:
         self._done.add(process.member)
-        name = self._name(process.member.number)
-        return Lost(process.member, *process.how_it_ended(name, self._log_of(name.removeprefix("the "))))
+        number = process.member.number
+        log = self._folder.log_of("server" if number == self._team.workers else f"worker {number}")
+        return Lost(process.member, *process.how_it_ended(self._name(number), log))
 
     def look(self) -> Lost | None:
         if self._processes is None:
@@ -215,13 +219,13 @@ class LocalCrew:
         if self._processes is not None:
             self._processes.end()
 
-    def last_words(self) -> Iterator[WorkerToSupervisor]:
+    def last_words(self) -> Iterator[Heard]:
         if self._processes is None:
             return
         processes, self._processes = self._processes, None
         try:
             for process in processes:
-                yield from _rest(process.pipe)
+                yield from (Heard(process.member, message) for message in _rest(process.pipe))
         finally:
             processes.close()
 

@@ -49,6 +49,11 @@ class Journal:
         """Notes a warning of the agent's own."""
         self.record(WarnedEvent(why=why))
 
+    def say(self, why: str) -> None:
+        """Tells the client something that is for no tape."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._client.send(PlainEvents([plain(WarnedEvent(why=why))]))
+
     def pass_on(self, happened: Sequence[Event]) -> None:
         """Notes what has happened. On the tape, ``run_started`` comes first; of a start that comes to nothing it holds
         none.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from instep.rules import UpdateRule
     from instep.team.channel import Line
     from instep.team.pickling import Pickled
+    from instep.team.place import Place
     from instep.transport.memory import Region
     from instep.worker.contribution import Facts
 
@@ -87,7 +88,8 @@ class Request:
     `fingerprints` are those with none of the recipe's changes, with the first, and so on. `notices` are sentences to
     warn with at the start.
 
-    `began`, in seconds on the machine's monotonic clock, is the zero of the tape's times.
+    `began`, in seconds on the machine's monotonic clock, is the zero of the tape's times. `place`: this agent's, where
+    there are several; those but the first have `folder` for scratch.
     """
 
     recipe: Pickled
@@ -103,6 +105,7 @@ class Request:
     began: float
     fingerprints: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,22 @@ SupervisorToClient = PlainEvents | Finished | Failed | Cancelled
 
 
 @dataclass(frozen=True, slots=True)
+class HostNetwork:
+    """How the workers of several hosts reach each other in one start of the team.
+
+    workers: how many each host has, neighbours. store: address and port of the store where they find each other, which
+    worker 0 serves. name: of this start, unlike that of all others. address: this host's, where the others reach it.
+    listener: in worker 0's process, a descriptor that listens at the store's port.
+    """
+
+    workers: tuple[int, ...]
+    store: tuple[str, int]
+    name: str
+    address: str
+    listener: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """What the supervisor gives to the processes of one start of the team, as it forks them.
 
@@ -124,7 +143,8 @@ class Assignment:
     `lines` are those between the server and each worker, none in lockstep; `incarnation` counts the processes that
     had this worker's place before. `first`: nothing of the run was trained before, and no team of it has started.
     `run_id` is kept in checkpoints; `identity` is that of the run folder. `written`: the parameters that forwards are
-    known to write.
+    known to write. `network`: None where one host has all workers. `scratch`: has the logs where the host lacks the run
+    folder.
     """
 
     recipe: Pickled
@@ -139,6 +159,8 @@ class Assignment:
     incarnation: int = 0
     first: bool = False
     written: tuple[str, ...] = ()
+    network: HostNetwork | None = None
+    scratch: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +206,13 @@ class FoundWritten:
 
 
 @dataclass(frozen=True, slots=True)
+class PeersLost:
+    """A worker cannot reach the others any more, one of whom may have died; it waits for its end."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class StoppedAt:
     """The server has stopped, as it was told to; the newest version that it has saved."""
 
@@ -215,7 +244,7 @@ class Left:
 
 
 SupervisorToWorker = Agreed | Synced | Left | StopRun
-WorkerToSupervisor = Events | Ready | Digest | Sync | FoundWritten | StoppedAt | Failed | Ended
+WorkerToSupervisor = Events | Ready | Digest | Sync | FoundWritten | PeersLost | StoppedAt | Failed | Ended
 
 # --------------------------------------------------------------------------------------- server and worker, on a line
 #

@@ -11,12 +11,13 @@ from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, Sto
 @dataclass(frozen=True, order=True)
 class Member:
     """A process of the team. Workers count from 0, and a server comes after them; `incarnation` counts the processes
-    that had its place before in its epoch.
+    that had its place before in its epoch. host: where it is; hosts count from 0, where the server and worker 0 are.
     """
 
     epoch: int
     number: int
     incarnation: int = 0
+    host: int = 0
 
 
 # Events
@@ -70,7 +71,23 @@ class EpochEnded:
     written: tuple[str, ...] = ()
 
 
-RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded
+@dataclass(frozen=True)
+class HostCame:
+    """A host, called `name`, is there to take workers: the first time, or again."""
+
+    host: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class HostLost:
+    """A host cannot be reached any more, as the sentence `why` says, and its workers with it."""
+
+    host: int
+    why: str
+
+
+RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | HostCame | HostLost
 
 # Orders
 

@@ -12,12 +12,15 @@ from msgspec import UNSET
 
 from instep.record.events import SCHEMA, RunStartedEvent
 from instep.record.result import Costs, Result
+from instep.record.team import HostInTeam
 from instep.tables import to_table
 from instep.team.messages import Ended, Request
 
 
-def start_of(run: Request, run_id: str | None, facts: Mapping[str, Any], *, resumed: bool) -> RunStartedEvent:
-    """The team's start. `facts`: what it starts from."""
+def start_of(
+    run: Request, run_id: str | None, facts: Mapping[str, Any], *, resumed: bool, hosts: list[HostInTeam] | None
+) -> RunStartedEvent:
+    """The team's start. `facts`: what it starts from; `hosts`: where there are several agents."""
     return RunStartedEvent(
         schema=SCHEMA,
         folder=str(run.folder),
@@ -35,10 +38,11 @@ def start_of(run: Request, run_id: str | None, facts: Mapping[str, Any], *, resu
         step=facts.get("step", facts["version"]),
         steps=run.recipe_table["steps"],
         resumed=resumed,
-        libraries=_libraries(),
+        libraries=libraries(),
         import_paths=list(run.import_paths),
         written=facts.get("written") or UNSET,
         optimizers=facts["optimizers"] if len(facts["optimizers"]) > 1 else UNSET,
+        hosts=UNSET if hosts is None else hosts,
     )
 
 
@@ -74,7 +78,8 @@ def result_of(
     ).table()
 
 
-def _libraries() -> dict[str, str]:
+def libraries() -> dict[str, str]:
+    """The versions of what decides the bits."""
     import numpy
     import torch
 

@@ -24,14 +24,17 @@ from instep.record.digest import digest_of_state
 from instep.record.events import JoinedEvent
 from instep.record.folder import RunFolder
 from instep.record.result import Costs
+from instep.reduce.levels import machine_of
 from instep.reduce.written import FirstWrite
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
-from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten
+from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten, PeersLost
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
-from instep.transport.group import PeerRaised, Solo
+from instep.transport.distributed import DistributedGroup, of_ranks
+from instep.transport.group import Group, PeerLost, PeerRaised, Sizes, Solo
 from instep.transport.shared_memory import SharedMemoryGroup, regions
+from instep.transport.wire import store_at
 from instep.worker.activation_memory import fit_memory
 from instep.worker.milestones import Milestones, Progress
 
@@ -40,10 +43,12 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
     """The whole life of a process of the team, which was forked. The server comes after the workers in number."""
     heartbeat = Heartbeat(board, number, os.getppid())
     heartbeat.start()
-    take_care_of_helpers([pipe.close, *(line.close for line in assignment.lines), lambda: os.close(descriptor)])
+    listeners = [] if assignment.network is None else [assignment.network.listener]
+    closed = [partial(os.close, each) for each in (descriptor, *listeners) if each is not None]
+    take_care_of_helpers([pipe.close, *(line.close for line in assignment.lines), *closed])
     leave_to_others(board.ask_to_stop)
     name = "server" if number == assignment.team.workers else f"worker {number}"
-    _redirect_output(RunFolder(assignment.folder).log_of(name))
+    _redirect_output(RunFolder(assignment.scratch or assignment.folder).log_of(name))
     session = Session(assignment, number, pipe, heartbeat)
     try:
         if not assignment.lines:
@@ -52,8 +57,10 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
             server.serve(session, descriptor)
         else:
             server.contribute(session, descriptor)
-    except PeerRaised:
+    except (PeerRaised, PeerLost) as error:
         session.send_events()
+        if isinstance(error, PeerLost):
+            pipe.send(PeersLost(str(error)))
         sys.stdout.flush()
         with contextlib.suppress(EOFError):
             pipe.recv()  # until the supervisor, which hears of it from another, ends this process
@@ -84,13 +91,15 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
         progress = session.progress_of(saved)
-    machines, every = (team.workers,), team.checkpoint_every
+    network, every = session.assignment.network, team.checkpoint_every
+    machines = network.workers if network is not None else (team.workers,)
     engine = Lockstep(replica, worker, machines, session.heartbeat, session.emit, session.clock, every)
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version)
     fit_memory(replica, team, session.emit if worker == 0 else None, workers=team.workers)
-    sizes, alone = engine.sizes(), team.workers == 1
+    sizes, here = engine.sizes(), machine_of(worker, machines)
+    own = of_ranks(sizes, here)
     facts = session.facts(
         version=progress.version,
         weights=digest_of_state(replica.saved_state()),
@@ -98,9 +107,8 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         shared_weight_bytes=engine.placement.weight_bytes,
         written=list(replica.written.names),
     )
-    session.ready(facts, {} if alone else regions(sizes))
-    waiting = session.heartbeat.waiting
-    engine.join(Solo(sizes, replica.device) if alone else SharedMemoryGroup(descriptor, sizes, worker, waiting))
+    session.ready(facts, {} if len(here) == 1 else regions(own))
+    engine.join(_group(session, sizes, own, worker - here.start, descriptor))
     engine.slowness = server.slowness_of(session)
     recipe, first, began = session.recipe, progress.version, session.clock()
     keeper = _Keeper(session, engine, progress)
@@ -114,6 +122,8 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             keeper.milestones.ended(progress, keeper.evaluate, lambda: session.mark_best(progress))
         digest = digest_of_state(replica.saved_state())
         engine.agree()  # nobody reads weights any more: what the recipe shows them to may change them; nobody raises
+    except PeerLost:  # it is of no use any more to do things together
+        raise
     except BaseException as error:
         session.send_events()
         doing = replica.doing
@@ -131,6 +141,22 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         idle_share=[round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
     )
     session.pipe.send(Ended(asdict(progress), digest, interrupted, left, costs))
+
+
+def _group(session: Session, sizes: Sizes, own: Sizes, place: int, descriptor: int) -> Group:
+    """How the workers reach each other. `own`: the sizes of this host's alone, of whom this one is number `place`."""
+    assert session.replica is not None
+    network, device, waiting = session.assignment.network, session.replica.device, session.heartbeat.waiting
+    machine: Group | None = None
+    if len(own.rows) > 1:
+        machine = SharedMemoryGroup(descriptor, own, place, waiting)
+    if network is None:
+        return machine or Solo(sizes, device)
+    connect = store_at(*network.store, network.listener if session.number == 0 else None)
+    own_address = network.address
+    return DistributedGroup(
+        connect, network.name, session.number, sizes, machine, device=device, address=own_address, waiting=waiting
+    )
 
 
 class _Keeper:

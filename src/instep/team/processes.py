@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -92,12 +92,12 @@ class MemberProcesses:
     def __getitem__(self, member: Member) -> MemberProcess:
         return self._by_number[member.number]
 
-    def fork(self, member: Member, assignment: Assignment, client: Channel) -> None:
-        """Starts the member's process, which does not need the `client`. Raises ResourceError."""
+    def fork(self, member: Member, assignment: Assignment, unused: Sequence[Any]) -> None:
+        """Starts the member's process, which closes what it does not need. Raises ResourceError."""
         try:
             ours, theirs = Channel.pair()
             with contextlib.closing(theirs):
-                unused = [client, ours, *(other.pipe for other in self)]
+                unused = [*unused, ours, *(other.pipe for other in self)]
                 arguments = (unused, assignment, member.number, theirs, self.board, self.descriptor)
                 handle = Handle(_main, arguments, f"worker-{member.number}")
         except OSError as error:
@@ -143,12 +143,12 @@ def import_before_forks() -> None:
             import_module(name)
 
 
-def _main(unused: list[Channel], *arguments: Any) -> None:
+def _main(unused: list[Any], *arguments: Any) -> None:
     from instep.team.process import main
 
     gc.freeze()  # what was inherited: the collector would write to it, and so copy it
-    for pipe in unused:  # or a worker would keep its siblings' pipes open after the agent's end
-        pipe.close()
+    for each in unused:  # or a worker would keep its siblings' pipes open after the agent's end
+        each.close()
     main(*arguments)
 
 

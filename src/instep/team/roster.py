@@ -11,6 +11,8 @@ of events:
   others can end without it, nothing at all.
 - A restart is counted once, whichever way the death was noticed, and no more of them come than are allowed. To go back
   for parameters that forwards write is none: what was found then is known later, so that it comes to an end.
+- A team starts with the workers of all hosts that are there, and waits for the others where it must: for all at first,
+  and later too if it is not to go on without those that were lost. Host 0, where the roster is, is always there.
 - What comes of another epoch, or of a process that was replaced or has done its part, changes nothing.
 - After a stop no process starts, and once those that live have ended or are lost the run is over.
 """
@@ -19,10 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from instep.errors import InstepError, WorkerError, with_saved
+from instep.ranges import equal_ranges
 from instep.team import orders
 from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
 from instep.team.orders import Member, Order
@@ -43,10 +47,20 @@ class Roster:
 
     serving: under the server engine, where a worker can be replaced while the others go on, and the run ends with the
     server; in lockstep all have the same weights, and one is nothing without the others. restarts: so many are allowed.
-    folder: the run folder, for sentences.
+    folder: the run folder, for sentences. agents: how many each host has, which share the workers; patient: whether a
+    host that was lost is waited for.
     """
 
-    def __init__(self, workers: int, restarts: int, folder: Path, *, serving: bool):
+    def __init__(
+        self,
+        workers: int,
+        restarts: int,
+        folder: Path,
+        *,
+        serving: bool,
+        agents: Sequence[int] = (1,),
+        patient: bool = False,
+    ):
         self._count, self._allowed, self._folder, self._serving = workers + serving, restarts, folder, serving
         self._leader = workers if serving else 0
         self.epoch = 0
@@ -59,8 +73,12 @@ class Roster:
         """Whether the team of this epoch has begun."""
         self.over = False
         """Whether the run has."""
+        self._agents, self._patient = tuple(agents), patient
+        self._here = {0} if self._agents[0] == 1 else set()  # hosts all of whose agents are there
+        self._names: dict[int, str] = {}
+        self._needed: frozenset[int] = frozenset()  # hosts without which no team starts; none while one has
         self._places: list[_Place] = []
-        self._unlooked = False
+        self._unlooked = self._looked = False
         self._digests: dict[int, dict[int, str]] = {}  # by version and number
         self._ending: orders.Lost | FoundWritten | None = None  # why the epoch ends, until it is gone
         self._stopping = False
@@ -68,7 +86,8 @@ class Roster:
 
     def begin(self) -> list[Order]:
         """Starts the team for the first time."""
-        return [self._start()]
+        self._needed = frozenset(range(len(self._agents)))
+        return self._start_if_all_are_there()
 
     def hear(self, event: orders.RosterEvent) -> list[Order]:
         """What is to be done after `event`, in this order."""
@@ -83,6 +102,11 @@ class Roster:
                 self.written.update(event.written)
                 self._unlooked = event.unlooked
             return []
+        if isinstance(event, orders.HostCame):
+            return self._came(event)
+        if isinstance(event, orders.HostLost):
+            self._here.discard(event.host)
+            return self._lose_all_of(event.host, event.why)
         if event.member not in self.active:
             return []
         place = self._places[event.member.number]
@@ -102,7 +126,10 @@ class Roster:
 
     def name(self, number: int) -> str:
         """What a member is called in a sentence."""
-        return "the server" if self._serving and number == self._leader else f"worker {number}"
+        if self._serving and number == self._leader:
+            return "the server"
+        host = self._places[number].member.host if number < len(self._places) else 0
+        return f"worker {number} on host {host} ({self._names[host]})" if host else f"worker {number}"
 
     # What follows from an event
 
@@ -125,9 +152,38 @@ class Roster:
                 sentence = with_saved(self._raised.message, message.version, self._folder)
                 return self._over(orders.FailRun(type(self._raised)(sentence, detail=self._raised.detail)))
 
+    @property
+    def awaited(self) -> list[int]:
+        """The hosts that a team waits for before it starts. Where there are some, none of its processes lives."""
+        return sorted(self._needed - self._here)
+
+    def _came(self, came: orders.HostCame) -> list[Order]:
+        waiting, host = bool(self.awaited), came.host
+        self._here.add(host)
+        self._names[host] = came.name
+        if waiting:
+            return self._start_if_all_are_there()
+        # One that was lost, and not waited for, takes part again when the team next starts.
+        return self._lose_all_of(host, f"the agent of host {host} ({came.name}) has come anew, without its workers.")
+
+    def _lose_all_of(self, host: int, why: str) -> list[Order]:
+        """All workers of a host are lost at once."""
+        there = [member for member in self.active if member.host == host]
+        return self._end(orders.Lost(there[0], why)) if there else []
+
+    def _start_if_all_are_there(self) -> list[Order]:
+        if self.awaited:
+            self._places, self._ending, self.going = [], None, False
+            return []
+        self._needed = frozenset()
+        looked, self._looked = self._looked, False
+        return [self._start(looked=looked)]
+
     def _start(self, *, looked: bool = False) -> orders.Start:
         self.epoch += 1
-        members = tuple(Member(self.epoch, number) for number in range(self._count))
+        counts = share_out(self._count, [n if host in self._here else 0 for host, n in enumerate(self._agents)])
+        hosts = [host for host, count in enumerate(counts) for _ in range(count)]
+        members = tuple(Member(self.epoch, number, host=host) for number, host in enumerate(hosts))
         self._places = [_Place(member) for member in members]
         self._digests, self._unlooked, self.going = {}, False, False
         self._ending = self._raised = None
@@ -143,9 +199,10 @@ class Roster:
             for name, value in facts.items():
                 if name in own and own[name] != value:
                     samples = ", and each sample on its index besides" if name == "data" else ""
+                    who, lead = self.name(number), self.name(self._leader)
                     return self._fault(
-                        f"worker {number} starts from other {name} than {self.name(self._leader)} ({own[name]} instead "
-                        f"of {value}); what builds them must depend on its arguments and the seed alone{samples}."
+                        f"{who} starts from other {name} than {lead} ({own[name]} instead of {value}); what "
+                        f"builds them must depend on its arguments and the seed alone{samples}."
                     )
         new = tuple(sorted({*facts.get("written", ())} - self.written))
         if new and self._unlooked:  # before the checkpoint that the team starts from, say
@@ -210,7 +267,7 @@ class Roster:
 
     def _stop(self, event: orders.StopAsked) -> list[Order]:
         known, self._stopping = self._stopping, True
-        if event.at_once:
+        if event.at_once or self.awaited:
             return self._over(orders.CancelRun())
         if event.within or self._ending is not None:
             return []
@@ -233,7 +290,7 @@ class Roster:
             return self._go_back(why, gone.written)
         if (too_often := self._count_restart(why)) is not None:
             return [*noted, *self._over(orders.FailRun(too_often))]
-        return [*noted, self._start()]
+        return [*noted, *self._start_again()]
 
     def _go_back(self, found: FoundWritten, more: Sequence[str]) -> list[Order]:
         """A new start with what was found to be written. It is no fault of a worker's, so it counts as no restart."""
@@ -249,7 +306,12 @@ class Roster:
             f"a forward wrote parameter '{new[0]}'{others} for the first time in {found.where}; the team goes back "
             f"to its last checkpoint, each worker with a copy of its own of what is written, as if so from the start."
         )
-        return [orders.Warn(why), self._start(looked=True)]
+        return [orders.Warn(why), *self._start_again(looked=True)]
+
+    def _start_again(self, *, looked: bool = False) -> list[Order]:
+        self._looked = looked
+        self._needed = frozenset(range(len(self._agents)) if self._patient else ())
+        return self._start_if_all_are_there()
 
     def _count_restart(self, lost: orders.Lost) -> WorkerError | None:
         """Counts a worker, or a team, that starts again; the error where that would be once too often."""
@@ -268,3 +330,16 @@ class Roster:
     def _over(self, order: orders.FinishRun | orders.FailRun | orders.CancelRun) -> list[Order]:
         self.over = True
         return [order]
+
+
+def share_out(workers: int, agents: Sequence[int]) -> list[int]:
+    """How many of the workers each host has, by its agents, of which each takes an equal part; the first take them all
+    where there are more agents than workers.
+
+    >>> share_out(5, [1, 1]), share_out(2, [1, 1, 1]), share_out(8, [2, 0, 1])
+    ([2, 3], [1, 1, 0], [5, 0, 3])
+    """
+    parts = min(workers, sum(agents))
+    sizes = [stop - start for start, stop in equal_ranges(workers, parts)]
+    ends = [min(sum(agents[: host + 1]), parts) for host in range(len(agents))]
+    return [sum(sizes[start:stop]) for start, stop in pairwise([0, *ends])]

@@ -102,6 +102,10 @@ def _answering(handler: Handler, numbers: tuple[int, ...], *, only: object = Non
             signal.signal(number, was)
 
 
+class Interrupted(Exception):
+    """The run was asked to stop where there was nothing to save, or at once."""
+
+
 class Requests:
     """What signals ask of this process, which was started in `blocked`: `end`, and `at_once` after a second SIGTERM."""
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,20 @@ end in between."""
 
 Connect = Callable[[], c10d.Store]
 """Gives a store that all processes of a team reach; a new client each time."""
+
+
+def store_at(address: str, port: int, listener: int | None = None) -> Connect:
+    """Gives clients of the store there; with `listener`, a descriptor that listens there, it is served by this process,
+    as long as it lives.
+    """
+    served = None
+    if listener is not None:
+        served = c10d.TCPStore(address, port, None, True, FOREVER, False, master_listen_fd=listener)
+    return partial(_client, address, port, served)
+
+
+def _client(address: str, port: int, _: c10d.Store | None) -> c10d.Store:
+    return c10d.TCPStore(address, port, None, False, FOREVER, False)
 
 
 class Wire:

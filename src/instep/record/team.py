@@ -1,0 +1,24 @@
+"""What a tape tells of a team and its hosts, as tables. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypedDict
+
+from msgspec import Meta
+
+
+class TeamAsRead(TypedDict, total=False):
+    """What readers ask of a team."""
+
+    device: Literal["cpu", "cuda"]
+    workers: Annotated[int, Meta(ge=1)]
+    restarts: Annotated[int, Meta(ge=0)]
+
+
+class HostInTeam(TypedDict):
+    """clock_error_s: by how much the times of its workers' events may be off the run's clock."""
+
+    host: int
+    name: str
+    workers: int
+    clock_error_s: float

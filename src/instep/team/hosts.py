@@ -1,0 +1,290 @@
+"""Agent 0's side of a run's other agents: lets them in, compares what they are to agree on, knows who is awaited."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+import uuid
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from instep.differences import differences
+from instep.errors import InstepError, RecipeError, ResourceError, WorkerError
+from instep.record.folder import RunFolder
+from instep.record.team import HostInTeam
+from instep.team import meeting
+from instep.team.journal import ClientGone
+from instep.team.link import AgentLink, Listener
+from instep.team.messages import Cancelled, Failed, Finished, HostNetwork, Request, StopRun
+from instep.team.orders import HostCame, Member, RosterEvent, StopAsked
+from instep.team.outcome import libraries
+from instep.team.place import Place
+from instep.team.processor import processor
+from instep.team.remote import RemoteCrew, Silence
+from instep.team.signals import Interrupted
+from instep.team.waiting import ready_of
+from instep.team.wire_messages import HelloAgent, Welcome
+
+SAY_S = 10.0
+"""Seconds between two lines on who is awaited."""
+
+HELLO_S = 5.0
+"""Seconds that an agent has to say who it is, once it has shown that it knows the secret."""
+
+FAREWELL_S = 5.0
+"""Seconds that the other agents have to end after the run's end."""
+
+
+class Hosts:
+    """Those of one run. Raises ResourceError where the address cannot be had."""
+
+    def __init__(self, run: Request, folder: RunFolder, run_id: str | None):
+        assert run.place is not None, "there are several agents"
+        self._run, self._folder, self._run_id = run, folder, run_id
+        self._place: Place = run.place
+        secret = meeting.draw_secret(self._place, os.environ)
+        self.address = meeting.own_address(self._place, run.team.interface)
+        try:
+            self._listener = Listener((self.address, self._place.port), secret)
+        except OSError as error:
+            raise ResourceError(
+                f"agent 0 cannot listen at {self.address}, port {self._place.port}: {error.strerror}; another program "
+                f"may use it: set another one, or end that."
+            ) from error
+        meeting.publish(self._place, self._listener.address, secret)
+        self._own = hello_of(run, self.address)
+        self.crews: list[RemoteCrew] = []
+        """Of the hosts that are there."""
+        self._standby: dict[int, AgentLink] = {}  # agents without workers, by number
+        self._unknown: dict[AgentLink, Silence] = {}  # that have not said who they are
+        self._session: dict[int, str] = {}  # the present one of each agent
+        self._replaced: set[str] = set()
+        self._parent = os.getppid()
+        self._began = self._said = time.monotonic()
+
+    def __enter__(self) -> Hosts:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """All other agents are told of what has ended the run."""
+        where = f"as agent 0 says on host 0 ({self._own.name})"
+        if isinstance(error, InstepError):
+            self.tell(Failed(type(error).__name__, f"the run failed, {where}."))
+        elif isinstance(error, Interrupted):
+            self.tell(Cancelled())
+        elif isinstance(error, ClientGone) and os.getppid() == self._parent:  # else the run may be taken up again
+            self.tell(Failed("WorkerError", f"the run was ended at once, {where}."))
+        for each in self.opened:
+            each.close()
+
+    def _clock(self) -> float:
+        return time.monotonic() - self._run.began
+
+    def described(self, members: Collection[Member]) -> list[HostInTeam]:
+        """What the tape tells of the hosts that these members are on."""
+        own: list[tuple[int, str, float]] = [(0, self._own.name, 0.0)]
+        known = own + [(crew.hello.host, crew.hello.name, crew.clock_error_s) for crew in self.crews]
+        counts = Counter(member.host for member in members)
+        return [
+            {"host": host, "name": name, "workers": counts[host], "clock_error_s": round(error_s, 6)}
+            for host, name, error_s in sorted(known)
+        ]
+
+    @property
+    def opened(self) -> list[Any]:
+        """All that is open here for them."""
+        return [self._listener, *self._unknown, *self._standby.values(), *(crew.link for crew in self.crews)]
+
+    def sources(self) -> list[Any]:
+        """What to wait for; those of the crews come beside."""
+        return [*self._listener.sources(), *self._unknown, *self._standby.values()]
+
+    def senders(self) -> list[Any]:
+        """What has something to send."""
+        links = [*self._unknown, *self._standby.values(), *(crew.link for crew in self.crews if crew.lost is None)]
+        return [link for link in links if link.wants_write]
+
+    def hear(self, ready: Collection[Any], *, begun: bool) -> Iterator[RosterEvent]:
+        """Lets in who comes. Raises the run's error where one differs who must not, before the run has `begun`."""
+        link: AgentLink
+        for link in self._listener.accept():
+            self._unknown[link] = Silence()
+        for link, silence in list(self._unknown.items()):
+            yield from self._hear_unknown(link, silence, begun)
+        for agent, link in list(self._standby.items()):
+            if link in ready:
+                try:
+                    if any(isinstance(message, StopRun) for message in link.receive()):
+                        yield StopAsked()
+                except (EOFError, OSError):
+                    self._standby.pop(agent).close()
+        self.crews = [crew for crew in self.crews if crew.lost is None or not crew.told_of_loss]
+
+    def _hear_unknown(self, link: AgentLink, silence: Silence, begun: bool) -> Iterator[RosterEvent]:
+        hello: Any = None
+        try:
+            messages = link.receive()
+            if not messages and silence.look() < HELLO_S:
+                return
+            hello = next(iter(messages), None)
+        except (EOFError, OSError):
+            pass
+        del self._unknown[link]
+        if not isinstance(hello, HelloAgent):
+            link.close()
+            return
+        refused = self._refused(hello)
+        if refused is None and (different := self._different(hello)) is not None:
+            if not begun:
+                raise different
+            refused = different
+        if refused is not None:
+            with contextlib.suppress(OSError):
+                link.send(Failed.of(refused))
+                link.flush()
+            link.close()
+            return
+        yield from self._let_in(link, hello)
+
+    def _let_in(self, link: AgentLink, hello: HelloAgent) -> Iterator[RosterEvent]:
+        before = self._session.get(hello.agent)
+        if before is not None and before != hello.session:
+            self._replaced.add(before)
+        self._session[hello.agent] = hello.session
+        link.send(Welcome(self._run_id, self._clock(), self._run.recipe_file, self._own.name))
+        if hello.local:
+            if (old := self._standby.pop(hello.agent, None)) is not None:
+                old.close()
+            self._standby[hello.agent] = link
+        else:
+            for crew in [each for each in self.crews if each.hello.agent == hello.agent]:
+                crew.link.close()
+                self.crews.remove(crew)
+            self.crews.append(RemoteCrew(link, hello, self._folder, self._clock, self._run.team.lease_s))
+        if not self._missing(hello.host):
+            yield HostCame(hello.host, hello.name)
+
+    def _refused(self, hello: HelloAgent) -> InstepError | None:
+        """Why it is none of this run's agents, if so."""
+        agents = self._place.host_of
+        if not 0 < hello.agent < len(agents) or agents[hello.agent] != hello.host:
+            return WorkerError(f"agent {hello.agent} of host {hello.host} is none of this run's; end it.")
+        if hello.session in self._replaced:
+            return WorkerError(f"agent {hello.agent} was started again while this one was away; it ends.")
+        return None
+
+    def _different(self, hello: HelloAgent) -> InstepError | None:
+        """What it must have in common with agent 0, and has not."""
+        who, own = f"host {hello.host} ({hello.name}), agent {hello.agent},", self._own
+        if hello.fingerprint and hello.fingerprint != own.fingerprint:
+            found = differences(own.recipe, hello.recipe) or ["something that its table does not show differs"]
+            return RecipeError(f"{who} has another recipe: {found[0]}; give all agents the same command and files.")
+        for name, version in own.versions.items():
+            if hello.versions.get(name) != version:
+                return WorkerError(
+                    f"{who} has {name} {hello.versions.get(name)}, and agent 0 has {version}, which may give other "
+                    f"bits; install the same version on all hosts."
+                )
+        if hello.processor != own.processor and not self._run.team.mixed_processors:
+            return WorkerError(
+                f"{who} has a processor of another kind, {hello.processor} instead of {own.processor}, which gives "
+                f"other bits; take hosts of one kind, or set team.mixed_processors to true and do without that promise."
+            )
+        return None
+
+    def _missing(self, host: int) -> list[int]:
+        """The agents of a host, agent 0 aside, that are not there."""
+        here = {0, *self._standby, *(crew.hello.agent for crew in self.crews if crew.lost is None)}
+        return [agent for agent, of in enumerate(self._place.host_of) if of == host and agent not in here]
+
+    def awaiting(self, hosts: Collection[int]) -> str:
+        """A line on who of these `hosts` is awaited, every `SAY_S`; "" else. Raises WorkerError in the end."""
+        now, limit = time.monotonic(), self._run.team.join_timeout_s
+        if not hosts:
+            self._began = self._said = now
+            return ""
+        who = ", ".join(f"{agent} (host {host})" for host in sorted(hosts) for agent in self._missing(host))
+        if now - self._began >= limit:
+            raise WorkerError(
+                f"agents {who} have not come within {limit:g} s; start them, look whether they reach {self.address}, "
+                f"or raise team.join_timeout_s."
+            )
+        if now - self._said < SAY_S:
+            return ""
+        self._said = now
+        refused = f"; {self._listener.refused} strangers were turned away" if self._listener.refused else ""
+        return f"agent 0, at {self.address}, waits for agents {who} since {now - self._began:.0f} s{refused}."
+
+    def tell(self, message: Finished | Failed | Cancelled) -> None:
+        """Tells all that the run has ended, those too who come only now, and waits a while for them to end."""
+        crews = {crew.link: crew for crew in self.crews if crew.lost is None}
+        links: list[AgentLink] = [*crews, *self._standby.values(), *self._unknown]
+        for link in links:
+            self._send(link, message)
+        awaited = set(range(1, self._place.agents)) - set(self._session)
+        until = time.monotonic() + FAREWELL_S
+        while (links or awaited) and time.monotonic() < until:
+            senders = [link for link in links if link.wants_write]
+            for link in self._listener.accept():
+                self._send(link, message)
+                links.append(link)
+            for link in ready_of([*links, *self._listener.sources()], senders, 0.2):
+                if link in links and self._has_ended(link, crews.get(link), awaited):
+                    links.remove(link)
+                    link.close()
+
+    def _send(self, link: AgentLink, message: Any) -> None:
+        with contextlib.suppress(OSError):
+            link.send(message)
+
+    def _has_ended(self, link: AgentLink, crew: RemoteCrew | None, awaited: set[int]) -> bool:
+        if crew is not None:
+            with contextlib.suppress(InstepError):
+                list(crew.hear([link]))  # logs still come
+            return crew.lost is not None
+        try:
+            for message in link.receive():
+                if isinstance(message, HelloAgent):
+                    awaited.discard(message.agent)
+        except (EOFError, OSError):
+            return True
+        return False
+
+
+@contextlib.contextmanager
+def network_of(members: Sequence[Member], address: str) -> Iterator[HostNetwork | None]:
+    """How these reach each other, if they are on several hosts; those of this one must be forked in the block."""
+    counts = [len(list(those)) for _, those in groupby(member.host for member in members)]
+    if len(counts) == 1:
+        yield None
+        return
+    try:
+        listener = socket.create_server((address, 0), backlog=4 * len(members))
+    except OSError as error:
+        raise ResourceError(f"no port can be had at {address}: {error.strerror}; look at team.interface.") from error
+    with listener:
+        store, name = listener.getsockname()[:2], f"start {members[0].epoch}"
+        yield HostNetwork(tuple(counts), store, name, address, listener.fileno())
+
+
+def hello_of(run: Request, address: str) -> HelloAgent:
+    """What this agent has to agree on with the others, and who it is."""
+    assert run.place is not None, "there are several agents"
+    place = run.place
+    return HelloAgent(
+        agent=place.agent,
+        host=place.host,
+        local=place.local,
+        name=socket.gethostname(),
+        session=uuid.uuid4().hex,
+        pid=os.getpid(),
+        versions=libraries(),
+        processor=processor(),
+        fingerprint=run.fingerprint,
+        recipe=dict(run.recipe_table),
+        address=address,
+    )

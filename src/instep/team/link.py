@@ -1,0 +1,313 @@
+"""An authenticated connection between agent 0 and another agent: whole messages, or none. No torch, and no threads.
+
+Before anything else is read each end shows that it knows the run's secret, by an HMAC over what both have drawn. Every
+frame then has its length, its number and an HMAC of all of it, by a key of this connection and this direction: what is
+torn, repeated, out of turn or another's ends the connection, and nothing of it is decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from instep.team.wire_messages import MESSAGE_BYTES, FromAgent0, Message, ToAgent0, WireError, decode, encode
+
+MAGIC = b"instep 1"
+"""What both ends begin with: of another version nothing is understood."""
+
+SHAKE_S = 5.0
+"""Seconds that a stranger has to show that it knows the secret."""
+
+SHAKING = 64
+"""Connections at most that have not shown it yet; the oldest of more is closed."""
+
+WAITING_BYTES = 64 << 20
+"""Bytes at most that wait to be sent: whoever takes less counts as lost."""
+
+SINGLY = 20
+"""Refusals that are noted each by itself; of later ones, those whose count is a power of two."""
+
+_NONCE = 32
+_PROOF = 32
+_GREETING = len(MAGIC) + _NONCE
+_HEAD = struct.Struct("<QQ16s")  # length, number, tag
+_READ, _READS = 1 << 18, 16
+"""Bytes of a read, and reads at a time: whoever sends without end keeps nobody else waiting."""
+
+
+def connect(address: tuple[str, int], secret: bytes, within_s: float) -> AgentLink:
+    """A link to agent 0, in at most so many seconds. Raises OSError where nobody answers, such as a TimeoutError, and
+    WireError where it is somebody else who does.
+    """
+    until = time.monotonic() + within_s
+    connection = socket.create_connection(address, max(within_s, 0.001))
+    try:
+        greeting = _exactly(connection, _GREETING, until)
+        if not greeting.startswith(MAGIC):
+            raise WireError(f"what listens at {address[0]}, port {address[1]}, is no agent 0 of this version of Instep")
+        theirs, own = greeting[len(MAGIC) :], os.urandom(_NONCE)
+        connection.settimeout(max(until - time.monotonic(), 0.001))
+        connection.sendall(MAGIC + own + _digest(secret, b"agent", theirs, own))
+        try:
+            proof = _exactly(connection, _PROOF, until)
+        except EOFError:
+            raise WireError(f"agent 0 at {address[0]}, port {address[1]}, has another secret") from None
+        if not hmac.compare_digest(proof, _digest(secret, b"agent 0", theirs, own)):
+            raise WireError(f"what listens at {address[0]}, port {address[1]}, does not know the run's secret")
+        link = AgentLink(connection, FromAgent0, *_keys(secret, theirs, own, (b"to agent 0", b"from agent 0")))
+    except EOFError as error:
+        connection.close()
+        raise WireError(f"what listens at {address[0]}, port {address[1]}, has closed the connection") from error
+    except BaseException:
+        connection.close()
+        raise
+    link.sent_bytes, link.received_bytes = _GREETING + _PROOF, _GREETING + _PROOF
+    return link
+
+
+class AgentLink:
+    """One end. `union`: the messages that may come. What is sent or comes is signed with its direction's key."""
+
+    def __init__(self, connection: socket.socket, union: Any, sending: bytes, receiving: bytes):
+        connection.setblocking(False)
+        with contextlib.suppress(OSError):  # no TCP, in a test
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket, self._union = connection, union
+        self._sending, self._receiving = sending, receiving
+        self._sent = self._came = 0  # frames
+        self._waits: deque[memoryview] = deque()
+        self._waiting = 0
+        self._read = bytearray()
+        self.sent_bytes = self.received_bytes = 0
+        """Given to the socket, and taken from it."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._socket.fileno()
+
+    @property
+    def wants_write(self) -> bool:
+        """Whether something waits for the socket to take it."""
+        return bool(self._waits)
+
+    def send(self, message: Message) -> None:
+        """Sends it, as far as the socket takes it now. Raises OSError where the other end is gone, and WireError where
+        too much waits already or the message is too long.
+        """
+        content = encode(message)
+        if self._waiting + len(content) > WAITING_BYTES:
+            raise WireError(f"the other end has not taken {self._waiting:,} bytes that wait for it")
+        head = _HEAD.pack(len(content), self._sent, _tag(self._sending, self._sent, content))
+        self._sent += 1
+        self._waits += (memoryview(head), memoryview(content))
+        self._waiting += len(head) + len(content)
+        self.flush()
+
+    def flush(self) -> None:
+        """Sends what waits, as far as the socket takes it now. Raises OSError where the other end is gone."""
+        while self._waits:
+            try:
+                count = self._socket.send(self._waits[0], socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                return
+            self.sent_bytes += count
+            self._waiting -= count
+            if count == len(self._waits[0]):
+                self._waits.popleft()
+            else:
+                self._waits[0] = self._waits[0][count:]
+
+    def receive(self) -> list[Message]:
+        """The messages that have come whole, without waiting. Raises EOFError where the other end is gone, once all
+        that came before was given; OSError where the connection broke; WireError for anything that is no message.
+        """
+        found: list[Message] = []
+        for _ in range(_READS):
+            try:
+                part = self._socket.recv(_READ)
+            except BlockingIOError:
+                break
+            except OSError:
+                if found:
+                    break  # the next call finds the end
+                raise
+            if not part:
+                if found:
+                    break
+                raise EOFError(f"the connection has ended{' in the middle of a message' if self._read else ''}")
+            self.received_bytes += len(part)
+            self._read += part
+            self._take(found)
+        return found
+
+    def _take(self, found: list[Message]) -> None:
+        """Moves what is whole from what was read to `found`."""
+        at = 0
+        try:
+            while len(self._read) - at >= _HEAD.size:
+                length, number, tag = _HEAD.unpack_from(self._read, at)
+                if length > MESSAGE_BYTES:
+                    raise WireError(f"a message of {length:,} bytes was announced; at most {MESSAGE_BYTES:,} may come")
+                if number != self._came:
+                    raise WireError(f"message {number} came where {self._came} was due")
+                end = at + _HEAD.size + length
+                if len(self._read) < end:
+                    return
+                content = bytes(memoryview(self._read)[at + _HEAD.size : end])
+                if not hmac.compare_digest(tag, _tag(self._receiving, number, content)):
+                    raise WireError("a message is not as it was sent, or another's")
+                found.append(decode(content, self._union))
+                self._came += 1
+                at = end
+        finally:
+            del self._read[:at]
+
+    def close(self) -> None:
+        """Closes it for this process: one that was forked may hold it still."""
+        self._socket.close()
+
+
+class Listener:
+    """Where agent 0 waits for the others, at one address alone; port 0 for any. Raises OSError.
+
+    `note` is given a sentence on those who are turned away; by default it is printed on stderr.
+    """
+
+    def __init__(self, address: tuple[str, int], secret: bytes, note: Callable[[str], None] | None = None):
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._socket = socket.create_server(address, family=family, backlog=256)
+        self._socket.setblocking(False)
+        self._secret, self._note = secret, note or _print
+        self._shaking: list[_Stranger] = []
+        self.address: tuple[str, int] = self._socket.getsockname()[:2]
+        """With the port that it has got."""
+        self.refused = 0
+        """Connections of those who did not show that they know the secret."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._socket.fileno()
+
+    def sources(self) -> list[Any]:
+        """What to wait for before the next `accept`."""
+        return [self, *self._shaking]
+
+    def accept(self) -> list[AgentLink]:
+        """Links to those who have shown that they know the secret, without waiting for anybody."""
+        for _ in range(4 * SHAKING):
+            try:
+                connection, peer = self._socket.accept()
+            except BlockingIOError:
+                break
+            except OSError:  # it is gone again, or there are too many files: those who wait go first
+                break
+            self._shaking.append(_Stranger(connection, f"{peer[0]}, port {peer[1]}"))
+            if len(self._shaking) > SHAKING:
+                self._refuse(self._shaking[0], "too many others came before it said who it is")
+        found = []
+        for stranger in list(self._shaking):
+            try:
+                if (link := stranger.shaken(self._secret)) is not None:
+                    found.append(link)
+                    self._shaking.remove(stranger)
+            except OSError as error:
+                self._refuse(stranger, str(error))
+        return found
+
+    def _refuse(self, stranger: _Stranger, why: str) -> None:
+        self._shaking.remove(stranger)
+        stranger.close()
+        self.refused += 1
+        if self.refused <= SINGLY or not self.refused & (self.refused - 1):
+            self._note(f"{stranger.peer} was turned away, {self.refused} so far: {why}.")
+
+    def close(self) -> None:
+        """Closes it, and all connections that have come to nothing yet, for this process."""
+        for stranger in self._shaking:
+            stranger.close()
+        self._shaking.clear()
+        self._socket.close()
+
+
+def _print(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+class _Stranger:
+    """A connection of somebody who has not shown yet that it knows the secret."""
+
+    def __init__(self, connection: socket.socket, peer: str):
+        connection.setblocking(False)
+        self._socket, self.peer = connection, peer
+        self._until = time.monotonic() + SHAKE_S
+        self._own, self._read = os.urandom(_NONCE), b""
+        with contextlib.suppress(OSError):  # it is gone: the next look tells
+            self._socket.send(MAGIC + self._own, socket.MSG_NOSIGNAL)  # a new connection takes so much
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def shaken(self, secret: bytes) -> AgentLink | None:
+        """The link, once it has shown that it knows the secret. Raises OSError where it never will."""
+        wanted = _GREETING + _PROOF
+        if time.monotonic() >= self._until:
+            raise WireError(f"it did not say who it is within {SHAKE_S:g} s")
+        try:
+            part = self._socket.recv(wanted - len(self._read))
+        except BlockingIOError:
+            return None
+        self._read += part
+        if not part:
+            raise WireError("it has closed the connection")
+        if not self._read.startswith(MAGIC[: len(self._read)]):
+            raise WireError("it is no agent of this version of Instep")
+        if len(self._read) < wanted:
+            return None
+        theirs, proof = self._read[len(MAGIC) : _GREETING], self._read[_GREETING:]
+        if not hmac.compare_digest(proof, _digest(secret, b"agent", self._own, theirs)):
+            raise WireError("it does not know the run's secret")
+        self._socket.send(_digest(secret, b"agent 0", self._own, theirs), socket.MSG_NOSIGNAL)
+        keys = _keys(secret, self._own, theirs, (b"from agent 0", b"to agent 0"))
+        link = AgentLink(self._socket, ToAgent0, *keys)
+        link.sent_bytes, link.received_bytes = _GREETING + _PROOF, wanted
+        return link
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _digest(secret: bytes, role: bytes, of_agent_0: bytes, of_agent: bytes) -> bytes:
+    """That the one in this role knows the secret, for what both have drawn."""
+    return hmac.digest(secret, b"instep " + role + b"\0" + of_agent_0 + of_agent, "sha256")
+
+
+def _keys(secret: bytes, of_agent_0: bytes, of_agent: bytes, directions: tuple[bytes, bytes]) -> list[bytes]:
+    """Of this connection alone, for what is sent and for what comes."""
+    return [_digest(secret, direction, of_agent_0, of_agent) for direction in directions]
+
+
+def _tag(key: bytes, number: int, content: bytes) -> bytes:
+    return hmac.digest(key, struct.pack("<QQ", number, len(content)) + content, "sha256")[:16]
+
+
+def _exactly(connection: socket.socket, count: int, until: float) -> bytes:
+    """So many bytes. Raises EOFError where it ends before, and TimeoutError."""
+    found = b""
+    while len(found) < count:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no answer in time")
+        connection.settimeout(left)
+        part = connection.recv(count - len(found))
+        if not part:
+            raise EOFError("the connection has ended")
+        found += part
+    return found

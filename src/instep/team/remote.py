@@ -1,0 +1,238 @@
+"""Another host's members, as agent 0 sees them: what is ordered goes over a link to the agent there."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from instep.errors import WorkerError
+from instep.record.folder import RunFolder
+from instep.tables import to_table
+from instep.team.crew import Heard
+from instep.team.link import AgentLink
+from instep.team.messages import Assignment, Failed, StopRun, SupervisorToWorker, Synced
+from instep.team.orders import HostLost, Lost, Member, StopAsked
+from instep.team.waiting import ready_of
+from instep.team.wire_messages import (
+    Beat,
+    CheckpointPart,
+    EndMembers,
+    EpochGone,
+    FromMember,
+    GoMembers,
+    HelloAgent,
+    LogPart,
+    MemberLost,
+    StartMembers,
+    ToMember,
+)
+
+PART_BYTES = 1 << 20
+"""Bytes of a part of a checkpoint that is sent."""
+
+LONGEST_LOOK_S = 0.5
+"""A look counts so much at most: whoever was suspended must not take the others for lost when it wakes."""
+
+
+class Silence:
+    """How long nothing was heard of somebody. Time is counted in looks."""
+
+    def __init__(self) -> None:
+        self._looked, self.seconds = time.monotonic(), 0.0
+
+    def heard(self) -> None:
+        """A sign of life has come."""
+        self.seconds = 0.0
+
+    def look(self) -> float:
+        """Seconds of silence."""
+        now = time.monotonic()
+        self.seconds += min(now - self._looked, LONGEST_LOOK_S)
+        self._looked = now
+        return self.seconds
+
+
+class RemoteCrew:
+    """Those of one host, as long as its agent is connected.
+
+    hello: what that has told of itself. folder: the run's. clock: seconds since the run's start. lease_s: after such a
+    silence the host is lost.
+    """
+
+    def __init__(
+        self, link: AgentLink, hello: HelloAgent, folder: RunFolder, clock: Callable[[], float], lease_s: float
+    ):
+        self.link, self.hello = link, hello
+        self.clock_error_s = 0.0
+        """Of the clock of the host's events, at most."""
+        self.lost: HostLost | None = None
+        """Set once it is, and told of by `hear` or `look`."""
+        self.told_of_loss = False
+        self._folder, self._clock, self._lease_s = folder, clock, lease_s
+        self._epoch = 0  # which has members there; 0 for none
+        self._members: set[Member] = set()
+        self._sent: set[str] = set()  # checkpoints that the host has
+        self._facts: Mapping[str, Any] = {}
+        self._orders: deque[Iterator[Any]] = deque()  # to be sent as the link takes them
+        self._silence = Silence()
+
+    @property
+    def name(self) -> str:
+        """What the host is called in a sentence."""
+        return f"host {self.hello.host} ({self.hello.name})"
+
+    def start(self, members: Collection[Member], assignment: Assignment) -> None:
+        self._members = {member for member in members if member.host == self.hello.host}
+        if not self._members:
+            return
+        network, path = assignment.network, assignment.resume_from
+        assert network is not None, "it has workers here and there"
+        self._epoch = min(self._members).epoch
+        if path is not None and path.name not in self._sent:
+            self._orders.append(_parts_of(path))
+            self._sent = {path.name}
+        self._order(
+            StartMembers(
+                epoch=self._epoch,
+                members=tuple(sorted(self._members)),
+                checkpoint=path.name if path is not None else None,
+                team=to_table(assignment.team),
+                first=assignment.first,
+                run_id=assignment.run_id,
+                written=assignment.written,
+                hosts=network.workers,
+                store=network.store,
+                name=network.name,
+                folder=str(assignment.folder),
+            )
+        )
+
+    def prepare(self, facts: Mapping[str, Any]) -> None:
+        self._facts = facts
+
+    def go(self) -> None:
+        if self._epoch:
+            self._order(GoMembers(self._epoch, self._facts))
+
+    def send(self, member: Member, message: SupervisorToWorker) -> None:
+        assert isinstance(message, Synced | StopRun), f"{message} is for processes of this host"
+        self._order(ToMember(member, message))
+
+    def _order(self, message: Any) -> None:
+        self._orders.append(iter([message]))
+        self.pump()
+
+    def pump(self) -> None:
+        """Sends what waits, as far as the link takes it."""
+        while self._orders and self.lost is None:
+            try:
+                if self.link.wants_write:
+                    return
+                message = next(self._orders[0], None)
+                if message is None:
+                    self._orders.popleft()
+                else:
+                    self.link.send(message)
+            except OSError as error:
+                self._lose(f"{self.name} cannot be reached any more: {error}.")
+
+    def sources(self) -> list[Any]:
+        return [self.link] if self.lost is None else []
+
+    def hear(self, ready: Collection[Any]) -> Iterator[Heard | Lost | HostLost | StopAsked]:
+        if self.link in ready and self.lost is None:
+            yield from self._read()
+        self.pump()
+        yield from self._loss()
+
+    def _read(self) -> Iterator[Heard | Lost | StopAsked]:
+        try:
+            messages, ended = self.link.receive(), ""
+        except (EOFError, OSError) as error:
+            messages, ended = [], str(error) or "the connection has ended"
+        if messages:
+            self._silence.heard()
+        for message in messages:
+            match message:
+                case FromMember(member, told) if member in self._members:
+                    yield Heard(member, told)
+                case MemberLost(member, why, detail) if member in self._members:
+                    yield Lost(member, why, detail)
+                case StopRun():
+                    yield StopAsked()
+                case Beat(seq, sent_s):
+                    self.clock_error_s = message.error_s
+                    self._order(Beat(seq, sent_s, self._clock()))
+                case LogPart(name, content):
+                    self._log(name, content)
+                case EpochGone(epoch) if epoch == self._epoch:
+                    self._epoch, self._members = 0, set()
+                case Failed(_, sentence, detail):
+                    raise type(message.error())(f"{self.name}: {sentence}", detail=detail)
+                case _:
+                    pass  # of an epoch that is past
+        if ended:
+            self._lose(f"{self.name} is lost: {ended}.")
+
+    def _log(self, name: str, content: bytes) -> None:
+        host = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.hello.name) or "host"
+        self._folder.logs.mkdir(exist_ok=True)
+        with (self._folder.logs / f"{host}-{name.rpartition(' ')[2]}.txt").open("ab") as file:
+            file.write(content)
+
+    def _lose(self, why: str) -> None:
+        self.lost = self.lost or HostLost(self.hello.host, why)
+        self._orders.clear()
+        self._epoch, self._members = 0, set()
+        self.link.close()
+
+    def _loss(self) -> Iterator[HostLost]:
+        if self.lost is not None and not self.told_of_loss:
+            self.told_of_loss = True
+            yield self.lost
+
+    def look(self) -> HostLost | None:
+        if self.lost is None and self._silence.look() >= self._lease_s:
+            silent = self._silence.seconds
+            self._lose(f"{self.name} has not answered for {silent:.1f} s; team.lease_s is {self._lease_s:g}.")
+        return next(self._loss(), None)
+
+    def leave(self) -> None:
+        self._epoch = 0  # the agent there waits for them, once it hears of the run's end
+
+    def end(self) -> None:
+        if self._epoch:
+            self._orders.clear()
+            self._order(EndMembers(self._epoch))
+
+    def last_words(self) -> Iterator[Heard]:
+        while self._epoch and self.lost is None:
+            ready = ready_of([self.link], [self.link] if self.link.wants_write else [], LONGEST_LOOK_S)
+            self.pump()
+            for heard in self._read() if ready else ():
+                if isinstance(heard, Heard):
+                    yield heard
+            if self._silence.look() >= self._lease_s:
+                self._lose(f"{self.name} has not ended its workers; team.lease_s is {self._lease_s:g}.")
+
+
+def _parts_of(path: Path) -> Iterator[CheckpointPart]:
+    """A checkpoint's files. Raises WorkerError where it cannot be read."""
+    try:
+        for file in sorted(each for each in path.rglob("*") if each.is_file()):
+            name, size, offset, hashed = file.relative_to(path).as_posix(), file.stat().st_size, 0, hashlib.sha256()
+            with file.open("rb") as opened:
+                while True:
+                    content = opened.read(PART_BYTES)
+                    hashed.update(content)
+                    last = offset + len(content) >= size or not content
+                    yield CheckpointPart(path.name, name, offset, content, last, hashed.hexdigest() if last else "")
+                    offset += len(content)
+                    if last:
+                        break
+    except OSError as error:
+        raise WorkerError(f"the checkpoint {path} cannot be read to be sent to another host: {error}.") from None

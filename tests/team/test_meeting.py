@@ -1,0 +1,134 @@
+"""How agents find agent 0: by torchrun's store, or by srun's environment; and which address a host is reached at."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from instep.errors import RecipeError, ResourceError
+from instep.team import meeting
+from instep.team.meeting import Found
+from instep.team.place import Place
+
+pytestmark = pytest.mark.processes
+
+BY_TORCHRUN = Place(1, 2, 1, 2, 0, "torchrun", (0, 1), run="none")
+BY_SRUN = Place(1, 2, 1, 2, 0, "srun", (0, 1), run="7", head="localhost", others=("localhost",), port=16391)
+
+STORE = """\
+import sys
+from torch._C._distributed_c10d import TCPStore
+store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+print(store.port, flush=True)
+sys.stdin.read()
+"""
+
+
+class Store:
+    """A store of torch's in a process of its own, as torchrun has one."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen([sys.executable, "-c", STORE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        self.address = ("127.0.0.1", int(self.process.stdout.readline()))
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    found = Store()
+    yield found
+    found.end()
+
+
+def left() -> tuple[list[int], int]:
+    """Children of this process, and descriptors."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return sorted(map(int, children)), len(os.listdir("/proc/self/fd"))
+
+
+def test_agent_0_is_found_in_torchruns_store_where_the_last_one_that_said_so_is(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "MORE_S", 0.1)
+    unreachable = ("127.0.0.1", 9)
+    place = replace(BY_TORCHRUN, stores=(unreachable, store.address), run="a run")
+    meeting._store(store.address)  # imports torch here once, not in each process that asks
+    before = left()
+    assert meeting.find(place, 1.0) is None
+    for port, secret in ((1234, b"first"), (4321, meeting.draw_secret(place, {}))):
+        meeting.publish(place, ("10.1.2.3", port), secret)
+        assert meeting.find(place, 5.0) == Found(("10.1.2.3", port), secret)
+    assert meeting.find(replace(place, run="another"), 0.5) is None
+    assert left() == before
+
+
+def test_a_store_that_was_stopped_keeps_nobody_waiting_longer_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = Store()
+    place = replace(BY_TORCHRUN, stores=(stopped.address,))
+    os.kill(stopped.process.pid, signal.SIGSTOP)
+    before, began = left(), time.monotonic()
+    try:
+        assert meeting.find(place, 0.5) is None
+        monkeypatch.setattr(meeting, "PUBLISH_S", 0.5)
+        with pytest.raises(ResourceError, match=r"torchrun's store at 127\.0\.0\.1, port \d+, is not to be reached"):
+            meeting.publish(place, ("10.1.2.3", 1), b"secret")
+        assert time.monotonic() - began < 2
+        assert left() == before
+    finally:
+        stopped.end()
+
+
+@pytest.mark.parametrize("value", ["", "{}", '["h"]', '["h",0,"ab"]', '["h",1,"xy"]', '["h","1","ab"]', "[" * 3000])
+def test_what_else_stands_in_the_store_is_not_agent_0(store: Store, value: str) -> None:
+    place = replace(BY_TORCHRUN, stores=(store.address,), run="strange")
+    meeting._store(store.address).set(meeting._key(place), value)
+    assert meeting.find(place, 5.0) is None
+
+
+def test_a_process_that_asks_holds_no_connection_of_the_agents(store: Store) -> None:
+    """A copy would hide the end of the other agent's."""
+    one, other = socket.socketpair()
+    reader, pid = meeting._asking(lambda: repr(sorted(map(int, os.listdir("/proc/self/fd")))).encode())
+    one.close()
+    said = os.read(reader, 1000)
+    assert eval(said[1:]).count(other.fileno()) == 0
+    assert len(eval(said[1:])) <= 6
+    os.waitpid(pid, 0)
+    os.close(reader)
+    other.close()
+
+
+def test_under_srun_agent_0_is_on_the_first_host_at_a_port_that_follows_from_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("INSTEP_SECRET", "0123456789abcdef")
+    assert meeting.find(BY_SRUN, 1.0) == Found(("127.0.0.1", 16391), b"0123456789abcdef")
+    assert meeting.draw_secret(BY_SRUN, os.environ) == b"0123456789abcdef"
+    meeting.publish(BY_SRUN, ("127.0.0.1", 1), b"")  # all know it
+    monkeypatch.setenv("INSTEP_SECRET", "short")
+    with pytest.raises(RecipeError, match=r"INSTEP_SECRET .* 5 characters, .*\$\(openssl rand -hex 32\)"):
+        meeting.find(BY_SRUN, 1.0)
+
+
+def test_a_hosts_address_is_that_on_the_way_to_the_others_or_of_the_interface_named() -> None:
+    assert meeting.route_address("127.0.0.1") == "127.0.0.1"
+    assert meeting.address_of("lo") == "127.0.0.1"
+    assert meeting.own_address(BY_TORCHRUN, "127.0.0.1") == "127.0.0.1"
+    assert meeting.own_address(replace(BY_TORCHRUN, hosts=1, host=0)) == "127.0.0.1"
+    assert meeting.route_address("10.1.2.3", "lo") == "127.0.0.1"
+    for wrong in ("eth77", "203.0.113.7", "nonsense"):
+        with pytest.raises(RecipeError, match=f"team.interface is '{wrong}'.* it has .*lo \\(127.0.0.1\\)"):
+            meeting.address_of(wrong)

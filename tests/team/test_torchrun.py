@@ -1,0 +1,123 @@
+"""Agents that torchrun has started: one run, with one machine's bits; Python and the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.processes import INSTEP, Started, free_port, wait_until, write_project
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+TRAIN = """\
+import sys
+import instep
+from instep.errors import RecordError
+if __name__ == "__main__":
+    recipe = instep.Recipe(model="mymodel:Net", objective="mymodel:squares", data="mymodel:numbers", batch=8, steps=5)
+    seen = []
+    run = instep.train(recipe, team=instep.Team(workers=3), out="run", monitors=[lambda e: seen.append(e["kind"])])
+    try:
+        where = run.path.name if run.model() else ""
+    except RecordError as error:
+        where = str(error)
+    print(f"{run.digest} {run.objective} {bool(seen)} {where}", flush=True)
+"""
+
+
+def digest_alone(folder: Path) -> str:
+    done = Started([*INSTEP, "train", "my.toml", "--workers", "1", "--out", "alone"], folder)
+    assert done.process.wait(60) == 0, done.err
+    return str(result(folder / "alone")["digest"])
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def two_hosts(folder: Path, *command: str, restarts: int = 0, **environment: str) -> list[Started]:
+    port = str(free_port())
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
+    options += ["--max-restarts", str(restarts)]
+    return [
+        Started([*TORCHRUN, *options, "--node-rank", str(rank), *command], folder, OMP_NUM_THREADS="1", **environment)
+        for rank in range(2)
+    ]
+
+
+def test_a_script_gets_an_equal_run_in_every_agent(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    (tmp_path / "train.py").write_text(TRAIN)
+    done = Started([*TORCHRUN, "--nproc-per-node", "2", "train.py"], tmp_path)
+    assert done.process.wait(60) == 0, done.err
+    lines = sorted(line.split(" ", 3) for line in done.out.splitlines() if line)
+    assert len(lines) == 2
+    assert lines[0][:2] == lines[1][:2], "digest and objective"
+    by_seen = {seen: where for _, _, seen, where in lines}
+    assert by_seen["True"] == "run"
+    assert "on the host of agent 0" in by_seen["False"]
+
+
+def test_two_hosts_give_the_digest_of_one_and_a_stop_of_one_ends_both(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    expected = digest_alone(tmp_path)
+    hosts = two_hosts(tmp_path, "-m", "instep", "train", "my.toml", "--workers", "3", "--out", "run")
+    assert [host.process.wait(60) for host in hosts] == [0, 0], hosts[0].err
+    assert result(tmp_path / "run")["digest"] == expected
+
+    command = ["-m", "instep", "train", "my.toml", "--workers", "3", "--recipe.steps", "5000", "--out", "long"]
+    hosts = two_hosts(tmp_path, *command)
+    tape = tmp_path / "long" / "tape.jsonl"
+    wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), 60, "an update", hosts[0])
+    os.kill(hosts[1].process.pid, signal.SIGTERM)
+    for host in hosts:
+        host.process.wait(25)
+    assert result(tmp_path / "long")["interrupted"]
+    for host in hosts:
+        wait_until(lambda host=host: not host.pids(), 5, "no process is left", host)
+
+
+def test_a_first_agent_that_is_killed_is_started_again_and_goes_on(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    expected = digest_alone(tmp_path)
+    command = ["-m", "instep", "train", "my.toml", "--workers", "3", "--out", "run"]
+    hosts = two_hosts(tmp_path, *command, restarts=2, PAUSE_S="0.05")
+    tape = tmp_path / "run" / "tape.jsonl"
+    wait_until(lambda: tape.exists() and '"checkpointed"' in tape.read_text(), 60, "a checkpoint", hosts[0])
+    started = json.loads(tape.read_text().splitlines()[0])
+    assert started["hosts"][1]["workers"] == 2
+    client = next(
+        pid for pid in hosts[0].pids() if "my.toml" in command_of(pid) and "distributed" not in command_of(pid)
+    )
+    os.kill(client, signal.SIGKILL)
+    assert [host.process.wait(60) for host in hosts] == [0, 0], hosts[0].err + hosts[1].err
+    assert result(tmp_path / "run")["digest"] == expected
+    assert tape.read_text().count('"run_started"') == 2
+
+
+def test_an_error_is_one_sentence_of_the_first_and_a_short_one_elsewhere(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    command = ["-m", "instep", "train", "my.toml", "--workers", "3", "--recipe.objective.use", "mymodel:nothing"]
+    hosts = two_hosts(tmp_path, *command, "--out", "run")
+    assert [host.process.wait(60) for host in hosts] == [1, 1]
+    assert "instep: " in hosts[0].err
+    assert "nothing" in hosts[0].err.partition("instep: ")[2].splitlines()[0]
+    assert "Traceback (most recent call last):\n  File" not in hosts[0].err.partition("torch")[0]
+    for host in hosts:
+        wait_until(lambda host=host: not host.pids(), 5, "no process is left", host)
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
