@@ -68,8 +68,8 @@ def measure(kinds: list[str], rounds: int, steps: int) -> dict[str, list[float]]
 def main() -> None:
     """Measures, prints and writes the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=1000, help="in a block")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=200, help="in a block")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS))
     given = parser.parse_args()
     found = measure(given.kinds, given.rounds, given.steps)

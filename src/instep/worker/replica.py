@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ class Replica:
                 f"from 0; leave it out."
             )
 
-    @property
+    @cached_property
     def size(self) -> int:
         """How many weights are trained."""
         return sum(parameter.numel() for parameter in self.parameters)
