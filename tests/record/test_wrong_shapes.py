@@ -236,7 +236,7 @@ def test_a_recipe_file_of_strange_values_is_a_sentence_or_is_read_right(
     parts = {"model": "torch.nn:Identity", "objective": "math:sin", "data": "math:cos"}
     addressed = dataclasses.replace(given, **parts, artifacts={"use": "math:tan", "args": {}})
     table = {**addressed.to_table(), "team": read_saved(folder.recipe_path)["team"]}
-    for path, strange in some(table, most, depth=3):
+    for path, strange in [*some(table, most, depth=3), *(((key,), ...) for key in table)]:
         if not path:
             continue
         try:

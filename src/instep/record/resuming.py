@@ -59,10 +59,10 @@ def resumed(
     Schedule, watch and the optimizer's `lr` are, from the newest checkpoint on, those of the recipe given; up to there
     they stay as they were. Raises CheckpointError where the recipe differs in more.
     """
-    before = recorded(folder, given, table)
+    before, steps = recorded(folder, given, table), table.get("steps", Recipe.steps)
     now = _last(before)
     wanted = now if given is None else _wanted(given, before, now)
-    if wanted == now and not skip_samples and before.steps == table["steps"]:
+    if wanted == now and not skip_samples and before.steps == steps:
         return before, []
     version, done = _newest(folder)
     used = before.known(_used(folder, before, version))  # a change that no step was made with gives way to a new one
@@ -72,8 +72,8 @@ def resumed(
     if wanted != now:
         change = _change(max([version, *(each.version for each in used.changes)]), then, wanted, before)
         after = dataclasses.replace(used, changes=(*used.changes, *change))
-    prolonged = before.steps != table["steps"] and (wanted.schedule, wanted.lr) == (now.schedule, now.lr)
-    return after, _jump(after, version, table["steps"], done) if prolonged else []
+    prolonged = before.steps != steps and (wanted.schedule, wanted.lr) == (now.schedule, now.lr)
+    return after, _jump(after, version, steps, done) if prolonged else []
 
 
 def changed_rates(folder: RunFolder, recipe: Recipe, table: Mapping[str, Any]) -> list[str]:
