@@ -22,8 +22,10 @@ def begin(name: str, seconds: float, code: list[str], folders: list[str]) -> Non
     held = {folder: os.open(folder, os.O_PATH) for folder in code if folder.startswith(("/tmp/", "/run/", "/dev/"))}
     own = ["/tmp", "/dev/shm", "/run", *(each for each in ["/var/tmp"] if os.path.isdir(each))]
     commands = ["mount --make-rprivate /", "mount -t proc proc /proc", *(f"mount -t tmpfs own {each}" for each in own)]
-    commands += [f"mkdir -p {folder}; mount --bind /proc/self/fd/{fd} {folder}" for folder, fd in held.items()]
-    commands += [f"mkdir -p {' '.join(folders)} /tmp/hook", f"echo '127.0.0.1 localhost {name}' >/tmp/hosts"]
+    for folder, descriptor in held.items():  # a path would lead into what covers it now
+        commands.append(f"mkdir -p {folder}; mount --no-canonicalize --bind /proc/self/fd/{descriptor} {folder}")
+        commands.append(f"mount -o remount,bind,ro {folder}")
+    commands += [f"mkdir -p {' '.join(folders)} /tmp/hook", f"echo '127.0.0.1 {name} localhost' >/tmp/hosts"]
     commands += ["mount --bind /tmp/hosts /etc/hosts", f"hostname {name}", "mount -o remount,bind,ro /"]
     for folder in _mounted_below("/"):
         if not folder.startswith((*own, "/proc", "/dev", "/sys")):

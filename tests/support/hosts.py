@@ -191,9 +191,12 @@ class Host:
 
 
 class Hosts:
-    """So many, on one network. Skips the test where there can be none. `outputs`: a folder for what commands print."""
+    """So many, on one network. Skips the test where there can be none. `outputs`: a folder for what commands print.
 
-    def __init__(self, count: int, outputs: Path):
+    named: whether each can resolve the names of the others.
+    """
+
+    def __init__(self, count: int, outputs: Path, *, named: bool = True):
         if why := missing():
             if os.environ.get("INSTEP_HOSTS") == "required":
                 pytest.fail(f"{why}, and INSTEP_HOSTS is required")
@@ -213,6 +216,9 @@ class Hosts:
             for number, last in enumerate(draw.sample(range(2, 250), count)):
                 self.hosts.append(Host(number, f"n{number}-{word}", f"{self.subnet}.{last}", f"net{word}", outputs))
                 self._plug(self.hosts[-1])
+            for host in self.hosts if named else ():
+                with host.path("/tmp/hosts").open("a") as file:  # which is /etc/hosts there
+                    file.writelines(f"{other.address} {other.name}\n" for other in self.hosts if other is not host)
         except BaseException:
             self.close()
             raise

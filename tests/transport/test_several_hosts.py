@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from instep.transport.group import Group
+from support import hosts as of_hosts
 from support.groups import APART, Ranks, sizes_of
 from support.hosts import SHIFT_S, WORK, Hosts
 from support.processes import wait_until
@@ -52,6 +53,17 @@ def test_each_host_has_its_own_of_all_but_the_code(hosts: Hosts) -> None:
     assert "sleep" not in two.run("ps", "-A")
     sleeping.signal(signal.SIGTERM)
     assert sleeping.ends(5) != 0
+
+
+def test_code_that_lies_where_a_host_has_its_own_is_found_and_can_only_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_hosts, "_ROOT", tmp_path / "clone")
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "code").write_text("here")
+    with Hosts(1, tmp_path / "hosts") as hosts:
+        assert hosts[0].run("cat", f"{tmp_path}/clone/code") == "here"
+        assert hosts[0].start("touch", f"{tmp_path}/clone/code").ends() != 0
 
 
 def test_clocks_of_hosts_differ(hosts: Hosts) -> None:
