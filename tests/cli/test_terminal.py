@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +99,19 @@ def test_closed_standard_files_are_no_matter(closed: str, tmp_path: Path) -> Non
     done = ran(f"instep digest nowhere {closed}", tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", quick(["tape run | head -n 1", "recipes | true", "train --help | true"], "tape run | head -n 1")
+)
+def test_a_reader_that_leaves_is_quiet_as_for_cat(command: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").touch()
+    lines = [{"t_s": 0.0, "clock": "wall", "kind": "run_started", "schema": 2, "version": 0}]
+    lines += [{"t_s": 1.0, "clock": "wall", "kind": "warned", "why": "slow"}] * 10_000
+    (tmp_path / "run" / "tape.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = ran(f"instep {command}; exit ${{PIPESTATUS[0]}}", tmp_path)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("output", quick(["> /dev/full", "<&- >&- 2>&-", "| head -c 1 > /dev/null"], "<&- >&- 2>&-"))

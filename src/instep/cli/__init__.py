@@ -1,6 +1,7 @@
 """The command ``instep``: train, replay, simulate, memory, recipes, digest.
 
-Exit status: 0; 1 for an `InstepError`, one sentence on stderr; 2 for a wrong command line; 130 after Ctrl-C.
+Exit status: 0; 1 for an `InstepError`, one sentence on stderr; 2 for a wrong command line; 130 after Ctrl-C; 141 where
+nobody reads on, as in ``instep tape RUN | head``.
 
 Nothing is imported before a command needs it: ``instep --help`` loads neither cyclopts nor torch.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader has left
         _leave_the_rest()
-        return 1
+        return 128 + signal.SIGPIPE  # what a shell says of `cat` then
     except OSError as error:
         where = "the system refuses something" if error.filename is None else f"{cut(error.filename)} cannot be used"
         if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF):
