@@ -383,6 +383,14 @@ def test_a_killed_supervisor_takes_its_workers_with_it(training: Training) -> No
     assert f"and its workers with it; go on with --resume {run}." in complaint(started)
 
 
+def test_what_was_shown_is_on_the_tape_of_a_killed_supervisor(training: Training) -> None:
+    started, run = training("shown", "--steps", 1000)
+    started.says("step     1/1,000")
+    os.kill(started.supervisor(), signal.SIGKILL)
+    assert b'"merged"' in (run / "tape.jsonl").read_bytes()
+    assert started.ends() == 1
+
+
 @pytest.mark.slow  # test_start_up.py kills a run at every write of its start
 def test_a_supervisor_killed_before_any_training_leaves_nothing_to_resume(start: Start, tmp_path: Path) -> None:
     project = write_project(tmp_path)

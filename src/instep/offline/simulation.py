@@ -297,6 +297,8 @@ class _Simulation:
             self._tape.write(event)
         elif self._tape is not None:
             self._tape.write(events.plain(event))
+            if isinstance(event, _TOLD):  # before anybody is shown it
+                self._tape.flush()
         self._tell_of(event)
 
     def _tell_of(self, event: events.Event) -> None:

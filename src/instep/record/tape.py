@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,6 @@ from instep.record.shapes import misfit
 _DURABLE = frozenset({"run_started", "checkpointed", "failed", "run_ended"})
 """Kinds after which the tape is synced, so that it survives a power cut."""
 
-_WAIT_S = 0.5
 _WAIT_BYTES = 1 << 16
 
 
@@ -42,8 +40,8 @@ class _Read(dict[str, Any]):
 class Tape:
     """A tape open for writing.
 
-    Frequent events wait in memory for at most half a second of further events; the rest are written at once. A forked
-    process may drop its copy freely: only the process that calls `write` writes.
+    Frequent events wait in memory for a `flush`, for 64 KiB of them or for an event of another kind. A forked process
+    may drop its copy freely: only the process that calls `write` writes.
 
     path: the file. Without `append` it must not exist; with it, it may, and a torn last line is cut off.
     Raises RecordError if the tape exists already, and ResourceError if the disk refuses.
@@ -52,7 +50,6 @@ class Tape:
     def __init__(self, path: Path | str, *, append: bool = False) -> None:
         self.path = Path(path)
         self._waiting = bytearray()
-        self._flushed_s = time.monotonic()
         self._descriptor = -1
         try:
             flags = os.O_RDWR | os.O_CREAT | (0 if append else os.O_EXCL)
@@ -80,8 +77,7 @@ class Tape:
         """
         kind = event["kind"]
         self._waiting += json_text(event).encode() + b"\n"
-        late = time.monotonic() - self._flushed_s > _WAIT_S or len(self._waiting) > _WAIT_BYTES
-        if late or kind not in QUIET:
+        if kind not in QUIET or len(self._waiting) > _WAIT_BYTES:
             self.flush(sync=kind in _DURABLE)
 
     def flush(self, *, sync: bool = False) -> None:
@@ -92,7 +88,6 @@ class Tape:
                 os.fsync(self._descriptor)
         except OSError as error:
             raise disk_error(f"the tape {self.path} cannot be written", error) from error
-        self._flushed_s = time.monotonic()
 
     def _write_out(self) -> None:
         written = 0

@@ -67,6 +67,7 @@ class Journal:
             for waiting in sorted(self._early, key=lambda early: early["kind"] != "run_started"):
                 self._tape.write(waiting)
             self._early.clear()
+            self._tape.flush()  # before anybody is shown it
         try:
             self._client.send(PlainEvents(events))
         except (BrokenPipeError, ConnectionResetError):
