@@ -237,6 +237,7 @@ def test_many_strangers_at_once_keep_no_agent_waiting(side: Side) -> None:
         other.send(EpochGone(1))
         assert got(zero, 1) == [EpochGone(1)]
         assert time.monotonic() - began < 1
+        assert len(side.listener.sources()) <= 1 + of_link.SHAKING
         for stranger in strangers:
             stranger.close()
     assert side.longest_s < 0.5

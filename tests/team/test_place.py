@@ -129,6 +129,7 @@ WRONG: list[tuple[dict[str, str], str, str]] = [
     (srun(SLURM_JOB_NODELIST=None), "auto", "SLURM_JOB_NODELIST is missing"),
     (srun(SLURM_JOB_NODELIST="n[1-x]"), "auto", "list of hosts is n[1-x], which Instep does not read"),
     (srun(SLURM_STEP_TASKS_PER_NODE="two"), "auto", "SLURM_TASKS_PER_NODE is 'two'"),
+    (srun(SLURM_NODEID=0), "auto", "--distribution=block"),
     (srun(SLURM_PROCID=1, SLURM_NODEID=1, SLURM_LOCALID=0), "auto", "--distribution=block"),
 ]
 

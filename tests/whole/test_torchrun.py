@@ -1,0 +1,161 @@
+"""Agents that torchrun and srun start on several hosts: the same bits as on one, and one clean end for all."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from support.hosts import Command, Host, Hosts
+from support.processes import MODULE, RECIPE, wait_until
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+FILES = {"mymodel.py": MODULE, "my.toml": RECIPE.replace("microbatches = 4", "microbatches = 8")}
+
+TRAIN_PY = """\
+import sys
+import instep
+recipe = instep.Recipe(model="mymodel:Net", objective="mymodel:squares", data="mymodel:numbers", batch=8,
+                       microbatches=4, steps=20)
+run = instep.train(recipe, team=instep.Team(workers=int(sys.argv[1])), out=sys.argv[2])
+print(run.digest, run.objective, run.result["steps"])
+try:
+    print(sum(1 for _ in run.model().parameters()), run.path.name)
+except instep.InstepError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def hosts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with Hosts(request.param, tmp_path_factory.mktemp("hosts")) as found:
+        found.put(FILES)
+        yield found
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[Hosts]:
+    with Hosts(2, tmp_path / "hosts") as found:
+        found.put(FILES)
+        yield found
+
+
+def instep(host: Host, *arguments: str) -> str:
+    return host.run(sys.executable, "-m", "instep", *arguments, OMP_NUM_THREADS="1")
+
+
+def alone(host: Host) -> str:
+    """The digest of a run of one process."""
+    if not (host.path() / "alone").exists():
+        instep(host, "train", "my.toml", "--workers", "1", "--out", "alone")
+    return digest_in(host, "alone")
+
+
+def digest_in(host: Host, folder: str) -> str:
+    return str(json.loads((host.path() / folder / "result.json").read_text())["digest"])
+
+
+def torchrun(hosts: Hosts, *arguments: str, endpoint: str = "", options: Sequence[Sequence[str]] = ()) -> list[Command]:
+    """One on each host, which trains; `options`: of each host's own."""
+    return [
+        host.start(
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(hosts)), "--nproc-per-node", "1",
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint or f"{hosts[0].name}:29400",
+            *(options[host.number] if options else ()), "-m", "instep", "train", "my.toml", *arguments,
+            OMP_NUM_THREADS="1",
+        )
+        for host in hosts
+    ]  # fmt: skip
+
+
+def all_end(commands: Sequence[Command], within_s: float = 90) -> list[int]:
+    return [command.ends(within_s) for command in commands]
+
+
+def holder(hosts: Hosts, folder: str) -> Host:
+    """The host that has the run folder, which one has alone: torchrun's c10d says which is the first."""
+    (found,) = (host for host in hosts if (host.path() / folder).exists())
+    return found
+
+
+def nothing_runs(hosts: Hosts) -> None:
+    wait_until(lambda: not any(host.processes() for host in hosts), 5, "the end of all processes")
+    for host in hosts:
+        assert not list(host.path("/dev/shm").iterdir())
+        assert not [each.name for each in host.path("/tmp").iterdir() if each.name.startswith("instep")]
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5, 8])
+def test_hosts_give_the_digest_of_one_process(hosts: Hosts, workers: int) -> None:
+    folder = f"run{workers}"
+    commands = torchrun(hosts, "--workers", str(workers), "--out", folder)
+    assert all_end(commands) == [0] * len(hosts), [each.err for each in commands]
+    assert digest_in(holder(hosts, folder), folder) == alone(hosts[0])
+    assert sum("digest" in each.out for each in commands) == 1, "progress is drawn once"
+    nothing_runs(hosts)
+
+
+def test_a_name_that_only_its_own_host_knows_is_no_obstacle(tmp_path: Path) -> None:
+    """Under c10d torchrun tells all of the first host's own name, MASTER_ADDR, that here nobody else can resolve."""
+    with Hosts(2, tmp_path / "hosts", named=False) as hosts:
+        hosts.put(FILES)
+        options = [["--rdzv-conf", f"is_host={is_host}"] for is_host in (1, 0)]
+        endpoint = f"{hosts[0].address}:29400"
+        commands = torchrun(hosts, "--workers", "3", "--out", "run", endpoint=endpoint, options=options)
+        assert all_end(commands) == [0, 0], [each.err for each in commands]
+        assert digest_in(holder(hosts, "run"), "run") == alone(hosts[0])
+
+
+def test_srun_starts_agents_by_its_environment(two: Hosts) -> None:
+    commands = [
+        host.start(
+            sys.executable, "-m", "instep", "train", "my.toml", "--workers", "3", "--out", "run", OMP_NUM_THREADS="1",
+            INSTEP_SECRET="0123456789abcdef", SLURM_STEP_ID="0", SLURM_PROCID=str(host.number), SLURM_NTASKS="2",
+            SLURM_NODEID=str(host.number), SLURM_LOCALID="0", SLURM_JOB_ID="77",
+            SLURM_JOB_NODELIST=",".join(each.name for each in two),
+        )
+        for host in two
+    ]  # fmt: skip
+    assert all_end(commands) == [0, 0], [each.err for each in commands]
+    assert digest_in(two[0], "run") == alone(two[0])
+    assert not (two[1].path() / "run").exists()
+
+
+def test_sigterm_at_one_torchrun_saves_and_ends_all_within_25_s(two: Hosts) -> None:
+    commands = torchrun(two, "--workers", "3", "--steps", "100000", "--out", "run")
+    tape = [host.path() / "run" / "tape.jsonl" for host in two]
+    wait_until(lambda: any(path.exists() and '"merged"' in path.read_text() for path in tape), 60, "an update")
+    commands[1].signal(signal.SIGTERM)
+    all_end(commands, 25)
+    saved = sorted((holder(two, "run").path() / "run" / "checkpoints").glob("step-*"))
+    assert saved, "a checkpoint"
+    result = json.loads((holder(two, "run").path() / "run" / "result.json").read_text())
+    assert result["interrupted"]
+    assert saved[-1].name == f"step-{result['steps']:08d}"
+    nothing_runs(two)
+
+
+def test_a_script_gets_an_equal_run_on_each_host_and_the_first_has_the_folder(two: Hosts) -> None:
+    two.put({"train.py": TRAIN_PY})
+    commands = [
+        host.start(
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank",
+            str(host.number), "--master-addr", two[0].name, "--master-port", "29400", "train.py", "3", "runs/py",
+            OMP_NUM_THREADS="1",
+        )
+        for host in two
+    ]  # fmt: skip
+    assert all_end(commands) == [0, 0], [each.err for each in commands]
+    alone = two[0].run(sys.executable, "train.py", "1", "runs/alone", OMP_NUM_THREADS="1").splitlines()
+    here, there = (each.out.splitlines()[-2:] for each in commands)
+    assert (here[0], there[0]) == (alone[0], alone[0])
+    assert here[1] == "4 py"
+    assert there[1].endswith(".")
+    assert "agent 0" in there[1]
+    assert (two[0].path() / "runs" / "py").exists()
+    assert not (two[1].path() / "runs").exists()
