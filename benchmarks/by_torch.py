@@ -7,6 +7,7 @@ after every step without giving them anything. Weights, batches and optimizer ar
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,9 @@ from instep.transport.memory import mark, wait_for
 
 def main(options: Options) -> None:
     """Trains, and leaves the objective of the last step."""
-    if options.workers > 1:
+    if "RANK" in os.environ:  # under torchrun
+        _ddp_worker(int(os.environ["RANK"]), options)
+    elif options.workers > 1:
         spawn(_ddp_worker, args=(options,), nprocs=options.workers)
     else:
         torch.set_num_threads(1)
@@ -44,7 +47,7 @@ def main(options: Options) -> None:
 
 def _ddp_worker(rank: int, options: Options) -> None:
     torch.set_num_threads(1)
-    store = f"file://{options.folder}/store"
+    store = None if "RANK" in os.environ else f"file://{options.folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=options.workers)
     share = options.microbatches // options.workers
     module = DistributedDataParallel(_model(), **options.ddp)
