@@ -29,7 +29,7 @@ from instep.rules import UpdateRule
 from instep.schedule import Change
 from instep.team.client import computed, pickled, supervised
 from instep.team.messages import Request
-from instep.team.place import Place, from_environment
+from instep.team.place import begun_before, place_of
 from instep.team.signals import interrupting
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _trained(
     wanted: _Wanted, out: str | os.PathLike[str] | None, monitors: list[Monitor], import_paths: tuple[str, ...]
 ) -> Run:
     recipe, team, folder = wanted.recipe, wanted.team, wanted.folder
-    place = place_of(team)
+    place = place_of(team.launcher)
     check_team(recipe, team)
     sent, recipe_file = pickled(recipe), dumps(recipe, team)
     if place is not None and engine_of(recipe, team) == "server":
@@ -245,17 +245,6 @@ def _trained(
     if place is not None and place.agent > 0:
         return _RunElsewhere(place.agent, result, recipe, import_paths)
     return Run(folder.path, result, recipe, import_paths)
-
-
-def place_of(team: Team) -> Place | None:
-    """This process's place among the agents of several; None where it is the only one. Raises RecipeError."""
-    return None if team.launcher == "local" else from_environment(os.environ, team.launcher)
-
-
-def begun_before(out: str | os.PathLike[str] | None) -> bool:
-    """Whether torchrun has started agent 0 once more, and the run that it had begun in the folder `out` is to go on."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ.get("RANK") == "0"
-    return again and out is not None and RunFolder(Path(out)).recipe_path.exists()
 
 
 def _say(event: dict[str, Any]) -> None:

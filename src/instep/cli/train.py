@@ -17,6 +17,7 @@ from instep.monitors.tensorboard import TensorBoard
 from instep.recipe import Recipe, Team, check_team, parse, read_saved
 from instep.record.folder import RunFolder
 from instep.record.resuming import as_last_changed, resume_differences
+from instep.team.place import begun_before, place_of
 from instep.team.signals import interrupting
 
 
@@ -33,8 +34,6 @@ def train_recipe(
     if out is not None and resume is not None:
         raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
 
-    from instep.api import begun_before, place_of, train
-
     if resume is None and begun_before(out):
         out, resume = None, out
     if resume is not None:
@@ -47,9 +46,10 @@ def train_recipe(
             "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
         )
 
+    from instep.api import train
     from instep.monitors import Monitor
 
-    paths, place = import_paths(given), place_of(team)
+    paths, place = import_paths(given), place_of(team.launcher)
     if place is not None and not any(name == "team.workers" for name, _ in settings):
         team = replace(team, workers=place.agents)
         if place.agent == 0:

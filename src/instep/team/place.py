@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from instep.errors import RecipeError, cut, shown
+from instep.record.folder import RunFolder
 
 Launcher = Literal["auto", "local", "torchrun", "srun"]
 """What starts the agents: `local` for one agent, whatever the environment says."""
@@ -60,6 +61,17 @@ def from_environment(environ: Mapping[str, str], launcher: str = "auto") -> Plac
     if launcher == "torchrun" or (launcher == "auto" and by_torchrun):
         return _by_torchrun(environ, _arguments_of_torchrun())
     return _by_srun(environ)
+
+
+def place_of(launcher: str) -> Place | None:
+    """This process's place, see `from_environment`."""
+    return from_environment(os.environ, launcher)
+
+
+def begun_before(out: str | os.PathLike[str] | None) -> bool:
+    """Whether torchrun has started agent 0 once more, and the run that it had begun in the folder `out` is to go on."""
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ.get("RANK") == "0"
+    return again and out is not None and RunFolder(Path(out)).recipe_path.exists()
 
 
 def _number(environ: Mapping[str, str], launcher: str, *names: str, most: int = MOST_AGENTS) -> int:

@@ -164,7 +164,7 @@ class Roster:
         if waiting:
             return self._start_if_all_are_there()
         # One that was lost, and not waited for, takes part again when the team next starts.
-        return self._lose_all_of(host, f"the agent of host {host} ({came.name}) has come anew, without its workers.")
+        return self._lose_all_of(host, f"host {host} ({came.name}) has come anew, without its workers.")
 
     def _lose_all_of(self, host: int, why: str) -> list[Order]:
         """All workers of a host are lost at once."""
