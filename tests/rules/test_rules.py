@@ -36,7 +36,7 @@ pytestmark = pytest.mark.pure
 
 PLAIN: dict[str, Any] = {
     "max_lead": None, "max_staleness": None, "max_wait_s": None, "local_steps": 1, "local_after": 0, "weight": "items",
-    "compensation": 0.0, "outer": "none", "outer_lr": 1.0, "outer_momentum": 0.0, "outer_buffer": 1,
+    "compensation": 0.0, "outer": "none", "outer_lr": 1.0, "outer_momentum": 0.0, "outer_buffer": 1, "wire": "float32",
 }  # fmt: skip
 LOCKSTEP: dict[str, Any] = {"order": "round", "quorum": "all", "max_lead": 0, "max_staleness": 0}
 FREE: dict[str, Any] = {"order": "arrival", "quorum": "1"}
@@ -172,6 +172,9 @@ def sentence(error: pytest.ExceptionInfo[RecipeError]) -> str:
         ("asynchronous,weight=none", "'rule.weight' is 'none'; it must be one of 'items', 'staleness'."),
         ("asynchronous,order=chance", "'rule.order' is 'chance'; it must be one of 'round', 'arrival'."),
         ("asynchronous,order=round", "and 'rule.quorum' is '1'; set quorum to 'all', or order to 'arrival'."),
+        ("asynchronous,wire=int8", "and rule 'asynchronous' sends gradients, which stay float32; leave it out, or"),
+        ("synchronous,wire=int8", "'rule.wire' is 'int8' and rule 'synchronous' sends gradients, which stay float32;"),
+        ("diloco:20,wire=int3", "'rule.wire' is 'int3'; it must be one of 'float32', 'bfloat16', 'int8', 'int4'."),
         ("asynchronous,compensation=nan", "'rule.compensation' is nan; it must be a finite number from 0."),
         ("backup_workers:0", "'backup_workers:spare' is 0; it must be a whole number from 1."),
         ("backup_workers:-1", "'backup_workers:spare' is -1; it must be a whole number from 1."),

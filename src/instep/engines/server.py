@@ -23,6 +23,7 @@ from instep.engines.costs import Tally
 from instep.engines.server_memory import PublishedWeights, server_memory, server_regions
 from instep.record import events
 from instep.record.digest import digest_of_state
+from instep.reduce.narrow import narrow_bytes
 from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.ledger_state import ledger_state, resumed_ledger
@@ -58,7 +59,7 @@ def contribute(session: Session, descriptor: int) -> None:
     fit_memory(replica, assignment.team, session.emit if session.number == 0 else None)
     replica.written.agree(known, "a first forward")
     weights, vectors = server_memory(descriptor, agreed.memory)
-    slowness = slowness_of(session)
+    slowness, begun = slowness_of(session), False
     line, own = assignment.lines[worker].worker, assignment.incarnation
     line.send(messages.Hello(own, os.getpid(), socket.gethostname()))
     while True:
@@ -72,7 +73,9 @@ def contribute(session: Session, descriptor: int) -> None:
         contributor.enter(message.version)
         work = contributor.pieces.work(message.piece)
         replica.doing = f"computing piece {message.piece}"
-        from_s = session.clock()
+        if contributor.way_up is not None and not begun:
+            contributor.way_up.take(vectors[worker].lost)
+        begun, from_s = True, session.clock()
         found = contributor.compute(work, weights[message.slot], vectors[worker], message.off)
         if slowness > 1:
             time.sleep((slowness - 1) * (session.clock() - from_s))
@@ -148,7 +151,7 @@ class _Server:
         self._progress, self._vectors = progress, vectors
         self._lines = [line.server for line in session.assignment.lines]
         self._incarnations = [0] * len(self._lines)
-        self._published = PublishedWeights(weights, merger.pack, ledger)
+        self._published = PublishedWeights(weights, merger.pack, ledger, merger.way_down)
         self._arrived: dict[int, tuple[Facts, Vectors]] = {}
         self._tally = Tally(len(self._lines), session.clock)
         self._held_out = batches_held_out(replica)
@@ -247,6 +250,8 @@ class _Server:
                 self._session.emit(events.LeftEvent(worker=worker, why=why))
                 self._tally.left(worker)
                 self._waiting.discard(worker)
+                if self._merger.way_down is not None:
+                    self._merger.way_down.left(worker)
                 if worker in self._ledger.active:
                     self._obey(self._ledger.left(worker, self._session.clock()))
             case _:
@@ -258,7 +263,7 @@ class _Server:
         work, vectors = ledger.pieces.work(piece), self._vectors[worker]
         covers = work.covers()
         items = facts.items
-        sent_bytes = 4 * self._replica.size * len(facts.nodes)
+        sent_bytes = narrow_bytes(ledger.rule.wire, self._replica.size) * len(facts.nodes)
         self._session.emit(
             events.ComputedEvent(worker=worker, version=base, from_s=from_s, to_s=to_s, **covers, **pushed.verified)
         )
@@ -298,10 +303,12 @@ class _Server:
         for seq, (facts, vectors) in self._arrived.items():
             if vectors is self._vectors[worker]:  # it waits for its update while its worker goes on
                 self._arrived[seq] = (facts, vectors.clone())
+        if self._merger.way_down is not None and (lost := self._merger.way_down.lost_of(worker)) is not None:
+            self._vectors[worker].lost.copy_(lost)
         lead = self._ledger.lead_of(worker)
         self._session.emit(events.ReleasedEvent(worker=worker, version=action.version, piece=action.piece, lead=lead))
-        self._tally.released(worker, lead, self._merger.pack.size_bytes)
-        slot = self._published.slot_of(action.version)
+        slot, pulled_bytes = self._published.give(worker, action.version)
+        self._tally.released(worker, lead, pulled_bytes)
         off = tuple(self._replica.trainable.off)
         self._lines[worker].send(messages.Compute(self._incarnations[worker], action.piece, slot, off, action.version))
 
@@ -313,7 +320,8 @@ class _Server:
             facts, vectors = self._arrived.pop(contribution.seq)
             base = self._published.base(contribution.base) if ledger.rule.compensation and staleness else None
             work = ledger.pieces.work(contribution.piece)
-            arrived.append(Arrived(contribution.worker, work, facts, vectors, weight, staleness, base))
+            of = contribution.worker, work, facts, vectors, weight, staleness, base, contribution.seq
+            arrived.append(Arrived(*of))
         update = self._merger.merge(arrived)
         self._session.heartbeat.advance()
         self._progress.train_s = time.monotonic() - self._began_s

@@ -12,6 +12,7 @@ from instep.rules.ledger import Ledger
 from instep.transport.memory import Region, attach
 from instep.worker.contribution import Vectors
 from instep.worker.gradients import Contributor
+from instep.worker.wire import WayDown
 
 
 def server_regions(contributor: Contributor, workers: int) -> dict[str, Region]:
@@ -24,22 +25,30 @@ def server_regions(contributor: Contributor, workers: int) -> dict[str, Region]:
 def server_memory(descriptor: int, memory: Mapping[str, Region]) -> tuple[list[Tensor], list[Vectors]]:
     """The versions of the weights, and each worker's vectors."""
     arrays = {name: torch.from_numpy(array) for name, array in attach(descriptor, memory).items()}
-    rows = zip(arrays["gradient"], arrays["buffers"], arrays["integers"], arrays["written"], strict=True)
+    parts = ("gradient", "buffers", "integers", "written", "lost")
+    rows = zip(*(arrays[name] for name in parts), strict=True)
     return list(arrays["weights"]), [Vectors(*row) for row in rows]
 
 
 class PublishedWeights:
     """Weights in `slots` ([pack.size_bytes] uint8 each), one for each version that a worker may compute from, and the
-    newest.
+    newest. Where they go over a narrow wire, `way_down` lays them there, as each worker has them.
     """
 
-    def __init__(self, slots: Sequence[Tensor], pack: Pack, ledger: Ledger):
-        self._weights, self._pack, self._ledger = slots, pack, ledger
+    def __init__(self, slots: Sequence[Tensor], pack: Pack, ledger: Ledger, way_down: WayDown | None = None):
+        self._weights, self._pack, self._ledger, self._way_down = slots, pack, ledger, way_down
+        if way_down is not None:
+            way_down.publish_in(slots)
         self._slots: dict[int, int] = {}  # where each version that is computed from lies
         self._bases: dict[int, Tensor] = {}  # older versions, which contributions that wait are compensated from
 
-    def slot_of(self, version: int) -> int:
-        """Where the present weights, which are of `version`, lie for workers to read."""
+    def give(self, worker: int, version: int) -> tuple[int, int]:
+        """Where the present weights, which are of `version`, lie for a worker to read, and the bytes that it pulls."""
+        if self._way_down is not None:
+            return self._way_down.give(worker, version)
+        return self._slot_of(version), self._pack.size_bytes
+
+    def _slot_of(self, version: int) -> int:
         if version not in self._slots:
             in_hand = (self._ledger.in_hand(worker) for worker in self._ledger.active)
             used = {base for piece, base in in_hand if piece >= 0}

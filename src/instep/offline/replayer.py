@@ -72,7 +72,9 @@ class Replayer:
         self._spare: list[Vectors] = []  # of contributions that are merged, for others: fresh memory takes time
 
     def left(self, worker: int) -> None:
-        """What the worker was computing is lost, and its optimizer's state."""
+        """What the worker was computing is lost, its optimizer's state, and what it has of the weights."""
+        if self.merger.way_down is not None:
+            self.merger.way_down.left(worker)
         if not self.recipe.rule.gradients:
             self._contributors.pop(worker, None)  # the next worker of this number builds another
         self._made.pop(worker, None)
@@ -83,10 +85,16 @@ class Replayer:
         """The worker starts on a piece from the present weights, which `version` counts."""
         self._work[worker] = (piece, version)
         self._uses[version] = self._uses.get(version, 0) + 1
-        if version not in self._weights:
-            self._weights[version] = self.merger.pack.empty()
-            self.merger.pack.save(self._weights[version])
+        way_down = self.merger.way_down
+        if way_down is not None:
+            if (lost := way_down.lost_of(worker)) is not None and (way_up := self._contributor(worker).way_up):
+                way_up.take(lost)
+            way_down.give(worker, version)
+        if version not in self._off:
             self._off[version] = self.merger.replica.trainable.off
+            if way_down is None:
+                self._weights[version] = self.merger.pack.empty()
+                self.merger.pack.save(self._weights[version])
 
     def pushed(self, seq: int, worker: int) -> None:
         """The worker has finished."""
@@ -106,7 +114,8 @@ class Replayer:
             contributor = self._contributor(worker)
             contributor.enter(version)
             vectors = self._spare.pop() if self._spare else contributor.empty()
-            weights, off = self._weights[version], self._off[version]
+            way_down, off = self.merger.way_down, self._off[version]
+            weights = self._weights[version] if way_down is None else way_down.weights(worker)
             return contributor.compute(self.pieces.work(piece), weights, vectors, off), vectors
         if worker not in self._made:
             others = [other for other in self._work if other not in self._made]
@@ -152,6 +161,8 @@ class Replayer:
         self._work, self._arrived, self._weights, self._uses, self._made, self._off = {}, {}, {}, {}, {}, {}
         if not self.recipe.rule.gradients:
             self._contributors = {}
+        if self.merger.way_down is not None:
+            self.merger.way_down.everybody_left()
 
     def alone(self, step: int) -> Update:
         """One step of a synchronous rule, computed whole by one worker."""
@@ -172,7 +183,7 @@ class Replayer:
         for seq, (weight, staleness) in contributions.items():
             worker, piece, base, facts, vectors = self._arrived.pop(seq)
             work = self.pieces.work(piece)
-            arrived.append(Arrived(worker, work, facts, vectors, weight, staleness, self._weights[base]))
+            arrived.append(Arrived(worker, work, facts, vectors, weight, staleness, self._weights.get(base), seq))
             bases.append(base)
         update = self.merger.merge(arrived)
         for base, each in zip(bases, arrived, strict=True):
@@ -202,7 +213,8 @@ class Replayer:
         """One contribution less needs these weights."""
         self._uses[version] -= 1
         if not self._uses[version]:
-            del self._weights[version], self._uses[version], self._off[version]
+            del self._uses[version], self._off[version]
+            self._weights.pop(version, None)
 
     def _reuse(self, vectors: Vectors) -> None:
         if self._together is None:  # it makes its own, parts of one large tensor

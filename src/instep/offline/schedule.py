@@ -79,6 +79,7 @@ def simulate(
     *,
     contribution_bytes: int = 0,
     weights_bytes: int = 0,
+    first_bytes: int | None = None,
     merge_s: float = 0.0,
     collective: bool = False,
     items_of: Callable[[int], int] | None = None,
@@ -88,6 +89,7 @@ def simulate(
 
     network: None where messages take no time.
     contribution_bytes, weights_bytes: the size of a contribution's vector for one node of the tree, and of a pull.
+    first_bytes: the size of a pull of a worker that has just joined; `weights_bytes` if None.
     merge_s: seconds that the server needs for an update, in which it does nothing else.
     collective: under a rule in lockstep, workers reduce among themselves: a round ends with a ring all-reduce of
         `contribution_bytes` over those present, there is no server and no pull. Other rules take no notice.
@@ -97,7 +99,8 @@ def simulate(
     Raises RecipeError where the rule, the slow workers or the failures do not fit the team.
     """
     rule.check_workers(pieces.workers)
-    run = _Simulation(rule, pieces, times, network, contribution_bytes, weights_bytes, merge_s, items_of, listener)
+    sizes_bytes = contribution_bytes, weights_bytes, weights_bytes if first_bytes is None else first_bytes
+    run = _Simulation(rule, pieces, times, network, sizes_bytes, merge_s, items_of, listener)
     if collective and rule.lockstep:
         run.reduce_among_workers(network or Network())
     return run.run()
@@ -110,9 +113,10 @@ class _Simulation:
     __slots__ = (
         "_alarm", "_alarm_s", "_away", "_busy_s", "_contribution_bytes", "_direct", "_down", "_draw", "_drops",
         "_even", "_failed", "_failures", "_finished_s", "_hopeless", "_items_of", "_latency_s", "_ledger", "_listener",
-        "_loop", "_merge_s", "_microbatches", "_microbatches_of", "_more_vectors", "_notes", "_occupied", "_present",
-        "_present_s", "_pulled_bytes", "_pulls", "_pushed_bytes", "_queue", "_reduce_s", "_since_s", "_staleness_max",
-        "_staleness_sum", "_then", "_timed", "_up", "_uptimes", "_vectors_of", "_weights_bytes", "_workers",
+        "_loop", "_merge_s", "_microbatches", "_microbatches_of", "_more_bytes", "_more_vectors", "_newcomers",
+        "_notes", "_occupied", "_present", "_present_s", "_pulled_bytes", "_pulls", "_pushed_bytes", "_queue",
+        "_reduce_s", "_since_s", "_staleness_max", "_staleness_sum", "_then", "_timed", "_up", "_uptimes",
+        "_vectors_of", "_weights_bytes", "_workers",
     )  # fmt: skip
 
     def __init__(
@@ -121,8 +125,7 @@ class _Simulation:
         pieces: Pieces,
         times: WorkerTimes,
         network: Network | None,
-        contribution_bytes: int,
-        weights_bytes: int,
+        sizes_bytes: tuple[int, int, int],
         merge_s: float,
         items_of: Callable[[int], int] | None,
         listener: Listener | None,
@@ -131,7 +134,8 @@ class _Simulation:
         self._loop = loop = Loop()
         self._ledger, self._workers, self._timed = Ledger(rule, pieces), workers, rule.max_wait_s is not None
         self._items_of = items_of
-        self._contribution_bytes, self._weights_bytes = contribution_bytes, weights_bytes
+        self._contribution_bytes, self._weights_bytes, first_bytes = sizes_bytes
+        self._more_bytes, self._newcomers = first_bytes - self._weights_bytes, set[int]()
         self._merge_s = merge_s
         self._reduce_s: Callable[[int, float, int], float] | None = None
         self._latency_s = network.latency_s if network else 0.0
@@ -171,6 +175,7 @@ class _Simulation:
     def reduce_among_workers(self, network: Network) -> None:
         """Puts collectives in the place of the server."""
         self._down = self._up = None
+        self._more_bytes = 0
         self._then = self._pushed
         self._direct, self._latency_s = self._failures is None, 0.0
         self._reduce_s = network.ring_all_reduce_s
@@ -189,7 +194,7 @@ class _Simulation:
                 self._present_s[worker] += max(0.0, wall_s - self._since_s[worker])
         if self._reduce_s is None:
             self._pushed_bytes = (ledger.next_seq + self._more_vectors) * self._contribution_bytes
-            self._pulled_bytes = self._pulls * self._weights_bytes
+            self._pulled_bytes += self._pulls * self._weights_bytes
         return SimulatedRun(
             wall_s=wall_s,
             versions=ledger.version,
@@ -215,13 +220,17 @@ class _Simulation:
         if self._down is None:
             self._pulled(worker)
         else:
-            token = self._down.send(self._weights_bytes, worker)
+            size_bytes = self._weights_bytes + (self._more_bytes if worker in self._newcomers else 0)
+            token = self._down.send(size_bytes, worker)
             if self._notes is not None:
                 self._notes.waits(worker, self._down, token)
 
     def _pulled(self, worker: int) -> None:
         """The weights have left the server: they travel, the worker computes, and its push travels."""
         self._pulls += 1
+        if self._newcomers and worker in self._newcomers:
+            self._newcomers.remove(worker)
+            self._pulled_bytes += self._more_bytes
         loop, latency_s = self._loop, self._latency_s
         draw = self._draw
         seconds = draw(worker) * self._microbatches[worker]
@@ -294,6 +303,8 @@ class _Simulation:
         self._away[worker] = False
         self._since_s[worker] = now_s
         self._present += 1
+        if self._more_bytes:
+            self._newcomers.add(worker)
         if self._failures is not None:
             self._loop.at(now_s + next(self._uptimes[worker]), self._fails, worker)
         if self._listener is not None:

@@ -35,6 +35,7 @@ from instep.record.folder import RunFolder
 from instep.record.held import Held
 from instep.record.result import Costs, Result
 from instep.record.tape import Tape
+from instep.reduce.narrow import narrow_bytes
 from instep.reduce.written import FirstWrite
 from instep.restore import older_kept
 from instep.rules.work import Pieces
@@ -118,8 +119,8 @@ class _Simulation:
         microbatch_s, merge_s = self._measured()
         slow = parse_slow(cluster.slow) if cluster.slow else ()
         times = cluster.times or WorkerTimes.constant(microbatch_s, slow=slow, seed=recipe.seed)
-        size_bytes = 4 * self._replica.size
-        weights_bytes = self._replayer.merger.pack.size_bytes
+        merger = self._replayer.merger
+        first_bytes, way_down = merger.pack.size_bytes, merger.way_down
         self._start(microbatch_s)
         for why in [*doubts, *(self._replica.doubts() if self._gradients else ())]:
             self._emit(events.WarnedEvent(clock="virtual", why=why))
@@ -130,7 +131,8 @@ class _Simulation:
             recipe.rule, self._pieces,
             times,  # type: ignore[arg-type]  # recorded ones have its methods
             cluster.network,
-            contribution_bytes=size_bytes, weights_bytes=weights_bytes,
+            contribution_bytes=narrow_bytes(recipe.rule.wire, self._replica.size),
+            weights_bytes=first_bytes if way_down is None else way_down.change_bytes, first_bytes=first_bytes,
             merge_s=merge_s if cluster.merge_s is None else cluster.merge_s, collective=cluster.collective,
             items_of=self._replayer.items if self._gradients else None, listener=listener,
         )  # fmt: skip

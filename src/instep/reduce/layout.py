@@ -91,7 +91,7 @@ class Pack:
     """Where each of a module's trained parameters and buffers lies in a vector of bytes.
 
     `size_bytes` is its length. The parameters come first, in the order given, then the `frozen` ones that forwards
-    write, then all buffers by name.
+    write, then all buffers by name; `beside_bytes` are those of the latter two.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[Tensor], frozen: Sequence[Tensor] = ()):
@@ -100,6 +100,7 @@ class Pack:
         self._parameters, self._frozen = len(parameters), len(frozen)
         self._offsets, end = placed([tensor.nbytes for tensor in self._tensors], ALIGN_BYTES)
         self.size_bytes = max(end, ALIGN_BYTES)
+        self.beside_bytes = sum(tensor.nbytes for tensor in self._tensors[self._parameters :])
         self._types = {tensor.dtype for tensor in self._tensors}
         self._strides = [torch.empty(tensor.shape, device="meta").stride() for tensor in self._tensors]
 

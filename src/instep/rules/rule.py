@@ -14,7 +14,7 @@ from typing import Literal
 
 from instep.errors import RecipeError, shown
 from instep.rules.text import read_rule
-from instep.tables import check_types
+from instep.tables import added, check_types
 
 _QUORUM = re.compile(r"all|all-(\d{1,18})|all/(\d{1,18})|(\d{1,18})")
 
@@ -45,6 +45,9 @@ class UpdateRule:
         the worker, and the server takes a step of SGD with `outer_lr` and `outer_momentum` along their weighted mean,
         plain ("sgd"), with Nesterov momentum ("nesterov"), or with momentum that is brought up to date only once in
         `outer_buffer` updates ("delayed_nesterov").
+    wire: the format of deltas on their way to the server and of the weights' change on its way to the workers:
+        "float32", "bfloat16", or "int8" and "int4" in blocks of 64 with a scale each. What is lost by it is added to
+        what is sent next.
     name: of the preset it was made from, or of your own.
 
     Raises RecipeError where the fields do not go together.
@@ -64,6 +67,7 @@ class UpdateRule:
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
     outer_buffer: int = 1
+    wire: Literal["float32", "bfloat16", "int8", "int4"] = added("float32", default="float32")
 
     def __post_init__(self) -> None:
         check_types(self, "rule")
@@ -100,6 +104,11 @@ class UpdateRule:
     def gradients(self) -> bool:
         """Whether contributions are gradients; else they are deltas."""
         return self.outer == "none"
+
+    @property
+    def narrow(self) -> bool:
+        """Whether what goes between workers and server has fewer bits than float32."""
+        return self.wire != "float32"
 
     @property
     def lockstep(self) -> bool:
@@ -181,6 +190,11 @@ class UpdateRule:
             raise RecipeError("outer_lr, outer_momentum and outer_buffer go with an outer optimizer; set rule.outer.")
         if self.compensation and not self.gradients:
             raise RecipeError("'rule.compensation' is for gradients; it goes with rule.outer 'none' alone.")
+        if self.narrow and self.gradients:
+            raise RecipeError(
+                f"'rule.wire' is {shown(self.wire)} and rule {shown(self.name)} sends gradients, which stay float32; "
+                f"leave it out, or take a rule with local steps, such as 'diloco:20,wire={self.wire}'."
+            )
         if self.outer_buffer > 1 and self.outer != "delayed_nesterov":
             raise RecipeError(
                 f"'rule.outer_buffer' is {self.outer_buffer}, and 'rule.outer' is {self.outer!r}; only "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from instep.errors import NonFiniteError
@@ -22,13 +23,15 @@ class Vectors:
 
     gradient: [N, layout.size] float32; a delta instead where the rule has local steps.
     buffers: [N, row_size] float32 and integers: [size] int64, as `Buffers.post` writes them. written:
-    [WrittenParameters.row_bytes] uint8, what forwards wrote into parameters.
+    [WrittenParameters.row_bytes] uint8, what forwards wrote into parameters. lost: [WayUp.kept] float32, what a narrow
+    wire has lost up to it.
     """
 
     gradient: Tensor
     buffers: Tensor
     integers: Tensor
     written: Tensor
+    lost: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def checksum(self, nodes: int) -> list[str]:
         """Of its gradient at so many nodes, and of what forwards wrote if they do."""
@@ -36,7 +39,8 @@ class Vectors:
 
     def clone(self) -> Vectors:
         """A copy in memory of its own."""
-        return Vectors(self.gradient.clone(), self.buffers.clone(), self.integers.clone(), self.written.clone())
+        parts = (self.gradient, self.buffers, self.integers, self.written, self.lost)
+        return Vectors(*(part.clone() for part in parts))
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Arrived:
-    """One contribution at the server. `weight` and `staleness` as the ledger gave them.
+    """One contribution at the server. `weight` and `staleness` as the ledger gave them; `seq` too, by which the newest
+    of a worker is known.
 
     `base`: the weights it started from ([Pack.size_bytes], uint8), needed for delay compensation alone.
     """
@@ -87,6 +92,7 @@ class Arrived:
     weight: float
     staleness: int
     base: Tensor | None = None
+    seq: int = 0
 
 
 def latest_of(batch: int, filled: Iterable[int]) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from instep.worker.item_counts import ItemCounts
 from instep.worker.milestones import Milestones
 from instep.worker.replica import Replica
 from instep.worker.updates import clipped_step
+from instep.worker.wire import WayUp
 
 
 class Computed(NamedTuple):
@@ -129,7 +130,7 @@ class Contributor:
     """Computes contributions with one replica, from weights that it is given.
 
     `advance` is called after each microbatch. Under a rule with local steps the optimizer's state stays from one
-    contribution to the next; it is new when a worker joins.
+    contribution to the next; it is new when a worker joins, as what a narrow wire has lost is 0.
 
     `alone`: it computes the pieces of all workers, see `ItemCounts`. `checkpoint_every`: see `Gradients`.
     """
@@ -152,6 +153,7 @@ class Contributor:
         self.terms: tuple[str, ...] = ()
         self.changing: set[int] = set()
         """The buffers that training changes, by index."""
+        self.way_up = WayUp(self.rule, self.layout, replica.device) if self.rule.narrow else None
         self._summed: Tensor | None = None
 
     @cached_property
@@ -167,14 +169,15 @@ class Contributor:
             "buffers": Region((contributions, nodes, self.buffers.row_size), "float32"),
             "integers": Region((contributions, self.buffers.integer_layout.size), "int64"),
             "written": Region((contributions, self.written.row_bytes), "uint8"),
+            "lost": Region((contributions, self.way_up.kept if self.way_up else 0), "float32"),
         }
 
     def empty(self) -> Vectors:
         """Vectors for one contribution, in private memory; its gradient on the replica's device."""
-        gradient, buffers, integers, written = (
+        gradient, *others = (
             torch.zeros(region.shape[1:], dtype=getattr(torch, region.dtype)) for region in self.regions(1).values()
         )
-        return Vectors(gradient.to(self.replica.device), buffers, integers, written)
+        return Vectors(gradient.to(self.replica.device), *others)
 
     def prepare(self, batch: int, samples: Any | None = None) -> Any:
         """Learns the objective's terms, which parameters its forwards write and which buffers training changes, from a
@@ -279,6 +282,8 @@ class Contributor:
         with torch.no_grad():
             for view, before, parameter in zip(self.layout.views(row), pulled, self.replica.parameters, strict=True):
                 torch.sub(before.to(view.dtype), parameter.to(view.device, view.dtype), out=view)
+        if self.way_up is not None:
+            self.way_up.send(row, into.lost)
         self.written.post(into.written, self.written.differences(self.pack.frozen(saved)))
         posted = tuple(sorted({*made.changed, *self.changing}))  # a constant one would be rounded in the mean
         self.buffers.untouched([True])

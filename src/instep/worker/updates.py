@@ -29,6 +29,7 @@ from instep.worker.contribution import NOTHING, Arrived, Facts
 from instep.worker.outer_optimizer import OuterOptimizer
 from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict, Watcher
+from instep.worker.wire import WayDown
 
 
 class Added(NamedTuple):
@@ -188,6 +189,7 @@ class Merger:
         self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
         self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
         self.pack = Pack(replica.module, replica.parameters, replica.written.frozen)
+        self.way_down = WayDown(self.rule, replica.parameters, self.pack) if self.rule.narrow else None
         self._writes = Writes(replica.written)
         self.buffers = Buffers(replica.module, replica.recipe.buffers)
         self._updates = Updates(replica, self.buffers)
@@ -224,6 +226,8 @@ class Merger:
         weights = _Whole(self.replica, self.layout, total, None if self.rule.gradients else self._outer)
         update = self._updates.make(step, added, weights, lambda: self._take_buffers(contributions))
         self._writes.made(taken=update.verdict.updates)
+        if self.way_down is not None:
+            self.way_down.merged(contributions)
         self._count_empty(facts)
         self.version += 1
         self.microbatches += sum(each.work.microbatches for each in contributions)
@@ -269,7 +273,7 @@ class Merger:
         """What a checkpoint holds beside the weights."""
         return {
             **self.replica.training_state(), "outer": self._outer.state(), "watch": self._updates.watcher.state(),
-            "empty": dict(self._empty),
+            "empty": dict(self._empty), **(self.way_down.state() if self.way_down is not None else {}),
         }  # fmt: skip
 
     def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
@@ -285,6 +289,8 @@ class Merger:
         self._empty = dict(empty)
         if "outer" in training_state:  # the lockstep engine has none
             self._outer.load(training_state["outer"])
+        if self.way_down is not None:
+            self.way_down.load(training_state.get("wire"))
 
     def _written(self, contributions: Sequence[Arrived], step: int) -> dict[str, Tensor]:
         """What the update is to find in the parameters that forwards wrote, by name."""

@@ -1,0 +1,197 @@
+"""The two ends of a narrow wire, under rules with local steps: a worker's delta up, the weights' change down.
+
+What a message loses its sender adds to the next one, so that nothing is lost for good. One machine has no wire: its
+numbers take the same way through the same bytes, so that the bits are those of a wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from instep.errors import CheckpointError
+from instep.reduce.layout import Layout, Pack
+from instep.reduce.narrow import decoded, encoded, narrow_bytes
+from instep.rules.rule import UpdateRule
+
+if TYPE_CHECKING:
+    from instep.worker.contribution import Arrived
+
+
+class WayUp:
+    """A worker's end. N weights are trained; `kept`: as many if what is lost is saved in checkpoints, else 0."""
+
+    def __init__(self, rule: UpdateRule, layout: Layout, device: torch.device):
+        self._wire, self._layout = rule.wire, layout
+        self._sizes = [shape.numel() for shape in layout.shapes]
+        self._lost = torch.zeros(sum(self._sizes), device=device)
+        self.kept = self._lost.numel() if rule.lockstep else 0
+
+    def take(self, lost: Tensor) -> None:
+        """What messages have lost before this worker came ([kept] float32)."""
+        if self.kept:
+            self._lost.copy_(lost)
+
+    def send(self, delta: Tensor, kept: Tensor) -> None:
+        """Makes of `delta` ([layout.size] float32) what arrives of it, and writes what is lost into `kept` ([kept]).
+
+        Of what is not finite nothing is lost: it arrives as such, and the contribution is left out.
+        """
+        views = self._layout.views(delta)
+        whole = _flat(views).add_(self._lost)
+        arrived = _sent(whole, self._wire)
+        self._lost = torch.where(arrived.isfinite(), whole - arrived, self._lost)
+        for view, part in zip(views, arrived.split(self._sizes), strict=True):
+            view.copy_(part.view(view.shape))
+        if self.kept:
+            kept.copy_(self._lost)
+
+
+class WayDown:
+    """The server's end: the weights as each worker has them, which differ from the server's by what was lost.
+
+    Under rules in lockstep all workers have the same; a worker that joins gets those whole, not narrow, and a
+    checkpoint holds them, beside what each worker's last contribution has lost. Under other rules each worker has its
+    own, and who joins gets the server's.
+    """
+
+    def __init__(self, rule: UpdateRule, parameters: Sequence[Tensor], pack: Pack):
+        self._wire, self._common, self._parameters, self._pack = rule.wire, rule.lockstep, parameters, pack
+        self._size = sum(parameter.numel() for parameter in parameters)
+        self.change_bytes = narrow_bytes(rule.wire, self._size) + pack.beside_bytes
+        """Of a message to a worker, with buffers and frozen parameters, which go as they are."""
+        self._slots: dict[int, Tensor] = {}
+        self._filled: set[int] = set()  # slots whose weights workers have
+        self._joined: set[int] = set()  # workers that have them
+        self._version, self._whole = -1, False  # of what all have, and whether its last change went whole
+        self._lost: dict[int, Tensor] = {}  # by worker, with its last contribution to the present version
+        self._owed: dict[int, Tensor] = {}  # of these, what workers of a run that was resumed have yet to take
+
+    def publish_in(self, slots: Sequence[Tensor]) -> None:
+        """The memory for what each worker has, [pack.size_bytes] uint8 each; it is the process's own without."""
+        for slot in self._filled:
+            slots[slot].copy_(self._slots[slot])
+        self._slots = dict(enumerate(slots))
+
+    def give(self, worker: int, version: int) -> tuple[int, int]:
+        """Brings what the worker has up to the present weights, of `version`: its slot, and the bytes that it takes.
+
+        A change that is not finite goes whole, so that the worker sees what the server has.
+        """
+        slot = self._slot(worker)
+        if not self._common or version != self._version:
+            weights = self.weights(worker)
+            self._whole = not (slot in self._filled and self._moved(weights))
+            if self._whole:
+                self._pack.save(weights)
+            self._filled.add(slot)
+            self._version = version
+        narrow = worker in self._joined and not self._whole
+        self._joined.add(worker)
+        return slot, self.change_bytes if narrow else self._pack.size_bytes
+
+    def weights(self, worker: int) -> Tensor:
+        """What the worker has ([pack.size_bytes] uint8)."""
+        slot = self._slot(worker)
+        if slot not in self._slots:
+            self._slots[slot] = self._pack.empty()
+        return self._slots[slot]
+
+    def lost_of(self, worker: int) -> Tensor | None:
+        """What a worker that joins is to take for lost, see `WayUp.take`; None where it is there, or knows it is 0."""
+        if worker in self._joined or not self._common:
+            return None
+        return self._owed.pop(worker, torch.zeros(self._size))
+
+    def merged(self, contributions: Sequence[Arrived]) -> None:
+        """An update is made of these."""
+        if self._common:
+            by_arrival = sorted(contributions, key=lambda each: each.seq)
+            self._lost = {each.worker: each.vectors.lost.clone() for each in by_arrival}
+
+    def left(self, worker: int) -> None:
+        """The worker is gone; who takes its place has nothing."""
+        self._joined.discard(worker)
+        self._owed.pop(worker, None)
+        if not self._common:
+            self._filled.discard(worker)
+
+    def everybody_left(self) -> None:
+        """The run starts again."""
+        self._joined.clear()
+        self._owed = dict(self._lost)
+        if not self._common:
+            self._filled.clear()
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; empty where what is lost is not saved."""
+        if not self._common:
+            return {}
+        held = [view.clone() for view in self._pack.parameters(self._slots[0])] if 0 in self._filled else None
+        return {"wire": {"version": self._version, "held": held, "lost": dict(self._lost)}}
+
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Takes back what `state` gave as "wire"; None starts anew. Raises CheckpointError where it is none."""
+        self._filled, self._version, self._lost = set(), -1, {}
+        if state is not None and self._common:
+            if not self._fits(state):
+                raise CheckpointError(
+                    f"what the wire in {self._wire} has lost is not in the checkpoint as it was written; use an "
+                    f"earlier one."
+                )
+            self._lost = dict(state["lost"])
+            if state["held"] is not None:
+                for view, value in zip(self._pack.parameters(self.weights(0)), state["held"], strict=True):
+                    view.copy_(value)
+                self._filled, self._version = {0}, state["version"]
+        self.everybody_left()
+
+    def _fits(self, state: Any) -> bool:
+        if not isinstance(state, Mapping) or type(state.get("version")) is not int or "held" not in state:
+            return False
+        held, lost = state["held"], state.get("lost")
+        views = self._pack.parameters(self._pack.empty())
+        return (
+            isinstance(lost, Mapping)
+            and all(type(worker) is int and _is(each, (self._size,), torch.float32) for worker, each in lost.items())
+            and (held is None or (isinstance(held, list) and len(held) == len(views)))
+            and all(_is(each, view.shape, view.dtype) for each, view in zip(held or (), views, strict=False))
+        )
+
+    def _slot(self, worker: int) -> int:
+        return 0 if self._common else worker
+
+    def _moved(self, weights: Tensor) -> bool:
+        """Sends the change from `weights` to the present ones, into `weights`; False where it is not finite."""
+        had = self._pack.parameters(weights)
+        now = [parameter.detach().cpu() for parameter in self._parameters]
+        wide = [torch.promote_types(each.dtype, torch.float32) for each in now]
+        with torch.no_grad():
+            each_way = zip(now, had, wide, strict=True)
+            change = _flat([new.to(dtype) - old.to(dtype) for new, old, dtype in each_way])
+            if not bool(change.isfinite().all()):
+                return False
+            parts = _sent(change, self._wire).split([view.numel() for view in had])
+            each_part = zip(had, parts, wide, strict=True)
+            moved = [old.to(dtype) + part.view(old.shape) for old, part, dtype in each_part]
+            self._pack.save(weights)  # buffers and frozen parameters, which go as they are
+            for view, value in zip(had, moved, strict=True):
+                view.copy_(value)
+        return True
+
+
+def _sent(numbers: Tensor, wire: str) -> Tensor:
+    """What arrives of `numbers`."""
+    return decoded(encoded(numbers, wire), wire, len(numbers))
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One after the other, each in the order of its indices: the order in which they go over the wire."""
+    return torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+
+
+def _is(value: Any, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    return isinstance(value, Tensor) and (tuple(value.shape), value.dtype) == (tuple(shape), dtype)
