@@ -402,7 +402,9 @@ def test_a_tape_of_another_schema_is_refused(honest: tuple[Recipe, Events], tmp_
     events = copy.deepcopy(honest[1])
     events[0]["schema"] = 99
     (tmp_path / "tape.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    with pytest.raises(RecordError, match="has schema 99 at line 1, and this version of Instep reads 2") as caught:
+    with pytest.raises(
+        RecordError, match="has schema 99 at line 1, and this version of Instep reads 2 and 3;"
+    ) as caught:
         replayed(honest[0], tmp_path)
     assert one_sentence(caught.value.message)
 

@@ -181,6 +181,13 @@ def test_a_simulation_without_gradients_cannot_be_computed_again(tmp_path: Path)
     )
 
 
+def test_a_tape_in_columns_names_another_schema_than_readers_of_before_take(tmp_path: Path) -> None:
+    for gradients, schema in (False, 3), (True, 2):
+        run(gpt(), tmp_path / str(schema), gradients=gradients)
+        first = next(tape.read(tmp_path / str(schema) / "tape.jsonl"))
+        assert (first["kind"], first["schema"]) == ("run_started", schema)
+
+
 def test_more_workers_than_microbatches_take_one_each() -> None:
     result = run(gpt(rule=rule("asynchronous"), steps=4), workers=20)
     assert result["versions"] == 4 * 8

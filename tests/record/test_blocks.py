@@ -104,7 +104,7 @@ def test_a_simulation_in_columns_has_the_tape_of_one_by_one(
 
 
 def started() -> dict[str, Any]:
-    return {"t_s": 0.0, "clock": "virtual", "kind": "run_started", "schema": 2, "version": 0}
+    return {"t_s": 0.0, "clock": "virtual", "kind": "run_started", "schema": 3, "version": 0}
 
 
 def made(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:

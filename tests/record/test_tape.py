@@ -112,7 +112,7 @@ def test_damage_before_the_last_line_is_named(line: bytes, tmp_path: Path) -> No
 
 
 def test_a_tape_of_another_schema_or_of_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match="has schema 1 at line 1, and this version of Instep reads 2"):
+    with pytest.raises(RecordError, match="has schema 1 at line 1, and this version of Instep reads 2 and 3;"):
         list(read(make(tmp_path / "a", started(schema=1))))
     with pytest.raises(RecordError, match="has schema None at line 2"):
         list(read(make(tmp_path / "b", started(), {"kind": "run_started"})))

@@ -225,11 +225,12 @@ class _Simulation:
     def _start(self, microbatch_s: float) -> None:
         recipe, data, each = self._recipe, self._replica.data, self._replica.optimizer.each
         team = Team(workers=self._cluster.workers, slow=self._cluster.slow)
+        schema = events.SCHEMA_IN_BLOCKS if isinstance(self._tape, BlockTape) else events.SCHEMA
         if self._folder is not None:
             write_atomically(self._folder.recipe_path, dumps(recipe, team).encode())
         self._emit(
             events.RunStartedEvent(
-                clock="virtual", schema=events.SCHEMA, folder=str(self._folder.path) if self._folder else "",
+                clock="virtual", schema=schema, folder=str(self._folder.path) if self._folder else "",
                 recipe=recipe.to_table(), team=to_table(team), fingerprint=recipe.fingerprint(),
                 data_digest=digest(data), samples=len(data.train), parameters=self._replica.size, version=0, step=0,
                 steps=recipe.steps, resumed=False, engine="virtual", cut=self._cluster.workers, libraries={},

@@ -20,6 +20,9 @@ from instep.record.team import HostInTeam, TeamAsRead
 SCHEMA = 2
 """The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
 
+SCHEMA_IN_BLOCKS = 3
+"""That of a tape with ``block`` in it: who knows no such event would take what is left for the whole."""
+
 
 def _is(meaning: str, where: str | None = None) -> Meta:
     """`where`: when a field is there that need not be."""

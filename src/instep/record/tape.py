@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from instep.errors import RecordError, ResourceError, shown
-from instep.record.events import QUIET, SCHEMA
+from instep.record.events import QUIET, SCHEMA, SCHEMA_IN_BLOCKS
 from instep.record.files import close_own, disk_error, hold_alone, json_text, sync_folder
 from instep.record.schema import any_event, by_kind
 from instep.record.shapes import misfit
@@ -127,7 +127,7 @@ def read(path: Path | str) -> Iterator[dict[str, Any]]:
 
     Raises RecordError, when it gets there, for a missing file, a damaged line (by number, from 1), a field of another
     kind than was written, see `instep.record.events`, a first event that is not ``run_started``, or a schema that is
-    not `SCHEMA`. A field that an event lacks raises RecordError where it is asked for.
+    neither `SCHEMA` nor `SCHEMA_IN_BLOCKS`. A field that an event lacks raises RecordError where it is asked for.
     """
     known, other = by_kind(), any_event()
     try:
@@ -227,10 +227,10 @@ def _check_schema(event: dict[str, Any], number: int, path: Path | str) -> None:
         raise RecordError(
             f"{path} is not a tape of a run: its first event is {shown(event['kind'])}, not 'run_started'."
         )
-    if event["kind"] == "run_started" and event.get("schema") != SCHEMA:
+    if event["kind"] == "run_started" and event.get("schema") not in (SCHEMA, SCHEMA_IN_BLOCKS):
         raise RecordError(
             f"the tape {path} has schema {shown(event.get('schema'))} at line {number}, and this version of Instep "
-            f"reads {SCHEMA}; read it with the version that wrote it."
+            f"reads {SCHEMA} and {SCHEMA_IN_BLOCKS}; read it with the version that wrote it."
         )
 
 
