@@ -70,6 +70,12 @@ def test_a_run_as_plain_lines() -> None:
     assert plain(a_run(died=True), path="runs/gpt") == RUN
 
 
+def test_the_head_tells_the_hosts_and_how_many_workers_each_has() -> None:
+    hosts = [{"host": n, "name": f"node{n}", "workers": 2 - n, "clock_error_s": 0.0} for n in range(2)]
+    assert "\nhosts       node0 with 2, node1 with 1\n" in plain([{**started(), "hosts": hosts}])
+    assert "hosts" not in plain([started()])
+
+
 def test_what_each_of_several_optimizers_trains_is_a_line_of_the_head() -> None:
     trained = ["AdamW: 12 tensors, 49,152 weights", "Muon: 1 tensor, 4 weights"]
     shown = plain([{**started(), "optimizers": trained}])
