@@ -269,11 +269,12 @@ class Team:
         _at_least("team.checkpoint_every", self.checkpoint_every, 1)
         for key in ("restarts", "keep"):
             _at_least(f"team.{key}", getattr(self, key), 0)
-        for key in ("answer_timeout_s", "stall_timeout_s"):
+        for key in ("answer_timeout_s", "stall_timeout_s", "join_timeout_s", "lease_s", "give_up_s"):
             if not getattr(self, key) >= LEAST_TIMEOUT_S:
+                signs = "workers give four" if key in ("answer_timeout_s", "stall_timeout_s") else "hosts give two"
                 raise RecipeError(
                     f"'team.{key}' is {getattr(self, key):g} s; it must be at least {LEAST_TIMEOUT_S:g}: "
-                    f"workers give four signs of life a second."
+                    f"{signs} signs of life a second."
                 )
         if self.device == "cuda" and self.workers != 1:
             raise RecipeError(f"team.device 'cuda' takes 1 worker, not {self.workers}; set team.workers to 1.")

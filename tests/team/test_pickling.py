@@ -377,8 +377,9 @@ def test_data_are_in_memory_once_for_all_workers(kind: str, tmp_path: Path) -> N
         trained(Rows(torch.from_numpy(made) if kind == "tensor" else made, notes), tmp_path / f"run-{mib}", workers=2)
         return max(float(path.read_text()) for path in notes.iterdir())
 
-    # What the caller holds, which forked workers here share with it, is a third each.
-    assert own_mib(60) - own_mib(1) < 30
+    # What the caller holds, which forked workers here share with it, is a third each. The kernel counts what is shared
+    # of a large page by and large: some 20 MiB either way.
+    assert own_mib(120) - own_mib(1) < 80
 
 
 class Records(Dataset[tuple[Tensor, Tensor]]):
