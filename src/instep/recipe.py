@@ -272,10 +272,8 @@ class Team:
         for key in ("answer_timeout_s", "stall_timeout_s", "join_timeout_s", "lease_s", "give_up_s"):
             if not getattr(self, key) >= LEAST_TIMEOUT_S:
                 signs = "workers give four" if key in ("answer_timeout_s", "stall_timeout_s") else "hosts give two"
-                raise RecipeError(
-                    f"'team.{key}' is {getattr(self, key):g} s; it must be at least {LEAST_TIMEOUT_S:g}: "
-                    f"{signs} signs of life a second."
-                )
+                least = f"it must be at least {LEAST_TIMEOUT_S:g}: {signs} signs of life a second."
+                raise RecipeError(f"'team.{key}' is {getattr(self, key):g} s; {least}")
         if self.device == "cuda" and self.workers != 1:
             raise RecipeError(f"team.device 'cuda' takes 1 worker, not {self.workers}; set team.workers to 1.")
 
