@@ -271,7 +271,7 @@ class Team:
             _at_least(f"team.{key}", getattr(self, key), 0)
         for key in ("answer_timeout_s", "stall_timeout_s", "join_timeout_s", "lease_s", "give_up_s"):
             if not getattr(self, key) >= LEAST_TIMEOUT_S:
-                signs = "workers give four" if key in ("answer_timeout_s", "stall_timeout_s") else "hosts give two"
+                signs = "workers give four" if key in ("answer_timeout_s", "stall_timeout_s") else "hosts give five"
                 least = f"it must be at least {LEAST_TIMEOUT_S:g}: {signs} signs of life a second."
                 raise RecipeError(f"'team.{key}' is {getattr(self, key):g} s; {least}")
         if self.device == "cuda" and self.workers != 1:

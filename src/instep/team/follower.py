@@ -34,7 +34,6 @@ from instep.team.messages import (
     Finished,
     HostNetwork,
     PlainEvents,
-    Ready,
     Request,
     StopRun,
 )
@@ -58,10 +57,7 @@ from instep.team.wire_messages import (
 )
 
 LOOK_S = 0.2
-"""Seconds between two looks at the workers."""
-
-BEAT_S = 0.5
-"""Seconds between two signs of life for agent 0."""
+"""Seconds between two looks at the workers, each with a sign of life for agent 0."""
 
 TRY_S = 0.5
 """Seconds of a try to reach agent 0, and between two."""
@@ -237,11 +233,8 @@ class Follower:
     def _hear_member(self, heard: Heard | Lost) -> None:
         if isinstance(heard, Lost):
             self._tell(MemberLost(heard.member, heard.why, heard.detail))
-            return
-        message = heard.message
-        if isinstance(message, Ready):
-            message = replace(message, memory={})
-        self._tell(FromMember(heard.member, message))
+        else:
+            self._tell(FromMember(heard.member, heard.message))
 
     def _beat(self) -> None:
         """Signs of life, logs, and what no message of the workers tells."""
