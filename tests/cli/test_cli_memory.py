@@ -102,6 +102,7 @@ def test_a_wrong_budget_is_one_sentence(budget: str, said: str, capsys: pytest.C
     assert not captured.out
 
 
+@pytest.mark.processes  # where matplotlib was never used before, it has a program list the fonts
 @pytest.mark.parametrize("name", ["trade.png", "trade.svg"])
 def test_the_plot_is_drawn(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")

@@ -319,9 +319,9 @@ def test_the_pickle_of_plain_parts_runs_no_code() -> None:
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):
-    """Reads all of its rows before it gives the first one, and notes the process's memory then, in MiB, without files.
+    """Reads all of its rows before it gives the first one, and notes the process's memory then, in MiB.
 
-    What it shares with others counts in part.
+    What lies in files, or is shared with others, does not count.
     """
 
     def __init__(self, rows: Any, notes: Path | None = None) -> None:
@@ -333,8 +333,12 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if self.notes is not None and not (self.notes / f"{os.getpid()}").exists():
             self.rows.sum()
-            lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]]
-            own = sum(int(line[1]) for line in lines if line[0] == "Pss_Anon:")
+            own, in_file = 0, False
+            for first, *others in map(str.split, Path("/proc/self/smaps").read_text().splitlines()):
+                if not first.endswith(":"):  # the head of a mapping; the fourth of the others is its file's inode
+                    in_file = others[3] != "0"
+                elif first in ("Private_Clean:", "Private_Dirty:") and not in_file:
+                    own += int(others[0])
             (self.notes / f"{os.getpid()}").write_text(str(own / 1024))
         row = torch.tensor(np.asarray(self.rows[index, :3]))
         return row, row[:1]
@@ -377,9 +381,7 @@ def test_data_are_in_memory_once_for_all_workers(kind: str, tmp_path: Path) -> N
         trained(Rows(torch.from_numpy(made) if kind == "tensor" else made, notes), tmp_path / f"run-{mib}", workers=2)
         return max(float(path.read_text()) for path in notes.iterdir())
 
-    # What the caller holds, which forked workers here share with it, is a third each. The kernel counts what is shared
-    # of a large page by and large: some 20 MiB either way.
-    assert own_mib(120) - own_mib(1) < 80
+    assert own_mib(60) - own_mib(1) < 30
 
 
 class Records(Dataset[tuple[Tensor, Tensor]]):
