@@ -21,6 +21,9 @@ from unittest import mock
 from instep.team import launcher
 from instep.team.processes import import_before_forks
 
+OURS = (str(Path(__file__).parents[2]), sys.prefix)
+"""Where modules are no other test's: they may lie below the folder for temporary files too."""
+
 
 class Fork:
     """As `subprocess.Popen`, of a Python that calls `target` and ends with the status that it gives."""
@@ -107,7 +110,8 @@ def _forget() -> None:
     multiprocessing.process._children.clear()  # type: ignore[attr-defined]
     sys.modules["__main__"] = ModuleType("__main__")
     for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(tempfile.gettempdir()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(tempfile.gettempdir()) and not file.startswith(OURS):
             del sys.modules[name]
 
 
