@@ -54,6 +54,12 @@ def after(version: int, act: Callable[[], Any]) -> Client:
     return Client(see)
 
 
+def delete(folder: Path) -> None:
+    """As `rm -rf`, again where a checkpoint that is being written put something into a folder that was just emptied."""
+    while folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def move_and_replace(run: Path) -> None:
     run.rename(run.with_name("moved"))
     run.mkdir()
@@ -81,7 +87,7 @@ def test_a_run_whose_folder_is_moved_ends_and_goes_on_where_it_lies(rule: str, r
 def test_a_run_whose_folder_is_deleted_ends_and_is_not_born_again(rule: str, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "run"
     with pytest.raises(RecordError, match=f"folder {run} was deleted while the run trained in it, .* start it again"):
-        train_here(small(rule), TEAM, run, client=after(2, lambda: shutil.rmtree(run.parent)))
+        train_here(small(rule), TEAM, run, client=after(2, lambda: delete(run.parent)))
     assert not run.parent.exists()
 
 
