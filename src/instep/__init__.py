@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from instep import errors, gradient_checkpointing, models, objectives, rules
-    from instep.api import Run, replay, replay_under, simulate, train
+    from instep.api import replay, replay_under, simulate, train
     from instep.components import Component
     from instep.data import Data
     from instep.errors import InstepError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from instep.offline.cluster import Cluster
     from instep.recipe import Recipe, Team
     from instep.rules import UpdateRule
+    from instep.run import Run
     from instep.schedule import Schedule
     from instep.watch import Watch
 
@@ -37,7 +38,7 @@ _PUBLIC = {
     "InstepError": "instep.errors",
     "Monitor": "instep.monitors",
     "Recipe": "instep.recipe",
-    "Run": "instep.api",
+    "Run": "instep.run",
     "Schedule": "instep.schedule",
     "Team": "instep.recipe",
     "TensorBoard": "instep.monitors.tensorboard",

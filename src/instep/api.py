@@ -12,10 +12,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from instep.clock.times import RecordedTimes
-from instep.components import importable
 from instep.errors import CheckpointError, RecipeError, RecordError, shown
 from instep.monitors import Monitor
 from instep.offline.cluster import Cluster
@@ -26,99 +25,12 @@ from instep.record.held import identity_of
 from instep.record.result import Replayed
 from instep.record.resuming import changed_rates, is_simulation, recorded, resumed, saved
 from instep.rules import UpdateRule
+from instep.run import Run, RunElsewhere
 from instep.schedule import Change
 from instep.team.client import computed, pickled, supervised
 from instep.team.messages import Request
 from instep.team.place import begun_before, place_of
 from instep.team.signals import interrupting
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run. `result` is the content of its result.json."""
-
-    path: Path
-    result: dict[str, Any]
-    recipe: Recipe
-    import_paths: tuple[str, ...] = ()
-    """Folders that the recipe's modules were looked for in."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the final weights."""
-        return str(self.result["digest"])
-
-    @property
-    def objective(self) -> float:
-        """The objective of the last step, on its training batch."""
-        return float(self.result["objective_last"])
-
-    @property
-    def held_out(self) -> float | None:
-        """The objective on the held-out data; None if there are none."""
-        value = self.result["held_out"]
-        return None if value is None else float(value)
-
-    def state_dict(self, *, best: bool = False) -> dict[str, Tensor]:
-        """The final weights, from the last checkpoint; with `best`, those with the best held-out objective.
-
-        Raises CheckpointError if that checkpoint is missing, damaged or not theirs.
-        """
-        from instep.record import best as kept
-        from instep.record import checkpoint
-
-        folder = RunFolder(self.path).checkpoints
-        if best:
-            found = kept.read(folder)
-            if found is None:
-                raise CheckpointError(
-                    f"{self.path} has no best checkpoint: nothing was evaluated, or team.keep_best was off."
-                )
-            return checkpoint.load(checkpoint.path_of(folder, found.version)).model_state
-        path, _ = RunFolder(self.path).newest_checkpoint()
-        if path is None:
-            raise CheckpointError(f"{self.path} has no sound checkpoint.")
-        saved = checkpoint.load(path)
-        if saved.digest != self.digest:
-            raise CheckpointError(
-                f"the newest sound checkpoint of {self.path}, {path.name}, does not hold the weights that this run "
-                f"ended with: its own was damaged, or the run has gone on since; load the checkpoint you want by path."
-            )
-        return saved.model_state
-
-    def model(self, *, best: bool = False) -> nn.Module:
-        """The recipe's model with the final weights, or those with the best held-out objective, on the CPU.
-
-        It is as the recipe builds it, most often in training mode: call its `eval()` before you use it.
-
-        >>> run.model()(torch.ones(1, 3)).shape
-        torch.Size([1, 1])
-        """
-        from instep.worker.model import build_model
-
-        with importable(self.import_paths):
-            model = build_model(self.recipe.model)
-        model.load_state_dict(self.state_dict(best=best))
-        return model
-
-
-class _RunElsewhere(Run):
-    """A finished run as an agent sees it that does not have its folder."""
-
-    def __init__(self, agent: int, result: dict[str, Any], recipe: Recipe, import_paths: tuple[str, ...]):
-        values = {"_agent": agent, "result": result, "recipe": recipe, "import_paths": import_paths}
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def path(self) -> Path:
-        raise RecordError(
-            f"the run folder is on the host of agent 0, and this is agent {self._agent}; ask for its path, weights and "  # type: ignore[attr-defined]
-            f"model there."
-        )
 
 
 @interrupting()
@@ -139,7 +51,8 @@ def train(
     ('custom', 3, 64)
 
     recipe: what is trained; with `resume` it may be left out if the saved one can be read back.
-    team: who trains; by default one worker, or the saved team with `resume`.
+    team: who trains; by default one worker, under a launcher of several agents one for each, or the saved team with
+        `resume`.
     out: the run folder to make, by default ``runs/NAME``, ``runs/NAME-2`` and so on.
     resume: the run folder of a run to continue, exactly, with the same or another team. Schedule, watch and the
         optimizer's argument `lr` may be others than so far: they hold from here on, see `Recipe.changes`. Without a
@@ -187,7 +100,10 @@ def _to_begin(recipe: Recipe | None, team: Team | None, skip_samples: tuple[int,
     if skip_samples:
         first = Change(version=0, skip_samples=skip_samples)
         recipe = dataclasses.replace(recipe, changes=(first, *recipe.changes))
-    return _Wanted(recipe, team or Team())
+    if team is None:
+        place = place_of("auto")
+        team = Team(workers=place.agents if place is not None else 1)
+    return _Wanted(recipe, team)
 
 
 def _to_resume(folder: RunFolder, recipe: Recipe | None, team: Team | None, skip_samples: tuple[int, ...]) -> _Wanted:
@@ -243,7 +159,7 @@ def _trained(
         how = how if how.startswith("instep") else f"instep.train(resume={str(folder.path)!r}) or instep train {how}"
         raise KeyboardInterrupt(f"the run ended after step {result['steps']}, and is saved; go on with {how}")
     if place is not None and place.agent > 0:
-        return _RunElsewhere(place.agent, result, recipe, import_paths)
+        return RunElsewhere(place.agent, result, recipe, import_paths)
     return Run(folder.path, result, recipe, import_paths)
 
 

@@ -24,12 +24,12 @@ from instep.errors import RecordError
 if __name__ == "__main__":
     recipe = instep.Recipe(model="mymodel:Net", objective="mymodel:squares", data="mymodel:numbers", batch=8, steps=5)
     seen = []
-    run = instep.train(recipe, team=instep.Team(workers=3), out="run", monitors=[lambda e: seen.append(e["kind"])])
+    run = instep.train(recipe, out="run", monitors=[lambda e: seen.append(e["kind"])])
     try:
         where = run.path.name if run.model() else ""
     except RecordError as error:
-        where = str(error)
-    print(f"{run.digest} {run.objective} {bool(seen)} {where}", flush=True)
+        where = f"{error} {run!r:.12}"
+    print(f"{run.digest} {run.objective} {bool(seen)} {run.agent} {where}", flush=True)
 """
 
 
@@ -59,12 +59,15 @@ def test_a_script_gets_an_equal_run_in_every_agent(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(TRAIN)
     done = Started([*TORCHRUN, "--nproc-per-node", "2", "train.py"], tmp_path)
     assert done.process.wait(60) == 0, done.err
-    lines = sorted(line.split(" ", 3) for line in done.out.splitlines() if line)
+    lines = sorted(line.split(" ", 4) for line in done.out.splitlines() if line)
     assert len(lines) == 2
     assert lines[0][:2] == lines[1][:2], "digest and objective"
-    by_seen = {seen: where for _, _, seen, where in lines}
-    assert by_seen["True"] == "run"
-    assert "on the host of agent 0" in by_seen["False"]
+    by_agent = {agent: (seen, where) for _, _, seen, agent, where in lines}
+    assert by_agent["0"] == ("True", "run")
+    seen, where = by_agent["1"]
+    assert seen == "False"
+    assert "where run.agent is 0. Run(agent=1," in where
+    assert result(tmp_path / "run")["workers"] == 2, "one for each agent, where no team is given"
 
 
 def test_two_hosts_give_the_digest_of_one_and_a_stop_of_one_ends_both(tmp_path: Path) -> None:

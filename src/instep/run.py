@@ -1,0 +1,110 @@
+"""A finished run, as the program that trained it sees it. No torch until weights are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from instep.components import importable
+from instep.errors import CheckpointError, RecordError
+from instep.recipe import Recipe
+from instep.record.folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `result` is the content of its result.json."""
+
+    path: Path
+    result: dict[str, Any]
+    recipe: Recipe
+    import_paths: tuple[str, ...] = ()
+    """Folders that the recipe's modules were looked for in."""
+    agent: int = 0
+    """Which of the run's agents this is: the first, 0, has the folder, whatever the launcher has started elsewhere."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the final weights."""
+        return str(self.result["digest"])
+
+    @property
+    def objective(self) -> float:
+        """The objective of the last step, on its training batch."""
+        return float(self.result["objective_last"])
+
+    @property
+    def held_out(self) -> float | None:
+        """The objective on the held-out data; None if there are none."""
+        value = self.result["held_out"]
+        return None if value is None else float(value)
+
+    def state_dict(self, *, best: bool = False) -> dict[str, Tensor]:
+        """The final weights, from the last checkpoint; with `best`, those with the best held-out objective.
+
+        Raises CheckpointError if that checkpoint is missing, damaged or not theirs.
+        """
+        from instep.record import best as kept
+        from instep.record import checkpoint
+
+        folder = RunFolder(self.path).checkpoints
+        if best:
+            found = kept.read(folder)
+            if found is None:
+                raise CheckpointError(
+                    f"{self.path} has no best checkpoint: nothing was evaluated, or team.keep_best was off."
+                )
+            return checkpoint.load(checkpoint.path_of(folder, found.version)).model_state
+        path, _ = RunFolder(self.path).newest_checkpoint()
+        if path is None:
+            raise CheckpointError(f"{self.path} has no sound checkpoint.")
+        saved = checkpoint.load(path)
+        if saved.digest != self.digest:
+            raise CheckpointError(
+                f"the newest sound checkpoint of {self.path}, {path.name}, does not hold the weights that this run "
+                f"ended with: its own was damaged, or the run has gone on since; load the checkpoint you want by path."
+            )
+        return saved.model_state
+
+    def model(self, *, best: bool = False) -> nn.Module:
+        """The recipe's model with the final weights, or those with the best held-out objective, on the CPU.
+
+        It is as the recipe builds it, most often in training mode: call its `eval()` before you use it.
+
+        >>> run.model()(torch.ones(1, 3)).shape
+        torch.Size([1, 1])
+        """
+        from instep.worker.model import build_model
+
+        with importable(self.import_paths):
+            model = build_model(self.recipe.model)
+        model.load_state_dict(self.state_dict(best=best))
+        return model
+
+
+class RunElsewhere(Run):
+    """A finished run as an agent sees it that does not have its folder."""
+
+    def __init__(self, agent: int, result: dict[str, Any], recipe: Recipe, import_paths: tuple[str, ...]):
+        values = {"agent": agent, "result": result, "recipe": recipe, "import_paths": import_paths}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def path(self) -> Path:
+        raise RecordError(
+            f"agent 0 has the run folder, and this is agent {self.agent}; ask for its path, weights and model where "
+            f"run.agent is 0."
+        )
+
+    def __repr__(self) -> str:
+        return f"Run(agent={self.agent}, result={self.result!r}, recipe={self.recipe!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RunElsewhere) and vars(self) == vars(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as a Run, which holds tables
