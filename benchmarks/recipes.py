@@ -17,7 +17,8 @@ sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in bench
 
 import instep  # noqa: E402
 from benchmarks.lockstep import machine  # noqa: E402
-from instep.recipe import names_of_recipes, parse, read  # noqa: E402
+from instep.recipe import parse  # noqa: E402
+from instep.recipe_files import names_of_recipes, read  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "recipes.json"
 

@@ -19,7 +19,8 @@ sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in bench
 
 import instep  # noqa: E402
 from benchmarks.lockstep import machine  # noqa: E402
-from instep.recipe import parse, read  # noqa: E402
+from instep.recipe import parse  # noqa: E402
+from instep.recipe_files import read  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "rules.json"
 WORKERS = 4

@@ -32,7 +32,8 @@ from benchmarks.lockstep import machine  # noqa: E402
 from instep.clock.times import WorkerTimes  # noqa: E402
 from instep.offline.cluster import Cluster  # noqa: E402
 from instep.offline.simulation import simulate  # noqa: E402
-from instep.recipe import Recipe, parse, read  # noqa: E402
+from instep.recipe import Recipe, parse  # noqa: E402
+from instep.recipe_files import read  # noqa: E402
 from instep.rules import parse as parse_rule  # noqa: E402
 from instep.rules.work import Pieces  # noqa: E402
 from instep.worker.replica import Replica  # noqa: E402

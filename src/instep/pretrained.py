@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from instep.errors import ComponentError, RecordError
-from instep.recipe import parse, read_saved
+from instep.recipe import parse
+from instep.recipe_files import read_saved
 from instep.record import checkpoint
 from instep.record.folder import RunFolder
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from instep import buffer_modes
@@ -25,11 +23,8 @@ from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
 from instep.schedule import Change, Phase
 from instep.schedule import Schedule as Schedule  # noqa: PLC0414  # which belongs to a recipe
-from instep.tables import added, as_before, as_saved, check_types, from_table, suggest, to_table
+from instep.tables import added, as_before, check_types, from_table, suggest, to_table
 from instep.watch import Watch
-
-RECIPES = Path(__file__).parent / "recipes"
-"""The folder of the built-in recipes."""
 
 if TYPE_CHECKING:
     ComponentLike = Any
@@ -223,6 +218,8 @@ class Team:
     ------
     workers: processes, W, from 1 to the recipe's microbatches.
     device: ``cpu``, or ``cuda`` with one worker.
+    shard: ``optimizer``: of the workers of a machine each keeps the optimizer's state of a share of the weights, and
+        updates that share, wherever this changes no bit; ``none``: each keeps and updates all.
     restarts: how often the team may start again from its last checkpoint after a worker failed.
     checkpoint_every: steps between checkpoints; one is always written at the end.
     keep: how many checkpoints are kept, the last ones; 0 keeps all.
@@ -243,6 +240,7 @@ class Team:
 
     workers: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
+    shard: Literal["optimizer", "none"] = "optimizer"
     restarts: int = 3
     checkpoint_every: int = 100
     keep: int = 3
@@ -320,49 +318,6 @@ def parse(table: Mapping[str, Any]) -> tuple[Recipe, Team]:
                 f"unknown key '{cut(key)}'{suggest(key, [f.name for f in dataclasses.fields(Recipe)] + ['team'])}"
             )
     return from_table(Recipe, rest, "recipe"), from_table(Team, team, "team")
-
-
-def read(name_or_path: str | Path) -> dict[str, Any]:
-    """The table of a built-in recipe, by name, or of a TOML file. Built-in names come first. Raises RecipeError."""
-    path = path_of(name_or_path)
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):  # ValueError: a null byte
-        if (path / "recipe.toml").is_file():
-            raise RecipeError(
-                f"{path} is the folder of a run; go on with it by --resume {path}, or take its recipe for a new one: "
-                f"{path / 'recipe.toml'}."
-            ) from None
-        hint = suggest(str(name_or_path), names_of_recipes(), "the built-in recipes are")
-        raise RecipeError(f"{shown(str(name_or_path))} is neither a built-in recipe nor a file{hint}") from None
-    except OSError as error:
-        raise RecipeError(
-            f"{cut(path)} cannot be read: {error.strerror}; give a built-in recipe or a TOML file."
-        ) from None
-    try:
-        table = tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as error:  # a number of too many digits is no TOMLDecodeError
-        raise RecipeError(f"{path} is not valid TOML: {cut(error)}.") from None
-    table.setdefault("name", path.stem)
-    return table
-
-
-def read_saved(path: str | Path) -> dict[str, Any]:
-    """The table in a run's ``recipe.toml``, which any version may have written. Raises RecipeError."""
-    table = as_saved(Recipe, read(Path(path).absolute()))
-    if isinstance(table.get("team"), Mapping):
-        table["team"] = as_saved(Team, table["team"])
-    return table
-
-
-def path_of(name_or_path: str | Path) -> Path:
-    """The file of the built-in recipe of this name, or else the path itself."""
-    return RECIPES / f"{name_or_path}.toml" if str(name_or_path) in names_of_recipes() else Path(name_or_path)
-
-
-def names_of_recipes() -> list[str]:
-    """The names of the built-in recipes."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def dumps(recipe: Recipe, team: Team) -> str:

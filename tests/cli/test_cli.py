@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from instep import api
-from instep import recipe as recipe_module
+from instep import api, recipe_files
 from instep.cli import COMMANDS, main
 from instep.components import Component
 from instep.errors import WorkerError
@@ -38,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     recipes.mkdir()
     (recipes / "tiny.toml").write_text('# The smallest one\nmodel="m:M"\nobjective="m:o"\ndata="m:d"\n')
     (recipes / "other-one.toml").write_text('model="m:M"\nobjective="m:o"\ndata="m:d"\n')
-    monkeypatch.setattr(recipe_module, "RECIPES", recipes)
+    monkeypatch.setattr(recipe_files, "RECIPES", recipes)
     work = tmp_path / "work"
     work.mkdir()
     (work / "my.toml").write_text(FILE)

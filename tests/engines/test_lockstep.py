@@ -66,20 +66,26 @@ class Quiet:
 
 
 def engine_of(
-    recipe: Recipe, rank: int, machines: tuple[int, ...], emit: Callable[[Event], None] = lambda event: None
+    recipe: Recipe,
+    rank: int,
+    machines: tuple[int, ...],
+    emit: Callable[[Event], None] = lambda event: None,
+    shard: str = "optimizer",
 ) -> Lockstep:
-    engine = Lockstep(Replica(recipe, "cpu"), rank, machines, Quiet(), emit, time.monotonic)
+    engine = Lockstep(Replica(recipe, "cpu"), rank, machines, Quiet(), emit, time.monotonic, shard=shard)
     engine.prepare(0)
     return engine
 
 
-def trained(recipe: Recipe, make: Callable[[Sizes], Group], rank: int, machines: tuple[int, ...]) -> Any:
+def trained(
+    recipe: Recipe, make: Callable[[Sizes], Group], rank: int, machines: tuple[int, ...], shard: str = "optimizer"
+) -> Any:
     """The digest, held-out objectives and checksums, the training state where this is rank 0, and how many parameters
     this rank takes the checksums of.
     """
     torch.set_num_threads(1)
     events = list[Event]()
-    engine = engine_of(recipe, rank, machines, events.append)
+    engine = engine_of(recipe, rank, machines, events.append, shard)
     group = make(engine.sizes())
     engine.join(group)
     found = list[Any]()
@@ -100,22 +106,22 @@ def trained(recipe: Recipe, make: Callable[[Sizes], Group], rank: int, machines:
     return digest, found, saved.getvalue() if rank == 0 else kind, sum(engine.placement.share)
 
 
-def of_team(recipe: Recipe, kind: Kind) -> list[Any]:
-    sizes = engine_sizes(recipe, kind)
-    return Ranks(kind, sizes, lambda make, rank: trained(recipe, make, rank, kind.machines)).answers(120)
+def of_team(recipe: Recipe, kind: Kind, shard: str = "optimizer") -> list[Any]:
+    sizes = engine_sizes(recipe, kind, shard)
+    return Ranks(kind, sizes, lambda make, rank: trained(recipe, make, rank, kind.machines, shard)).answers(120)
 
 
-def engine_sizes(recipe: Recipe, kind: Kind) -> Sizes:
+def engine_sizes(recipe: Recipe, kind: Kind, shard: str = "optimizer") -> Sizes:
     torch.set_num_threads(1)
-    return engine_of(recipe, 0, kind.machines).sizes()
+    return engine_of(recipe, 0, kind.machines, shard=shard).sizes()
 
 
-def check(recipe: Recipe, kinds: list[Kind], placed: str = "") -> str:
+def check(recipe: Recipe, kinds: list[Kind], placed: str = "", shard: str = "optimizer") -> str:
     """Every rank of every team has the digest, objective, checksums and training state of a process alone."""
     digest, told, saved, parameters = trained(recipe, Solo, 0, (1,))
     assert isinstance(told[-1], tuple), "checksums are the last"
     for kind in kinds:
-        first, *others = of_team(recipe, kind)
+        first, *others = of_team(recipe, kind, shard)
         assert first[:2] == (digest, told), kind
         assert sum(each[3] for each in (first, *others)) == parameters, "each takes its part of the checksums"
         assert_same(*(torch.load(io.BytesIO(each), weights_only=True) for each in (first[2], saved)))
@@ -141,6 +147,7 @@ def test_one_digest_for_5_processes_and_machines_of_several_workers() -> None:
 def test_machines_whose_workers_share_weights_have_the_digest_of_private_ones() -> None:
     check(recipe(steps=3), [Kind("2 + 2", (2, 2), True)], "Sharded")
     check(recipe(steps=3, optimizer=own_adamw), [Kind("2 + 2", (2, 2), True)], "Replicated")
+    check(recipe(steps=3), [Kind("2 + 2", (2, 2), True)], "Replicated", shard="none")
 
 
 class OwnAdamW(torch.optim.AdamW):

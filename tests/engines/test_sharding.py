@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 from torch.utils.data import TensorDataset
 
-from instep.engines.sharding import BY_PARAMETER, Replicated, Sharded, choose, owners
+from instep.engines.sharding import BY_PARAMETER, Placement, Replicated, Sharded, choose, owners
 from instep.errors import WorkerError
 from instep.recipe import Recipe, Team, Watch
 from instep.record import checkpoint
@@ -24,15 +25,19 @@ from instep.reduce.layout import Layout
 from instep.reduce.reduction import Reduction
 from instep.worker.replica import Replica
 from support import workloads
-from support.harness import Client, train_here
+from support.harness import Client, Outcome, train_here
 from support.kinds import quick
 from support.sharding import CHOOSE, assert_same, replicated, sharded
 
 
-def chosen(recipe: Recipe, workers: int = 2, written: tuple[str, ...] = ()) -> type:
+def placed(recipe: Recipe, workers: int = 2, written: tuple[str, ...] = (), shard: str = "optimizer") -> Placement:
     replica = Replica(recipe, "cpu", written=written)
     reduction = Reduction(Layout.of(replica.parameters, 16), recipe.microbatches, workers)
-    return type(choose(replica, reduction, 0, range(workers)))
+    return choose(replica, reduction, 0, range(workers), shard)
+
+
+def chosen(recipe: Recipe, workers: int = 2, written: tuple[str, ...] = ()) -> type:
+    return type(placed(recipe, workers, written))
 
 
 # ------------------------------------------------------------------------------------------------------ who owns what
@@ -160,6 +165,21 @@ def test_replicated_weights_come_to_the_same(tmp_path: Path, monkeypatch: pytest
     runs += [train_here(workloads.convnet(), Team(workers=3), tmp_path / "replicated")]
     assert runs[0].digest == runs[1].digest
     assert_same(*(state_of(run.path, 7) for run in runs))
+
+
+@pytest.mark.processes
+def test_either_value_of_shard_gives_one_digest_and_one_checkpoint_that_the_other_resumes(tmp_path: Path) -> None:
+    recipe = workloads.convnet()
+    teams = {shard: Team(workers=3, shard=shard, checkpoint_every=1, keep=0) for shard in ("optimizer", "none")}
+    runs = {shard: train_here(recipe, team, tmp_path / shard) for shard, team in teams.items()}
+    assert runs["none"].digests == runs["optimizer"].digests
+    for version in (1, recipe.steps):
+        assert_same(*(state_of(run.path, version) for run in runs.values()))
+    for shard, other in (("optimizer", "none"), ("none", "optimizer")):
+        for version in range(3, recipe.steps + 1):
+            shutil.rmtree(checkpoint.path_of(runs[shard].path / "checkpoints", version))
+        again = train_here(recipe, Team(workers=2, shard=other), runs[shard].path, resume=True)
+        assert again.digest == runs["none"].digest
 
 
 @pytest.mark.parametrize("name", workloads.ALL)
@@ -315,12 +335,33 @@ def test_weights_stay_private_where_others_could_see_the_difference(changes: dic
         **{**{"model": partial(Odd, ""), "objective": squares, "data": numbers, "optimizer": sgd}, **changes}
     )
     assert chosen(recipe) is Replicated
+    told = placed(recipe).why_whole
+    assert told.startswith("team.shard is 'optimizer', and each worker makes the whole update all the same, for "), told
+    assert not placed(recipe, workers=1).why_whole, "nothing was to be shared"
+    assert not placed(recipe, shard="none").why_whole
+
+
+@pytest.mark.processes
+def test_the_tape_tells_why_each_worker_makes_the_whole_update(tmp_path: Path) -> None:
+    recipe = recipe_with(optim.Adafactor, steps=1)
+    started = started_of(train_here(recipe, Team(workers=2), tmp_path / "run"))
+    assert started["whole_update"] == (
+        "team.shard is 'optimizer', and each worker makes the whole update all the same, for what Adafactor does to a "
+        "parameter may depend on more than this parameter."
+    )
+    shared = train_here(workloads.gpt(steps=1), Team(workers=2), tmp_path / "shared")
+    assert "whole_update" not in started_of(shared)
+
+
+def started_of(run: Outcome) -> dict[str, Any]:
+    return next(event for event in run.events if event["kind"] == "run_started")
 
 
 def test_weights_are_shared_by_plain_models_and_several_workers_alone() -> None:
     recipe = Recipe(model=partial(Odd, ""), objective=squares, data=numbers, optimizer=sgd)
     assert chosen(recipe) is Sharded
     assert chosen(recipe, workers=1) is Replicated
+    assert type(placed(recipe, shard="none")) is Replicated
     assert chosen(recipe, written=("weight",)) is Replicated
 
 
@@ -336,7 +377,7 @@ def test_odd_models_train_as_before(oddity: str, tmp_path: Path) -> None:
 def test_a_team_that_does_not_agree_where_its_weights_lie_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def differing(replica: Replica, reduction: Reduction, worker: int, machine: range) -> Any:
+    def differing(replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str) -> Any:
         if worker:
             return Sharded(replica, reduction, worker, machine)
         return Replicated(replica, reduction, worker)

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from instep.cli.flags import merge
-from instep.recipe import Recipe, Team, names_of_recipes, parse, read, read_saved
+from instep.recipe import Recipe, Team, parse
+from instep.recipe_files import names_of_recipes, read, read_saved
 from instep.record import tape
 from instep.rules import UpdateRule
 from instep.rules import presets as p

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from instep import data, objectives, recipe
+from instep import data, objectives, recipe, recipe_files
 from instep.components import Component
 from instep.data.cursor import Cursor, load
 from instep.errors import ComponentError, DataError, RecipeError
@@ -225,7 +225,7 @@ def test_bad_optimizer_arguments_are_refused(arguments, words):
 
 
 def test_the_recipe_is_complete_and_its_parts_fit():
-    made, team = recipe.parse(recipe.read("gpt"))
+    made, team = recipe.parse(recipe_files.read("gpt"))
     assert recipe.parse(tomllib.loads(recipe.dumps(made, team))) == (made, team)
     assert (made.name, team.workers, made.microbatches) == ("gpt", 2, 8)
     torch.manual_seed(made.seed)

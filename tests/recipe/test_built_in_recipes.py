@@ -27,7 +27,8 @@ from instep.models.flow import FlowNet, integrate
 from instep.models.start import seeded
 from instep.models.vae import VAENet
 from instep.pretrained import run_model
-from instep.recipe import Recipe, Team, names_of_recipes, parse, read
+from instep.recipe import Recipe, Team, parse
+from instep.recipe_files import names_of_recipes, read
 from support.harness import Outcome, train_here
 from support.kinds import quick
 

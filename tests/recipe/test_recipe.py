@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from instep import recipe as recipe_module
+from instep import recipe_files
 from instep.components import Component
 from instep.differences import without_address
 from instep.errors import ComponentError, RecipeError
@@ -21,11 +21,9 @@ from instep.recipe import (
     check_team,
     dumps,
     parse,
-    path_of,
-    read,
-    read_saved,
     table_differences,
 )
+from instep.recipe_files import path_of, read, read_saved
 from instep.schedule import Change
 from instep.tables import added, as_before, as_saved
 from instep.watch import Watch
@@ -326,7 +324,7 @@ def builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "recipes"
     folder.mkdir()
     (folder / "tiny.toml").write_text("# A tiny one\nsteps = 1\n")
-    monkeypatch.setattr(recipe_module, "RECIPES", folder)
+    monkeypatch.setattr(recipe_files, "RECIPES", folder)
     monkeypatch.chdir(tmp_path)
     return folder
 
@@ -368,7 +366,7 @@ def test_what_is_not_toml(builtin: Path, content: bytes) -> None:
 
 
 def test_the_built_in_recipes_can_be_read() -> None:
-    for name in recipe_module.names_of_recipes():
+    for name in recipe_files.names_of_recipes():
         made, team = parse(read(name))
         check_team(made, team)
         assert made.name == name

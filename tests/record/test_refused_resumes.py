@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from instep.errors import ComponentError, DataError, InstepError, RecipeError
-from instep.recipe import Recipe, Team, dumps, read_saved
+from instep.recipe import Recipe, Team, dumps
+from instep.recipe_files import read_saved
 from instep.record import tape
 from instep.record.folder import RunFolder
 from instep.record.resuming import resumed

@@ -16,7 +16,8 @@ from torch import nn
 from instep.api import train
 from instep.data.cursor import Cursor
 from instep.errors import CheckpointError, DataError, RecipeError
-from instep.recipe import Recipe, Team, parse, read_saved
+from instep.recipe import Recipe, Team, parse
+from instep.recipe_files import read_saved
 from instep.record import tape
 from instep.record.folder import RunFolder
 from instep.record.resuming import as_last_changed, resumed

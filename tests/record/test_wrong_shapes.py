@@ -27,7 +27,8 @@ from instep.api import Run
 from instep.cli import train as train_command
 from instep.errors import CheckpointError, InstepError, RecordError
 from instep.offline.tape_replay import replay
-from instep.recipe import Recipe, Team, read_saved
+from instep.recipe import Recipe, Team
+from instep.recipe_files import read_saved
 from instep.record import best, checkpoint, tape
 from instep.record.checkpoint import MANIFEST, MODEL, TRAINING
 from instep.record.folder import RunFolder, digest

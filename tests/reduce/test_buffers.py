@@ -21,7 +21,8 @@ from instep.errors import RecipeError
 from instep.offline.cluster import Cluster
 from instep.offline.simulation import simulate
 from instep.randomness import key, seed_all
-from instep.recipe import Recipe, Team, dumps, parse, read
+from instep.recipe import Recipe, Team, dumps, parse
+from instep.recipe_files import read
 from instep.record import checkpoint
 from instep.record.folder import RunFolder
 from instep.reduce.buffers import Buffers

@@ -13,7 +13,8 @@ from torch.utils.data import TensorDataset
 
 from instep.data import Data
 from instep.objectives import objective
-from instep.recipe import Recipe, Team, read_saved
+from instep.recipe import Recipe, Team
+from instep.recipe_files import read_saved
 from instep.record.folder import RunFolder
 from instep.record.resuming import recorded, resumed
 from support.harness import Client, Outcome, train_here

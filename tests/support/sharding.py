@@ -14,12 +14,12 @@ from instep.worker.replica import Replica
 CHOOSE = "instep.engines.lockstep.choose"
 
 
-def replicated(replica: Replica, reduction: Reduction, worker: int, machine: range) -> Replicated:
+def replicated(replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str) -> Replicated:
     """As `choose`, without the choice."""
     return Replicated(replica, reduction, worker)
 
 
-def sharded(replica: Replica, reduction: Reduction, worker: int, machine: range) -> Sharded:
+def sharded(replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str) -> Sharded:
     """As `choose`, where it must come to this."""
     chosen = choose(replica, reduction, worker, machine)
     assert isinstance(chosen, Sharded)

@@ -23,7 +23,8 @@ import torch
 
 from instep.api import Run
 from instep.errors import CheckpointError
-from instep.recipe import Recipe, Team, parse, read
+from instep.recipe import Recipe, Team, parse
+from instep.recipe_files import read
 from instep.record import checkpoint, tape
 from support.harness import Outcome, train_here
 from support.kinds import quick

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from golden import make
-from instep.recipe import Team, names_of_recipes, parse, read_saved
+from instep.recipe import Team, parse
+from instep.recipe_files import names_of_recipes, read_saved
 from instep.record.result import Replayed
 from support.harness import train_here
 from support.serving import replayed

@@ -20,7 +20,8 @@ from instep.components import Component
 from instep.data.cursor import load
 from instep.errors import CheckpointError, ComponentError, DataError, WorkerError
 from instep.offline.tape_replay import replay
-from instep.recipe import Recipe, Team, read_saved
+from instep.recipe import Recipe, Team
+from instep.recipe_files import read_saved
 from instep.record import tape
 from instep.record.folder import RunFolder
 from instep.record.resuming import recorded

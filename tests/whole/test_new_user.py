@@ -18,8 +18,9 @@ from instep import gradient_checkpointing as gc
 from instep.cli import COMMANDS, main
 from instep.components import Component
 from instep.errors import InstepError, ObjectiveError, RecipeError
-from instep.recipe import Team, path_of, read
+from instep.recipe import Team
 from instep.recipe import parse as parse_recipe
+from instep.recipe_files import path_of, read
 from instep.rules.presets import parse
 from support.harness import train_here
 from support.regression import regression

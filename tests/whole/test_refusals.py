@@ -14,7 +14,8 @@ import torch
 import instep
 from instep.errors import RecipeError, ResourceError
 from instep.monitors.console import Console
-from instep.recipe import Recipe, Team, parse, read
+from instep.recipe import Recipe, Team, parse
+from instep.recipe_files import read
 from support.harness import train_here
 from support.processes import INSTEP, RECIPE, Started, complaint, write_project
 

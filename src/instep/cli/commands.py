@@ -16,7 +16,8 @@ from instep.components import importable
 from instep.errors import cut
 from instep.monitors.console import Console
 from instep.offline.cluster import Cluster
-from instep.recipe import Recipe, names_of_recipes, path_of
+from instep.recipe import Recipe
+from instep.recipe_files import names_of_recipes, path_of
 from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.record.folder import digest as digest_of

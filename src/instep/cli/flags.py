@@ -13,7 +13,8 @@ from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.differences import flat
 from instep.errors import InstepError, RecipeError, cut, shown
-from instep.recipe import Recipe, Team, parse, path_of, read
+from instep.recipe import Recipe, Team, parse
+from instep.recipe_files import path_of, read
 
 Settings = Sequence[tuple[str, str]]
 """Names of fields, such as ``recipe.schedule.kind``, each with the text of its value."""

@@ -14,7 +14,8 @@ from instep.differences import without_address
 from instep.errors import RecipeError, RecordError, shown
 from instep.monitors.console import Console
 from instep.monitors.tensorboard import TensorBoard
-from instep.recipe import Recipe, Team, check_team, parse, read_saved
+from instep.recipe import Recipe, Team, check_team, parse
+from instep.recipe_files import read_saved
 from instep.record.folder import RunFolder
 from instep.record.resuming import as_last_changed, resume_differences
 from instep.team.place import begun_before, place_of

@@ -58,8 +58,8 @@ class Lockstep:
     """One worker's side of the lockstep engine.
 
     machines: how many workers each machine has; those of one are neighbours, and share memory. `emit(event)` writes to
-    the tape; `clock()` is seconds since the run's start. Raises FirstWrite while a forward writes parameters that were
-    not known to be written.
+    the tape; `clock()` is seconds since the run's start. shard: as `Team.shard`. Raises FirstWrite while a forward
+    writes parameters that were not known to be written.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Lockstep:
         emit: Callable[[events.Event], None],
         clock: Callable[[], float],
         checkpoint_every: int = 0,
+        shard: str = "optimizer",
     ):
         recipe = replica.recipe
         self.replica, self.worker, self.workers = replica, worker, sum(machines)
@@ -81,7 +82,7 @@ class Lockstep:
         self.reduction = Reduction(self._layout, recipe.microbatches, levels_of(machines))
         self._ranges, self._machine = self.reduction.ranges, machine_of(worker, machines)
         self._lefts: dict[tuple[bool, bool], Fields] = {}
-        self._own = range(*self._ranges[worker])
+        self._own, self._shard = range(*self._ranges[worker]), shard
         self._held_out = batches_held_out(replica)
         self.terms: list[str] = []
         self.slowness = 1.0
@@ -107,7 +108,7 @@ class Lockstep:
     def sizes(self) -> Sizes:
         """Decides where the weights are to lie, and what a worker tells the others. The sizes of the group."""
         replica, reduction, terms = self.replica, self.reduction, len(self.terms)
-        self.placement: Placement = choose(replica, reduction, self.worker, self._machine)
+        self.placement: Placement = choose(replica, reduction, self.worker, self._machine, self._shard)
         buffers = len(self._buffers.names)
         self._facts = StepFacts(self._ranges, self.worker, self.terms, len(replica.parameters), buffers)
         share = max(1, -(-len(self._held_out) // self.workers))

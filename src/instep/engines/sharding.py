@@ -4,7 +4,7 @@ Replicated: each worker has weights of its own, a copy of the sum, and makes the
 model and optimizer. Sharded: the weights and one sum are shared by the workers of a machine, and each updates the
 parameters that it owns there, with only their state in its optimizer; every machine holds all. That takes less time
 and memory, and gives the same bits where an update of a parameter hangs on this parameter alone and nothing else
-touches the weights; `choose` decides it from what all workers know alike.
+touches the weights; `choose` decides it from what all workers know alike, and `Team.shard` may forbid it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Placement(ABC):
     """Whether they share the sum of the gradients, too."""
     gradients: list[Tensor]
     """The sum by parameter, as views; whole once all workers have put their cuts there, until the update."""
+    why_whole = ""
+    """A sentence on why each worker makes the whole update, where a share of it was asked for."""
 
     def __init__(self, replica: Replica, reduction: Reduction, worker: int):
         self._replica, self._reduction, self._worker = replica, reduction, worker
@@ -84,6 +86,10 @@ class Replicated(Placement):
     """Weights, sum and the whole update at each worker."""
 
     weight_bytes, shared = 0, False
+
+    def __init__(self, replica: Replica, reduction: Reduction, worker: int, why_whole: str = ""):
+        super().__init__(replica, reduction, worker)
+        self.why_whole = why_whole
 
     def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
         return clipped_step(self._replica, step, self._sum, self.gradients, norm, touched)
@@ -166,21 +172,34 @@ class Sharded(Placement):
         return [own and self._leads for own in self._own]
 
 
-def choose(replica: Replica, reduction: Reduction, worker: int, machine: range) -> Placement:
+def choose(replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str = "optimizer") -> Placement:
     """Sharded where that gives the same bits, else replicated: what a forward writes nobody else may see.
 
-    machine: the workers that share memory with this one.
+    machine: the workers that share memory with this one. shard: as `Team.shard`.
     """
-    sharded = (
-        (len(machine) > 1 or len(reduction.levels) > 1)  # all alike, one that is alone on its machine too
-        and replica.device.type == "cpu"
-        and not replica.written.trains
-        # A rollback reads all weights, and puts them back, before the update.
-        and all(watch.spike != "rollback" for watch in replica.recipe.watches)
-        and all(_updates_by_parameter(one.of_torch) for one in replica.optimizer.each)
-        and _can_move(replica.parameters)
-    )
-    return Sharded(replica, reduction, worker, machine) if sharded else Replicated(replica, reduction, worker)
+    several = len(machine) > 1 or len(reduction.levels) > 1  # all alike, one that is alone on its machine too
+    if shard == "none" or not several:
+        return Replicated(replica, reduction, worker)
+    why = _why_whole(replica)
+    return Replicated(replica, reduction, worker, why) if why else Sharded(replica, reduction, worker, machine)
+
+
+def _why_whole(replica: Replica) -> str:
+    """Why each worker must make the whole update, the same at all; "" where a share of it gives the same bits."""
+    if replica.device.type != "cpu":
+        why = "on a GPU each has all weights"
+    elif replica.written.trains:
+        why = "forwards write parameters that are trained"
+    # A rollback reads all weights, and puts them back, before the update.
+    elif any(watch.spike == "rollback" for watch in replica.recipe.watches):
+        why = "a rollback takes back all weights at once"
+    elif other := next((one.kind for one in replica.optimizer.each if not _updates_by_parameter(one.of_torch)), ""):
+        why = f"what {other} does to a parameter may depend on more than this parameter"
+    elif not _can_move(replica.parameters):
+        why = "something else than the model sees the memory of its parameters, or they are no plain ones"
+    else:
+        return ""
+    return f"team.shard is 'optimizer', and each worker makes the whole update all the same, for {why}."
 
 
 def _updates_by_parameter(optimizer: optim.Optimizer) -> bool:

@@ -112,6 +112,8 @@ class Console:
             row(f"optimizer.{place}", trains)
         row("samples", f"{event['samples']:,}, {recipe['batch']:,} a step")
         row("workers", f"{team['workers']} on {team['device']}, for {recipe['microbatches']} microbatches a step")
+        if "whole_update" in event:
+            row("update", event["whole_update"])
         if "hosts" in event:
             row("hosts", ", ".join(f"{host['name']} with {host['workers']}" for host in event["hosts"]))
         changed = what_changed(recipe, event["version"])

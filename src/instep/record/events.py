@@ -103,6 +103,7 @@ class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
     batched: Maybe[Annotated[bool, _is("whether gradients are computed together", where="in a simulation")]] = UNSET
     written: Maybe[Annotated[list[str], _is("parameters", where="where forwards are known to write any")]] = UNSET
     optimizers: Maybe[Annotated[list[str], _is("what each of them trains", where="where there are several")]] = UNSET
+    whole_update: Maybe[Annotated[str, _is("why each worker makes all of it", where="where it is not shared")]] = UNSET
     hosts: Maybe[Annotated[list[HostInTeam], _is("who has workers", where="where there are several agents")]] = UNSET
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from instep.differences import without_address
 from instep.errors import CheckpointError, InstepError, RecordError, cut
-from instep.recipe import read_saved
+from instep.recipe_files import read_saved
 from instep.record import checkpoint, tape
 from instep.record.digest import digest_of_file
 from instep.record.files import close_own, disk_error, hold_alone, json_text, write_atomically

@@ -9,7 +9,8 @@ from typing import Any
 from instep.components import Component
 from instep.differences import without_address, without_contents
 from instep.errors import CheckpointError, RecipeError, RecordError
-from instep.recipe import Recipe, Team, parse, read_saved, table_differences
+from instep.recipe import Recipe, Team, parse, table_differences
+from instep.recipe_files import read_saved
 from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder
 from instep.schedule import Change, Phase, Schedule, what_changed

@@ -42,6 +42,7 @@ def start_of(
         import_paths=list(run.import_paths),
         written=facts.get("written") or UNSET,
         optimizers=facts["optimizers"] if len(facts["optimizers"]) > 1 else UNSET,
+        whole_update=facts.get("whole_update") or UNSET,
         hosts=UNSET if hosts is None else hosts,
     )
 

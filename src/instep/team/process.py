@@ -37,6 +37,7 @@ from instep.transport.shared_memory import SharedMemoryGroup, regions
 from instep.transport.wire import store_at
 from instep.worker.activation_memory import fit_memory
 from instep.worker.milestones import Milestones, Progress
+from instep.worker.replica import Replica
 
 
 def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoard, descriptor: int) -> None:
@@ -91,20 +92,19 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
         progress = session.progress_of(saved)
-    network, every = session.assignment.network, team.checkpoint_every
-    machines = network.workers if network is not None else (team.workers,)
-    engine = Lockstep(replica, worker, machines, session.heartbeat, session.emit, session.clock, every)
+    engine = _engine(session, replica)
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version)
     fit_memory(replica, team, session.emit if worker == 0 else None, workers=team.workers)
-    sizes, here = engine.sizes(), machine_of(worker, machines)
+    sizes, here = engine.sizes(), machine_of(worker, session.machines)
     own = of_ranks(sizes, here)
     facts = session.facts(
         version=progress.version,
         weights=digest_of_state(replica.saved_state()),
         terms=engine.terms,
         shared_weight_bytes=engine.placement.weight_bytes,
+        whole_update=engine.placement.why_whole,
         written=list(replica.written.names),
     )
     session.ready(facts, {} if len(here) == 1 else regions(own))
@@ -141,6 +141,12 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         idle_share=[round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
     )
     session.pipe.send(Ended(asdict(progress), digest, interrupted, left, costs))
+
+
+def _engine(session: Session, replica: Replica) -> Lockstep:
+    team, emit, clock = session.assignment.team, session.emit, session.clock
+    of_run = session.number, session.machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard
+    return Lockstep(replica, *of_run)
 
 
 def _group(session: Session, sizes: Sizes, own: Sizes, place: int, descriptor: int) -> Group:

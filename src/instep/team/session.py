@@ -245,6 +245,12 @@ class Session:
         return self.number == (self.assignment.team.workers if self.assignment.lines else 0)
 
     @property
+    def machines(self) -> tuple[int, ...]:
+        """How many workers each machine has."""
+        network = self.assignment.network
+        return network.workers if network is not None else (self.assignment.team.workers,)
+
+    @property
     def _checkpoints(self) -> Path:
         return RunFolder(self.assignment.folder).checkpoints
 
