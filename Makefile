@@ -10,13 +10,14 @@ PIP := PIP_BUILD_CONSTRAINT=constraints.txt PIP_CONSTRAINT=constraints.txt \
 NEEDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all check bench docs clean
+.PHONY: help train test test-all prove check bench docs clean
 .NOTPARALLEL:
 
 help:
 	@echo 'make train      train a small GPT with 2 workers in step; ARGS="--steps 20" changes it'
 	@echo 'make test       run the quick tests, under four minutes on 2 cores; ARGS="-k digest" picks tests'
 	@echo 'make test-all   run these and then the slow tests'
+	@echo 'make prove      run campaigns over several hosts, as root; what they find goes to benchmarks/results'
 	@echo 'make check      format, lint, types and the direction of imports, without changing a file'
 	@echo 'make bench      measure speed and memory against DDP and a bare PyTorch loop'
 	@echo 'make docs       make the pages of docs/, with the API from the docstrings, in site/'
@@ -30,6 +31,9 @@ test: .venv/.dev
 
 test-all: test
 	$(BIN)/pytest -m slow -n $(JOBS) $(ARGS)
+
+prove: .venv/.dev
+	INSTEP_HOSTS=required $(BIN)/pytest -m prove -n 0 --timeout 7200 $(ARGS)
 
 check: .venv/.dev
 	$(BIN)/ruff format --check

@@ -147,9 +147,14 @@ class Follower:
         found = meeting.find(self._place, TRY_S)
         if found is None:
             return False
-        self._address = meeting.route_address(found.address[0], self._team.interface)
+        address, port = found.address
+        if (
+            self._place.host == 0
+        ):  # a host's name often is, to itself, a loopback address, where agent 0 does not listen
+            address = meeting.own_address(self._place, self._team.interface)
+        self._address = meeting.route_address(address, self._team.interface)
         try:
-            self._link = connect(found.address, found.secret, TRY_S)
+            self._link = connect((address, port), found.secret, TRY_S)
             if self._hello is None:
                 self._hello = hello_of(self._run, self._address)
             self._clock.begin()
