@@ -125,11 +125,6 @@ def _trained(
     place = place_of(team.launcher)
     check_team(recipe, team)
     sent, recipe_file = pickled(recipe), dumps(recipe, team)
-    if place is not None and engine_of(recipe, team) == "server":
-        raise RecipeError(
-            f"the rule '{recipe.rule.name}' needs the server engine, which runs on one machine so far; take rule "
-            f"'synchronous', or one machine."
-        )
     if place is not None and place.agent > 0:
         folder, monitors = RunFolder(Path(tempfile.mkdtemp(prefix="instep-"))), [_say]
     elif folder is None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from instep.recipe import Recipe, Team, dumps
+from instep.recipe import Recipe, Team, dumps, engine_of
 from instep.record.folder import About, RunFolder
 from instep.team import meeting
 from instep.team.agent import Agent
@@ -147,7 +147,7 @@ def request_of(recipe: Recipe, team: Team, folder: Path, place: Place | None, *,
         fingerprint=recipe.fingerprint(),
         team=team,
         rule=recipe.rule,
-        engine="lockstep",
+        engine=engine_of(recipe, team),
         folder=folder,
         resumed=resume,
         import_paths=(),

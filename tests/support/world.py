@@ -27,6 +27,7 @@ from instep.team.orders import (
     RosterEvent,
     Said,
     Start,
+    StartMore,
     StopAsked,
     StopServer,
 )
@@ -53,7 +54,6 @@ class World:
         agents: tuple[int, ...] = (1,),
         patient: bool = False,
     ):
-        agents = (1,) if serving else agents  # which needs one host
         self.roster = Roster(workers, restarts, Path("run"), serving=serving, agents=agents, patient=patient)
         self.hosts, self.patient = len(agents), patient
         self.here = {0} if agents[0] == 1 else set()
@@ -105,6 +105,8 @@ class World:
                 assert {member.epoch for member in order.members} == {order.epoch}
                 assert [member.number for member in order.members] == list(range(len(order.members)))
                 hosts = [member.host for member in order.members]
+                if self.serving:
+                    assert hosts.pop() == 0, "the server is where the roster is"
                 assert hosts == sorted(hosts), "workers of a host are neighbours"
                 assert set(hosts) <= self.here, "who is not there starts nothing"
                 self.started = True
@@ -126,10 +128,21 @@ class World:
                 assert old != self.roster.leader
                 if new is not None:
                     assert not self.stopping, "nothing starts after a stop"
-                    assert new == Member(old.epoch, old.number, old.incarnation + 1)
+                    assert new == Member(old.epoch, old.number, old.incarnation + 1, old.host)
                     assert new not in self.stage
                     self.stage[new] = "building"
                     self.counted += 1
+            case StartMore(members=members):
+                assert self.serving, "in lockstep nobody goes on alone"
+                assert self.roster.going
+                assert not self.stopping, "nothing starts after a stop"
+                (host,) = {member.host for member in members}
+                assert host in self.here - {0}, "who is not there starts nothing"
+                assert not [member for member in self.living() if member.host == host]
+                for new in members:
+                    assert Member(new.epoch, new.number, new.incarnation - 1, host) in self.stage
+                    assert new not in self.stage
+                    self.stage[new] = "building"
             case AskToStop(epoch=epoch):
                 assert epoch == self.roster.epoch
                 assert self.roster.going
@@ -179,10 +192,24 @@ class World:
         return [m for m, stage in self.stage.items() if stage in (stages or ("building", "ready", "working"))]
 
     def comes(self, host: int) -> None:
+        self.goes_on_without(host)
         self.here.add(host)
         self.tell(HostCame(host, "b"))
 
+    def goes_on_without(self, host: int) -> None:
+        """Under a server, a host's workers are lost and the others live on."""
+        there = [m for m in self.living() if m.host == host]
+        if not (self.serving and self.roster.going and there) or self.ending is not None:
+            return
+        self.stage.update(dict.fromkeys(there, "lost"))
+        if self.server_told:
+            return
+        too_often = self.counted == self.allowed and not self.stopping
+        self.losses += there[:1] if too_often else there
+        self.counted += not self.stopping and not too_often
+
     def loses(self, host: int) -> None:
+        self.goes_on_without(host)
         self.here.discard(host)
         self.tell(HostLost(host, "host 1 (b) is lost."))
 

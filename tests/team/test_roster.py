@@ -25,6 +25,7 @@ from instep.team.orders import (
     Replace,
     Resumed,
     Start,
+    StartMore,
     StopServer,
     Warn,
 )
@@ -167,6 +168,32 @@ def test_a_lost_host_leaves_its_workers_to_the_others_or_is_waited_for() -> None
         assert [each.host for each in world.living()] == ([0, 1, 1] if patient else [0, 0, 0])
         assert NoteLoss(Member(1, 1, host=1), "host 1 (b) is lost.") in world.orders
         assert world.roster.restarts == 1
+
+
+def test_under_a_server_the_others_go_on_without_a_host_that_is_lost_and_its_workers_join_when_it_comes_back() -> None:
+    world = World(3, serving=True, agents=(1, 1), patient=True)
+    world.comes(1)
+    world.build()
+    assert [each.host for each in world.present()] == [0, 1, 1, 0]
+    world.orders.clear()
+    world.loses(1)
+    why = "host 1 (b) is lost."
+    lost, anew = ([Member(1, number, incarnation, 1) for number in (1, 2)] for incarnation in (0, 1))
+    assert world.orders == [Replace(each, None, why) for each in lost]
+    assert world.roster.restarts == 1
+    world.comes(1)
+    assert world.orders[2:] == [StartMore(tuple(anew))]
+    world.ready(anew[1], data="these")
+    assert world.orders[3:] == [Join(anew[1])]
+
+
+def test_who_joins_with_other_data_has_the_server_stop() -> None:
+    world = working(2, serving=True)
+    world.lose(member(1), "worker 1 was killed.")
+    world.ready(member(1, 1), data="others")
+    assert isinstance(world.orders[-1], StopServer)
+    world.says(member(2), StoppedAt(5))
+    assert "worker 1 starts from other data than the server" in error_of(world).message
 
 
 def test_an_agent_that_comes_anew_has_no_workers() -> None:

@@ -1,7 +1,8 @@
-"""The server engine: free workers and one server on this machine, under any update rule.
+"""The server engine: free workers and one server, under any update rule.
 
-Weights and contributions lie in memory that all share; who does what when goes over one line a worker. The server
-drives the ledger and makes the updates, and writes what a replay needs to the tape, in the order in which it did it.
+Weights and contributions lie in memory that the server shares with the workers of its machine, and who does what when
+goes over one line a worker; to other machines all goes over the network, see `instep.engines.lines`. The server drives
+the ledger and makes the updates, and writes what a replay needs to the tape, in the order in which it did it.
 A worker that dies is a `left` event: its piece is given out again, and nobody else stops.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from instep.clock.slow import parse_slow, slow_factors
 from instep.engines.costs import Tally
+from instep.engines.lines import FarServerOf, FarWorkersOf, Lines, NearServer, ToServer
 from instep.engines.server_memory import PublishedWeights, server_memory, server_regions
 from instep.record import events
 from instep.record.digest import digest_of_state
@@ -46,8 +48,8 @@ LOOK_S = 0.1
 """Seconds between two looks at whether the run was asked to stop."""
 
 
-def contribute(session: Session, descriptor: int) -> None:
-    """The life of a worker: takes work from its line until there is no more."""
+def contribute(session: Session, descriptor: int, far: FarServerOf | None = None) -> None:
+    """The life of a worker: takes work until there is no more. far: its end, where the server is on another host."""
     assignment, worker = session.assignment, session.number
     replica = session.build()
     agreed = session.ready(session.facts(), {})
@@ -58,13 +60,16 @@ def contribute(session: Session, descriptor: int) -> None:
     contributor.prepare(0)
     fit_memory(replica, assignment.team, session.emit if session.number == 0 else None)
     replica.written.agree(known, "a first forward")
-    weights, vectors = server_memory(descriptor, agreed.memory)
-    slowness, begun = slowness_of(session), False
-    line, own = assignment.lines[worker].worker, assignment.incarnation
+    if far is None:
+        weights, vectors = server_memory(descriptor, agreed.memory)
+        line: ToServer = NearServer(assignment.lines[worker].worker, weights, vectors[worker])
+    else:
+        line = far(contributor)
+    slowness, begun, own = slowness_of(session), False, assignment.incarnation
     line.send(messages.Hello(own, os.getpid(), socket.gethostname()))
     while True:
         session.heartbeat.waiting(True)
-        message: messages.ServerToWorker = line.recv()
+        message = line.receive()
         session.heartbeat.waiting(False)
         if isinstance(message, messages.NoMore):
             break
@@ -74,17 +79,17 @@ def contribute(session: Session, descriptor: int) -> None:
         work = contributor.pieces.work(message.piece)
         replica.doing = f"computing piece {message.piece}"
         if contributor.way_up is not None and not begun:
-            contributor.way_up.take(vectors[worker].lost)
+            contributor.way_up.take(line.vectors.lost)
         begun, from_s = True, session.clock()
-        found = contributor.compute(work, weights[message.slot], vectors[worker], message.off)
+        found = contributor.compute(work, line.weights(message.slot), line.vectors, message.off)
         if slowness > 1:
             time.sleep((slowness - 1) * (session.clock() - from_s))
         line.send(messages.Pushed(own, found, from_s, session.clock(), replica.verified()))
     session.pipe.send(messages.Ended())
 
 
-def serve(session: Session, descriptor: int) -> None:
-    """The life of the server."""
+def serve(session: Session, descriptor: int, far: FarWorkersOf | None = None) -> None:
+    """The life of the server. far: its end to workers of other hosts, if there are some."""
     replica = session.build()
     workers = session.assignment.team.workers
     saved = session.saved()
@@ -109,7 +114,9 @@ def serve(session: Session, descriptor: int) -> None:
         written=list(replica.written.names),
     )  # fmt: skip
     memory = session.ready(facts, server_regions(contributor, workers)).memory
-    server = _Server(session, replica, merger, ledger, progress, *server_memory(descriptor, memory))
+    weights, vectors = server_memory(descriptor, memory)
+    near, others = [line.server for line in session.assignment.lines], far and far(merger, vectors, weights)
+    server = _Server(session, replica, merger, ledger, progress, weights, vectors, Lines(near, others))
     try:
         server.run(lost)
     except FirstWrite:
@@ -146,14 +153,15 @@ class _Server:
         progress: Progress,
         weights: list[Tensor],
         vectors: list[Vectors],
+        lines: Lines,
     ):
         self._session, self._replica, self._merger, self._ledger = session, replica, merger, ledger
         self._progress, self._vectors = progress, vectors
-        self._lines = [line.server for line in session.assignment.lines]
-        self._incarnations = [0] * len(self._lines)
+        self._lines, workers = lines, len(vectors)
+        self._incarnations = [0] * workers
         self._published = PublishedWeights(weights, merger.pack, ledger, merger.way_down)
         self._arrived: dict[int, tuple[Facts, Vectors]] = {}
-        self._tally = Tally(len(self._lines), session.clock)
+        self._tally = Tally(workers, session.clock)
         self._held_out = batches_held_out(replica)
         recipe, team = session.recipe, session.assignment.team
         self._milestones = Milestones(recipe.steps, recipe.evaluate_every, team.checkpoint_every)
@@ -173,7 +181,7 @@ class _Server:
         while not (self._over or self._told_to_stop or session.heartbeat.stop_wanted()):
             self._replica.doing = "waiting for workers"
             session.heartbeat.waiting(True)
-            sources: list[Any] = [session.pipe, *self._lines]
+            sources: list[Any] = [session.pipe, *self._lines.sources]
             deadline_s = self._ledger.deadline_s
             left_s = LOOK_S if deadline_s is None else deadline_s - session.clock()
             listened: list[Any] = wait(sources, max(0.0, min(LOOK_S, left_s)))
@@ -182,9 +190,8 @@ class _Server:
                 self._heard.append(session.pipe.recv())
             while self._heard:
                 self._hear_supervisor(self._heard.popleft())
-            for worker, line in enumerate(self._lines):
-                if line in listened:
-                    self._hear(worker, line.recv())
+            for worker, message in self._lines.hear(listened):
+                self._hear(worker, message)
             if deadline_s is not None and session.clock() >= deadline_s:
                 self._obey(self._ledger.passed(session.clock()))
             if self._begun:
@@ -195,8 +202,8 @@ class _Server:
             session.pipe.send(messages.StoppedAt(session.saved_version))
             return
         interrupted = not self._over
-        for line in self._lines:  # those too who come late
-            line.send(messages.NoMore())
+        for worker in range(len(self._vectors)):  # those too who come late
+            self._lines.send(worker, messages.NoMore())
         self._save(looked=self._ledger.finished)
         if not interrupted:
             self._milestones.ended(self._progress, self._evaluate, lambda: session.mark_best(self._progress))
@@ -226,7 +233,7 @@ class _Server:
                 self._session.emit(events.JoinedEvent(worker=worker, pid=message.pid, host=message.host))
                 self._tally.joined(worker)
                 self._waiting.add(worker)
-                if self._begun or len(self._waiting) == len(self._lines):
+                if self._begun or len(self._waiting) == len(self._vectors):
                     self._begin()
             case messages.Pushed():
                 self._pushed(worker, message)
@@ -250,6 +257,7 @@ class _Server:
                 self._session.emit(events.LeftEvent(worker=worker, why=why))
                 self._tally.left(worker)
                 self._waiting.discard(worker)
+                self._lines.left(worker)
                 if self._merger.way_down is not None:
                     self._merger.way_down.left(worker)
                 if worker in self._ledger.active:
@@ -310,7 +318,8 @@ class _Server:
         slot, pulled_bytes = self._published.give(worker, action.version)
         self._tally.released(worker, lead, pulled_bytes)
         off = tuple(self._replica.trainable.off)
-        self._lines[worker].send(messages.Compute(self._incarnations[worker], action.piece, slot, off, action.version))
+        order = messages.Compute(self._incarnations[worker], action.piece, slot, off, action.version)
+        self._lines.send(worker, order)
 
     def _merge(self, action: Merge) -> None:
         self._replica.doing = f"making update {action.version}"

@@ -110,6 +110,14 @@ class Pack:
             for view, tensor in zip(self._views(into), self._tensors, strict=True):
                 view.copy_(tensor)
 
+    def save_beside(self, into: Tensor) -> None:
+        """As `save`, but for the trained parameters."""
+        with torch.no_grad():
+            for view, tensor in zip(
+                self._views(into)[self._parameters :], self._tensors[self._parameters :], strict=True
+            ):
+                view.copy_(tensor)
+
     def load(self, saved: Tensor) -> None:
         """Gives the module the state in `saved` ([size_bytes], uint8)."""
         with torch.no_grad():
@@ -123,6 +131,10 @@ class Pack:
     def frozen(self, saved: Tensor) -> list[Tensor]:
         """The frozen parameters in `saved`, as views of it."""
         return self._views(saved)[self._parameters : self._parameters + self._frozen]
+
+    def beside(self, saved: Tensor) -> Tensor:
+        """The frozen parameters and buffers in `saved`, and the gaps between them, as a view of it."""
+        return saved[self._offsets[self._parameters] if self._parameters < len(self._offsets) else len(saved) :]
 
     def stacked(self, saved: Sequence[Tensor]) -> list[Tensor]:
         """The parameters in K of them, each as one tensor [K, *shape]."""

@@ -62,6 +62,7 @@ class Agent:
         others = children()  # which are not this run's: none, unless a program supervises by itself
         name = self.roster.name
         self._local = LocalCrew(team, others, self._unused, serving=serving, name=name, folder=self._folder)
+        self._network: messages.HostNetwork | None = None  # of this epoch
         self._facts: Mapping[str, Any] = {}  # what the team of this epoch starts from
         self._ended: dict[int, messages.Ended] = {}
         self._resume_from: Path | None = None
@@ -198,6 +199,13 @@ class Agent:
         """Those of all hosts that are there, this one first."""
         return [self._local, *(self._hosts.crews if self._hosts is not None else ())]
 
+    def _crew_of(self, member: Member) -> list[Crew]:
+        """That of the member's host; none where that is lost."""
+        if member.host == 0:
+            return [self._local]
+        crews = self._hosts.crews if self._hosts is not None else []
+        return [crew for crew in crews if crew.hello.host == member.host and crew.lost is None]
+
     def _unused(self) -> list[Any]:
         """What is open here that no worker needs."""
         return [self._client, *(self._hosts.opened if self._hosts is not None else ())]
@@ -221,9 +229,14 @@ class Agent:
             case orders.Go():
                 self._go(order)
             case orders.Join(member):
-                self._local.join(member)
+                for crew in self._crew_of(member):
+                    crew.join(member)
             case orders.Replace():
                 self._replace(order)
+            case orders.StartMore(members):
+                for crew in self._crew_of(members[0]):
+                    crew.start(members, self._assignment(first=False))
+                    crew.prepare(self._facts)
             case orders.AskToStop():
                 self._local.ask_to_stop()
             case orders.StopServer(server):
@@ -257,9 +270,11 @@ class Agent:
         self._parted.clear()
         self._looked = time.monotonic()
         assignment = self._assignment(first=self._resume_from is None and order.epoch == 1)
-        with network_of(order.members, self._hosts.address if self._hosts is not None else "") as network:
+        workers, hosts = order.members[: self._run.team.workers], self._hosts
+        address, key = (hosts.address, hosts.server_key) if hosts is not None else ("", b"")
+        with network_of(workers, address, key) as self._network:
             for crew in self._crews:
-                crew.start(order.members, replace(assignment, network=network))
+                crew.start(order.members, replace(assignment, network=self._network))
 
     def _assignment(self, *, first: bool) -> messages.Assignment:
         run = self._run
@@ -269,10 +284,12 @@ class Agent:
             folder=run.folder,
             fingerprints=run.fingerprints or (run.fingerprint,),
             resume_from=self._resume_from,
+            serving=run.engine == "server",
             began=run.began,
             first=first,
             run_id=self._run_id,
             identity=self._held.identity,
+            network=self._network,
             written=tuple(sorted(self.roster.written)),
         )
 
@@ -288,7 +305,7 @@ class Agent:
             write_atomically(self._folder.recipe_path, self._run.recipe_file.encode())
         again = order.epoch > 1
         resumed = self._journal.begun or again
-        hosts = self._hosts.described(order.members) if self._hosts is not None else None
+        hosts = self._hosts.described(order.members[: self._run.team.workers]) if self._hosts is not None else None
         self._journal.record(start_of(self._run, self._run_id, self._facts, resumed=resumed, hosts=hosts))
         for why in () if again else (*self._run.notices, *self._run.rule.warnings()):
             self._journal.warn(why)
@@ -296,10 +313,13 @@ class Agent:
             crew.go()
 
     def _replace(self, order: orders.Replace) -> None:
-        self._found += self._journal.pass_on_the_rest(self._local.take_out(order.member))
+        crews = self._crew_of(order.member)
+        for crew in crews:
+            self._found += self._journal.pass_on_the_rest(crew.take_out(order.member))
         self._local.send(self.roster.leader, messages.Left(order.member.number, order.why))
         if order.successor is not None:
-            self._local.succeed(order.successor, replace(self._assignment(first=False), resume_from=None))
+            for crew in crews:
+                crew.succeed(order.successor, replace(self._assignment(first=False), resume_from=None))
 
     def _end(self) -> None:
         """Ends what lives of the team, and reads the last words."""

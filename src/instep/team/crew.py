@@ -54,6 +54,9 @@ class Crew(Protocol):
     def go(self) -> None:
         """Lets them begin."""
 
+    def join(self, member: Member) -> None:
+        """A successor is ready: lets it begin with the others, who go on."""
+
     def send(self, member: Member, message: SupervisorToWorker) -> None:
         """Sends a member a message; nothing where it is dead, as will be heard."""
 
@@ -65,6 +68,12 @@ class Crew(Protocol):
 
     def look(self) -> RosterEvent | None:
         """What no message tells: the first that is lost in silence."""
+
+    def take_out(self, member: Member) -> list[WorkerToSupervisor]:
+        """Ends what is left of a member that was lost. Returns its last words, if they are here already."""
+
+    def succeed(self, successor: Member, assignment: Assignment) -> None:
+        """Starts the successor of a member that was taken out."""
 
     def leave(self) -> None:
         """Waits a while for those that have said their last word to end by themselves."""
@@ -101,7 +110,9 @@ class LocalCrew:
         self._done: set[Member] = set()
 
     def start(self, members: Collection[Member], assignment: Assignment) -> None:
-        self._processes = processes = MemberProcesses(self._team.workers, self._others, serving=self._serving)
+        workers, here = self._team.workers, [member.number for member in members if member.host == self._host]
+        lines = len(here) - 1 if workers in here else 0  # the server is here
+        self._processes = processes = MemberProcesses(workers, self._others, serving=self._serving, lines=lines)
         self._done.clear()
         with assignment.recipe.prepared() as recipe:
             for member in members:
@@ -133,7 +144,6 @@ class LocalCrew:
             process.send(self._agreed)
 
     def join(self, member: Member) -> None:
-        """A successor is ready: lets it begin with the others, who go on."""
         self.send(member, self._agreed)
 
     def send(self, member: Member, message: SupervisorToWorker) -> None:
@@ -199,14 +209,12 @@ class LocalCrew:
         return self._processes is not None and self._processes.board.stop_wanted()
 
     def take_out(self, member: Member) -> list[WorkerToSupervisor]:
-        """Ends what is left of a member that was lost. Returns its last words."""
         old = self.processes.take_out(member)
         words = list(_rest(old.pipe))
         old.close()
         return words
 
     def succeed(self, successor: Member, assignment: Assignment) -> None:
-        """Starts the successor of a member that was taken out."""
         self._fork(successor, assignment)
         self._liveness.renew(successor.number, self.processes[successor].handle.pid)
 

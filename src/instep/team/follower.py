@@ -26,6 +26,7 @@ from instep.team.channel import Channel
 from instep.team.crew import Heard, LocalCrew
 from instep.team.hosts import SAY_S, hello_of
 from instep.team.journal import ClientGone
+from instep.team.letters import key_of_server
 from instep.team.link import AgentLink, connect
 from instep.team.messages import (
     Assignment,
@@ -52,6 +53,8 @@ from instep.team.wire_messages import (
     LogPart,
     MemberLost,
     StartMembers,
+    StartSuccessor,
+    TakeOut,
     ToMember,
     Welcome,
 )
@@ -148,13 +151,12 @@ class Follower:
         if found is None:
             return False
         address, port = found.address
-        if (
-            self._place.host == 0
-        ):  # a host's name often is, to itself, a loopback address, where agent 0 does not listen
+        if self._place.host == 0:  # its name often is, to itself, a loopback address, where agent 0 does not listen
             address = meeting.own_address(self._place, self._team.interface)
         self._address = meeting.route_address(address, self._team.interface)
         try:
             self._link = connect((address, port), found.secret, TRY_S)
+            self._secret = found.secret
             if self._hello is None:
                 self._hello = hello_of(self._run, self._address)
             self._clock.begin()
@@ -275,6 +277,13 @@ class Follower:
             case ToMember(member, told) if self._is_at(member.epoch):
                 assert self._crew is not None
                 self._crew.send(member, told)
+            case TakeOut(member) if self._is_at(member.epoch):
+                assert self._crew is not None
+                for word in self._crew.take_out(member):
+                    self._tell(FromMember(member, word))
+            case StartSuccessor(member) if self._is_at(member.epoch):
+                assert self._crew is not None
+                self._crew.succeed(member, replace(self._assignment, first=False))
             case EndMembers(epoch) if self._is_at(epoch):
                 self._end()
                 self._send_logs()
@@ -293,29 +302,29 @@ class Follower:
             team,
             self._others,
             self._unused,
-            serving=False,
+            serving=run.engine == "server",
             name=self._name,
             folder=self._scratch,
             host=self._place.host,
         )
         assert self._hello is not None
-        crew.start(
-            start.members,
-            Assignment(
-                recipe=run.recipe,
-                team=team,
-                folder=Path(start.folder),
-                fingerprints=run.fingerprints or (run.fingerprint,),
-                resume_from=self._scratch.checkpoints / start.checkpoint if start.checkpoint else None,
-                began=self._clock.began,
-                identity=(0, 0),
-                first=start.first,
-                run_id=start.run_id,
-                written=tuple(start.written),
-                network=HostNetwork(tuple(start.hosts), start.store, start.name, self._address),
-                scratch=self._scratch.path,
-            ),
+        key = key_of_server(self._secret)
+        self._assignment = Assignment(
+            recipe=run.recipe,
+            team=team,
+            folder=Path(start.folder),
+            fingerprints=run.fingerprints or (run.fingerprint,),
+            resume_from=self._scratch.checkpoints / start.checkpoint if start.checkpoint else None,
+            serving=run.engine == "server",
+            began=self._clock.began,
+            identity=(0, 0),
+            first=start.first,
+            run_id=start.run_id,
+            written=tuple(start.written),
+            network=HostNetwork(tuple(start.hosts), start.store, start.name, self._address, key=key),
+            scratch=self._scratch.path,
         )
+        crew.start(start.members, self._assignment)
 
     def _unused(self) -> list[Any]:
         return [self._client, self._link]

@@ -18,7 +18,8 @@ from instep.record.folder import RunFolder
 from instep.record.team import HostInTeam
 from instep.team import meeting
 from instep.team.journal import ClientGone
-from instep.team.link import AgentLink, Listener
+from instep.team.letters import key_of_server
+from instep.team.link import AgentLink, Listener, listening_at
 from instep.team.messages import Cancelled, Failed, Finished, HostNetwork, Request, StopRun
 from instep.team.orders import HostCame, Member, RosterEvent, StopAsked
 from instep.team.outcome import libraries
@@ -47,6 +48,8 @@ class Hosts:
         self._run, self._folder, self._run_id = run, folder, run_id
         self._place: Place = run.place
         secret = meeting.draw_secret(self._place, os.environ)
+        self.server_key = key_of_server(secret)
+        """By which a server and workers elsewhere know each other."""
         self.address = meeting.own_address(self._place, run.team.interface)
         try:
             self._listener = Listener((self.address, self._place.port), secret)
@@ -256,19 +259,21 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def network_of(members: Sequence[Member], address: str) -> Iterator[HostNetwork | None]:
-    """How these reach each other, if they are on several hosts; those of this one must be forked in the block."""
+def network_of(members: Sequence[Member], address: str, key: bytes = b"") -> Iterator[HostNetwork | None]:
+    """How these workers reach each other or, with a `key`, their server, if they are on several hosts; the processes of
+    this one must be forked in the block.
+    """
     counts = [len(list(those)) for _, those in groupby(member.host for member in members)]
     if len(counts) == 1:
         yield None
         return
     try:
-        listener = socket.create_server((address, 0), backlog=4 * len(members))
+        listener = listening_at((address, 0), 4 * len(members))
     except OSError as error:
         raise ResourceError(f"no port can be had at {address}: {error.strerror}; look at team.interface.") from error
     with listener:
         store, name = listener.getsockname()[:2], f"start {members[0].epoch}"
-        yield HostNetwork(tuple(counts), store, name, address, listener.fileno())
+        yield HostNetwork(tuple(counts), store, name, address, listener.fileno(), key)
 
 
 def hello_of(run: Request, address: str) -> HelloAgent:

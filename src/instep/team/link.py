@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from instep.team.wire_messages import MESSAGE_BYTES, FromAgent0, Message, ToAgent0, WireError, decode, encode
+from instep.team.wire_messages import MESSAGE_BYTES, FromAgent0, ToAgent0, WireError, decode, encode
 
 MAGIC = b"instep 1"
 """What both ends begin with: of another version nothing is understood."""
@@ -43,9 +43,9 @@ _READ, _READS = 1 << 18, 16
 """Bytes of a read, and reads at a time: whoever sends without end keeps nobody else waiting."""
 
 
-def connect(address: tuple[str, int], secret: bytes, within_s: float) -> AgentLink:
-    """A link to agent 0, in at most so many seconds. Raises OSError where nobody answers, such as a TimeoutError, and
-    WireError where it is somebody else who does.
+def connect(address: tuple[str, int], secret: bytes, within_s: float, union: Any = FromAgent0) -> AgentLink:
+    """A link to agent 0, in at most so many seconds; or to its server, whose messages are others. Raises OSError where
+    nobody answers, such as a TimeoutError, and WireError where it is somebody else who does.
     """
     until = time.monotonic() + within_s
     connection = socket.create_connection(address, max(within_s, 0.001))
@@ -62,7 +62,7 @@ def connect(address: tuple[str, int], secret: bytes, within_s: float) -> AgentLi
             raise WireError(f"agent 0 at {address[0]}, port {address[1]}, has another secret") from None
         if not hmac.compare_digest(proof, _digest(secret, b"agent 0", theirs, own)):
             raise WireError(f"what listens at {address[0]}, port {address[1]}, does not know the run's secret")
-        link = AgentLink(connection, FromAgent0, *_keys(secret, theirs, own, (b"to agent 0", b"from agent 0")))
+        link = AgentLink(connection, union, *_keys(secret, theirs, own, (b"to agent 0", b"from agent 0")))
     except EOFError as error:
         connection.close()
         raise WireError(f"what listens at {address[0]}, port {address[1]}, has closed the connection") from error
@@ -98,7 +98,7 @@ class AgentLink:
         """Whether something waits for the socket to take it."""
         return bool(self._waits)
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Any) -> None:
         """Sends it, as far as the socket takes it now. Raises OSError where the other end is gone, and WireError where
         too much waits already or the message is too long.
         """
@@ -125,11 +125,11 @@ class AgentLink:
             else:
                 self._waits[0] = self._waits[0][count:]
 
-    def receive(self) -> list[Message]:
+    def receive(self) -> list[Any]:
         """The messages that have come whole, without waiting. Raises EOFError where the other end is gone, once all
         that came before was given; OSError where the connection broke; WireError for anything that is no message.
         """
-        found: list[Message] = []
+        found: list[Any] = []
         for _ in range(_READS):
             try:
                 part = self._socket.recv(_READ)
@@ -148,7 +148,7 @@ class AgentLink:
             self._take(found)
         return found
 
-    def _take(self, found: list[Message]) -> None:
+    def _take(self, found: list[Any]) -> None:
         """Moves what is whole from what was read to `found`."""
         at = 0
         try:
@@ -176,16 +176,22 @@ class AgentLink:
 
 
 class Listener:
-    """Where agent 0 waits for the others, at one address alone; port 0 for any. Raises OSError.
+    """Where agent 0, or its server, waits for the others, at one address alone; port 0 for any. Raises OSError.
 
-    `note` is given a sentence on those who are turned away; by default it is printed on stderr.
+    where: the address, or a socket that listens already. `note` is given a sentence on those who are turned away; by
+    default it is printed on stderr. union: the messages that may come.
     """
 
-    def __init__(self, address: tuple[str, int], secret: bytes, note: Callable[[str], None] | None = None):
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._socket = socket.create_server(address, family=family, backlog=256)
+    def __init__(
+        self,
+        where: tuple[str, int] | socket.socket,
+        secret: bytes,
+        note: Callable[[str], None] | None = None,
+        union: Any = ToAgent0,
+    ):
+        self._socket = where if isinstance(where, socket.socket) else listening_at(where)
         self._socket.setblocking(False)
-        self._secret, self._note = secret, note or _print
+        self._secret, self._note, self._union = secret, note or _print, union
         self._shaking: list[_Stranger] = []
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         """With the port that it has got."""
@@ -215,7 +221,7 @@ class Listener:
         found = []
         for stranger in list(self._shaking):
             try:
-                if (link := stranger.shaken(self._secret)) is not None:
+                if (link := stranger.shaken(self._secret, self._union)) is not None:
                     found.append(link)
                     self._shaking.remove(stranger)
             except OSError as error:
@@ -237,6 +243,12 @@ class Listener:
         self._socket.close()
 
 
+def listening_at(address: tuple[str, int], backlog: int = 256) -> socket.socket:
+    """A socket that listens at this address alone; port 0 for any. Raises OSError."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    return socket.create_server(address, family=family, backlog=backlog)
+
+
 def _print(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
@@ -255,7 +267,7 @@ class _Stranger:
     def fileno(self) -> int:
         return self._socket.fileno()
 
-    def shaken(self, secret: bytes) -> AgentLink | None:
+    def shaken(self, secret: bytes, union: Any) -> AgentLink | None:
         """The link, once it has shown that it knows the secret. Raises OSError where it never will."""
         wanted = _GREETING + _PROOF
         if time.monotonic() >= self._until:
@@ -276,7 +288,7 @@ class _Stranger:
             raise WireError("it does not know the run's secret")
         self._socket.send(_digest(secret, b"agent 0", self._own, theirs), socket.MSG_NOSIGNAL)
         keys = _keys(secret, self._own, theirs, (b"from agent 0", b"to agent 0"))
-        link = AgentLink(self._socket, ToAgent0, *keys)
+        link = AgentLink(self._socket, union, *keys)
         link.sent_bytes, link.received_bytes = _GREETING + _PROOF, wanted
         return link
 

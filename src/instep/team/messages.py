@@ -121,11 +121,12 @@ SupervisorToClient = PlainEvents | Finished | Failed | Cancelled
 
 @dataclass(frozen=True, slots=True)
 class HostNetwork:
-    """How the workers of several hosts reach each other in one start of the team.
+    """How the workers of several hosts reach each other, or their server, in one start of the team.
 
     workers: how many each host has, neighbours. store: address and port of the store where they find each other, which
-    worker 0 serves. name: of this start, unlike that of all others. address: this host's, where the others reach it.
-    listener: in worker 0's process, a descriptor that listens at the store's port.
+    worker 0 serves; or of the server. name: of this start, unlike that of all others. address: this host's, where the
+    others reach it. listener: in the process of worker 0, or the server's, a descriptor that listens at the store's
+    port. key: by which a server and its workers know each other.
     """
 
     workers: tuple[int, ...]
@@ -133,6 +134,7 @@ class HostNetwork:
     name: str
     address: str
     listener: int | None = None
+    key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +142,9 @@ class Assignment:
     """What the supervisor gives to the processes of one start of the team, as it forks them.
 
     `recipe` is pickled, so that only workers run the user's code. `began` is the run's start on the monotonic clock.
-    `lines` are those between the server and each worker, none in lockstep; `incarnation` counts the processes that
-    had this worker's place before. `first`: nothing of the run was trained before, and no team of it has started.
+    `serving`: whether a server makes the updates, else the workers are in lockstep. `lines` are those between the
+    server and each worker of its host; `incarnation` counts the processes that had this worker's place
+    before. `first`: nothing of the run was trained before, and no team of it has started.
     `run_id` is kept in checkpoints; `identity` is that of the run folder. `written`: the parameters that forwards are
     known to write. `network`: None where one host has all workers. `scratch`: has the logs where the host lacks the run
     folder.
@@ -155,6 +158,7 @@ class Assignment:
     began: float
     identity: Identity
     run_id: str | None = None
+    serving: bool = False
     lines: tuple[Line, ...] = ()
     incarnation: int = 0
     first: bool = False

@@ -129,6 +129,13 @@ class Replace:
 
 
 @dataclass(frozen=True)
+class StartMore:
+    """Start these processes, of a host that has come while the others go on; each is to `Join` them."""
+
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
 class AskToStop:
     """Have the team end after the present step, with a checkpoint."""
 
@@ -185,5 +192,17 @@ class CancelRun:
 
 
 Order = (
-    Start | Go | Join | Replace | AskToStop | StopServer | EndEpoch | NoteLoss | Warn | FinishRun | FailRun | CancelRun
+    Start
+    | Go
+    | Join
+    | Replace
+    | StartMore
+    | AskToStop
+    | StopServer
+    | EndEpoch
+    | NoteLoss
+    | Warn
+    | FinishRun
+    | FailRun
+    | CancelRun
 )

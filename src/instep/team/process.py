@@ -27,6 +27,8 @@ from instep.record.result import Costs
 from instep.reduce.levels import machine_of
 from instep.reduce.written import FirstWrite
 from instep.team.channel import Channel
+from instep.team.far_server import FarServer
+from instep.team.far_workers import FarWorkers
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
 from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten, PeersLost
 from instep.team.session import Session
@@ -52,12 +54,12 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
     _redirect_output(RunFolder(assignment.scratch or assignment.folder).log_of(name))
     session = Session(assignment, number, pipe, heartbeat)
     try:
-        if not assignment.lines:
+        if not assignment.serving:
             _in_lockstep(session, descriptor)
-        elif number == assignment.team.workers:
-            server.serve(session, descriptor)
+        elif session.leads:
+            server.serve(session, descriptor, _far_workers(assignment))
         else:
-            server.contribute(session, descriptor)
+            server.contribute(session, descriptor, _far_server(assignment, number))
     except (PeerRaised, PeerLost) as error:
         session.send_events()
         if isinstance(error, PeerLost):
@@ -80,6 +82,19 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
         pipe.send(Failed("WorkerError", sentence, _own_part(error)))
     sys.stdout.flush()
     sys.stderr.flush()
+
+
+def _far_workers(assignment: Assignment) -> Any:
+    """What makes the server's end to workers of other hosts; None without such."""
+    return partial(FarWorkers, assignment.network) if assignment.network is not None else None
+
+
+def _far_server(assignment: Assignment, number: int) -> Any:
+    """What makes a worker's end to a server on another host; None where it is on this one."""
+    if assignment.lines:
+        return None
+    assert assignment.network is not None, "the server is on another host"
+    return partial(FarServer, assignment.network, number, assignment.incarnation)
 
 
 def _in_lockstep(session: Session, descriptor: int) -> None:

@@ -65,15 +65,17 @@ class MemberProcess:
 
 
 class MemberProcesses:
-    """Those of one epoch. `others`: children of this process that are not the run's. Raises ResourceError."""
+    """Those of one epoch and host. `workers`: of all hosts. `others`: children of this process that are not the run's.
+    `lines`: how many workers are on the server's host, if this is that. Raises ResourceError.
+    """
 
-    def __init__(self, workers: int, others: set[int], *, serving: bool):
+    def __init__(self, workers: int, others: set[int], *, serving: bool, lines: int):
         self._workers, self._others = workers, others
         self._by_number: dict[int, MemberProcess] = {}
         self._orphans: set[int] = set()  # of processes that lived at the last look
         opened: list[Line] = []
         try:
-            for _ in range(workers if serving else 0):
+            for _ in range(lines):
                 opened.append(Line.open())
             self.board = HeartbeatBoard(workers + serving)
             self.descriptor = memory_file()
@@ -83,7 +85,7 @@ class MemberProcesses:
                 line.close()
             raise no_process(f"a team of {workers} workers", error) from error
         self.lines = tuple(opened)
-        """Between the server and each worker."""
+        """Between the server and each worker of this host."""
 
     def __iter__(self) -> Iterator[MemberProcess]:
         """In order of their numbers."""

@@ -14,7 +14,15 @@ from instep.record.folder import RunFolder
 from instep.tables import to_table
 from instep.team.crew import Heard
 from instep.team.link import AgentLink
-from instep.team.messages import Assignment, Failed, StopRun, SupervisorToWorker, Synced
+from instep.team.messages import (
+    Agreed,
+    Assignment,
+    Failed,
+    StopRun,
+    SupervisorToWorker,
+    Synced,
+    WorkerToSupervisor,
+)
 from instep.team.orders import HostLost, Lost, Member, StopAsked
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import (
@@ -28,6 +36,8 @@ from instep.team.wire_messages import (
     LogPart,
     MemberLost,
     StartMembers,
+    StartSuccessor,
+    TakeOut,
     ToMember,
 )
 
@@ -89,7 +99,8 @@ class RemoteCrew:
         self._members = {member for member in members if member.host == self.hello.host}
         if not self._members:
             return
-        network, path = assignment.network, assignment.resume_from
+        network = assignment.network
+        path = None if assignment.serving else assignment.resume_from  # a server alone takes up a checkpoint
         assert network is not None, "it has workers here and there"
         self._epoch = min(self._members).epoch
         if path is not None and path.name not in self._sent:
@@ -118,8 +129,19 @@ class RemoteCrew:
         if self._epoch:
             self._order(GoMembers(self._epoch, self._facts))
 
+    def join(self, member: Member) -> None:
+        self.send(member, Agreed(self._facts, {}))
+
+    def take_out(self, member: Member) -> list[WorkerToSupervisor]:
+        self._order(TakeOut(member))
+        return []  # its last words come as all others do
+
+    def succeed(self, successor: Member, assignment: Assignment) -> None:
+        self._members.add(successor)
+        self._order(StartSuccessor(successor))
+
     def send(self, member: Member, message: SupervisorToWorker) -> None:
-        assert isinstance(message, Synced | StopRun), f"{message} is for processes of this host"
+        assert isinstance(message, Synced | StopRun | Agreed), f"{message} is for processes of this host"
         self._order(ToMember(member, message))
 
     def _order(self, message: Any) -> None:

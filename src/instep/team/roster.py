@@ -13,13 +13,14 @@ of events:
   for parameters that forwards write is none: what was found then is known later, so that it comes to an end.
 - A team starts with the workers of all hosts that are there, and waits for the others where it must: for all at first,
   and later too if it is not to go on without those that were lost. Host 0, where the roster is, is always there.
+  Under a server nobody waits for a host that was lost, and one that comes has its workers join those that go on.
 - What comes of another epoch, or of a process that was replaced or has done its part, changes nothing.
 - After a stop no process starts, and once those that live have ended or are lost the run is over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +31,9 @@ from instep.ranges import equal_ranges
 from instep.team import orders
 from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
 from instep.team.orders import Member, Order
+
+_LASTING = ("data", "samples", "parameters")
+"""What a process that joins others has in common with them; its weights they give it."""
 
 
 @dataclass(slots=True)
@@ -61,7 +65,7 @@ class Roster:
         agents: Sequence[int] = (1,),
         patient: bool = False,
     ):
-        self._count, self._allowed, self._folder, self._serving = workers + serving, restarts, folder, serving
+        self._workers, self._allowed, self._folder, self._serving = workers, restarts, folder, serving
         self._leader = workers if serving else 0
         self.epoch = 0
         """The number of the present start of the team, from 1."""
@@ -137,7 +141,7 @@ class Roster:
         match message:
             case Ready():
                 place.facts = message.facts
-                return [orders.Join(place.member)] if self.going else self._go()
+                return self._join(place) if self.going else self._go()
             case Digest():
                 return self._compare(place.member.number, message)
             case Ended():
@@ -163,13 +167,37 @@ class Roster:
         self._names[host] = came.name
         if waiting:
             return self._start_if_all_are_there()
-        # One that was lost, and not waited for, takes part again when the team next starts.
-        return self._lose_all_of(host, f"host {host} ({came.name}) has come anew, without its workers.")
+        # One that was lost takes part again at once under a server, else when the team next starts.
+        lost = self._lose_all_of(host, f"host {host} ({came.name}) has come anew, without its workers.")
+        return [*lost, *self._start_there(host)]
 
     def _lose_all_of(self, host: int, why: str) -> list[Order]:
         """All workers of a host are lost at once."""
         there = [member for member in self.active if member.host == host]
-        return self._end(orders.Lost(there[0], why)) if there else []
+        if not there:
+            return []
+        lost = orders.Lost(there[0], why)
+        return self._go_on_without(there, lost) if self._can_do_without(there[0]) else self._end(lost)
+
+    def _go_on_without(self, members: Sequence[Member], lost: orders.Lost) -> list[Order]:
+        """A host's workers are lost, and have no successors before it comes back."""
+        for member in members:
+            self._places[member.number].done = True
+        if self._raised is not None:
+            return []
+        if not self._stopping and (too_often := self._count_restart(lost)) is not None:
+            return [orders.NoteLoss(lost.member, lost.why), *self._over(orders.FailRun(too_often))]
+        return [orders.Replace(member, None, lost.why) for member in members]
+
+    def _start_there(self, host: int) -> list[Order]:
+        """The workers of a host that was lost start there again, while the others go on."""
+        if not (self._serving and self.going) or self._stopping or self.over or self._raised is not None:
+            return []
+        there = [place.member for place in self._places if place.member.host == host]
+        successors = tuple(Member(self.epoch, m.number, m.incarnation + 1, host) for m in there)
+        for successor in successors:
+            self._places[successor.number] = _Place(successor)
+        return [orders.StartMore(successors)] if successors else []
 
     def _start_if_all_are_there(self) -> list[Order]:
         if self.awaited:
@@ -181,8 +209,8 @@ class Roster:
 
     def _start(self, *, looked: bool = False) -> orders.Start:
         self.epoch += 1
-        counts = share_out(self._count, [n if host in self._here else 0 for host, n in enumerate(self._agents)])
-        hosts = [host for host, count in enumerate(counts) for _ in range(count)]
+        counts = share_out(self._workers, [n if host in self._here else 0 for host, n in enumerate(self._agents)])
+        hosts = [host for host, count in enumerate(counts) for _ in range(count)] + [0] * self._serving
         members = tuple(Member(self.epoch, number, host=host) for number, host in enumerate(hosts))
         self._places = [_Place(member) for member in members]
         self._digests, self._unlooked, self.going = {}, False, False
@@ -194,21 +222,33 @@ class Roster:
         if any(place.facts is None for place in self._places):
             return []
         facts = self._places[self._leader].facts or {}
-        for number, place in enumerate(self._places):
-            own = place.facts or {}
-            for name, value in facts.items():
-                if name in own and own[name] != value:
-                    samples = ", and each sample on its index besides" if name == "data" else ""
-                    who, lead = self.name(number), self.name(self._leader)
-                    return self._fault(
-                        f"{who} starts from other {name} than {lead} ({own[name]} instead of {value}); what "
-                        f"builds them must depend on its arguments and the seed alone{samples}."
-                    )
+        for place in self._places:
+            if different := self._different(place):
+                return self._fault(different)
         new = tuple(sorted({*facts.get("written", ())} - self.written))
         if new and self._unlooked:  # before the checkpoint that the team starts from, say
             return self._end(FoundWritten(new, "a first forward after a stop"))
         self.going = True
         return [orders.Go(self.epoch, tuple(place.member for place in self._places))]
+
+    def _join(self, place: _Place) -> list[Order]:
+        """Lets one begin with those that go on, if it agrees with the leader."""
+        if different := self._different(place, _LASTING):
+            return self._failed(WorkerError(different), place)
+        return [orders.Join(place.member)]
+
+    def _different(self, place: _Place, names: Collection[str] | None = None) -> str:
+        """A sentence on what it starts from and the leader does not; "" if there is nothing."""
+        own, facts, number = place.facts or {}, self._places[self._leader].facts or {}, place.member.number
+        for name, value in facts.items():
+            if name in own and own[name] != value and (names is None or name in names):
+                samples = ", and each sample on its index besides" if name == "data" else ""
+                who, lead = self.name(number), self.name(self._leader)
+                return (
+                    f"{who} starts from other {name} than {lead} ({own[name]} instead of {value}); what "
+                    f"builds them must depend on its arguments and the seed alone{samples}."
+                )
+        return ""
 
     def _compare(self, number: int, own: Digest) -> list[Order]:
         digests = self._digests.setdefault(own.version, {})
@@ -257,7 +297,7 @@ class Roster:
             return [orders.Replace(member, None, event.why)]
         if (too_often := self._count_restart(event)) is not None:
             return [orders.NoteLoss(member, event.why), *self._over(orders.FailRun(too_often))]
-        successor = Member(self.epoch, member.number, member.incarnation + 1)
+        successor = Member(self.epoch, member.number, member.incarnation + 1, member.host)
         self._places[member.number] = _Place(successor)
         return [orders.Replace(member, successor, event.why)]
 

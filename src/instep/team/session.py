@@ -242,7 +242,7 @@ class Session:
     @property
     def leads(self) -> bool:
         """Whether this process speaks for all: worker 0 or, where there is one, the server."""
-        return self.number == (self.assignment.team.workers if self.assignment.lines else 0)
+        return self.number == (self.assignment.team.workers if self.assignment.serving else 0)
 
     @property
     def machines(self) -> tuple[int, ...]:

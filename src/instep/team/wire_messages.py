@@ -186,6 +186,20 @@ class ToMember:
 
 
 @dataclass(frozen=True)
+class TakeOut:
+    """End what is left of this process, which was lost, and send its last words."""
+
+    member: Member
+
+
+@dataclass(frozen=True)
+class StartSuccessor:
+    """Start this process in the place of one that was taken out."""
+
+    member: Member
+
+
+@dataclass(frozen=True)
 class EndMembers:
     """End all processes of the epoch at once, and answer with `EpochGone`."""
 
@@ -194,7 +208,18 @@ class EndMembers:
 
 ToAgent0 = HelloAgent | FromMember | MemberLost | StopRun | LogPart | Beat | EpochGone | Failed
 FromAgent0 = (
-    Welcome | StartMembers | CheckpointPart | GoMembers | ToMember | EndMembers | Beat | Finished | Failed | Cancelled
+    Welcome
+    | StartMembers
+    | CheckpointPart
+    | GoMembers
+    | ToMember
+    | TakeOut
+    | StartSuccessor
+    | EndMembers
+    | Beat
+    | Finished
+    | Failed
+    | Cancelled
 )
 Message = ToAgent0 | FromAgent0
 

@@ -28,6 +28,8 @@ class WayUp:
         self._wire, self._layout = rule.wire, layout
         self._sizes = [shape.numel() for shape in layout.shapes]
         self._lost = torch.zeros(sum(self._sizes), device=device)
+        self.message = torch.empty(0, dtype=torch.uint8)
+        """What `send` has sent last, in the wire's format."""
         self.kept = self._lost.numel() if rule.lockstep else 0
 
     def take(self, lost: Tensor) -> None:
@@ -42,10 +44,9 @@ class WayUp:
         """
         views = self._layout.views(delta)
         whole = _flat(views).add_(self._lost)
-        arrived = _sent(whole, self._wire)
+        self.message = encoded(whole, self._wire)
+        arrived = write_delta(self.message, self._wire, self._layout, delta)
         self._lost = torch.where(arrived.isfinite(), whole - arrived, self._lost)
-        for view, part in zip(views, arrived.split(self._sizes), strict=True):
-            view.copy_(part.view(view.shape))
         if self.kept:
             kept.copy_(self._lost)
 
@@ -59,14 +60,18 @@ class WayDown:
     """
 
     def __init__(self, rule: UpdateRule, parameters: Sequence[Tensor], pack: Pack):
-        self._wire, self._common, self._parameters, self._pack = rule.wire, rule.lockstep, parameters, pack
+        self._wire, self._parameters, self._pack = rule.wire, parameters, pack
+        self.common = rule.lockstep
+        """Whether all workers have the same."""
+        self.message: Tensor | None = None
+        """What `give` has sent last, in the wire's format; None where all weights went."""
         self._size = sum(parameter.numel() for parameter in parameters)
         self.change_bytes = narrow_bytes(rule.wire, self._size) + pack.beside_bytes
         """Of a message to a worker, with buffers and frozen parameters, which go as they are."""
         self._slots: dict[int, Tensor] = {}
         self._filled: set[int] = set()  # slots whose weights workers have
         self._joined: set[int] = set()  # workers that have them
-        self._version, self._whole = -1, False  # of what all have, and whether its last change went whole
+        self._version = -1  # of what all have
         self._lost: dict[int, Tensor] = {}  # by worker, with its last contribution to the present version
         self._owed: dict[int, Tensor] = {}  # of these, what workers of a run that was resumed have yet to take
 
@@ -82,14 +87,14 @@ class WayDown:
         A change that is not finite goes whole, so that the worker sees what the server has.
         """
         slot = self._slot(worker)
-        if not self._common or version != self._version:
+        if not self.common or version != self._version:
             weights = self.weights(worker)
-            self._whole = not (slot in self._filled and self._moved(weights))
-            if self._whole:
+            self.message = self._moved(weights) if slot in self._filled else None
+            if self.message is None:
                 self._pack.save(weights)
             self._filled.add(slot)
             self._version = version
-        narrow = worker in self._joined and not self._whole
+        narrow = worker in self._joined and self.message is not None
         self._joined.add(worker)
         return slot, self.change_bytes if narrow else self._pack.size_bytes
 
@@ -102,13 +107,13 @@ class WayDown:
 
     def lost_of(self, worker: int) -> Tensor | None:
         """What a worker that joins is to take for lost, see `WayUp.take`; None where it is there, or knows it is 0."""
-        if worker in self._joined or not self._common:
+        if worker in self._joined or not self.common:
             return None
         return self._owed.pop(worker, torch.zeros(self._size))
 
     def merged(self, contributions: Sequence[Arrived]) -> None:
         """An update is made of these."""
-        if self._common:
+        if self.common:
             by_arrival = sorted(contributions, key=lambda each: each.seq)
             self._lost = {each.worker: each.vectors.lost.clone() for each in by_arrival}
 
@@ -116,19 +121,19 @@ class WayDown:
         """The worker is gone; who takes its place has nothing."""
         self._joined.discard(worker)
         self._owed.pop(worker, None)
-        if not self._common:
+        if not self.common:
             self._filled.discard(worker)
 
     def everybody_left(self) -> None:
         """The run starts again."""
         self._joined.clear()
         self._owed = dict(self._lost)
-        if not self._common:
+        if not self.common:
             self._filled.clear()
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint; empty where what is lost is not saved."""
-        if not self._common:
+        if not self.common:
             return {}
         held = [view.clone() for view in self._pack.parameters(self._slots[0])] if 0 in self._filled else None
         return {"wire": {"version": self._version, "held": held, "lost": dict(self._lost)}}
@@ -136,7 +141,7 @@ class WayDown:
     def load(self, state: Mapping[str, Any] | None) -> None:
         """Takes back what `state` gave as "wire"; None starts anew. Raises CheckpointError where it is none."""
         self._filled, self._version, self._lost = set(), -1, {}
-        if state is not None and self._common:
+        if state is not None and self.common:
             if not self._fits(state):
                 raise CheckpointError(
                     f"what the wire in {self._wire} has lost is not in the checkpoint as it was written; use an "
@@ -162,30 +167,45 @@ class WayDown:
         )
 
     def _slot(self, worker: int) -> int:
-        return 0 if self._common else worker
+        return 0 if self.common else worker
 
-    def _moved(self, weights: Tensor) -> bool:
-        """Sends the change from `weights` to the present ones, into `weights`; False where it is not finite."""
+    def _moved(self, weights: Tensor) -> Tensor | None:
+        """Sends the change from `weights` to the present ones, into `weights`; None where it is not finite."""
         had = self._pack.parameters(weights)
         now = [parameter.detach().cpu() for parameter in self._parameters]
-        wide = [torch.promote_types(each.dtype, torch.float32) for each in now]
         with torch.no_grad():
-            each_way = zip(now, had, wide, strict=True)
+            each_way = zip(now, had, _wide(had), strict=True)
             change = _flat([new.to(dtype) - old.to(dtype) for new, old, dtype in each_way])
             if not bool(change.isfinite().all()):
-                return False
-            parts = _sent(change, self._wire).split([view.numel() for view in had])
-            each_part = zip(had, parts, wide, strict=True)
-            moved = [old.to(dtype) + part.view(old.shape) for old, part, dtype in each_part]
-            self._pack.save(weights)  # buffers and frozen parameters, which go as they are
-            for view, value in zip(had, moved, strict=True):
-                view.copy_(value)
-        return True
+                return None
+            message = encoded(change, self._wire)
+            apply_change(message, self._wire, self._pack, weights)
+        self._pack.save_beside(weights)  # which goes as it is
+        return message
 
 
-def _sent(numbers: Tensor, wire: str) -> Tensor:
-    """What arrives of `numbers`."""
-    return decoded(encoded(numbers, wire), wire, len(numbers))
+def write_delta(message: Tensor, wire: str, layout: Layout, delta: Tensor) -> Tensor:
+    """Writes what arrives of a `WayUp.message` into `delta` ([layout.size] float32), and returns it, flat."""
+    sizes = [shape.numel() for shape in layout.shapes]
+    arrived = decoded(message, wire, sum(sizes))
+    for view, part in zip(layout.views(delta), arrived.split(sizes), strict=True):
+        view.copy_(part.view(view.shape))
+    return arrived
+
+
+def apply_change(message: Tensor, wire: str, pack: Pack, weights: Tensor) -> None:
+    """Brings parameters in `weights` ([pack.size_bytes] uint8) on by what arrives of a `WayDown.message`."""
+    had = pack.parameters(weights)
+    sizes = [view.numel() for view in had]
+    with torch.no_grad():
+        parts = decoded(message, wire, sum(sizes)).split(sizes)
+        for old, part, dtype in zip(had, parts, _wide(had), strict=True):
+            old.copy_(old.to(dtype) + part.view(old.shape))
+
+
+def _wide(tensors: Sequence[Tensor]) -> list[torch.dtype]:
+    """In which their changes are computed."""
+    return [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

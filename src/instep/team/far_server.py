@@ -1,0 +1,135 @@
+"""A worker's end of its conversation with a server on another host."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instep.reduce.narrow import narrow_bytes
+from instep.team.letters import Begin, Contributed, Inbox, LetterPart, Order, Outbox, Shape, Standing, ToWorker, fitting
+from instep.team.link import AgentLink, connect
+from instep.team.messages import Compute, Hello, HostNetwork, NoMore, Pushed, ServerToWorker, WorkerToServer
+from instep.team.waiting import ready_of
+from instep.team.wire_messages import WireError
+from instep.worker.contribution import Facts
+from instep.worker.gradients import Contributor
+from instep.worker.wire import apply_change
+
+TRY_S = 5.0
+"""Seconds of a try to reach the server, and to hear from it."""
+
+PAUSE_S = 0.2
+"""Seconds between two tries."""
+
+LOOK_S = 1.0
+
+
+class FarServer:
+    """What a worker has of it, see `instep.engines.lines.ToServer`. Connections may break: it makes others, and goes on
+    trying until its own agent ends the process.
+    """
+
+    def __init__(self, network: HostNetwork, worker: int, incarnation: int, contributor: Contributor):
+        self._network, self._worker, self._incarnation = network, worker, incarnation
+        self._contributor = contributor
+        self.vectors = contributor.empty()
+        self._pack = contributor.pack
+        self._weights = self._pack.empty()
+        self._beside = torch.empty_like(self._pack.beside(self._weights))
+        rule = contributor.rule
+        self._wire = rule.wire
+        self._change = torch.empty(narrow_bytes(rule.wire, contributor.replica.size), dtype=torch.uint8)
+        self._inbox, self._outbox = Inbox(self._place), Outbox()
+        self._came: list[Any] = []
+        self._link: AgentLink | None = None
+
+    def weights(self, slot: int) -> Tensor:
+        """Those of the order that came last ([pack.size_bytes] uint8)."""
+        return self._weights
+
+    def send(self, message: WorkerToServer) -> None:
+        """Sends it: it goes while the next one is waited for."""
+        if isinstance(message, Hello):
+            self._outbox.put(message)
+            return
+        facts, vectors = message.facts, self.vectors
+        rows, way_up = slice(len(facts.nodes)), self._contributor.way_up
+        gradient = vectors.gradient[rows] if way_up is None else way_up.message
+        parts = (gradient, vectors.buffers[rows], vectors.integers, vectors.written, vectors.lost)
+        self._outbox.put(_result(message), [part.numpy() for part in parts])
+
+    def receive(self) -> ServerToWorker:
+        """Waits for the next message."""
+        while not self._came:
+            try:
+                self._move()
+            except (EOFError, OSError):
+                if self._link is not None:
+                    self._link.close()
+                    self._link = None
+                time.sleep(PAUSE_S)
+        return self._message(self._came.pop(0))
+
+    def _move(self) -> None:
+        """Sends and receives what can be. Raises OSError or EOFError where the connection breaks."""
+        if self._link is None:
+            self._link = self._connected()
+        link = self._link
+        while not link.wants_write and (message := self._outbox.next(self._inbox.whole)) is not None:
+            link.send(message)
+        if link not in ready_of([link], [link] if link.wants_write else [], LOOK_S):
+            return
+        for message in link.receive():
+            if not isinstance(message, Begin | LetterPart):
+                raise WireError("the server has said twice how it stands")
+            if isinstance(message, Begin):
+                self._outbox.heard(message.got)
+            if (letter := self._inbox.take(message)) is not None:
+                self._came.append(letter)
+
+    def _connected(self) -> AgentLink:
+        link = connect(self._network.store, self._network.key, TRY_S, ToWorker)
+        try:
+            link.send(Standing(self._worker, self._incarnation, self._inbox.whole, self._inbox.offset))
+            until = time.monotonic() + TRY_S
+            while time.monotonic() < until:
+                ready_of([link], [link] if link.wants_write else [], LOOK_S)
+                for theirs in link.receive():
+                    if not isinstance(theirs, Standing):
+                        raise WireError("the server has not said how it stands")
+                    self._outbox.go_on(theirs.whole, theirs.offset)
+                    return link
+            raise TimeoutError("the server has not answered")
+        except BaseException:
+            link.close()
+            raise
+
+    def _place(self, message: Any, shapes: Sequence[Shape]) -> list[Any]:
+        """Where the tensors of what the server sends are to lie."""
+        if isinstance(message, NoMore):
+            return fitting(shapes, [])
+        if not isinstance(message, Order):
+            raise WireError("the server has sent what no server sends")
+        parts = {"whole": [self._weights], "narrow": [self._change, self._beside], "same": []}.get(message.weights)
+        if parts is None:
+            raise WireError(f"weights came as {message.weights!r}")
+        return fitting(shapes, [part.numpy() for part in [*parts, *([self.vectors.lost] if message.lost else [])]])
+
+    def _message(self, message: Order | NoMore) -> ServerToWorker:
+        if isinstance(message, NoMore):
+            return message
+        if message.weights == "narrow":
+            apply_change(self._change, self._wire, self._pack, self._weights)
+            self._pack.beside(self._weights).copy_(self._beside)
+        return Compute(message.incarnation, message.piece, 0, message.off, message.version)
+
+
+def _result(message: Pushed) -> Contributed:
+    told: dict[str, Any] = {each.name: getattr(message.facts, each.name) for each in dataclasses.fields(Facts)}
+    told["bad"] = tuple(why.message for why in message.facts.bad)
+    return Contributed(message.incarnation, message.from_s, message.to_s, message.verified, **told)
