@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +18,7 @@ import pytest
 
 from instep.errors import RecipeError, ResourceError
 from instep.team import meeting
+from instep.team.link import Listener
 from instep.team.meeting import Found
 from instep.team.place import Place
 
@@ -111,7 +114,7 @@ def test_a_process_that_asks_holds_no_connection_of_the_agents(store: Store) -> 
     other.close()
 
 
-def test_under_srun_agent_0_is_on_the_first_host_at_a_port_that_follows_from_the_job(
+def test_with_a_secret_in_sruns_environment_agent_0_is_on_the_first_host_at_a_port_that_follows_from_the_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("INSTEP_SECRET", "0123456789abcdef")
@@ -121,6 +124,51 @@ def test_under_srun_agent_0_is_on_the_first_host_at_a_port_that_follows_from_the
     monkeypatch.setenv("INSTEP_SECRET", "short")
     with pytest.raises(RecipeError, match=r"INSTEP_SECRET .* 5 characters, .*\$\(openssl rand -hex 32\)"):
         meeting.find(BY_SRUN, 1.0)
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("INSTEP_SECRET", raising=False)
+    return tmp_path
+
+
+def test_under_srun_agent_0_is_found_by_a_file_that_its_user_alone_reads(home: Path) -> None:
+    assert meeting.find(BY_SRUN, 1.0) is None
+    for port in (1234, 4321):
+        secret = meeting.draw_secret(BY_SRUN, {})
+        meeting.publish(BY_SRUN, ("10.1.2.3", port), secret)
+        assert meeting.find(BY_SRUN, 1.0) == Found(("10.1.2.3", port), secret)
+    (file,) = (home / ".instep").iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    assert meeting.find(replace(BY_SRUN, run="8"), 1.0) is None
+    file.chmod(0o640)
+    with pytest.raises(RecipeError, match="srun-7, which holds the run's secret, is not of this user alone"):
+        meeting.find(BY_SRUN, 1.0)
+    meeting.withdraw(BY_SRUN)
+    assert meeting.find(BY_SRUN, 1.0) is None
+
+
+def test_a_file_that_agent_0_has_left_and_this_host_does_not_see_is_named_at_once(home: Path) -> None:
+    secret = meeting.draw_secret(BY_SRUN, {})
+    with contextlib.closing(Listener(("127.0.0.1", 0), secret, note=lambda _: None)) as listener:
+        seen = threading.Event()
+        greeting = threading.Thread(target=lambda: [listener.accept() for _ in iter(lambda: seen.wait(0.01), True)])
+        greeting.start()
+        place = replace(BY_SRUN, port=listener.address[1])
+        with pytest.raises(RecipeError, match=r"host 1 does not see the file in .*\.instep .*openssl rand -hex 32"):
+            meeting.find(place, 60.0)
+        seen.set()
+        greeting.join()
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        assert meeting.find(replace(BY_SRUN, port=stranger.getsockname()[1]), 0.1) is None, "which is no agent 0"
+
+
+def test_a_home_that_takes_no_file_is_named_with_what_helps(home: Path) -> None:
+    (home / ".instep").write_text("a file")
+    with pytest.raises(ResourceError, match=r"secret cannot be written to .*\(File exists\).*openssl rand -hex 32"):
+        meeting.publish(BY_SRUN, ("10.1.2.3", 1), b"secret")
 
 
 def test_a_hosts_address_is_that_on_the_way_to_the_others_or_of_the_interface_named() -> None:

@@ -96,6 +96,7 @@ def test_srun_tells_an_agent_its_place() -> None:
     )  # fmt: skip
     same_port = {from_environment(srun(task)).port for task in range(4)}  # type: ignore[union-attr]
     assert same_port == {16384 + 77}
+    assert from_environment(srun(SLURM_STEP_ID=3)).port not in same_port  # type: ignore[union-attr]
     compact = from_environment(srun(3, SLURM_STEP_TASKS_PER_NODE="2(x2)", INSTEP_PORT=12345))
     assert compact is not None
     assert (compact.host_of, compact.port) == ((0, 0, 1, 1), 12345)

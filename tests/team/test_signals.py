@@ -55,6 +55,16 @@ def test_a_run_that_trains_notes_all_but_a_second_sigterm() -> None:
     assert stop.terminated
 
 
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"])
+def test_a_sigterm_that_a_launcher_passes_on_is_not_the_second(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(launcher, "0")
+    stop, now = Stop(), time.monotonic()
+    with stop.noting():
+        assert raised(stop, signal.SIGTERM, signal.SIGTERM) == []
+        monkeypatch.setattr(time, "monotonic", lambda: now + 60)
+        assert raised(stop, signal.SIGTERM) == [0]
+
+
 def test_signals_that_the_program_answers_are_left_alone() -> None:
     heard: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGHUP)}

@@ -1,4 +1,4 @@
-"""Agents that torchrun and srun start on several hosts: the same bits as on one, and one clean end for all."""
+"""Agents that torchrun starts on several hosts: the same bits as on one, and one clean end for all."""
 
 from __future__ import annotations
 
@@ -109,21 +109,6 @@ def test_a_name_that_only_its_own_host_knows_is_no_obstacle(tmp_path: Path) -> N
         commands = torchrun(hosts, "--workers", "3", "--out", "run", endpoint=endpoint, options=options)
         assert all_end(commands) == [0, 0], [each.err for each in commands]
         assert digest_in(holder(hosts, "run"), "run") == alone(hosts[0])
-
-
-def test_srun_starts_agents_by_its_environment(two: Hosts) -> None:
-    commands = [
-        host.start(
-            sys.executable, "-m", "instep", "train", "my.toml", "--workers", "3", "--out", "run", OMP_NUM_THREADS="1",
-            INSTEP_SECRET="0123456789abcdef", SLURM_STEP_ID="0", SLURM_PROCID=str(host.number), SLURM_NTASKS="2",
-            SLURM_NODEID=str(host.number), SLURM_LOCALID="0", SLURM_JOB_ID="77",
-            SLURM_JOB_NODELIST=",".join(each.name for each in two),
-        )
-        for host in two
-    ]  # fmt: skip
-    assert all_end(commands) == [0, 0], [each.err for each in commands]
-    assert digest_in(two[0], "run") == alone(two[0])
-    assert not (two[1].path() / "run").exists()
 
 
 def test_sigterm_at_one_torchrun_saves_and_ends_all_within_25_s(two: Hosts) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -366,7 +367,8 @@ def _serve(client: Channel) -> None:
         else:
             client.send(messages.Finished(Agent(run, client, requests).supervise()))
     except ClientGone:
-        pass
+        if run.place is not None and run.place.agent > 0:
+            shutil.rmtree(run.folder, ignore_errors=True)  # for scratch; who has made it is gone
     except Interrupted:
         _send_quietly(client, messages.Cancelled())
     except InstepError as error:

@@ -83,6 +83,7 @@ class Hosts:
             self.tell(Failed("WorkerError", f"the run was ended at once, {where}."))
         for each in self.opened:
             each.close()
+        meeting.withdraw(self._place)
 
     def _clock(self) -> float:
         return time.monotonic() - self._run.began

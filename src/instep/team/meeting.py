@@ -2,8 +2,9 @@
 
 Under torchrun agent 0 leaves its address and the run's secret in torchrun's own store. A store's client blocks for
 ever where the store's process is stopped (torch 2.13), and its threads are not there in what forks: so each question is
-asked by a process of its own, which is killed when it takes too long. Under srun the address follows from the list of
-hosts and the job's number, and the secret is in the environment.
+asked by a process of its own, which is killed when it takes too long. Under srun agent 0 leaves both in a file of the
+user's home, which the hosts of a cluster have in common as a rule; where they don't, the secret is in the environment,
+and the address follows from the list of hosts and the job's number.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from msgspec import Meta
 
 from instep.descendants import die_with_parent
 from instep.errors import RecipeError, ResourceError, shown
+from instep.team import meeting_file
+from instep.team.link import MAGIC
 from instep.team.place import Place
 
 PUBLISH_S = 30.0
@@ -57,15 +60,18 @@ class Found:
 
 
 def draw_secret(place: Place, environ: Mapping[str, str]) -> bytes:
-    """The run's secret, for agent 0. Raises RecipeError where srun's environment has none."""
-    return _given_secret(environ) if place.launcher == "srun" else os.urandom(SECRET_BYTES)
+    """The run's secret, for agent 0. Raises RecipeError where srun's environment has one that is too short."""
+    given = _given_secret(environ) if place.launcher == "srun" else None
+    return given or os.urandom(SECRET_BYTES)
 
 
 def publish(place: Place, address: tuple[str, int], secret: bytes) -> None:
     """Has the other agents find agent 0. What an agent 0 before it said counts no more. Raises ResourceError."""
-    if place.launcher == "srun":
-        return
     value = msgspec.json.encode([*address, secret.hex()])
+    if place.launcher == "srun":
+        if _given_secret(os.environ) is None:
+            meeting_file.write(_file(place), value)
+        return
     answers = _ask([partial(_set, store, place, value) for store in place.stores], PUBLISH_S, wanted=b"", more_s=MORE_S)
     if not any(good for good, _ in answers):
         where = " or ".join(f"{host}, port {port}," for host, port in place.stores)
@@ -76,21 +82,60 @@ def publish(place: Place, address: tuple[str, int], secret: bytes) -> None:
         )
 
 
+def withdraw(place: Place) -> None:
+    """Takes away what `publish` has left in a file, for agent 0 at its end."""
+    if place.launcher == "srun" and _given_secret(os.environ) is None:
+        meeting_file.remove(_file(place))
+
+
 def find(place: Place, within_s: float) -> Found | None:
-    """Where agent 0 is, as far as that can be told in so many seconds. Raises RecipeError as `draw_secret` does."""
+    """Where agent 0 is, as far as that can be told in so many seconds. Raises RecipeError as `draw_secret` does, and
+    where the hosts have no folder in common that tells.
+    """
     if place.launcher == "srun":
-        secret = _given_secret(os.environ)
+        return _find_by_srun(place, within_s)
+    for good, answer in _ask([partial(_get, store, place) for store in place.stores], within_s, wanted=b"["):
+        if good and (found := _published(answer)) is not None:
+            return found
+    return None
+
+
+def _find_by_srun(place: Place, within_s: float) -> Found | None:
+    if (secret := _given_secret(os.environ)) is not None:
         try:
             address = str(socket.getaddrinfo(place.head, place.port, type=socket.SOCK_STREAM)[0][4][0])
         except OSError:
             return None
         return Found((address, place.port), secret)
-    for good, answer in _ask([partial(_get, store, place) for store in place.stores], within_s, wanted=b"["):
-        if good and answer:
-            with contextlib.suppress(msgspec.MsgspecError, ValueError):
-                host, port, secret_text = msgspec.json.decode(answer, type=_Published)
-                return Found((host, port), bytes.fromhex(secret_text))
+    if (found := _published(meeting_file.read(_file(place)))) is not None:
+        return found
+    if _listens((place.head, place.port), within_s) and not meeting_file.read(_file(place)):
+        raise RecipeError(
+            f"host {place.host} does not see the file in {meeting_file.folder()} that agent 0 has left the run's "
+            f"secret in, so the hosts have no such folder in common; put `export "
+            f"INSTEP_SECRET=$(openssl rand -hex 32)` before srun."
+        )
     return None
+
+
+def _listens(address: tuple[str, int], within_s: float) -> bool:
+    """Whether an agent 0 waits there."""
+    with contextlib.suppress(OSError), socket.create_connection(address, within_s) as connection:
+        return connection.recv(len(MAGIC), socket.MSG_WAITALL) == MAGIC
+    return False
+
+
+def _published(value: bytes) -> Found | None:
+    """What `publish` has left there, if it is that."""
+    with contextlib.suppress(msgspec.MsgspecError, ValueError):
+        host, port, secret = msgspec.json.decode(value, type=_Published)
+        return Found((host, port), bytes.fromhex(secret))
+    return None
+
+
+def _file(place: Place) -> str:
+    """The name of the file in the home."""
+    return f"srun-{place.run}"
 
 
 _Published = tuple[
@@ -98,15 +143,16 @@ _Published = tuple[
 ]
 
 
-def _given_secret(environ: Mapping[str, str]) -> bytes:
+def _given_secret(environ: Mapping[str, str]) -> bytes | None:
+    """That of the environment, if it has one. Raises RecipeError where it is short enough to be guessed."""
     secret = environ.get("INSTEP_SECRET", "")
-    if len(secret) < LEAST_SECRET:
+    if secret and len(secret) < LEAST_SECRET:
         raise RecipeError(
             f"INSTEP_SECRET in the environment has {len(secret)} characters, and the agents of a run under srun need "
             f"one of at least {LEAST_SECRET} to know each other by; put `export INSTEP_SECRET=$(openssl rand -hex 32)` "
-            f"before srun."
+            f"before srun, or leave it out where the hosts have the home folder in common."
         )
-    return secret.encode()
+    return secret.encode() or None
 
 
 # ------------------------------------------------------------------------------------------- questions to a store

@@ -176,7 +176,8 @@ def _by_srun(environ: Mapping[str, str]) -> Place | None:
     if agents == 1:
         return None
     agent, host, local = number("SLURM_PROCID"), number("SLURM_NODEID"), number("SLURM_LOCALID")
-    job = number("SLURM_JOB_ID", "SLURM_JOBID", most=1 << 29)
+    job = number("SLURM_JOB_ID", "SLURM_JOBID", most=999_999_999)
+    step = number("SLURM_STEP_ID", "SLURM_STEPID", most=999_999_999)  # a job may have several at a time
     names = nodes_of(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "")
     if not names:
         raise RecipeError(
@@ -198,10 +199,12 @@ def _by_srun(environ: Mapping[str, str]) -> Place | None:
         local=local,
         launcher="srun",
         host_of=host_of,
-        run=str(job),
+        run=f"{job}.{step}",
         head=names[0],
         others=tuple(name for node, name in enumerate(names) if node != host),
-        port=_number(environ, "you", "INSTEP_PORT", most=65535) if "INSTEP_PORT" in environ else 16384 + job % 16384,
+        port=_number(environ, "you", "INSTEP_PORT", most=65535)
+        if "INSTEP_PORT" in environ
+        else 16384 + (job + 257 * step) % 16384,
     )
 
 

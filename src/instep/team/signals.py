@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
@@ -16,6 +17,9 @@ WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 """Each asks for an end with a checkpoint, as often as it comes."""
 
 ALL = (signal.SIGINT, signal.SIGTERM, *WARNINGS)
+
+ECHO_S = 5.0
+"""Seconds in which a launcher passes on what a scheduler has sent to all: a SIGTERM that comes again is the same."""
 
 Handler = Callable[[int, FrameType | None], None]
 
@@ -26,15 +30,20 @@ class Stop:
     def __init__(self) -> None:
         self.wanted = self.terminated = False
         self._noted = False
+        self._passed_on_until = 0.0
 
     def hear(self, number: int, _: FrameType | None) -> None:
         """Answers a signal: the first one, and each SIGTERM, with KeyboardInterrupt.
 
-        In `noting` only the second SIGTERM raises, as a second Ctrl-C does.
+        In `noting` only the second SIGTERM raises, as a second Ctrl-C does; one that torchrun or srun may have passed
+        on is not the second.
         """
-        again, first = self.terminated, not self.wanted
+        again, first, now = self.terminated, not self.wanted, time.monotonic()
         self.wanted = True
-        self.terminated |= number == signal.SIGTERM
+        if number == signal.SIGTERM:
+            if not again and ("TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ):
+                self._passed_on_until = now + ECHO_S
+            self.terminated, again = True, again and now >= self._passed_on_until
         if (number == signal.SIGTERM and (again or not self._noted)) or (first and not self._noted):
             raise KeyboardInterrupt
 

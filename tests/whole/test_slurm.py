@@ -1,0 +1,125 @@
+"""Agents that Slurm starts, by its environment alone: the same bits as on one host, and one clean end for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.hosts import HOME, Host, Hosts
+from support.processes import MODULE, RECIPE, wait_until
+from support.slurm import Slurm, Submitted
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+FILES = {"mymodel.py": MODULE, "my.toml": RECIPE.replace("microbatches = 4", "microbatches = 8")}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with Hosts(2, tmp_path_factory.mktemp("hosts")) as found:
+        found.put(FILES)
+        yield found
+
+
+@pytest.fixture
+def slurm(hosts: Hosts, tmp_path: Path) -> Slurm:
+    return Slurm(hosts, tmp_path / "slurm")
+
+
+@pytest.fixture(scope="module")
+def alone(hosts: Hosts) -> str:
+    """The digest of one process."""
+    arguments = ["train", "my.toml", "--workers", "1", "--out", "alone"]
+    hosts[1].run(sys.executable, "-m", "instep", *arguments, OMP_NUM_THREADS="1")
+    return digest(hosts[1], "alone")
+
+
+def digest(host: Host, run: str) -> str:
+    return str(json.loads((host.path() / run / "result.json").read_text())["digest"])
+
+
+def updates(hosts: Hosts, run: str) -> int:
+    tape = hosts[0].path() / run / "tape.jsonl"
+    return tape.read_text().count('"kind": "merged"') if tape.exists() else 0
+
+
+def nothing_runs(hosts: Hosts) -> None:
+    wait_until(lambda: not any(host.processes() for host in hosts), 10, "the end of all processes")
+    for host in hosts:
+        assert not list(host.path("/dev/shm").iterdir())
+        assert not [each.name for each in host.path("/tmp").iterdir() if each.name.startswith("instep")]
+        assert not list(host.path(HOME).glob(".instep/*"))
+
+
+def test_with_a_secret_in_the_environment_hosts_need_no_home_in_common(hosts: Hosts, slurm: Slurm, alone: str) -> None:
+    train = ["instep", "train", "my.toml", "--workers", "3"]
+    refused = slurm.start("srun", *train, "--out", "apart", "--team.join_timeout_s", "10")
+    assert refused.ends() == 1
+    assert "host 1 does not see the file in /tmp/home/.instep that agent 0 has left" in refused.err
+    assert "openssl rand" in refused.err
+    assert "agents 1 (host 1) have not come within 10 s" in refused.err
+    nothing_runs(hosts)
+    found = slurm.start("srun", *train, "--out", "secret", INSTEP_SECRET="0123456789abcdef")
+    assert found.ends() == 0, found.err
+    assert digest(hosts[0], "secret") == alone
+    nothing_runs(hosts)
+
+
+@pytest.fixture
+def at_home(hosts: Hosts, slurm: Slurm) -> Slurm:
+    """Whose hosts have the home in common."""
+    slurm.share_home()
+    return slurm
+
+
+def test_srun_needs_its_environment_alone(hosts: Hosts, at_home: Slurm, alone: str) -> None:
+    found = at_home.start("srun", "instep", "train", "my.toml", "--workers", "3", "--out", "run")
+    assert found.ends() == 0, found.err
+    assert digest(hosts[0], "run") == alone
+    assert not (hosts[1].path() / "run").exists()
+    assert found.out.count("digest") == 1, "progress is drawn once"
+    more = at_home.start("srun", "--ntasks", "5", "instep", "train", "my.toml", "--out", "five")
+    assert more.ends() == 0, more.err
+    assert digest(hosts[0], "five") == alone
+    assert "5 workers, one for each agent" in more.err
+    nothing_runs(hosts)
+
+
+def begun(hosts: Hosts, slurm: Slurm, run: str, *more: str) -> Submitted:
+    found = slurm.start("srun", "instep", "train", "my.toml", "--workers", "3", "--out", run, *more, PAUSE_S="0.02")
+    wait_until(lambda: updates(hosts, run) > 5, 60, "updates")
+    return found
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["term", "ctrl-c"])
+def test_a_signal_at_srun_saves_once_and_ends_all_within_25_s(hosts: Hosts, at_home: Slurm, signals: list[int]) -> None:
+    run = f"ended{len(signals)}"
+    found = begun(hosts, at_home, run, "--steps", "100000")
+    for index, number in enumerate(signals):
+        if index:
+            wait_until(lambda: "one more" in found.err, 10, "srun's word")
+        found.signal(number)
+    assert found.ends(25) in (130, 143)
+    result = json.loads((hosts[0].path() / run / "result.json").read_text())
+    assert result["interrupted"]
+    saved = sorted((hosts[0].path() / run / "checkpoints").glob("step-*"))
+    assert saved[-1].name == f"step-{result['steps']:08d}"
+    assert "Traceback" not in found.err
+    nothing_runs(hosts)
+
+
+def test_a_task_that_dies_costs_no_step(hosts: Hosts, at_home: Slurm, alone: str) -> None:
+    found = begun(hosts, at_home, "dies")
+    clients = [pid for pid in hosts[1].processes() if b"instep\0train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(min(clients), signal.SIGKILL)
+    assert found.ends() == 137, found.err
+    assert digest(hosts[0], "dies") == alone
+    assert f"srun: error: {hosts[1].name}: task 1: Killed" in found.err
+    assert f"host 1 ({hosts[1].name}) is lost" in (hosts[0].path() / "dies" / "tape.jsonl").read_text()
+    nothing_runs(hosts)
