@@ -25,7 +25,7 @@ from instep.team.pickling import dump
 from instep.team.place import Place
 from instep.team.processes import import_before_forks
 from instep.team.signals import Requests
-from support.harness import Client, Outcome
+from support.harness import Client, Outcome, untried
 
 
 @dataclass
@@ -62,7 +62,8 @@ class Followers:
         (folder / "logs").mkdir()
         request = request_of(self._recipe, self._team, folder, self.places[agent])
         process = multiprocessing.get_context("fork").Process(target=_follow, args=(request, theirs))
-        process.start()
+        with untried():
+            process.start()
         theirs.close()
         return process, ours
 
@@ -75,7 +76,7 @@ class Followers:
         """Sends one a signal."""
         os.kill(self.processes[agent].pid, number)
 
-    def told(self, within_s: float = 20) -> list[Told]:
+    def told(self, within_s: float = 60) -> list[Told]:
         """What each has come to, in time."""
         found = []
         until = time.monotonic() + within_s
@@ -126,8 +127,11 @@ def meet_here(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         file.with_suffix(".new").rename(file)
 
     def find(place: Place, within_s: float) -> meeting.Found | None:
-        if not file.exists():
-            return None
+        until = time.monotonic() + within_s
+        while not file.exists():
+            if time.monotonic() > until:
+                return None
+            time.sleep(0.005)
         address, port, secret = file.read_text().split()
         return meeting.Found((address, int(port)), bytes.fromhex(secret))
 
@@ -166,13 +170,13 @@ def train_on(
     resume: bool = False,
     client: Client | None = None,
     followers: Followers | None = None,
-    told_s: float = 20.0,
+    told_s: float = 60.0,
 ) -> tuple[Outcome, list[Told]]:
     """As `support.harness.train_here`, on hosts with so many agents."""
     if not resume:
         RunFolder.create(path, dumps(recipe, team), About())
     import_before_forks()
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, untried():
         followers = followers or Followers(recipe, team, agents, Path(scratch))
         try:
             client = client or Client()

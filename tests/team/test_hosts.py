@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from instep.errors import RecipeError, WorkerError
+from instep.objectives.language import NextToken
 from instep.recipe import Recipe, Team
 from instep.team import hosts
 from support import workloads
 from support.agents import Followers, meet_here, train_on
-from support.harness import Client, act_on, stopping_at, train_here
+from support.harness import Client, stopping_at, train_here
 from support.kinds import quick
 
 pytestmark = pytest.mark.processes
@@ -33,15 +34,32 @@ def _meeting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 TEAMS = [((1, 1), 3), ((1, 1, 1), 2), ((1, 1), 2), ((2, 1), 5), ((1, 1, 1), 5), ((1, 1, 1), 8)]
 
 
-@pytest.mark.parametrize("case", quick(TEAMS, *TEAMS[:2]))
-@pytest.mark.parametrize("name", quick(list(workloads.ALL), "gpt", "convnet"))
-def test_hosts_give_the_bits_of_one_machine(name: str, case: tuple[tuple[int, ...], int], tmp_path: Path) -> None:
-    agents, workers = case
+CASES = [(name, *team) for name, team in product(workloads.ALL, TEAMS)]
+
+
+@pytest.mark.parametrize("case", quick(CASES, ("gpt", *TEAMS[0]), ("convnet", *TEAMS[1])), ids=str)
+def test_hosts_give_the_bits_of_one_machine(case: tuple[str, tuple[int, ...], int], tmp_path: Path) -> None:
+    name, agents, workers = case
     recipe = dataclasses.replace(workloads.ALL[name](), steps=3)
-    alone = train_here(recipe, Team(checkpoint_every=1, keep=0), tmp_path / "alone")
     run, told = train_on(agents, recipe, Team(workers=workers, checkpoint_every=1, keep=0), tmp_path / "run")
-    assert run.digests == alone.digests
+    assert run.digests == train_here(recipe, Team(checkpoint_every=1, keep=0), tmp_path / "alone").digests
     assert [each.result for each in told] == [run.result] * (sum(agents) - 1), "all agents have the result"
+
+
+class Held(NextToken):
+    """Waits, after so many microbatches of a process, until there is a file."""
+
+    def until(self, file: Path, after: int = 13) -> Held:
+        object.__setattr__(self, "_waits", (file, after))
+        object.__setattr__(self, "_done", 0)
+        return self
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        file, after = self._waits
+        object.__setattr__(self, "_done", self._done + 1)
+        while self._done > after and not file.exists():
+            time.sleep(0.005)
+        return super().__call__(model, batch)
 
 
 def long(**changes: Any) -> Recipe:
@@ -49,30 +67,45 @@ def long(**changes: Any) -> Recipe:
 
 
 def team(**changes: Any) -> Team:
-    return Team(**{"workers": 3, "checkpoint_every": 2, "keep": 0, "lease_s": 1.5, "give_up_s": 2.0, **changes})
+    return Team(**{"workers": 3, "checkpoint_every": 2, "keep": 0, "lease_s": 60.0, **changes})
 
 
-def at_version(version: int, act: Callable[[], None]) -> Client:
-    """A client that acts once the version is saved."""
-    done: list[bool] = []
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of `long` without hosts."""
+    return train_here(long(), Team(), tmp_path_factory.mktemp("alone") / "run").digest
 
-    def see(event: dict[str, Any]) -> None:
-        if event["kind"] == "checkpointed" and event["version"] >= version and not done:
-            done.append(True)
-            act()
 
-    return Client(see)
+class Hold:
+    """A recipe as `long`, whose workers of host 1 wait in step 5 until somebody has left; at version 4 `act` is
+    called, and `then` when somebody has left.
+    """
+
+    def __init__(self, folder: Path, act: Callable[[], None], then: Callable[[], None] = lambda: None):
+        file = self._file = folder / "somebody has left"
+        self._act, self._then = act, then
+        self.recipe = long(objective=Held().until(file))
+        self.client = Client(self._see)
+        self.pids: dict[int, int] = {}
+
+    def _see(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "joined":
+            self.pids[event["worker"]] = event["pid"]
+        if event["kind"] == "checkpointed" and event["version"] == 4 and not self._file.exists():
+            self._act()
+        if event["kind"] == "left" and not self._file.exists():
+            self._file.touch()
+            self._then()
 
 
 def left(events: list[dict[str, Any]]) -> list[str]:
     return [event["why"] for event in events if event["kind"] == "left"]
 
 
-def test_a_killed_worker_of_another_host_starts_the_team_again(tmp_path: Path) -> None:
-    expected = train_here(long(), Team(), tmp_path / "alone").digest
-    client = Client(act_on("checkpointed", lambda pid: os.kill(pid, signal.SIGKILL), version=4))
-    run, told = train_on((1, 1), long(), team(), tmp_path / "run", client=client)
-    assert run.digest == expected == told[0].result["digest"]
+def test_a_killed_worker_of_another_host_starts_the_team_again(tmp_path: Path, alone: str) -> None:
+    hold = Hold(tmp_path, lambda: os.kill(hold.pids[1], signal.SIGKILL))
+    run, told = train_on((1, 1), hold.recipe, team(), tmp_path / "run", client=hold.client)
+    assert run.digest == alone == told[0].result["digest"]
     assert run.result["restarts"] == 1
     (why,) = left(run.events)
     assert "worker 1 on host 1" in why
@@ -80,40 +113,38 @@ def test_a_killed_worker_of_another_host_starts_the_team_again(tmp_path: Path) -
     assert [event["version"] for event in run.events if event["kind"] == "run_started"] == [0, 4]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_without_a_host_that_is_lost_the_others_go_on(number: int, tmp_path: Path) -> None:
-    expected = train_here(long(), Team(), tmp_path / "alone").digest
-    followers = Followers(long(), team(), (1, 1), tmp_path)
-    client = at_version(4, lambda: followers.kill(1, number))
-    began = time.monotonic()
-    run, _ = train_on((1, 1), long(), team(), tmp_path / "run", client=client, followers=followers, told_s=0.0)
-    assert time.monotonic() - began < 10
-    assert run.digest == expected
+@pytest.mark.parametrize("number", quick([signal.SIGKILL, signal.SIGSTOP], signal.SIGKILL))
+def test_without_a_host_that_is_lost_the_others_go_on(number: int, tmp_path: Path, alone: str) -> None:
+    hold = Hold(tmp_path, lambda: followers.kill(1, number))
+    who = team(lease_s=5.0)  # that of a host which is stopped is waited for
+    followers = Followers(hold.recipe, who, (1, 1), tmp_path)
+    run, _ = train_on((1, 1), hold.recipe, who, tmp_path / "run", client=hold.client, followers=followers, told_s=0.0)
+    assert run.digest == alone
     (why,) = left(run.events)
     assert "host 1" in why
     assert sum(event["kind"] == "joined" for event in run.events) == 6
 
 
-def test_a_host_that_is_waited_for_comes_back(tmp_path: Path) -> None:
-    expected = train_here(long(), Team(), tmp_path / "alone").digest
-    followers = Followers(long(), team(when_lost="wait"), (1, 1), tmp_path, again=[1])
-
-    def act() -> None:
-        followers.kill(1)
-        threading.Timer(0.5, followers.start_again, [1]).start()
-
-    client = at_version(4, act)
-    run, told = train_on((1, 1), long(), team(when_lost="wait"), tmp_path / "run", client=client, followers=followers)
+@pytest.mark.slow
+def test_a_host_that_is_waited_for_comes_back(tmp_path: Path, alone: str) -> None:
+    who = team(when_lost="wait")
+    hold = Hold(tmp_path, lambda: followers.kill(1), lambda: followers.start_again(1))
+    followers = Followers(hold.recipe, who, (1, 1), tmp_path, again=[1])
+    run, told = train_on((1, 1), hold.recipe, who, tmp_path / "run", client=hold.client, followers=followers)
     assert told[0].error == ""
-    assert run.digest == expected == told[0].result["digest"]
+    assert run.digest == alone == told[0].result["digest"]
     assert run.result["restarts"] == 1
 
 
 def test_a_stop_is_asked_for_by_any_host_and_saves(tmp_path: Path) -> None:
-    recipe = long(steps=500)
+    recipe = long(steps=5000)
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["kind"] == "checkpointed" and event["version"] == 2:
+            followers.kill(1, signal.SIGTERM)
+
     followers = Followers(recipe, team(), (1, 1), tmp_path)
-    client = at_version(2, lambda: followers.kill(1, signal.SIGTERM))
-    run, told = train_on((1, 1), recipe, team(), tmp_path / "run", client=client, followers=followers)
+    run, told = train_on((1, 1), recipe, team(), tmp_path / "run", client=Client(stop), followers=followers)
     assert run.result["interrupted"]
     assert told[0].result == run.result
     version = run.result["versions"]
@@ -151,6 +182,6 @@ def test_who_does_not_come_is_named(tmp_path: Path) -> None:
 
 def test_an_agent_whose_first_is_lost_gives_up(tmp_path: Path) -> None:
     followers = Followers(long(), team(join_timeout_s=1.0), (1, 1), tmp_path)
-    (told,) = followers.told(6)
+    (told,) = followers.told()
     followers.end()
     assert "no answer came from agent 0 within 1 s" in told.error
