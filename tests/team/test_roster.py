@@ -306,6 +306,16 @@ def test_who_starts_from_something_else_is_named(name: str, more: str) -> None:
     )
 
 
+def test_who_has_other_source_files_is_named_before_what_they_make_different() -> None:
+    world = World(2)
+    world.ready(member(0), data=1, sources={"module a": "1", "module b": "1", "module c": "1"})
+    world.ready(member(1), data=2, sources={"module a": "1", "module c": "2", "module d": "1"})
+    assert error_of(world).message == (
+        "worker 1 has another module c than worker 0, and the result would be that of neither; give all hosts the same "
+        "files, and read from the environment what is to differ."
+    )
+
+
 def test_who_drifts_apart_is_named() -> None:
     world = working(3)
     for number in (0, 1, 2):

@@ -144,3 +144,17 @@ def test_a_script_gets_an_equal_run_on_each_host_and_the_first_has_the_folder(tw
     assert "agent 0" in there[1]
     assert (two[0].path() / "runs" / "py").exists()
     assert not (two[1].path() / "runs").exists()
+
+
+def test_other_code_on_one_host_is_refused_by_its_module_and_the_host(two: Hosts) -> None:
+    """Whoever computes with it, its numbers would be in all weights, and in the digest, unseen."""
+    there = two[1].path() / "mymodel.py"
+    there.write_text(MODULE.replace(".square().sum()", ".square().sum() * 2"))
+    assert there.read_text() != MODULE
+    commands = torchrun(two, "--workers", "2", "--out", "run", endpoint=f"{two[0].name}:29400")
+    assert all_end(commands) == [1, 1]
+    told = "".join(each.err for each in commands)
+    assert "has another module mymodel than worker 0" in told
+    assert two[1].name in told or two[0].name in told
+    assert not any((host.path() / "run").exists() for host in two)
+    nothing_runs(two)

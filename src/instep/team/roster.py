@@ -28,6 +28,7 @@ from typing import Any
 
 from instep.errors import InstepError, WorkerError, with_saved
 from instep.ranges import equal_ranges
+from instep.sources import first_difference
 from instep.team import orders
 from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
 from instep.team.orders import Member, Order
@@ -239,14 +240,20 @@ class Roster:
 
     def _different(self, place: _Place, names: Collection[str] | None = None) -> str:
         """A sentence on what it starts from and the leader does not; "" if there is nothing."""
-        own, facts, number = place.facts or {}, self._places[self._leader].facts or {}, place.member.number
+        own, facts = place.facts or {}, self._places[self._leader].facts or {}
+        who, lead = self.name(place.member.number), self.name(self._leader)
+        if file := first_difference(facts.get("sources", {}), own.get("sources", {})):
+            return (
+                f"{who} has another {file} than {lead}, and the result would be that of neither; give all hosts the "
+                f"same files, and read from the environment what is to differ."
+            )
         for name, value in facts.items():
-            if name in own and own[name] != value and (names is None or name in names):
+            if name in own and name != "sources" and own[name] != value and (names is None or name in names):
                 samples = ", and each sample on its index besides" if name == "data" else ""
-                who, lead = self.name(number), self.name(self._leader)
+                files = "; all hosts need the same files" if "sources" in facts else ""
                 return (
-                    f"{who} starts from other {name} than {lead} ({own[name]} instead of {value}); what "
-                    f"builds them must depend on its arguments and the seed alone{samples}."
+                    f"{who} starts from other {name} than {lead} ({own[name]} instead of {value}); what builds them "
+                    f"must depend on its arguments and the seed alone{samples}{files}."
                 )
         return ""
 
@@ -256,7 +263,7 @@ class Roster:
         first = next(iter(digests))
         if own.digest != digests[first]:
             return self._fault(
-                f"worker {number} has other weights than worker {first} at version {own.version}, which "
+                f"{self.name(number)} has other weights than {self.name(first)} at version {own.version}, which "
                 f"lockstep rules out: some code depends on more than the batch and the seed (a clock, a set's order, "
                 f"threads), or the machine is faulty."
             )

@@ -12,6 +12,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from instep.by_pattern import ByPattern
 from instep.data import digest_without
 from instep.data.repeats import what_does_not_repeat
 from instep.errors import CheckpointError, RecordError, told
@@ -24,6 +25,7 @@ from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.record.held import is_there
 from instep.restore import kept_module_state
+from instep.sources import sources
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
 from instep.team.messages import Agreed, Assignment, Events, Ready
@@ -149,8 +151,16 @@ class Session:
             "samples": self.data_facts()["samples"],
             "parameters": self.replica.size,
             "optimizers": [one.what_it_trains for one in self.replica.optimizer.each],
+            **({"sources": self._sources()} if self.assignment.network is not None else {}),
             **more,
         }
+
+    def _sources(self) -> dict[str, str]:
+        """Of what the recipe has loaded by now."""
+        recipe = self.recipe
+        parts = recipe.optimizer.parts if isinstance(recipe.optimizer, ByPattern) else (((), recipe.optimizer),)
+        components = [recipe.model, recipe.objective, recipe.data, *(component for _, component in parts)]
+        return sources(component.use for component in components)
 
     def ready(self, facts: Mapping[str, Any], memory: Mapping[str, Region]) -> Agreed:
         """Tells the supervisor that all is built, and waits until everybody is.

@@ -1,0 +1,70 @@
+"""Which source files a process computes with: they, too, must be the same on all hosts of a run."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+MOST_FILES = 2000
+"""Files that are told of at most, in the order of their names."""
+
+_INSTALLED = {"site-packages", "dist-packages"}
+_OF_THE_HOST = {"__main__", "sitecustomize", "usercustomize"}
+"""The entry of a process of Instep's, and what Python itself runs at its start."""
+
+
+def sources(objects: Iterable[Any] = ()) -> dict[str, str]:
+    """A digest of each source file that modules were loaded from, Python's own and installed packages aside, and of the
+    scripts where these objects are defined: ``{"module shapes.net": "5e88...", "script train.py": "81fe..."}``.
+    """
+    found = {f"module {name}": path for name, path in _modules() if not _is_installed(path)}
+    found |= {f"script {path.name}": path for each in objects for path in _scripts(each)}
+    told: dict[str, str] = {}
+    for name, path in itertools.islice(sorted(found.items()), MOST_FILES):
+        try:
+            told[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        except OSError:
+            continue  # of a notebook, or gone since
+    return told
+
+
+def first_difference(one: Any, other: Any) -> str:
+    """The first name under which two such tables differ; "" where they don't. What one alone has is no difference:
+    code may load modules when it needs them.
+    """
+    return next((name for name, digest in sorted(one.items()) if other.get(name, digest) != digest), "")
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name not in _OF_THE_HOST and isinstance(file, str) and file.endswith(".py"):
+            yield name, Path(file)
+
+
+def _is_installed(path: Path) -> bool:
+    return not _INSTALLED.isdisjoint(path.parts) or any(path.is_relative_to(folder) for folder in _python())
+
+
+@functools.cache
+def _python() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    return tuple({paths["stdlib"], paths["platstdlib"]})
+
+
+def _scripts(defined: Any) -> Iterator[Path]:
+    """Files of what was pickled by value since no other process could import it."""
+    while isinstance(defined, functools.partial):
+        defined = defined.func
+    of = defined if isinstance(defined, type) or hasattr(defined, "__code__") else type(defined)
+    if getattr(of, "__module__", None) != "__main__":
+        return
+    for each in vars(of).values() if isinstance(of, type) else [of]:
+        if (code := getattr(each, "__code__", None)) is not None:
+            yield Path(code.co_filename)
