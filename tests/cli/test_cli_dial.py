@@ -56,6 +56,12 @@ def test_a_rule_and_slow_workers_on_the_command_line(called: dict[str, Any]) -> 
     assert called["team"].slow == "1:4x"
 
 
+def test_a_field_of_the_rule_beside_it_on_the_command_line(called: dict[str, Any]) -> None:
+    for flag in ("--rule.fragments", "--recipe.rule.fragments"):
+        assert main(["train", "my.toml", "--rule", "diloco:20", flag, "4", "--rule.outer-lr", "0.5"]) == 0
+        assert called["recipe"].rule == rules.parse("diloco:20,fragments=4,outer_lr=0.5")
+
+
 def test_a_rule_in_a_file_as_text_or_as_a_table(called: dict[str, Any], here: Path) -> None:
     (here / "text.toml").write_text(FILE + 'rule = "bounded_staleness:3"\n')
     assert main(["train", "text.toml"]) == 0

@@ -16,7 +16,8 @@ from instep.clock.network import Network
 from instep.clock.slow import parse_slow
 from instep.clock.times import Failures, WorkerTimes
 from instep.errors import RecipeError
-from instep.offline.schedule import SimulatedRun, simulate
+from instep.offline.schedule import simulate
+from instep.offline.simulated_run import SimulatedRun
 from instep.offline.trace import EventListener
 from instep.record.events import plain
 from instep.rules import PRESETS, UpdateRule, parse

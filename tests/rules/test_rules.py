@@ -37,6 +37,7 @@ pytestmark = pytest.mark.pure
 PLAIN: dict[str, Any] = {
     "max_lead": None, "max_staleness": None, "max_wait_s": None, "local_steps": 1, "local_after": 0, "weight": "items",
     "compensation": 0.0, "outer": "none", "outer_lr": 1.0, "outer_momentum": 0.0, "outer_buffer": 1, "wire": "float32",
+    "fragments": 1,
 }  # fmt: skip
 LOCKSTEP: dict[str, Any] = {"order": "round", "quorum": "all", "max_lead": 0, "max_staleness": 0}
 FREE: dict[str, Any] = {"order": "arrival", "quorum": "1"}
@@ -206,6 +207,7 @@ def test_any_text_is_a_rule_or_refused(text: str) -> None:
 # -------------------------------------------------------------------------------------------------------- the fields
 
 DELTAS: dict[str, Any] = {"quorum": "1", "outer": "nesterov"}
+STREAMING: dict[str, Any] = {**LOCKSTEP, "outer": "nesterov", "local_steps": 4, "fragments": 2}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +243,16 @@ DELTAS: dict[str, Any] = {"quorum": "1", "outer": "nesterov"}
         ({**DELTAS, "outer_buffer": 4}, "'rule.outer_buffer' is 4, and 'rule.outer' is 'nesterov'; only"),
         ({**DELTAS, "outer": "delayed_nesterov"}, "'rule.outer_buffer' is 1, too small to delay anything;"),
         ({"quorum": "1", "outer_lr": 0.5}, "outer_lr, outer_momentum and outer_buffer go with an outer optimizer;"),
+        ({**DELTAS, "fragments": 0}, "'rule.fragments' is 0; it must be at least 1."),
+        ({**LOCKSTEP, "fragments": 2}, "'rule.fragments' is 2 and rule 'custom' sends something after every step;"),
+        (
+            {**LOCKSTEP, "outer": "sgd", "fragments": 2},
+            "or take a rule with local steps, such as 'diloco:40,fragments=2'.",
+        ),
+        ({**DELTAS, "local_steps": 4, "fragments": 2}, "under rule 'custom' workers do not wait for each other,"),
+        ({**STREAMING, "local_after": 3}, "'rule.fragments' is 2 and 'rule.local_after' is 3, batches in which"),
+        ({**STREAMING, "local_steps": 5}, "set local_steps to a multiple of it, such as 4."),
+        ({**STREAMING, "fragments": 5}, "set local_steps to a multiple of it, such as 5."),
         ({"quorum": "1", "outer": "adam"}, "'rule.outer' is 'adam'; it must be one of 'none', 'sgd',"),
     ],
 )

@@ -375,7 +375,7 @@ def list_pieces(rule: UpdateRule, workers: int, microbatches: int, steps: int) -
     pieces = []
     batch = 0
     while batch < steps:
-        together = 1 if batch < rule.local_after else rule.local_steps
+        together = 1 if batch < rule.local_after else rule.local_steps // rule.fragments
         batches = [batch + step for step in range(together) if batch + step < steps]
         pieces += [(batches, each) for each in ranges]
         batch += together

@@ -33,6 +33,10 @@ def narrow(rule: UpdateRule, wire: str) -> UpdateRule:
 CASES: dict[str, tuple[UpdateRule, str]] = {
     **{name: (rule, WORKLOADS[name]) for name, rule in RULES.items()},
     **{f"diloco-{wire}": (narrow(p.diloco(2), wire), "convnet") for wire in ("bfloat16", "int8", "int4")},
+    **{
+        f"diloco-fragments-{wire}": (narrow(dataclasses.replace(p.diloco(2), fragments=2), wire), "convnet")
+        for wire in ("float32", "int4")
+    },
     **{f"async_diloco-{wire}": (narrow(RULES["async_diloco"], wire), "gpt") for wire in ("bfloat16", "int8", "int4")},
 }
 
@@ -44,7 +48,9 @@ def check_replay(run: Outcome, recipe: Recipe) -> None:
     assert found.digest == run.digest
 
 
-@pytest.mark.parametrize("name", quick(list(CASES), "asynchronous", "delay_compensated", "diloco-int4"))
+@pytest.mark.parametrize(
+    "name", quick(list(CASES), "asynchronous", "delay_compensated", "diloco-int4", "diloco-fragments-float32")
+)
 def test_every_rule_replays_on_two_hosts(name: str, tmp_path: Path) -> None:
     rule, workload = CASES[name]
     recipe = workloads.ALL[workload](rule=rule, steps=6, evaluate_every=4)

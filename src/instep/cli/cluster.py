@@ -63,5 +63,5 @@ def steps_for(recipe: Recipe, workers: int, contributions: int) -> int:
         raise UsageError(f"--contributions is {contributions}; it must be at least 1.")
     pieces, rule = workers * contributions, recipe.rule
     groups = -(-pieces // Pieces(rule, workers, recipe.microbatches, 1).parts)
-    single = min(groups, rule.local_after) if rule.local_steps > 1 else groups
-    return single + (groups - single) * rule.local_steps
+    single = min(groups, rule.local_after) if rule.stride > 1 else groups
+    return single + (groups - single) * rule.stride

@@ -15,6 +15,7 @@ from instep.differences import flat
 from instep.errors import InstepError, RecipeError, cut, shown
 from instep.recipe import Recipe, Team, parse
 from instep.recipe_files import path_of, read
+from instep.rules import UpdateRule
 
 Settings = Sequence[tuple[str, str]]
 """Names of fields, such as ``recipe.schedule.kind``, each with the text of its value."""
@@ -62,6 +63,7 @@ def merge(table: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
     Raises UsageError for a name that no field has, and RecipeError where the table has no room for it.
     """
+    settings = [(f"recipe.{name}" if name.startswith("rule.") else name, text) for name, text in settings]
     ordered = sorted(settings, key=lambda setting: setting[0].count("."))  # a whole before its parts
     patterns = [setting for setting in settings if setting[0].startswith(_PATTERNS)]
     # Of patterns the first that matches decides: each goes before those that are there, the last of all first.
@@ -102,6 +104,8 @@ def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: st
         given = flat(_room(table, key, where))
         pattern = ".".join(rest)
         table[key] = {pattern: toml_value(text), **{other: mode for other, mode in given.items() if other != pattern}}
+    elif hint is UpdateRule and isinstance(table.get(key), str) and len(rest) == 1:
+        table[key] += f",{rest[0].replace('-', '_')}={text}"  # of the rule that it tells
     elif hasattr(hint, "__dataclass_fields__"):
         _set(hint, _room(table, key, where), rest, text, name)
     elif get_origin(hint) is Mapping and all(rest):

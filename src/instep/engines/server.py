@@ -25,7 +25,6 @@ from instep.engines.lines import FarServerOf, FarWorkersOf, Lines, NearServer, T
 from instep.engines.server_memory import PublishedWeights, server_memory, server_regions
 from instep.record import events
 from instep.record.digest import digest_of_state
-from instep.reduce.narrow import narrow_bytes
 from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.ledger_state import ledger_state, resumed_ledger
@@ -40,6 +39,7 @@ from instep.worker.milestones import Milestones, Progress
 from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import checksum_when_due
 from instep.worker.updates import Merger
+from instep.worker.wire import vector_bytes
 
 if TYPE_CHECKING:
     from instep.team.session import Session
@@ -159,7 +159,7 @@ class _Server:
         self._progress, self._vectors = progress, vectors
         self._lines, workers = lines, len(vectors)
         self._incarnations = [0] * workers
-        self._published = PublishedWeights(weights, merger.pack, ledger, merger.way_down)
+        self._published = PublishedWeights(weights, merger.pack, ledger, merger.fragments, merger.way_down)
         self._arrived: dict[int, tuple[Facts, Vectors]] = {}
         self._tally = Tally(workers, session.clock)
         self._held_out = batches_held_out(replica)
@@ -258,8 +258,7 @@ class _Server:
                 self._tally.left(worker)
                 self._waiting.discard(worker)
                 self._lines.left(worker)
-                if self._merger.way_down is not None:
-                    self._merger.way_down.left(worker)
+                self._published.left(worker)
                 if worker in self._ledger.active:
                     self._obey(self._ledger.left(worker, self._session.clock()))
             case _:
@@ -271,7 +270,8 @@ class _Server:
         work, vectors = ledger.pieces.work(piece), self._vectors[worker]
         covers = work.covers()
         items = facts.items
-        sent_bytes = narrow_bytes(ledger.rule.wire, self._replica.size) * len(facts.nodes)
+        fragment = self._merger.fragments.of_round(ledger.pieces.round_of(piece))
+        sent_bytes = vector_bytes(ledger.rule.wire, self._replica.parameters, fragment) * len(facts.nodes)
         self._session.emit(
             events.ComputedEvent(worker=worker, version=base, from_s=from_s, to_s=to_s, **covers, **pushed.verified)
         )

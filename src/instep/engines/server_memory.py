@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from instep.reduce.layout import Pack
+from instep.rules.fragments import Fragments
 from instep.rules.ledger import Ledger
 from instep.transport.memory import Region, attach
 from instep.worker.contribution import Vectors
@@ -35,8 +36,17 @@ class PublishedWeights:
     newest. Where they go over a narrow wire, `way_down` lays them there, as each worker has them.
     """
 
-    def __init__(self, slots: Sequence[Tensor], pack: Pack, ledger: Ledger, way_down: WayDown | None = None):
+    def __init__(
+        self,
+        slots: Sequence[Tensor],
+        pack: Pack,
+        ledger: Ledger,
+        fragments: Fragments,
+        way_down: WayDown | None = None,
+    ):
         self._weights, self._pack, self._ledger, self._way_down = slots, pack, ledger, way_down
+        self._fragments = fragments
+        self._joined: set[int] = set()  # workers that have weights
         if way_down is not None:
             way_down.publish_in(slots)
         self._slots: dict[int, int] = {}  # where each version that is computed from lies
@@ -46,7 +56,17 @@ class PublishedWeights:
         """Where the present weights, which are of `version`, lie for a worker to read, and the bytes that it pulls."""
         if self._way_down is not None:
             return self._way_down.give(worker, version)
-        return self._slot_of(version), self._pack.size_bytes
+        slot = self._slot_of(version)
+        if worker in self._joined:
+            return slot, self._pack.change_bytes(self._fragments.of_round(version - 1))
+        self._joined.add(worker)
+        return slot, self._pack.size_bytes
+
+    def left(self, worker: int) -> None:
+        """The worker is gone; who takes its place has nothing."""
+        self._joined.discard(worker)
+        if self._way_down is not None:
+            self._way_down.left(worker)
 
     def _slot_of(self, version: int) -> int:
         if version not in self._slots:

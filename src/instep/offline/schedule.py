@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from instep.clock.link import Link
 from instep.clock.loop import Loop, uncollected
 from instep.clock.network import Network, gather_bytes, reduce_bytes
 from instep.clock.times import WorkerTimes
 from instep.errors import RecipeError
+from instep.offline.simulated_run import SimulatedRun
 from instep.offline.trace import Listener, Notes
 from instep.reduce.tree import nodes_of
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
@@ -31,54 +30,14 @@ _HOPELESS = 100_000
 """Failures without a contribution between them after which a run counts as one that never ends."""
 
 
-@dataclass(frozen=True, eq=False)
-class SimulatedRun:
-    """What a run came to, in virtual seconds. W workers."""
-
-    wall_s: float
-    """From the start until the last update is made."""
-    versions: int
-    contributions: int
-    """Those that arrived; of them `dropped` were not merged."""
-    dropped: int
-    failures: int
-    bytes_pushed: int
-    """Of contributions, or in collectives of their reduction."""
-    bytes_pulled: int
-    """Of weights, or in collectives of the total on its way back."""
-    staleness_mean: float
-    """Over merged contributions."""
-    staleness_max: int
-    delayed_max: int
-    """The most versions that a piece was merged after those that its first worker started from."""
-    lead_max: int
-    """Rounds that a worker was ahead when it started on a contribution: of the slowest, or under order "round" of the
-    round that merged next."""
-    busy_s: NDArray[np.float64]
-    """[W]: seconds that each worker computed, lost work included."""
-    present_s: NDArray[np.float64]
-    """[W]: seconds that each worker was there."""
-
-    @property
-    def bytes_sent(self) -> int:
-        """Pushed and pulled."""
-        return self.bytes_pushed + self.bytes_pulled
-
-    @property
-    def idle_share(self) -> NDArray[np.float64]:
-        """[W]: the share of its presence in which a worker did not compute: it waited, pulled or pushed."""
-        present_s = np.maximum(self.present_s, np.finfo(np.float64).tiny)
-        return np.clip(1 - self.busy_s / present_s, 0, 1)
-
-
 def simulate(
     rule: UpdateRule,
     pieces: Pieces,
     times: WorkerTimes,
     network: Network | None = None,
     *,
-    contribution_bytes: int = 0,
-    weights_bytes: int = 0,
+    contribution_bytes: int | Sequence[int] = 0,
+    weights_bytes: int | Sequence[int] = 0,
     first_bytes: int | None = None,
     merge_s: float = 0.0,
     collective: bool = False,
@@ -88,8 +47,9 @@ def simulate(
     """Runs `pieces` under `rule` on the virtual clock, to the end.
 
     network: None where messages take no time.
-    contribution_bytes, weights_bytes: the size of a contribution's vector for one node of the tree, and of a pull.
-    first_bytes: the size of a pull of a worker that has just joined; `weights_bytes` if None.
+    contribution_bytes, weights_bytes: the size of a contribution's vector for one node of the tree, and of a pull;
+        several, of each fragment in turn.
+    first_bytes: the size of a pull of a worker that has just joined; the sum of `weights_bytes` if None.
     merge_s: seconds that the server needs for an update, in which it does nothing else.
     collective: under a rule in lockstep, workers reduce among themselves: a round ends with a ring all-reduce of
         `contribution_bytes` over those present, there is no server and no pull. Other rules take no notice.
@@ -99,7 +59,8 @@ def simulate(
     Raises RecipeError where the rule, the slow workers or the failures do not fit the team.
     """
     rule.check_workers(pieces.workers)
-    sizes_bytes = contribution_bytes, weights_bytes, weights_bytes if first_bytes is None else first_bytes
+    up, down = ((each,) if isinstance(each, int) else tuple(each) for each in (contribution_bytes, weights_bytes))
+    sizes_bytes = up, down, sum(down) if first_bytes is None else first_bytes
     run = _Simulation(rule, pieces, times, network, sizes_bytes, merge_s, items_of, listener)
     if collective and rule.lockstep:
         run.reduce_among_workers(network or Network())
@@ -111,12 +72,12 @@ class _Simulation:
 
     # With slots: of an object with more than 30 attributes, Python looks up each in a dictionary.
     __slots__ = (
-        "_alarm", "_alarm_s", "_away", "_busy_s", "_contribution_bytes", "_direct", "_down", "_draw", "_drops",
-        "_even", "_failed", "_failures", "_finished_s", "_hopeless", "_items_of", "_latency_s", "_ledger", "_listener",
-        "_loop", "_merge_s", "_microbatches", "_microbatches_of", "_more_bytes", "_more_vectors", "_newcomers",
-        "_notes", "_occupied", "_present", "_present_s", "_pulled_bytes", "_pulls", "_pushed_bytes", "_queue",
-        "_reduce_s", "_since_s", "_staleness_max", "_staleness_sum", "_then", "_timed", "_up", "_uptimes",
-        "_vectors_of", "_weights_bytes", "_workers",
+        "_alarm", "_alarm_s", "_away", "_busy_s", "_contribution_bytes", "_direct", "_down", "_down_bytes", "_draw",
+        "_drops", "_even", "_failed", "_failures", "_finished_s", "_first_bytes", "_hopeless", "_in_turn",
+        "_items_of", "_latency_s", "_ledger", "_listener", "_loop", "_merge_s", "_microbatches", "_microbatches_of",
+        "_more_vectors", "_newcomers", "_notes", "_occupied", "_present", "_present_s", "_pulled_bytes", "_pulls",
+        "_pushed_bytes", "_queue", "_reduce_s", "_round_of", "_since_s", "_staleness_max", "_staleness_sum", "_then",
+        "_timed", "_up", "_up_bytes", "_uptimes", "_vectors_of", "_weights_bytes", "_workers",
     )  # fmt: skip
 
     def __init__(
@@ -125,7 +86,7 @@ class _Simulation:
         pieces: Pieces,
         times: WorkerTimes,
         network: Network | None,
-        sizes_bytes: tuple[int, int, int],
+        sizes_bytes: tuple[tuple[int, ...], tuple[int, ...], int],
         merge_s: float,
         items_of: Callable[[int], int] | None,
         listener: Listener | None,
@@ -134,8 +95,10 @@ class _Simulation:
         self._loop = loop = Loop()
         self._ledger, self._workers, self._timed = Ledger(rule, pieces), workers, rule.max_wait_s is not None
         self._items_of = items_of
-        self._contribution_bytes, self._weights_bytes, first_bytes = sizes_bytes
-        self._more_bytes, self._newcomers = first_bytes - self._weights_bytes, set[int]()
+        self._up_bytes, self._down_bytes, self._first_bytes = sizes_bytes
+        self._contribution_bytes, self._weights_bytes = self._up_bytes[0], self._down_bytes[0]
+        self._in_turn = len(self._up_bytes) > 1
+        self._newcomers = set[int]()
         self._merge_s = merge_s
         self._reduce_s: Callable[[int, float, int], float] | None = None
         self._latency_s = network.latency_s if network else 0.0
@@ -147,6 +110,7 @@ class _Simulation:
             self._up = Link(loop, network.bandwidth_bytes_per_s, self._pushed)
             self._then = self._computed
 
+        self._round_of = pieces.round_of
         self._even, self._microbatches_of = pieces.even_microbatches, pieces.microbatches_of
         vectors = [len(nodes_of(pieces.work(part), pieces)) for part in range(pieces.parts)]
         self._vectors_of = vectors if max(vectors) > 1 else None
@@ -161,7 +125,7 @@ class _Simulation:
         self._away = bytearray(b"\1" * workers)
         self._direct = self._down is None and times.failures is None  # whether a release is the start of computation
         bare = listener is None and items_of is None and times.failures is None and self._vectors_of is None
-        self._notes = None if bare else Notes(workers, listener)
+        self._notes = None if bare and not self._in_turn else Notes(workers, listener)
         self._listener = listener
 
         self._occupied = False  # the server makes an update; who has something for it waits
@@ -175,7 +139,7 @@ class _Simulation:
     def reduce_among_workers(self, network: Network) -> None:
         """Puts collectives in the place of the server."""
         self._down = self._up = None
-        self._more_bytes = 0
+        self._first_bytes, self._in_turn = self._weights_bytes, False  # there are no pulls
         self._then = self._pushed
         self._direct, self._latency_s = self._failures is None, 0.0
         self._reduce_s = network.ring_all_reduce_s
@@ -193,7 +157,8 @@ class _Simulation:
             if not self._away[worker]:
                 self._present_s[worker] += max(0.0, wall_s - self._since_s[worker])
         if self._reduce_s is None:
-            self._pushed_bytes = (ledger.next_seq + self._more_vectors) * self._contribution_bytes
+            if not self._in_turn:
+                self._pushed_bytes = (ledger.next_seq + self._more_vectors) * self._contribution_bytes
             self._pulled_bytes += self._pulls * self._weights_bytes
         return SimulatedRun(
             wall_s=wall_s,
@@ -220,17 +185,17 @@ class _Simulation:
         if self._down is None:
             self._pulled(worker)
         else:
-            size_bytes = self._weights_bytes + (self._more_bytes if worker in self._newcomers else 0)
-            token = self._down.send(size_bytes, worker)
+            token = self._down.send(self._pull_bytes(worker), worker)
             if self._notes is not None:
                 self._notes.waits(worker, self._down, token)
 
     def _pulled(self, worker: int) -> None:
         """The weights have left the server: they travel, the worker computes, and its push travels."""
-        self._pulls += 1
-        if self._newcomers and worker in self._newcomers:
-            self._newcomers.remove(worker)
-            self._pulled_bytes += self._more_bytes
+        if self._in_turn or (self._newcomers and worker in self._newcomers):
+            self._pulled_bytes += self._pull_bytes(worker)
+            self._newcomers.discard(worker)
+        else:
+            self._pulls += 1
         loop, latency_s = self._loop, self._latency_s
         draw = self._draw
         seconds = draw(worker) * self._microbatches[worker]
@@ -248,7 +213,7 @@ class _Simulation:
         if self._notes is None:
             self._up.send(self._contribution_bytes, worker)
         else:
-            size_bytes = self._vectors(self._notes.piece[worker]) * self._contribution_bytes
+            size_bytes = self._push_bytes(self._notes.piece[worker])
             self._notes.waits(worker, self._up, self._up.send(size_bytes, worker))
 
     def _fails(self, worker: int) -> None:
@@ -288,11 +253,12 @@ class _Simulation:
         """The items of the contribution."""
         piece, now_s = notes.piece[worker], self._loop.now_s
         items = self._microbatches[worker] if self._items_of is None else self._items_of(piece)
-        vectors = self._vectors(piece)
+        size_bytes = self._push_bytes(piece)
         self._hopeless = 0
-        self._more_vectors += vectors - 1
+        self._more_vectors += self._vectors(piece) - 1
+        self._pushed_bytes += size_bytes if self._in_turn else 0
         notes.arrived(worker)
-        notes.pushed(worker, now_s, self._ledger.next_seq, items, vectors * self._contribution_bytes)
+        notes.pushed(worker, now_s, self._ledger.next_seq, items, size_bytes)
         return items
 
     def _joined(self, worker: int) -> None:
@@ -303,7 +269,7 @@ class _Simulation:
         self._away[worker] = False
         self._since_s[worker] = now_s
         self._present += 1
-        if self._more_bytes:
+        if self._first_bytes != self._weights_bytes:
             self._newcomers.add(worker)
         if self._failures is not None:
             self._loop.at(now_s + next(self._uptimes[worker]), self._fails, worker)
@@ -379,11 +345,24 @@ class _Simulation:
 
     def _reduce(self, reduce_s: Callable[[int, float, int], float], action: Merge) -> float:
         """Seconds of a collective, whose bytes are counted."""
-        workers, size_bytes = self._present, self._contribution_bytes
+        workers, size_bytes = self._present, self._up_bytes[(action.version - 1) % len(self._up_bytes)]
         more = [self._vectors(each.piece) - 1 for each in action.contributions]
         self._pushed_bytes += reduce_bytes(workers, size_bytes, workers + sum(more))
         self._pulled_bytes += gather_bytes(workers, size_bytes)
         return reduce_s(workers, size_bytes, 1 + max(more))
+
+    def _pull_bytes(self, worker: int) -> int:
+        """Of the message that the worker pulls."""
+        if worker in self._newcomers:
+            return self._first_bytes
+        if not self._in_turn:
+            return self._weights_bytes
+        assert self._notes is not None
+        return self._down_bytes[(self._round_of(self._notes.piece[worker]) - 1) % len(self._down_bytes)]
+
+    def _push_bytes(self, piece: int) -> int:
+        """Of the contribution made of a piece."""
+        return self._vectors(piece) * self._up_bytes[self._round_of(piece) % len(self._up_bytes)]
 
     def _vectors(self, piece: int) -> int:
         """The vectors of the size of a gradient that a contribution has."""

@@ -23,8 +23,8 @@ from instep.data import digest
 from instep.errors import RecipeError
 from instep.offline.cluster import Cluster
 from instep.offline.replayer import Replayer
-from instep.offline.schedule import SimulatedRun
 from instep.offline.schedule import simulate as schedule
+from instep.offline.simulated_run import SimulatedRun
 from instep.offline.trace import EventListener, Listener
 from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint, events
@@ -35,7 +35,6 @@ from instep.record.folder import RunFolder
 from instep.record.held import Held
 from instep.record.result import Costs, Result
 from instep.record.tape import Tape
-from instep.reduce.narrow import narrow_bytes
 from instep.reduce.written import FirstWrite
 from instep.restore import older_kept
 from instep.rules.work import Pieces
@@ -44,6 +43,7 @@ from instep.worker.evaluation import batches_held_out, evaluate_alone
 from instep.worker.milestones import Milestones, Progress
 from instep.worker.tensor_checksums import checksum_when_due
 from instep.worker.trial import try_optimizer
+from instep.worker.wire import vector_bytes
 
 if TYPE_CHECKING:
     from instep.team.child import Tell
@@ -120,7 +120,7 @@ class _Simulation:
         slow = parse_slow(cluster.slow) if cluster.slow else ()
         times = cluster.times or WorkerTimes.constant(microbatch_s, slow=slow, seed=recipe.seed)
         merger = self._replayer.merger
-        first_bytes, way_down = merger.pack.size_bytes, merger.way_down
+        fragments, parameters = merger.fragments.all, self._replica.parameters
         self._start(microbatch_s)
         for why in [*doubts, *(self._replica.doubts() if self._gradients else ())]:
             self._emit(events.WarnedEvent(clock="virtual", why=why))
@@ -131,8 +131,9 @@ class _Simulation:
             recipe.rule, self._pieces,
             times,  # type: ignore[arg-type]  # recorded ones have its methods
             cluster.network,
-            contribution_bytes=narrow_bytes(recipe.rule.wire, self._replica.size),
-            weights_bytes=first_bytes if way_down is None else way_down.change_bytes, first_bytes=first_bytes,
+            contribution_bytes=[vector_bytes(recipe.rule.wire, parameters, which) for which in fragments],
+            weights_bytes=[(merger.way_down or merger.pack).change_bytes(which) for which in fragments],
+            first_bytes=merger.pack.size_bytes,
             merge_s=merge_s if cluster.merge_s is None else cluster.merge_s, collective=cluster.collective,
             items_of=self._replayer.items if self._gradients else None, listener=listener,
         )  # fmt: skip

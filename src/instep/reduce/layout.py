@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,15 @@ class Layout:
             for shape, stride, offset in zip(self.shapes, self.strides, self.offsets, strict=True)
         ]
 
+    def part(self, which: range) -> tuple[slice, Layout]:
+        """Where the tensors `which`, neighbours, lie in the flat vector, and their own layout there, in one block."""
+        start = self.offsets[which.start]
+        stop = self.offsets[which.stop] if which.stop < len(self.offsets) else self.size
+        kept = slice(which.start, which.stop)
+        offsets = tuple(offset - start for offset in self.offsets[kept])
+        own = Layout(self.shapes[kept], self.strides[kept], offsets, size=stop - start, block=stop - start)
+        return slice(start, stop), own
+
     @property
     def blocks(self) -> int:
         """How many blocks the vector has."""
@@ -104,25 +113,31 @@ class Pack:
         self._types = {tensor.dtype for tensor in self._tensors}
         self._strides = [torch.empty(tensor.shape, device="meta").stride() for tensor in self._tensors]
 
-    def save(self, into: Tensor) -> None:
-        """Copies the module's present state into `into` ([size_bytes], uint8, on the CPU)."""
+    def save(self, into: Tensor, which: Collection[int] | None = None) -> None:
+        """Copies the module's present state into `into` ([size_bytes], uint8, on the CPU).
+
+        which: of the parameters only these, by index; all if None.
+        """
         with torch.no_grad():
-            for view, tensor in zip(self._views(into), self._tensors, strict=True):
+            for view, tensor in self._pairs(into, which):
                 view.copy_(tensor)
 
-    def save_beside(self, into: Tensor) -> None:
-        """As `save`, but for the trained parameters."""
+    def load(self, saved: Tensor, which: Collection[int] | None = None) -> None:
+        """Gives the module the state in `saved` ([size_bytes], uint8). which: as in `save`."""
         with torch.no_grad():
-            for view, tensor in zip(
-                self._views(into)[self._parameters :], self._tensors[self._parameters :], strict=True
-            ):
-                view.copy_(tensor)
-
-    def load(self, saved: Tensor) -> None:
-        """Gives the module the state in `saved` ([size_bytes], uint8)."""
-        with torch.no_grad():
-            for view, tensor in zip(self._views(saved), self._tensors, strict=True):
+            for view, tensor in self._pairs(saved, which):
                 tensor.copy_(view)
+
+    def part(self, saved: Tensor, which: range) -> Tensor:
+        """Where the parameters `which`, neighbours, lie in `saved`: bytes."""
+        last = which.stop - 1
+        return saved[self._offsets[which.start] : self._offsets[last] + self._tensors[last].nbytes]
+
+    def change_bytes(self, which: Collection[int]) -> int:
+        """Of a message with these parameters and all beside them."""
+        if len(which) == self._parameters:
+            return self.size_bytes
+        return sum(self._tensors[index].nbytes for index in which) + self.beside_bytes
 
     def parameters(self, saved: Tensor) -> list[Tensor]:
         """The parameters in `saved`, as views of it."""
@@ -148,6 +163,13 @@ class Pack:
     def empty(self) -> Tensor:
         """A vector of this length, on the CPU."""
         return torch.empty(self.size_bytes, dtype=torch.uint8)
+
+    def _pairs(self, flat: Tensor, which: Collection[int] | None) -> Iterator[tuple[Tensor, Tensor]]:
+        pairs = zip(self._views(flat), self._tensors, strict=True)
+        if which is None:
+            return pairs
+        wanted = set(which)
+        return (pair for place, pair in enumerate(pairs) if place >= self._parameters or place in wanted)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         typed = {dtype: flat.view(dtype) for dtype in self._types}

@@ -97,12 +97,12 @@ def _recovered(rule: UpdateRule, pieces: Pieces, state: Mapping[str, Any]) -> tu
 def _check_length(pieces: Pieces, meta: Mapping[str, Any]) -> None:
     """Raises CheckpointError where the run was cut into groups of local steps in another way than it would be now."""
     steps, now, rule = meta.get("steps", pieces.steps), pieces.steps, pieces.rule
-    cut_anew = max(0, min(steps, now) - rule.local_after) % rule.local_steps
-    if steps != now and rule.local_steps > 1 and cut_anew:
+    cut_anew = max(0, min(steps, now) - rule.local_after) % rule.stride
+    if steps != now and rule.stride > 1 and cut_anew:
         raise CheckpointError(
-            f"the run was planned for {steps} steps, in groups of {rule.local_steps} local steps, and {now} would cut "
+            f"the run was planned for {steps} steps, in groups of {rule.stride} local steps, and {now} would cut "
             f"the last of them in another way; resume with {steps} steps, or plan for a multiple of "
-            f"{rule.local_steps}."
+            f"{rule.stride}."
         )
 
 

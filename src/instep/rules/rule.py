@@ -48,6 +48,9 @@ class UpdateRule:
     wire: the format of deltas on their way to the server and of the weights' change on its way to the workers:
         "float32", "bfloat16", or "int8" and "int4" in blocks of 64 with a scale each. What is lost by it is added to
         what is sent next.
+    fragments: parts of the model, N, that are sent one after the other, each `local_steps` / N steps after the one
+        before (Streaming DiLoCo: Douillard et al., 2025, arXiv:2501.18512); meanwhile each worker keeps its own
+        weights of the others. 1 sends all of it at once. Only where all workers wait for each other.
     name: of the preset it was made from, or of your own.
 
     Raises RecipeError where the fields do not go together.
@@ -68,11 +71,13 @@ class UpdateRule:
     outer_momentum: float = 0.0
     outer_buffer: int = 1
     wire: Literal["float32", "bfloat16", "int8", "int4"] = added("float32", default="float32")
+    fragments: int = added(1, default=1)
 
     def __post_init__(self) -> None:
         check_types(self, "rule")
         self._check_numbers()
         self._check_together()
+        self._check_fragments()
 
     @classmethod
     def from_text(cls, text: str) -> UpdateRule:
@@ -104,6 +109,16 @@ class UpdateRule:
     def gradients(self) -> bool:
         """Whether contributions are gradients; else they are deltas."""
         return self.outer == "none"
+
+    @property
+    def stride(self) -> int:
+        """Steps that a worker takes by itself for one contribution, which holds one of the fragments."""
+        return self.local_steps // self.fragments
+
+    @property
+    def streams(self) -> bool:
+        """Whether contributions are fragments, so that workers have weights of their own."""
+        return self.fragments > 1
 
     @property
     def narrow(self) -> bool:
@@ -152,7 +167,7 @@ class UpdateRule:
                 f"'rule.quorum' is {shown(self.quorum)}; write a number from 1, 'all', 'all-1' (one fewer) or 'all/2' "
                 f"(half of them)."
             )
-        for key, least in (("local_steps", 1), ("local_after", 0), ("outer_buffer", 1)):
+        for key, least in (("local_steps", 1), ("local_after", 0), ("outer_buffer", 1), ("fragments", 1)):
             if getattr(self, key) < least:
                 raise RecipeError(f"'rule.{key}' is {getattr(self, key)}; it must be at least {least}.")
         for key in ("max_lead", "max_staleness"):
@@ -207,6 +222,32 @@ class UpdateRule:
             )
         if self.local_after and self.local_steps == 1:
             raise RecipeError("'rule.local_after' goes with 'rule.local_steps' above 1.")
+
+    def _check_fragments(self) -> None:
+        count, steps = self.fragments, self.local_steps
+        if count == 1:
+            return
+        if self.gradients or steps == 1:
+            raise RecipeError(
+                f"'rule.fragments' is {count} and rule {shown(self.name)} sends something after every step; leave it "
+                f"out, or take a rule with local steps, such as 'diloco:{20 * count},fragments={count}'."
+            )
+        if not self.lockstep:
+            raise RecipeError(
+                f"'rule.fragments' is {count} and under rule {shown(self.name)} workers do not wait for each other, so "
+                f"that no update has the same fragment of all; leave it out, or set order to 'round' and max_lead to 0."
+            )
+        if self.local_after:
+            raise RecipeError(
+                f"'rule.fragments' is {count} and 'rule.local_after' is {self.local_after}, batches in which all "
+                f"weights are averaged after every step; leave one of them out."
+            )
+        if steps % count:
+            near = max(1, round(steps / count)) * count
+            raise RecipeError(
+                f"'rule.local_steps' is {steps} and 'rule.fragments' is {count}, one of which is sent after each "
+                f"local_steps / fragments steps; set local_steps to a multiple of it, such as {near}."
+            )
 
 
 def _workers(count: int) -> str:

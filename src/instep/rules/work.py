@@ -35,7 +35,7 @@ class Pieces:
     """All pieces of a run, numbered from 0 to `count`. W workers, M microbatches a batch, `steps` global batches.
 
     A global batch is cut into ``parts = min(W, M)`` ranges of microbatches, as equal as may be. A piece is one such
-    range of `local_steps` batches in a row (of fewer at the run's end, of one before `local_after`). A round is W
+    range of `rule.stride` batches in a row (of fewer at the run's end, of one before `local_after`). A round is W
     pieces: with W up to M, the whole of its batches.
     """
 
@@ -53,7 +53,7 @@ class Pieces:
     def groups(self) -> int:
         """Groups of batches that are worked on together."""
         single = self._single
-        return single - (single - self.steps) // self.rule.local_steps
+        return single - (single - self.steps) // self.rule.stride
 
     @cached_property
     def count(self) -> int:
@@ -80,7 +80,7 @@ class Pieces:
         """How many microbatches piece number `piece` holds: its `work(piece).microbatches`, faster."""
         group, part = divmod(piece, self.parts)
         size = self._sizes[part]
-        return size if self.rule.local_steps == 1 else size * self.batches_of(group)[1]
+        return size if self.rule.stride == 1 else size * self.batches_of(group)[1]
 
     @cached_property
     def even_microbatches(self) -> int:
@@ -93,7 +93,7 @@ class Pieces:
 
     def batches_of(self, group: int) -> tuple[int, int]:
         """The first batch of a group, and how many there are."""
-        single, length = self._single, self.rule.local_steps
+        single, length = self._single, self.rule.stride
         if group < single:
             return group, 1
         batch = single + (group - single) * length
@@ -120,4 +120,4 @@ class Pieces:
     @cached_property
     def _single(self) -> int:
         """Groups of one batch, at the start."""
-        return self.steps if self.rule.local_steps == 1 else min(self.rule.local_after, self.steps)
+        return self.steps if self.rule.stride == 1 else min(self.rule.local_after, self.steps)

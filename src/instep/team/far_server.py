@@ -18,7 +18,7 @@ from instep.team.waiting import ready_of
 from instep.team.wire_messages import WireError
 from instep.worker.contribution import Facts
 from instep.worker.gradients import Contributor
-from instep.worker.wire import apply_change
+from instep.worker.wire import apply_change, vector_bytes
 
 TRY_S = 5.0
 """Seconds of a try to reach the server, and to hear from it."""
@@ -44,6 +44,7 @@ class FarServer:
         rule = contributor.rule
         self._wire = rule.wire
         self._change = torch.empty(narrow_bytes(rule.wire, contributor.replica.size), dtype=torch.uint8)
+        self._round = 0  # of the order that came last
         self._inbox, self._outbox = Inbox(self._place), Outbox()
         self._came: list[Any] = []
         self._link: AgentLink | None = None
@@ -59,7 +60,8 @@ class FarServer:
             return
         facts, vectors = message.facts, self.vectors
         rows, way_up = slice(len(facts.nodes)), self._contributor.way_up
-        gradient = vectors.gradient[rows] if way_up is None else way_up.message
+        place, _ = self._contributor.layout.part(self._contributor.fragments.of_round(self._round))
+        gradient = vectors.gradient[rows, place] if way_up is None else way_up.message
         parts = (gradient, vectors.buffers[rows], vectors.integers, vectors.written, vectors.lost)
         self._outbox.put(_result(message), [part.numpy() for part in parts])
 
@@ -115,7 +117,12 @@ class FarServer:
             return fitting(shapes, [])
         if not isinstance(message, Order):
             raise WireError("the server has sent what no server sends")
-        parts = {"whole": [self._weights], "narrow": [self._change, self._beside], "same": []}.get(message.weights)
+        changed = self._contributor.fragments.of_round(message.version - 1)
+        size_bytes = vector_bytes(self._wire, self._contributor.replica.parameters, changed)
+        parts = {
+            "whole": [self._weights], "narrow": [self._change[:size_bytes], self._beside], "same": [],
+            "part": [self._pack.part(self._weights, changed), self._pack.beside(self._weights)],
+        }.get(message.weights)  # fmt: skip
         if parts is None:
             raise WireError(f"weights came as {message.weights!r}")
         return fitting(shapes, [part.numpy() for part in [*parts, *([self.vectors.lost] if message.lost else [])]])
@@ -124,8 +131,11 @@ class FarServer:
         if isinstance(message, NoMore):
             return message
         if message.weights == "narrow":
-            apply_change(self._change, self._wire, self._pack, self._weights)
+            changed = self._contributor.fragments.of_round(message.version - 1)
+            size_bytes = vector_bytes(self._wire, self._contributor.replica.parameters, changed)
+            apply_change(self._change[:size_bytes], self._wire, self._pack, self._weights, changed)
             self._pack.beside(self._weights).copy_(self._beside)
+        self._round = message.version
         return Compute(message.incarnation, message.piece, 0, message.off, message.version)
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from instep.errors import NonFiniteError, described
 from instep.reduce.layout import Layout, Pack
-from instep.reduce.narrow import narrow_bytes
 from instep.team.letters import (
     Begin,
     Contributed,
@@ -39,7 +38,7 @@ from instep.team.waiting import ready_of
 from instep.team.wire_messages import WireError
 from instep.worker.contribution import Facts, Vectors
 from instep.worker.updates import Merger
-from instep.worker.wire import write_delta
+from instep.worker.wire import vector_bytes, write_delta
 
 LOOK_S = 1.0
 """Seconds between two looks at who has come without saying who it is."""
@@ -59,11 +58,11 @@ class FarWorkers:
         self._vectors, self._slots, self._way_down = vectors, slots, merger.way_down
         self._pack: Pack = merger.pack
         self._layout: Layout = merger.layout
-        wire, size = merger.rule.wire, merger.replica.size
-        self._wire = wire if merger.rule.narrow else ""
+        self._fragments, self._parameters = merger.fragments, merger.replica.parameters
+        self._wire = merger.rule.wire if merger.rule.narrow else ""
         self._narrow: dict[int, Tensor] = {}  # what has come of a delta, by worker
-        self._narrow_bytes = narrow_bytes(wire, size)
         self._has: dict[int, int] = {}  # the version that a worker has
+        self._sends: dict[int, range] = {}  # the fragment of which it sends a contribution, by worker
         workers = range(network.workers[0], sum(network.workers))
         listener = Listener(socket.socket(fileno=network.listener), network.key, union=FromWorker)
         self._conversations = _Conversations(listener, workers, self._place)
@@ -87,6 +86,7 @@ class FarWorkers:
         if with_lost:
             tensors.append(lost.numpy().copy())
         self._has[worker] = message.version
+        self._sends[worker] = self._fragments.of_round(message.version)
         order = Order(message.incarnation, message.piece, message.off, message.version, weights, with_lost)
         self._conversations.send(worker, message.incarnation, order, tensors)
 
@@ -95,9 +95,14 @@ class FarWorkers:
         slot, way_down = self._slots[message.slot], self._way_down
         if self._has.get(worker) == message.version and (way_down is None or way_down.common):
             return "same", []
-        if way_down is None or way_down.message is None or worker not in self._has:
+        had, parts, beside = self._has.get(worker), len(self._fragments.all), self._pack.beside(slot).numpy()
+        if had is None or (parts > 1 and had != message.version - 1):
             return "whole", [slot.numpy()]
-        return "narrow", [way_down.message.numpy(), self._pack.beside(slot).numpy()]
+        if way_down is not None and way_down.message is not None:
+            return "narrow", [way_down.message.numpy(), beside]
+        if parts == 1:
+            return "whole", [slot.numpy()]
+        return "part", [self._pack.part(slot, self._fragments.of_round(message.version - 1)).numpy(), beside]
 
     def left(self, worker: int) -> None:
         """The worker's process is gone: nothing of it counts any more."""
@@ -113,20 +118,31 @@ class FarWorkers:
         if isinstance(message, Hello):
             return fitting(shapes, [])
         vectors = self._vectors[worker]
-        if not isinstance(message, Contributed) or not 0 < len(message.nodes) <= len(vectors.gradient):
+        fragment = self._sends.get(worker)
+        if (
+            fragment is None
+            or not isinstance(message, Contributed)
+            or not 0 < len(message.nodes) <= len(vectors.gradient)
+        ):
             raise WireError(f"worker {worker} has sent what no worker sends")
         rows = slice(len(message.nodes))
-        gradient = vectors.gradient[rows]
+        gradient = vectors.gradient[rows, self._layout.part(fragment)[0]]
         if self._wire:
-            gradient = self._narrow.setdefault(worker, torch.empty(self._narrow_bytes, dtype=torch.uint8))
+            size_bytes = vector_bytes(self._wire, self._parameters, fragment)
+            gradient = self._narrow[worker] = torch.empty(size_bytes, dtype=torch.uint8)
         parts = (gradient, vectors.buffers[rows], vectors.integers, vectors.written, vectors.lost)
         return fitting(shapes, [part.numpy() for part in parts])
 
     def _message(self, worker: int, message: Hello | Contributed) -> WorkerToServer:
         if isinstance(message, Hello):
             return message
+        fragment, row = self._sends[worker], self._vectors[worker].gradient[0]
+        if len(self._fragments.all) > 1:  # of those that came before nothing is left
+            place, _ = self._layout.part(fragment)
+            row[: place.start].zero_()
+            row[place.stop :].zero_()
         if self._wire:
-            write_delta(self._narrow[worker], self._wire, self._layout, self._vectors[worker].gradient[0])
+            write_delta(self._narrow[worker], self._wire, self._layout, row, fragment)
         told = {each.name: getattr(message, each.name) for each in dataclasses.fields(Facts)}
         facts = Facts(**{**told, "bad": tuple(NonFiniteError(why) for why in message.bad)})
         return Pushed(message.incarnation, facts, message.from_s, message.to_s, dict(message.verified))

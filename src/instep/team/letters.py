@@ -70,8 +70,8 @@ class LetterPart:
 @dataclass(frozen=True)
 class Order:
     """As `instep.team.messages.Compute`. weights: "whole" where all come; "narrow" where their change does, in the
-    rule's format, and what goes beside it as it is; "same" where the worker has them. lost: what a narrow wire has lost
-    comes last.
+    rule's format, and what goes beside it as it is; "part" where one fragment and that do; "same" where the worker has
+    them. lost: what a narrow wire has lost comes last.
     """
 
     incarnation: Count

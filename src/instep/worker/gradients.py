@@ -22,12 +22,14 @@ from instep.reduce.layout import BLOCK, Layout, Pack
 from instep.reduce.reduction import norm_of
 from instep.reduce.tree import Node, nodes_of
 from instep.reduce.written import WrittenParameters
+from instep.rules.fragments import Fragments
 from instep.rules.work import Pieces, Work
 from instep.transport.memory import Region
 from instep.worker.contribution import NOTHING, Facts, Vectors, latest_of
 from instep.worker.item_counts import ItemCounts
 from instep.worker.milestones import Milestones
 from instep.worker.replica import Replica
+from instep.worker.streamed import Streamed
 from instep.worker.updates import clipped_step
 from instep.worker.wire import WayUp
 
@@ -130,7 +132,8 @@ class Contributor:
     """Computes contributions with one replica, from weights that it is given.
 
     `advance` is called after each microbatch. Under a rule with local steps the optimizer's state stays from one
-    contribution to the next; it is new when a worker joins, as what a narrow wire has lost is 0.
+    contribution to the next, and so do weights of its own, see `Streamed`; they are new when a worker joins, as what a
+    narrow wire has lost is 0.
 
     `alone`: it computes the pieces of all workers, see `ItemCounts`. `checkpoint_every`: see `Gradients`.
     """
@@ -154,6 +157,11 @@ class Contributor:
         self.changing: set[int] = set()
         """The buffers that training changes, by index."""
         self.way_up = WayUp(self.rule, self.layout, replica.device) if self.rule.narrow else None
+        self.fragments = Fragments([parameter.nbytes for parameter in replica.parameters], self.rule.fragments)
+        self._streamed: Streamed | None = None
+        if self.rule.streams:
+            self._streamed = Streamed(replica.parameters, self.layout, self.fragments)
+        self._version = 0
         self._summed: Tensor | None = None
 
     @cached_property
@@ -199,12 +207,16 @@ class Contributor:
         return samples
 
     def load(self, saved: Tensor) -> None:
-        """Gives the replica the weights and buffers to start from ([pack.size_bytes], uint8)."""
-        self.pack.load(saved)
+        """Gives the replica the weights and buffers of the version entered to start from ([pack.size_bytes], uint8)."""
+        if self._streamed is None:
+            self.pack.load(saved)
+        else:
+            self._streamed.pull(self.pack, saved, self._version)
         self.buffers.restart()
 
     def enter(self, version: int) -> None:
         """What is computed next starts from weights of `version`: what the recipe's changes say up to it holds."""
+        self._version = version
         if self.replica.enter(version):
             self._items.forget()
 
@@ -276,14 +288,7 @@ class Contributor:
         made = _LocalSteps(dict.fromkeys(self.terms, 0), dict.fromkeys(self.terms, ()))
         for batch in range(work.batch, work.batch + work.local_steps):
             self._local_step(work, batch, made)
-        row = into.gradient[0]
-        row.zero_()
-        pulled = self.pack.parameters(saved)
-        with torch.no_grad():
-            for view, before, parameter in zip(self.layout.views(row), pulled, self.replica.parameters, strict=True):
-                torch.sub(before.to(view.dtype), parameter.to(view.device, view.dtype), out=view)
-        if self.way_up is not None:
-            self.way_up.send(row, into.lost)
+        self._moved(work, saved, into)
         self.written.post(into.written, self.written.differences(self.pack.frozen(saved)))
         posted = tuple(sorted({*made.changed, *self.changing}))  # a constant one would be rounded in the mean
         self.buffers.untouched([True])
@@ -294,6 +299,21 @@ class Contributor:
             ceased=tuple(sorted(trainable.off - off)), begun=tuple(sorted(off - trainable.off)),
             made=made.steps, bad=tuple(made.bad), empty=tuple(made.empty),
         )  # fmt: skip
+
+    def _moved(self, work: Work, saved: Tensor, into: Vectors) -> None:
+        """Writes how far the weights have moved, and what arrives of it over the wire."""
+        row = into.gradient[0]
+        row.zero_()
+        fragment = self.fragments.of_round(self.pieces.round_of(work.piece))
+        if self._streamed is not None:
+            self._streamed.send(fragment, row)
+        else:
+            pulled = self.pack.parameters(saved)
+            with torch.no_grad():
+                for view, before, now in zip(self.layout.views(row), pulled, self.replica.parameters, strict=True):
+                    torch.sub(before.to(view.dtype), now.to(view.device, view.dtype), out=view)
+        if self.way_up is not None:
+            self.way_up.send(row, into.lost, fragment)
 
     def _local_step(self, work: Work, batch: int, made: _LocalSteps) -> None:
         """One step of the worker's own optimizer, unless its part of the batch has no items, or is not finite."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,11 @@ from torch import Tensor
 
 from instep.errors import CheckpointError
 from instep.reduce.layout import Layout
+from instep.rules.fragments import Fragments
 from instep.rules.rule import UpdateRule
+
+OuterStep = Callable[[Tensor, Sequence[Tensor]], float]
+"""Moves parameters against a delta; gives the learning rate."""
 
 
 class OuterOptimizer:
@@ -74,3 +79,35 @@ class OuterOptimizer:
             if not isinstance(value, Tensor) or (value.shape, value.dtype) != ((self._layout.size,), torch.float32):
                 raise CheckpointError(f"the outer optimizer's '{name}' in the checkpoint is none; use an earlier one.")
         self._momentum, self._sum, self._updates = state.get("momentum"), state.get("sum"), state["updates"]
+
+
+class OuterOptimizers:
+    """One `OuterOptimizer` for each fragment, which moves that alone: its momentum and its count are of its updates."""
+
+    def __init__(self, rule: UpdateRule, layout: Layout, fragments: Fragments):
+        self._fragments = fragments
+        self._parts = {which: layout.part(which) for which in fragments.all}
+        self._each = {which: OuterOptimizer(rule, own) for which, (_, own) in self._parts.items()}
+
+    def of_round(self, number: int) -> OuterStep:
+        """`OuterOptimizer.step` for the update of this round: takes the whole delta, and all parameters."""
+        return partial(self._step, self._fragments.of_round(number))
+
+    def _step(self, which: range, delta: Tensor, parameters: Sequence[Tensor]) -> float:
+        return self._each[which].step(delta[self._parts[which][0]], parameters[which.start : which.stop])
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: that of the only one, or of each as "fragments"."""
+        each = [one.state() for one in self._each.values()]
+        return each[0] if len(each) == 1 else {"fragments": each}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave. Raises CheckpointError where it is none."""
+        each = [state] if len(self._each) == 1 else state.get("fragments") if isinstance(state, Mapping) else None
+        if not isinstance(each, list) or len(each) != len(self._each):
+            raise CheckpointError(
+                f"the outer optimizer's state in the checkpoint is not that of {len(self._each)} fragments; use an "
+                f"earlier one."
+            )
+        for one, part in zip(self._each.values(), each, strict=True):
+            one.load(part)

@@ -24,9 +24,10 @@ from instep.reduce.layout import BLOCK, Layout, Pack
 from instep.reduce.reduction import clip, norm_of
 from instep.reduce.tree import merge_plan
 from instep.reduce.writes import Writes
+from instep.rules.fragments import Fragments
 from instep.rules.work import Pieces
 from instep.worker.contribution import NOTHING, Arrived, Facts
-from instep.worker.outer_optimizer import OuterOptimizer
+from instep.worker.outer_optimizer import OuterOptimizers, OuterStep
 from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict, Watcher
 from instep.worker.wire import WayDown
@@ -189,7 +190,8 @@ class Merger:
         self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
         self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
         self.pack = Pack(replica.module, replica.parameters, replica.written.frozen)
-        self.way_down = WayDown(self.rule, replica.parameters, self.pack) if self.rule.narrow else None
+        self.fragments = Fragments([parameter.nbytes for parameter in replica.parameters], self.rule.fragments)
+        self.way_down = WayDown(self.rule, replica.parameters, self.pack, self.fragments) if self.rule.narrow else None
         self._writes = Writes(replica.written)
         self.buffers = Buffers(replica.module, replica.recipe.buffers)
         self._updates = Updates(replica, self.buffers)
@@ -197,7 +199,7 @@ class Merger:
         """Updates so far."""
         self.microbatches = 0
         """Microbatches merged so far."""
-        self._outer = OuterOptimizer(self.rule, self.layout)
+        self._outer = OuterOptimizers(self.rule, self.layout, self.fragments)
         self._empty: dict[int, int] = {}  # by batch: pieces that held no items
 
     def merge(self, contributions: Sequence[Arrived]) -> Update:
@@ -223,7 +225,8 @@ class Merger:
             sums, counts, norm, [index in touched for index in range(len(self.replica.parameters))], written,
             bad=bad, left_out=left_out, off=self._off(facts), ends=[each.ends for each in facts],
         )  # fmt: skip
-        weights = _Whole(self.replica, self.layout, total, None if self.rule.gradients else self._outer)
+        outer = None if self.rule.gradients else self._outer.of_round(self.version)
+        weights = _Whole(self.replica, self.layout, total, outer)
         update = self._updates.make(step, added, weights, lambda: self._take_buffers(contributions))
         self._writes.made(taken=update.verdict.updates)
         if self.way_down is not None:
@@ -383,12 +386,12 @@ class Merger:
 class _Whole:
     """All weights, moved by one process along the flat `total`: a gradient or, by the `outer` optimizer, a delta."""
 
-    def __init__(self, replica: Replica, layout: Layout, total: Tensor, outer: OuterOptimizer | None):
+    def __init__(self, replica: Replica, layout: Layout, total: Tensor, outer: OuterStep | None):
         self._replica, self._layout, self._total, self._outer = replica, layout, total, outer
 
     def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
         if self._outer is not None:
-            return self._outer.step(self._total, self._replica.parameters)
+            return self._outer(self._total, self._replica.parameters)
         return clipped_step(self._replica, step, self._total, self._layout.views(self._total), norm, touched)
 
     def settle(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from instep.errors import CheckpointError
 from instep.reduce.layout import Layout, Pack
 from instep.reduce.narrow import decoded, encoded, narrow_bytes
+from instep.rules.fragments import Fragments
 from instep.rules.rule import UpdateRule
 
 if TYPE_CHECKING:
@@ -37,16 +38,19 @@ class WayUp:
         if self.kept:
             self._lost.copy_(lost)
 
-    def send(self, delta: Tensor, kept: Tensor) -> None:
+    def send(self, delta: Tensor, kept: Tensor, which: range | None = None) -> None:
         """Makes of `delta` ([layout.size] float32) what arrives of it, and writes what is lost into `kept` ([kept]).
 
-        Of what is not finite nothing is lost: it arrives as such, and the contribution is left out.
+        which: the parameters that are sent, by index; all if None. Of what is not finite nothing is lost: it arrives
+        as such, and the contribution is left out.
         """
-        views = self._layout.views(delta)
-        whole = _flat(views).add_(self._lost)
+        which = range(len(self._sizes)) if which is None else which
+        start, stop = which.start, which.stop
+        lost = self._lost.narrow(0, sum(self._sizes[:start]), sum(self._sizes[start:stop]))
+        whole = _flat(self._layout.views(delta)[start:stop]).add_(lost)
         self.message = encoded(whole, self._wire)
-        arrived = write_delta(self.message, self._wire, self._layout, delta)
-        self._lost = torch.where(arrived.isfinite(), whole - arrived, self._lost)
+        arrived = write_delta(self.message, self._wire, self._layout, delta, which)
+        lost.copy_(torch.where(arrived.isfinite(), whole - arrived, lost))
         if self.kept:
             kept.copy_(self._lost)
 
@@ -59,15 +63,14 @@ class WayDown:
     own, and who joins gets the server's.
     """
 
-    def __init__(self, rule: UpdateRule, parameters: Sequence[Tensor], pack: Pack):
+    def __init__(self, rule: UpdateRule, parameters: Sequence[Tensor], pack: Pack, fragments: Fragments | None = None):
         self._wire, self._parameters, self._pack = rule.wire, parameters, pack
         self.common = rule.lockstep
         """Whether all workers have the same."""
         self.message: Tensor | None = None
         """What `give` has sent last, in the wire's format; None where all weights went."""
         self._size = sum(parameter.numel() for parameter in parameters)
-        self.change_bytes = narrow_bytes(rule.wire, self._size) + pack.beside_bytes
-        """Of a message to a worker, with buffers and frozen parameters, which go as they are."""
+        self._fragments = fragments or Fragments([parameter.nbytes for parameter in parameters], 1)
         self._slots: dict[int, Tensor] = {}
         self._filled: set[int] = set()  # slots whose weights workers have
         self._joined: set[int] = set()  # workers that have them
@@ -88,15 +91,22 @@ class WayDown:
         """
         slot = self._slot(worker)
         if not self.common or version != self._version:
-            weights = self.weights(worker)
-            self.message = self._moved(weights) if slot in self._filled else None
+            weights, filled = self.weights(worker), slot in self._filled
+            changed = self._fragments.since(self._version if self.common and filled else -1, version)
+            self.message = self._moved(weights, changed) if filled else None
             if self.message is None:
-                self._pack.save(weights)
+                self._pack.save(weights, changed if filled else None)
             self._filled.add(slot)
             self._version = version
-        narrow = worker in self._joined and self.message is not None
+        if worker in self._joined:
+            fragment = self._fragments.of_round(version - 1)
+            return slot, (self if self.message is not None else self._pack).change_bytes(fragment)
         self._joined.add(worker)
-        return slot, self.change_bytes if narrow else self._pack.size_bytes
+        return slot, self._pack.size_bytes
+
+    def change_bytes(self, which: range) -> int:
+        """Of a message with the change of these parameters, and with all beside them, which goes as it is."""
+        return vector_bytes(self._wire, self._parameters, which) + self._pack.beside_bytes
 
     def weights(self, worker: int) -> Tensor:
         """What the worker has ([pack.size_bytes] uint8)."""
@@ -169,33 +179,46 @@ class WayDown:
     def _slot(self, worker: int) -> int:
         return 0 if self.common else worker
 
-    def _moved(self, weights: Tensor) -> Tensor | None:
-        """Sends the change from `weights` to the present ones, into `weights`; None where it is not finite."""
-        had = self._pack.parameters(weights)
-        now = [parameter.detach().cpu() for parameter in self._parameters]
+    def _moved(self, weights: Tensor, which: Sequence[int]) -> Tensor | None:
+        """Sends the change of these parameters from `weights` to the present ones, into `weights`; None where it is
+        not finite.
+        """
+        views = self._pack.parameters(weights)
+        had = [views[index] for index in which]
+        now = [self._parameters[index].detach().cpu() for index in which]
         with torch.no_grad():
             each_way = zip(now, had, _wide(had), strict=True)
             change = _flat([new.to(dtype) - old.to(dtype) for new, old, dtype in each_way])
             if not bool(change.isfinite().all()):
                 return None
             message = encoded(change, self._wire)
-            apply_change(message, self._wire, self._pack, weights)
-        self._pack.save_beside(weights)  # which goes as it is
+            apply_change(message, self._wire, self._pack, weights, which)
+        self._pack.save(weights, ())  # what lies beside them goes as it is
         return message
 
 
-def write_delta(message: Tensor, wire: str, layout: Layout, delta: Tensor) -> Tensor:
-    """Writes what arrives of a `WayUp.message` into `delta` ([layout.size] float32), and returns it, flat."""
-    sizes = [shape.numel() for shape in layout.shapes]
+def vector_bytes(wire: str, parameters: Sequence[Tensor], which: range) -> int:
+    """Of a message with a number for each weight of the parameters `which`, by index."""
+    return narrow_bytes(wire, sum(parameters[index].numel() for index in which))
+
+
+def write_delta(message: Tensor, wire: str, layout: Layout, delta: Tensor, which: range) -> Tensor:
+    """Writes what arrives of a `WayUp.message`, of the parameters `which`, into `delta` ([layout.size] float32), and
+    returns it, flat.
+    """
+    sizes = [shape.numel() for shape in layout.shapes[which.start : which.stop]]
     arrived = decoded(message, wire, sum(sizes))
-    for view, part in zip(layout.views(delta), arrived.split(sizes), strict=True):
+    for view, part in zip(layout.views(delta)[which.start : which.stop], arrived.split(sizes), strict=True):
         view.copy_(part.view(view.shape))
     return arrived
 
 
-def apply_change(message: Tensor, wire: str, pack: Pack, weights: Tensor) -> None:
-    """Brings parameters in `weights` ([pack.size_bytes] uint8) on by what arrives of a `WayDown.message`."""
-    had = pack.parameters(weights)
+def apply_change(message: Tensor, wire: str, pack: Pack, weights: Tensor, which: Sequence[int]) -> None:
+    """Brings parameters in `weights` ([pack.size_bytes] uint8), those `which`, on by what arrives of a
+    `WayDown.message`.
+    """
+    views = pack.parameters(weights)
+    had = [views[index] for index in which]
     sizes = [view.numel() for view in had]
     with torch.no_grad():
         parts = decoded(message, wire, sum(sizes)).split(sizes)

@@ -1,0 +1,51 @@
+"""A worker's own weights, under rules whose contributions are fragments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from instep.reduce.layout import Layout, Pack
+from instep.rules.fragments import Fragments
+
+
+class Streamed:
+    """What a worker has between two contributions, beside its replica's weights.
+
+    Each of its deltas is against the value that the fragment had when the worker last pulled or sent it, so that what
+    it has moved is sent once, also where it takes a second piece of a round for a worker that left.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], layout: Layout, fragments: Fragments):
+        self._parameters, self._layout, self._fragments = parameters, layout, fragments
+        self._since: list[Tensor] = []  # by parameter: what its next delta is against; none before the first pull
+        self._version = 0  # of the weights that were pulled last
+
+    def pull(self, pack: Pack, saved: Tensor, version: int) -> None:
+        """Takes the weights of `version` ([pack.size_bytes] uint8): all of them at first, and then the fragments that
+        updates have changed since; buffers and frozen parameters each time.
+        """
+        if not self._since:
+            pack.load(saved)
+            self._since = [parameter.detach().clone() for parameter in self._parameters]
+        else:
+            changed = self._fragments.since(self._version, version)
+            pack.load(saved, changed)
+            self._note(changed)
+        self._version = version
+
+    def send(self, fragment: range, row: Tensor) -> None:
+        """Writes the delta of a fragment into `row` ([layout.size] float32, zero elsewhere)."""
+        views = self._layout.views(row)
+        with torch.no_grad():
+            for index in fragment:
+                view, before, parameter = views[index], self._since[index], self._parameters[index]
+                torch.sub(before.to(view.dtype), parameter.to(view.dtype), out=view)
+        self._note(fragment)
+
+    def _note(self, which: Sequence[int]) -> None:
+        with torch.no_grad():
+            for index in which:
+                self._since[index].copy_(self._parameters[index])
