@@ -18,7 +18,7 @@ from instep.objectives.language import NextToken
 from instep.recipe import Recipe, Team
 from instep.team import hosts
 from support import workloads
-from support.agents import Followers, meet_here, train_on
+from support.agents import Followers, Told, meet_here, train_on
 from support.harness import Client, stopping_at, train_here
 from support.kinds import quick
 
@@ -167,16 +167,20 @@ def test_what_raises_on_another_host_is_told_by_the_first(tmp_path: Path) -> Non
     print(error.value)
 
 
-def test_another_recipe_is_refused_by_its_field_and_host(tmp_path: Path) -> None:
+def test_another_recipe_is_refused_by_its_field_and_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     followers = Followers(long(batch=16), team(), (1, 1), tmp_path)
+    told: list[Told] = []
+    end = followers.end
+    monkeypatch.setattr(followers, "end", lambda: (told.extend(followers.told()), end()))
     with pytest.raises(RecipeError, match=r"host 1 .* another recipe: recipe\.batch is .* here and 16 there"):
         train_on((1, 1), long(), team(), tmp_path / "run", followers=followers)
+    assert "the run failed, as agent 0 says on host 0" in told[0].error, "it ends too, and does not look for agent 0"
 
 
 def test_who_does_not_come_is_named(tmp_path: Path) -> None:
     followers = Followers(long(), team(), (1, 1), tmp_path)
     followers.kill(1)
-    with pytest.raises(WorkerError, match=r"agents 1 \(host 1\) have not come within 1 s"):
+    with pytest.raises(WorkerError, match=r"no word came within 1 s from agent 1 \(host 1\)"):
         train_on((1, 1), long(), team(join_timeout_s=1.0), tmp_path / "run", followers=followers)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from instep.errors import RecipeError, ResourceError
+from instep.errors import RecipeError, ResourceError, WorkerError
 from instep.team import meeting
 from instep.team.link import Listener
 from instep.team.meeting import Found
@@ -92,6 +92,15 @@ def test_a_store_that_was_stopped_keeps_nobody_waiting_longer_than_said(monkeypa
         assert left() == before
     finally:
         stopped.end()
+
+
+def test_an_agent_that_waits_ends_once_torchruns_store_is_gone(store: Store) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        closed = free.getsockname()[:2]
+    for stores in ((closed, store.address), (("no.such.host.invalid", 29500),), ()):
+        meeting.check_open(replace(BY_TORCHRUN, stores=stores))
+    with pytest.raises(WorkerError, match=f"agent 1 ends: the torchrun .* at 127.0.0.1, port {closed[1]}, has ended"):
+        meeting.check_open(replace(BY_TORCHRUN, stores=(("no.such.host.invalid", 29500), closed)))
 
 
 @pytest.mark.parametrize("value", ["", "{}", '["h"]', '["h",0,"ab"]', '["h",1,"xy"]', '["h","1","ab"]', "[" * 3000])

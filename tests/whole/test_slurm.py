@@ -63,7 +63,7 @@ def test_with_a_secret_in_the_environment_hosts_need_no_home_in_common(hosts: Ho
     assert refused.ends() == 1
     assert "host 1 does not see the file in /tmp/home/.instep that agent 0 has left" in refused.err
     assert "openssl rand" in refused.err
-    assert "agents 1 (host 1) have not come within 10 s" in refused.err
+    assert "no word came within 10 s from agent 1 (host 1)" in refused.err
     nothing_runs(hosts)
     found = slurm.start("srun", *train, "--out", "secret", INSTEP_SECRET="0123456789abcdef")
     assert found.ends() == 0, found.err

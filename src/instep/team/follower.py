@@ -144,7 +144,9 @@ class Follower:
                 )
             if now - said >= SAY_S:
                 said = now
-                self._say(f"agent {self._place.agent} waits for agent 0 since {now - began:.0f} s.")
+                if not self._leader:
+                    meeting.check_open(self._place)
+                self._say(f"agent {self._place.agent} has waited {now - began:.0f} s for agent 0.")
 
     def _connected(self) -> bool:
         found = meeting.find(self._place, TRY_S)

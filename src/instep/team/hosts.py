@@ -137,15 +137,17 @@ class Hosts:
             hello = next(iter(messages), None)
         except (EOFError, OSError):
             pass
-        del self._unknown[link]
         if not isinstance(hello, HelloAgent):
+            del self._unknown[link]
             link.close()
             return
         refused = self._refused(hello)
         if refused is None and (different := self._different(hello)) is not None:
             if not begun:
-                raise different
+                self._session[hello.agent] = hello.session
+                raise different  # the agent that differs hears of the run's end as the others do
             refused = different
+        del self._unknown[link]
         if refused is not None:
             with contextlib.suppress(OSError):
                 link.send(Failed.of(refused))
@@ -211,17 +213,18 @@ class Hosts:
         if not hosts:
             self._began = self._said = now
             return ""
-        who = ", ".join(f"{agent} (host {host})" for host in sorted(hosts) for agent in self._missing(host))
+        missing = [f"{agent} (host {host})" for host in sorted(hosts) for agent in self._missing(host)]
+        who = f"agent{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
         if now - self._began >= limit:
             raise WorkerError(
-                f"agents {who} have not come within {limit:g} s; start them, look whether they reach {self.address}, "
-                f"or raise team.join_timeout_s."
+                f"no word came within {limit:g} s from {who}; look there for an error and whether {self.address} can "
+                f"be reached, start the run again, or raise team.join_timeout_s."
             )
         if now - self._said < SAY_S:
             return ""
         self._said = now
         refused = f"; {self._listener.refused} strangers were turned away" if self._listener.refused else ""
-        return f"agent 0, at {self.address}, waits for agents {who} since {now - self._began:.0f} s{refused}."
+        return f"agent 0, at {self.address}, has waited {now - self._began:.0f} s for {who}{refused}."
 
     def tell(self, message: Finished | Failed | Cancelled) -> None:
         """Tells all that the run has ended, those too who come only now, and waits a while for them to end."""

@@ -29,7 +29,7 @@ import msgspec
 from msgspec import Meta
 
 from instep.descendants import die_with_parent
-from instep.errors import RecipeError, ResourceError, shown
+from instep.errors import RecipeError, ResourceError, WorkerError, shown
 from instep.team import meeting_file
 from instep.team.link import MAGIC
 from instep.team.place import Place
@@ -39,6 +39,9 @@ PUBLISH_S = 30.0
 
 MORE_S = 2.0
 """Seconds that its other stores have, once one has taken it."""
+
+OPEN_S = 0.5
+"""Seconds in which a store that is there takes a connection."""
 
 SECRET_BYTES = 32
 LEAST_SECRET = 16
@@ -136,6 +139,24 @@ def _published(value: bytes) -> Found | None:
 def _file(place: Place) -> str:
     """The name of the file in the home."""
     return f"srun-{place.run}"
+
+
+def check_open(place: Place) -> None:
+    """Raises WorkerError where nothing listens any more where torchrun's store was: agent 0 will not come then."""
+    refused = ""
+    for host, port in place.stores:
+        try:
+            socket.create_connection((host, port), OPEN_S).close()
+            return
+        except ConnectionRefusedError:
+            refused = f"{host}, port {port}"
+        except OSError:
+            continue  # a name that is known elsewhere alone, or too slow a way
+    if refused:
+        raise WorkerError(
+            f"agent {place.agent} ends: the torchrun that all meet at, at {refused}, has ended before agent 0 came; it "
+            f"tells why."
+        )
 
 
 _Published = tuple[
