@@ -42,6 +42,15 @@ _MEMORY = """\
 Profiles one microbatch of the recipe here, and trains nothing. Fields of the recipe are set as for train. A budget \
 goes to a run with instep train --memory."""
 
+_COMPARE = """\
+The same recipe, seed and data under each rule, one run after another, and then a table and a page of who wins, see \
+report. What is interrupted goes on with the same command. Held-out data are looked at twelve times a run unless \
+--recipe.evaluate_every says how often. Fields of the recipe and the team are set as for train."""
+
+_REPORT = """\
+One HTML file, which needs no network: who wins, the objective against items, seconds and bytes, what the workers did, \
+how stale contributions were. Runs of one rule that differ in their seed alone count as one. Needs the report extra."""
+
 _SIMULATE = """\
 Real gradients on a virtual clock: the same rules and the same code as in a real run, with workers and a network that \
 one need not have. Fields of the recipe are set as for train."""
@@ -245,6 +254,71 @@ def app(settings: Settings) -> App:
         """
         _refuse(settings)
         print(digest_of(path))
+
+    @app.command(help=f"{COMMANDS['compare']}\n\n{_COMPARE}")
+    def compare(
+        recipe: str,
+        /,
+        *,
+        rules: str = "synchronous,bounded_staleness:4,asynchronous,diloco:20",
+        seeds: str = "",
+        workers: str | None = None,
+        steps: str | None = None,
+        slow: str | None = None,
+        out: Path | None = None,
+        target: str | None = None,
+        json: bool = False,
+    ) -> None:
+        """Compare.
+
+        Parameters
+        ----------
+        recipe
+            A built-in name or a TOML file.
+        rules
+            Who waits for whom, as for train, one after another: synchronous,diloco:20,outer_lr=0.5,asynchronous.
+        seeds
+            Each rule trains once with each: 0,1,2. By default the recipe's own.
+        workers
+            How many train.
+        steps
+            Global batches. A rule with local steps makes fewer updates of as many.
+        slow
+            Workers to slow down by sleeping: 1:4x makes worker 1 take 4 times as long.
+        out
+            The folder of the runs and of report.html; by default runs/compare-NAME. If some of its runs are there, the
+            others are added.
+        target
+            The objective that rules are timed to, such as 1.6; by default the highest that one of them ended with, of
+            those within 10 % of the best.
+        json
+            Prints one JSON document at the end, and writes no page.
+        """
+        from instep.cli.compare import compare_rules
+
+        short = (("workers", "team.workers", workers), ("steps", "recipe.steps", steps), ("slow", "team.slow", slow))
+        compare_rules(recipe, with_short(settings, short), rules, seeds, out, target, json)
+
+    @app.command(help=f"{COMMANDS['report']}\n\n{_REPORT}")
+    def report(*runs: Path, out: Path = Path("report.html"), target: str | None = None, json: bool = False) -> None:
+        """Report.
+
+        Parameters
+        ----------
+        runs
+            Run folders, of real runs and simulations. A run that is still going on is shown as far as it is.
+        out
+            The page to write. One file of the same name is replaced.
+        target
+            The objective that rules are timed to, such as 1.6; by default the highest that one of them ended with, of
+            those within 10 % of the best.
+        json
+            Prints one JSON document, and writes no page.
+        """
+        _refuse(settings)
+        from instep.cli.report import report as report_on
+
+        report_on(runs, out, target, json)
 
     @app.command(help=COMMANDS["tape"])
     def tape(run: Path, /) -> None:

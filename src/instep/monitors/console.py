@@ -35,15 +35,19 @@ class Console:
 
     file: where to, by default ``sys.stdout``. If it fails, as a pipe without a reader does, the run goes on unseen.
     path: the run folder, to be named at the beginning and at the end.
+    brief: of one of several runs, its name: a line at the beginning and one at the end.
 
     Used as a context manager it takes the live line away at the end of the block, however that ends.
     """
 
-    def __init__(self, file: TextIO | None = None, *, path: Path | str | None = None, every_s: float = 5.0) -> None:
+    def __init__(
+        self, file: TextIO | None = None, *, path: Path | str | None = None, every_s: float = 5.0, brief: str = ""
+    ) -> None:
         file = (sys.stdout or open(os.devnull, "w")) if file is None else file  # noqa: SIM115
         live = file.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
         self._screen: _Plain | _Terminal = _Terminal(file) if live else _Plain(file, every_s)
         self._path = path
+        self._brief = brief
         self._progress = ProgressDisplay()
         self._started = False
         self._rule: UpdateRule | None = None
@@ -102,6 +106,9 @@ class Console:
         self._started = True
         row = self._screen.row
         resumed = f", resumed after step {event['step']:,}" if event["resumed"] else ""
+        if self._brief:
+            self._screen.say(f"{self._brief}, {event['steps']:,} steps{resumed}")
+            return
         row("recipe", f"{recipe['name']}, {event['steps']:,} steps{resumed}")
         rule = recipe["rule"]
         if "quorum" in rule:  # a tape of another's may hold its name alone
@@ -170,6 +177,11 @@ class Console:
     def _end(self, event: Mapping[str, Any]) -> None:
         result, screen = event["result"], self._screen
         screen.stop()
+        if self._brief:
+            held_out = result.get("held_out")
+            learned = f"held-out {number(held_out)}, " if held_out is not None else ""
+            screen.say(f"{_INDENT}{learned}{duration(result['wall_s'])}, {nbytes(result['bytes_sent'])} sent")
+            return
         screen.gap()
         interrupted = event.get("interrupted", False)
         steps = f"{result['steps']:,}"

@@ -1,0 +1,87 @@
+"""What ``instep report`` does."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from instep.cli.flags import UsageError
+from instep.errors import shown
+from instep.record.files import json_text
+from instep.report.comparison import Comparison, compare, doubts, facts, verdict
+from instep.report.reading import read_all
+
+
+def report(runs: Sequence[Path], out: Path, target: str | None, as_json: bool) -> None:
+    """Shows the verdict and its table, and writes the page; with `as_json` prints one document instead."""
+    if not runs:
+        raise UsageError("report takes the folders of runs: instep report runs/A runs/B.")
+    wanted = None if target is None else number_of(target)
+    if not as_json:
+        check_out(out)
+    tell(compare(read_all(runs), wanted), out, as_json)
+
+
+def tell(found: Comparison, out: Path, as_json: bool) -> None:
+    """Writes the page `out` and shows the table; with `as_json` prints one document instead."""
+    if as_json:
+        from instep.report.document import document
+
+        print(json_text(document(found)))
+        return
+    from instep.report import page
+
+    page.write(found, out)
+    show(found)
+    print(f"\nThe page is {out}.")
+
+
+def show(found: Comparison) -> None:
+    """How long the runs were, the table of rules, who wins, and what to know before believing it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from instep.report.page import columns, rows
+
+    console = Console(highlight=False, markup=False)
+    console.print(facts(found))
+    console.print()
+    heads = {key: head for key, head in columns(found).items() if key not in ("total", "sent", "peak")}
+    if len(heads) < 3:
+        heads = columns(found)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rule", no_wrap=True)
+    for head in heads.values():
+        table.add_column(head, justify="right")
+    for row in rows(found):
+        table.add_row(row["label"], *(row[key] for key in heads))
+    console.print(table)
+    console.print()
+    for sentence in (verdict(found), *doubts(found)):
+        console.print(sentence)
+
+
+def number_of(text: str) -> float:
+    """The objective that ``--target`` gives. Raises UsageError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"--target is {shown(text)}; it must be a number, an objective such as 1.6.")
+    return value
+
+
+def check_out(out: Path) -> None:
+    """Raises UsageError where no page can be written: not after the work."""
+    from instep.report.page import check_extra
+
+    check_extra()
+    if len(os.fsencode(out.name)) > 255:
+        raise UsageError(f"--out {shown(str(out))} is longer than names of files are; choose a shorter one.")
+    if out.is_dir():
+        raise UsageError(f"--out {shown(str(out))} is a folder; name a file in it, such as {out / 'report.html'}.")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"--out {shown(str(out))} lies in a folder that is not there; make it, or name another file.")
