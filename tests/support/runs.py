@@ -71,9 +71,9 @@ def ended(version: int, t_s: float, **result: Any) -> dict[str, Any]:
     return event("run_ended", t_s, version=version, digest="a" * 64, result=told, interrupted=told["interrupted"])
 
 
-def folder(path: Path, events: list[dict[str, Any]], *, tail: str = "") -> Path:
+def folder(path: Path, events: list[dict[str, Any]], *, tail: str = "", recipe: Recipe = RECIPE) -> Path:
     """A run folder with such a tape."""
-    run = RunFolder.create(path, dumps(RECIPE, Team(workers=2)), About())
+    run = RunFolder.create(path, dumps(recipe, Team(workers=2)), About())
     run.tape_path.write_text("".join(json.dumps(each) + "\n" for each in events) + tail)
     return path
 
