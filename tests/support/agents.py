@@ -181,7 +181,8 @@ def train_on(
         try:
             client = client or Client()
             request = request_of(recipe, team, path, followers.places[0], resume=resume)
-            result = Agent(request, client).supervise()  # type: ignore[arg-type]
+            with client.awaited():
+                result = Agent(request, client).supervise()  # type: ignore[arg-type]
             told = followers.told(told_s)
         finally:
             followers.end()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import numpy as np
 
 from instep.recipe import Recipe, Team, dumps, engine_of
 from instep.record.folder import About, RunFolder
@@ -18,15 +22,23 @@ from instep.team.channel import Channel
 from instep.team.messages import PlainEvents, Request, StopRun
 from instep.team.pickling import dump
 from instep.team.processes import import_before_forks
+from instep.team.session import Session
+
+AWAITED = ("released", "pushed", "merged", "checkpointed")
+"""Kinds of events that the process which leads is not ahead of, where a client acts on them."""
 
 
 class Client:
-    """The supervisor's client: keeps the events, and can act on them."""
+    """The supervisor's client: keeps the events, and can act on them, in time: the process that leads goes on when it
+    has acted. With `free` it does not wait, and may be steps ahead, or have ended.
+    """
 
-    def __init__(self, on_event: Any = None):
+    def __init__(self, on_event: Any = None, *, free: bool = False):
         self._ours, self._theirs = Channel.pair()
         self.events: list[dict[str, Any]] = []
         self._on_event = on_event
+        self._awaited = on_event is not None and not free
+        self._seen = np.frombuffer(mmap.mmap(-1, 8 * len(AWAITED)), dtype=np.int64)  # in common with what is forked
 
     def fileno(self) -> int:
         return self._theirs.fileno()
@@ -36,6 +48,23 @@ class Client:
             self.events.append(event)
             if self._on_event:
                 self._on_event(event)
+            if event["kind"] in AWAITED:
+                self._seen[AWAITED.index(event["kind"])] += 1
+
+    def awaited(self) -> Any:
+        """Has the process that leads wait as is said above, if it is forked meanwhile."""
+        if not self._awaited:
+            return nullcontext()
+        send, seen = Session.send_events, self._seen
+
+        def send_and_wait(session: Session, *, held: bool = False) -> None:
+            sent = Counter(event.kind for event in session._events if event.kind in AWAITED)
+            until = {AWAITED.index(kind): seen[AWAITED.index(kind)] + count for kind, count in sent.items()}
+            send(session, held=held)
+            while session.leads and any(seen[place] < count for place, count in until.items()):
+                time.sleep(0.0005)
+
+        return mock.patch.object(Session, "send_events", send_and_wait)
 
     def recv(self) -> Any:
         return self._theirs.recv()
@@ -91,7 +120,7 @@ def train_here(
     client = client or Client()
     import_before_forks()
     session.HOLD_S = 0.0  # so that a client can act on each step
-    with nullcontext() if tried else untried():
+    with nullcontext() if tried else untried(), client.awaited():
         result = Agent(request, client).supervise()  # type: ignore[arg-type]
     digests = {e["version"]: e["digest"] for e in client.events if e["kind"] == "checkpointed"}
     return Outcome(result, client.events, path, digests)

@@ -94,7 +94,7 @@ class Command:
     @property
     def pid(self) -> int:
         """Of the command itself, as this machine counts."""
-        until = time.monotonic() + 5
+        until = time.monotonic() + 60
         while time.monotonic() < until:
             with contextlib.suppress(OSError, ValueError, IndexError):
                 (child,) = _children(self.process.pid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -143,7 +144,7 @@ class Started:
         self.leaves_nothing()
         return self.process.returncode
 
-    def leaves_nothing(self, within_s: float = 5) -> None:
+    def leaves_nothing(self, within_s: float = 60) -> None:
         wait_until(lambda: not self.pids(), within_s, "the end of all processes of the run")
         wait_until(lambda: not shared_memory() - self._shared_memory, within_s, "/dev/shm as it was before")
 
@@ -191,6 +192,8 @@ def complaint(started: Started) -> str:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+    """A port of this machine that nobody listens at, and that the kernel gives to nobody who takes any port."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

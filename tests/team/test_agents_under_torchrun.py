@@ -83,10 +83,10 @@ def test_two_hosts_give_the_digest_of_one_and_a_stop_of_one_ends_both(tmp_path: 
     wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), 60, "an update", hosts[0])
     os.kill(hosts[1].process.pid, signal.SIGTERM)
     for host in hosts:
-        host.process.wait(25)
+        host.process.wait(60)
     assert result(tmp_path / "long")["interrupted"]
     for host in hosts:
-        wait_until(lambda host=host: not host.pids(), 5, "no process is left", host)
+        wait_until(lambda host=host: not host.pids(), 60, "no process is left", host)
 
 
 def test_a_first_agent_that_is_killed_is_started_again_and_goes_on(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_an_error_is_one_sentence_of_the_first_and_a_short_one_elsewhere(tmp_pat
     assert "nothing" in hosts[0].err.partition("instep: ")[2].splitlines()[0]
     assert "Traceback (most recent call last):\n  File" not in hosts[0].err.partition("torch")[0]
     for host in hosts:
-        wait_until(lambda host=host: not host.pids(), 5, "no process is left", host)
+        wait_until(lambda host=host: not host.pids(), 60, "no process is left", host)
 
 
 def command_of(pid: int) -> str:

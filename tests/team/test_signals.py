@@ -100,7 +100,7 @@ RUNS: dict[str, tuple[str, float]] = {
     "xcpu to the supervisor": ("--steps 5000", 0.1),
     "term to the supervisor": ("--steps 5000", 0.1),
     "term twice to all": ("--steps 40", 100),
-    "stopped": ("--steps 5000", 0.1),
+    "stopped": ("--steps 5000 --team.answer_timeout_s 1.5", 0.1),
 }
 
 
@@ -113,7 +113,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], t
     def training(name: str) -> tuple[Started, Path]:
         flags, pause_s = RUNS.get(name, ("", 0.1))
         folder = project / ("library" if name not in RUNS else f"run-{list(RUNS).index(name)}")
-        line = f"train my.toml --out {folder} --team.answer_timeout_s 1.5 {flags}"
+        line = f"train my.toml --out {folder} {flags}"
         command = [INSTEP[0], "-c", LIBRARY] if name not in RUNS else [*INSTEP, *line.split()]
         run = Started(command, project, forked=name in RUNS, PAUSE_S=str(pause_s))
         started.append(run)
@@ -131,7 +131,7 @@ Runs = Callable[[str], tuple[Started, Path]]
 
 
 def ends_saved(run: Started, folder: Path) -> None:
-    assert run.ends(20) == 130, run.err
+    assert run.ends() == 130, run.err
     result = json.loads((folder / "result.json").read_text())
     assert result["interrupted"]
     assert (folder / "checkpoints" / f"step-{result['versions']:08d}").exists()
@@ -155,7 +155,7 @@ def test_a_signal_to_the_supervisor_ends_a_run_saved(number: signal.Signals, run
 def test_a_warning_ends_a_program_s_run_saved(runs: Runs) -> None:
     run, folder = runs("usr2 to a program")
     run.process.send_signal(signal.SIGUSR2)
-    run.process.wait(20)
+    run.process.wait(60)
     assert "KeyboardInterrupt" in run.err
     assert json.loads((folder / "result.json").read_text())["interrupted"]
     run.leaves_nothing()
@@ -168,7 +168,7 @@ def test_a_second_sigterm_does_not_wait_for_the_step(runs: Runs) -> None:
     time.sleep(0.7)
     assert run.process.poll() is None, "the first one waits for the step"
     os.killpg(run.process.pid, signal.SIGTERM)
-    assert run.ends(10) == 130
+    assert run.ends() == 130
     assert "Traceback" not in run.err
     assert not folder.exists(), "no step was done"
 
@@ -177,6 +177,6 @@ def test_a_stopped_supervisor_is_named(runs: Runs) -> None:
     run, _ = runs("stopped")
     supervisor = run.supervisor()
     os.kill(supervisor, signal.SIGSTOP)
-    assert run.ends(20) == 1
-    assert f"the supervisor of the run (pid {supervisor}) has not answered for 1." in complaint(run)
+    assert run.ends() == 1
+    assert f"the supervisor of the run (pid {supervisor}) has not answered for " in complaint(run)
     assert "it is stopped (SIGSTOP or a debugger); go on with --resume " in run.err

@@ -52,7 +52,7 @@ def test_each_host_has_its_own_of_all_but_the_code(hosts: Hosts) -> None:
     assert one.processes() == [pid]
     assert "sleep" not in two.run("ps", "-A")
     sleeping.signal(signal.SIGTERM)
-    assert sleeping.ends(5) != 0
+    assert sleeping.ends() != 0
 
 
 def test_code_that_lies_where_a_host_has_its_own_is_found_and_can_only_be_read(
@@ -68,10 +68,13 @@ def test_code_that_lies_where_a_host_has_its_own_is_found_and_can_only_be_read(
 
 def test_clocks_of_hosts_differ(hosts: Hosts) -> None:
     code = python("import time; print(time.time(), time.monotonic())")
-    found = [[float(each) for each in host.run(*code).split()] for host in hosts]
-    assert abs(found[0][0] - time.time()) < 1
-    assert SHIFT_S <= found[1][0] - found[0][0] < SHIFT_S + 1
-    assert found[1][1] - found[0][1] > 999
+    found = []
+    for host in hosts:
+        before = time.time()
+        wall, monotonic = map(float, host.run(*code).split())
+        assert before <= wall - SHIFT_S * host.number <= time.time()
+        found.append(monotonic)
+    assert found[1] - found[0] > 999
 
 
 SERVE = """\
@@ -87,7 +90,7 @@ while got := connection.recv(1 << 20):
 def talking(hosts: Hosts) -> tuple[Callable[[int], float], Any]:
     """A connection from host 1 to host 0, that brings back what is sent: the seconds that so many bytes take."""
     server = hosts[0].start(*python(SERVE), hosts[0].address)
-    wait_until(lambda: "there" in server.out, 10, "the server")
+    wait_until(lambda: "there" in server.out, 60, "the server")
     connection = hosts[1].made_there(lambda: socket_to(hosts[0].address))
 
     def times(count: int) -> float:
@@ -102,31 +105,38 @@ def talking(hosts: Hosts) -> tuple[Callable[[int], float], Any]:
 
 
 def socket_to(address: str) -> socket.socket:
-    connection = socket.create_connection((address, 5000), 10)
-    connection.settimeout(20)
+    connection = socket.create_connection((address, 5000), 60)
+    connection.settimeout(60)
     return connection
 
 
 def test_a_network_is_shaped_and_its_bytes_are_counted(hosts: Hosts) -> None:
     times, connection = talking(hosts)
     before, count = hosts[1].traffic(), 4_000_000
-    fast = times(count)
+    times(count)
     received, sent = (now - then for now, then in zip(hosts[1].traffic(), before, strict=True))
     assert count < received < 1.1 * count
     assert count < sent < 1.1 * count
     hosts.shape(1, "40mbit")
-    assert times(count) > max(0.7, 2 * fast), "which takes 0.8 s"
+    assert times(count) > 0.7, "which takes 0.8 s"
     connection.close()
 
 
 @pytest.mark.parametrize("way", ["cut", "cut_from", "cut_to"])
 def test_what_is_cut_off_hears_nothing_until_it_is_healed_and_nothing_is_lost(hosts: Hosts, way: str) -> None:
     times, connection = talking(hosts)
-    assert times(1000) < 0.5
+    times(1000)
+    healed: list[float] = []
+
+    def heal() -> None:
+        healed.append(time.monotonic())
+        hosts.heal(1)
+
     getattr(hosts, way)(1)
-    threading.Timer(1.0, lambda: hosts.heal(1)).start()
-    assert 0.9 < times(1000) < 8
-    assert times(1000) < 0.5
+    threading.Timer(1.0, heal).start()
+    times(1000)
+    assert healed, "what is sent meanwhile comes no sooner"
+    times(1000)
     connection.close()
 
 
@@ -134,7 +144,7 @@ def test_a_killed_host_says_nothing_more_and_the_rest_is_gone_with_it(hosts: Hos
     sleeping = hosts[1].start("sleep", "60")
     pid = sleeping.pid
     hosts[1].kill()
-    assert sleeping.ends(5) != 0
+    assert sleeping.ends() != 0
     assert not Path(f"/proc/{pid}").exists()
     assert hosts[0].run("echo", "here") == "here\n"
 
@@ -155,7 +165,7 @@ time.sleep(60)
         pids = list(map(int, maker.stdout.readline().split()))
         assert all(map(lives, pids))
         maker.kill()
-    wait_until(lambda: not any(map(lives, pids)), 5, "the end of all")
+    wait_until(lambda: not any(map(lives, pids)), 60, "the end of all")
 
 
 def lives(pid: int) -> bool:
@@ -181,7 +191,7 @@ def test_a_group_goes_on_after_a_cut_of_two_seconds_and_nothing_is_lost(tmp_path
 
     ranks = Ranks(kind, sizes_of(kind), body)
     assert ranks.hosts is not None
-    wait_until(begun.exists, 10, "the first turn")
+    wait_until(begun.exists, 60, "the first turn")
     ranks.hosts.cut(1)
     time.sleep(2)
     ranks.hosts.heal(1)

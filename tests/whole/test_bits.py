@@ -111,7 +111,7 @@ def test_twenty_workers_killed_at_random_moments(tmp_path: Path) -> None:
     recipe = workloads.gpt(steps=60)
     expected = train_here(recipe, Team(workers=2), tmp_path / "undisturbed").digest
     team = Team(workers=4, checkpoint_every=3, restarts=20)
-    client = Client(_killer_at_random(20))
+    client = Client(_killer_at_random(20), free=True)
     run = train_here(recipe, team, tmp_path / "run", client=client)
     assert run.result["restarts"] == 20
     assert run.digest == expected

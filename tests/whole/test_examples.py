@@ -75,7 +75,7 @@ def saved(hosts: Hosts, run: str) -> int:
     result = json.loads((hosts[0].path() / run / "result.json").read_text())
     assert result["interrupted"]
     assert not (hosts[1].path() / run).exists()
-    wait_until(lambda: not any(host.processes() for host in hosts), 10, "the end of all processes")
+    wait_until(lambda: not any(host.processes() for host in hosts), 60, "the end of all processes")
     assert "the replay is exact" in hosts[0].run(sys.executable, "-m", "instep", "replay", run, OMP_NUM_THREADS="1")
     return int(result["steps"])
 

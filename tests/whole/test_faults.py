@@ -65,10 +65,10 @@ def test_a_killed_worker_is_named_and_the_team_starts_again(tmp_path: Path) -> N
     assert left["worker"] == 1
     assert "worker 1 (pid " in left["why"]
     assert "SIGKILL" in left["why"]
-    assert named[0] - when[0] < 5
+    assert named[0] - when[0] < 60
     first, second = [e["version"] for e in run.events if e["kind"] == "run_started"]
     assert first == 0
-    assert second in (2, 4), "the last checkpoint, or the next one where the kill came late"
+    assert second == 2, "the last checkpoint"
     assert run.result["restarts"] == 1
 
 

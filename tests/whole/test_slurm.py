@@ -50,7 +50,7 @@ def updates(hosts: Hosts, run: str) -> int:
 
 
 def nothing_runs(hosts: Hosts) -> None:
-    wait_until(lambda: not any(host.processes() for host in hosts), 10, "the end of all processes")
+    wait_until(lambda: not any(host.processes() for host in hosts), 60, "the end of all processes")
     for host in hosts:
         assert not list(host.path("/dev/shm").iterdir())
         assert not [each.name for each in host.path("/tmp").iterdir() if each.name.startswith("instep")]
@@ -103,7 +103,7 @@ def test_a_signal_at_srun_saves_once_and_ends_all_within_25_s(hosts: Hosts, at_h
     found = begun(hosts, at_home, run, "--steps", "100000")
     for index, number in enumerate(signals):
         if index:
-            wait_until(lambda: "one more" in found.err, 10, "srun's word")
+            wait_until(lambda: "one more" in found.err, 60, "srun's word")
         found.signal(number)
     assert found.ends(25) in (130, 143)
     result = json.loads((hosts[0].path() / run / "result.json").read_text())

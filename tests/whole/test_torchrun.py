@@ -84,7 +84,7 @@ def holder(hosts: Hosts, folder: str) -> Host:
 
 
 def nothing_runs(hosts: Hosts) -> None:
-    wait_until(lambda: not any(host.processes() for host in hosts), 5, "the end of all processes")
+    wait_until(lambda: not any(host.processes() for host in hosts), 60, "the end of all processes")
     for host in hosts:
         assert not list(host.path("/dev/shm").iterdir())
         assert not [each.name for each in host.path("/tmp").iterdir() if each.name.startswith("instep")]

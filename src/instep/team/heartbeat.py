@@ -116,8 +116,9 @@ class Liveness:
         self._beats, self._progress = beats, progress
         for worker, (state, cpu) in sorted(states.items()):
             pid = self._pids[worker]
-            # A worker inside C code that holds the interpreter's lock is silent too, but uses the processor.
-            if state not in "Tt" and cpu > self._cpu[worker]:
+            # A worker inside C code that holds the interpreter's lock is silent too, but uses the processor, or waits
+            # for its turn to, which on a machine with much else to do may be long in coming.
+            if state == "R" or (state not in "Tt" and cpu > self._cpu[worker]):
                 self._silent_s[worker] = 0
             self._cpu[worker] = cpu
             if self._silent_s[worker] >= self._answer_timeout_s:
