@@ -1,4 +1,4 @@
-"""The command ``instep``: train, replay, simulate, memory, compare, report, recipes, digest, tape.
+"""The command ``instep``: train, replay, simulate, memory, compare, report, recipes, digest, export, tape.
 
 Exit status: 0; 1 for an `InstepError`, one sentence on stderr; 2 for a wrong command line; 130 after Ctrl-C; 141 where
 nobody reads on, as in ``instep tape RUN | head``.

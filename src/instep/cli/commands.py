@@ -320,6 +320,25 @@ def app(settings: Settings) -> App:
 
         report_on(runs, out, target, json)
 
+    @app.command(help=COMMANDS["export"])
+    def export(run: Path, /, *, to: str, out: Path | None = None) -> None:
+        """Export.
+
+        Parameters
+        ----------
+        run
+            A run folder.
+        to
+            perfetto: what each worker did when, for ui.perfetto.dev or chrome://tracing. csv or parquet: a row for
+            each update of the weights.
+        out
+            The file to write; by default beside the run folder, with its name.
+        """
+        _refuse(settings)
+        from instep.cli.report import export_run
+
+        export_run(run, to, out)
+
     @app.command(help=COMMANDS["tape"])
     def tape(run: Path, /) -> None:
         """Tape.

@@ -18,6 +18,7 @@ COMMANDS = {
     "report": "Make a page of one run, or of several side by side.",
     "recipes": "List the built-in recipes.",
     "digest": "Print the digest of a run or checkpoint.",
+    "export": "Write a run for other tools: perfetto, csv, parquet.",
     "tape": "Print what happened in a run, one JSON object a line.",
 }
 

@@ -12,6 +12,7 @@ from instep.errors import shown
 from instep.record.files import json_text
 from instep.report.comparison import Comparison, compare, doubts, facts, verdict
 from instep.report.reading import read_all
+from instep.tables import suggest
 
 
 def report(runs: Sequence[Path], out: Path, target: str | None, as_json: bool) -> None:
@@ -63,6 +64,18 @@ def show(found: Comparison) -> None:
         console.print(sentence)
 
 
+def export_run(run: Path, form: str, out: Path | None) -> None:
+    """Writes the run for another tool, by default beside its folder."""
+    from instep.report.export import FORMATS, export
+
+    if form not in FORMATS:
+        raise UsageError(f"--to is {shown(form)}{suggest(form, FORMATS, 'a run is exported to')}")
+    path = run.with_name(f"{run.absolute().name}{FORMATS[form]}") if out is None else out
+    check_file(path)
+    export(run, form, path)
+    print(path)
+
+
 def number_of(text: str) -> float:
     """The objective that ``--target`` gives. Raises UsageError."""
     try:
@@ -79,6 +92,11 @@ def check_out(out: Path) -> None:
     from instep.report.page import check_extra
 
     check_extra()
+    check_file(out)
+
+
+def check_file(out: Path) -> None:
+    """Raises UsageError where no file can be written."""
     if len(os.fsencode(out.name)) > 255:
         raise UsageError(f"--out {shown(str(out))} is longer than names of files are; choose a shorter one.")
     if out.is_dir():

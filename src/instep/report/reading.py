@@ -20,13 +20,15 @@ MOST_STRIPS = 16
 """Workers whose time is drawn; of more of them, as many, evenly spaced."""
 
 
-def read(path: Path | str) -> History:
+def read(path: Path | str, *, strips: int | None = MOST_STRIPS) -> History:
     """The history of the run in the folder `path`. A tape that is still being written is read as far as it goes.
+
+    strips: the most workers whose time is kept, evenly spaced; None keeps all.
 
     Raises RecordError where there is no run, or no event that could be read.
     """
     folder = RunFolder.open(path)
-    reader = _Reader(Path(path))
+    reader = _Reader(Path(path), strips)
     try:
         for event in tape.read(folder.tape_path):
             reader.see(event)
@@ -42,7 +44,8 @@ def read(path: Path | str) -> History:
 class _Reader:
     """Takes events in one by one."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, strips: int | None):
+        self._most_strips = strips
         self.start: dict[str, Any] | None = None
         self.torn = ""
         self._path = path
@@ -92,7 +95,7 @@ class _Reader:
         if self.start is None:
             self.start = dict(event)
             count = int(event["team"].get("workers", 1))
-            self._drawn = frozenset(start for start, _ in equal_ranges(count, min(count, MOST_STRIPS)))
+            self._drawn = frozenset(start for start, _ in equal_ranges(count, min(count, self._most_strips or count)))
             self._sessions = 1
         elif self._offset_s + event["t_s"] < self._last_s:  # the clock began anew
             self._offset_s = self._last_s
