@@ -258,3 +258,23 @@ def test_a_team_that_cannot_obey_the_rule_is_refused(
     with pytest.raises(RecipeError, match=sentence):
         train(recipe, team=Team(**team), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ more than the quorum
+
+
+def test_an_update_waits_for_its_grace_after_the_quorum_and_replays_without_time(tmp_path: Path) -> None:
+    """By the tape alone, which tells when each contribution came."""
+    rule = UpdateRule(name="graced", quorum="1", max_lead=0, grace_s=0.02)
+    recipe = regression(rule=rule, steps=3)
+    run = train_here(recipe, serving(3, slow="2:400x"), tmp_path / "run")
+    came = {event["seq"]: event["t_s"] for event in run.events if event["kind"] == "pushed"}
+    merges = [event for event in run.events if event["kind"] == "merged"]
+    for event in merges[:-1]:  # at the end nobody is left to wait for
+        seqs = [each["seq"] for each in event["contributions"]]
+        assert len(seqs) == 3 or event["t_s"] - min(came[seq] for seq in seqs) >= 0.02
+    ended = {event["version"]: event["waiting"] for event in run.events if event["kind"] == "grace_ended"}
+    assert ended, "the slow one is not waited for longer"
+    for event in merges:
+        assert event["version"] - 1 not in ended or len(event["contributions"]) == ended[event["version"] - 1]
+    assert replayed(recipe, run.path).same

@@ -65,6 +65,7 @@ MORE_RULES = {
     "damped": UpdateRule(quorum="2", weight="staleness", max_lead=3),
     "dropping": UpdateRule(quorum="1", max_staleness=1),
     "waiting": UpdateRule(quorum="all", max_wait_s=0.05, compensation=0.3),
+    "graced": UpdateRule(quorum="1", grace_s=0.02, max_lead=1),
     "rounds ahead": UpdateRule(quorum="all", order="round", max_lead=2, compensation=0.3),
     "deltas by staleness": UpdateRule(quorum="2", local_steps=2, outer="sgd", weight="staleness", max_staleness=2),
     "momentum": UpdateRule(quorum="1", local_steps=3, outer="nesterov", outer_lr=0.5, outer_momentum=0.5),

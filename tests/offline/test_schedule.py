@@ -258,6 +258,17 @@ def test_an_update_that_waits_for_a_time_is_made_at_that_time() -> None:
     assert all(b > a for a, b in itertools.pairwise(made))
 
 
+def test_an_update_is_made_when_the_grace_after_its_quorum_is_over_and_the_tape_says_so() -> None:
+    rule = UpdateRule(name="graced", quorum="1", max_lead=0, grace_s=0.5)
+    found: list[tuple[str, float]] = []
+    followed(
+        rule, Pieces(rule, 3, 3, 2), WorkerTimes.constant(1.0, slow=parse_slow("1:1.4x,2:4x")),
+        on_event=lambda kind, fields: found.append((kind, fields["t_s"])),
+    )  # fmt: skip
+    told = [(kind, t_s) for kind, t_s in found if kind in ("merged", "grace_ended")]
+    assert told[:2] == [("grace_ended", pytest.approx(1.5)), ("merged", pytest.approx(1.5))]
+
+
 def test_each_deadline_of_the_ledger_rings_once_or_is_taken_back_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the server is busy with; what is taken back and never comes, a loop would look for forever."""
     asked: dict[int, float] = {}

@@ -79,7 +79,15 @@ def test_events_come_out_of_columns_as_one_by_one(history: list[tuple[Any, ...]]
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 9])
 @pytest.mark.parametrize(
-    "text", ["asynchronous", "synchronous", "softsync", "post_local_sgd:4,after=3", "at most 1 late"]
+    "text",
+    [
+        "asynchronous",
+        "synchronous",
+        "softsync",
+        "post_local_sgd:4,after=3",
+        "at most 1 late",
+        "asynchronous,grace_s=0.5",
+    ],
 )
 def test_a_simulation_in_columns_has_the_tape_of_one_by_one(
     text: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -100,6 +108,7 @@ def test_a_simulation_in_columns_has_the_tape_of_one_by_one(
     assert in_columns(tmp_path, tell, pieces) == lines
     kinds = {json.loads(line)["kind"] for line in lines}
     assert kinds >= {"joined", "left", "released", "computed", "pushed", "merged"}
+    assert ("grace_ended" in kinds) == (rule.grace_s is not None and workers > 1)
     assert ("dropped" in kinds) == (text == "at most 1 late" and workers > 1)
 
 

@@ -463,6 +463,52 @@ def test_a_wait_that_is_over_makes_no_update_that_a_late_piece_is_waited_for_in(
     assert spoken(ledger.pushed(2, 1, now_s=9.0))[0] == "v2(0,2)"
 
 
+def graced(**fields: Any) -> UpdateRule:
+    return UpdateRule(**{"quorum": "2", "max_lead": 0, "grace_s": 1.0} | fields)
+
+
+def test_an_update_waits_for_more_than_its_quorum_until_the_grace_is_over() -> None:
+    ledger = team(graced(), 4)
+    assert ledger.pushed(0, 1, now_s=9.0) == []
+    assert ledger.deadline_s is None, "there is no quorum"
+    assert ledger.pushed(1, 1, now_s=10.0) == []
+    assert ledger.pushed(3, 1, now_s=10.5) == []
+    assert ledger.deadline_s == 11.0, "it counts from the quorum"
+    assert (ledger.graced(10.9), ledger.graced(11.0)) == (0, 3)
+    assert ledger.passed(10.9) == []
+    assert spoken(ledger.passed(11.0))[0] == "v1(0,1,3)"
+    assert ledger.deadline_s is None
+    assert ledger.graced(99.0) == 0
+
+
+def test_once_all_have_sent_something_nobody_is_waited_for() -> None:
+    ledger = team(graced(), 3)
+    ledger.pushed(0, 1, now_s=1.0)
+    ledger.pushed(1, 1, now_s=1.0)
+    assert spoken(ledger.pushed(2, 1, now_s=1.5))[0] == "v1(0,1,2)"
+    ledger = team(graced(), 3)
+    ledger.pushed(0, 1, now_s=1.0)
+    ledger.pushed(1, 1, now_s=1.0)
+    assert spoken(ledger.left(2, now_s=1.5))[0] == "v1(0,1)", "nor the one that has left"
+
+
+def test_a_grace_ends_with_the_longest_wait_and_goes_through_a_checkpoint() -> None:
+    ledger = team(graced(max_wait_s=1.5), 4)
+    ledger.pushed(0, 1, now_s=1.0)
+    ledger.pushed(1, 1, now_s=2.0)
+    again = ledger_of(ledger.rule, ledger.pieces, ledger_state(ledger))
+    assert again.deadline_s == ledger.deadline_s == 2.5
+    assert spoken(ledger.passed(2.5))[0] == "v1(0,1)"
+    ledger = team(graced(), 4)
+    ledger.pushed(0, 1, now_s=1.0)
+    ledger.pushed(1, 1, now_s=2.0)
+    again = ledger_of(ledger.rule, ledger.pieces, ledger_state(ledger))
+    assert again.deadline_s == ledger.deadline_s == 3.0
+    ledger.recover()
+    assert ledger.deadline_s is None
+    assert "quorum_since_s" not in ledger_state(team(waiting(), 2)), "other runs' checkpoints stay as they are"
+
+
 def test_without_max_wait_s_time_changes_nothing() -> None:
     ledger = team(waiting(max_wait_s=None), 2)
     ledger.pushed(0, 1, now_s=1.0)

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.pure
 PLAIN: dict[str, Any] = {
     "max_lead": None, "max_staleness": None, "max_wait_s": None, "local_steps": 1, "local_after": 0, "weight": "items",
     "compensation": 0.0, "outer": "none", "outer_lr": 1.0, "outer_momentum": 0.0, "outer_buffer": 1, "wire": "float32",
-    "fragments": 1,
+    "fragments": 1, "grace_s": None,
 }  # fmt: skip
 LOCKSTEP: dict[str, Any] = {"order": "round", "quorum": "all", "max_lead": 0, "max_staleness": 0}
 FREE: dict[str, Any] = {"order": "arrival", "quorum": "1"}
@@ -243,6 +243,12 @@ STREAMING: dict[str, Any] = {**LOCKSTEP, "outer": "nesterov", "local_steps": 4, 
         ({**DELTAS, "outer_buffer": 4}, "'rule.outer_buffer' is 4, and 'rule.outer' is 'nesterov'; only"),
         ({**DELTAS, "outer": "delayed_nesterov"}, "'rule.outer_buffer' is 1, too small to delay anything;"),
         ({"quorum": "1", "outer_lr": 0.5}, "outer_lr, outer_momentum and outer_buffer go with an outer optimizer;"),
+        ({"quorum": "1", "grace_s": 0}, "'rule.grace_s' is 0.0; it must be a finite number above 0"),
+        (
+            {"quorum": "all", "grace_s": 1.0},
+            "'rule.grace_s' is 1.0, and rule 'custom' waits for all, so that no quorum",
+        ),
+        ({**LOCKSTEP, "grace_s": 1.0}, "leave it out, or set quorum to fewer, such as 'all-1', with order 'arrival'."),
         ({**DELTAS, "fragments": 0}, "'rule.fragments' is 0; it must be at least 1."),
         ({**LOCKSTEP, "fragments": 2}, "'rule.fragments' is 2 and rule 'custom' sends something after every step;"),
         (

@@ -55,6 +55,8 @@ def custom_rules(draw: st.DrawFn) -> UpdateRule:
     fields: dict[str, Any] = {"order": order, "quorum": "all"}
     if order == "arrival":
         fields |= {"quorum": draw(QUORUMS), "max_wait_s": draw(st.none() | st.floats(0.1, 5))}
+        if fields["quorum"] != "all":
+            fields |= {"grace_s": draw(st.none() | st.floats(0.1, 5))}
     outer = draw(st.sampled_from(["none", "sgd", "nesterov", "delayed_nesterov"]))
     if outer != "none":
         fields |= {"local_steps": draw(st.integers(1, 4)), "outer_lr": draw(st.floats(0.1, 2))}
@@ -103,6 +105,7 @@ class Observed:
     active: dict[int, Seen] = field(default_factory=dict)
     waiting: list[Contribution] = field(default_factory=list)
     waiting_since_s: float = 0.0
+    quorum_since_s: float | None = None
     merges: list[Merge] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     late: dict[int, int] = field(default_factory=dict)
@@ -176,6 +179,7 @@ class Observed:
         self.active.clear()
         self.held.clear()
         lost = list(self.waiting)
+        self.quorum_since_s = None
         self._see(lambda ledger: ledger.recover())
         assert len(self.history[-1]) == len(lost)
         assert not self.waiting
@@ -306,6 +310,7 @@ class Observed:
             self.delayed.append(self.version - self.given_out_at.pop(piece))
         assert merge.weights == pytest.approx(self._weights(merge))
         self.waiting = [c for c in self.waiting if c not in contributions]
+        self.quorum_since_s = None
         self.held.clear()
         self.merges.append(merge)
         self.version += 1
@@ -335,9 +340,24 @@ class Observed:
     def _must_merge(self) -> bool:
         """Whether what waits, under order "arrival", makes an update now."""
         wait_s = self.rule.max_wait_s
-        enough = len(self.waiting) >= self.rule.quorum_of(len(self.active))
+        enough = self._enough() and not (
+            self.rule.grace_s is not None
+            and self.active.keys() - {c.worker for c in self.waiting}
+            and (self.quorum_since_s is None or self.now_s < self.quorum_since_s + self.rule.grace_s)
+        )
         late = wait_s is not None and self.now_s >= self.waiting_since_s + wait_s
         return bool(self.waiting) and not self.holds() and (enough or late or not (self.busy or self.free))
+
+    def _enough(self) -> bool:
+        return bool(self.waiting) and len(self.waiting) >= self.rule.quorum_of(len(self.active))
+
+    def _deadlines(self) -> list[float]:
+        if not self.waiting or self.holds():
+            return []
+        found = [] if self.rule.max_wait_s is None else [self.waiting_since_s + self.rule.max_wait_s]
+        if self.rule.grace_s is not None and self.quorum_since_s is not None and self._enough():
+            found.append(self.quorum_since_s + self.rule.grace_s)
+        return found
 
     def _check_now(self) -> None:
         assert self.ledger.finished == self.finished
@@ -347,8 +367,9 @@ class Observed:
         assert self.ledger.bases == {self.active[w].base for w in self.busy} | {c.base for c in self.waiting}
         for worker in self.busy:
             assert not (self.active[worker].piece in self.late and self.hopeless(self.active[worker])), "dropped twice"
-        waits = self.rule.max_wait_s is not None and self.waiting and not self.holds()
-        assert self.ledger.deadline_s == (self.waiting_since_s + self.rule.max_wait_s if waits else None)
+        if self.rule.grace_s is not None and self._enough() and not self.holds() and self.quorum_since_s is None:
+            self.quorum_since_s = self.now_s
+        assert self.ledger.deadline_s == min(self._deadlines(), default=None)
         if self.rule.order == "arrival":
             assert not self._must_merge(), "an update was withheld"
         else:

@@ -186,14 +186,16 @@ class _Server:
             left_s = LOOK_S if deadline_s is None else deadline_s - session.clock()
             listened: list[Any] = wait(sources, max(0.0, min(LOOK_S, left_s)))
             session.heartbeat.waiting(False)
+            if deadline_s is not None and (now_s := session.clock()) >= deadline_s:
+                if waiting := self._ledger.graced(now_s):
+                    session.emit(events.GraceEndedEvent(version=self._progress.version, waiting=waiting))
+                self._obey(self._ledger.passed(now_s))
             while session.pipe.poll():  # first, for a successor's first word must not come before the news of the death
                 self._heard.append(session.pipe.recv())
             while self._heard:
                 self._hear_supervisor(self._heard.popleft())
             for worker, message in self._lines.hear(listened):
                 self._hear(worker, message)
-            if deadline_s is not None and session.clock() >= deadline_s:
-                self._obey(self._ledger.passed(session.clock()))
             if self._begun:
                 self._progress.train_s = time.monotonic() - self._began_s
             session.send_events(held=True)

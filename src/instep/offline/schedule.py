@@ -93,7 +93,7 @@ class _Simulation:
     ):
         workers = pieces.workers
         self._loop = loop = Loop()
-        self._ledger, self._workers, self._timed = Ledger(rule, pieces), workers, rule.max_wait_s is not None
+        self._ledger, self._workers, self._timed = Ledger(rule, pieces), workers, rule.waits
         self._items_of = items_of
         self._up_bytes, self._down_bytes, self._first_bytes = sizes_bytes
         self._contribution_bytes, self._weights_bytes = self._up_bytes[0], self._down_bytes[0]
@@ -290,7 +290,10 @@ class _Simulation:
     def _passed(self, _: None) -> None:
         """The ledger's deadline. It has none after an update, so the server does not make one now."""
         self._alarm, self._alarm_s = 0, math.inf
-        self._obey(self._ledger.passed(self._loop.now_s))
+        ledger, now_s = self._ledger, self._loop.now_s
+        if self._listener is not None and (waiting := ledger.graced(now_s)):
+            self._listener.grace_ended(now_s, ledger.version, waiting)
+        self._obey(ledger.passed(now_s))
 
     def _free(self, _: None) -> None:
         """The server has made its update, and turns to those who wait."""

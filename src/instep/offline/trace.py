@@ -67,6 +67,9 @@ class EventListener:
             )
         )  # fmt: skip
 
+    def grace_ended(self, t_s: float, version: int, waiting: int) -> None:
+        self._on_event(events.GraceEndedEvent(t_s=t_s, clock="virtual", version=version, waiting=waiting))
+
 
 Listener = EventListener | BlockTape
 """Who hears of what a tape would hold, in its order, by the same methods."""

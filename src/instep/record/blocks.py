@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 SIZE = 1 << 16
 """Events after which a block is closed with the next contribution."""
 
-_JOINED, _LEFT, _RELEASED, _COMPUTED, _PUSHED, _MERGED, _DROPPED = range(7)
-_KINDS = np.array(["joined", "left", "released", "computed", "pushed", "merged", "dropped"])
+_JOINED, _LEFT, _RELEASED, _COMPUTED, _PUSHED, _MERGED, _DROPPED, _GRACE_ENDED = range(8)
+_KINDS = np.array(["joined", "left", "released", "computed", "pushed", "merged", "dropped", "grace_ended"])
 _ALL_OF_CONTRIBUTION = ("seq", "worker", "version", "piece", "items")
 _NAME = re.compile(r"tape/\d{6}\.npz")
 
@@ -69,6 +69,7 @@ class BlockTape:
         self._released = _Rows("t_s worker version piece")
         self._pushed = _Rows("t_s worker version piece from_s to_s seq items bytes")  # computed, and pushed
         self._merged, self._parts = _Rows("t_s version parts"), _Rows("seq worker piece version items weight staleness")
+        self._graces = _Rows("t_s version waiting")
         self._dropped = _Rows("t_s seq worker piece version items why")
         self._ranges = np.array([pieces.work(part)[3:] for part in range(pieces.parts)])
 
@@ -113,6 +114,11 @@ class BlockTape:
         """A contribution came too late."""
         self._dropped.data += self._dropped.pack(t_s, *action.contribution, self._code(action.why))
         self._order.append(_DROPPED)
+
+    def grace_ended(self, t_s: float, version: int, waiting: int) -> None:
+        """The time is over in which an update waited for more than its quorum."""
+        self._graces.data += self._graces.pack(t_s, version, waiting)
+        self._order.append(_GRACE_ENDED)
 
     def write(self, event: Event) -> None:
         """Adds an event of the frame."""
@@ -185,6 +191,7 @@ class BlockTape:
                 "staleness:items": parts["staleness"],
             },
             {**_of(self._dropped.take()), "why:texts": texts},
+            _of(self._graces.take()),
         )
 
 

@@ -10,11 +10,34 @@ A reader meets tapes of other versions too: it gets plain tables, and passes ove
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from msgspec import UNSET, Meta, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct
 from msgspec.structs import astuple
 
+from instep.record.fields import (
+    Base,
+    Batch,
+    Bytes,
+    Checksum,
+    Count,
+    Counted,
+    Figure,
+    Items,
+    LocalSteps,
+    Maybe,
+    Microbatches,
+    Piece,
+    Seconds,
+    Seq,
+    Terms,
+    Version,
+    Why,
+    Worker,
+)  # fmt: skip
+from instep.record.fields import has_ as _has
+from instep.record.fields import is_ as _is
+from instep.record.fields import where_ as _where
 from instep.record.team import HostInTeam, TeamAsRead
 
 SCHEMA = 2
@@ -22,47 +45,6 @@ SCHEMA = 2
 
 SCHEMA_IN_BLOCKS = 3
 """That of a tape with ``block`` in it: who knows no such event would take what is left for the whole."""
-
-
-def _is(meaning: str, where: str | None = None) -> Meta:
-    """`where`: when a field is there that need not be."""
-    return Meta(description=meaning, extra=None if where is None else {"where": where})
-
-
-def _where(condition: str) -> Meta:
-    return Meta(extra={"where": condition})
-
-
-def _has(wanted: Any) -> Meta:
-    """The type that a reader finds, where the one who writes need not know it."""
-    return Meta(extra={"has": wanted})
-
-
-_Given = TypeVar("_Given")
-Maybe: TypeAlias = _Given | UnsetType
-"""What need not be there."""
-Count = Annotated[int, Meta(ge=0)]
-Counted = Annotated[int, Meta(ge=1)]
-"""Of what there is at least one."""
-Worker = Annotated[int, Meta(ge=0, le=1 << 24), _is("the worker's number, from 0")]
-Seconds = Annotated[float, Meta(extra={"unit": "seconds"})]
-Bytes = Annotated[int, Meta(ge=0, extra={"unit": "bytes"})]
-Figure = float | None
-"""Null where it is not finite, or where there is none."""
-Span = Annotated[list[Count], Meta(min_length=2, max_length=2)]
-"""[start, stop]"""
-
-Version = Annotated[Count, _is("updates that the weights have had")]
-Base = Annotated[Count, _is("the version that the worker started from")]
-Seq = Annotated[Count, _is("the contribution's number, in order of arrival")]
-Piece = Annotated[Count, _is("the piece's number; a global batch is cut into `cut` pieces")]
-Batch = Annotated[Count, _is("the piece's first global batch")]
-LocalSteps = Annotated[Counted, _is("the worker's own steps, on one global batch each")]
-Microbatches = Annotated[Span, _is("what it covers of a global batch")]
-Items = Annotated[Count, _is("of the objective's first term")]
-Terms = Annotated[Mapping[str, Figure], _is("the mean of each term, by name; in an evaluation of each metric too")]
-Checksum = Annotated[list[str], _is("8 hexadecimal digits for each tensor")]
-Why = Annotated[str, _is("a sentence")]
 
 
 class Event(Struct, frozen=True, kw_only=True, gc=False):
@@ -269,6 +251,16 @@ class DroppedEvent(Event, frozen=True, kw_only=True, gc=False):
     why: Why
 
 
+class GraceEndedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """Under a rule with `grace_s`: the time is over in which the next update waited for more than its quorum."""
+
+    kind = "grace_ended"
+    by = "server, simulation"
+
+    version: Version
+    waiting: Annotated[Count, _is("contributions that have come for it")]
+
+
 class ChecksummedEvent(Event, frozen=True, kw_only=True, gc=False):
     """Under a synchronous rule, every so many updates: what all tensors are."""
 
@@ -371,7 +363,7 @@ class BlockEvent(Event, frozen=True, kw_only=True, gc=False):
     bytes: Bytes
 
 
-QUIET = frozenset({"released", "computed", "pushed", "merged", "dropped", "checksummed"})
+QUIET = frozenset({"released", "computed", "pushed", "merged", "dropped", "grace_ended", "checksummed"})
 """Kinds that come with contributions, so that they may wait for others before they are handed on.
 
 A tape that lacks the last of them is as good as one of a run that was killed before: what a resume and its replay
@@ -380,8 +372,8 @@ need, the engine has synced before each checkpoint.
 
 TYPES: tuple[type[Event], ...] = (
     RunStartedEvent, JoinedEvent, ReleasedEvent, ComputedEvent, PushedEvent, PushedToServerEvent, MergedEvent,
-    MergedByServerEvent, MergedOnClockEvent, DroppedEvent, ChecksummedEvent, EvaluatedEvent, CheckpointedEvent,
-    LeftEvent, PlannedEvent, WarnedEvent, FailedEvent, RunEndedEvent, BlockEvent,
+    MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent, EvaluatedEvent,
+    CheckpointedEvent, LeftEvent, PlannedEvent, WarnedEvent, FailedEvent, RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""
 

@@ -41,13 +41,14 @@ _new = tuple.__new__  # what a call of a NamedTuple comes to, in half the time; 
 class Ledger:
     """The state of one run under a rule.
 
-    Times are seconds since any moment that the caller likes; they matter under a rule with `max_wait_s` alone.
+    Times are seconds since any moment that the caller likes; they matter under a rule that `waits` alone.
     """
 
     # With slots: of an object with more than 30 attributes, Python looks up each in a dictionary.
     __slots__ = (
-        "_bare", "_blocked", "_busy_at", "_by_round", "_count", "_due", "_held", "_idle", "_in_flight", "_lead",
-        "_limit", "_next_piece", "_open", "_pace", "_pending", "_per_round", "_returned", "_size", "_size_of",
+        "_bare", "_blocked", "_busy_at", "_by_round", "_count", "_due", "_grace_s", "_held", "_idle", "_in_flight",
+        "_lead", "_limit", "_next_piece", "_open", "_pace", "_pending", "_per_round", "_quorum_since_s", "_returned",
+        "_size", "_size_of",
         "_waiting_since_s", "_wanted", "_whole", "_workers", "delays", "finished", "lead_max", "merged_microbatches",
         "merged_pieces", "next_seq", "pieces", "round", "rule", "version",
     )  # fmt: skip
@@ -74,6 +75,8 @@ class Ledger:
             self._limit = None
         self.delays = Delays(self._limit)
         """How long pieces that were given out again have waited, and which of them are waited for."""
+        self._grace_s = rule.grace_s
+        self._quorum_since_s: float | None = None  # when as many waited as the next update takes
         self._whole = pieces.in_tree_order
         self._bare = rule.weight == "items"
         self._count = pieces.count
@@ -172,7 +175,7 @@ class Ledger:
         self._in_flight = 0
         self._look_ahead()
         lost = [contribution for pending in self._pending.values() for contribution in pending]
-        self._pending, self._waiting_since_s = {}, None
+        self._pending, self._waiting_since_s, self._quorum_since_s = {}, None, None
         return [self._drop(contribution, "it was not merged before the run ended") for contribution in lost]
 
     # State
@@ -185,9 +188,22 @@ class Ledger:
     @property
     def deadline_s(self) -> float | None:
         """When `passed` must be called, unless another event changes it before; None while nothing waits for time."""
-        if self.rule.max_wait_s is None or self._waiting_since_s is None or self.delays.hold(self.version):
+        if self._waiting_since_s is None or self.delays.hold(self.version):
             return None
-        return self._waiting_since_s + self.rule.max_wait_s
+        ends_s, wait_s = self._grace_ends_s, self.rule.max_wait_s
+        last_s = None if wait_s is None else self._waiting_since_s + wait_s
+        return last_s if ends_s is None else ends_s if last_s is None else min(last_s, ends_s)
+
+    def graced(self, now_s: float) -> int:
+        """How many contributions wait for an update whose grace ends now or has ended; 0 where it is none of that."""
+        ends_s = self._grace_ends_s
+        return 0 if ends_s is None or now_s < ends_s else len(self._pending[self._due])
+
+    @property
+    def _grace_ends_s(self) -> float | None:
+        """Until when an update whose quorum is there waits for further contributions; None while none does."""
+        since_s, ready = self._quorum_since_s, self._pending.get(self._due, ())
+        return None if since_s is None or len(ready) < self._wanted else since_s + (self._grace_s or 0.0)
 
     @property
     def bases(self) -> set[int]:
@@ -213,7 +229,7 @@ class Ledger:
         """Updates and releases until nothing more can be done."""
         pending, delays = self._pending, self.delays
         while (ready := pending.get(self._due)) and (len(ready) >= self._wanted or self._waits_no_more(now_s)):
-            if delays.hold(self.version):
+            if delays.hold(self.version) or (self._grace_s is not None and self._in_grace(ready, now_s)):
                 break
             del pending[self._due]
             self._merge(ready, actions)
@@ -238,7 +254,7 @@ class Ledger:
             self.round += 1
             self._look_ahead()
         else:
-            self._waiting_since_s = None
+            self._waiting_since_s = self._quorum_since_s = None
             self._let_go()
             if self._limit is not None:  # what started from there would now merge one version beyond the limit
                 self._doom(version - self._limit - 1)
@@ -264,6 +280,14 @@ class Ledger:
             return True
         deadline_s = self.deadline_s
         return deadline_s is not None and now_s >= deadline_s
+
+    def _in_grace(self, ready: Sequence[Contribution], now_s: float) -> bool:
+        """Whether what is ready, enough for an update, waits for further contributions that may come."""
+        if self._waits_no_more(now_s) or self._workers.keys() <= {each.worker for each in ready}:
+            return False
+        if self._quorum_since_s is None:
+            self._quorum_since_s = now_s
+        return True
 
     def _weights(self, ready: Sequence[Contribution], staleness: Sequence[int]) -> tuple[float, ...]:
         if self._whole or (self._bare and len(ready) == 1):  # whole: divided by the items of the whole batch already

@@ -31,6 +31,7 @@ def ledger_state(ledger: Ledger, unmade: Sequence[Merge] = ()) -> dict[str, Any]
         "seq": ledger.next_seq,
         "pending": [list(c) for pending in [waiting, *ledger._pending.values()] for c in pending],
         "waiting_since_s": ledger._waiting_since_s,
+        **({} if ledger._grace_s is None else {"quorum_since_s": ledger._quorum_since_s}),
         "workers": [
             {"number": s.number, "rounds": s.rounds, "piece": s.piece, "base": s.base, "doomed": s.doomed}
             for s in ledger._workers.values()
@@ -50,7 +51,7 @@ def ledger_of(rule: UpdateRule, pieces: Pieces, state: Mapping[str, Any]) -> Led
     ledger.merged_pieces, ledger.merged_microbatches = state["merged_pieces"], state["merged_microbatches"]
     ledger._next_piece, ledger._returned, ledger.next_seq = state["next_piece"], list(state["returned"]), state["seq"]
     ledger.finished = ledger.merged_pieces == ledger._count
-    ledger._waiting_since_s = state["waiting_since_s"]
+    ledger._waiting_since_s, ledger._quorum_since_s = state["waiting_since_s"], state.get("quorum_since_s")
     for values in state["pending"]:
         contribution = Contribution(*values)
         key = pieces.round_of(contribution.piece) if ledger._by_round else 0

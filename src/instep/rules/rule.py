@@ -34,6 +34,9 @@ class UpdateRule:
         samples are given out again, and then waited for, so that no piece is dropped twice. None for no bound.
     max_wait_s: seconds after the first waiting contribution at which an update is made with what has come, though the
         quorum has not; only with order "arrival". None waits on.
+    grace_s: seconds after the quorum is there in which the update waits for further contributions, unless all workers
+        have sent one before (the grace window of Decoupled DiLoCo: Douillard et al., 2026, arXiv:2604.21428); it never
+        goes on beyond `max_wait_s`. None makes it at once.
     local_steps: steps, H, that a worker takes by itself for one contribution.
     local_after: global batches until `local_steps` holds; until then it is 1.
     weight: "items" weighs the contributions of an update by their items; "staleness" also divides each one's share by
@@ -72,6 +75,7 @@ class UpdateRule:
     outer_buffer: int = 1
     wire: Literal["float32", "bfloat16", "int8", "int4"] = added("float32", default="float32")
     fragments: int = added(1, default=1)
+    grace_s: float | None = added(None, default=None)
 
     def __post_init__(self) -> None:
         check_types(self, "rule")
@@ -119,6 +123,11 @@ class UpdateRule:
     def streams(self) -> bool:
         """Whether contributions are fragments, so that workers have weights of their own."""
         return self.fragments > 1
+
+    @property
+    def waits(self) -> bool:
+        """Whether time passes that decides when an update is made."""
+        return self.max_wait_s is not None or self.grace_s is not None
 
     @property
     def narrow(self) -> bool:
@@ -178,6 +187,10 @@ class UpdateRule:
             raise RecipeError(
                 f"'rule.max_wait_s' is {self.max_wait_s}; it must be a finite number above 0 (leave it out to wait on)."
             )
+        if self.grace_s is not None and not 0 < self.grace_s < float("inf"):
+            raise RecipeError(
+                f"'rule.grace_s' is {self.grace_s}; it must be a finite number above 0 (leave it out for none)."
+            )
         if not 0 <= self.compensation < float("inf"):
             raise RecipeError(f"'rule.compensation' is {self.compensation}; it must be a finite number from 0.")
         if not 0 < self.outer_lr < float("inf"):
@@ -195,6 +208,11 @@ class UpdateRule:
             raise RecipeError(
                 f"'rule.max_wait_s' is {self.max_wait_s}, and 'rule.order' is 'round', which waits for every piece; "
                 f"leave it out, or set order to 'arrival'."
+            )
+        if self.grace_s is not None and self.quorum == "all":
+            raise RecipeError(
+                f"'rule.grace_s' is {self.grace_s}, and rule {shown(self.name)} waits for all, so that no quorum is "
+                f"there before; leave it out, or set quorum to fewer, such as 'all-1', with order 'arrival'."
             )
         if self.local_steps > 1 and self.gradients:
             raise RecipeError(
