@@ -26,3 +26,16 @@ def owners(sizes: Sequence[int], workers: int) -> list[int]:
         found[index] = worker
         heapq.heapreplace(loads, (load + sizes[index], worker))
     return found
+
+
+def share_out(workers: int, agents: Sequence[int]) -> list[int]:
+    """How many of the workers each host has, by its agents, of which each takes an equal part; the first take them all
+    where there are more agents than workers.
+
+    >>> share_out(5, [1, 1]), share_out(2, [1, 1, 1]), share_out(8, [2, 0, 1])
+    ([2, 3], [1, 1, 0], [5, 0, 3])
+    """
+    parts = min(workers, sum(agents))
+    sizes = [stop - start for start, stop in equal_ranges(workers, parts)]
+    ends = [min(sum(agents[: host + 1]), parts) for host in range(len(agents))]
+    return [sum(sizes[start:stop]) for start, stop in pairwise([0, *ends])]

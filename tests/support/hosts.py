@@ -116,10 +116,12 @@ class Command:
 class Host:
     """One of them. `address`: of its interface, which has the name `interface`."""
 
-    def __init__(self, number: int, name: str, address: str, interface: str, outputs: Path):
+    def __init__(
+        self, number: int, name: str, address: str, interface: str, outputs: Path, commands: Iterator[int] | None = None
+    ):
         self.number, self.name, self.address, self.interface, self.outputs = number, name, address, interface, outputs
         monotonic = str(1000 * (number + 1))  # seconds since another start of the machine
-        self.commands = itertools.count()
+        self.commands, self._entered = commands or itertools.count(), list[Command]()
         first = {"name": name, "seconds": SHIFT_S * number, "code": _code(), "folders": [HOME, WORK]}
         with (outputs / f"{number}.err").open("w") as err:
             self._process = subprocess.Popen(
@@ -143,7 +145,8 @@ class Host:
 
     def start(self, *arguments: str, **environment: str) -> Command:
         """Begins a command in the folder `WORK`."""
-        return Command(self, arguments, {**self.environment, **environment})
+        self._entered.append(Command(self, arguments, {**self.environment, **environment}))
+        return self._entered[-1]
 
     def run(self, *arguments: str, within_s: float = 60, **environment: str) -> str:
         """What a command prints. Fails if it does."""
@@ -196,10 +199,30 @@ class Host:
                     found.append(int(entry.name))
         return [pid for pid in found if pid != self.pid]
 
+    def stop(self) -> None:
+        """Suspends all that runs there."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Wakes all that was suspended."""
+        self._wake_entered()
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def _wake_entered(self) -> None:
+        """What has entered the host suspends itself with what it has started there."""
+        for command in self._entered:
+            if command.process.poll() is None:
+                command.process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """Ends the host and all that runs on it, without a word to the others."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
+        self._wake_entered()  # or nobody would bury its dead
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
@@ -224,6 +247,7 @@ class Hosts:
             stdout=subprocess.PIPE,
         )
         self.hosts: list[Host] = []
+        self._named, self._disks = named, dict[int, int]()
         try:
             assert self._network.stdout is not None
             assert self._network.stdout.readline() == b"ready\n"
@@ -231,17 +255,16 @@ class Hosts:
             for number, last in enumerate(draw.sample(range(2, 250), count)):
                 self.hosts.append(Host(number, f"n{number}-{word}", f"{self.subnet}.{last}", f"net{word}", outputs))
                 self._plug(self.hosts[-1])
-            for host in self.hosts if named else ():
-                with host.path("/tmp/hosts").open("a") as file:  # which is /etc/hosts there
-                    file.writelines(f"{other.address} {other.name}\n" for other in self.hosts if other is not host)
+            for host in self.hosts:
+                self._introduce(host)
         except BaseException:
             self.close()
             raise
 
     def _plug(self, host: Host) -> None:
-        port = f"port{host.number}"
+        port, card = f"port{host.number}", f"02:00:00:00:01:{host.number:02x}"  # the same after another start
         self._ip(
-            f"ip link add {port} type veth peer name {host.interface} netns {host.pid}",
+            f"ip link add {port} type veth peer name {host.interface} address {card} netns {host.pid}",
             f"ip link set {port} master bridge up",
         )
         self._ip(
@@ -283,8 +306,9 @@ class Hosts:
         self._ip(f"ip link set port{number} nomaster")
 
     def heal(self, number: int) -> None:
-        """Puts it in again, and undoes `cut_from` and `cut_to`."""
+        """Puts it in again, and undoes `cut_from`, `cut_to` and `cut_between`."""
         port, host = f"port{number}", self[number]
+        self._ip(f"ip neigh flush dev {host.interface} nud permanent || true", at=host.pid)
         self._ip(f"ip link set {port} master bridge up", f"tc qdisc del dev {port} root 2>/dev/null || true")
         self._ip(f"tc qdisc del dev {host.interface} root 2>/dev/null || true", at=host.pid)
 
@@ -295,6 +319,36 @@ class Hosts:
     def cut_to(self, number: int) -> None:
         """What is sent to the host is lost; the others still hear it."""
         self._ip(f"tc qdisc replace dev port{number} root pfifo limit 0")
+
+    def cut_between(self, number: int, other: int) -> None:
+        """What the host sends to that other one is lost; nothing else is."""
+        there = f"{self[other].address} lladdr 02:00:00:00:00:01 dev {self[number].interface}"  # a card of nobody
+        self._ip(f"ip neigh replace {there} nud permanent", at=self[number].pid)
+
+    def crash(self, number: int) -> None:
+        """Takes the cable out and ends the host, so that nobody is told; its folder `WORK` is kept for `boot`."""
+        host = self[number]
+        disk = os.open(host.path(), os.O_PATH | os.O_DIRECTORY)
+        self._ip(f"ip link set port{number} nomaster")
+        host.kill()
+        self._ip(f"ip link del port{number} 2>/dev/null || true")
+        self._disks[number] = disk
+
+    def boot(self, number: int) -> None:
+        """Starts it again, with its name, address and folder `WORK`."""
+        old, disk = self[number], self._disks.pop(number)
+        host = Host(number, old.name, old.address, old.interface, old.outputs, old.commands)
+        self.hosts[number] = host
+        shutil.copytree(f"/proc/self/fd/{disk}", host.path(), dirs_exist_ok=True)
+        os.close(disk)
+        self._plug(host)
+        self._introduce(host)
+
+    def _introduce(self, host: Host) -> None:
+        """Has it resolve the names of the others."""
+        if self._named:
+            with host.path("/tmp/hosts").open("a") as file:  # which is /etc/hosts there
+                file.writelines(f"{other.address} {other.name}\n" for other in self.hosts if other is not host)
 
     def shape(self, number: int, rate: str) -> None:
         """Limits both ways to a rate such as ``100mbit``."""

@@ -26,6 +26,7 @@ from instep.team.orders import (
     Resumed,
     RosterEvent,
     Said,
+    Saved,
     Start,
     StartMore,
     StopAsked,
@@ -35,6 +36,7 @@ from instep.team.roster import Roster
 
 NAMES = ("a", "b", "c")
 FINAL = (FinishRun, FailRun, CancelRun)
+OF_AN_EPOCH = (EpochEnded, Resumed, Saved)
 
 
 class World:
@@ -155,6 +157,12 @@ class World:
                 assert epoch == self.roster.epoch
                 assert self.ending is None
                 self.ending = self.last
+                if isinstance(self.last, Saved):
+                    now = {m.host for m in self.living("working")}
+                    assert self.here - now, "nobody has come"
+                    assert not self.stopping
+                    assert not self.serving, "whose workers come and go one by one"
+                    assert not [m for m in self.present() if self.stage[m] == "done"], "it is about to end"
                 if isinstance(self.last, HostLost | HostCame):
                     lost = [m for m in self.living() if m.host == self.last.host]
                     self.stage.update(dict.fromkeys(lost, "lost"))
@@ -213,6 +221,9 @@ class World:
         self.here.discard(host)
         self.tell(HostLost(host, "host 1 (b) is lost."))
 
+    def saves(self) -> None:
+        self.tell(Saved(self.roster.epoch))
+
     def gone(self, written: tuple[str, ...] = ()) -> None:
         lost = isinstance(self.ending, Lost | HostLost | HostCame)
         self.counted += lost and not self.stopping and self.counted < self.allowed
@@ -253,7 +264,7 @@ class World:
         member = getattr(event, "member", None)
         if member is not None and (self.ending or member not in self.roster.active):
             pass
-        elif not isinstance(event, EpochEnded | Resumed) or (event.epoch == self.roster.epoch and self.final is None):
+        elif not isinstance(event, OF_AN_EPOCH) or (event.epoch == self.roster.epoch and self.final is None):
             return
         before = self.state()
         assert self.roster.hear(event) == []
@@ -279,6 +290,8 @@ class World:
                 self.loses(host)
             case "gone", True:
                 self.gone(NAMES[pick % 3 : pick % 2])
+            case "save", False if self.roster.going:
+                self.saves()
             case "stop", _:
                 self.stop(at_once=pick % 5 == 0, within=pick % 5 == 1)
             case _, True:

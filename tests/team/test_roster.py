@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from instep.errors import DataError, InstepError, WorkerError
+from instep.ranges import share_out
 from instep.team.messages import Digest, StoppedAt
 from instep.team.orders import (
     AskToStop,
@@ -29,7 +30,7 @@ from instep.team.orders import (
     StopServer,
     Warn,
 )
-from instep.team.roster import Roster, share_out
+from instep.team.roster import Roster
 from support.world import FINAL, World
 
 pytestmark = pytest.mark.pure
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.pure
 
 KINDS = (
     "build", "build", "build", "ready", "end", "lose", "lose", "raise", "write", "digest", "drift", "stop", "gone",
-    "gone", "old", "come", "come", "part",
+    "gone", "old", "come", "come", "part", "save",
 )  # fmt: skip
 HISTORIES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 29)), max_size=60)
 AGENTS = st.sampled_from([(1,), (1,), (1, 1), (2, 1), (1, 1, 1)])
@@ -78,6 +79,7 @@ def test_random_histories_come_everywhere() -> None:
 
     @settings(max_examples=1200, database=None)
     @given(WORLDS, HISTORIES)
+    @example(World(serving=True, agents=(1, 1)), [("come", 1), ("build", 0), ("part", 1), ("come", 1)])  # seldom
     def look(world: World, history: list[tuple[str, int]]) -> None:
         for kind, pick in history:
             world.happens(kind, pick)
@@ -132,6 +134,34 @@ def test_a_death_in_lockstep_starts_the_whole_team_again() -> None:
         NoteLoss(member(1), "worker 1 was killed."),
         Start(2, (member(0, epoch=2), member(1, epoch=2), member(2, epoch=2))),
     ]
+
+
+def test_a_host_that_comes_back_takes_part_once_a_checkpoint_is_saved_and_no_restart_is_counted() -> None:
+    world = World(3, restarts=1, agents=(1, 1))
+    world.comes(1)
+    world.build()
+    world.loses(1)
+    world.gone()
+    assert [member.host for member in world.present()] == [0, 0, 0]
+    world.saves()  # while it is built
+    world.build()
+    world.saves()
+    assert isinstance(world.orders[-1], Go), "nobody has come"
+    world.comes(1)
+    assert isinstance(world.orders[-1], Go), "the others go on meanwhile"
+    world.saves()
+    world.gone()
+    assert [member.host for member in world.present()] == [0, 1, 1]
+    assert world.roster.restarts == 1
+    world.run_out()
+
+
+def test_a_host_for_which_there_is_no_worker_is_not_taken_in() -> None:
+    world = World(1, agents=(1, 1))
+    world.comes(1)
+    world.build()
+    world.saves()
+    assert isinstance(world.orders[-1], Go)
 
 
 def test_a_death_before_the_team_goes_starts_all_of_it_again_under_the_server_too() -> None:

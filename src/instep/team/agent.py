@@ -23,7 +23,7 @@ from typing import Any, assert_never
 from instep.descendants import adopting_orphans, children, die_with_parent
 from instep.errors import InstepError, RecipeError, RecordError, described
 from instep.record import best, checkpoint
-from instep.record.events import FailedEvent, LeftEvent, RunEndedEvent
+from instep.record.events import CheckpointedEvent, Event, FailedEvent, LeftEvent, RunEndedEvent
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape
@@ -36,6 +36,7 @@ from instep.team.journal import ClientGone, Journal
 from instep.team.messages import Request
 from instep.team.orders import Member
 from instep.team.outcome import result_of, start_of
+from instep.team.parted import Parted
 from instep.team.processes import import_before_forks
 from instep.team.roster import Roster
 from instep.team.signals import Interrupted, Requests
@@ -55,7 +56,7 @@ class Agent:
         self._run, self._client, self._requests = run, client, requests or Requests()
         self._folder, self._parent = RunFolder(run.folder), os.getppid()
         self._hosts: Hosts | None = None  # where there are other agents
-        self._parted: dict[Member, tuple[float, str]] = {}  # who has lost the others, when, and how
+        self._parted = Parted()
         serving, team = run.engine == "server", run.team
         agents = run.place.agents_by_host if run.place is not None else (1,)
         patient = team.when_lost == "wait"
@@ -167,6 +168,8 @@ class Agent:
         match heard.message:
             case messages.Events(events):
                 self._journal.pass_on(events)
+                if self._hosts is not None and any(self._saved_amid(event) for event in events):
+                    self._hear(orders.Saved(heard.member.epoch))
                 return
             case messages.Sync():
                 self._journal.sync()
@@ -176,10 +179,14 @@ class Agent:
                 self._facts = facts
             case messages.Ended():
                 self._ended[heard.member.number] = heard.message
-            case messages.PeersLost(why):
-                self._parted[heard.member] = time.monotonic(), why
+            case messages.PeersLost():
+                self._parted.note(heard.member, heard.message)
                 return
         self._hear(orders.Said(heard.member, heard.message))
+
+    def _saved_amid(self, event: Event) -> bool:
+        """Whether it tells of a checkpoint after which there is more to train."""
+        return isinstance(event, CheckpointedEvent) and event.version < self._run.recipe_table["steps"]
 
     def _look(self) -> None:
         """What no message tells."""
@@ -187,13 +194,14 @@ class Agent:
         self._held.check()
         if os.getppid() != self._parent:  # whoever it was that held the client's end of the pipe open
             raise ClientGone
+        lost: orders.RosterEvent | None
+        if self._hosts is not None:
+            lost = self._parted.look(self.roster.active, self._hosts, self.roster.name)
+            if lost is not None:
+                self._hear(lost)
         for crew in self._crews:
             if (lost := crew.look()) is not None and self._result is None:
                 self._hear(lost)
-        for member, (since, why) in list(self._parted.items()):
-            if time.monotonic() - since > self._run.team.lease_s and member in self.roster.active:
-                name = self.roster.name(member.number)  # who died would be known by now
-                self._hear(orders.Lost(member, f"{name} was cut off from the other workers, who live: {why}"))
 
     @property
     def _crews(self) -> list[Crew]:

@@ -259,6 +259,8 @@ class Follower:
     def _lose(self, why: str) -> None:
         """Agent 0 is lost: ends the workers, and looks for it again."""
         self._drop()
+        limit = f"{self._team.give_up_s:g} s"
+        self._say(f"{why}; agent {self._place.agent} ends its workers, and looks for it for {limit} at most.")
         self._end()
         self._join(self._team.give_up_s, f"{why}, and it could not be reached again")
 

@@ -36,6 +36,9 @@ SAY_S = 10.0
 HELLO_S = 5.0
 """Seconds that an agent has to say who it is, once it has shown that it knows the secret."""
 
+ASIDE_LEASES = 6
+"""Times `team.lease_s` that a host is left out which another one does not reach."""
+
 FAREWELL_S = 5.0
 """Seconds that the other agents have to end after the run's end."""
 
@@ -66,6 +69,7 @@ class Hosts:
         self._unknown: dict[AgentLink, Silence] = {}  # that have not said who they are
         self._session: dict[int, str] = {}  # the present one of each agent
         self._replaced: set[str] = set()
+        self._aside: dict[int, float] = {}  # hosts that take no part, and until when
         self._parent = os.getppid()
         self._began = self._said = time.monotonic()
 
@@ -127,6 +131,9 @@ class Hosts:
                 except (EOFError, OSError):
                     self._standby.pop(agent).close()
         self.crews = [crew for crew in self.crews if crew.lost is None or not crew.told_of_loss]
+        for host in [host for host, until in self._aside.items() if time.monotonic() >= until]:
+            del self._aside[host]
+            yield from self._complete(host)
 
     def _hear_unknown(self, link: AgentLink, silence: Silence, begun: bool) -> Iterator[RosterEvent]:
         hello: Any = None
@@ -171,8 +178,35 @@ class Hosts:
                 crew.link.close()
                 self.crews.remove(crew)
             self.crews.append(RemoteCrew(link, hello, self._folder, self._clock, self._run.team.lease_s))
-        if not self._missing(hello.host):
-            yield HostCame(hello.host, hello.name)
+        yield from self._complete(hello.host)
+
+    def _complete(self, host: int) -> Iterator[RosterEvent]:
+        """Tells that a host is there, if all its agents are and it may take part."""
+        names = [crew.hello.name for crew in self.crews if crew.hello.host == host and crew.lost is None]
+        if names and not self._missing(host) and host not in self._aside:
+            yield HostCame(host, names[0])
+
+    def at(self, address: str) -> int | None:
+        """The host that has this address, as far as is known."""
+        if address == self.address:
+            return 0
+        return next((crew.hello.host for crew in self.crews if crew.hello.address == address), None)
+
+    def silent(self, host: int | None) -> bool:
+        """Whether a sign of life of its agent is overdue."""
+        return any(crew.silent for crew in self.crews if crew.hello.host == host)
+
+    def set_aside(self, one: int, host: int, *, why: str) -> None:
+        """Has `host`, which the other one does not reach, take no part for a while."""
+        aside_s = ASIDE_LEASES * self._run.team.lease_s
+        names = {crew.hello.host: crew.name for crew in self.crews}
+        self._aside[host] = time.monotonic() + aside_s
+        for crew in self.crews:
+            if crew.hello.host == host:
+                crew.set_aside(
+                    f"{names.get(one)} and {names[host]} do not reach each other, though both reach agent 0 ({why}); "
+                    f"{names[host]} is left out for {aside_s:g} s."
+                )
 
     def _refused(self, hello: HelloAgent) -> InstepError | None:
         """Why it is none of this run's agents, if so."""
@@ -215,6 +249,7 @@ class Hosts:
             return ""
         missing = [f"{agent} (host {host})" for host in sorted(hosts) for agent in self._missing(host)]
         who = f"agent{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+        who = who if missing else "hosts that are left out"
         if now - self._began >= limit:
             raise WorkerError(
                 f"no word came within {limit:g} s from {who}; look there for an error and whether {self.address} can "

@@ -211,9 +211,13 @@ class FoundWritten:
 
 @dataclass(frozen=True, slots=True)
 class PeersLost:
-    """A worker cannot reach the others any more, one of whom may have died; it waits for its end."""
+    """A worker cannot reach the others any more, one of whom may have died; it waits for its end.
+
+    silent: the address of one whose system does not answer, "" where that is not how it was noticed.
+    """
 
     why: str
+    silent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,14 @@ class HostLost:
     why: str
 
 
-RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | HostCame | HostLost
+@dataclass(frozen=True)
+class Saved:
+    """The team of this epoch has saved a checkpoint, and has more to train."""
+
+    epoch: int
+
+
+RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | HostCame | HostLost | Saved
 
 # Orders
 

@@ -63,7 +63,7 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
     except (PeerRaised, PeerLost) as error:
         session.send_events()
         if isinstance(error, PeerLost):
-            pipe.send(PeersLost(str(error)))
+            pipe.send(PeersLost(str(error).rstrip("."), error.silent))
         sys.stdout.flush()
         with contextlib.suppress(EOFError):
             pipe.recv()  # until the supervisor, which hears of it from another, ends this process
@@ -175,9 +175,11 @@ def _group(session: Session, sizes: Sizes, own: Sizes, place: int, descriptor: i
         return machine or Solo(sizes, device)
     connect = store_at(*network.store, network.listener if session.number == 0 else None)
     own_address = network.address
+    silent_s = session.assignment.team.lease_s
     return DistributedGroup(
-        connect, network.name, session.number, sizes, machine, device=device, address=own_address, waiting=waiting
-    )
+        connect, network.name, session.number, sizes, machine,
+        device=device, address=own_address, waiting=waiting, silent_s=silent_s,
+    )  # fmt: skip
 
 
 class _Keeper:

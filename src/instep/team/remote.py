@@ -162,6 +162,15 @@ class RemoteCrew:
             except OSError as error:
                 self._lose(f"{self.name} cannot be reached any more: {error}.")
 
+    @property
+    def silent(self) -> bool:
+        """Whether a sign of life is overdue."""
+        return self._silence.seconds > 2 * LONGEST_LOOK_S
+
+    def set_aside(self, why: str) -> None:
+        """It is to count as lost, though it answers."""
+        self._lose(why)
+
     def sources(self) -> list[Any]:
         return [self.link] if self.lost is None else []
 

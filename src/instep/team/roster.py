@@ -12,8 +12,9 @@ of events:
 - A restart is counted once, whichever way the death was noticed, and no more of them come than are allowed. To go back
   for parameters that forwards write is none: what was found then is known later, so that it comes to an end.
 - A team starts with the workers of all hosts that are there, and waits for the others where it must: for all at first,
-  and later too if it is not to go on without those that were lost. Host 0, where the roster is, is always there.
-  Under a server nobody waits for a host that was lost, and one that comes has its workers join those that go on.
+  and later too if it is not to go on without those that were lost. Host 0, where the roster is, is always there. One
+  that comes while a team trains is taken in once that has saved a checkpoint, which counts as no restart either. Under
+  a server nobody waits for a host that was lost, and one that comes has its workers join those that go on.
 - What comes of another epoch, or of a process that was replaced or has done its part, changes nothing.
 - After a stop no process starts, and once those that live have ended or are lost the run is over.
 """
@@ -22,12 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from instep.errors import InstepError, WorkerError, with_saved
-from instep.ranges import equal_ranges
+from instep.ranges import share_out
 from instep.sources import first_difference
 from instep.team import orders
 from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
@@ -85,7 +85,7 @@ class Roster:
         self._places: list[_Place] = []
         self._unlooked = self._looked = False
         self._digests: dict[int, dict[int, str]] = {}  # by version and number
-        self._ending: orders.Lost | FoundWritten | None = None  # why the epoch ends, until it is gone
+        self._ending: orders.Lost | FoundWritten | orders.Saved | None = None  # why the epoch ends, until it is gone
         self._stopping = False
         self._raised: InstepError | None = None  # by a worker of the server engine, while the server saves
 
@@ -112,6 +112,8 @@ class Roster:
         if isinstance(event, orders.HostLost):
             self._here.discard(event.host)
             return self._lose_all_of(event.host, event.why)
+        if isinstance(event, orders.Saved):
+            return self._end(event) if event.epoch == self.epoch and self._newcomers() else []
         if event.member not in self.active:
             return []
         place = self._places[event.member.number]
@@ -168,7 +170,8 @@ class Roster:
         self._names[host] = came.name
         if waiting:
             return self._start_if_all_are_there()
-        # One that was lost takes part again at once under a server, else when the team next starts.
+        # One that was lost takes part again at once under a server; else once a checkpoint is saved, or when the team
+        # next starts.
         lost = self._lose_all_of(host, f"host {host} ({came.name}) has come anew, without its workers.")
         return [*lost, *self._start_there(host)]
 
@@ -208,10 +211,22 @@ class Roster:
         looked, self._looked = self._looked, False
         return [self._start(looked=looked)]
 
+    def _shares(self) -> list[int]:
+        """How many workers each host would get now."""
+        return share_out(self._workers, [n if host in self._here else 0 for host, n in enumerate(self._agents)])
+
+    def _newcomers(self) -> list[int]:
+        """The hosts that a new start would take in, where it may come and would have workers on more hosts than now."""
+        going = self.going and self._ending is None and not any(place.done for place in self._places)
+        if not going or self._stopping or self._serving:
+            return []
+        now = {place.member.host for place in self._places}
+        then = [host for host, count in enumerate(self._shares()) if count]
+        return [host for host in then if host not in now] if len(then) > len(now) else []
+
     def _start(self, *, looked: bool = False) -> orders.Start:
         self.epoch += 1
-        counts = share_out(self._workers, [n if host in self._here else 0 for host, n in enumerate(self._agents)])
-        hosts = [host for host, count in enumerate(counts) for _ in range(count)] + [0] * self._serving
+        hosts = [host for host, count in enumerate(self._shares()) for _ in range(count)] + [0] * self._serving
         members = tuple(Member(self.epoch, number, host=host) for number, host in enumerate(hosts))
         self._places = [_Place(member) for member in members]
         self._digests, self._unlooked, self.going = {}, False, False
@@ -322,7 +337,7 @@ class Roster:
             return self._over(orders.CancelRun())
         return [] if known else [orders.AskToStop(self.epoch)]
 
-    def _end(self, why: orders.Lost | FoundWritten) -> list[Order]:
+    def _end(self, why: orders.Lost | FoundWritten | orders.Saved) -> list[Order]:
         self._ending = why
         return [orders.EndEpoch(self.epoch)]
 
@@ -335,6 +350,8 @@ class Roster:
             return [*noted, *self._over(orders.CancelRun())]
         if isinstance(why, FoundWritten):
             return self._go_back(why, gone.written)
+        if isinstance(why, orders.Saved):
+            return self._start_again()
         if (too_often := self._count_restart(why)) is not None:
             return [*noted, *self._over(orders.FailRun(too_often))]
         return [*noted, *self._start_again()]
@@ -377,16 +394,3 @@ class Roster:
     def _over(self, order: orders.FinishRun | orders.FailRun | orders.CancelRun) -> list[Order]:
         self.over = True
         return [order]
-
-
-def share_out(workers: int, agents: Sequence[int]) -> list[int]:
-    """How many of the workers each host has, by its agents, of which each takes an equal part; the first take them all
-    where there are more agents than workers.
-
-    >>> share_out(5, [1, 1]), share_out(2, [1, 1, 1]), share_out(8, [2, 0, 1])
-    ([2, 3], [1, 1, 0], [5, 0, 3])
-    """
-    parts = min(workers, sum(agents))
-    sizes = [stop - start for start, stop in equal_ranges(workers, parts)]
-    ends = [min(sum(agents[: host + 1]), parts) for host in range(len(agents))]
-    return [sum(sizes[start:stop]) for start, stop in pairwise([0, *ends])]

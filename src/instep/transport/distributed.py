@@ -30,7 +30,7 @@ class DistributedGroup:
 
     `machine` is the group of this machine's ranks, of the rows that these have; with one level each rank has one of its
     own. Where device is not the CPU, rows lie there, and a level of several ranks a machine is not for it. Raises
-    PeerLost where the others cannot be reached.
+    PeerLost where the others cannot be reached, as after `silent_s` without a sign of another's system.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class DistributedGroup:
         device: torch.device | str = "cpu",
         address: str = "",
         waiting: Waiting = lambda flag: None,
+        silent_s: float | None = None,
     ):
         self.rank, self.size, self.levels = rank, len(sizes.rows), sizes.levels
         self._connect, self._name, self._address, self._waiting = connect, name, address, waiting
@@ -52,7 +53,7 @@ class DistributedGroup:
         assert machine is not None or len(self._here) == 1, "a machine's ranks need a group of their own"
         self._machine: Group = machine or Solo(of_ranks(sizes, range(rank, rank + 1)), device)
         self.rows, self.common = self._machine.rows, self._machine.common
-        self._interrupted = 0
+        self._interrupted, self._silent_s = 0, silent_s
         self._store: Any = connect()
         self._wire: Wire | None = self._join()
 
@@ -120,7 +121,7 @@ class DistributedGroup:
 
     def _join(self) -> Wire:
         name = f"{self._name}/{self._interrupted}"
-        return Wire(self._connect, name, self.rank, self.size, self._device, self._address)
+        return Wire(self._connect, name, self.rank, self.size, self._device, self._address, self._silent_s)
 
     def _begin(self, send: Tensor, lengths: Sequence[int], expected: Sequence[int]) -> Exchange:
         try:

@@ -22,7 +22,14 @@ Waiting = Callable[[bool], None]
 
 
 class PeerLost(Exception):
-    """A rank has died or cannot be reached: the group is of no use any more. A new one may be made of who is left."""
+    """A rank has died or cannot be reached: the group is of no use any more. A new one may be made of who is left.
+
+    silent: the address of one whose system does not answer; "" where that is not how it was noticed.
+    """
+
+    def __init__(self, why: str, silent: str = ""):
+        super().__init__(why)
+        self.silent = silent
 
 
 class PeerRaised(Exception):

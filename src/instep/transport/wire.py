@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
 from instep.transport.group import PeerLost
+from instep.transport.silence import LONGEST_LOOK_S, Socket, Unanswered
 
 LOOK = timedelta(milliseconds=20)
 """Between two looks at whether to go on waiting. A wait of gloo's that times out breaks nothing."""
@@ -57,11 +58,22 @@ class Wire:
     """One process's end. The processes that make it with the same `name`, in a store, find each other.
 
     `address` is one of this machine's that the others reach; else what its host's name resolves to. The time that the
-    others take to come is unlimited. A device other than the CPU takes NCCL: the same calls, on tensors of the device.
+    others take to come is unlimited. One whose system acknowledges nothing for `silent_s` seconds, if any are given, is
+    lost. A device other than the CPU takes NCCL: the same calls, on tensors of the device.
     """
 
-    def __init__(self, connect: Connect, name: str, rank: int, size: int, device: torch.device, address: str = ""):
+    def __init__(
+        self,
+        connect: Connect,
+        name: str,
+        rank: int,
+        size: int,
+        device: torch.device,
+        address: str = "",
+        silent_s: float | None = None,
+    ):
         self.device, self._rank, self._size = device, rank, size
+        self._silent_s, self._unanswered, self._looked = silent_s, Unanswered(), time.monotonic()
         self._pending: list[c10d.Work] = []
         self._group: Any = None  # a backend of torch's, whose types its stubs don't tell
         before = _sockets()
@@ -77,11 +89,15 @@ class Wire:
         joining.start()
         while joining.is_alive():
             joining.join(LOOK.total_seconds())
+            if silence := self._silence(lambda: _sockets() - before):
+                made.append(silence)
+                break
         self._sockets = _sockets() - before
         group = made[0]
         if isinstance(group, BaseException):
             self.leave()
-            raise PeerLost(f"rank {rank} of {size} could not join the others: {group}") from group
+            silent = group.silent if isinstance(group, PeerLost) else ""
+            raise PeerLost(f"rank {rank} of {size} could not join the others: {group}", silent) from group
         self._group = group
 
     def all_to_all(self, send: Tensor, lengths: Sequence[int], expected: Sequence[int]) -> Exchange:
@@ -105,12 +121,13 @@ class Wire:
         try:
             if self.device.type == "cpu":
                 while not _ended(work):
-                    pass
+                    if silence := self._silence(lambda: self._sockets):
+                        raise silence
             else:
                 while not work.is_completed():
                     time.sleep(0.0002)
                 work.wait()
-        except RuntimeError as error:
+        except (RuntimeError, PeerLost) as error:
             raise self._lost(error) from error
         self._pending.remove(work)
 
@@ -126,10 +143,21 @@ class Wire:
                     work.wait()
         self._pending = []
 
-    def _lost(self, error: RuntimeError) -> PeerLost:
+    def _silence(self, sockets: Callable[[], set[Socket]]) -> PeerLost | None:
+        """One of the others whose system does not answer any more, if there is one."""
+        if self._silent_s is None or time.monotonic() - self._looked < LONGEST_LOOK_S / 2:
+            return None
+        self._looked = time.monotonic()
+        address, seconds = self._unanswered.look(sockets())
+        if seconds < self._silent_s:
+            return None
+        return PeerLost(f"{address or 'one'} has acknowledged nothing for {seconds:.1f} s", address)
+
+    def _lost(self, error: RuntimeError | PeerLost) -> PeerLost:
         _shut(self._sockets)  # so that all are told
         self.leave()
-        return PeerLost(f"rank {self._rank} of {self._size} has lost another one: {str(error).splitlines()[0]}")
+        silent = error.silent if isinstance(error, PeerLost) else ""
+        return PeerLost(f"rank {self._rank} of {self._size} has lost another one: {str(error).splitlines()[0]}", silent)
 
 
 class Exchange:
@@ -169,8 +197,8 @@ def _ended(work: c10d.Work) -> bool:
     return True
 
 
-def _sockets() -> set[tuple[int, int]]:
-    """Number and inode of each socket that is open here: a number alone may be another's later."""
+def _sockets() -> set[Socket]:
+    """The sockets that are open here."""
     found = set()
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the listing's own is closed by now
@@ -180,7 +208,7 @@ def _sockets() -> set[tuple[int, int]]:
     return found
 
 
-def _shut(sockets: set[tuple[int, int]]) -> None:
+def _shut(sockets: set[Socket]) -> None:
     """Shuts the connections of gloo's among them. Not what listens: gloo would end the process."""
     for number, inode in sockets:
         with contextlib.suppress(OSError):

@@ -1,0 +1,82 @@
+"""Whether the other ends of TCP connections still acknowledge what they are sent. Linux alone tells.
+
+A cable that is cut, one way or both, ends no connection: TCP sends again, for a quarter of an hour. To be slow is
+something else: a process that is stopped, or computes, takes nothing, and its system still acknowledges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+Socket = tuple[int, int]
+"""Descriptor and inode: a number alone may be another's later."""
+
+LONGEST_LOOK_S = 1.0
+"""A look counts so much at most: what was suspended itself must not blame the others when it wakes."""
+
+_INFO_BYTES, _UNACKED, _ACKED = 128, 8 + 4 * 4, 120
+"""Of the kernel's struct tcp_info: its length, where segments that wait for an answer are, and bytes answered."""
+
+
+class Unanswered:
+    """Of several looks at the same connections."""
+
+    def __init__(self) -> None:
+        self._looked = time.monotonic()
+        self._silent: dict[Socket, tuple[int, float]] = {}  # bytes that were acknowledged, and since how long no more
+
+    def look(self, sockets: Iterable[Socket]) -> tuple[str, float]:
+        """The address of who has acknowledged nothing for longest though something waits for it, and for how many
+        seconds; "" where it cannot be told, as while connecting.
+        """
+        now = time.monotonic()
+        passed, self._looked = min(now - self._looked, LONGEST_LOOK_S), now
+        worst = "", 0.0
+        for one in sockets:
+            found = _waiting(one)
+            if found is None:
+                self._silent.pop(one, None)
+                continue
+            address, acked = found
+            before, seconds = self._silent.get(one, (acked, 0.0))
+            seconds = seconds + passed if before == acked else 0.0
+            self._silent[one] = acked, seconds
+            worst = max(worst, (address, seconds), key=lambda each: each[1])
+        return worst
+
+
+def _waiting(one: Socket) -> tuple[str, int] | None:
+    """The other end of a TCP connection and how much it has acknowledged; None where it owes nothing."""
+    number, inode = one
+    with contextlib.suppress(OSError, struct.error):
+        if os.fstat(number).st_ino != inode:
+            return None
+        with socket.socket(fileno=os.dup(number)) as opened:
+            if opened.family not in (socket.AF_INET, socket.AF_INET6):
+                return None
+            if opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return None
+            info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+            (unacked,), (acked,) = struct.unpack_from("I", info, _UNACKED), struct.unpack_from("Q", info, _ACKED)
+            if not unacked:
+                return None
+            try:
+                return str(opened.getpeername()[0]), acked
+            except OSError:  # it is not there yet
+                return _called(inode), acked
+    return None
+
+
+def _called(inode: int) -> str:
+    """The address that a connection is being made to."""
+    for line in Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:]:
+        _, _, remote, *_, of_line = line.split()[:10]
+        if of_line == str(inode):
+            return socket.inet_ntoa(struct.pack("=I", int(remote.partition(":")[0], 16)))
+    return ""

@@ -1,0 +1,387 @@
+"""Random faults of machines, one after the other, in one run over three hosts: what was done, who was named and when,
+and what it cost.
+
+The agents have srun's environment, and are started again by hand where they have ended. A host that is killed says
+nothing, for its cable comes out first, and comes back with its disk. After each fault the run must be whole again, with
+workers on all hosts, and at the end it must have the digest of a run that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from support.hosts import Command, Host, Hosts
+
+KINDS = {
+    "host killed": 5,
+    "host stopped": 5,
+    "host cut off for good": 4,
+    "host cut off and back before its lease": 5,
+    "host cut off and back after its lease": 5,
+    "link cut one way": 5,
+    "worker killed": 6,
+    "agent 0: process killed": 2,
+    "agent 0: host killed": 1,
+    "agent 0: host stopped": 1,
+    "agent 0: host cut off": 1,
+}
+"""How many there are of each in a whole campaign."""
+
+FAULTS = sum(KINDS.values())
+HOSTS, WORKERS, EVERY = 3, 5, 10
+NAMED_S = 10.0
+"""Seconds within which somebody is to be named."""
+
+WHOLE_S = 90.0
+"""Seconds at most until the run is whole again, on a loaded machine too."""
+
+MODULE = """\
+import os, time
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 1))
+
+def numbers(samples=40):
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(samples, 3, generator=generator), torch.randn(samples, 1, generator=generator))
+
+def pause(gradient):
+    time.sleep(float(os.environ.get("PAUSE_S", "0")))
+
+def squares(model, batch):
+    total = (model(batch[0]) - batch[1]).square().sum()
+    if total.requires_grad:
+        total.register_hook(pause)
+    return total
+"""
+
+RECIPE = """\
+batch = 8
+microbatches = 8
+steps = 1000000
+[model]
+use = "mymodel:Net"
+[objective]
+use = "mymodel:squares"
+[data]
+use = "mymodel:numbers"
+[optimizer]
+use = "torch.optim:AdamW"
+args = {{ lr = 0.001 }}
+[team]
+workers = {workers}
+checkpoint_every = {every}
+restarts = 1000
+lease_s = {lease_s}
+give_up_s = {give_up_s}
+"""
+
+
+@dataclass
+class Fault:
+    """One, and what came of it. `named_after_s`: since it happened; None where nobody is to be named.
+
+    again: steps that were done again, over all starts that followed it; before_checkpoint: those of them that were done
+    before the newest checkpoint, of which there are to be none.
+    """
+
+    number: int
+    kind: str
+    host: int
+    t_s: float
+    how: str = ""
+    named: str = ""
+    named_after_s: float | None = None
+    starts: list[int] = field(default_factory=list)
+    again: int = 0
+    before_checkpoint: int = 0
+    whole_after_s: float = 0.0
+
+
+class Tape:
+    """What the run's tape tells, as it grows. `path()`: where it is now."""
+
+    def __init__(self, path: Callable[[], Path]):
+        self._path, self._offset = path, 0
+        self.events: list[dict[str, Any]] = []
+
+    def read(self) -> None:
+        with contextlib.suppress(FileNotFoundError), self._path().open("rb") as file:
+            file.seek(self._offset)
+            whole = file.read().rpartition(b"\n")[0]
+            if whole:
+                self._offset += len(whole) + 1
+                self.events += map(json.loads, whole.splitlines())
+
+    def since(self, place: int, *kinds: str) -> list[dict[str, Any]]:
+        return [event for event in self.events[place:] if event["kind"] in kinds]
+
+
+class Campaign:
+    """One run, and the faults that it suffers."""
+
+    def __init__(self, hosts: Hosts, seed: int, count: int, *, lease_s: float, note: Callable[[Fault], None]):
+        self.hosts, self._draw, self._note, self._lease_s = hosts, random.Random(seed), note, lease_s
+        self._kinds = plan(self._draw, count)
+        recipe = RECIPE.format(workers=WORKERS, every=EVERY, lease_s=lease_s, give_up_s=6 * lease_s)
+        hosts.put({"mymodel.py": MODULE, "my.toml": recipe})
+        self.commands: dict[int, Command] = {}
+        self._tape = Tape(lambda: hosts[0].path() / "run" / "tape.jsonl")
+        self.faults: list[Fault] = []
+        self._away: set[int] = set()  # hosts whose agents nobody starts now
+        self._began = time.monotonic()
+
+    # The run
+
+    def start(self, host: Host) -> Command:
+        """By hand: the command of before, or to go on where agent 0 had begun."""
+        begun = host.number == 0 and (host.path() / "run" / "recipe.toml").exists()
+        run = ["--resume", "run"] if begun else ["my.toml", "--out", "run"]
+        return host.start(
+            sys.executable, "-m", "instep", "train", *run, "--workers", str(WORKERS), PAUSE_S="0.05",
+            OMP_NUM_THREADS="1", INSTEP_SECRET="0123456789abcdef", SLURM_STEP_ID="0", SLURM_PROCID=str(host.number),
+            SLURM_NTASKS=str(HOSTS), SLURM_NODEID=str(host.number), SLURM_LOCALID="0", SLURM_JOB_ID="77",
+            SLURM_JOB_NODELIST=",".join(each.name for each in self.hosts),
+        )  # fmt: skip
+
+    def look(self) -> None:
+        """Reads what is new, and starts again who has ended."""
+        self._tape.read()
+        for host in self.hosts:
+            command = self.commands.get(host.number)
+            if host.number not in self._away and (command is None or command.process.poll() is not None):
+                self.commands[host.number] = self.start(host)
+
+    def wait(self, true: Callable[[], Any], within_s: float, what: str) -> float:
+        """Waits for it; gives the seconds. Raises AssertionError with all that is known."""
+        began = time.monotonic()
+        while not true():
+            assert time.monotonic() - began < within_s, f"waited in vain for {what}; {self._state()}"
+            time.sleep(0.03)
+            self.look()
+        return time.monotonic() - began
+
+    def _state(self) -> str:
+        last = [e for e in self._tape.events if e["kind"] in ("run_started", "left", "warned", "failed")][-8:]
+        told = [{k: e.get(k) for k in ("kind", "t_s", "version", "why", "hosts") if k in e} for e in last]
+        return f"tape {told}, stderr { ({n: c.err[-1500:] for n, c in self.commands.items()}) }, away {self._away}"
+
+    def whole(self) -> bool:
+        """Whether workers of all hosts train, and a checkpoint of theirs is there."""
+        events = self._tape.events
+        at = next((at for at in reversed(range(len(events))) if events[at]["kind"] == "run_started"), None)
+        if at is None or sum(host["workers"] > 0 for host in events[at]["hosts"]) < HOSTS:
+            return False
+        later = [event["kind"] for event in events[at:] if event["kind"] in ("left", "checkpointed", "merged")]
+        saved = later.index("checkpointed") if "checkpointed" in later else len(later)
+        return "left" not in later and later[saved:].count("merged") >= 3
+
+    def run(self) -> dict[str, Any]:
+        """All of it, and a stop. Gives the result."""
+        self.wait(self.whole, WHOLE_S, "the beginning")
+        for number, kind in enumerate(self._kinds):
+            self._suffer(number, kind)
+        self.commands[0].signal(signal.SIGTERM)
+        for command in self.commands.values():
+            command.ends(WHOLE_S)
+        self._tape.read()
+        assert not any((host.path() / "run").exists() for host in list(self.hosts)[1:]), "one host has the folder"
+        return self._result("run")
+
+    def _result(self, folder: str) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads((self.hosts[0].path() / folder / "result.json").read_text())
+        return result
+
+    def undisturbed(self, steps: int) -> dict[str, Any]:
+        """The result of so many steps on one host, by one worker, to which nothing happens."""
+        self.hosts[0].run(
+            sys.executable, "-m", "instep", "train", "my.toml", "--workers", "1", "--out", "alone",
+            "--steps", str(steps), OMP_NUM_THREADS="1", within_s=600,
+        )  # fmt: skip
+        return self._result("alone")
+
+    # Faults
+
+    def _suffer(self, number: int, kind: str) -> None:
+        host = 0 if kind.startswith("agent 0") else self._draw.randrange(1, HOSTS)
+        act = getattr(self, "_" + re.sub(r"\W+", "_", kind))
+        fault = Fault(number, kind, host, round(time.monotonic() - self._began, 3))
+        self._at, self._marks = len(self._tape.events), {n: len(c.err) for n, c in self.commands.items()}
+        self._happened = time.monotonic()
+        act(fault)
+        self._away.clear()
+        self.wait(lambda: self._cured(fault), WHOLE_S, f"the end of {fault}")
+        fault.whole_after_s = round(time.monotonic() - self._happened, 3)
+        self._count(fault)
+        self.faults.append(fault)
+        self._note(fault)
+
+    def _cured(self, fault: Fault) -> bool:
+        return self.whole() and (not fault.named or bool(self._tape.since(self._at, "run_started")))
+
+    def _count(self, fault: Fault) -> None:
+        """Which steps were done again."""
+        done = saved = 0
+        for at, event in enumerate(self._tape.events):
+            match event["kind"]:
+                case "merged":
+                    done = max(done, event["version"])
+                case "checkpointed":
+                    saved = max(saved, event["version"])
+                case "run_started":
+                    if at >= self._at:
+                        fault.starts.append(event["version"])
+                        fault.again += done - event["version"]
+                        fault.before_checkpoint += max(0, saved - event["version"])
+                    done = event["version"]
+
+    def _named(self, fault: Fault, pattern: str, within_s: float = NAMED_S + 20) -> None:
+        """Waits until the tape names somebody."""
+
+        def found() -> list[str]:
+            return [e["why"] for e in self._tape.since(self._at, "left") if re.search(pattern, e["why"])]
+
+        self.wait(found, within_s, f"a word on {fault}")
+        if not fault.named:
+            fault.named, fault.named_after_s = found()[0], round(time.monotonic() - self._happened, 3)
+
+    def _named_by_others(self, fault: Fault) -> None:
+        """Waits until the other agents tell that agent 0 is lost."""
+
+        def found(number: int) -> list[str]:
+            said = self.commands[number].err[self._marks.get(number, 0) :]
+            return re.findall(r"agent 0 on .*|the connection to agent 0 .*", said)
+
+        self.wait(lambda: all(found(number) for number in (1, 2)), NAMED_S + 20, f"a word on {fault}")
+        if not fault.named:
+            fault.named, fault.named_after_s = found(1)[0], round(time.monotonic() - self._happened, 3)
+
+    def _host_killed(self, fault: Fault) -> None:
+        self._away.add(fault.host)
+        self.hosts.crash(fault.host)
+        self._named(fault, rf"host {fault.host} ")
+        self.hosts.boot(fault.host)
+
+    def _host_stopped(self, fault: Fault) -> None:
+        self.hosts[fault.host].stop()
+        self._named(fault, rf"host {fault.host} ")
+        time.sleep(self._draw.uniform(0, self._lease_s))
+        self.hosts[fault.host].go_on()
+
+    def _host_cut_off_for_good(self, fault: Fault) -> None:
+        """Until its agent has given up, and is started again."""
+        self._away.add(fault.host)
+        self.hosts.cut(fault.host)
+        self._named(fault, rf"host {fault.host} ")
+        command = self.commands[fault.host]
+        self.wait(lambda: command.process.poll() is not None, 12 * self._lease_s + 20, "the end of who is cut off")
+        fault.how = command.err.strip().splitlines()[-1]
+        assert re.match(rf"instep: agent {fault.host} ends: .* could not be reached again", fault.how), command.err
+        self.hosts.heal(fault.host)
+
+    def _host_cut_off_and_back_before_its_lease(self, fault: Fault) -> None:
+        seconds = self._draw.uniform(0.2, 0.5) * self._lease_s
+        fault.how = f"{seconds:.1f} s"
+        self.hosts.cut(fault.host)
+        time.sleep(seconds)
+        self.hosts.heal(fault.host)
+        until = time.monotonic() + self._lease_s + 2
+        self.wait(lambda: time.monotonic() > until, NAMED_S + 20, "time")
+        assert not self._tape.since(self._at, "left"), f"nobody is lost: {self._state()}"
+
+    def _host_cut_off_and_back_after_its_lease(self, fault: Fault) -> None:
+        self.hosts.cut(fault.host)
+        self._named(fault, rf"host {fault.host} ")
+        time.sleep(self._draw.uniform(0, 2 * self._lease_s))
+        self.hosts.heal(fault.host)
+
+    def _link_cut_one_way(self, fault: Fault) -> None:
+        fault.how = self._draw.choice(["what it sends", "what is sent to it", "what it sends to the third"])
+        other = HOSTS - fault.host
+        if fault.how == "what it sends":
+            self.hosts.cut_from(fault.host)
+        elif fault.how == "what is sent to it":
+            self.hosts.cut_to(fault.host)
+        else:
+            self.hosts.cut_between(fault.host, other)
+        self._named(fault, rf"host ({fault.host}|{other}) " if "third" in fault.how else rf"host {fault.host} ")
+        time.sleep(self._draw.uniform(0, self._lease_s))
+        self.hosts.heal(fault.host)
+
+    def _worker_killed(self, fault: Fault) -> None:
+        started = max(at for at, e in enumerate(self._tape.events) if e["kind"] == "run_started")
+        before = self._tape.events[:started]
+        # Those of the newest start; they join before it is on the tape, or right after.
+        joined = {e["worker"]: e for e in [*before, *self._tape.events[started:]] if e["kind"] == "joined"}
+        worker = self._draw.choice(sorted(joined))
+        fault.host = next(h.number for h in self.hosts if h.name == joined[worker]["host"])
+        self.hosts[fault.host].run("kill", "-KILL", str(joined[worker]["pid"]))
+        self._named(fault, rf"worker {worker} ")
+
+    def _agent_0_process_killed(self, fault: Fault) -> None:
+        """The supervisor, or the process that started it."""
+        self._away.add(0)
+        command = self.commands[0]
+        fault.how = self._draw.choice(["supervisor", "its client"])
+        pid = command.pid if fault.how == "its client" else supervisor_of(command.pid)
+        os.kill(pid, signal.SIGKILL)
+        self._named_by_others(fault)
+        command.ends(30)
+
+    def _agent_0_host_killed(self, fault: Fault) -> None:
+        self._away.add(0)
+        self.hosts.crash(0)
+        self._named_by_others(fault)
+        self.hosts.boot(0)
+
+    def _agent_0_host_stopped(self, fault: Fault) -> None:
+        """A second agent 0 is started meanwhile by somebody, and must not write."""
+        self.hosts[0].stop()
+        self._named_by_others(fault)
+        second = self.start(self.hosts[0])
+        assert second.ends(60) == 1, second.err
+        fault.how = second.err.strip().splitlines()[-1]
+        assert "is being trained by another process" in fault.how
+        self.hosts[0].go_on()
+        self._named(fault, r"host [12] ")
+
+    def _agent_0_host_cut_off(self, fault: Fault) -> None:
+        self.hosts.cut(0)
+        self._named(fault, r"host [12] ")
+        self._named_by_others(fault)
+        self.hosts.heal(0)
+
+
+def supervisor_of(pid: int) -> int:
+    """The supervisor that a command has started."""
+    for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        if b"instep.team.agent" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return child
+    raise ProcessLookupError("there is no supervisor")
+
+
+def plan(draw: random.Random, count: int) -> list[str]:
+    """So many kinds in a drawn order; few are of as many kinds as can be, one of agent 0."""
+    if count < FAULTS:
+        of_agent_0 = [kind for kind in KINDS if kind.startswith("agent 0")]
+        others = [kind for kind in KINDS if kind not in of_agent_0]
+        kinds = [draw.choice(of_agent_0), *draw.sample(others, min(count - 1, len(others)))]
+    else:
+        kinds = [kind for kind, times in KINDS.items() for _ in range(times)]
+    draw.shuffle(kinds)
+    return kinds
