@@ -236,7 +236,7 @@ def terminal(columns: int) -> Iterator[tuple[TextIO, Callable[[], str]]]:
 
     def finish() -> str:
         file.close()
-        reader.join(10)
+        reader.join(60)
         return b"".join(came).decode()
 
     try:

@@ -17,7 +17,7 @@ Launcher = Literal["c10d", "static", "srun"]
 """torchrun with one of its two ways to meet, or srun, of which there is only the environment."""
 
 PROGRAM = Path(__file__).with_name("trains_there.py")
-ANSWER_S = 300
+ANSWER_S = 1000
 
 
 @dataclass(frozen=True)

@@ -203,8 +203,8 @@ def killed_altogether(
     supervisor.join()
     assert supervisor.exitcode == -signal.SIGKILL, "it was to be killed in the middle"
     team_pids = ours.recv() if ours.poll() else []
-    wait_until(lambda: not any(alive(pid) for pid in team_pids), 5, "the end of the team with its supervisor")
-    wait_until(lambda: unlocked(path), 5, "the end of their threads, which hold the folder's lock")
+    wait_until(lambda: not any(alive(pid) for pid in team_pids), 60, "the end of the team with its supervisor")
+    wait_until(lambda: unlocked(path), 60, "the end of their threads, which hold the folder's lock")
 
 
 def unlocked(path: Path) -> bool:

