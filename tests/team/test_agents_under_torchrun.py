@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from support.processes import INSTEP, Started, free_port, wait_until, write_project
+from support.processes import INSTEP, Started, free_port, parent_of, wait_until, write_project
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -107,6 +107,40 @@ def test_a_first_agent_that_is_killed_is_started_again_and_goes_on(tmp_path: Pat
     assert tape.read_text().count('"run_started"') == 2
 
 
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_run_whose_torchrun_was_killed_is_saved_and_ends(host: int, tmp_path: Path) -> None:
+    """Nobody would be left to end it by."""
+    write_project(tmp_path)
+    command = ["-m", "instep", "train", "my.toml", "--workers", "2", "--recipe.steps", "100000", "--out", "run"]
+    hosts = two_hosts(tmp_path, *command)
+    tape = tmp_path / "run" / "tape.jsonl"
+    wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), 60, "an update", hosts[0])
+    os.kill(hosts[host].process.pid, signal.SIGKILL)
+    wait_until(lambda: (tmp_path / "run" / "result.json").exists(), 60, "the result")
+    assert result(tmp_path / "run")["interrupted"]
+    for each in hosts:
+        wait_until(lambda each=each: not runs_instep(each), 60, "no process of the run is left")
+    assert "the torchrun that started this agent has ended" in hosts[host].out + hosts[host].err
+
+
+def test_who_loses_its_supervisor_says_that_agent_0_tells_how_the_run_goes_on(tmp_path: Path) -> None:
+    write_project(tmp_path)
+    command = ["-m", "instep", "train", "my.toml", "--workers", "2", "--recipe.steps", "200", "--out", "run"]
+    hosts = two_hosts(tmp_path, *command, PAUSE_S="0.01")
+    tape = tmp_path / "run" / "tape.jsonl"
+    wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), 60, "an update", hosts[0])
+    client = next(
+        pid for pid in hosts[1].pids() if "my.toml" in command_of(pid) and "distributed" not in command_of(pid)
+    )
+    (supervisor,) = (pid for pid in hosts[1].pids() if parent_of(pid) == client)
+    os.kill(supervisor, signal.SIGKILL)
+    assert hosts[1].process.wait(60) == 1
+    assert "agent 0, which tells how the run goes on, has lost this host" in hosts[1].err
+    assert "nothing was trained" not in hosts[1].err
+    wait_until(lambda: (tmp_path / "run" / "result.json").exists(), 60, "the result")
+    os.kill(hosts[0].process.pid, signal.SIGTERM)  # it would wait for the other one
+
+
 def test_an_error_is_one_sentence_of_the_first_and_a_short_one_elsewhere(tmp_path: Path) -> None:
     write_project(tmp_path)
     command = ["-m", "instep", "train", "my.toml", "--workers", "3", "--recipe.objective.use", "mymodel:nothing"]
@@ -117,6 +151,11 @@ def test_an_error_is_one_sentence_of_the_first_and_a_short_one_elsewhere(tmp_pat
     assert "Traceback (most recent call last):\n  File" not in hosts[0].err.partition("torch")[0]
     for host in hosts:
         wait_until(lambda host=host: not host.pids(), 60, "no process is left", host)
+
+
+def runs_instep(host: Started) -> bool:
+    """Whether processes of it are left; torchrun, which waits for the other one, aside."""
+    return any("instep" in command_of(pid) and "distributed" not in command_of(pid) for pid in host.pids())
 
 
 def command_of(pid: int) -> str:

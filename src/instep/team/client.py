@@ -6,6 +6,7 @@ It imports no torch, computes nothing and prints nothing.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import sys
@@ -18,6 +19,7 @@ from instep.errors import ComponentError, InstepError, WorkerError, described, k
 from instep.memory_file import memory_file
 from instep.monitors import Monitor
 from instep.recipe import Recipe, Team
+from instep.record.events import WarnedEvent, plain
 from instep.record.files import disk_error
 from instep.record.folder import RunFolder, remove
 from instep.record.held import identity_of
@@ -30,6 +32,8 @@ from instep.team.signals import Stop, deaf, interrupting
 LOOK_S = 0.5
 """Seconds without news after which a caller looks whether the process that it started is stopped."""
 
+_ALONE = "the {launcher} that started this agent has ended, and so does the run, after the present step, saved."
+
 
 def supervised(folder: RunFolder, request: Request, threads: int, monitors: Sequence[Monitor]) -> dict[str, Any]:
     """Has a supervisor do what is requested. Returns the result. Raises InstepError, and what a monitor raises.
@@ -38,7 +42,6 @@ def supervised(folder: RunFolder, request: Request, threads: int, monitors: Sequ
     an agent that follows another, which is for scratch.
     """
     identity, client = identity_of(folder.path), None
-    follows = request.place is not None and request.place.agent > 0
     try:
         client = _Client(folder, request, threads)
         with interrupting() as stop, stop.noting():
@@ -47,13 +50,18 @@ def supervised(folder: RunFolder, request: Request, threads: int, monitors: Sequ
         with deaf():
             if client is not None:
                 client.close()  # first, or a worker would still write there
-            if follows or (not request.resumed and (client is None or not client.trained)):
+            if follows(request) or (not request.resumed and (client is None or not client.trained)):
                 remove(folder.path, identity)
         raise
     client.close()
-    if follows:
+    if follows(request):
         remove(folder.path, identity)
     return result
+
+
+def follows(request: Request) -> bool:
+    """Whether the run is that of another agent, whose folder it is."""
+    return request.place is not None and request.place.agent > 0
 
 
 class _Client:
@@ -61,7 +69,7 @@ class _Client:
 
     def __init__(self, folder: RunFolder, request: Request, threads: int):
         self.trained = False
-        self._folder, self._request = folder, request
+        self._folder, self._request, self._parent = folder, request, os.getppid()
         self._log = folder.logs / "supervisor.log"
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()  # None: there are no more
         self._final: Finished | Failed | Cancelled | None = None
@@ -101,10 +109,13 @@ class _Client:
 
     def _pass_on_events(self, watching: _Watching, stop: Stop) -> bool:
         """Hands events to the monitors until no more come. Returns whether Ctrl-C was pressed, which `stop` misses."""
-        stopped = Stopped(self._process.pid, self._request.team.answer_timeout_s)
-        asked = pressed = False
+        request, asked, pressed = self._request, False, False
+        stopped = Stopped(self._process.pid, request.team.answer_timeout_s)
         while True:
             try:
+                if request.place is not None and os.getppid() != self._parent and not asked:
+                    stop.wanted = True
+                    watching.see(plain(WarnedEvent(why=_ALONE.format(launcher=request.place.launcher))))
                 if (stop.wanted or pressed or watching.failed is not None) and not asked:
                     asked = True
                     self._tell(messages.StopRun())
@@ -148,6 +159,8 @@ class _Client:
 
     def _remedy(self) -> str:
         """What to do after the supervisor was killed. The folder of a run that has trained nothing is removed."""
+        if follows(self._request):
+            return "agent 0, which tells how the run goes on, has lost this host"
         if self.trained or self._request.resumed:
             return f"go on with {self._folder.how_to_resume()}"
         return "nothing was trained, and no folder is left of it: start the run again"
