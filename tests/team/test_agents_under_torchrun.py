@@ -120,10 +120,10 @@ def test_a_run_whose_torchrun_was_killed_is_saved_and_ends(host: int, tmp_path: 
     assert result(tmp_path / "run")["interrupted"]
     for each in hosts:
         wait_until(lambda each=each: not runs_instep(each), 60, "no process of the run is left")
-    assert "the torchrun that started this agent has ended" in hosts[host].out + hosts[host].err
+    assert "the torchrun that started this has ended" in hosts[host].out + hosts[host].err
 
 
-def test_who_loses_its_supervisor_says_that_agent_0_tells_how_the_run_goes_on(tmp_path: Path) -> None:
+def test_who_loses_its_supervisor_says_that_the_first_host_tells_how_the_run_goes_on(tmp_path: Path) -> None:
     write_project(tmp_path)
     command = ["-m", "instep", "train", "my.toml", "--workers", "2", "--recipe.steps", "200", "--out", "run"]
     hosts = two_hosts(tmp_path, *command, PAUSE_S="0.01")
@@ -135,7 +135,7 @@ def test_who_loses_its_supervisor_says_that_agent_0_tells_how_the_run_goes_on(tm
     (supervisor,) = (pid for pid in hosts[1].pids() if parent_of(pid) == client)
     os.kill(supervisor, signal.SIGKILL)
     assert hosts[1].process.wait(60) == 1
-    assert "agent 0, which tells how the run goes on, has lost this host" in hosts[1].err
+    assert "the first host, which tells how the run goes on, has lost this one" in hosts[1].err
     assert "nothing was trained" not in hosts[1].err
     wait_until(lambda: (tmp_path / "run" / "result.json").exists(), 60, "the result")
     os.kill(hosts[0].process.pid, signal.SIGTERM)  # it would wait for the other one

@@ -32,7 +32,7 @@ from instep.team.signals import Stop, deaf, interrupting
 LOOK_S = 0.5
 """Seconds without news after which a caller looks whether the process that it started is stopped."""
 
-_ALONE = "the {launcher} that started this agent has ended, and so does the run, after the present step, saved."
+_ALONE = "the {launcher} that started this has ended, and so does the run, after the present step, saved."
 
 
 def supervised(folder: RunFolder, request: Request, threads: int, monitors: Sequence[Monitor]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class _Client:
     def _remedy(self) -> str:
         """What to do after the supervisor was killed. The folder of a run that has trained nothing is removed."""
         if follows(self._request):
-            return "agent 0, which tells how the run goes on, has lost this host"
+            return "the first host, which tells how the run goes on, has lost this one"
         if self.trained or self._request.resumed:
             return f"go on with {self._folder.how_to_resume()}"
         return "nothing was trained, and no folder is left of it: start the run again"
