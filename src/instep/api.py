@@ -23,17 +23,21 @@ from instep.record import tape
 from instep.record.folder import About, RunFolder, check_path, remove
 from instep.record.held import identity_of
 from instep.record.result import Replayed
-from instep.record.resuming import changed_rates, is_simulation, recorded, resumed, saved
+from instep.record.resuming import changed_rates, check_given, is_simulation, recorded, resumed, saved
 from instep.rules import UpdateRule
 from instep.run import Run, RunElsewhere
 from instep.schedule import Change
+from instep.tables import from_table
 from instep.team.client import computed, pickled, supervised
+from instep.team.joining import run_to_join
+from instep.team.meeting import telling_the_others
 from instep.team.messages import Request
-from instep.team.place import begun_before, place_of
+from instep.team.place import Place, begun_before, place_of
 from instep.team.signals import interrupting
 
 
 @interrupting()
+@telling_the_others()
 def train(
     recipe: Recipe | None = None,
     *,
@@ -54,7 +58,8 @@ def train(
     team: who trains; by default one worker, under a launcher of several agents one for each, or the saved team with
         `resume`.
     out: the run folder to make, by default ``runs/NAME``, ``runs/NAME-2`` and so on.
-    resume: the run folder of a run to continue, exactly, with the same or another team. Schedule, watch and the
+    resume: the run folder of a run to continue, exactly, with the same or another team; of several agents the first
+        needs it alone. Schedule, watch and the
         optimizer's argument `lr` may be others than so far: they hold from here on, see `Recipe.changes`. Without a
         monitor, which would show it, other rates are warned of.
     monitors: called with every event; none by default, and nothing is printed.
@@ -75,10 +80,12 @@ def train(
         wanted = _to_begin(recipe, team, skipped)
     elif out is not None:
         raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
+    elif (place := place_of(team.launcher if team is not None else "auto")) is not None and place.agent > 0:
+        wanted = _to_join(place, RunFolder(Path(resume)), recipe, team)
     else:
         wanted = _to_resume(RunFolder.open(Path(resume)), recipe, team, skipped)
         for why in () if watching else (*wanted.notices, *wanted.changed):  # a monitor sees them
-            warnings.warn(why, stacklevel=3)  # of the caller, beyond the decorator
+            warnings.warn(why, stacklevel=4)  # of the caller, beyond the decorators
     return _trained(wanted, out, watching, (*folders, *wanted.import_paths))
 
 
@@ -116,6 +123,16 @@ def _to_resume(folder: RunFolder, recipe: Recipe | None, team: Team | None, skip
     table, team, paths = saved(folder, recipe, team, f"train(recipe, resume={str(folder.path)!r})")
     recipe, notices = resumed(folder, recipe, table, skip_samples)
     return _Wanted(recipe, team, folder, notices, paths, changed_rates(folder, recipe, table))
+
+
+def _to_join(place: Place, folder: RunFolder, recipe: Recipe | None, team: Team | None) -> _Wanted:
+    """A run that goes on, for an agent that need not find its folder."""
+    told = run_to_join(place, team or Team())
+    table = {key: value for key, value in told.table.items() if key != "team"}
+    check_given(folder, recipe, table, f"train(recipe, resume={str(folder.path)!r})")
+    if team is None:
+        team = from_table(Team, {**told.table["team"], "interface": ""}, "team")
+    return _Wanted(recorded(folder, recipe, table), team, import_paths=told.import_paths)
 
 
 def _trained(

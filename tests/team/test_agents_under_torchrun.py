@@ -44,13 +44,16 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
-def two_hosts(folder: Path, *command: str, restarts: int = 0, **environment: str) -> list[Started]:
+def two_hosts(
+    folder: Path, *command: str, restarts: int = 0, other: Path | None = None, **environment: str
+) -> list[Started]:
+    """Both in the same folder, unless the `other` has one of its own."""
     port = str(free_port())
     options = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port]
     options += ["--max-restarts", str(restarts)]
     return [
-        Started([*TORCHRUN, *options, "--node-rank", str(rank), *command], folder, OMP_NUM_THREADS="1", **environment)
-        for rank in range(2)
+        Started([*TORCHRUN, *options, "--node-rank", str(rank), *command], at, OMP_NUM_THREADS="1", **environment)
+        for rank, at in enumerate((folder, other or folder))
     ]
 
 
@@ -139,6 +142,38 @@ def test_who_loses_its_supervisor_says_that_the_first_host_tells_how_the_run_goe
     assert "nothing was trained" not in hosts[1].err
     wait_until(lambda: (tmp_path / "run" / "result.json").exists(), 60, "the result")
     os.kill(hosts[0].process.pid, signal.SIGTERM)  # it would wait for the other one
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder of each of two hosts, the first with the folder of a run that goes on."""
+    here, there = (tmp_path / each for each in ("here", "there"))
+    for folder in (here, there):
+        folder.mkdir()
+        write_project(folder)
+    begun = Started([*INSTEP, "train", "my.toml", "--steps", "12", "--out", "run"], here, forked=True)
+    assert begun.process.wait(60) == 0, begun.err
+    return here, there
+
+
+def test_a_run_goes_on_where_the_first_agent_alone_has_its_folder(apart: tuple[Path, Path]) -> None:
+    here, there = apart
+    command = ["-m", "instep", "train", "--resume", "run", "--workers", "3", "--steps", "20"]
+    hosts = two_hosts(here, *command, other=there)
+    assert [host.process.wait(90) for host in hosts] == [0, 0], hosts[0].err + hosts[1].err
+    whole = Started([*INSTEP, "train", "my.toml", "--out", "alone"], here, forked=True)
+    assert whole.process.wait(60) == 0, whole.err
+    assert result(here / "run")["digest"] == result(here / "alone")["digest"]
+    assert not (there / "run").exists()
+
+
+def test_a_first_agent_that_is_refused_ends_the_others(apart: tuple[Path, Path]) -> None:
+    here, there = apart
+    command = ["-m", "instep", "train", "--resume", "run", "--recipe.clip_norm", "2.0"]
+    hosts = two_hosts(here, *command, other=there)
+    assert [host.process.wait(90) for host in hosts] == [1, 1]
+    assert "run goes on with its own recipe, and recipe.clip_norm is 2.0" in hosts[0].err
+    assert "agent 1 ends: the torchrun that all meet at" in hosts[1].err
 
 
 def test_an_error_is_one_sentence_of_the_first_and_a_short_one_elsewhere(tmp_path: Path) -> None:

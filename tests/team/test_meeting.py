@@ -174,6 +174,26 @@ def test_a_file_that_agent_0_has_left_and_this_host_does_not_see_is_named_at_onc
         assert meeting.find(replace(BY_SRUN, port=stranger.getsockname()[1]), 0.1) is None, "which is no agent 0"
 
 
+def test_under_srun_a_first_agent_that_fails_before_it_begins_ends_the_others(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "place_of", lambda launcher: replace(BY_SRUN, agent=0, host=0))
+    with pytest.raises(RecipeError, match="a mistake"), meeting.telling_the_others():
+        raise RecipeError("a mistake")
+    with pytest.raises(WorkerError, match="the run failed before it began, as agent 0 says"):
+        meeting.find(BY_SRUN, 1.0)
+    meeting.publish(BY_SRUN, ("10.1.2.3", 1), b"secret")  # the next one
+    assert meeting.find(BY_SRUN, 1.0) is not None
+
+
+def test_files_that_agents_who_were_killed_have_left_are_taken_away_in_time(home: Path) -> None:
+    meeting.publish(BY_SRUN, ("10.1.2.3", 1), b"secret")
+    (old,) = (home / ".instep").iterdir()
+    os.utime(old, (0, 0))
+    meeting.publish(replace(BY_SRUN, run="8"), ("10.1.2.3", 1), b"secret")
+    assert [file.name for file in (home / ".instep").iterdir()] == ["srun-8"]
+
+
 def test_a_home_that_takes_no_file_is_named_with_what_helps(home: Path) -> None:
     (home / ".instep").write_text("a file")
     with pytest.raises(ResourceError, match=r"secret cannot be written to .*\(File exists\).*openssl rand -hex 32"):

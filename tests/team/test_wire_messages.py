@@ -209,7 +209,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "an empty one": ([], "no message"),
     "a number for a name": ([7], "no message"),
     "an unknown kind": (["Exec", "rm"], "an unknown kind, 'Exec'"),
-    "a kind of the other direction": (["Welcome", None, 0.0, "", ""], "an unknown kind, 'Welcome'"),
+    "a kind of the other direction": (["Welcome", None, 0.0, ""], "an unknown kind, 'Welcome'"),
     "a kind that only Python knows": (["Request"], "an unknown kind"),
     "a field too many": (["Beat", 1, 0.5, 0.0, 0.0, 9], "a Beat has 4 fields, not 5"),
     "a field too few": (["Beat", 1, 0.5], "a Beat has 4 fields, not 2"),

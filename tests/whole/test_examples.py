@@ -80,14 +80,18 @@ def saved(hosts: Hosts, run: str) -> int:
     return int(result["steps"])
 
 
-def test_slurms_script_is_saved_before_its_time_ends(hosts: Hosts, tmp_path: Path) -> None:
+def test_slurms_script_is_saved_before_its_time_ends_and_goes_on_in_the_next_job(hosts: Hosts, tmp_path: Path) -> None:
+    """Without a folder of the run on the second node."""
     slurm = Slurm(hosts, tmp_path / "slurm")
     slurm.share_home()
-    job = slurm.start("sbatch", "--wait", "examples/slurm.sh")
-    trains(hosts, "runs/gpt-4711", [job])
-    assert job.ends() in (130, 143), job.err
-    assert "one processor each" not in job.err
-    assert saved(hosts, "runs/gpt-4711") > 0
+    steps = 0
+    for _ in range(2):
+        job = slurm.start("sbatch", "--wait", "examples/slurm.sh")
+        trains(hosts, "runs/gpt-4711", [job], steps)
+        assert job.ends() in (130, 143), job.err
+        assert "one processor each" not in job.err
+        before, steps = steps, saved(hosts, "runs/gpt-4711")
+        assert steps > before
 
 
 def test_a_shell_on_each_of_two_hosts_starts_one_run(hosts: Hosts) -> None:

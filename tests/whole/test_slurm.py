@@ -91,6 +91,18 @@ def test_srun_needs_its_environment_alone(hosts: Hosts, at_home: Slurm, alone: s
     nothing_runs(hosts)
 
 
+def test_a_first_task_that_is_refused_ends_the_others(hosts: Hosts, at_home: Slurm) -> None:
+    (hosts[0].path() / "taken").mkdir()
+    (hosts[0].path() / "taken" / "file").touch()
+    found = at_home.start("srun", "instep", "train", "my.toml", "--workers", "3", "--out", "taken")
+    assert found.ends() == 1
+    assert "instep: the run failed before it began, as agent 0 says on the first host." in found.err
+    assert found.err.count("instep: ") == 2, found.err
+    wait_until(lambda: not any(host.processes() for host in hosts), 10, "the end of all processes")
+    for file in hosts[0].path(HOME).glob(".instep/*"):
+        file.unlink()
+
+
 def begun(hosts: Hosts, slurm: Slurm, run: str, *more: str) -> Submitted:
     found = slurm.start("srun", "instep", "train", "my.toml", "--workers", "3", "--out", run, *more, PAUSE_S="0.02")
     wait_until(lambda: updates(hosts, run) > 5, 60, "updates")

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from instep.cli.flags import Settings, UsageError, import_paths, merge, parsed
-from instep.differences import without_address
+from instep.differences import differences, without_address
 from instep.errors import RecipeError, RecordError, shown
 from instep.monitors.console import Console
 from instep.monitors.tensorboard import TensorBoard
@@ -18,10 +18,14 @@ from instep.recipe import Recipe, Team, check_team, parse
 from instep.recipe_files import read_saved
 from instep.record.folder import RunFolder
 from instep.record.resuming import as_last_changed, resume_differences
-from instep.team.place import begun_before, place_of
+from instep.tables import from_table
+from instep.team.joining import run_to_join
+from instep.team.meeting import telling_the_others
+from instep.team.place import Place, begun_before, place_of
 from instep.team.signals import interrupting
 
 
+@telling_the_others()
 def train_recipe(
     given: str | None,
     settings: Settings,
@@ -37,6 +41,9 @@ def train_recipe(
 
     if resume is None and begun_before(out):
         out, resume = None, out
+    if resume is not None and (place := place_of(_own_team(settings).launcher)) is not None and place.agent > 0:
+        _join(place, settings)
+        return
     if resume is not None:
         recipe, team = _saved(resume, given, settings)
     elif given is not None:
@@ -69,6 +76,31 @@ def train_recipe(
         if tensorboard or (tensorboard is None and (folder / "tensorboard").is_dir()):
             monitors.append(stack.enter_context(TensorBoard(folder / "tensorboard")))
         train(recipe, team=team, out=out, resume=resume, monitors=monitors, import_paths=paths, skip_samples=skipped)
+
+
+def _own_team(settings: Settings) -> Team:
+    """The team, so far as the command tells of it."""
+    return from_table(
+        Team, merge({}, [each for each in settings if each[0].startswith("team.")]).get("team", {}), "team"
+    )
+
+
+def _join(place: Place, settings: Settings) -> None:
+    """Goes on with a run whose folder agent 0 has. Raises RecipeError where that has another command."""
+    from instep.api import train
+
+    with interrupting():
+        own, told = _own_team(settings), run_to_join(place, _own_team(settings))
+        table = as_last_changed(copy.deepcopy(dict(told.table)))
+        changed = differences(parse(merge(copy.deepcopy(table), settings))[0].to_table(), parse(table)[0].to_table())
+        if changed:
+            raise RecipeError(
+                f"agent {place.agent} goes on with another recipe than agent 0: {changed[0]}; give all agents the same "
+                f"command."
+            )
+        recipe, team = parse(told.table)
+        team = replace(team, interface=own.interface, launcher=own.launcher)
+        train(recipe, team=team, import_paths=(*told.import_paths, *import_paths(None)))
 
 
 def _give_back(claimed: Path) -> None:

@@ -29,16 +29,21 @@ def saved(
     call: of `instep`, with the recipe, for who has to give it. Raises RecipeError and CheckpointError.
     """
     table = read_saved(folder.recipe_path)
+    check_given(folder, recipe, table, call)
+    saved_team = from_table(Team, table.pop("team", {}), "team")
+    about = folder.about()
+    paths = about.import_paths if about is not None else _started(folder).get("import_paths", [])
+    return table, team or saved_team, list(paths)
+
+
+def check_given(folder: RunFolder, recipe: Recipe | None, table: Mapping[str, Any], call: str) -> None:
+    """Raises RecipeError where the recipe itself is needed, and not given."""
     nameless = without_address(table)
     if recipe is None and nameless is not None:
         raise RecipeError(
             f"the recipe of {folder.path} holds {nameless}, an object that only the program that made it has; give "
             f"that recipe too: instep.{call}."
         )
-    saved_team = from_table(Team, table.pop("team", {}), "team")
-    about = folder.about()
-    paths = about.import_paths if about is not None else _started(folder).get("import_paths", [])
-    return table, team or saved_team, list(paths)
 
 
 def is_simulation(folder: RunFolder) -> bool:

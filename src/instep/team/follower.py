@@ -24,10 +24,11 @@ from instep.tables import from_table
 from instep.team import meeting
 from instep.team.channel import Channel
 from instep.team.crew import Heard, LocalCrew
-from instep.team.hosts import SAY_S, hello_of
+from instep.team.hosts import hello_of
 from instep.team.journal import ClientGone
 from instep.team.letters import key_of_server
 from instep.team.link import AgentLink, connect
+from instep.team.meeting import SAY_S
 from instep.team.messages import (
     Assignment,
     Cancelled,

@@ -20,6 +20,7 @@ from instep.team import meeting
 from instep.team.journal import ClientGone
 from instep.team.letters import key_of_server
 from instep.team.link import AgentLink, Listener, listening_at
+from instep.team.meeting import SAY_S
 from instep.team.messages import Cancelled, Failed, Finished, HostNetwork, Request, StopRun
 from instep.team.orders import HostCame, Member, RosterEvent, StopAsked
 from instep.team.outcome import libraries
@@ -28,10 +29,7 @@ from instep.team.processor import processor
 from instep.team.remote import RemoteCrew, Silence
 from instep.team.signals import Interrupted
 from instep.team.waiting import ready_of
-from instep.team.wire_messages import HelloAgent, Welcome
-
-SAY_S = 10.0
-"""Seconds between two lines on who is awaited."""
+from instep.team.wire_messages import AskRun, HelloAgent, RunGiven, Welcome
 
 HELLO_S = 5.0
 """Seconds that an agent has to say who it is, once it has shown that it knows the secret."""
@@ -142,6 +140,9 @@ class Hosts:
             if not messages and silence.look() < HELLO_S:
                 return
             hello = next(iter(messages), None)
+            if isinstance(hello, AskRun):
+                link.send(RunGiven(self._run.recipe_file, self._run.import_paths))
+                return  # it is sent as the link takes it, and the other end closes it
         except (EOFError, OSError):
             pass
         if not isinstance(hello, HelloAgent):
@@ -168,7 +169,7 @@ class Hosts:
         if before is not None and before != hello.session:
             self._replaced.add(before)
         self._session[hello.agent] = hello.session
-        link.send(Welcome(self._run_id, self._clock(), self._run.recipe_file, self._own.name))
+        link.send(Welcome(self._run_id, self._clock(), self._own.name))
         if hello.local:
             if (old := self._standby.pop(hello.agent, None)) is not None:
                 old.close()

@@ -19,7 +19,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -29,10 +29,13 @@ import msgspec
 from msgspec import Meta
 
 from instep.descendants import die_with_parent
-from instep.errors import RecipeError, ResourceError, WorkerError, shown
+from instep.errors import InstepError, RecipeError, ResourceError, WorkerError, shown
 from instep.team import meeting_file
 from instep.team.link import MAGIC
-from instep.team.place import Place
+from instep.team.place import Place, place_of
+
+ANSWER_S = 5.0
+"""Seconds that a store has to answer who looks for agent 0."""
 
 PUBLISH_S = 30.0
 """Seconds that torchrun's store has to take agent 0's address: the process that asks may have torch to import."""
@@ -42,6 +45,9 @@ MORE_S = 2.0
 
 OPEN_S = 0.5
 """Seconds in which a store that is there takes a connection."""
+
+SAY_S = 10.0
+"""Seconds between two lines on who is awaited."""
 
 SECRET_BYTES = 32
 LEAST_SECRET = 16
@@ -91,9 +97,25 @@ def withdraw(place: Place) -> None:
         meeting_file.remove(_file(place))
 
 
+@contextlib.contextmanager
+def telling_the_others() -> Iterator[None]:
+    """In the block, an error of agent 0's before it has let the others in ends them too, under srun.
+
+    Under torchrun they see it by themselves, see `check_open`.
+    """
+    try:
+        yield
+    except InstepError:
+        with contextlib.suppress(InstepError):
+            place = place_of("auto")
+            if place is not None and place.agent == 0 and place.launcher == "srun" and not _given_secret(os.environ):
+                meeting_file.write(_file(place), _ENDED)
+        raise
+
+
 def find(place: Place, within_s: float) -> Found | None:
     """Where agent 0 is, as far as that can be told in so many seconds. Raises RecipeError as `draw_secret` does, and
-    where the hosts have no folder in common that tells.
+    where the hosts have no folder in common that tells; WorkerError where agent 0 has failed before.
     """
     if place.launcher == "srun":
         return _find_by_srun(place, within_s)
@@ -110,7 +132,10 @@ def _find_by_srun(place: Place, within_s: float) -> Found | None:
         except OSError:
             return None
         return Found((address, place.port), secret)
-    if (found := _published(meeting_file.read(_file(place)))) is not None:
+    value = meeting_file.read(_file(place))
+    if value == _ENDED:
+        raise WorkerError("the run failed before it began, as agent 0 says on the first host.")
+    if (found := _published(value)) is not None:
         return found
     if _listens((place.head, place.port), within_s) and not meeting_file.read(_file(place)):
         raise RecipeError(
@@ -139,6 +164,9 @@ def _published(value: bytes) -> Found | None:
 def _file(place: Place) -> str:
     """The name of the file in the home."""
     return f"srun-{place.run}"
+
+
+_ENDED = b"ended"
 
 
 def check_open(place: Place) -> None:
@@ -183,11 +211,11 @@ def _key(place: Place) -> str:
     return f"instep/{place.run}/agent 0"
 
 
-def _store(address: tuple[str, int]) -> Any:
+def _store(address: tuple[str, int], within_s: float = PUBLISH_S) -> Any:
     from torch._C._distributed_c10d import TCPStore
 
     return TCPStore(
-        address[0], address[1], is_master=False, wait_for_workers=False, timeout=timedelta(seconds=PUBLISH_S)
+        address[0], address[1], is_master=False, wait_for_workers=False, timeout=timedelta(seconds=within_s)
     )
 
 
@@ -197,7 +225,7 @@ def _set(address: tuple[str, int], place: Place, value: bytes) -> bytes:
 
 
 def _get(address: tuple[str, int], place: Place) -> bytes:
-    store = _store(address)
+    store = _store(address, ANSWER_S)
     return bytes(store.get(_key(place))) if store.check([_key(place)]) else b""
 
 

@@ -8,11 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import time
 from pathlib import Path
 
 from instep.errors import RecipeError, ResourceError
 
 MOST_BYTES = 4096
+
+KEEP_S = 7 * 24 * 3600.0
+"""Seconds after which one that was left, by an agent 0 that was killed, is taken away."""
 
 _FOLDER = ".instep"
 
@@ -27,6 +31,7 @@ def write(name: str, content: bytes) -> None:
     path = folder() / name
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
+        _remove_old()
         new = path.with_name(f"{name}.{os.getpid()}")
         try:
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -71,3 +76,10 @@ def remove(name: str) -> None:
     """Takes it away."""
     with contextlib.suppress(OSError):
         (folder() / name).unlink()
+
+
+def _remove_old() -> None:
+    with contextlib.suppress(OSError):
+        for path in folder().glob("srun-*"):
+            if time.time() - path.stat().st_mtime > KEEP_S:
+                path.unlink(missing_ok=True)

@@ -199,7 +199,7 @@ def _by_srun(environ: Mapping[str, str]) -> Place | None:
         local=local,
         launcher="srun",
         host_of=host_of,
-        run=f"{job}.{step}",
+        run=f"{job}.{step}.{environ.get('SLURM_RESTART_COUNT', '0')[:9]}",
         head=names[0],
         others=tuple(name for node, name in enumerate(names) if node != host),
         port=_number(environ, "you", "INSTEP_PORT", most=65535)

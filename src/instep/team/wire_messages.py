@@ -123,17 +123,31 @@ class EpochGone:
     epoch: Count
 
 
+@dataclass(frozen=True)
+class AskRun:
+    """An agent, which has no folder, asks what is trained; the first message of a link that is for this alone."""
+
+    agent: Count
+
+
 # ----------------------------------------------------------------------------------------------------- from agent 0
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """The answer to a hello: agent 0's run, clock, recipe file and host."""
+    """The answer to a hello: agent 0's run, clock and host."""
 
     run_id: Name | None
     clock_s: float
-    recipe_file: str
     name: Name
+
+
+@dataclass(frozen=True)
+class RunGiven:
+    """The answer to `AskRun`: recipe and team, in TOML, and where the recipe's modules are looked for."""
+
+    recipe_file: str
+    import_paths: Names
 
 
 @dataclass(frozen=True)
@@ -206,9 +220,10 @@ class EndMembers:
     epoch: Count
 
 
-ToAgent0 = HelloAgent | FromMember | MemberLost | StopRun | LogPart | Beat | EpochGone | Failed
+ToAgent0 = HelloAgent | AskRun | FromMember | MemberLost | StopRun | LogPart | Beat | EpochGone | Failed
 FromAgent0 = (
     Welcome
+    | RunGiven
     | StartMembers
     | CheckpointPart
     | GoMembers
