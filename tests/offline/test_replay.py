@@ -65,6 +65,8 @@ MORE_RULES = {
     "damped": UpdateRule(quorum="2", weight="staleness", max_lead=3),
     "dropping": UpdateRule(quorum="1", max_staleness=1),
     "waiting": UpdateRule(quorum="all", max_wait_s=0.05, compensation=0.3),
+    "fragments": dataclasses.replace(p.diloco(4), fragments=2),
+    "narrow fragments": dataclasses.replace(p.local_sgd(4), fragments=4, wire="int4"),
     "graced": UpdateRule(quorum="1", grace_s=0.02, max_lead=1),
     "rounds ahead": UpdateRule(quorum="all", order="round", max_lead=2, compensation=0.3),
     "deltas by staleness": UpdateRule(quorum="2", local_steps=2, outer="sgd", weight="staleness", max_staleness=2),

@@ -5,6 +5,7 @@ The observer keeps its own books, slowly, from the events and the actions alone;
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,9 +44,11 @@ BOUNDS = st.none() | st.integers(0, 3)
 
 @st.composite
 def presets(draw: st.DrawFn, names: Sequence[str] = tuple(sorted(PRESETS))) -> UpdateRule:
-    """Any preset, or any of these, with small arguments."""
+    """Any preset, or any of these, with small arguments, and in a few fragments where it may be."""
     name = draw(st.sampled_from(names))
-    return PRESETS[name](**draw(st.fixed_dictionaries({}, optional=ARGUMENTS[name])))
+    rule = PRESETS[name](**draw(st.fixed_dictionaries({}, optional=ARGUMENTS[name])))
+    count = draw(st.integers(1, 3)) if rule.lockstep and not (rule.gradients or rule.local_after) else 1
+    return dataclasses.replace(rule, local_steps=rule.local_steps * count, fragments=count)
 
 
 @st.composite

@@ -15,7 +15,7 @@ from support import workloads
 from support.agents import meet_here, train_on
 from support.harness import Outcome
 from support.kinds import quick
-from support.serving import RULES, WORKLOADS, check_tape, replayed
+from support.serving import RULES, WORKLOADS, check_tape, drive, replayed
 
 pytestmark = pytest.mark.processes
 
@@ -58,4 +58,6 @@ def test_every_rule_replays_on_two_hosts(name: str, tmp_path: Path) -> None:
     run, told = train_on((1, 1), recipe, team, tmp_path / "run")
     assert told[0].result == run.result, told[0].error
     check_replay(run, recipe)
+    if rule.lockstep:
+        assert run.digest == drive(recipe, 3).digest, "the bits of one machine"
     assert {event["worker"] for event in run.events if event["kind"] == "pushed"} == {0, 1, 2}

@@ -23,15 +23,15 @@ from instep.recipe import Recipe
 from instep.record import tape
 from instep.record.folder import RunFolder
 from instep.reduce.layout import Layout, Pack
-from instep.reduce.narrow import narrow_bytes
+from instep.reduce.narrow import decoded, encoded, narrow_bytes
 from instep.rules import UpdateRule, parse
 from instep.rules.fragments import Fragments
 from instep.worker.outer_optimizer import OuterOptimizers
 from instep.worker.replica import Replica
 from instep.worker.streamed import Streamed
+from instep.worker.wire import WayUp
 from support import workloads
 from support.harness import Client, stopping_at, train_here
-from support.kinds import quick
 from support.regression import numbers, regression
 from support.resuming import again, go_on
 from support.serving import at, check_tape, drive, kill, replayed, serving
@@ -125,6 +125,24 @@ def test_fragments_are_whole_parameters_in_order_cut_where_their_bytes_are_neare
     assert len(Fragments([8] * (3 * count), count).all[0]) == 3, "equal ones share equally"
 
 
+def test_what_is_lost_of_a_fragment_is_added_to_its_next_message_and_to_no_other() -> None:
+    weights = [torch.zeros(70), torch.zeros(70)]
+    layout = Layout.of(weights, 256)
+    up, kept = WayUp(parse("diloco:4,fragments=2,wire=int4"), layout, torch.device("cpu")), torch.zeros(140)
+    lost = [torch.zeros(70), torch.zeros(70)]
+    generator = torch.Generator().manual_seed(0)
+    for number in range(6):
+        which, flat = number % 2, torch.zeros(layout.size)
+        values = torch.randn(70, generator=generator)
+        layout.views(flat)[which].copy_(values)
+        up.send(flat, kept, range(which, which + 1))
+        arrived = decoded(encoded(values + lost[which], "int4"), "int4", 70)
+        lost[which] = values + lost[which] - arrived
+        assert torch.equal(layout.views(flat)[which], arrived)
+        assert not layout.views(flat)[1 - which].any()
+        assert torch.equal(kept, torch.cat(lost))
+
+
 def test_which_parameters_have_changed_since_a_version() -> None:
     parts = Fragments([4, 4, 4, 4], 2)
     assert parts.all == (range(2), range(2, 4))
@@ -191,12 +209,15 @@ def test_a_run_with_a_death_and_a_successor_is_replayed_exactly(rule: str, tmp_p
     assert replayed(given, run.path).same
 
 
-@pytest.mark.parametrize("wire", quick(["float32", "int4"], "int4"))
-def test_a_run_resumes_in_the_middle_of_its_fragments_and_is_replayed_exactly(wire: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("wire", "workers"), [("float32", 1), ("int4", 2)])
+def test_a_run_resumes_in_the_middle_of_its_fragments_and_is_replayed_exactly(
+    wire: str, workers: int, tmp_path: Path
+) -> None:
+    """With fewer workers too, who take several pieces of each round."""
     given = recipe(f"diloco:6,fragments=3,wire={wire}", microbatches=2, steps=20)
     run = train_here(given, serving(2, checkpoint_every=2, keep=0), tmp_path / "run", client=stopping_at(4))
     assert run.result["versions"] % 3, "the round of fragments is not over"
-    go_on(tmp_path / "run", given, serving(2))
+    go_on(tmp_path / "run", given, serving(workers))
     assert again(tmp_path / "run", given).same
 
 
@@ -254,11 +275,13 @@ def test_on_a_slow_network_each_message_takes_as_long_as_its_fragment_is_large(c
     assert told["wall_s"] == pytest.approx(12 * 0.1 + messages_s)
 
 
-def test_a_simulation_with_failures_is_replayed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [3, 5])
+def test_a_simulation_with_failures_is_replayed(workers: int, tmp_path: Path) -> None:
+    """With more workers than microbatches too."""
     RunFolder.create(tmp_path / "run")
     given = recipe("diloco:4,fragments=2", microbatches=3, steps=24)
     times = WorkerTimes.lognormal(0.1, 0.05, seed=1, failures=Failures(2.0, 0.5))
-    cluster = Cluster(workers=3, times=times, merge_s=0.01, network=Network(1e4, 0.001))
+    cluster = Cluster(workers=workers, times=times, merge_s=0.01, network=Network(1e4, 0.001))
     told = simulate(given, cluster, True, tmp_path / "run", lambda event: None)
     assert told["restarts"] > 0
     assert replayed(given, tmp_path / "run").same
