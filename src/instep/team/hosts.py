@@ -57,7 +57,7 @@ class Hosts:
         except OSError as error:
             raise ResourceError(
                 f"agent 0 cannot listen at {self.address}, port {self._place.port}: {error.strerror}; another program "
-                f"may use it: set another one, or end that."
+                f"may use it: end that, or name another port by INSTEP_PORT."
             ) from error
         meeting.publish(self._place, self._listener.address, secret)
         self._own = hello_of(run, self.address)
@@ -67,6 +67,7 @@ class Hosts:
         self._unknown: dict[AgentLink, Silence] = {}  # that have not said who they are
         self._session: dict[int, str] = {}  # the present one of each agent
         self._replaced: set[str] = set()
+        self._mixed: dict[int, str] = {}  # what the tape has not told yet of hosts with other processors
         self._aside: dict[int, float] = {}  # hosts that take no part, and until when
         self._parent = os.getppid()
         self._began = self._said = time.monotonic()
@@ -230,12 +231,23 @@ class Hosts:
                     f"{who} has {name} {hello.versions.get(name)}, and agent 0 has {version}, which may give other "
                     f"bits; install the same version on all hosts."
                 )
-        if hello.processor != own.processor and not self._run.team.mixed_processors:
+        if hello.processor != own.processor and self._run.team.mixed_processors:
+            self._mixed[hello.host] = (
+                f"host {hello.host} ({hello.name}) has a processor of another kind, {hello.processor} instead of "
+                f"{own.processor}: the bits of this run are not promised (team.mixed_processors)."
+            )
+        elif hello.processor != own.processor:
             return WorkerError(
                 f"{who} has a processor of another kind, {hello.processor} instead of {own.processor}, which gives "
                 f"other bits; take hosts of one kind, or set team.mixed_processors to true and do without that promise."
             )
         return None
+
+    def warnings(self) -> list[str]:
+        """Sentences on what takes the promise of the run's bits away; each once."""
+        found = [why for _, why in sorted(self._mixed.items())]
+        self._mixed.clear()
+        return found
 
     def _missing(self, host: int) -> list[int]:
         """The agents of a host, agent 0 aside, that are not there."""
