@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -137,6 +137,8 @@ def by_torch(task: Task) -> dict[str, Any]:
     from instep.models import GPT
 
     torch.use_deterministic_algorithms("deterministic" in task.kind)
+    if "deterministic" in task.kind and task.compiles:
+        torch._inductor.config.deterministic = True
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
     if task.device == "cpu":
@@ -174,18 +176,32 @@ def _batches(task: Task) -> Iterator[Tensor]:
             yield batch
 
 
+def small(task: Task) -> instep.Recipe:
+    """What is trained for its digest."""
+    size = Size(vocabulary=256, context=64, width=64, depth=2, heads=4, samples=8)
+    return recipe_of(replace(task, size=size), batch=8, microbatches=4, dropout=0.1)
+
+
+def workers(task: Task) -> dict[str, Any]:
+    """The digests of one worker, and of two that share the device."""
+    device = "cuda:0" if task.device == "cuda" else "cpu"
+    recipe, found = small(task), {}
+    for count in (1, 2):
+        team = instep.Team(workers=count, device=device, checkpoint_every=1_000_000)
+        found[str(count)] = instep.train(recipe, team=team, out=Path(task.folder, f"run-{count}")).digest
+    return found
+
+
 def digests(task: Task) -> dict[str, Any]:
     """Of three runs, and of one that goes on from its middle."""
-    small = Size(vocabulary=256, context=64, width=64, depth=2, heads=4, samples=8)
-    task = Task("digests", task.device, task.folder, small, precision=task.precision, compiles=task.compiles)
-    recipe = recipe_of(task, batch=8, microbatches=4, dropout=0.1)
+    recipe = small(task)
     team = instep.Team(device=task.device, checkpoint_every=1, keep=0)
     runs = [instep.train(recipe, team=team, out=Path(task.folder, f"run-{number}")) for number in range(3)]
     last = runs[-1].path
     for version in range(recipe.steps // 2 + 1, recipe.steps + 1):
         shutil.rmtree(last / "checkpoints" / f"step-{version:08d}")
     resumed = instep.train(recipe, team=team, resume=last)
-    return {"runs": [run.digest for run in runs], "resumed": resumed.digest}
+    return {**{f"run {number}": run.digest for number, run in enumerate(runs)}, "resumed": resumed.digest}
 
 
 def memory(task: Task) -> dict[str, Any]:
@@ -195,7 +211,9 @@ def memory(task: Task) -> dict[str, Any]:
     recipe = recipe_of(task, batch=task.size.samples, steps=2)
     instep.train(recipe, team=team, out=Path(task.folder, "run"), monitors=[seen.append])
     planned = next(event for event in seen if event["kind"] == "planned")
-    return {name: value for name, value in planned.items() if name.endswith(("bytes", "time", "flops"))}
+    found = {name: value for name, value in planned.items() if name.endswith(("bytes", "time", "flops"))}
+    counted = [event for event in seen if event["kind"] == "gpu_memory"]
+    return {**found, **{name: event[name] for event in counted for name in ("peak_bytes", "reserved_bytes")}}
 
 
 def machine(task: Task) -> dict[str, Any]:
@@ -215,9 +233,9 @@ def main(given: str) -> None:
     """Does the task, and prints what it comes to."""
     table = json.loads(given)
     task = Task(**{**table, "size": Size(**table["size"])})
-    own = {"Instep": by_instep, "digests": digests, "memory": memory, "machine": machine}
+    own = {"Instep": by_instep, "digests": digests, "workers": workers, "memory": memory, "machine": machine}
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as spare:
-        task = task if task.folder else Task(task.kind, task.device, spare, task.size)
+        task = task if task.folder else replace(task, folder=spare)
         found = own.get(task.kind, by_torch)(task)
     print(json.dumps(found))
 

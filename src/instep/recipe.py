@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -217,7 +218,9 @@ class Team:
     Fields
     ------
     workers: processes, W, from 1 to the recipe's microbatches.
-    device: ``cpu``, or ``cuda`` with one worker.
+    device: ``cpu``; ``cuda``, a GPU for each worker of a host; or ``cuda:N``, one that all workers of a host share.
+    deterministic: kernels that add in the same order each time; False takes others, which may be faster, and does
+        without the promise of the same bits.
     shard: ``optimizer``: of the workers of a machine each keeps the optimizer's state of a share of the weights, and
         updates that share, wherever this changes no bit; ``none``: each keeps and updates all.
     restarts: how often the team may start again from its last checkpoint after a worker failed.
@@ -239,7 +242,8 @@ class Team:
     """
 
     workers: int = 1
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: str = "cpu"
+    deterministic: bool = True
     shard: Literal["optimizer", "none"] = "optimizer"
     restarts: int = 3
     checkpoint_every: int = 100
@@ -272,8 +276,16 @@ class Team:
                 signs = "workers give four" if key in ("answer_timeout_s", "stall_timeout_s") else "hosts give five"
                 least = f"it must be at least {LEAST_TIMEOUT_S:g}: {signs} signs of life a second."
                 raise RecipeError(f"'team.{key}' is {getattr(self, key):g} s; {least}")
-        if self.device == "cuda" and self.workers != 1:
-            raise RecipeError(f"team.device 'cuda' takes 1 worker, not {self.workers}; set team.workers to 1.")
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", self.device):
+            raise RecipeError(
+                f"'team.device' is {shown(self.device)}; it must be 'cpu', 'cuda', a GPU for each worker, or 'cuda:0', "
+                f"say, a GPU that all workers of a host share."
+            )
+
+    @property
+    def by_nccl(self) -> bool:
+        """Whether each of several workers has a GPU, so that gradients go from GPU to GPU in lockstep."""
+        return self.device == "cuda" and self.workers > 1
 
 
 def check_team(recipe: Recipe, team: Team) -> None:
@@ -287,10 +299,6 @@ def check_team(recipe: Recipe, team: Team) -> None:
         raise RecipeError(
             f"team.engine 'lockstep' takes synchronous rules alone, and the rule is '{recipe.rule.name}'; set "
             f"team.engine to 'auto'."
-        )
-    if team.device != "cpu" and engine_of(recipe, team) == "server":
-        raise RecipeError(
-            f"the server engine, which rule '{recipe.rule.name}' needs, runs on the CPU; set team.device to 'cpu'."
         )
     if recipe.rule.lockstep and team.workers > recipe.microbatches:
         raise RecipeError(

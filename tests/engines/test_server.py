@@ -242,7 +242,6 @@ TEAMS: list[tuple[str, UpdateRule, dict[str, Any], str]] = [
     ("no factor", ASYNC, {"workers": 2, "slow": "1:4y"}, "is no factor"),
     ("lockstep", ASYNC, {"workers": 2, "engine": "lockstep"}, "takes synchronous rules alone"),
     ("lockstep, local steps", p.local_sgd(4), {"engine": "lockstep"}, "takes synchronous rules alone"),
-    ("a GPU", ASYNC, {"device": "cuda"}, "runs on the CPU"),
     ("too many", p.local_sgd(4), {"workers": 5}, "5 workers are more than the 4 microbatches"),
 ]
 

@@ -133,12 +133,17 @@ def test_wrong_recipes(changes: dict[str, Any], sentence: str) -> None:
     assert "\n" not in caught.value.message
 
 
+DEVICES = "it must be 'cpu', 'cuda', a GPU for each worker, or 'cuda:0', say, a GPU that all workers of a host share."
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"workers": 0}, "'team.workers' is 0; it must be at least 1."),
-        ({"workers": 2, "device": "cuda"}, "team.device 'cuda' takes 1 worker, not 2; set team.workers to 1."),
-        ({"device": "tpu"}, "'team.device' is 'tpu'; it must be one of 'cpu', 'cuda'."),
+        *(
+            ({"device": name}, f"'team.device' is {name!r}; {DEVICES}")
+            for name in ("tpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "CUDA", "", "cuda:0\n")
+        ),
         ({"restarts": -1}, "'team.restarts' is -1; it must be at least 0."),
         ({"checkpoint_every": 0}, "'team.checkpoint_every' is 0; it must be at least 1."),
         (

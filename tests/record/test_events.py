@@ -15,7 +15,8 @@ from instep.offline.cluster import Cluster
 from instep.offline.simulation import simulate
 from instep.recipe import Team
 from instep.record import schema, tape
-from instep.record.events import TYPES, ComputedEvent, Event, MergedContribution, MergedEvent, WarnedEvent, plain
+from instep.record.event_kinds import TYPES
+from instep.record.events import ComputedEvent, Event, MergedContribution, MergedEvent, WarnedEvent, plain
 from instep.record.folder import RunFolder
 from instep.rules import parse
 from support import workloads

@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import FileStore
 from instep.memory_file import memory_file
 from instep.reduce.levels import levels_of, machine_of
 from instep.transport.distributed import DistributedGroup, of_ranks
+from instep.transport.gpus import DeviceGroup, Staged, without_rows
 from instep.transport.group import Group, Sizes, Solo
 from instep.transport.memory import reserve
 from instep.transport.shared_memory import SharedMemoryGroup, regions
@@ -28,14 +29,15 @@ from support.hosts import Hosts
 
 @dataclass(frozen=True)
 class Kind:
-    """What to run over: machines of so many workers each, whether what is between them is gloo, and whether they are
-    hosts of `support.hosts`.
+    """What to run over: machines of so many workers each, whether what is between them is gloo, whether they are hosts
+    of `support.hosts`, and whether rows pose as those of GPUs: "staged" or "direct".
     """
 
     name: str
     machines: tuple[int, ...]
     gloo: bool = False
     apart: bool = False
+    gpus: str = ""
 
     @property
     def size(self) -> int:
@@ -52,7 +54,10 @@ SHARED = [Kind("2 in memory", (2,)), Kind("3 in memory", (3,))]
 DISTRIBUTED = [Kind("2 by gloo", (1, 1), True), Kind("3 by gloo", (1, 1, 1), True), Kind("2 + 2", (2, 2), True),
                Kind("3 + 1 + 1", (3, 1, 1), True)]  # fmt: skip
 APART = [Kind("2 hosts", (1, 1), True, True), Kind("3 hosts", (2, 1, 1), True, True)]
-ALL = [SOLO, *SHARED, *DISTRIBUTED]
+STAGED = [Kind("3 staged", (3,), gpus="staged"), Kind("2 + 2 staged", (2, 2), True, gpus="staged")]
+DIRECT = [Kind("3 on GPUs", (3,), gpus="direct"), Kind("3 on GPUs of hosts", (1, 1, 1), True, gpus="direct")]
+ON_GPUS = [*STAGED, *DIRECT]
+ALL = [SOLO, *SHARED, *DISTRIBUTED, *ON_GPUS]
 
 
 def sizes_of(kind: Kind, rows: Sequence[int] = (), width: int = 64, fact: int = 4096, common: int = 64) -> Sizes:
@@ -76,7 +81,7 @@ class Ranks:
             self._files.append(memory_file())
             self._open.callback(os.close, self._files[-1])
             if len(team) > 1:
-                reserve(self._files[-1], regions(of_ranks(sizes, team)))
+                reserve(self._files[-1], regions(of_ranks(_of_host(kind, sizes), team)))
         folder = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
         self._store = f"{folder}/store"
         self.hosts = self._open.enter_context(Hosts(len(kind.machines), folder / "hosts")) if kind.apart else None
@@ -134,6 +139,12 @@ class Ranks:
 
     def group(self, kind: Kind, sizes: Sizes, rank: int, name: str) -> Group:
         """This rank's group."""
+        host = self._host_group(kind, _of_host(kind, sizes), rank, name)
+        if kind.gpus == "direct":
+            return DeviceGroup(host, self._connect, f"{name}, GPUs", sizes, device="cpu", address="127.0.0.1")
+        return Staged(host, "cpu") if kind.gpus else host
+
+    def _host_group(self, kind: Kind, sizes: Sizes, rank: int, name: str) -> Group:
         at = self._at(kind, rank)
         team = kind.teams[at]
         machine: Group | None = None
@@ -142,11 +153,19 @@ class Ranks:
         if not kind.gloo:
             return machine or Solo(sizes)
         address = "127.0.0.1" if self.hosts is None else self.hosts[at].address
-        return DistributedGroup(lambda: FileStore(self._store), name, rank, sizes, machine, address=address)
+        return DistributedGroup(self._connect, name, rank, sizes, machine, address=address)
+
+    def _connect(self) -> FileStore:
+        return FileStore(self._store)
 
     def _at(self, kind: Kind, rank: int) -> int:
         """The machine of a rank."""
         return next(i for i, team in enumerate(kind.teams) if rank in team)
+
+
+def _of_host(kind: Kind, sizes: Sizes) -> Sizes:
+    """Those of the group in the machines' memory."""
+    return without_rows(sizes) if kind.gpus == "direct" else sizes
 
 
 def run(kind: Kind, sizes: Sizes, body: Body) -> list[Any]:

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from instep.record import events as ev
+from instep.record.event_kinds import TYPES
 from instep.record.result import Costs
 from instep.team import messages as m
 from instep.team import wire_messages as w
@@ -171,7 +172,7 @@ def test_all_that_workers_and_their_supervisor_say_crosses() -> None:
         assert set(get_args(get_type_hints(wire)["message"])) == set(get_args(union))
 
 
-@pytest.mark.parametrize("kind", ev.TYPES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.__name__)
 def test_every_kind_of_event_crosses(kind: type[ev.Event]) -> None:
     @settings(max_examples=10)
     @given(st.data())

@@ -1,4 +1,4 @@
-"""What every group promises, over all three: in one process, in memory that is shared, and by gloo, in machines too."""
+"""What every group promises, over all: alone, in memory that is shared, by gloo, in machines too, and for GPUs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from instep.reduce.levels import Shares, levels_of
 from instep.transport import distributed, shared_memory
 from instep.transport.group import Group, PeerLost, PeerRaised, Piece
-from support.groups import ALL, APART, DISTRIBUTED, SHARED, SOLO, Kind, Ranks, run, sizes_of
+from support.groups import ALL, APART, DISTRIBUTED, ON_GPUS, SHARED, SOLO, Kind, Ranks, run, sizes_of
 
 pytestmark = pytest.mark.processes
 
@@ -26,8 +26,10 @@ Make = Callable[..., Group]
 
 apart = [pytest.param(kind, marks=pytest.mark.slow) for kind in APART]
 every_kind = pytest.mark.parametrize("kind", [*ALL, *apart], ids=lambda kind: kind.name)
-by_gloo = pytest.mark.parametrize("kind", [*DISTRIBUTED[1:], apart[1]], ids=lambda kind: kind.name)
-several = pytest.mark.parametrize("kind", [SHARED[1], *DISTRIBUTED[1:3], apart[1]], ids=lambda kind: kind.name)
+over_gloo = [kind for kind in (*DISTRIBUTED[1:], *ON_GPUS) if kind.gloo]
+of_several = [SHARED[1], *DISTRIBUTED[1:3], *ON_GPUS]
+by_gloo = pytest.mark.parametrize("kind", [*over_gloo, apart[1]], ids=lambda kind: kind.name)
+several = pytest.mark.parametrize("kind", [*of_several, apart[1]], ids=lambda kind: kind.name)
 
 TYPES = [torch.bool, torch.int16, torch.uint16, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64]
 
@@ -250,7 +252,7 @@ def test_who_waits_is_told_of_a_kill_and_nothing_is_left(kind: Kind, way: str, t
         assert left == 0
 
 
-@pytest.mark.parametrize("kind", [SOLO, SHARED[1], *DISTRIBUTED[1:]], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [SOLO, SHARED[1], *DISTRIBUTED[1:], *ON_GPUS], ids=lambda kind: kind.name)
 def test_a_closed_group_leaves_no_thread_and_no_descriptor(kind: Kind) -> None:
     """Also where something is on its way, and after an interrupt; one group after the other, in a hurry."""
 

@@ -56,7 +56,7 @@ def contribute(session: Session, descriptor: int, far: FarServerOf | None = None
     known = agreed.facts["written"]
     replica.written.learn(known)
     pieces, every = _pieces(session, agreed.facts["cut"]), assignment.team.checkpoint_every
-    contributor = Contributor(replica, pieces, session.heartbeat.advance, checkpoint_every=every)
+    contributor = Contributor(replica, pieces, session.heartbeat.advance, checkpoint_every=every, merged_on="cpu")
     contributor.prepare(0)
     fit_memory(replica, assignment.team, session.emit if session.number == 0 else None)
     replica.written.agree(known, "a first forward")
@@ -85,6 +85,7 @@ def contribute(session: Session, descriptor: int, far: FarServerOf | None = None
         if slowness > 1:
             time.sleep((slowness - 1) * (session.clock() - from_s))
         line.send(messages.Pushed(own, found, from_s, session.clock(), replica.verified()))
+    session.tell_gpu_memory()
     session.pipe.send(messages.Ended())
 
 

@@ -32,7 +32,7 @@ class Replayer:
     hand, see `Together`; this follows from the events alone, so it too gives the same bits again.
 
     `written`: the parameters that forwards are known to write. Raises FirstWrite, as its methods may, where they write
-    others. `checkpoint_every`: see `Contributor`.
+    others. `checkpoint_every`: see `Contributor`. `merged_on`: the device that updates are made on, if it is another.
     """
 
     def __init__(
@@ -44,10 +44,11 @@ class Replayer:
         batched: bool = False,
         written: Collection[str] = (),
         checkpoint_every: int = 0,
+        merged_on: str = "",
     ):
-        self.recipe, self._device = recipe, device
+        self.recipe, self._device, self._home = recipe, device, merged_on or device
         self.pieces = Pieces(recipe.rule, workers, recipe.microbatches, recipe.steps)
-        self._replica = Replica(recipe, device, written=written)
+        self._replica = Replica(recipe, merged_on or device, written=written)
         self._checkpoint_every = checkpoint_every
         self._contributors: dict[int, Contributor] = {}
         first = self._contributor(0)
@@ -202,7 +203,7 @@ class Replayer:
             known = self._replica.written.names
             replica = Replica(self.recipe, self._device, like=self._replica, written=known)
             alone, every = self.recipe.rule.gradients, self._checkpoint_every
-            contributor = Contributor(replica, self.pieces, alone=alone, checkpoint_every=every)
+            contributor = Contributor(replica, self.pieces, alone=alone, checkpoint_every=every, merged_on=self._home)
             contributor.prepare(0)
             if self._contributors:
                 contributor.written.agree(known, "a first forward")

@@ -312,13 +312,14 @@ class _Playback:
             self._divergence = f"{what} has other weights here than in the run."
 
     def _fresh(self, started: Mapping[str, Any]) -> Replayer:
-        device = started["team"].get("device", "cpu")
+        device = str(started["team"].get("device", "cpu")).partition(":")[0]
         self._engine = _engine_of(started)
         cut = started["cut"] if self._serving else 1
         changes = self._recipe.fingerprints().index(started["fingerprint"])  # what was not known then did not hold
         recipe = dataclasses.replace(self._recipe.known(changes), steps=started["steps"])  # its schedule follows them
         batched, written = started.get("batched", False), started.get("written", ())
-        return Replayer(recipe, cut, device, batched=batched, written=written)
+        home = "cpu" if self._serving else device  # a server's updates are made there
+        return Replayer(recipe, cut, device, batched=batched, written=written, merged_on=home)
 
     def _keep(self, version: int) -> None:
         merger = self._replayer.merger

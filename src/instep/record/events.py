@@ -370,13 +370,6 @@ A tape that lacks the last of them is as good as one of a run that was killed be
 need, the engine has synced before each checkpoint.
 """
 
-TYPES: tuple[type[Event], ...] = (
-    RunStartedEvent, JoinedEvent, ReleasedEvent, ComputedEvent, PushedEvent, PushedToServerEvent, MergedEvent,
-    MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent, EvaluatedEvent,
-    CheckpointedEvent, LeftEvent, PlannedEvent, WarnedEvent, FailedEvent, RunEndedEvent, BlockEvent,
-)  # fmt: skip
-"""All structures, in the order of a run."""
-
 
 def plain(event: Event) -> dict[str, Any]:
     """The event as it stands on a tape: its fields that are set, in their order, as plain values."""

@@ -1,4 +1,4 @@
-"""What the structures of `instep.record.events` say: to a reader, which checks it, and to a person. No torch.
+"""What the structures of `instep.record.event_kinds` say: to a reader, which checks it, and to a person. No torch.
 
 ``python -m instep.record.schema`` prints the table of events that docs/record.md holds.
 """
@@ -10,7 +10,8 @@ from functools import cache
 from msgspec import inspect
 
 from instep.record import shapes
-from instep.record.events import TYPES, Event, MergedContribution
+from instep.record.event_kinds import TYPES
+from instep.record.events import Event, MergedContribution
 
 
 @cache

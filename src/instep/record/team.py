@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, TypedDict
 
 from msgspec import Meta
 
@@ -10,7 +10,7 @@ from msgspec import Meta
 class TeamAsRead(TypedDict, total=False):
     """What readers ask of a team."""
 
-    device: Literal["cpu", "cuda"]
+    device: str
     workers: Annotated[int, Meta(ge=1)]
     restarts: Annotated[int, Meta(ge=0)]
 

@@ -94,8 +94,7 @@ class Reduction:
 
         Their order does not depend on the team either.
         """
-        norms: Tensor = torch.linalg.vector_norm(part.view(-1, self.layout.block), dim=1)
-        return norms
+        return _block_norms(part, self.layout.block)
 
 
 def _first_in(nodes: Sequence[Node], whole: Node) -> int:
@@ -105,8 +104,16 @@ def _first_in(nodes: Sequence[Node], whole: Node) -> int:
 
 def norm_of(flat: Tensor, layout: Layout) -> float:
     """The L2 norm of a whole flat gradient, added up from its blocks as the norms of slices are."""
-    norms = torch.linalg.vector_norm(flat.view(-1, layout.block), dim=1)
-    return total_norm(norms.tolist())
+    return total_norm(_block_norms(flat, layout.block).tolist())
+
+
+def _block_norms(flat: Tensor, block: int) -> Tensor:
+    blocks = flat.view(-1, block)
+    if flat.is_cpu:
+        norms: Tensor = torch.linalg.vector_norm(blocks, dim=1)
+        return norms
+    # One at a time: how a GPU adds up a row depends on how many rows there are, and so on the team.
+    return torch.stack([torch.linalg.vector_norm(each) for each in blocks.unbind(0)])
 
 
 def clip(flat: Tensor, norm: float, largest: float | None) -> None:

@@ -279,9 +279,10 @@ class Agent:
         self._parted.clear()
         self._looked = time.monotonic()
         assignment = self._assignment(first=self._resume_from is None and order.epoch == 1)
-        workers, hosts = order.members[: self._run.team.workers], self._hosts
-        address, key = (hosts.address, hosts.server_key) if hosts is not None else ("", b"")
-        with network_of(workers, address, key) as self._network:
+        workers, hosts, run = order.members[: self._run.team.workers], self._hosts, self._run
+        address, key = (hosts.address, hosts.server_key) if hosts is not None else ("127.0.0.1", b"")
+        needed = run.team.by_nccl and run.engine == "lockstep"
+        with network_of(workers, address, key, needed=needed) as self._network:
             for crew in self._crews:
                 crew.start(order.members, replace(assignment, network=self._network))
 

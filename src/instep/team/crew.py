@@ -108,12 +108,14 @@ class LocalCrew:
         self._name, self._folder, self._host = name, folder, host
         self._processes: MemberProcesses | None = None
         self._done: set[Member] = set()
+        self._workers: list[int] = []  # of this host, by number
 
     def start(self, members: Collection[Member], assignment: Assignment) -> None:
         workers, here = self._team.workers, [member.number for member in members if member.host == self._host]
         lines = len(here) - 1 if workers in here else 0  # the server is here
         self._processes = processes = MemberProcesses(workers, self._others, serving=self._serving, lines=lines)
         self._done.clear()
+        self._workers = [number for number in here if number != workers]
         with assignment.recipe.prepared() as recipe:
             for member in members:
                 if member.host == self._host:
@@ -130,7 +132,8 @@ class LocalCrew:
         )
 
     def _fork(self, member: Member, assignment: Assignment) -> None:
-        own = replace(assignment, lines=self.processes.lines, incarnation=member.incarnation)
+        place = self._workers.index(member.number) if member.number in self._workers else 0, len(self._workers)
+        own = replace(assignment, lines=self.processes.lines, incarnation=member.incarnation, place=place)
         self.processes.fork(member, own, self._unused())
 
     def prepare(self, facts: Mapping[str, Any]) -> None:

@@ -311,12 +311,14 @@ class Hosts:
 
 
 @contextlib.contextmanager
-def network_of(members: Sequence[Member], address: str, key: bytes = b"") -> Iterator[HostNetwork | None]:
-    """How these workers reach each other or, with a `key`, their server, if they are on several hosts; the processes of
-    this one must be forked in the block.
+def network_of(
+    members: Sequence[Member], address: str, key: bytes = b"", *, needed: bool = False
+) -> Iterator[HostNetwork | None]:
+    """How these workers reach each other or, with a `key`, their server, if they are on several hosts or it is
+    `needed`; the processes of this one must be forked in the block.
     """
     counts = [len(list(those)) for _, those in groupby(member.host for member in members)]
-    if len(counts) == 1:
+    if len(counts) == 1 and not needed:
         yield None
         return
     try:

@@ -146,7 +146,8 @@ class Assignment:
     server and each worker of its host; `incarnation` counts the processes that had this worker's place
     before. `first`: nothing of the run was trained before, and no team of it has started.
     `run_id` is kept in checkpoints; `identity` is that of the run folder. `written`: the parameters that forwards are
-    known to write. `network`: None where one host has all workers. `scratch`: has the logs where the host lacks the run
+    known to write. `network`: None where the workers of one host need none. `place`: of this worker among those of its
+    host, from 0, and how many these are. `scratch`: has the logs where the host lacks the run
     folder.
     """
 
@@ -164,6 +165,7 @@ class Assignment:
     first: bool = False
     written: tuple[str, ...] = ()
     network: HostNetwork | None = None
+    place: tuple[int, int] = (0, 1)
     scratch: Path | None = None
 
 

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,20 +24,18 @@ from instep.record.digest import digest_of_state
 from instep.record.events import JoinedEvent
 from instep.record.folder import RunFolder
 from instep.record.result import Costs
-from instep.reduce.levels import machine_of
 from instep.reduce.written import FirstWrite
 from instep.team.channel import Channel
 from instep.team.far_server import FarServer
 from instep.team.far_workers import FarWorkers
+from instep.team.groups import Reach
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
 from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten, PeersLost
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
-from instep.transport.distributed import DistributedGroup, of_ranks
-from instep.transport.group import Group, PeerLost, PeerRaised, Sizes, Solo
-from instep.transport.shared_memory import SharedMemoryGroup, regions
-from instep.transport.wire import store_at
+from instep.transport.group import PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
+from instep.worker.device import not_deterministic
 from instep.worker.milestones import Milestones, Progress
 from instep.worker.replica import Replica
 
@@ -77,8 +75,9 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
     except BaseException as error:
         session.send_events()
         where = f" while {session.replica.doing}{session.replica.samples_in_hand()}" if session.replica else ""
-        what = described(error)
-        sentence = with_saved(f"{name} raised {what}{where}{place(error)}.", session.stopped_at, assignment.folder)
+        sentence = not_deterministic(error, name, where + place(error))
+        sentence = sentence or f"{name} raised {described(error)}{where}{place(error)}."
+        sentence = with_saved(sentence, session.stopped_at, assignment.folder)
         pipe.send(Failed("WorkerError", sentence, _own_part(error)))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -107,13 +106,13 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
         progress = session.progress_of(saved)
-    engine = _engine(session, replica)
+    reach = Reach(session)
+    engine = _engine(session, replica, reach.machines)
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version)
     fit_memory(replica, team, session.emit if worker == 0 else None, workers=team.workers)
-    sizes, here = engine.sizes(), machine_of(worker, session.machines)
-    own = of_ranks(sizes, here)
+    sizes = engine.sizes()
     facts = session.facts(
         version=progress.version,
         weights=digest_of_state(replica.saved_state()),
@@ -122,8 +121,8 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         whole_update=engine.placement.why_whole,
         written=list(replica.written.names),
     )
-    session.ready(facts, {} if len(here) == 1 else regions(own))
-    engine.join(_group(session, sizes, own, worker - here.start, descriptor))
+    session.ready(facts, reach.memory(sizes))
+    engine.join(reach.group(sizes, descriptor))
     engine.slowness = server.slowness_of(session)
     recipe, first, began = session.recipe, progress.version, session.clock()
     keeper = _Keeper(session, engine, progress)
@@ -150,6 +149,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         replica.doing = doing
         raise
     left = session.leave() if worker == 0 and not interrupted else {}
+    session.tell_gpu_memory()
     session.send_events()
     costs = Costs(
         bytes_sent=(progress.version - first) * engine.bytes_a_step,
@@ -158,28 +158,10 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     session.pipe.send(Ended(asdict(progress), digest, interrupted, left, costs))
 
 
-def _engine(session: Session, replica: Replica) -> Lockstep:
+def _engine(session: Session, replica: Replica, machines: Sequence[int]) -> Lockstep:
     team, emit, clock = session.assignment.team, session.emit, session.clock
-    of_run = session.number, session.machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard
+    of_run = session.number, machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard
     return Lockstep(replica, *of_run)
-
-
-def _group(session: Session, sizes: Sizes, own: Sizes, place: int, descriptor: int) -> Group:
-    """How the workers reach each other. `own`: the sizes of this host's alone, of whom this one is number `place`."""
-    assert session.replica is not None
-    network, device, waiting = session.assignment.network, session.replica.device, session.heartbeat.waiting
-    machine: Group | None = None
-    if len(own.rows) > 1:
-        machine = SharedMemoryGroup(descriptor, own, place, waiting)
-    if network is None:
-        return machine or Solo(sizes, device)
-    connect = store_at(*network.store, network.listener if session.number == 0 else None)
-    own_address = network.address
-    silent_s = session.assignment.team.lease_s
-    return DistributedGroup(
-        connect, network.name, session.number, sizes, machine,
-        device=device, address=own_address, waiting=waiting, silent_s=silent_s,
-    )  # fmt: skip
 
 
 class _Keeper:

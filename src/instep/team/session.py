@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from instep.models import generate
 from instep.randomness import key, seed_all
 from instep.recipe import Recipe
 from instep.record import best, checkpoint
+from instep.record.event_kinds import GpuMemoryEvent
 from instep.record.events import QUIET, CheckpointedEvent, EvaluatedEvent, Event, WarnedEvent
 from instep.record.files import json_text
 from instep.record.folder import RunFolder
@@ -30,6 +31,7 @@ from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
 from instep.team.messages import Agreed, Assignment, Events, Ready
 from instep.transport.memory import Region
+from instep.worker.device import check_nccl, own_device, peak_bytes
 from instep.worker.evaluation import Evaluation
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
@@ -59,15 +61,27 @@ class Session:
     def build(self) -> Replica:
         """Builds what the recipe says. Raises InstepError."""
         self.recipe: Recipe = self.assignment.recipe.load()
-        device, written = self.assignment.team.device, self.assignment.written
-        if device != "cpu":  # before the build: a process that uses a GPU has no copies that can
-            self._try_optimizer(lambda: Replica(self.recipe, device))
-        retries = self.assignment.team.restarts
-        self.replica = replica = Replica(self.recipe, device, retries=retries, written=written)
-        if device == "cpu":
+        written = self.assignment.written
+        if self._on_gpu:  # before the build: a process that uses a GPU, or looked for one, has no copies that can
+            self._try_optimizer(self._build)
+        self.replica = replica = self._build(written)
+        if not self._on_gpu:
             self._try_optimizer(lambda: replica)
         self._warn()
         return self.replica
+
+    @property
+    def _on_gpu(self) -> bool:
+        """Where there is a server it computes on the CPU."""
+        team = self.assignment.team
+        return team.device != "cpu" and self.number < team.workers
+
+    def _build(self, written: Collection[str] = ()) -> Replica:
+        team, (place, here) = self.assignment.team, self.assignment.place
+        if self._on_gpu and not self.assignment.serving:
+            check_nccl(team.by_nccl, team.workers)
+        device = own_device(team.device, place, here) if self._on_gpu else "cpu"
+        return Replica(self.recipe, device, retries=team.restarts, written=written, deterministic=team.deterministic)
 
     def _try_optimizer(self, build: Callable[[], Replica]) -> None:
         """Tries it once in a run, see `instep.worker.trial`. Raises InstepError."""
@@ -79,10 +93,23 @@ class Session:
     def _warn(self) -> None:
         """Tells of what is doubtful, once."""
         assert self.replica is not None
-        for why in self.replica.doubts() if self.leads else ():
+        for why in (*self._doubts(), *self.replica.doubts()) if self.leads else ():
             if why not in self._told:
                 self._told.add(why)
                 self.emit(WarnedEvent(why=why))
+
+    def _doubts(self) -> list[str]:
+        team = self.assignment.team
+        if team.deterministic or (team.device == "cpu" and self.recipe.threads == 1):
+            return []
+        return ["team.deterministic is false, so that equal runs may come to other bits."]
+
+    def tell_gpu_memory(self) -> None:
+        """Notes what the process has taken of its GPU, if it has one."""
+        assert self.replica is not None
+        if (peak := peak_bytes(self.replica.device)) is not None:
+            name = torch.cuda.get_device_name(self.replica.device)
+            self.emit(GpuMemoryEvent(worker=self.number, gpu=name, peak_bytes=peak[0], reserved_bytes=peak[1]))
 
     def saved(self) -> checkpoint.Loaded | None:
         """The checkpoint to go on from, if there is one. Raises CheckpointError if it is of other data or recipe."""

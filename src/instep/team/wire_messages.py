@@ -17,7 +17,8 @@ import msgspec
 from msgspec import UNSET, Meta
 from msgspec.msgpack import Ext
 
-from instep.record.events import TYPES, Event, MergedContribution
+from instep.record.event_kinds import TYPES
+from instep.record.events import Event, MergedContribution
 from instep.record.result import Costs
 from instep.team import messages as m
 from instep.team.messages import Cancelled, Failed, Finished, StopRun, SupervisorToWorker, WorkerToSupervisor

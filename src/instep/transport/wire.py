@@ -134,9 +134,9 @@ class Wire:
     def leave(self) -> None:
         """Ends it, at once, whatever is on its way."""
         group, self._group = self._group, None
+        if group is not None and self.device.type != "cpu":
+            group.abort()  # else to drop it may wait for the others
         if group is None or self._pending:
-            if group is not None and self.device.type != "cpu":
-                group.abort()
             _shut(self._sockets)
             for work in self._pending:
                 with contextlib.suppress(RuntimeError):

@@ -7,8 +7,8 @@ Every engine computes gradients by `Gradients`, and no other way: the workers of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,8 +25,9 @@ from instep.reduce.written import WrittenParameters
 from instep.rules.fragments import Fragments
 from instep.rules.work import Pieces, Work
 from instep.transport.memory import Region
-from instep.worker.contribution import NOTHING, Facts, Vectors, latest_of
+from instep.worker.contribution import Facts, Vectors, latest_of
 from instep.worker.item_counts import ItemCounts
+from instep.worker.local_steps import LocalSteps, places
 from instep.worker.milestones import Milestones
 from instep.worker.replica import Replica
 from instep.worker.streamed import Streamed
@@ -54,7 +55,7 @@ class Gradients:
 
     `advance` is called after each microbatch. `checkpoint_every`: batches between two close looks at what forwards
     write, see `WrittenParameters.look`; 0: only at the first, before evaluations and at the end. `what`: the word for
-    a batch in messages.
+    a batch in messages. `block`: of the layout, where it is not the device's own.
     """
 
     def __init__(
@@ -64,11 +65,12 @@ class Gradients:
         *,
         checkpoint_every: int = 0,
         what: str = "step",
+        block: int = 0,
     ):
         self._replica, self._advance, self._what = replica, advance, what
         recipe = replica.recipe
         self._milestones = Milestones(recipe.steps, recipe.evaluate_every, checkpoint_every)
-        self.layout = Layout.of(replica.parameters, BLOCK[replica.device.type])
+        self.layout = Layout.of(replica.parameters, block or BLOCK[replica.device.type])
         self.buffers = Buffers(replica.module, replica.recipe.buffers)
         self.looked = True
         """Whether in the last batch all weights were read, to see whether a forward writes them."""
@@ -135,7 +137,8 @@ class Contributor:
     contribution to the next, and so do weights of its own, see `Streamed`; they are new when a worker joins, as what a
     narrow wire has lost is 0.
 
-    `alone`: it computes the pieces of all workers, see `ItemCounts`. `checkpoint_every`: see `Gradients`.
+    `alone`: it computes the pieces of all workers, see `ItemCounts`. `checkpoint_every`: see `Gradients`. `merged_on`:
+    the device where contributions are merged, and wanted, if it is another.
     """
 
     def __init__(
@@ -146,9 +149,13 @@ class Contributor:
         *,
         alone: bool = False,
         checkpoint_every: int = 0,
+        merged_on: str = "",
     ):
         self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
-        self._gradients = Gradients(replica, advance, checkpoint_every=checkpoint_every, what="global batch")
+        self._home = torch.device(merged_on) if merged_on else replica.device
+        block, what = BLOCK[self._home.type], "global batch"
+        self._gradients = Gradients(replica, advance, checkpoint_every=checkpoint_every, what=what, block=block)
+        self._staged: Tensor | None = None  # [most_nodes, layout.size], where contributions are wanted elsewhere
         self._items, self._advance = ItemCounts(replica, pieces, alone=alone), advance
         self.written: WrittenParameters = replica.written
         self.layout, self.buffers = self._gradients.layout, self._gradients.buffers
@@ -181,11 +188,11 @@ class Contributor:
         }
 
     def empty(self) -> Vectors:
-        """Vectors for one contribution, in private memory; its gradient on the replica's device."""
+        """Vectors for one contribution, in private memory; its gradient where it is merged."""
         gradient, *others = (
             torch.zeros(region.shape[1:], dtype=getattr(torch, region.dtype)) for region in self.regions(1).values()
         )
-        return Vectors(gradient.to(self.replica.device), *others)
+        return Vectors(gradient.to(self._home), *others)
 
     def prepare(self, batch: int, samples: Any | None = None) -> Any:
         """Learns the objective's terms, which parameters its forwards write and which buffers training changes, from a
@@ -229,7 +236,22 @@ class Contributor:
         """
         self.load(saved)
         self.replica.trainable.take(off)
-        return self._gradient(work, into) if self.rule.gradients else self._delta(work, saved, into)
+        here = into if self._at_home else self._beside(into)
+        facts = self._gradient(work, here) if self.rule.gradients else self._delta(work, saved, here)
+        if here is not into:
+            into.gradient[: len(facts.nodes)].copy_(here.gradient[: len(facts.nodes)])
+        return facts
+
+    @property
+    def _at_home(self) -> bool:
+        """Whether contributions are merged on the replica's device."""
+        return self._home.type == self.replica.device.type
+
+    def _beside(self, into: Vectors) -> Vectors:
+        """The same, with a gradient on the replica's device."""
+        if self._staged is None:
+            self._staged = torch.zeros(self.most_nodes, self.layout.size, device=self.replica.device)
+        return replace(into, gradient=self._staged)
 
     def counts(self, work: Work) -> dict[str, int]:
         """Items of each term in a piece of work, without computing it."""
@@ -257,12 +279,12 @@ class Contributor:
             batches = dict.fromkeys(batches)
         self._gradients.assign(nodes, list(into.gradient[: len(nodes)]))
         computed = self._gradients.compute(work.batch, batches, inputs.totals)
-        changed = _places(computed.changed)
+        changed = places(computed.changed)
         posted = tuple(sorted({*changed, *self.changing}))
         self.buffers.post(posted, work.start, nodes, list(into.buffers[: len(nodes)]), into.integers)
         self.written.post(into.written, self.written.own(work.batch))
         return Facts(
-            tuple(nodes), inputs.counts, self._by_term(computed), len(computed.sums), _places(computed.touched), posted,
+            tuple(nodes), inputs.counts, self._by_term(computed), len(computed.sums), places(computed.touched), posted,
             changed, latest=latest_of(work.batch, computed.sums), ends=computed.ends,
             ceased=self.replica.trainable.ceased, begun=self.replica.trainable.begun,
             bad=tuple(self._bad(computed, work.batch)[:1]), empty=self.without_items(work.batch, inputs.counts),
@@ -285,7 +307,7 @@ class Contributor:
 
     def _delta(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
         began, trainable, off = self.buffers.start, self.replica.trainable, self.replica.trainable.off
-        made = _LocalSteps(dict.fromkeys(self.terms, 0), dict.fromkeys(self.terms, ()))
+        made = LocalSteps(dict.fromkeys(self.terms, 0), dict.fromkeys(self.terms, ()))
         for batch in range(work.batch, work.batch + work.local_steps):
             self._local_step(work, batch, made)
         self._moved(work, saved, into)
@@ -311,11 +333,11 @@ class Contributor:
             pulled = self.pack.parameters(saved)
             with torch.no_grad():
                 for view, before, now in zip(self.layout.views(row), pulled, self.replica.parameters, strict=True):
-                    torch.sub(before.to(view.dtype), now.to(view.device, view.dtype), out=view)
+                    torch.sub(before.to(view.device, view.dtype), now.to(view.device, view.dtype), out=view)
         if self.way_up is not None:
             self.way_up.send(row, into.lost, fragment)
 
-    def _local_step(self, work: Work, batch: int, made: _LocalSteps) -> None:
+    def _local_step(self, work: Work, batch: int, made: LocalSteps) -> None:
         """One step of the worker's own optimizer, unless its part of the batch has no items, or is not finite."""
         own = range(work.start, work.stop)
         batches = {m: self.replica.batch(batch, m) for m in own}
@@ -349,7 +371,7 @@ class Contributor:
 
         Returns which buffers the step changed.
         """
-        which = list(_places(computed.changed))
+        which = list(places(computed.changed))
         if not computed.sums:
             which = [index for index in self.buffers.decaying if index in self.changing]  # as others do in this step
         if not which:
@@ -359,36 +381,3 @@ class Contributor:
         self.buffers.post(which, 0, [(0, len(batches))], [row], integers)
         self.buffers.finish(which, [], [row], [integers], len(computed.sums))
         return which
-
-
-@dataclass
-class _LocalSteps:
-    """What the local steps of one contribution came to so far, as its `Facts` will tell; moved: parameters."""
-
-    counts: dict[str, int]
-    sums: dict[str, tuple[float, ...]]
-    steps: int = 0
-    moved: set[int] = field(default_factory=set)
-    changed: set[int] = field(default_factory=set)
-    latest: tuple[int, int] = NOTHING
-    ends: Mapping[int, tuple[int, int]] = field(default_factory=dict)
-    bad: list[NonFiniteError] = field(default_factory=list)
-    empty: list[int] = field(default_factory=list)
-
-    def add(
-        self, batch: int, counts: Mapping[str, int], sums: Mapping[str, tuple[float, ...]], computed: Computed,
-        changed: Iterable[int],
-    ) -> None:  # fmt: skip
-        """A step that was made."""
-        self.steps += 1
-        self.latest = max(self.latest, latest_of(batch, computed.sums))
-        self.ends = computed.ends if batch == 0 else self.ends
-        self.changed.update(changed)
-        self.moved.update(_places(computed.touched))
-        for name in self.counts:
-            self.counts[name] += counts[name]
-            self.sums[name] += sums[name]
-
-
-def _places(flags: Iterable[bool]) -> tuple[int, ...]:
-    return tuple(index for index, flag in enumerate(flags) if flag)

@@ -60,6 +60,9 @@ def compiled(module: nn.Module) -> Any:
     # One kernel a shape, never one that depends on which shapes a worker happened to see before.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if torch.are_deterministic_algorithms_enabled() and next(module.parameters()).is_cuda:
+        # Else kernels are picked by their time, and with them orders of adding.
+        torch._inductor.config.deterministic = True
     compiled = torch.compile(module, dynamic=False)
     hidden: Any = getattr(module, "hidden", None)
     if callable(hidden):  # what losses over a large vocabulary call instead of the module

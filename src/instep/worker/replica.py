@@ -35,16 +35,24 @@ class Replica:
     """Model, optimizer, objective and data of a recipe, built on one device.
 
     `like`: another of the same recipe in this process, whose data it reads too. `retries`: how often samples are read
-    again that the system refuses. `written`: the names of parameters that forwards are known to write.
+    again that the system refuses. `written`: the names of parameters that forwards are known to write. `deterministic`:
+    as `Team.deterministic`.
 
     Raises ComponentError, DataError, RecipeError or ResourceError where the recipe cannot be built.
     """
 
     def __init__(
-        self, recipe: Recipe, device: str, like: Replica | None = None, retries: int = 0, written: Collection[str] = ()
+        self,
+        recipe: Recipe,
+        device: str,
+        like: Replica | None = None,
+        retries: int = 0,
+        written: Collection[str] = (),
+        *,
+        deterministic: bool = True,
     ):
         self.recipe = recipe
-        self.device = prepare_device(device, recipe.threads)
+        self.device = prepare_device(device, recipe.threads, deterministic=deterministic)
         self.doing = "building the data set"
         seed_all(key(recipe.seed, "data"))
         self.data: data.Data = data.from_component(recipe.data) if like is None else like.data

@@ -1,0 +1,51 @@
+"""All structures of events, by which tapes are checked and links decode; and that of machines with GPUs. No torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from instep.record.events import (
+    BlockEvent,
+    CheckpointedEvent,
+    ChecksummedEvent,
+    ComputedEvent,
+    DroppedEvent,
+    EvaluatedEvent,
+    Event,
+    FailedEvent,
+    GraceEndedEvent,
+    JoinedEvent,
+    LeftEvent,
+    MergedByServerEvent,
+    MergedEvent,
+    MergedOnClockEvent,
+    PlannedEvent,
+    PushedEvent,
+    PushedToServerEvent,
+    ReleasedEvent,
+    RunEndedEvent,
+    RunStartedEvent,
+    WarnedEvent,
+)
+from instep.record.fields import Bytes, Worker
+from instep.record.fields import is_ as _is
+
+
+class GpuMemoryEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A worker on a GPU has done its part: what torch's allocator has counted there."""
+
+    kind = "gpu_memory"
+    by = "lockstep, server"
+
+    worker: Worker
+    gpu: Annotated[str, _is("its name")]
+    peak_bytes: Annotated[Bytes, _is("of tensors, at most")]
+    reserved_bytes: Annotated[Bytes, _is("that were taken for them, at most")]
+
+
+TYPES: tuple[type[Event], ...] = (
+    RunStartedEvent, JoinedEvent, ReleasedEvent, ComputedEvent, PushedEvent, PushedToServerEvent, MergedEvent,
+    MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent, EvaluatedEvent,
+    CheckpointedEvent, LeftEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent, RunEndedEvent, BlockEvent,
+)  # fmt: skip
+"""All structures, in the order of a run."""

@@ -1,0 +1,61 @@
+"""How the workers of a team in lockstep reach each other: through memory that they share, by gloo, or by NCCL."""
+
+from __future__ import annotations
+
+from instep.reduce.levels import machine_of
+from instep.team.messages import HostNetwork
+from instep.team.session import Session
+from instep.transport.distributed import DistributedGroup, of_ranks
+from instep.transport.gpus import DeviceGroup, Staged, without_rows
+from instep.transport.group import Group, Sizes, Solo
+from instep.transport.memory import Region
+from instep.transport.shared_memory import SharedMemoryGroup, regions
+from instep.transport.wire import Connect, store_at
+from instep.worker.device import is_gpu
+
+
+class Reach:
+    """One worker's side of it."""
+
+    def __init__(self, session: Session):
+        team = session.assignment.team
+        self._session, self._by_nccl = session, team.by_nccl
+        self._here = machine_of(session.number, session.machines)
+        self._alone = len(session.machines) == 1
+        self.machines = (1,) * team.workers if team.by_nccl else session.machines
+        """How many workers share rows, machine by machine: those with a GPU each share none."""
+
+    def memory(self, sizes: Sizes) -> dict[str, Region]:
+        """What the workers of a host share, in a team of these sizes."""
+        if len(self._here) == 1 or (self._by_nccl and not self._alone):
+            return {}
+        return regions(self._own(sizes))
+
+    def group(self, sizes: Sizes, descriptor: int) -> Group:
+        """The team's group. `descriptor`: of the host's memory."""
+        session, network = self._session, self._session.assignment.network
+        assert session.replica is not None, "the recipe is built"
+        device, waiting = session.replica.device, session.heartbeat.waiting
+        place = session.number - self._here.start
+        machine = SharedMemoryGroup(descriptor, self._own(sizes), place, waiting) if self.memory(sizes) else None
+        if network is None:
+            host: Group = machine or Solo(sizes, device)
+            return Staged(host, device) if machine is not None and is_gpu(device) else host
+        connect = store_at(*network.store, network.listener if session.number == 0 else None)
+        if self._by_nccl:
+            host = machine or self._by_gloo(network, connect, without_rows(sizes), None)
+            name, address = f"{network.name}, GPUs", network.address
+            return DeviceGroup(host, connect, name, sizes, device=device, address=address, waiting=waiting)
+        host = self._by_gloo(network, connect, sizes, machine)
+        return Staged(host, device) if is_gpu(device) else host
+
+    def _by_gloo(self, network: HostNetwork, connect: Connect, sizes: Sizes, machine: Group | None) -> Group:
+        session, address = self._session, network.address
+        waiting, silent_s = session.heartbeat.waiting, session.assignment.team.lease_s
+        return DistributedGroup(
+            connect, network.name, session.number, sizes, machine, address=address, waiting=waiting, silent_s=silent_s
+        )
+
+    def _own(self, sizes: Sizes) -> Sizes:
+        """Those of what this host's workers share."""
+        return of_ranks(without_rows(sizes) if self._by_nccl else sizes, self._here)
