@@ -32,7 +32,7 @@ from instep.team.client import computed, pickled, supervised
 from instep.team.joining import run_to_join
 from instep.team.meeting import telling_the_others
 from instep.team.messages import Request
-from instep.team.place import Place, begun_before, place_of
+from instep.team.place import Place, begun_before, launch, place_of
 from instep.team.signals import interrupting
 
 
@@ -74,8 +74,8 @@ def train(
     _check_arguments(recipe, team)
     skipped = _indices(skip_samples)
     watching, folders = monitors_of(monitors), folders_of(import_paths)
-    if resume is None and begun_before(out):
-        out, resume = None, out
+    if resume is None and (begun := begun_before(out)) is not None:
+        out, resume = None, begun
     if resume is None:
         wanted = _to_begin(recipe, team, skipped)
     elif out is not None:
@@ -146,7 +146,7 @@ def _trained(
         folder, monitors = RunFolder(Path(tempfile.mkdtemp(prefix="instep-"))), [_say]
     elif folder is None:
         path = Path(out) if out is not None else RunFolder.claim(recipe.name)
-        folder = RunFolder.create(path, recipe_file, About(import_paths=import_paths))
+        folder = RunFolder.create(path, recipe_file, About(import_paths=import_paths, launch=launch()))
     request = Request(
         recipe=sent,
         recipe_table=recipe.to_table(),

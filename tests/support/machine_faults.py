@@ -135,10 +135,20 @@ class Tape:
 class Campaign:
     """One run, and the faults that it suffers."""
 
-    def __init__(self, hosts: Hosts, seed: int, count: int, *, lease_s: float, note: Callable[[Fault], None]):
+    def __init__(
+        self,
+        hosts: Hosts,
+        seed: int,
+        count: int,
+        *,
+        lease_s: float,
+        workers: int = WORKERS,
+        note: Callable[[Fault], None] = print,
+    ):
         self.hosts, self._draw, self._note, self._lease_s = hosts, random.Random(seed), note, lease_s
         self._kinds = plan(self._draw, count)
-        recipe = RECIPE.format(workers=WORKERS, every=EVERY, lease_s=lease_s, give_up_s=6 * lease_s)
+        self._workers = workers
+        recipe = RECIPE.format(workers=workers, every=EVERY, lease_s=lease_s, give_up_s=6 * lease_s)
         hosts.put({"mymodel.py": MODULE, "my.toml": recipe})
         self.commands: dict[int, Command] = {}
         self._tape = Tape(lambda: hosts[0].path() / "run" / "tape.jsonl")
@@ -153,9 +163,9 @@ class Campaign:
         begun = host.number == 0 and (host.path() / "run" / "recipe.toml").exists()
         run = ["--resume", "run"] if begun else ["my.toml", "--out", "run"]
         return host.start(
-            sys.executable, "-m", "instep", "train", *run, "--workers", str(WORKERS), PAUSE_S="0.05",
+            sys.executable, "-m", "instep", "train", *run, "--workers", str(self._workers), PAUSE_S="0.05",
             OMP_NUM_THREADS="1", INSTEP_SECRET="0123456789abcdef", SLURM_STEP_ID="0", SLURM_PROCID=str(host.number),
-            SLURM_NTASKS=str(HOSTS), SLURM_NODEID=str(host.number), SLURM_LOCALID="0", SLURM_JOB_ID="77",
+            SLURM_NTASKS=str(len(self.hosts)), SLURM_NODEID=str(host.number), SLURM_LOCALID="0", SLURM_JOB_ID="77",
             SLURM_JOB_NODELIST=",".join(each.name for each in self.hosts),
         )  # fmt: skip
 
@@ -185,7 +195,7 @@ class Campaign:
         """Whether workers of all hosts train, and a checkpoint of theirs is there."""
         events = self._tape.events
         at = next((at for at in reversed(range(len(events))) if events[at]["kind"] == "run_started"), None)
-        if at is None or sum(host["workers"] > 0 for host in events[at]["hosts"]) < HOSTS:
+        if at is None or sum(host["workers"] > 0 for host in events[at]["hosts"]) < len(self.hosts):
             return False
         later = [event["kind"] for event in events[at:] if event["kind"] in ("left", "checkpointed", "merged")]
         saved = later.index("checkpointed") if "checkpointed" in later else len(later)
@@ -193,9 +203,22 @@ class Campaign:
 
     def run(self) -> dict[str, Any]:
         """All of it, and a stop. Gives the result."""
-        self.wait(self.whole, WHOLE_S, "the beginning")
+        self.begin()
         for number, kind in enumerate(self._kinds):
             self._suffer(number, kind)
+        return self.end()
+
+    def begin(self) -> None:
+        """Starts all, until they train."""
+        self.wait(self.whole, WHOLE_S, "the beginning")
+
+    def told(self, kind: str) -> list[dict[str, Any]]:
+        """The events of this kind so far."""
+        self.look()
+        return self._tape.since(0, kind)
+
+    def end(self) -> dict[str, Any]:
+        """A stop, which saves. Gives the result."""
         self.commands[0].signal(signal.SIGTERM)
         for command in self.commands.values():
             command.ends(WHOLE_S)
@@ -377,6 +400,8 @@ def supervisor_of(pid: int) -> int:
 
 def plan(draw: random.Random, count: int) -> list[str]:
     """So many kinds in a drawn order; few are of as many kinds as can be, one of agent 0."""
+    if not count:
+        return []
     if count < FAULTS:
         of_agent_0 = [kind for kind in KINDS if kind.startswith("agent 0")]
         others = [kind for kind in KINDS if kind not in of_agent_0]

@@ -92,12 +92,14 @@ def test_two_hosts_give_the_digest_of_one_and_a_stop_of_one_ends_both(tmp_path: 
         wait_until(lambda host=host: not host.pids(), 60, "no process is left", host)
 
 
-def test_a_first_agent_that_is_killed_is_started_again_and_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("out", ["run", ""])
+def test_a_first_agent_that_is_killed_is_started_again_and_goes_on(out: str, tmp_path: Path) -> None:
     write_project(tmp_path)
     expected = digest_alone(tmp_path)
-    command = ["-m", "instep", "train", "my.toml", "--workers", "3", "--out", "run"]
+    command = ["-m", "instep", "train", "my.toml", "--workers", "3", *(["--out", out] if out else [])]
     hosts = two_hosts(tmp_path, *command, restarts=2, PAUSE_S="0.05")
-    tape = tmp_path / "run" / "tape.jsonl"
+    folder = tmp_path / (out or "runs/my")
+    tape = folder / "tape.jsonl"
     wait_until(lambda: tape.exists() and '"checkpointed"' in tape.read_text(), 60, "a checkpoint", hosts[0])
     started = json.loads(tape.read_text().splitlines()[0])
     assert started["hosts"][1]["workers"] == 2
@@ -106,7 +108,7 @@ def test_a_first_agent_that_is_killed_is_started_again_and_goes_on(tmp_path: Pat
     )
     os.kill(client, signal.SIGKILL)
     assert [host.process.wait(60) for host in hosts] == [0, 0], hosts[0].err + hosts[1].err
-    assert result(tmp_path / "run")["digest"] == expected
+    assert result(folder)["digest"] == expected
     assert tape.read_text().count('"run_started"') == 2
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +21,14 @@ from support.proved import save
 pytestmark = pytest.mark.processes
 
 SEED = 15
+BUSY, MINUTES = 8, 10
+"""Workers under load, and for how long."""
 
 
 def suffered(folder: Path, count: int, lease_s: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The faults of a campaign, and what else there is to tell of it."""
     with Hosts(HOSTS, folder) as hosts:
-        campaign = Campaign(hosts, SEED, count, lease_s=lease_s, note=lambda fault: print(fault, flush=True))
+        campaign = Campaign(hosts, SEED, count, lease_s=lease_s)
         result = campaign.run()
         undisturbed = campaign.undisturbed(result["steps"])
     more = {"lease_s": lease_s, "steps": result["steps"], "digest": result["digest"]}
@@ -57,3 +64,46 @@ def test_a_fault_is_told_of_by_what_it_cost() -> None:
     campaign._tape = type("Told", (), {"events": [{"kind": kind, "version": version} for kind, version in kinds]})
     campaign._count(fault := Fault(0, "worker killed", 1, 0.0))
     assert (fault.starts, fault.again, fault.before_checkpoint) == ([0], 2, 1)
+
+
+@contextmanager
+def busy_loops() -> Iterator[None]:
+    """One on each core."""
+    command = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-S", "-c", "while True: pass"]
+    loops = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def under_load(folder: Path, parts: int, part_s: float) -> list[dict[str, Any]]:
+    """So many parts of a run on hosts that have too much to do: the steps of each, and who was lost so far."""
+    with Hosts(2, folder) as hosts, busy_loops():
+        run = Campaign(hosts, SEED, 0, lease_s=5.0, workers=BUSY)
+        run.begin()
+        cases = []
+        for part in range(parts):
+            before = len(run.told("merged"))
+            time.sleep(part_s)
+            steps, lost = len(run.told("merged")) - before, [event["why"] for event in run.told("left")]
+            cases.append({"part": part, "seconds": part_s, "steps": steps, "lost": lost, "held": not lost})
+        result = run.end()
+        assert result["restarts"] == 0
+        assert result["digest"] == run.undisturbed(result["steps"])["digest"]
+        return cases
+
+
+@pytest.mark.slow
+def test_who_is_slow_under_load_is_not_lost(tmp_path: Path) -> None:
+    assert [case for case in under_load(tmp_path, 1, 20.0) if not case["held"]] == []
+
+
+@pytest.mark.prove
+def test_who_is_slow_under_load_is_not_lost_for_minutes(tmp_path: Path) -> None:
+    began = time.monotonic()
+    cases = under_load(tmp_path, MINUTES, 60.0)
+    save("hosts_under_load", cases, seed=SEED, began=began, workers=BUSY, loops=os.cpu_count())
+    assert [case for case in cases if not case["held"]] == []

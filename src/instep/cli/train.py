@@ -39,8 +39,8 @@ def train_recipe(
     if out is not None and resume is not None:
         raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
 
-    if resume is None and begun_before(out):
-        out, resume = None, out
+    if resume is None and (begun := begun_before(out)) is not None:
+        out, resume = None, begun
     if resume is not None and (place := place_of(_own_team(settings).launcher)) is not None and place.agent > 0:
         _join(place, settings)
         return

@@ -32,12 +32,14 @@ _LOG = re.compile(r"(supervisor|server|worker-\d+)\.log|[\w.-]+-\d+\.txt")
 class About:
     """What a run keeps of its start beside the recipe, in `run.json`. Folders of earlier versions have none.
 
-    id: tells it from every other run, of the same recipe too. import_paths: where its modules were looked for.
+    id: tells it from every other run, of the same recipe too. import_paths: where its modules were looked for. launch:
+    what tells torchrun's start of the agents from every other, but not from what torchrun starts again; else "".
     """
 
     kind: Literal["training", "simulation"] = "training"
     import_paths: tuple[str, ...] = ()
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    launch: str = ""
 
 
 class RunFolder:
@@ -80,7 +82,8 @@ class RunFolder:
                 run.checkpoints.mkdir(exist_ok=True)
                 run.logs.mkdir(exist_ok=True)
                 if about is not None:
-                    write_atomically(run.about_path, json_text(asdict(about)).encode() + b"\n")
+                    told = {name: value for name, value in asdict(about).items() if value or name != "launch"}
+                    write_atomically(run.about_path, json_text(told).encode() + b"\n")
                 if recipe:  # last: a folder with a recipe has all that a resume needs
                     write_atomically(run.recipe_path, recipe.encode())
         except (FileExistsError, NotADirectoryError):
@@ -170,7 +173,7 @@ class RunFolder:
         except (OSError, ValueError, RecursionError):
             table = None
         if misfit(table, ABOUT) is None:
-            return About(table["kind"], tuple(table["import_paths"]), table["id"])
+            return About(table["kind"], tuple(table["import_paths"]), table["id"], table.get("launch", ""))
         raise RecordError(
             f"{self.about_path} is not what Instep wrote there; restore it, or take it away: then its id and "
             f"the folders of its modules are read from the tape."

@@ -181,6 +181,6 @@ WATCH = Table(
 RESULT = Table({"versions": COUNT, "steps": COUNT, "digest": Maybe(TEXT)})
 
 ABOUT = Table(
-    {"kind": one_of("training", "simulation"), "import_paths": Each(TEXT), "id": TEXT},
+    {"kind": one_of("training", "simulation"), "import_paths": Each(TEXT), "id": TEXT, "launch": TEXT},
     needed=("kind", "import_paths", "id"),
 )

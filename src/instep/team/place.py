@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from instep.errors import RecipeError, cut, shown
+from instep.errors import RecipeError, RecordError, cut, shown
 from instep.record.folder import RunFolder
 
 Launcher = Literal["auto", "local", "torchrun", "srun"]
@@ -68,10 +69,32 @@ def place_of(launcher: str) -> Place | None:
     return from_environment(os.environ, launcher)
 
 
-def begun_before(out: str | os.PathLike[str] | None) -> bool:
-    """Whether torchrun has started agent 0 once more, and the run that it had begun in the folder `out` is to go on."""
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ.get("RANK") == "0"
-    return again and out is not None and RunFolder(Path(out)).recipe_path.exists()
+def begun_before(out: str | os.PathLike[str] | None) -> Path | None:
+    """The folder of the run that is to go on, where torchrun has started agent 0 once more: `out`, or else the newest
+    below ``runs`` that this torchrun's agent 0 has begun. None where there is none.
+    """
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or os.environ.get("RANK") != "0":
+        return None
+    if out is not None:
+        return Path(out) if RunFolder(Path(out)).recipe_path.exists() else None
+    begun: list[tuple[int, Path]] = []
+    for path in Path("runs").glob("*/run.json"):
+        with contextlib.suppress(OSError, RecordError):
+            about, recipe = RunFolder(path.parent).about(), RunFolder(path.parent).recipe_path
+            if about is not None and about.launch == launch() and recipe.exists():
+                begun.append((path.stat().st_mtime_ns, path.parent))
+    return max(begun)[1] if begun else None
+
+
+def launch() -> str:
+    """What tells this torchrun from every other, whatever it starts again; "" where there is none."""
+    run, parent = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.getppid()
+    if not run:
+        return ""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
+        return f"{run} {parent} {fields[19]}"  # when it was started, since the machine was
+    return ""
 
 
 def _number(environ: Mapping[str, str], launcher: str, *names: str, most: int = MOST_AGENTS) -> int:
