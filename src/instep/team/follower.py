@@ -7,9 +7,7 @@ Where agent 0 is lost the workers end at once, and it looks for agent 0 a while,
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +38,7 @@ from instep.team.messages import (
     StopRun,
 )
 from instep.team.orders import Lost
+from instep.team.received import Received
 from instep.team.remote import Silence
 from instep.team.signals import Interrupted, Requests
 from instep.team.waiting import ready_of
@@ -78,6 +77,7 @@ class Follower:
         self._run, self._client, self._requests = run, client, requests
         self._place, self._parent, self._team = run.place, os.getppid(), run.team
         self._scratch = RunFolder(run.folder)
+        self._received = Received(self._scratch.checkpoints)
         self._others = children()
         self._hello: HelloAgent | None = None
         self._link: AgentLink | None = None
@@ -272,7 +272,7 @@ class Follower:
             case Beat(_, sent_s, clock_s):
                 self._clock.heard(clock_s, sent_s)
             case CheckpointPart():
-                self._write(message)
+                self._received.write(message)
             case StartMembers():
                 self._begin(message)
             case GoMembers(epoch, facts) if self._is_at(epoch):
@@ -337,21 +337,6 @@ class Follower:
     def _name(self, number: int) -> str:
         assert self._hello is not None
         return f"worker {number} on host {self._place.host} ({self._hello.name})"
-
-    def _write(self, part: CheckpointPart) -> None:
-        """A part of a checkpoint; of those of before none is needed any more."""
-        folder = self._scratch.checkpoints / part.name
-        if not folder.exists():
-            shutil.rmtree(self._scratch.checkpoints, ignore_errors=True)
-        path = (folder / part.file).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise WorkerError(f"agent 0 has sent a part of {part.file!r}, which no checkpoint has; it is refused.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("r+b" if part.offset else "wb") as file:
-            file.seek(part.offset)
-            file.write(part.content)
-        if part.last and hashlib.sha256(path.read_bytes()).hexdigest() != part.sha256:
-            raise WorkerError(f"the checkpoint {part.name} was damaged on its way here; start the run again.")
 
     def _end(self) -> None:
         """Ends the workers, and passes their last words on."""

@@ -1,0 +1,45 @@
+"""The checkpoint that an agent is sent to start its workers from, as its parts come."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from instep.errors import WorkerError
+from instep.record.files import disk_error
+from instep.team.wire_messages import CheckpointPart
+
+
+class Received:
+    """In a folder for scratch. A file is hashed as it comes: one of gigabytes keeps no agent from its signs of life."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._hashed = hashlib.sha256()
+        self._file, self._size = "", 0  # that comes now, and bytes of it so far
+
+    def write(self, part: CheckpointPart) -> None:
+        """A part; of checkpoints before its own none is needed any more.
+
+        Raises WorkerError where it is not what was sent, and ResourceError where the disk refuses it.
+        """
+        folder = self._folder / part.name
+        path = (folder / part.file).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise WorkerError(f"agent 0 has sent a part of {part.file!r}, which no checkpoint has; it is refused.")
+        if not part.offset:
+            self._file, self._size, self._hashed = part.file, 0, hashlib.sha256()
+        try:
+            if not folder.exists():
+                shutil.rmtree(self._folder, ignore_errors=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab" if part.offset else "wb") as file:
+                file.write(part.content)
+        except OSError as error:
+            raise disk_error(f"the checkpoint {part.name} from agent 0 cannot be kept in {folder}", error) from error
+        in_turn = (part.file, part.offset) == (self._file, self._size)
+        self._size += len(part.content)
+        self._hashed.update(part.content)
+        if not in_turn or (part.last and self._hashed.hexdigest() != part.sha256):
+            raise WorkerError(f"the checkpoint {part.name} was damaged on its way here; start the run again.")
