@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from instep.components import Component
 from instep.data import Data
 from instep.errors import ComponentError, ObjectiveError, RecipeError
-from instep.objectives import Warmup, bind, check, from_component, learn_terms
+from instep.objectives import Warmup, bind, check_protocol, from_component, learn_terms
 from instep.objectives.autoencoder import VAE, reparametrised
 from instep.objectives.contrastive import CLIP
 from instep.objectives.diffusion import Diffusion, FlowMatching
@@ -45,7 +45,7 @@ def test_every_objective_is_a_sum_and_repeats(name: str) -> None:
     model = TASKS[name].model()
     made = TASKS[name].objective()
     bound = learn_terms(bind(made), model, batch_of(name))
-    check(bound, model, batch_of(name))
+    check_protocol(bound, model, batch_of(name))
     assert math.isfinite(bound.whole(dict.fromkeys(bound.terms or (), 1.0), 10**9))
 
 

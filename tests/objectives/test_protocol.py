@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from instep.components import Component
 from instep.data import Data
 from instep.errors import ObjectiveError
-from instep.objectives import Warmup, bind, check, check_repeats, from_component, learn_terms, objective
+from instep.objectives import Warmup, bind, check_protocol, check_repeats, from_component, learn_terms, objective
 from instep.recipe import Recipe, Team
 from instep.rules import UpdateRule
 from instep.worker.evaluation import Evaluation
@@ -269,7 +269,7 @@ def test_what_keeps_state_or_reads_a_global_that_changes_is_refused(f: Any) -> N
     with pytest.raises(
         ObjectiveError, match="'objective' of the objective is .* it keeps state, or reads a clock or a"
     ):
-        check(bind(f), linear(), torch.ones(4, 3))
+        check_protocol(bind(f), linear(), torch.ones(4, 3))
 
 
 def test_random_objectives_and_models_with_state_pass() -> None:

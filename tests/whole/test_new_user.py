@@ -185,7 +185,7 @@ def test_a_mean_for_a_sum_is_told_of_counts() -> None:
     model, batch = nn.Linear(4, 1), torch.randn(6, 4)
     bound = objectives.learn_terms(bound, model, batch)
     with pytest.raises(ObjectiveError, match=r"unless counts= of instep\.objective says what its items are"):
-        objectives.check(bound, model, batch)
+        objectives.check_protocol(bound, model, batch)
 
 
 @pytest.mark.processes

@@ -34,8 +34,9 @@ later, more slowly, or between workers (a rank, an environment variable) cannot 
 
 from __future__ import annotations
 
+from instep.objectives.any_loss import Cut, LossCheck, check
 from instep.objectives.bound import Bound, bind, exact_sum, learn_terms
-from instep.objectives.checks import check, check_is_sum, check_repeats
+from instep.objectives.checks import check_is_sum, check_protocol, check_repeats
 from instep.objectives.protocol import (
     TERM,
     Count,
@@ -54,6 +55,8 @@ __all__ = [
     "Bound",
     "Count",
     "Counts",
+    "Cut",
+    "LossCheck",
     "Objective",
     "Shared",
     "Sums",
@@ -62,6 +65,7 @@ __all__ = [
     "bind",
     "check",
     "check_is_sum",
+    "check_protocol",
     "check_repeats",
     "exact_sum",
     "from_component",

@@ -31,7 +31,7 @@ Around = Callable[[], AbstractContextManager[None]]
 """Makes what goes around each call of the model: it puts back what the call writes into parameters."""
 
 
-def check(
+def check_protocol(
     bound: Bound, model: nn.Module, batch: Any, double: Callable[[], Any] | None = None, around: Around = nullcontext
 ) -> None:
     """Both checks, see `check_is_sum` for `double`. Raises ObjectiveError."""

@@ -12,7 +12,7 @@ import torch
 
 from instep.data.cursor import load
 from instep.data.repeats import check_repeats
-from instep.objectives import check
+from instep.objectives import check_protocol
 from instep.objectives.gathers import check_gathers
 from instep.randomness import key, seed_all
 from instep.restore import kept_module_state, kept_random_state
@@ -44,7 +44,7 @@ def look_at_objective(replica: Replica, batch: Any) -> None:
         return replica.to_device(load(replica.data.train, [*indices, *indices], replica.data.collate))
 
     with replica.written.probing(learn=False):  # one process does it, and what it learnt the others would not know
-        check(replica.objective, replica.module, batch, doubled, replica.written.kept)
+        check_protocol(replica.objective, replica.module, batch, doubled, replica.written.kept)
         _look_at_gathers(replica)
 
 
