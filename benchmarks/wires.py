@@ -1,9 +1,10 @@
-"""What a narrow wire costs in learning: ``python benchmarks/wires.py [WIRE ...] [--optimizer muon] [--steps N]``.
+"""What narrow wires cost in learning: ``python benchmarks/wires.py [WIRE ...] [--optimizer muon] [--fragments N]``.
 
 The built-in recipe ``gpt`` trains under ``diloco:20`` with 4 workers over each wire, in one process on a virtual clock,
 which gives the bits of a real team. `muon` trains the matrices of its blocks with torch.optim.Muon (MuLoCo,
-arXiv:2505.23725), scaled to the rate of AdamW, which trains the rest. A run's figures replace its earlier ones in
-benchmarks/results/wires.json; those of fewer steps are only shown.
+arXiv:2505.23725), scaled to the rate of AdamW, which trains the rest. `--fragments` sends the model in so many parts,
+one after the other. A run's figures replace its earlier ones in benchmarks/results/wires.json; those of fewer steps, by
+`--steps`, are only shown.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ def optimizer(name: str, table: dict[str, Any]) -> Any:
     ]
 
 
-def measure(wire: str, optimizer_name: str, steps: int | None) -> dict[str, Any]:
+def measure(wire: str, optimizer_name: str, fragments: int, steps: int | None) -> dict[str, Any]:
     """One run."""
     table = read("gpt")
-    changes = {"rule": f"diloco:20,wire={wire}", "optimizer": optimizer(optimizer_name, table)}
+    changes = {"rule": f"diloco:20,wire={wire},fragments={fragments}", "optimizer": optimizer(optimizer_name, table)}
     recipe, _ = parse({**table, **changes, **({} if steps is None else {"steps": steps})})
     times = WorkerTimes.constant(0.1)
     result = instep.simulate(recipe, instep.Cluster(WORKERS, times, merge_s=0.0, collective=False))
@@ -57,11 +58,14 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("wires", nargs="*", default=WIRES, metavar="WIRE", help=", ".join(WIRES))
     options.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    options.add_argument("--fragments", type=int, default=1)
     options.add_argument("--steps", type=int, help="global batches, to try it; by default the recipe's")
     given = options.parse_args()
     known = json.loads(RESULT.read_text())["runs"] if RESULT.exists() and given.steps is None else {}
     for wire in given.wires:
-        known[f"{given.optimizer}, {wire}"] = row = measure(wire, given.optimizer, given.steps)
+        parts = f", {given.fragments} fragments" if given.fragments > 1 else ""
+        row = measure(wire, given.optimizer, given.fragments, given.steps)
+        known[f"{given.optimizer}, {wire}{parts}"] = row
         plain = known.get(f"{given.optimizer}, float32", row)
         print(
             f"{given.optimizer:<6}{wire:<9}{row['held_out']:>8.4f}{row['held_out'] / plain['held_out'] - 1:>+8.2%}"

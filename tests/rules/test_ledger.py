@@ -8,10 +8,10 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from instep.rules import PRESETS, UpdateRule
+from instep.rules import PRESETS, UpdateRule, parse
 from instep.rules.ledger import Action, Drop, Finish, Ledger, Merge, Release
 from instep.rules.ledger_state import ledger_of, ledger_state
 from instep.rules.work import Pieces
@@ -108,6 +108,7 @@ def test_a_ledger_made_from_state_does_what_the_first_would_have_done(
     assert run.twin.finished
 
 
+@example(parse("diloco:6,fragments=3"), 3, 7, 11)
 @given(ANY_RULE, WORKERS, MICROBATCHES, STEPS)
 def test_pieces_hold_every_microbatch_of_every_batch_once(
     rule: UpdateRule, workers: int, microbatches: int, steps: int

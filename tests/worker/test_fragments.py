@@ -29,7 +29,7 @@ from instep.rules.fragments import Fragments
 from instep.worker.outer_optimizer import OuterOptimizers
 from instep.worker.replica import Replica
 from instep.worker.streamed import Streamed
-from instep.worker.wire import WayUp
+from instep.worker.wire import WayDown, WayUp
 from support import workloads
 from support.harness import Client, stopping_at, train_here
 from support.regression import numbers, regression
@@ -141,6 +141,23 @@ def test_what_is_lost_of_a_fragment_is_added_to_its_next_message_and_to_no_other
         assert torch.equal(layout.views(flat)[which], arrived)
         assert not layout.views(flat)[1 - which].any()
         assert torch.equal(kept, torch.cat(lost))
+
+
+def test_a_workers_weights_are_brought_on_by_the_fragment_of_the_update_alone() -> None:
+    module = nn.Sequential(nn.Linear(8, 9, bias=False), nn.Linear(9, 7, bias=False))
+    weights = list(module.parameters())
+    pack, parts = Pack(module, weights), Fragments([each.nbytes for each in weights], 2)
+    down = WayDown(parse("diloco:4,fragments=2,wire=int4"), weights, pack, parts)
+    assert down.give(0, 0) == (0, pack.size_bytes)
+    had = [value.detach().clone() for value in weights]
+    for version in range(1, 6):
+        which = (version - 1) % 2
+        with torch.no_grad():
+            weights[which].mul_(1.1)
+        assert down.give(0, version) == (0, narrow_bytes("int4", weights[which].numel()))
+        change = (weights[which].detach() - had[which]).reshape(-1)
+        had[which] = had[which] + decoded(encoded(change, "int4"), "int4", len(change)).view(had[which].shape)
+        assert all(torch.equal(*pair) for pair in zip(pack.parameters(down.weights(0)), had, strict=True))
 
 
 def test_which_parameters_have_changed_since_a_version() -> None:
