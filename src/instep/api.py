@@ -37,7 +37,6 @@ from instep.team.signals import interrupting
 
 
 @interrupting()
-@telling_the_others()
 def train(
     recipe: Recipe | None = None,
     *,
@@ -71,22 +70,24 @@ def train(
     ends it at once. So do SIGTERM, SIGHUP and what schedulers warn with, SIGUSR1, SIGUSR2 and SIGXCPU, where the
     program leaves them alone and calls `train` from its main thread. Raises InstepError: see `instep.errors`.
     """
-    _check_arguments(recipe, team)
-    skipped = _indices(skip_samples)
-    watching, folders = monitors_of(monitors), folders_of(import_paths)
-    if resume is None and (begun := begun_before(out)) is not None:
-        out, resume = None, begun
-    if resume is None:
-        wanted = _to_begin(recipe, team, skipped)
-    elif out is not None:
-        raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
-    elif (place := place_of(team.launcher if team is not None else "auto")) is not None and place.agent > 0:
-        wanted = _to_join(place, RunFolder(Path(resume)), recipe, team)
-    else:
-        wanted = _to_resume(RunFolder.open(Path(resume)), recipe, team, skipped)
-        for why in () if watching else (*wanted.notices, *wanted.changed):  # a monitor sees them
-            warnings.warn(why, stacklevel=4)  # of the caller, beyond the decorators
-    return _trained(wanted, out, watching, (*folders, *wanted.import_paths))
+    with telling_the_others():
+        _check_arguments(recipe, team)
+        skipped = _indices(skip_samples)
+        watching, folders = monitors_of(monitors), folders_of(import_paths)
+        if resume is None and (begun := begun_before(out)) is not None:
+            out, resume = None, begun
+        if resume is None:
+            wanted = _to_begin(recipe, team, skipped)
+        elif out is not None:
+            raise RecipeError("'out' and 'resume' exclude each other: a resumed run goes on in its own folder.")
+        elif (place := place_of(team.launcher if team is not None else "auto")) is not None and place.agent > 0:
+            wanted = _to_join(place, RunFolder(Path(resume)), recipe, team)
+        else:
+            wanted = _to_resume(RunFolder.open(Path(resume)), recipe, team, skipped)
+            for why in () if watching else (*wanted.notices, *wanted.changed):  # a monitor sees them
+                warnings.warn(why, stacklevel=3)  # of the caller, beyond the decorator
+        folder, request = _request(wanted, out, (*folders, *wanted.import_paths))
+    return _trained(wanted.recipe, folder, request, watching)
 
 
 @dataclass(frozen=True)
@@ -135,19 +136,20 @@ def _to_join(place: Place, folder: RunFolder, recipe: Recipe | None, team: Team 
     return _Wanted(recorded(folder, recipe, table), team, import_paths=told.import_paths)
 
 
-def _trained(
-    wanted: _Wanted, out: str | os.PathLike[str] | None, monitors: list[Monitor], import_paths: tuple[str, ...]
-) -> Run:
+def _request(
+    wanted: _Wanted, out: str | os.PathLike[str] | None, import_paths: tuple[str, ...]
+) -> tuple[RunFolder, Request]:
+    """What the supervisor is asked for, and the folder, which is made for a new run."""
     recipe, team, folder = wanted.recipe, wanted.team, wanted.folder
     place = place_of(team.launcher)
     check_team(recipe, team)
     sent, recipe_file = pickled(recipe), dumps(recipe, team)
     if place is not None and place.agent > 0:
-        folder, monitors = RunFolder(Path(tempfile.mkdtemp(prefix="instep-"))), [_say]
+        folder = RunFolder(Path(tempfile.mkdtemp(prefix="instep-")))
     elif folder is None:
         path = Path(out) if out is not None else RunFolder.claim(recipe.name)
         folder = RunFolder.create(path, recipe_file, About(import_paths=import_paths, launch=launch()))
-    request = Request(
+    return folder, Request(
         recipe=sent,
         recipe_table=recipe.to_table(),
         recipe_file=recipe_file,
@@ -163,6 +165,12 @@ def _trained(
         notices=tuple(wanted.notices),
         place=place,
     )
+
+
+def _trained(recipe: Recipe, folder: RunFolder, request: Request, monitors: list[Monitor]) -> Run:
+    place = request.place
+    if place is not None and place.agent > 0:
+        monitors = [_say]
     result = supervised(folder, request, recipe.threads, monitors)
     if result["interrupted"]:
         if place is not None and place.agent > 0:
@@ -171,8 +179,8 @@ def _trained(
         how = how if how.startswith("instep") else f"instep.train(resume={str(folder.path)!r}) or instep train {how}"
         raise KeyboardInterrupt(f"the run ended after step {result['steps']}, and is saved; go on with {how}")
     if place is not None and place.agent > 0:
-        return RunElsewhere(place.agent, result, recipe, import_paths)
-    return Run(folder.path, result, recipe, import_paths)
+        return RunElsewhere(place.agent, result, recipe, request.import_paths)
+    return Run(folder.path, result, recipe, request.import_paths)
 
 
 def _say(event: dict[str, Any]) -> None:

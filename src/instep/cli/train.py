@@ -25,7 +25,6 @@ from instep.team.place import Place, begun_before, place_of
 from instep.team.signals import interrupting
 
 
-@telling_the_others()
 def train_recipe(
     given: str | None,
     settings: Settings,
@@ -35,24 +34,24 @@ def train_recipe(
     skipped: Sequence[int] = (),
 ) -> None:
     """Trains the recipe `given`, or goes on with the run `resume`. Raises UsageError and whatever training does."""
-    merge({}, settings)  # a wrong flag is named before a wrong file
-    if out is not None and resume is not None:
-        raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
-
-    if resume is None and (begun := begun_before(out)) is not None:
-        out, resume = None, begun
-    if resume is not None and (place := place_of(_own_team(settings).launcher)) is not None and place.agent > 0:
-        _join(place, settings)
-        return
-    if resume is not None:
-        recipe, team = _saved(resume, given, settings)
-    elif given is not None:
-        recipe, team = parsed(given, settings)
-        check_team(recipe, team)  # before a folder is made
-    else:
-        raise UsageError(
-            "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
-        )
+    with telling_the_others():
+        merge({}, settings)  # a wrong flag is named before a wrong file
+        if out is not None and resume is not None:
+            raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
+        if resume is None and (begun := begun_before(out)) is not None:
+            out, resume = None, begun
+        if resume is not None and (place := place_of(_own_team(settings).launcher)) is not None and place.agent > 0:
+            _join(place, settings)
+            return
+        if resume is not None:
+            recipe, team = _saved(resume, given, settings)
+        elif given is not None:
+            recipe, team = parsed(given, settings)
+            check_team(recipe, team)  # before a folder is made
+        else:
+            raise UsageError(
+                "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
+            )
 
     from instep.api import train
     from instep.monitors import Monitor

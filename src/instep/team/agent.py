@@ -27,7 +27,7 @@ from instep.record.events import CheckpointedEvent, Event, FailedEvent, LeftEven
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape
-from instep.team import messages, orders
+from instep.team import meeting, messages, orders
 from instep.team.channel import Channel
 from instep.team.crew import Crew, Heard, LocalCrew
 from instep.team.follower import Follower
@@ -98,6 +98,11 @@ class Agent:
             result = self._train()
             self._hosts.tell(messages.Finished(result))
             return result
+
+    @property
+    def met(self) -> bool:
+        """Whether other agents have been let in, who are told of errors."""
+        return self._hosts is not None
 
     def _cause(self, error: InstepError) -> InstepError:
         """What is to be told: where the run folder is gone, that is why something else failed."""
@@ -376,7 +381,9 @@ def _serve(client: Channel) -> None:
         if run.place is not None and run.place.agent > 0:
             client.send(messages.Finished(Follower(run, client, requests).follow()))
         else:
-            client.send(messages.Finished(Agent(run, client, requests).supervise()))
+            agent = Agent(run, client, requests)
+            with meeting.telling_the_others(lambda: agent.met):
+                client.send(messages.Finished(agent.supervise()))
     except ClientGone:
         if run.place is not None and run.place.agent > 0:
             shutil.rmtree(run.folder, ignore_errors=True)  # for scratch; who has made it is gone

@@ -98,17 +98,18 @@ def withdraw(place: Place) -> None:
 
 
 @contextlib.contextmanager
-def telling_the_others() -> Iterator[None]:
-    """In the block, an error of agent 0's before it has let the others in ends them too, under srun.
+def telling_the_others(told: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """In the block, an error of agent 0's ends the others too, which look for it still, under srun.
 
-    Under torchrun they see it by themselves, see `check_open`.
+    Under torchrun they see it by themselves, see `check_open`. told: whether they have heard of it.
     """
     try:
         yield
     except InstepError:
         with contextlib.suppress(InstepError):
             place = place_of("auto")
-            if place is not None and place.agent == 0 and place.launcher == "srun" and not _given_secret(os.environ):
+            first = place is not None and place.agent == 0 and place.launcher == "srun"
+            if place is not None and first and not told() and _given_secret(os.environ) is None:
                 meeting_file.write(_file(place), _ENDED)
         raise
 
