@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from instep.team.link import AgentLink, connect
 from instep.team.messages import Failed
 from instep.team.orders import HostCame
 from instep.team.waiting import ready_of
-from instep.team.wire_messages import AskRun, HelloAgent, RunGiven, Welcome
+from instep.team.wire_messages import AskRun, Beat, HelloAgent, RunGiven, Welcome
 from support import workloads
 from support.agents import Followers, Told, meet_here, places, request_of, train_on
 
@@ -80,8 +80,9 @@ def test_processors_that_may_differ_withdraw_the_promise_on_the_tape(
 class Met:
     """Agent 0's side of a run on two hosts that has begun, and agents that come there."""
 
-    def __init__(self, folder: Path):
-        self._request = request_of(workloads.gpt(steps=4), Team(workers=2), folder, places((1, 1))[0])
+    def __init__(self, folder: Path, agents: Sequence[int] = (1, 2)):
+        self._places = places(agents)
+        self._request = request_of(workloads.gpt(steps=4), Team(workers=2), folder, self._places[0])
         self.hosts = Hosts(self._request, RunFolder(folder), "a run")
         self.events: list[Any] = []
 
@@ -90,7 +91,7 @@ class Met:
         self.events += self.hosts.hear(ready, begun=True)
 
     def connected(self) -> AgentLink:
-        found = meeting.find(places((1, 1))[1], 60.0)
+        found = meeting.find(self._places[1], 60.0)
         assert found is not None
         with ThreadPoolExecutor(1) as pool:
             link = pool.submit(connect, found.address, found.secret, 60)
@@ -100,7 +101,7 @@ class Met:
 
     def hello(self, **fields: Any) -> tuple[AgentLink, HelloAgent]:
         """One that says hello, as agent 1 but for `fields`."""
-        hello = replace(hello_of(replace(self._request, place=places((1, 1))[1]), "127.0.0.1"), **fields)
+        hello = replace(hello_of(replace(self._request, place=self._places[1]), "127.0.0.1"), **fields)
         link = self.connected()
         link.send(hello)
         return link, hello
@@ -114,6 +115,7 @@ class Met:
 
 @pytest.fixture
 def met(tmp_path: Path) -> Iterator[Met]:
+    """On the second host are agents 1 and 2."""
     (tmp_path / "run").mkdir()
     found = Met(tmp_path / "run")
     yield found
@@ -122,6 +124,7 @@ def met(tmp_path: Path) -> Iterator[Met]:
 
 
 def test_an_agent_that_was_replaced_ends_when_it_comes_back(met: Met) -> None:
+    standby, _ = met.hello(agent=2, local=1, session="that of 2")
     first, hello = met.hello()
     assert isinstance(met.answers(first), Welcome)
     second, _ = met.hello(session="another")
@@ -130,11 +133,36 @@ def test_an_agent_that_was_replaced_ends_when_it_comes_back(met: Met) -> None:
     refused = met.answers(stale)
     assert refused == Failed("WorkerError", "agent 1 was started again while this one was away; it ends.")
     assert met.events == [HostCame(1, hello.name)] * 2
-    for link in (first, second, stale):
+    for link in (standby, first, second, stale):
         link.close()
 
 
-@pytest.mark.parametrize("fields", [{"agent": 2}, {"agent": 0}, {"host": 0}])
+def test_an_agent_without_workers_is_answered_and_may_come_and_go(met: Met) -> None:
+    first, hello = met.hello()
+    assert isinstance(met.answers(first), Welcome)
+    for _ in range(2):
+        standby, _ = met.hello(agent=2, local=1, session="that of 2")
+        assert isinstance(met.answers(standby), Welcome)
+        standby.send(Beat(3, 1.5))
+        answer = met.answers(standby)
+        assert isinstance(answer, Beat)
+        assert (answer.seq, answer.sent_s) == (3, 1.5)
+        standby.close()
+    assert met.events == [HostCame(1, hello.name)], "its host lost nothing by that"
+    first.close()
+
+
+def test_the_first_host_is_there_when_its_other_agents_are(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    met = Met(tmp_path / "run", (2, 1))
+    link, hello = met.hello(host=0, local=1)
+    assert isinstance(met.answers(link), Welcome)
+    assert met.events == [HostCame(0, hello.name)]
+    for each in (link, *met.hosts.opened):
+        each.close()
+
+
+@pytest.mark.parametrize("fields", [{"agent": 3}, {"agent": 0}, {"host": 0}])
 def test_an_agent_of_no_place_in_the_run_is_turned_away(met: Met, fields: dict[str, int]) -> None:
     link, hello = met.hello(**fields)
     refused = met.answers(link)

@@ -29,7 +29,7 @@ from instep.team.processor import processor
 from instep.team.remote import RemoteCrew, Silence
 from instep.team.signals import Interrupted
 from instep.team.waiting import ready_of
-from instep.team.wire_messages import AskRun, HelloAgent, RunGiven, Welcome
+from instep.team.wire_messages import AskRun, Beat, HelloAgent, RunGiven, Welcome
 
 HELLO_S = 5.0
 """Seconds that an agent has to say who it is, once it has shown that it knows the secret."""
@@ -67,6 +67,7 @@ class Hosts:
         self._unknown: dict[AgentLink, Silence] = {}  # that have not said who they are
         self._session: dict[int, str] = {}  # the present one of each agent
         self._replaced: set[str] = set()
+        self._told_of: dict[int, HelloAgent] = {}  # of each host that the roster knows to be there
         self._mixed: dict[int, str] = {}  # what the tape has not told yet of hosts with other processors
         self._aside: dict[int, float] = {}  # hosts that take no part, and until when
         self._parent = os.getppid()
@@ -125,8 +126,11 @@ class Hosts:
         for agent, link in list(self._standby.items()):
             if link in ready:
                 try:
-                    if any(isinstance(message, StopRun) for message in link.receive()):
-                        yield StopAsked()
+                    for message in link.receive():
+                        if isinstance(message, StopRun):
+                            yield StopAsked()
+                        elif isinstance(message, Beat):
+                            link.send(Beat(message.seq, message.sent_s, self._clock()))
                 except (EOFError, OSError):
                     self._standby.pop(agent).close()
         self.crews = [crew for crew in self.crews if crew.lost is None or not crew.told_of_loss]
@@ -184,9 +188,12 @@ class Hosts:
 
     def _complete(self, host: int) -> Iterator[RosterEvent]:
         """Tells that a host is there, if all its agents are and it may take part."""
-        names = [crew.hello.name for crew in self.crews if crew.hello.host == host and crew.lost is None]
-        if names and not self._missing(host) and host not in self._aside:
-            yield HostCame(host, names[0])
+        hellos = [crew.hello for crew in self.crews if crew.hello.host == host and crew.lost is None]
+        hello = next(iter(hellos), self._own if host == 0 else None)
+        if hello is None or self._missing(host) or host in self._aside or self._told_of.get(host) is hello:
+            return  # one of its agents without workers may come and go
+        self._told_of[host] = hello
+        yield HostCame(host, hello.name)
 
     def at(self, address: str) -> int | None:
         """The host that has this address, as far as is known."""
@@ -203,6 +210,7 @@ class Hosts:
         aside_s = ASIDE_LEASES * self._run.team.lease_s
         names = {crew.hello.host: crew.name for crew in self.crews}
         self._aside[host] = time.monotonic() + aside_s
+        self._told_of.pop(host, None)
         for crew in self.crews:
             if crew.hello.host == host:
                 crew.set_aside(
