@@ -37,7 +37,7 @@ TEAMS = [((1, 1), 3), ((1, 1, 1), 2), ((1, 1), 2), ((2, 1), 5), ((1, 1, 1), 5), 
 CASES = [(name, *team) for name, team in product(workloads.ALL, TEAMS)]
 
 
-@pytest.mark.parametrize("case", quick(CASES, ("gpt", *TEAMS[0]), ("convnet", *TEAMS[1])), ids=str)
+@pytest.mark.parametrize("case", quick(CASES, ("gpt", *TEAMS[0]), ("convnet", *TEAMS[1]), ("gpt", *TEAMS[3])), ids=str)
 def test_hosts_give_the_bits_of_one_machine(case: tuple[str, tuple[int, ...], int], tmp_path: Path) -> None:
     name, agents, workers = case
     recipe = dataclasses.replace(workloads.ALL[name](), steps=3)

@@ -66,8 +66,7 @@ def resumed_there_and_back(model: str, folder: Path) -> bool:
     local = train_here(workloads.ALL[model](), team, folder / "local")
     keep_only(local.path, 2)
     with Hosts(3, folder / "hosts") as hosts:
-        for host in hosts:
-            shutil.copytree(local.path, host.path() / case.folder)
+        shutil.copytree(local.path, hosts[0].path() / case.folder)
         (there,) = train_cases(hosts, [case], resumed=True)
         shutil.copytree(hosts[0].path() / case.folder, folder / "back")
     keep_only(folder / "back", 4)
