@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from instep.recipe import Recipe, Team
 from instep.rules import UpdateRule
 from instep.rules import presets as p
-from instep.team import hosts
+from instep.team import far_server, hosts, letters
+from instep.team.processes import import_before_forks
 from support import workloads
-from support.agents import meet_here, train_on
-from support.harness import Outcome
+from support.agents import Followers, meet_here, train_on
+from support.harness import Client, Outcome, act_on, train_here
 from support.kinds import quick
 from support.serving import RULES, WORKLOADS, check_tape, drive, replayed
 
@@ -41,8 +46,8 @@ CASES: dict[str, tuple[UpdateRule, str]] = {
 }
 
 
-def check_replay(run: Outcome, recipe: Recipe) -> None:
-    check_tape(run.events, recipe)
+def check_replay(run: Outcome, recipe: Recipe, *, finished: bool = True) -> None:
+    check_tape(run.events, recipe, finished=finished)
     found = replayed(recipe, run.path)
     assert found.divergence == ""
     assert found.digest == run.digest
@@ -61,3 +66,111 @@ def test_every_rule_replays_on_two_hosts(name: str, tmp_path: Path) -> None:
     if rule.lockstep:
         assert run.digest == drive(recipe, 3).digest, "the bits of one machine"
     assert {event["worker"] for event in run.events if event["kind"] == "pushed"} == {0, 1, 2}
+
+
+def asynchronous(**changes: Any) -> Recipe:
+    return workloads.gpt(**{"rule": p.asynchronous(), "steps": 8, **changes})
+
+
+def team(**changes: Any) -> Team:
+    return Team(**{"workers": 3, "checkpoint_every": 2, "keep": 0, "lease_s": 30.0, "give_up_s": 2.0, **changes})
+
+
+def pushes(run: Outcome, worker: int) -> list[int]:
+    """The places on the tape of a worker's contributions."""
+    return [at for at, event in enumerate(run.events) if event["kind"] == "pushed" and event["worker"] == worker]
+
+
+def test_a_killed_worker_of_another_host_is_replaced_and_nobody_else_stops(tmp_path: Path) -> None:
+    client = Client(act_on("merged", lambda pid: os.kill(pid, signal.SIGKILL), version=5))
+    run, told = train_on((1, 1), asynchronous(), team(slow="0:3x,2:3x"), tmp_path / "run", client=client)
+    assert told[0].error == ""
+    check_replay(run, asynchronous())
+    (left,) = (event for event in run.events if event["kind"] == "left")
+    assert "worker 1 on host 1" in left["why"]
+    assert max(pushes(run, 1)) > run.events.index(left), "its successor takes part"
+    assert [event["kind"] for event in run.events].count("run_started") == 1
+    assert run.result["restarts"] == 1
+
+
+def test_others_go_on_without_a_host_that_is_lost_and_it_takes_part_when_it_is_back(tmp_path: Path) -> None:
+    import_before_forks()  # or the host that comes back would do it once for each worker
+    recipe, own = asynchronous(steps=5000), team(checkpoint_every=100, slow="0:20x")
+    followers = Followers(recipe, own, (1, 1), tmp_path, again=[1])
+    seen: list[str] = []
+
+    def see(event: dict[str, Any]) -> None:
+        kind, worker = event["kind"], event.get("worker", 0)
+        if kind == "pushed" and worker and "killed" not in seen:
+            seen.append("killed")
+            followers.kill(1)
+        if kind == "left" and "left" not in seen:
+            seen.append("left")
+            followers.start_again(1)
+        if kind == "pushed" and worker and "left" in seen:
+            client.ask_to_stop()
+
+    client = Client(see)
+    run, told = train_on((1, 1), recipe, own, tmp_path / "run", client=client, followers=followers)
+    assert told[0].error == ""
+    check_replay(run, recipe, finished=False)
+    left = [event for event in run.events if event["kind"] == "left"]
+    assert [event["worker"] for event in left] == [1, 2]
+    assert all("host 1" in event["why"] for event in left)
+    assert max(pushes(run, 1) + pushes(run, 2)) > run.events.index(left[1]), "it is back"
+    assert [event["kind"] for event in run.events].count("run_started") == 1
+    assert run.result["restarts"] == 1
+
+
+@pytest.mark.parametrize("name", quick(["asynchronous", "diloco-int4", "async_diloco-int8"], "diloco-int4"))
+def test_what_was_on_its_way_when_a_connection_broke_comes_once(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """At both ends, every few parts."""
+    rule, _ = CASES[name]
+    broken = CountedInAll(tmp_path / "broken")
+    take, messages = letters.Inbox.take, itertools.count()
+
+    def breaking(self: letters.Inbox, message: Any) -> Any:
+        if next(messages) % 7 == 6:
+            broken.add()
+            raise ConnectionResetError("it broke")
+        return take(self, message)
+
+    monkeypatch.setattr(letters.Inbox, "take", breaking)
+    monkeypatch.setattr(letters, "PART_BYTES", 1 << 9)
+    monkeypatch.setattr(far_server, "PAUSE_S", 0.01)
+    recipe = workloads.gpt(rule=rule, steps=8)
+    run, told = train_on((1, 1), recipe, team(workers=2, slow="0:9x"), tmp_path / "run")
+    assert told[0].error == ""
+    check_replay(run, recipe)
+    assert len(broken) > 5
+    assert not [event for event in run.events if event["kind"] == "left"]
+
+
+def test_a_run_on_two_hosts_is_resumed_on_one_and_back(tmp_path: Path) -> None:
+    rule, _ = CASES["diloco-int4"]
+    recipe = workloads.gpt(rule=rule, steps=12)
+    client = Client(lambda event: event["kind"] == "checkpointed" and event["version"] == 2 and client.ask_to_stop())
+    train_on((1, 1), recipe, team(), tmp_path / "run", client=client)
+    client = Client(lambda event: event["kind"] == "checkpointed" and event["version"] == 4 and client.ask_to_stop())
+    train_here(recipe, team(), tmp_path / "run", resume=True, client=client)
+    run, _ = train_on((1, 1), recipe, team(), tmp_path / "run", resume=True)
+    assert run.result["steps"] == 12
+    found = replayed(recipe, run.path)
+    assert found.divergence == ""
+    assert found.digest == run.digest
+
+
+class CountedInAll:
+    """Counts over processes."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def add(self) -> None:
+        with self._path.open("a") as file:
+            file.write(".")
+
+    def __len__(self) -> int:
+        return len(self._path.read_text()) if self._path.exists() else 0

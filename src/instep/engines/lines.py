@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from instep.errors import WorkerError
+from instep.rules.ledger import Contribution
 from instep.worker.contribution import Vectors
 from instep.worker.gradients import Contributor
 from instep.worker.updates import Merger
@@ -14,6 +17,10 @@ from instep.worker.updates import Merger
 if TYPE_CHECKING:
     from instep.team.channel import Channel
     from instep.team.messages import ServerToWorker, WorkerToServer
+
+
+ANSWER_S = 60.0
+"""Seconds that a worker elsewhere has to tell what a checkpoint is to hold of it."""
 
 
 class ToServer(Protocol):
@@ -29,6 +36,9 @@ class ToServer(Protocol):
 
     def receive(self) -> ServerToWorker:
         """Waits for the next message."""
+
+    def leave(self) -> None:
+        """The process ends in the middle."""
 
 
 class NearServer:
@@ -47,6 +57,9 @@ class NearServer:
         message: ServerToWorker = self._line.recv()
         return message
 
+    def leave(self) -> None:
+        pass
+
 
 class ToFarWorkers(Protocol):
     """A server's end to workers of other hosts, whose numbers are the last."""
@@ -63,6 +76,12 @@ class ToFarWorkers(Protocol):
     def left(self, worker: int) -> None:
         """The worker's process is gone."""
 
+    def ask_lost(self, worker: int, version: int) -> None:
+        """Asks for what a narrow wire had lost with the contribution from weights of this version."""
+
+    def told_lost(self, worker: int, version: int) -> bool:
+        """Whether it has come, and lies in the worker's vectors."""
+
 
 FarServerOf = Callable[[Contributor], ToServer]
 """Makes the end of a worker whose server is on another host."""
@@ -76,6 +95,7 @@ class Lines:
 
     def __init__(self, near: Sequence[Channel], far: ToFarWorkers | None):
         self._near, self._far = near, far
+        self._losing: dict[int, int] = {}  # who elsewhere has what its wire lost last, and the version it is of
 
     @property
     def sources(self) -> list[Any]:
@@ -99,5 +119,31 @@ class Lines:
 
     def left(self, worker: int) -> None:
         """The worker's process is gone."""
+        self._losing.pop(worker, None)
         if worker >= len(self._near) and self._far is not None:
             self._far.left(worker)
+
+    def merged(self, contributions: Sequence[Contribution]) -> None:
+        """An update was made of these."""
+        self._losing = {each.worker: each.base for each in contributions if each.worker >= len(self._near)}
+
+    def fetch_lost(self, pause: Callable[[], None]) -> Iterator[int]:
+        """Has workers elsewhere tell what their wire had lost with what was merged last. Gives each that has, once it
+        lies in its vectors. pause: waits a moment, and hears who has left. Raises WorkerError where no answer comes.
+        """
+        if self._far is None:
+            return
+        for worker, version in self._losing.items():
+            if not self._far.told_lost(worker, version):
+                self._far.ask_lost(worker, version)
+        until = time.monotonic() + ANSWER_S
+        while self._losing:
+            for worker, version in list(self._losing.items()):
+                if self._far.told_lost(worker, version):
+                    del self._losing[worker]
+                    yield worker
+            if time.monotonic() >= until:
+                raise WorkerError(
+                    f"worker {min(self._losing)} has not told within {ANSWER_S:g} s what its wire has lost."
+                )
+            pause()

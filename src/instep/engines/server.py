@@ -9,8 +9,6 @@ A worker that dies is a `left` event: its piece is given out again, and nobody e
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
 import time
 from collections import deque
 from dataclasses import asdict
@@ -19,18 +17,16 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from torch import Tensor
 
-from instep.clock.slow import parse_slow, slow_factors
+from instep.engines.contribute import pieces_of
 from instep.engines.costs import Tally
-from instep.engines.lines import FarServerOf, FarWorkersOf, Lines, NearServer, ToServer
+from instep.engines.lines import FarWorkersOf, Lines
 from instep.engines.server_memory import PublishedWeights, server_memory, server_regions
 from instep.record import events
 from instep.record.digest import digest_of_state
 from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.ledger_state import ledger_state, resumed_ledger
-from instep.rules.work import Pieces
 from instep.team import messages
-from instep.worker.activation_memory import fit_memory
 from instep.worker.contribution import Arrived, Facts, Vectors
 from instep.worker.evaluation import batches_held_out, evaluate_alone
 from instep.worker.first_look import look_at_data, look_at_objective
@@ -47,46 +43,8 @@ if TYPE_CHECKING:
 LOOK_S = 0.1
 """Seconds between two looks at whether the run was asked to stop."""
 
-
-def contribute(session: Session, descriptor: int, far: FarServerOf | None = None) -> None:
-    """The life of a worker: takes work until there is no more. far: its end, where the server is on another host."""
-    assignment, worker = session.assignment, session.number
-    replica = session.build()
-    agreed = session.ready(session.facts(), {})
-    known = agreed.facts["written"]
-    replica.written.learn(known)
-    pieces, every = _pieces(session, agreed.facts["cut"]), assignment.team.checkpoint_every
-    contributor = Contributor(replica, pieces, session.heartbeat.advance, checkpoint_every=every, merged_on="cpu")
-    contributor.prepare(0)
-    fit_memory(replica, assignment.team, session.emit if session.number == 0 else None)
-    replica.written.agree(known, "a first forward")
-    if far is None:
-        weights, vectors = server_memory(descriptor, agreed.memory)
-        line: ToServer = NearServer(assignment.lines[worker].worker, weights, vectors[worker])
-    else:
-        line = far(contributor)
-    slowness, begun, own = slowness_of(session), False, assignment.incarnation
-    line.send(messages.Hello(own, os.getpid(), socket.gethostname()))
-    while True:
-        session.heartbeat.waiting(True)
-        message = line.receive()
-        session.heartbeat.waiting(False)
-        if isinstance(message, messages.NoMore):
-            break
-        if message.incarnation != own:
-            continue  # it was meant for the process that had this place before
-        contributor.enter(message.version)
-        work = contributor.pieces.work(message.piece)
-        replica.doing = f"computing piece {message.piece}"
-        if contributor.way_up is not None and not begun:
-            contributor.way_up.take(line.vectors.lost)
-        begun, from_s = True, session.clock()
-        found = contributor.compute(work, line.weights(message.slot), line.vectors, message.off)
-        if slowness > 1:
-            time.sleep((slowness - 1) * (session.clock() - from_s))
-        line.send(messages.Pushed(own, found, from_s, session.clock(), replica.verified()))
-    session.tell_gpu_memory()
-    session.pipe.send(messages.Ended())
+PAUSE_S = 0.005
+"""Seconds between two looks at whether a worker has answered."""
 
 
 def serve(session: Session, descriptor: int, far: FarWorkersOf | None = None) -> None:
@@ -94,7 +52,7 @@ def serve(session: Session, descriptor: int, far: FarWorkersOf | None = None) ->
     replica = session.build()
     workers = session.assignment.team.workers
     saved = session.saved()
-    pieces = _pieces(session, workers if saved is None else saved.meta.get("cut", workers))
+    pieces = pieces_of(session, workers if saved is None else saved.meta.get("cut", workers))
     contributor = Contributor(replica, pieces)
     first = look_at_data(replica, lambda why: session.emit(events.WarnedEvent(why=why))) if saved is None else None
     probe = contributor.prepare(0, first)
@@ -130,18 +88,6 @@ def serve(session: Session, descriptor: int, far: FarWorkersOf | None = None) ->
         raise
 
 
-def slowness_of(session: Session) -> float:
-    """How many times as long as it needs this worker is to take for its computing."""
-    team = session.assignment.team
-    return float(slow_factors(parse_slow(team.slow), team.workers)[session.number]) if team.slow else 1.0
-
-
-def _pieces(session: Session, cut: int) -> Pieces:
-    """The run's pieces, as they were cut when it began: for so many workers."""
-    recipe = session.recipe
-    return Pieces(recipe.rule, cut, recipe.microbatches, recipe.steps)
-
-
 class _Server:
     """The server between one start of the team and its end."""
 
@@ -169,6 +115,7 @@ class _Server:
         self._heard: deque[messages.SupervisorToWorker] = deque()  # from the supervisor, not yet acted on
         self._waiting: set[int] = set()
         self._begun = False
+        self._gone: set[int] = set()  # workers that have left, as the ledger is to hear yet
         self._told_to_stop = False  # since a worker's code has raised
         self._unmade: list[Action] = []  # what the ledger asked for last, and was not done since the run ends there
         self._began_s = 0.0  # when training would have begun, had it gone on without evaluations and checkpoints
@@ -205,6 +152,7 @@ class _Server:
             session.pipe.send(messages.StoppedAt(session.saved_version))
             return
         interrupted = not self._over
+        self._fetch_lost()
         for worker in range(len(self._vectors)):  # those too who come late
             self._lines.send(worker, messages.NoMore())
         self._save(looked=self._ledger.finished)
@@ -256,16 +204,22 @@ class _Server:
             case messages.StopRun():
                 self._told_to_stop = True
             case messages.Left(worker, why):
-                self._incarnations[worker] += 1
-                self._session.emit(events.LeftEvent(worker=worker, why=why))
-                self._tally.left(worker)
-                self._waiting.discard(worker)
-                self._lines.left(worker)
-                self._published.left(worker)
+                if worker in self._gone:
+                    self._gone.discard(worker)
+                else:
+                    self._note_left(worker, why)
                 if worker in self._ledger.active:
                     self._obey(self._ledger.left(worker, self._session.clock()))
             case _:
                 raise AssertionError(f"the server has asked for nothing that {message} answers")
+
+    def _note_left(self, worker: int, why: str) -> None:
+        self._incarnations[worker] += 1
+        self._session.emit(events.LeftEvent(worker=worker, why=why))
+        self._tally.left(worker)
+        self._waiting.discard(worker)
+        self._lines.left(worker)
+        self._published.left(worker)
 
     def _pushed(self, worker: int, pushed: messages.Pushed) -> None:
         ledger, facts, from_s, to_s = self._ledger, pushed.facts, pushed.from_s, pushed.to_s
@@ -311,6 +265,8 @@ class _Server:
 
     def _release(self, action: Release) -> None:
         worker = action.worker
+        if worker in self._gone:
+            return
         for seq, (facts, vectors) in self._arrived.items():
             if vectors is self._vectors[worker]:  # it waits for its update while its worker goes on
                 self._arrived[seq] = (facts, vectors.clone())
@@ -354,6 +310,7 @@ class _Server:
                 checksum=self._merger.checksum(),
             )
         )  # fmt: skip
+        self._lines.merged(action.contributions)
         checksum_when_due(self._replica, self._progress, self._session.emit)
 
     def _at_milestones(self, before: int, now: int) -> None:
@@ -388,8 +345,25 @@ class _Server:
         while not isinstance(message := self._session.pipe.recv(), messages.Synced):
             self._heard.append(message)
 
+    def _fetch_lost(self) -> None:
+        """Fetches what a checkpoint holds of workers on other hosts: what narrow wires there have lost."""
+        way_down = self._merger.way_down
+        if way_down is not None and way_down.common:
+            for worker in self._lines.fetch_lost(self._pause):
+                way_down.take_lost(worker, self._vectors[worker].lost)
+
+    def _pause(self) -> None:
+        """Waits a moment. Who leaves meanwhile has left before the checkpoint; the ledger hears of it later."""
+        if self._session.pipe.poll(PAUSE_S):
+            message: messages.SupervisorToWorker = self._session.pipe.recv()
+            if isinstance(message, messages.Left):
+                self._note_left(message.worker, message.why)
+                self._gone.add(message.worker)
+            self._heard.append(message)
+
     def _save(self, *, looked: bool = True) -> None:
         self._replica.doing = f"saving version {self._progress.version}"
+        self._fetch_lost()
         self._sync_tape()
         unmade = [action for action in self._unmade if isinstance(action, Merge)]
         self._session.save(

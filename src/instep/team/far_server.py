@@ -1,17 +1,34 @@
-"""A worker's end of its conversation with a server on another host."""
+"""A worker's end of its conversation with a server on another host; a thread of its process moves the bytes."""
 
 from __future__ import annotations
 
 import dataclasses
+import queue
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.reduce.narrow import narrow_bytes
-from instep.team.letters import Begin, Contributed, Inbox, LetterPart, Order, Outbox, Shape, Standing, ToWorker, fitting
+from instep.team.letters import (
+    Begin,
+    Bell,
+    Contributed,
+    Inbox,
+    LetterPart,
+    Order,
+    Outbox,
+    Shape,
+    Standing,
+    TellLost,
+    ToldLost,
+    ToWorker,
+    fitting,
+)
 from instep.team.link import AgentLink, connect
 from instep.team.messages import Compute, Hello, HostNetwork, NoMore, Pushed, ServerToWorker, WorkerToServer
 from instep.team.waiting import ready_of
@@ -27,6 +44,9 @@ PAUSE_S = 0.2
 """Seconds between two tries."""
 
 LOOK_S = 1.0
+
+LEAVE_S = 5.0
+"""Seconds that a process which ends in the middle takes to tell what the server may ask for."""
 
 
 class FarServer:
@@ -45,9 +65,12 @@ class FarServer:
         self._wire = rule.wire
         self._change = torch.empty(narrow_bytes(rule.wire, contributor.replica.size), dtype=torch.uint8)
         self._round = 0  # of the order that came last
+        self._lost: dict[int, NDArray[Any]] = {}  # by the wire, with contributions from these versions, the last two
         self._inbox, self._outbox = Inbox(self._place), Outbox()
-        self._came: list[Any] = []
+        self._came: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._link: AgentLink | None = None
+        self._lock, self._bell = threading.Lock(), Bell()
+        threading.Thread(target=self._run, name="letters", daemon=True).start()
 
     def weights(self, slot: int) -> Tensor:
         """Those of the order that came last ([pack.size_bytes] uint8)."""
@@ -56,43 +79,78 @@ class FarServer:
     def send(self, message: WorkerToServer) -> None:
         """Sends it: it goes while the next one is waited for."""
         if isinstance(message, Hello):
-            self._outbox.put(message)
+            self._put(message, [])
             return
         facts, vectors = message.facts, self.vectors
         rows, way_up = slice(len(facts.nodes)), self._contributor.way_up
         place, _ = self._contributor.layout.part(self._contributor.fragments.of_round(self._round))
         gradient = vectors.gradient[rows, place] if way_up is None else way_up.message
-        parts = (gradient, vectors.buffers[rows], vectors.integers, vectors.written, vectors.lost)
-        self._outbox.put(_result(message), [part.numpy() for part in parts])
+        parts = (gradient, vectors.buffers[rows], vectors.integers, vectors.written)
+        if vectors.lost.numel():
+            before = {version: lost for version, lost in self._lost.items() if version == max(self._lost)}
+            self._lost = {**before, self._round: vectors.lost.numpy().copy()}
+        self._put(_result(message), [part.cpu().numpy() for part in parts])
+
+    def _put(self, message: Any, tensors: Sequence[NDArray[Any]]) -> None:
+        with self._lock:
+            self._outbox.put(message, tensors)
+        self._bell.ring()
 
     def receive(self) -> ServerToWorker:
-        """Waits for the next message."""
-        while not self._came:
-            try:
-                self._move()
-            except (EOFError, OSError):
-                if self._link is not None:
-                    self._link.close()
-                    self._link = None
-                time.sleep(PAUSE_S)
-        return self._message(self._came.pop(0))
+        """Waits for the next message. Raises what the thread has raised."""
+        message = self._came.get()
+        if isinstance(message, BaseException):
+            raise message
+        return self._message(message)
+
+    def leave(self) -> None:
+        """The process ends in the middle: what the server may still ask it for goes first."""
+        if self._lost:
+            self._put(ToldLost(max(self._lost)), [self._lost[max(self._lost)]])
+            until = time.monotonic() + LEAVE_S
+            while time.monotonic() < until and not self._gone():
+                time.sleep(0.01)
+
+    def _gone(self) -> bool:
+        with self._lock:
+            return self._link is not None and self._outbox.sent and not self._link.wants_write
+
+    # The thread's
+
+    def _run(self) -> None:
+        try:
+            while True:
+                try:
+                    self._move()
+                except (EOFError, OSError):
+                    if self._link is not None:
+                        self._link.close()
+                        self._link = None
+                    time.sleep(PAUSE_S)
+        except BaseException as error:
+            self._came.put(error)
 
     def _move(self) -> None:
         """Sends and receives what can be. Raises OSError or EOFError where the connection breaks."""
-        if self._link is None:
-            self._link = self._connected()
-        link = self._link
-        while not link.wants_write and (message := self._outbox.next(self._inbox.whole)) is not None:
-            link.send(message)
-        if link not in ready_of([link], [link] if link.wants_write else [], LOOK_S):
-            return
-        for message in link.receive():
+        link = self._link or self._connected()
+        with self._lock:
+            self._link = link
+            while not link.wants_write and (message := self._outbox.next(self._inbox.whole)) is not None:
+                link.send(message)
+        within_s = 0.0 if link.holds else LOOK_S
+        ready = ready_of([self._bell, link], [link] if link.wants_write else [], within_s)
+        self._bell.silence()
+        for message in link.receive() if link in ready or link.holds else ():
             if not isinstance(message, Begin | LetterPart):
                 raise WireError("the server has said twice how it stands")
-            if isinstance(message, Begin):
-                self._outbox.heard(message.got)
-            if (letter := self._inbox.take(message)) is not None:
-                self._came.append(letter)
+            with self._lock:
+                if isinstance(message, Begin):
+                    self._outbox.heard(message.got)
+                letter = self._inbox.take(message)
+                if isinstance(letter, TellLost):
+                    self._outbox.put(ToldLost(letter.version), [self._lost[letter.version]])
+                elif letter is not None:
+                    self._came.put(letter)
 
     def _connected(self) -> AgentLink:
         link = connect(self._network.store, self._network.key, TRY_S, ToWorker)
@@ -101,7 +159,7 @@ class FarServer:
             until = time.monotonic() + TRY_S
             while time.monotonic() < until:
                 ready_of([link], [link] if link.wants_write else [], LOOK_S)
-                for theirs in link.receive():
+                for theirs in link.receive(1):  # a letter may follow at once
                     if not isinstance(theirs, Standing):
                         raise WireError("the server has not said how it stands")
                     self._outbox.go_on(theirs.whole, theirs.offset)
@@ -113,7 +171,7 @@ class FarServer:
 
     def _place(self, message: Any, shapes: Sequence[Shape]) -> list[Any]:
         """Where the tensors of what the server sends are to lie."""
-        if isinstance(message, NoMore):
+        if isinstance(message, NoMore | TellLost):
             return fitting(shapes, [])
         if not isinstance(message, Order):
             raise WireError("the server has sent what no server sends")

@@ -6,7 +6,6 @@ is for nobody: so nothing is merged twice, whatever becomes of links and hosts.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import socket
 import threading
@@ -22,6 +21,7 @@ from instep.errors import NonFiniteError, described
 from instep.reduce.layout import Layout, Pack
 from instep.team.letters import (
     Begin,
+    Bell,
     Contributed,
     FromWorker,
     Inbox,
@@ -30,6 +30,8 @@ from instep.team.letters import (
     Outbox,
     Shape,
     Standing,
+    TellLost,
+    ToldLost,
     fitting,
 )
 from instep.team.link import AgentLink, Listener
@@ -61,8 +63,10 @@ class FarWorkers:
         self._fragments, self._parameters = merger.fragments, merger.replica.parameters
         self._wire = merger.rule.wire if merger.rule.narrow else ""
         self._narrow: dict[int, Tensor] = {}  # what has come of a delta, by worker
+        self._narrow_bytes = vector_bytes(merger.rule.wire, self._parameters, range(len(self._parameters)))
         self._has: dict[int, int] = {}  # the version that a worker has
         self._sends: dict[int, range] = {}  # the fragment of which it sends a contribution, by worker
+        self._told: dict[int, int] = {}  # of which contribution it has told what was lost
         workers = range(network.workers[0], sum(network.workers))
         listener = Listener(socket.socket(fileno=network.listener), network.key, union=FromWorker)
         self._conversations = _Conversations(listener, workers, self._place)
@@ -104,6 +108,17 @@ class FarWorkers:
             return "whole", [slot.numpy()]
         return "part", [self._pack.part(slot, self._fragments.of_round(message.version - 1)).numpy(), beside]
 
+    def ask_lost(self, worker: int, version: int) -> None:
+        """Asks for what the wire had lost with the contribution from weights of this version."""
+        self._told.pop(worker, None)
+        self._conversations.send(worker, None, TellLost(version), [])
+
+    def told_lost(self, worker: int, version: int) -> bool:
+        """Whether it has come, and lies where the worker's contributions do."""
+        for message in self._conversations.told(worker):
+            self._told[worker] = message.version
+        return self._told.get(worker) == version
+
     def left(self, worker: int) -> None:
         """The worker's process is gone: nothing of it counts any more."""
         self._has.pop(worker, None)
@@ -118,6 +133,8 @@ class FarWorkers:
         if isinstance(message, Hello):
             return fitting(shapes, [])
         vectors = self._vectors[worker]
+        if isinstance(message, ToldLost):
+            return fitting(shapes, [vectors.lost.numpy()])
         fragment = self._sends.get(worker)
         if (
             fragment is None
@@ -128,9 +145,10 @@ class FarWorkers:
         rows = slice(len(message.nodes))
         gradient = vectors.gradient[rows, self._layout.part(fragment)[0]]
         if self._wire:
-            size_bytes = vector_bytes(self._wire, self._parameters, fragment)
-            gradient = self._narrow[worker] = torch.empty(size_bytes, dtype=torch.uint8)
-        parts = (gradient, vectors.buffers[rows], vectors.integers, vectors.written, vectors.lost)
+            # The same memory after a break, when the letter goes on in the middle.
+            whole = self._narrow.setdefault(worker, torch.empty(self._narrow_bytes, dtype=torch.uint8))
+            gradient = whole[: vector_bytes(self._wire, self._parameters, fragment)]
+        parts = (gradient, vectors.buffers[rows], vectors.integers, vectors.written)
         return fitting(shapes, [part.numpy() for part in parts])
 
     def _message(self, worker: int, message: Hello | Contributed) -> WorkerToServer:
@@ -161,7 +179,7 @@ class _Conversations:
 
     def __init__(self, listener: Listener, workers: Collection[int], place: Any):
         self._listener, self._workers, self._place = listener, workers, place
-        self.came, self._bell = _Bell(), _Bell()
+        self.came, self._bell = Bell(), Bell()
         self._lock = threading.Lock()
         self._of: dict[int, _Conversation] = {}
         self._least = dict.fromkeys(workers, 0)  # the incarnation that may come next
@@ -183,14 +201,22 @@ class _Conversations:
             self.came.silence()
             if self._error is not None:
                 raise self._error
-            found, self._letters = self._letters, []
+            found = [(worker, each) for worker, each in self._letters if not isinstance(each, ToldLost)]
+            self._letters = [(worker, each) for worker, each in self._letters if isinstance(each, ToldLost)]
             return found
 
-    def send(self, worker: int, incarnation: int, message: Any, tensors: Sequence[NDArray[Any]]) -> None:
-        """A letter to this process; nothing where it is another one's place."""
+    def told(self, worker: int) -> list[ToldLost]:
+        """What a worker has told beside its contributions, since it was asked for last."""
+        with self._lock:
+            found = [each for number, each in self._letters if number == worker and isinstance(each, ToldLost)]
+            self._letters = [(n, each) for n, each in self._letters if n != worker or not isinstance(each, ToldLost)]
+            return found
+
+    def send(self, worker: int, incarnation: int | None, message: Any, tensors: Sequence[NDArray[Any]]) -> None:
+        """A letter to this process, by default the present one; nothing where it is another one's place."""
         with self._lock:
             one = self._of.get(worker)
-            if one is not None and one.incarnation == incarnation:
+            if one is not None and incarnation in (None, one.incarnation):
                 one.outbox.put(message, tensors)
         self._bell.ring()
 
@@ -325,24 +351,3 @@ class _Conversations:
             self._counted[one.worker] = sent + one.link.sent_bytes, received + one.link.received_bytes
             self._over.append(one.link)
             one.link = None
-
-
-class _Bell:
-    """Wakes who waits for it."""
-
-    def __init__(self) -> None:
-        self._ours, self._theirs = socket.socketpair()
-        for each in (self._ours, self._theirs):
-            each.setblocking(False)
-
-    def fileno(self) -> int:
-        return self._ours.fileno()
-
-    def ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it rings already
-            self._theirs.send(b"\0")
-
-    def silence(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._ours.recv(4096):
-                pass

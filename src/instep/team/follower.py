@@ -167,7 +167,7 @@ class Follower:
             until = time.monotonic() + self._team.lease_s
             while time.monotonic() < until:
                 ready_of([self._link], [self._link] if self._link.wants_write else [], LOOK_S)
-                for message in self._link.receive():
+                for message in self._link.receive(1):  # an order may follow at once
                     if isinstance(message, Welcome):
                         self._leader = message.name
                         self._clock.heard(message.clock_s)
@@ -203,7 +203,7 @@ class Follower:
         if crew is not None:
             for heard in crew.hear(ready):
                 self._hear_member(heard)
-        if link in ready:
+        if link in ready or link.holds:
             try:
                 for message in link.receive():
                     self._silence.heard()

@@ -8,7 +8,9 @@ No torch.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+import socket
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +56,7 @@ class Begin:
 
     number: Count
     got: Count
-    message: Hello | Order | Contributed | NoMore
+    message: Hello | Order | Contributed | TellLost | ToldLost | NoMore
     tensors: Annotated[tuple[Shape, ...], Meta(max_length=LONGEST)]
 
 
@@ -104,6 +106,20 @@ class Contributed:
     begun: Places
     bad: Annotated[tuple[str, ...], Meta(max_length=LONGEST)]
     empty: Places
+
+
+@dataclass(frozen=True)
+class TellLost:
+    """Tell what the wire had lost with the contribution from weights of this version."""
+
+    version: Count
+
+
+@dataclass(frozen=True)
+class ToldLost:
+    """It comes with this."""
+
+    version: Count
 
 
 FromWorker = ToWorker = Standing | Begin | LetterPart
@@ -166,6 +182,30 @@ class _Letter:
     tensors: tuple[Bytes, ...]
 
 
+class Bell:
+    """Wakes who waits for it to be ready to read."""
+
+    def __init__(self) -> None:
+        self._ours, self._theirs = socket.socketpair()
+        for each in (self._ours, self._theirs):
+            each.setblocking(False)
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        return self._ours.fileno()
+
+    def ring(self) -> None:
+        """Wakes whoever waits, or will."""
+        with contextlib.suppress(BlockingIOError):  # it rings already
+            self._theirs.send(b"\0")
+
+    def silence(self) -> None:
+        """Until it rings again."""
+        with contextlib.suppress(BlockingIOError):
+            while self._ours.recv(4096):
+                pass
+
+
 class Outbox:
     """The letters that go. Their tensors are not to change before the other end has answered."""
 
@@ -173,6 +213,11 @@ class Outbox:
         self._letters: deque[_Letter] = deque()
         self._first = 0  # the number of the first that is kept
         self._number, self._offset, self._begun = 0, 0, False  # what goes next
+
+    @property
+    def sent(self) -> bool:
+        """Whether all that was put went."""
+        return self._number - self._first == len(self._letters)
 
     def put(self, message: Any, tensors: Sequence[NDArray[Any]] = ()) -> None:
         """One more letter."""

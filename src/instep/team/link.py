@@ -86,6 +86,8 @@ class AgentLink:
         self._waits: deque[memoryview] = deque()
         self._waiting = 0
         self._read = bytearray()
+        self.holds = False
+        """Whether it was read what the next `receive` is to give: the socket may have no more."""
         self.sent_bytes = self.received_bytes = 0
         """Given to the socket, and taken from it."""
 
@@ -125,12 +127,16 @@ class AgentLink:
             else:
                 self._waits[0] = self._waits[0][count:]
 
-    def receive(self) -> list[Any]:
-        """The messages that have come whole, without waiting. Raises EOFError where the other end is gone, once all
-        that came before was given; OSError where the connection broke; WireError for anything that is no message.
+    def receive(self, most: int = sys.maxsize) -> list[Any]:
+        """The messages that have come whole, without waiting; so many at `most`. Raises EOFError where the other end is
+        gone, once all that came before was given; OSError where the connection broke; WireError for anything that is no
+        message.
         """
         found: list[Any] = []
+        self._take(found, most)
         for _ in range(_READS):
+            if self.holds:
+                break
             try:
                 part = self._socket.recv(_READ)
             except BlockingIOError:
@@ -145,14 +151,17 @@ class AgentLink:
                 raise EOFError(f"the connection has ended{' in the middle of a message' if self._read else ''}")
             self.received_bytes += len(part)
             self._read += part
-            self._take(found)
+            self._take(found, most)
         return found
 
-    def _take(self, found: list[Any]) -> None:
+    def _take(self, found: list[Any], most: int) -> None:
         """Moves what is whole from what was read to `found`."""
-        at = 0
+        at, self.holds = 0, False
         try:
             while len(self._read) - at >= _HEAD.size:
+                if len(found) >= most:
+                    self.holds = True
+                    return
                 length, number, tag = _HEAD.unpack_from(self._read, at)
                 if length > MESSAGE_BYTES:
                     raise WireError(f"a message of {length:,} bytes was announced; at most {MESSAGE_BYTES:,} may come")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from instep.descendants import take_care_of_helpers
 from instep.engines import server
+from instep.engines.contribute import contribute, slowness_of
 from instep.engines.lockstep import Lockstep
 from instep.errors import InstepError, described, place, with_saved
 from instep.record.digest import digest_of_state
@@ -57,7 +58,7 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
         elif session.leads:
             server.serve(session, descriptor, _far_workers(assignment))
         else:
-            server.contribute(session, descriptor, _far_server(assignment, number))
+            contribute(session, descriptor, _far_server(assignment, number))
     except (PeerRaised, PeerLost) as error:
         session.send_events()
         if isinstance(error, PeerLost):
@@ -123,7 +124,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     )
     session.ready(facts, reach.memory(sizes))
     engine.join(reach.group(sizes, descriptor))
-    engine.slowness = server.slowness_of(session)
+    engine.slowness = slowness_of(session)
     recipe, first, began = session.recipe, progress.version, session.clock()
     keeper = _Keeper(session, engine, progress)
 

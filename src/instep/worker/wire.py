@@ -127,9 +127,14 @@ class WayDown:
             by_arrival = sorted(contributions, key=lambda each: each.seq)
             self._lost = {each.worker: each.vectors.lost.clone() for each in by_arrival}
 
+    def take_lost(self, worker: int, lost: Tensor) -> None:
+        """What the worker's last contribution has lost, where it was not with it."""
+        self._lost[worker] = lost.clone()
+
     def left(self, worker: int) -> None:
-        """The worker is gone; who takes its place has nothing."""
+        """The worker is gone, with what it has lost; who takes its place has nothing."""
         self._joined.discard(worker)
+        self._lost.pop(worker, None)
         self._owed.pop(worker, None)
         if not self.common:
             self._filled.discard(worker)
