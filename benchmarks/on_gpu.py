@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -137,8 +138,10 @@ def by_torch(task: Task) -> dict[str, Any]:
     from instep.models import GPT
 
     torch.use_deterministic_algorithms("deterministic" in task.kind)
-    if "deterministic" in task.kind and task.compiles:
-        torch._inductor.config.deterministic = True
+    if "deterministic" in task.kind:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        if task.compiles:
+            torch._inductor.config.deterministic = True
     torch.set_float32_matmul_precision("highest")
     torch.manual_seed(0)
     if task.device == "cpu":

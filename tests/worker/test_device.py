@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from instep.team import groups, session
 from instep.worker import device as devices
 from instep.worker.device import check_nccl, device_of, peak_bytes
 from instep.worker.gradients import Contributor
+from instep.worker.trial import in_a_copy
 from support import workloads
 from support.harness import train_here
 
@@ -157,4 +159,18 @@ def test_an_operation_without_a_deterministic_kernel_is_named_with_the_field_tha
     assert [e["why"] for e in run.events if e["kind"] == "warned"] == [
         "team.deterministic is false, so that equal runs may come to other bits."
     ]
-    assert devices.prepare_device("cpu", 2) == torch.device("cpu")
+
+
+@pytest.mark.processes
+def test_matrix_products_on_a_gpu_are_asked_to_be_deterministic_unless_that_is_turned_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def prepared(deterministic: bool) -> tuple[str, bool, str]:
+        device = devices.prepare_device("cuda", 1, deterministic=deterministic)
+        return str(device), torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+    assert in_a_copy(lambda: prepared(True)) == ("cuda", True, ":4096:8")
+    assert in_a_copy(lambda: prepared(False)) == ("cuda", False, ":4096:8")

@@ -59,6 +59,8 @@ def prepare_device(device: str, threads: int, *, deterministic: bool = True) -> 
         return torch.device("cpu")
     if device != "cpu" and not torch.cuda.is_available():
         device_of(device, 0, 1, 0)  # which says so
+    if device != "cpu":  # else torch refuses matrix products where deterministic kernels are asked for
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)  # several threads on a CPU would add some in order of arrival
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it hides no error here and costs a write
     torch.backends.cudnn.benchmark = False  # which would pick kernels by their time, and so other orders of adding
