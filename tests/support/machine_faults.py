@@ -29,9 +29,12 @@ KINDS = {
     "host cut off for good": 4,
     "host cut off and back before its lease": 5,
     "host cut off and back after its lease": 5,
-    "link cut one way": 5,
+    "link cut one way: what it sends": 2,
+    "link cut one way: what it is sent": 1,
+    "link cut one way: what it sends to one other": 2,
     "worker killed": 6,
-    "agent 0: process killed": 2,
+    "agent 0: supervisor killed": 1,
+    "agent 0: its client killed": 1,
     "agent 0: host killed": 1,
     "agent 0: host stopped": 1,
     "agent 0: host cut off": 1,
@@ -42,6 +45,9 @@ FAULTS = sum(KINDS.values())
 HOSTS, WORKERS, EVERY = 3, 5, 10
 NAMED_S = 10.0
 """Seconds within which somebody is to be named."""
+
+CHECKPOINT_S = 1.5
+"""Seconds between two checkpoints, about."""
 
 WHOLE_S = 90.0
 """Seconds at most until the run is whole again, on a loaded machine too."""
@@ -243,6 +249,8 @@ class Campaign:
     def _suffer(self, number: int, kind: str) -> None:
         host = 0 if kind.startswith("agent 0") else self._draw.randrange(1, HOSTS)
         act = getattr(self, "_" + re.sub(r"\W+", "_", kind))
+        until = time.monotonic() + self._draw.uniform(0, CHECKPOINT_S)
+        self.wait(lambda: time.monotonic() > until, WHOLE_S, "a moment between two checkpoints")
         fault = Fault(number, kind, host, round(time.monotonic() - self._began, 3))
         self._at, self._marks = len(self._tape.events), {n: len(c.err) for n, c in self.commands.items()}
         self._happened = time.monotonic()
@@ -333,16 +341,21 @@ class Campaign:
         time.sleep(self._draw.uniform(0, 2 * self._lease_s))
         self.hosts.heal(fault.host)
 
-    def _link_cut_one_way(self, fault: Fault) -> None:
-        fault.how = self._draw.choice(["what it sends", "what is sent to it", "what it sends to the third"])
+    def _link_cut_one_way_what_it_sends(self, fault: Fault) -> None:
+        self.hosts.cut_from(fault.host)
+        self._cut_until_named(fault, rf"host {fault.host} ")
+
+    def _link_cut_one_way_what_it_is_sent(self, fault: Fault) -> None:
+        self.hosts.cut_to(fault.host)
+        self._cut_until_named(fault, rf"host {fault.host} ")
+
+    def _link_cut_one_way_what_it_sends_to_one_other(self, fault: Fault) -> None:
         other = HOSTS - fault.host
-        if fault.how == "what it sends":
-            self.hosts.cut_from(fault.host)
-        elif fault.how == "what is sent to it":
-            self.hosts.cut_to(fault.host)
-        else:
-            self.hosts.cut_between(fault.host, other)
-        self._named(fault, rf"host ({fault.host}|{other}) " if "third" in fault.how else rf"host {fault.host} ")
+        self.hosts.cut_between(fault.host, other)
+        self._cut_until_named(fault, rf"host {min(fault.host, other)} .* and host {max(fault.host, other)} ")
+
+    def _cut_until_named(self, fault: Fault, pattern: str) -> None:
+        self._named(fault, pattern)
         time.sleep(self._draw.uniform(0, self._lease_s))
         self.hosts.heal(fault.host)
 
@@ -356,15 +369,17 @@ class Campaign:
         self.hosts[fault.host].run("kill", "-KILL", str(joined[worker]["pid"]))
         self._named(fault, rf"worker {worker} ")
 
-    def _agent_0_process_killed(self, fault: Fault) -> None:
-        """The supervisor, or the process that started it."""
+    def _agent_0_supervisor_killed(self, fault: Fault) -> None:
+        self._kill_agent_0(fault, supervisor_of(self.commands[0].pid))
+
+    def _agent_0_its_client_killed(self, fault: Fault) -> None:
+        self._kill_agent_0(fault, self.commands[0].pid)
+
+    def _kill_agent_0(self, fault: Fault, pid: int) -> None:
         self._away.add(0)
-        command = self.commands[0]
-        fault.how = self._draw.choice(["supervisor", "its client"])
-        pid = command.pid if fault.how == "its client" else supervisor_of(command.pid)
         os.kill(pid, signal.SIGKILL)
         self._named_by_others(fault)
-        command.ends(30)
+        self.commands[0].ends(30)
 
     def _agent_0_host_killed(self, fault: Fault) -> None:
         self._away.add(0)
