@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from instep.engines import lockstep
 from instep.engines.lockstep import Lockstep
+from instep.engines.total import Total
 from instep.models import GPT
 from instep.recipe import Recipe, Schedule
 from instep.record.digest import digest_of_state
 from instep.record.events import ChecksummedEvent, Event
+from instep.reduce.layout import BLOCK
 from instep.transport.group import Group, PeerRaised, Sizes, Solo
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
@@ -148,6 +152,33 @@ def test_machines_whose_workers_share_weights_have_the_digest_of_private_ones() 
     check(recipe(steps=3), [Kind("2 + 2", (2, 2), True)], "Sharded")
     check(recipe(steps=3, optimizer=own_adamw), [Kind("2 + 2", (2, 2), True)], "Replicated")
     check(recipe(steps=3), [Kind("2 + 2", (2, 2), True)], "Replicated", shard="none")
+
+
+PIECES = [(1,), (2, 1), (1, 2, 2, 1), (1,) * 9]
+
+
+@pytest.mark.parametrize(
+    "pieces", [PIECES[2], *(pytest.param(each, marks=pytest.mark.slow) for each in PIECES)], ids=str
+)
+def test_any_cutting_into_pieces_gives_the_same_bytes(
+    pieces: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of machines with one worker and with several, ranges that are no whole subtrees among them."""
+    monkeypatch.setitem(BLOCK, "cpu", 64)  # so that a small model has many
+    monkeypatch.setattr(lockstep, "PIECES", pieces)
+    made, begun = recipe(steps=3, batch=30, microbatches=6), tmp_path / "begun"
+    exchanged = Total.reached
+
+    def reached(self: Total, done: int) -> None:
+        if 0 < done < len(pieces):
+            begun.touch()
+        exchanged(self, done)
+
+    monkeypatch.setattr(Total, "reached", reached)
+    digest = trained(made, Solo, 0, (1,))[0]
+    for kind in (Kind("2 by gloo", (1, 1), True), Kind("2 + 1", (2, 1), True)):
+        assert {each[0] for each in of_team(made, kind)} == {digest}, kind
+    assert begun.exists() == (len(pieces) > 1), "some have begun to travel in backward"
 
 
 class OwnAdamW(torch.optim.AdamW):

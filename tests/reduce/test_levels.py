@@ -25,16 +25,16 @@ def test_two_levels_where_several_machines_have_several_workers() -> None:
 def test_one_worker_of_each_machine_adds_a_cut_and_all_that_it_adds_is_one_run(machines: list[int], count: int) -> None:
     shares, size = Shares(levels_of(machines)), sum(machines)
     reduction = Reduction(Layout((), (), (), count, 1), size, levels_of(machines))
-    assert sorted(block for cut in reduction.cuts for block in cut) == list(range(count))
-    assert max(map(len, reduction.cuts)) - min(map(len, reduction.cuts)) <= 1
+    assert sorted(block for cut in reduction.cuts[0] for block in cut) == list(range(count))
+    assert max(map(len, reduction.cuts[0])) - min(map(len, reduction.cuts[0])) <= 1
     for machine, ranks in enumerate(shares.machines):
         for rank in range(size):
             assert shares.helper(machine, rank) in ranks
         for rank in ranks:
             assert shares.helper(machine, rank) == rank
             assert shares.machine_of(rank) == machine
-            region = shares.region(reduction.piece, rank)
-            own = [block for other in shares.helped(rank) for block in reduction.cuts[other]]
+            region = shares.region(reduction.pieces[0], rank)
+            own = [block for other in shares.helped(rank) for block in reduction.cuts[0][other]]
             assert own == list(range(region.start, region.stop))
 
 
@@ -46,7 +46,7 @@ def test_level_by_level_the_sum_is_that_of_the_tree(machines: list[int], more: i
     leaves = [torch.randn(layout.size, generator=generator) for _ in range(microbatches)]
     reduction = Reduction(layout, microbatches, levels_of(machines))
     rows = [tree_sum(leaves[slice(*node)], torch.add).clone() for node in reduction.nodes]
-    expected, piece = tree_sum(leaves, torch.add), reduction.piece
+    expected, piece = tree_sum(leaves, torch.add), reduction.pieces[0]
     if len(reduction.levels) == 1:
         sums = [reduction.add(rank, [row[piece[rank]] for row in rows]) for rank in range(workers)]
     else:
@@ -60,9 +60,9 @@ def two_levels(reduction: Reduction, rows: list[torch.Tensor], rank: int) -> lis
     shares, came = reduction.shares, []
     for machine, ranks in enumerate(shares.machines):
         helper = shares.helper(machine, rank)
-        region = shares.region(reduction.piece, helper)
+        region = shares.region(reduction.pieces[0], helper)
         here = [rows[index] for other in ranks for index in reduction.slots_of(other)]
-        cut = reduction.piece[rank]
+        cut = reduction.pieces[0][rank]
         sums = reduction.add(helper, [row[region].clone() for row in here])
         assert len(sums) == reduction.sums[machine]
         came += [each[cut.start - region.start : cut.stop - region.start] for each in sums]

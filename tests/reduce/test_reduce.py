@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -87,14 +88,20 @@ def test_dense_tensors_keep_their_strides() -> None:
         assert view.stride() == tensor.stride()
 
 
-@given(st.lists(st.integers(0, 100), max_size=5), st.integers(1, 64), st.integers(1, 12))
-def test_slices_of_workers_are_all_blocks_once(sizes: list[int], block: int, workers: int) -> None:
+shares = st.lists(st.integers(1, 9), min_size=1, max_size=5)
+
+
+@given(st.lists(st.integers(0, 100), max_size=5), st.integers(1, 64), st.integers(1, 12), shares)
+def test_slices_of_workers_are_all_blocks_once(sizes: list[int], block: int, workers: int, pieces: list[int]) -> None:
     layout = Layout.of([torch.empty(size) for size in sizes], block=block)
     assert layout.size == layout.blocks * layout.block
     assert 0 < layout.block <= max(block, ALIGN)
     if sum(sizes) >= block:
         assert layout.block == block
-    assert [b for cut in Reduction(layout, workers, workers).cuts for b in cut] == list(range(layout.blocks))
+    reduction = Reduction(layout, workers, workers, pieces)
+    assert len(reduction.cuts) == len(reduction.pieces) == len(pieces)
+    assert [b for cuts in reversed(reduction.cuts) for cut in cuts for b in cut] == list(range(layout.blocks))
+    assert sum(map(reduction.blocks_of, range(workers))) == layout.blocks
 
 
 # --------------------------------------------------------------------------------------------------------------- fold
@@ -203,6 +210,68 @@ def test_any_team_gives_the_gradient_of_the_definition(data: st.DataObject) -> N
     named = [name.partition(".")[0] for name, _ in model.named_parameters()]
     assert touched == [any(batch and batch[name] for batch in given) for name in named]
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@given(st.data())
+def test_a_piece_is_what_it_stays_when_it_is_told_of_in_any_cutting(data: st.DataObject) -> None:
+    given = data.draw(st.lists(batches, min_size=1, max_size=6))
+    model = Odd()
+    parameters, expected = list(model.parameters()), by_the_definition(model, given)
+    layout = Layout.of(parameters, block=1)
+    bounds = [0, *sorted(data.draw(st.lists(st.integers(0, layout.size), max_size=4))), layout.size]
+    pieces = [slice(start, stop) for start, stop in itertools.pairwise(bounds)][::-1]
+    slot, told = torch.zeros(layout.size), list[Tensor]()
+    fold = Fold(layout, parameters, [(0, len(given))], [slot])
+    fold.tell(pieces, lambda done: told.extend(slot[piece].clone() for piece in pieces[len(told) : done]))
+    for _ in range(2):  # in the first step it learns in how many parts gradients come
+        told.clear()
+        fold.begin()
+        for batch in given:
+            fold.begin_leaf()
+            if batch is not None:
+                model.loss(batch).backward()
+            fold.end_leaf()
+        assert len(told) == len(pieces)
+        assert all(same_bits(then, slot[piece]) for then, piece in zip(told, pieces, strict=True))
+        assert all(same_bits(found, wanted) for found, wanted in zip(layout.views(slot), expected, strict=True))
+    fold.close()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_pieces_are_told_of_while_backward_still_computes_others(microbatches: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    layout = Layout.of(list(model.parameters()), block=16)
+    slot, seen = torch.zeros(layout.size), list[list[float]]()
+    fold = Fold(layout, list(model.parameters()), [(0, microbatches)], [slot])
+    fold.tell([slice(16, 32), slice(0, 16)], lambda done: seen.append(slot[:16].tolist()) if done == 1 else None)
+    for _ in range(2):
+        seen.clear()
+        fold.begin()
+        for _ in range(microbatches):
+            fold.begin_leaf()
+            model(torch.randn(3, 4)).square().sum().backward()
+            fold.end_leaf()
+    assert len(seen) == 1
+    assert seen[0] != slot[:16].tolist(), "the first layer's gradient was not there yet"
+    fold.close()
+
+
+def test_a_gradient_that_comes_in_parts_when_one_has_gone_is_refused() -> None:
+    model = Recurrent()
+    parameters = list(model.parameters())
+    layout = Layout.of(parameters, block=16)
+    fold = Fold(layout, parameters, [(0, 1)], [torch.zeros(layout.size)])
+    fold.tell([slice(start, start + 16) for start in reversed(range(0, layout.size, 16))], lambda done: None)
+    for times in (1, 2):
+        fold.begin()
+        fold.begin_leaf()
+        loss = model(torch.ones(2, 3), times).sum()
+        if times == 1:
+            loss.backward()
+            fold.end_leaf()
+    with pytest.raises(RecipeError, match="came in several parts"):
+        loss.backward()
+    fold.close()
 
 
 def test_minus_zero_becomes_what_the_tree_makes_of_it() -> None:

@@ -37,7 +37,7 @@ def instep_gradient(replica: Replica, step: int, workers: int) -> list[Tensor]:
 
 def add_cut(reduction: Reduction, worker: int, slots: list[Tensor]) -> Tensor:
     """Adds the worker's cut of all nodes in place, and puts it into each worker's first one; its blocks' norms."""
-    cut = reduction.piece[worker]
+    cut = reduction.pieces[0][worker]
     (part,) = reduction.add(worker, [slot[cut] for slot in slots])
     for other in range(1, reduction.workers):
         slots[reduction.slots_of(other)[0]][cut] = part

@@ -88,6 +88,10 @@ def test_a_gather_is_a_barrier_and_orders_what_is_written_in_common(kind: Kind) 
             group.common[rank] = turn
             group.gather(torch.empty(0))
             assert group.common[here.start : here.stop].tolist() == [turn] * len(here)
+            group.meet()
+            group.common[rank] = turn + 100
+            group.meet()
+            assert group.common[here.start : here.stop].tolist() == [turn + 100] * len(here)
             group.gather(torch.empty(0))
         time.sleep(0.2 * (rank == kind.size - 1))
         began = time.monotonic()
@@ -119,9 +123,10 @@ def test_cuts_of_any_sizes_come_level_by_level_and_go_back_to_all(kind: Kind) ->
             rows = [row_of(r, i, turn, width) for r in range(kind.size) for i in range(counts[r])]
             pieces, shared = pieces_of(turn, width, kind), turn % 2 == 0
             pending = [group.exchange(piece) for piece in pieces]
-            group.gather(torch.empty(0))
             sums: dict[int, list[Tensor]] = {}
             for place in random.Random(turn + rank).sample(range(len(pieces)), len(pieces)):
+                while turn % 3 == 0 and not pending[place].ready():
+                    time.sleep(0.001)
                 came = pending[place].wait()
                 if len(group.levels) == 1:
                     cut = pieces[place][rank]
@@ -131,8 +136,12 @@ def test_cuts_of_any_sizes_come_level_by_level_and_go_back_to_all(kind: Kind) ->
                 pending = [group.exchange(piece, sums[place]) for place, piece in enumerate(pieces)]
                 for place in reversed(range(len(pieces))):
                     sums[place] = add(pending[place].wait())
-            whole = [group.assemble(sums[place][0], piece, shared=shared) for place, piece in enumerate(pieces)][-1]
+            putting = [group.assemble(sums[place][0], piece, shared=shared) for place, piece in enumerate(pieces)]
             group.gather(torch.empty(0))
+            for place in random.Random(turn - rank).sample(range(len(pieces)), len(pieces)):
+                (whole,) = putting[place].wait()
+            if len(group.levels) > 1:
+                group.meet()
             assert whole.tolist() == torch.stack(rows).sum(0).tolist(), turn
             if not shared:
                 whole.zero_()  # it is this rank's own
@@ -200,7 +209,7 @@ def test_an_interrupt_reaches_all_wherever_they_are_and_they_can_do_things_toget
 WAYS: dict[str, Callable[[Group, Kind], Any]] = {
     "gather": lambda group, kind: group.gather(torch.ones(3)),
     "exchange": lambda group, kind: group.exchange(pieces_of(1, 64, kind)[0], sums_for(group, kind)).wait(),
-    "assemble": lambda group, kind: group.assemble(torch.ones(16), even(kind), shared=False),
+    "assemble": lambda group, kind: group.assemble(torch.ones(16), even(kind), shared=False).wait(),
     "share": lambda group, kind: group.share(b"x" * 100_000, 0),
 }
 
@@ -250,6 +259,26 @@ def test_who_waits_is_told_of_a_kill_and_nothing_is_left(kind: Kind, way: str, t
     for told_s, left in survivors:
         assert 0 < told_s - died_s < 60
         assert left == 0
+
+
+@pytest.mark.parametrize("raises", [True, False], ids=["one raises", "one dies"])
+def test_who_waits_in_memory_is_told_too(raises: bool) -> None:
+    """Rank 0 waits for rank 1 of its machine, which waits for rank 3 of the other."""
+    kind = DISTRIBUTED[2]
+    sizes = sizes_of(kind)
+
+    def body(make: Make, rank: int) -> None:
+        group = make(sizes)
+        group.gather(torch.empty(0))
+        if rank == 3:
+            group.interrupt() if raises else os.kill(os.getpid(), signal.SIGKILL)
+            return
+        with pytest.raises(PeerRaised if raises else PeerLost):
+            group.meet() if rank == 0 else group.gather(torch.empty(0))
+        if raises:
+            group.interrupt()
+
+    run(kind, sizes, body)
 
 
 @pytest.mark.parametrize("kind", [SOLO, SHARED[1], *DISTRIBUTED[1:], *ON_GPUS], ids=lambda kind: kind.name)

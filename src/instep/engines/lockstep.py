@@ -1,11 +1,12 @@
 """The lockstep engine: every worker in every update, on collectives, without a server.
 
-A step goes in one direction: load, compute and fold, gather what all must know, add the cuts level by level, gather
-their norms, update, settle. Gradients travel by a `Group`, whatever it is made of. Where a machine's workers share
-memory they share the weights too, each worker updating its share of them, wherever `instep.engines.sharding` finds that
-this changes no bit; else weights and the whole update are private to each worker. A step is committed by the second
-gather. Before it no weight of the step is changed, after it all are, and they are read again only when all have
-settled; a team that loses a worker in between starts again from a checkpoint, in another group.
+A step goes in one direction: load, compute and fold, exchange and add the cuts level by level, gather what all must
+know, update, settle. Gradients travel by a `Group`, whatever it is made of; between machines in pieces, while backward
+computes others. Where a machine's workers share memory they share the weights too, each worker updating its share of
+them, wherever `instep.engines.sharding` finds that this changes no bit; else weights and the whole update are private
+to each worker. A step is committed by the gather. Before it no weight of the step is changed, after it all are, and
+they are read again only when all have settled; a team that loses a worker in between starts again from a checkpoint, in
+another group.
 
 Why a worker may read shared weights after a step (to evaluate, to write a checkpoint) though others go on: they can
 compute the next step meanwhile, but update nothing before it is committed, and for that each worker must have come.
@@ -26,11 +27,12 @@ from torch import Tensor
 from instep.clock.network import gather_bytes, reduce_bytes
 from instep.engines.sharding import Placement, choose
 from instep.engines.step_facts import StepFacts
+from instep.engines.total import Total
 from instep.record import events
 from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
 from instep.reduce.tree import worker_ranges
-from instep.transport.group import Fields, Group, Pending, Sizes, as_rows
+from instep.transport.group import Fields, Group, Sizes, as_rows
 from instep.worker.evaluation import Evaluation, batches_held_out, evaluate, packed, unpacked
 from instep.worker.first_look import look_at_data, look_at_objective
 from instep.worker.gradients import Gradients
@@ -39,6 +41,14 @@ from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict
 from instep.worker.tensor_checksums import checksum_when_due
 from instep.worker.updates import Added, Update, Updates, wrong_in_step
+
+PIECES = (1, 2, 2, 1)
+"""Shares of the gradient that travel between machines one after the other, the last parameters' first, while backward
+computes the next. Measured: a small one begins early, another small one is what is left when nothing is computed any
+more, and more than four take more time than they save."""
+
+LEAST_BLOCKS = 2
+"""Of the smallest piece, for each worker: less does not pay."""
 
 
 class SignsOfLife(Protocol):
@@ -79,7 +89,10 @@ class Lockstep:
         self.gradients = Gradients(replica, heartbeat.advance, checkpoint_every=checkpoint_every)
         self._layout, self._buffers = self.gradients.layout, self.gradients.buffers
         self.updates = Updates(replica, self._buffers)
-        self.reduction = Reduction(self._layout, recipe.microbatches, levels_of(machines))
+        pieces = PIECES if len(machines) > 1 and replica.device.type == "cpu" else (1,)
+        if self._layout.blocks * min(pieces) // sum(pieces) < LEAST_BLOCKS * self.workers:
+            pieces = (1,)
+        self.reduction = Reduction(self._layout, recipe.microbatches, levels_of(machines), pieces)
         self._ranges, self._machine = self.reduction.ranges, machine_of(worker, machines)
         self._lefts: dict[tuple[bool, bool], Fields] = {}
         self._own, self._shard = range(*self._ranges[worker]), shard
@@ -91,6 +104,7 @@ class Lockstep:
         """Seconds it has computed, slowness included."""
         self._samples: dict[int, Any] = {}  # of the next step, by microbatch
         self._group: Group
+        self._usual: tuple[list[int], bool] = [], False  # the buffers that the last step changed; whether it wrote
         self._whole: Tensor | None = None  # where the group puts the sum together
         self._evaluated = -1  # at which version last
         self._late: tuple[str, Exception] | None = None  # what loading the next step raised, and where
@@ -113,7 +127,8 @@ class Lockstep:
         self._facts = StepFacts(self._ranges, self.worker, self.terms, len(replica.parameters), buffers)
         share = max(1, -(-len(self._held_out) // self.workers))
         self._evaluations = Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
-        longest = max(self._facts.nbytes, self._evaluations.nbytes, self._left(buffers=True, written=True).nbytes)
+        most_left = self._left(buffers=True, written=True).nbytes
+        longest = max(self._facts.nbytes + most_left, self._evaluations.nbytes)
         common = self.placement.weight_bytes
         return Sizes(reduction.levels, tuple(reduction.rows), tuple(reduction.sums), self._layout.size, longest, common)
 
@@ -123,7 +138,7 @@ class Lockstep:
         self._lefts[key] = self._lefts.get(key) or Fields(
             integers=("int64", (self._buffers.integer_layout.size * buffers,)),
             buffers=("float32", (max(self.reduction.rows) * buffers, self._buffers.row_size * buffers)),
-            norms=("float32", (max(map(len, self.reduction.cuts)),)),
+            norms=("float32", (max(map(self.reduction.blocks_of, range(self.workers))),)),
             written=("uint8", (self.replica.written.row_bytes * written,)),
         )  # fmt: skip
         return self._lefts[key]
@@ -133,6 +148,10 @@ class Lockstep:
         self._group = group
         self.placement.attach(group)
         self.gradients.assign(self.reduction.nodes_of(self.worker), group.rows)
+        self._total = Total(self.reduction, self.worker, group, shared=self.placement.shared)
+        if len(self.reduction.pieces) > 1:
+            spans = [slice(min(c.start for c in cuts), max(c.stop for c in cuts)) for cuts in self.reduction.pieces]
+            self.gradients.tell(spans, self._total.reached)
 
     def run(self, progress: Progress, after_step: Callable[[Progress, bool], None], steps: int) -> bool:
         """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
@@ -155,23 +174,25 @@ class Lockstep:
         group, replica, step = self._group, self.replica, progress.version
         began = time.monotonic()
         replica.enter(step)
+        self._total.begin()
         self._compute(step, totals)
-        pending = group.exchange(self.reduction.piece)
+        if len(self.reduction.pieces) == 1:
+            self._total.reached(1)
         if step + 1 < steps:
             self._load_ahead(step + 1)
 
-        stop = self.worker == 0 and self._heartbeat.stop_wanted()
-        told = self._facts.gather(group, stop=stop)  # what the others wrote can be read
-        sums, (touched, off, changed, wrote) = told.sums, told.flags
-        left = self._post_left(changed, wrote)
-        part = self._add(pending)
-        self._assemble(part)
-        own_norms = self.reduction.norms(part).cpu().numpy()
+        own_norms = self._total.add().cpu().numpy()
+        left = self._post_left(*self._usual)
         left.own["norms"][: len(own_norms)] = own_norms
-
-        found = left.gather(group)  # committed: the gradient is whole
-        cuts = zip(found["norms"].tolist(), self.reduction.cuts, strict=True)
-        norm = total_norm([norm for each, cut in cuts for norm in each[: len(cut)]])
+        stop = self.worker == 0 and self._heartbeat.stop_wanted()
+        told = self._facts.gather(group, left, stop=stop)  # committed: the gradient is whole
+        sums, (touched, off, changed, wrote), found = told.sums, told.flags, told.beside
+        assert found is not None
+        self._take(self._total.wait())
+        norms = found["norms"].tolist()
+        if (changed, wrote) != self._usual:
+            found, self._usual = self._post_left(changed, wrote).gather(group), (changed, wrote)
+        norm = total_norm([norm for w, each in enumerate(norms) for norm in each[: self.reduction.blocks_of(w)]])
         written = replica.written.after(replica.written.merged(as_rows(found["written"]), step) if wrote else {})
         gradients = zip(replica.names, self.placement.gradients, touched, strict=True)
         wrong = wrong_in_step(replica, step, self.terms, sums, totals, norm, gradients)
@@ -211,16 +232,8 @@ class Lockstep:
         self.busy_s += to_s - from_s
         self._report(step, totals, from_s, to_s)
 
-    def _add(self, pending: Pending) -> Tensor:
-        """The gradient's sum over this worker's cut: what comes is added, level by level."""
-        sums = self.reduction.add(self.worker, pending.wait())
-        for level in range(1, len(self._group.levels)):
-            sums = self.reduction.add(self.worker, self._group.exchange(self.reduction.piece, sums).wait(), level)
-        return sums[0]
-
-    def _assemble(self, part: Tensor) -> None:
-        """Puts the cuts of all workers together, where the placement wants the gradient."""
-        whole = self._group.assemble(part, self.reduction.piece, shared=self.placement.shared)
+    def _take(self, whole: Tensor) -> None:
+        """Has the placement take the gradient from there."""
         if whole is not self._whole:
             self._whole = whole
             self.placement.take(whole)

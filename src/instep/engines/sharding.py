@@ -145,7 +145,7 @@ class Sharded(Placement):
         return self._replica.update(step, gradients)
 
     def settle(self) -> None:
-        self._group.gather(torch.empty(0))
+        self._group.meet()
 
     def agree(self, flag: bool) -> bool:
         return bool(self._group.gather(torch.tensor([flag]))[0])

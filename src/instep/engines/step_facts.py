@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from instep.reduce.buffers import APART
+from instep.reduce.layout import ALIGN_BYTES
 from instep.reduce.tree import Node
-from instep.transport.group import Group
+from instep.transport.group import Fields, Group
 from instep.worker.gradients import Computed
 
 _OFF = 2
@@ -31,13 +33,15 @@ class Flags(NamedTuple):
 
 class TeamFacts(NamedTuple):
     """What all workers tell. sums: of the step's microbatches, term by term. totals: the next step's items, by term.
-    ends: by worker, `Buffers.ends` of the first step. stop: whether the run is to end after the step."""
+    ends: by worker, `Buffers.ends` of the first step. stop: whether the run is to end after the step. beside: what
+    `StepFacts.gather` was given, of all workers; good until the next gather."""
 
     sums: list[float]
     totals: dict[str, int]
     flags: Flags
     ends: list[Mapping[int, tuple[int, int]]]
     stop: bool
+    beside: NDArray[Any] | None
 
 
 class StepFacts:
@@ -49,7 +53,7 @@ class StepFacts:
         self._of_each = [(stop - start) * len(terms) for start, stop in ranges]
         self._most, flags = max(self._of_each), parameters + buffers + 1
         self._layout = struct.Struct(f"{self._most}d{len(terms)}q{flags}s{8 * buffers}s?")
-        self.nbytes = self._layout.size
+        self.nbytes = -(-self._layout.size // ALIGN_BYTES) * ALIGN_BYTES
         self._sums, self._flags, self._ends = [0.0] * self._most, bytes(flags), b""
         self.counts: Sequence[int] = [0] * len(terms)
         """The worker's items in the next step, by term."""
@@ -70,18 +74,22 @@ class StepFacts:
                 ends[index] = end if end == APART else end + 1  # 0 is no word
             self._ends = ends.tobytes()
 
-    def gather(self, group: Group, *, stop: bool = False) -> TeamFacts:
-        """A barrier: what all tell; of `stop` what worker 0 says."""
+    def gather(self, group: Group, beside: Fields | None = None, *, stop: bool = False) -> TeamFacts:
+        """A barrier: what all tell; of `stop` what worker 0 says. beside: what else each tells."""
         own = (*self._sums, *self.counts, self._flags, self._ends, stop)
         rows: list[Any] = [own]
+        found = None if beside is None else beside.read(beside.raw[None])
         if group.size > 1:
-            fact = torch.frombuffer(bytearray(self._layout.pack(*own)), dtype=torch.uint8)
-            rows = list(self._layout.iter_unpack(group.gather(fact).numpy().tobytes()))
+            packed = bytearray(self._layout.pack(*own).ljust(self.nbytes, b"\0"))
+            fact = torch.frombuffer(packed, dtype=torch.uint8)
+            gathered = group.gather(fact if beside is None else torch.cat([fact, beside.raw]))
+            rows = [self._layout.unpack_from(row) for row in gathered.numpy()]
+            found = None if beside is None else beside.read(gathered[:, self.nbytes :])
         sums = [value for row, count in zip(rows, self._of_each, strict=True) for value in row[:count]]
         counts = zip(*(row[self._most : -3] for row in rows), strict=True)
         flags = _together(tuple(row[-3] for row in rows), self._parameters)
         totals = dict(zip(self._terms, map(sum, counts), strict=True))
-        return TeamFacts(sums, totals, flags, [_ends(row[-2]) for row in rows], rows[0][-1])
+        return TeamFacts(sums, totals, flags, [_ends(row[-2]) for row in rows], rows[0][-1], found)
 
 
 @lru_cache(maxsize=1)  # they are seldom others than in the step before

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +35,12 @@ class Fold:
         self._parts = [0] * len(parameters)  # of the present microbatch
         self._most_parts = [0] * len(parameters)  # of any; 0 while no gradient was seen
         self._held: dict[int, Tensor] = {}
+        self._pieces: Sequence[slice] = ()
+        self._pieces_of: list[list[int]] = []  # by parameter
+        self._lacking: list[int] = []  # by piece, the parameters that it waits for, in the last leaf
+        self._reached: Callable[[int], None] = lambda done: None
+        self._last = False
+        self._done = 0
         self.touched = [False] * len(parameters)
         """Whether each parameter had a gradient in any microbatch since `begin`."""
         self._handles = [
@@ -48,9 +55,23 @@ class Fold:
             (slot, leaf) for slot, node in enumerate(nodes) for leaf in fold_plan(*node)
         ]
 
+    def tell(self, pieces: Sequence[slice], reached: Callable[[int], None]) -> None:
+        """From the next `begin` on, calls `reached(n)` when the first n pieces of the last node's vector are finished:
+        after each gradient of its last backward, whether n has grown or not, and at the end.
+
+        pieces: of the vector, in elements; together they are all of it.
+        """
+        self._pieces, self._reached = pieces, reached
+        sizes = map(math.prod, self._layout.shapes)
+        ends = [offset + size for offset, size in zip(self._layout.offsets, sizes, strict=True)]
+        self._pieces_of = [
+            [i for i, piece in enumerate(pieces) if piece.start < end and offset < piece.stop]
+            for offset, end in zip(self._layout.offsets, ends, strict=True)
+        ]
+
     def begin(self) -> None:
         """Starts a step."""
-        self._next = 0
+        self._next = self._done = 0
         self._stack = []
         self.touched = [False] * len(self.touched)
 
@@ -58,6 +79,12 @@ class Fold:
         """Before the backward of the next microbatch."""
         slot, leaf = self._plan[self._next]
         self._add = leaf.add
+        self._last = bool(self._pieces) and self._next == len(self._plan) - 1
+        if self._last:
+            self._lacking = [0] * len(self._pieces)
+            for pieces in self._pieces_of:
+                for piece in pieces:
+                    self._lacking[piece] += 1
         self._parts = [0] * len(self._parts)
         if not leaf.add:
             self._stack.append(self._buffer(slot, len(self._stack)))
@@ -77,9 +104,14 @@ class Fold:
                 views[index].add_(0.0)  # -0.0 + 0.0 is 0.0, as it is wherever else this leaf is added
             else:
                 views[index].zero_()  # what lies there is of an earlier step
-        for _ in range(leaf.merges):
-            top = self._stack.pop()
-            self._stack[-1][0].add_(top[0])
+        if self._last:  # all that is on the stack is merged, piece by piece
+            self._finish(len(self._pieces))
+            del self._stack[1:]
+            self._last = False
+        else:
+            for _ in range(leaf.merges):
+                top = self._stack.pop()
+                self._stack[-1][0].add_(top[0])
         self._next += 1
         if self._next == len(self._plan) or self._plan[self._next][0] != self._plan[self._next - 1][0]:
             assert len(self._stack) == 1, "a finished node leaves one vector"
@@ -98,6 +130,23 @@ class Fold:
             self._scratch.append((flat, self._layout.views(flat)))
         return self._scratch[depth - 1]
 
+    def _came(self, index: int) -> None:
+        """A parameter's gradient is in the last leaf of the step, and is whole."""
+        for piece in self._pieces_of[index]:
+            self._lacking[piece] -= 1
+        done = self._done
+        while done < len(self._pieces) and not self._lacking[done]:
+            done += 1
+        self._finish(done)
+
+    def _finish(self, until: int) -> None:
+        """Finishes the pieces before this one."""
+        for piece in self._pieces[self._done : until]:
+            for depth in range(len(self._stack) - 1, 0, -1):
+                self._stack[depth - 1][0][piece].add_(self._stack[depth][0][piece])
+        self._done = until
+        self._reached(until)
+
     def _hook(self, index: int):  # type: ignore[no-untyped-def]
         def take(parameter: Tensor) -> None:
             gradient = parameter.grad
@@ -109,6 +158,8 @@ class Fold:
             view = self._stack[-1][1][index]
             first = self._parts[index] == 0
             self._parts[index] += 1
+            if not first and self._done and min(self._pieces_of[index]) < self._done:
+                raise _in_parts(parameter)  # what is on its way cannot be changed
             # A leaf is one number, rounded once all its parts are in it: ((s + p) + q) is not (s + (p + q)). So what is
             # added to a sum is added at once only where it was seen to come whole.
             if not self._add:
@@ -118,10 +169,16 @@ class Fold:
             elif first:
                 view.add_(gradient.float())
             else:
-                raise RecipeError(
-                    f"the gradient of a parameter of shape {list(parameter.shape)} came in several parts, and in one "
-                    f"part in a microbatch before, so that its sum would depend on the team; where the model calls "
-                    f"torch.utils.checkpoint, set use_reentrant to False."
-                )
+                raise _in_parts(parameter)
+            if self._last and self._most_parts[index] == 1 and first:
+                self._came(index)
 
         return take
+
+
+def _in_parts(parameter: Tensor) -> RecipeError:
+    return RecipeError(
+        f"the gradient of a parameter of shape {list(parameter.shape)} came in several parts, and in one part in a "
+        f"microbatch before, so that its sum would depend on the team; where the model calls torch.utils.checkpoint, "
+        f"set use_reentrant to False."
+    )

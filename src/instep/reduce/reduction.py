@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,16 +22,29 @@ class _Adding:
     plan: list[tuple[int, int]]
     sums: list[int]
 
+    def with_sum_at(self, home: int) -> _Adding:
+        """The same additions, but what comes to lie in the row `home` stays there. a + b is b + a, to the bit."""
+        at: dict[int, int] = {}
+        plan = []
+        for into, source in self.plan:
+            left, right = at.get(into, into), at.get(source, source)
+            if right == home:
+                left, right = right, left
+            plan.append((left, right))
+            at[into] = left
+        return _Adding(plan, [at.get(each, each) for each in self.sums])
+
 
 class Reduction:
     """Who owns which nodes, and the adding of one worker's cut.
 
     levels: as in `instep.reduce.levels`; a number stands for so many workers that add all at once. At each level a
     worker adds the rows of one cut: of every worker's nodes, and then of every machine's sums. The bytes that a worker
-    moves are those of a reduce-scatter and an all-gather; of the gradient, or else of the weights.
+    moves are those of a reduce-scatter and an all-gather of the gradient. The vector may be cut into `pieces` first,
+    each of which is added for itself: they come in backward's order, the last parameters first.
     """
 
-    def __init__(self, layout: Layout, microbatches: int, levels: Levels | int):
+    def __init__(self, layout: Layout, microbatches: int, levels: Levels | int, pieces: Sequence[int] = (1,)):
         self.layout = layout
         self.levels = levels_of([1] * levels) if isinstance(levels, int) else levels
         self.shares = Shares(self.levels)
@@ -39,9 +53,13 @@ class Reduction:
         self._own = [maximal_nodes(start, stop, microbatches) for start, stop in self.ranges]
         self.nodes: list[Node] = [node for nodes in self._own for node in nodes]
         self.plan = merge_plan(self.nodes, microbatches)
-        self.cuts = cut(layout.blocks, self.shares)
-        """The blocks of the sum that each worker comes to have."""
-        self.piece = [slice(blocks.start * layout.block, blocks.stop * layout.block) for blocks in self.cuts]
+        ends = [layout.blocks * sum(pieces[place:]) // sum(pieces) for place in range(len(pieces) + 1)]
+        parts = [range(start, end) for end, start in itertools.pairwise(ends)]
+        self.cuts = [[part[cut.start : cut.stop] for cut in cut(len(part), self.shares)] for part in parts]
+        """The blocks of the sum that each worker comes to have, by piece."""
+        self.pieces = [
+            [slice(blocks.start * layout.block, blocks.stop * layout.block) for blocks in cuts] for cuts in self.cuts
+        ]
         """The same in elements."""
         rows = self._own
         self._teams = [[index for index, team in enumerate(teams) for _ in team] for teams in self.levels]
@@ -76,12 +94,19 @@ class Reduction:
         """How many nodes the sum of each machine has, at the first of two levels."""
         return [len(adding.sums) for adding in self._adding[0]]
 
-    def add(self, worker: int, rows: Sequence[Tensor], level: int = 0) -> list[Tensor]:
+    def blocks_of(self, worker: int) -> int:
+        """How many blocks of the sum the worker comes to have."""
+        return sum(len(cuts[worker]) for cuts in self.cuts)
+
+    def add(self, worker: int, rows: Sequence[Tensor], level: int = 0, home: int = 0) -> list[Tensor]:
         """Adds what the worker gets at a level in tree order, in place; the sums, one at the last level.
 
-        rows: the same cut, of whole blocks, of all nodes that add there; float32.
+        rows: the same cut, of whole blocks, of all nodes that add there; float32. home: the row that a sum is to lie
+        in, if it has part in it.
         """
         adding = self._adding[level][self._teams[level][worker]]
+        if home:
+            adding = adding.with_sum_at(home)
         if adding.plan:
             # Block by block for the cache's sake: each element is added by the plan, wherever the blocks begin.
             for parts in zip(*(row.view(-1, self.layout.block).unbind(0) for row in rows), strict=True):

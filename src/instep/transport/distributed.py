@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from instep.reduce.levels import Shares
 from instep.transport.group import Group, PeerLost, PeerRaised, Pending, Piece, Sizes, Solo, Waiting, as_bytes
 from instep.transport.wire import Connect, Exchange, Wire
+
+Made = TypeVar("Made")
 
 ROOM = 1 << 24
 """Bytes of a part of what is shared."""
@@ -53,6 +55,13 @@ class DistributedGroup:
         assert machine is not None or len(self._here) == 1, "a machine's ranks need a group of their own"
         self._machine: Group = machine or Solo(of_ranks(sizes, range(rank, rank + 1)), device)
         self.rows, self.common = self._machine.rows, self._machine.common
+        self._helpers_elsewhere = [
+            self._shares.helper(machine, rank) for machine in range(len(self._shares.machines)) if machine != self._at
+        ]
+        """The ranks of other machines that add the cut of this one there."""
+        self._helped_elsewhere = sorted(set(self._shares.helped(rank)) - set(self._here))
+        """The ranks of other machines whose cuts this one adds here."""
+        self._rooms: dict[tuple[str, int], Tensor] = {}
         self._interrupted, self._silent_s = 0, silent_s
         self._store: Any = connect()
         self._wire: Wire | None = self._join()
@@ -63,33 +72,42 @@ class DistributedGroup:
         found = self._wait(self._begin(sent.repeat(self.size), lengths, lengths)).cpu()
         return found.view(fact.dtype).view(self.size, -1) if fact.nbytes else fact.new_empty(self.size, 0)
 
+    def meet(self) -> None:
+        self._in_memory(self._machine.meet)
+
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
         if sums is None and len(self.levels) > 1:
-            return self._machine.exchange([self._shares.region(piece, rank) for rank in self._here])
+            return _Here(self, self._machine.exchange([self._shares.region(piece, rank) for rank in self._here]))
         rows, first, counts = self.rows, 0, self._sizes.rows
         if sums is not None:
             rows, first, counts = list(sums), self._shares.region(piece, self.rank).start, self._sizes.sums
         cuts = [slice(part.start - first, part.stop - first) for part in piece]
-        to = set(self._shares.helped(self.rank))
-        send = torch.cat([row[cuts[rank]] for rank in sorted(to) for row in rows])
-        lengths = [len(rows) * (cut.stop - cut.start) if rank in to else 0 for rank, cut in enumerate(cuts)]
-        length = piece[self.rank].stop - piece[self.rank].start
-        expected = [0] * self.size
-        for machine, count in enumerate(counts):
-            expected[self._shares.helper(machine, self.rank)] = count * length
-        return _Rows(self, self._begin(send, lengths, expected), sum(counts), length)
+        length = cuts[self.rank].stop - cuts[self.rank].start
+        lengths, expected = [0] * self.size, [0] * self.size
+        for rank in self._helped_elsewhere:
+            lengths[rank] = len(rows) * (cuts[rank].stop - cuts[rank].start)
+        others = [count for machine, count in enumerate(counts) if machine != self._at]
+        for helper, count in zip(self._helpers_elsewhere, others, strict=True):
+            expected[helper] = count * length
+        send = self._in_one([row[cuts[rank]] for rank in self._helped_elsewhere for row in rows], "sent", piece)
+        into = self._room("came", piece, sum(expected), send)
+        own, before = [row[cuts[self.rank]] for row in rows], sum(counts[: self._at])
+        return _Rows(self, self._begin(send, lengths, expected, into), own, before, sum(others), length)
 
-    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Tensor:
-        machines = [machine for machine in range(len(self._shares.machines)) if machine != self._at]
-        to = {self._shares.helper(machine, self.rank) for machine in machines}
-        lengths = [len(own) if rank in to else 0 for rank in range(self.size)]
-        helped = set(self._shares.helped(self.rank)) - set(self._here)
-        expected = [cut.stop - cut.start if rank in helped else 0 for rank, cut in enumerate(piece)]
+    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Pending:
         whole = self._put(own, piece[self.rank], shared)
-        parts = self._wait(self._begin(own.repeat(len(to)), lengths, expected)).split(expected)
+        here = whole[piece[self.rank]]
+        lengths, expected = [0] * self.size, [0] * self.size
+        for rank in self._helpers_elsewhere:
+            lengths[rank] = len(here)
+        helped = self._helped_elsewhere
         for rank in helped:
-            self._put(parts[rank], piece[rank], shared)
-        return whole
+            expected[rank] = piece[rank].stop - piece[rank].start
+        send = self._in_one([here] * len(self._helpers_elsewhere), "put", piece)
+        into = whole[piece[helped[0]]] if len(helped) == 1 else self._room("parts", piece, sum(expected), send)
+        came = into.split([expected[rank] for rank in helped])
+        parts = list(zip((piece[rank] for rank in helped), came, strict=True))
+        return _Whole(self, self._begin(send, lengths, expected, into), whole, parts, shared)
 
     def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
         sizes = self.gather(torch.tensor([len(blob)])).flatten().tolist()
@@ -107,13 +125,14 @@ class DistributedGroup:
     def interrupt(self) -> None:
         self._interrupted += 1
         self._asked(lambda: self._store.set(self._mark(), "raised"))  # first: by the leaving the others are told
+        self._machine.interrupt()
         self._leave()
 
     def close(self) -> None:
         self._leave()
         self._store = None
         self._machine.close()
-        self.rows, self.common = [], torch.empty(0)
+        self.rows, self.common, self._rooms = [], torch.empty(0), {}
 
     @property
     def _here(self) -> range:
@@ -123,11 +142,13 @@ class DistributedGroup:
         name = f"{self._name}/{self._interrupted}"
         return Wire(self._connect, name, self.rank, self.size, self._device, self._address, self._silent_s)
 
-    def _begin(self, send: Tensor, lengths: Sequence[int], expected: Sequence[int]) -> Exchange:
+    def _begin(
+        self, send: Tensor, lengths: Sequence[int], expected: Sequence[int], into: Tensor | None = None
+    ) -> Exchange:
         try:
             if self._wire is None:  # since an interrupt
                 self._wire = self._join()
-            return self._wire.all_to_all(send, lengths, expected)
+            return self._wire.all_to_all(send, lengths, expected, into)
         except PeerLost as lost:
             raise self._told(lost) from lost
 
@@ -140,10 +161,21 @@ class DistributedGroup:
         finally:
             self._waiting(False)
 
+    def _in_memory(self, call: Callable[[], Made]) -> Made:
+        """What a call of the machine's group gives. There a rank that has raised and one that has lost others are
+        told alike."""
+        try:
+            return call()
+        except PeerRaised as told:
+            raise self._told(PeerLost("a worker of this machine has lost another one")) from told
+
     def _told(self, lost: PeerLost) -> Exception:
-        """What has happened: one that raised has said so before it left."""
+        """What has happened: one that raised has said so before it left. Who waits in memory is told of a loss here."""
         raised = self._asked(lambda: self._store.check([self._mark(self._interrupted + 1)]))
-        return PeerRaised("another worker has raised.") if raised else lost
+        if raised:
+            return PeerRaised("another worker has raised.")
+        self._machine.interrupt()
+        return lost
 
     def _mark(self, count: int | None = None) -> str:
         return f"{self._name}/interrupts/{count or self._interrupted}"
@@ -161,7 +193,23 @@ class DistributedGroup:
         return found[0] if found else None
 
     def _put(self, part: Tensor, into: slice, shared: bool) -> Tensor:
-        return self._machine.assemble(part, [into] * len(self._here), shared=shared)
+        (whole,) = self._machine.assemble(part, [into] * len(self._here), shared=shared).wait()
+        return whole
+
+    def _in_one(self, parts: Sequence[Tensor], use: str, piece: Piece) -> Tensor:
+        """These one after the other; a copy only where there are several."""
+        if len(parts) == 1:
+            return parts[0]
+        like = self.rows[0]
+        return torch.cat(list(parts), out=self._room(use, piece, sum(map(len, parts)), like)) if parts else like[:0]
+
+    def _room(self, use: str, piece: Piece, length: int, like: Tensor) -> Tensor:
+        """Memory for what is on its way in a piece. It is kept: the pages of new one take longer than the copying."""
+        key = use, min(cut.start for cut in piece)
+        room = self._rooms.get(key)
+        if room is None or len(room) < length:
+            self._rooms[key] = room = like.new_empty(length)
+        return room[:length]
 
     def _leave(self) -> None:
         wire, self._wire = self._wire, None
@@ -169,14 +217,60 @@ class DistributedGroup:
             wire.leave()
 
 
-class _Rows:
-    """A Pending of an all-to-all."""
+class _Here:
+    """A Pending of the machine's group."""
 
-    def __init__(self, group: DistributedGroup, exchange: Exchange, count: int, length: int):
-        self._group, self._exchange, self._count, self._length = group, exchange, count, length
+    def __init__(self, group: DistributedGroup, pending: Pending):
+        self._group, self._pending, self.home = group, pending, pending.home
+
+    def ready(self) -> bool:
+        return self._pending.ready()
 
     def wait(self) -> list[Tensor]:
-        return list(self._group._wait(self._exchange).view(self._count, self._length))
+        return self._group._in_memory(self._pending.wait)
+
+
+class _Rows:
+    """A Pending of an all-to-all. The machine's `own` rows come after those of so many others' that lie `before`."""
+
+    def __init__(
+        self, group: DistributedGroup, exchange: Exchange, own: list[Tensor], before: int, others: int, length: int
+    ):
+        self._group, self._exchange, self._own = group, exchange, own
+        self.home, self._shape = before, (others, length)
+
+    def ready(self) -> bool:
+        return self._exchange.ready()
+
+    def wait(self) -> list[Tensor]:
+        came = list(self._group._wait(self._exchange).view(self._shape))
+        return [*came[: self.home], *self._own, *came[self.home :]]
+
+
+class _Whole:
+    """A Pending of the sums that other machines send; `parts`: where each belongs, and where it comes."""
+
+    home = 0
+
+    def __init__(
+        self,
+        group: DistributedGroup,
+        exchange: Exchange,
+        whole: Tensor,
+        parts: list[tuple[slice, Tensor]],
+        shared: bool,
+    ):
+        self._group, self._exchange, self._whole = group, exchange, whole
+        self._parts, self._shared = parts, shared
+
+    def ready(self) -> bool:
+        return self._exchange.ready()
+
+    def wait(self) -> list[Tensor]:
+        self._group._wait(self._exchange)
+        for place, part in self._parts:
+            self._group._put(part, place, self._shared)
+        return [self._whole]
 
 
 def of_ranks(sizes: Sizes, ranks: range) -> Sizes:

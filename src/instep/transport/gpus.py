@@ -30,26 +30,36 @@ class Staged:
         self.rank, self.size, self.levels, self.common = host.rank, host.size, host.levels, host.common
         self._host, self._device = host, device
         self.rows = [torch.zeros(row.shape, device=device) for row in host.rows]
-        self._late: list[tuple[Tensor, slice]] = []  # what is whole after the next gather
+        self._late: list[tuple[Tensor, slice]] = []  # what is whole after the next `meet`
 
     def gather(self, fact: Tensor) -> Tensor:
-        found = self._host.gather(fact)
-        for whole, span in self._late:
-            self.rows[0][span].copy_(whole[span])
-        self._late = []
-        return found
+        return self._host.gather(fact)
+
+    def meet(self) -> None:
+        self._host.meet()
+        self._copy_back()
 
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
         if sums is not None:
             return _Copied(self._host.exchange(piece, [_copy(each, "cpu") for each in sums]), self._device)
         for row, own in zip(self._host.rows, self.rows, strict=True):
-            row[_span(piece)].copy_(own[_span(piece)])  # done when it returns, and so before the gather that follows
+            row[_span(piece)].copy_(own[_span(piece)])  # done when it returns
         return _Copied(self._host.exchange(piece), self._device)
 
-    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Tensor:
+    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Pending:
         # Each its own: of one for all, the next step's first writes would have to wait for the slowest's copy.
-        self._late.append((self._host.assemble(_copy(own, "cpu"), piece, shared=False), _span(piece)))
-        return self.rows[0]
+        return _Back(self, self._host.assemble(_copy(own, "cpu"), piece, shared=False), _span(piece))
+
+    def put(self, whole: Tensor, span: slice) -> None:
+        """Copies what is whole now or, with two levels, after the next `meet`."""
+        self._late.append((whole, span))
+        if len(self.levels) == 1:
+            self._copy_back()
+
+    def _copy_back(self) -> None:
+        for whole, span in self._late:
+            self.rows[0][span].copy_(whole[span])
+        self._late = []
 
     def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
         return self._host.share(blob, to)
@@ -66,11 +76,33 @@ class Staged:
 class _Copied:
     """A Pending whose rows are wanted on the device."""
 
+    home = 0
+
     def __init__(self, pending: Pending, device: torch.device | str):
         self._pending, self._device = pending, device
 
+    def ready(self) -> bool:
+        return self._pending.ready()
+
     def wait(self) -> list[Tensor]:
         return [_copy(row, self._device) for row in self._pending.wait()]
+
+
+class _Back:
+    """A Pending of the whole, which comes back to the device."""
+
+    home = 0
+
+    def __init__(self, group: Staged, pending: Pending, span: slice):
+        self._group, self._pending, self._span = group, pending, span
+
+    def ready(self) -> bool:
+        return self._pending.ready()
+
+    def wait(self) -> list[Tensor]:
+        (whole,) = self._pending.wait()
+        self._group.put(whole, self._span)
+        return [self._group.rows[0]]
 
 
 class DeviceGroup(DistributedGroup):
@@ -96,6 +128,9 @@ class DeviceGroup(DistributedGroup):
 
     def gather(self, fact: Tensor) -> Tensor:
         return self._host.gather(fact)
+
+    def meet(self) -> None:
+        self._host.meet()
 
     def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
         return self._host.share(blob, to)

@@ -55,8 +55,18 @@ class Sizes:
 class Pending(Protocol):
     """Rows on their way."""
 
+    @property
+    def home(self) -> int:
+        """Which of them lies where `assemble` needs no copy of it: put the sum there."""
+
+    def ready(self) -> bool:
+        """Whether `wait` would not have to wait."""
+
     def wait(self) -> list[Tensor]:
-        """What this rank adds next: the same cut of all nodes, in node order, which it may change. Once at most."""
+        """What this rank adds next: the same cut of all nodes, in node order, which it may change. Once at most.
+
+        Of `assemble`: the whole.
+        """
 
 
 class Group(Protocol):
@@ -71,8 +81,8 @@ class Group(Protocol):
     """The sets of ranks that exchange with each other, innermost first: what comes to be added at one is added before
     the next."""
     rows: list[Tensor]
-    """This rank's tree nodes, [width] float32 each; at first 0. They are written before `exchange`, and are not its
-    own between that and the second gather after it."""
+    """This rank's tree nodes, [width] float32 each; at first 0. A piece is written before `exchange`, not its own
+    until the next `meet` after a gather."""
     common: Tensor
     """[common_bytes] uint8 that all ranks of a machine write and read, in turns that they keep by gathers; at first
     0."""
@@ -83,17 +93,21 @@ class Group(Protocol):
         Facts lie on the CPU and have any type; n may be 0. What was written in `rows` and `common` before is seen.
         """
 
+    def meet(self) -> None:
+        """A barrier of this machine's ranks alone. What they wrote in `rows` and `common` before is seen."""
+
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
         """Begins to exchange a piece of the rows; or, at the second level, what the first has come to there: `sums`.
 
-        Before its `wait`, and before anything else of the same rows begins, a gather must follow the first level's;
-        several pieces may be on their way meanwhile, and be waited for in any order.
+        Several pieces may be on their way at once, and be waited for in any order. Not after an interrupt.
         """
 
-    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Tensor:
-        """Puts the ranks' sums of their cuts of a piece together. The whole, [width]; complete after the next gather.
+    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Pending:
+        """Begins to put the ranks' sums of their cuts of a piece together: the whole, [width].
 
-        shared: one for all ranks of a machine, which none may write until others have read it; else each has its own.
+        A gather comes before the wait, and with two levels the whole is complete after a `meet` that follows it. `own`
+        stays as it is until then. shared: one for all ranks of a machine, which none may write until others have read
+        it; else each has its own.
         """
 
     def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
@@ -121,12 +135,15 @@ class Solo:
     def gather(self, fact: Tensor) -> Tensor:
         return fact.clone()[None]
 
+    def meet(self) -> None:
+        pass
+
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
         return Views([row[piece[0]] for row in self.rows])
 
-    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Tensor:
+    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Pending:
         put(own, self.rows[0][piece[0]])
-        return self.rows[0]
+        return Views([self.rows[0]])
 
     def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
         return [blob]
@@ -143,6 +160,10 @@ class Views:
     """A Pending of what needs no moving."""
 
     rows: list[Tensor]
+    home: int = 0
+
+    def ready(self) -> bool:
+        return True
 
     def wait(self) -> list[Tensor]:
         return self.rows
@@ -171,17 +192,17 @@ class Fields:
     def __init__(self, **fields: tuple[str, tuple[int, ...]]):
         kind = np.dtype([(name, dtype, shape) for name, (dtype, shape) in fields.items()], align=True)
         self.nbytes = kind.itemsize
-        self._kind, self._bytes = kind, torch.zeros(self.nbytes, dtype=torch.uint8)
-        self._alone: NDArray[Any] = self._bytes.numpy().view(kind)
+        self._kind, self.raw = kind, torch.zeros(self.nbytes, dtype=torch.uint8)
+        self._alone: NDArray[Any] = self.raw.numpy().view(kind)
         self.own: Any = self._alone[0]
 
     def gather(self, group: Group) -> NDArray[Any]:
         """All ranks' by name, in rank order: [W, *shape]; good until the group's next gather, or a change of `own`."""
-        if group.size == 1:
-            return self._alone
-        found = group.gather(self._bytes).numpy()
-        gathered: NDArray[Any] = found.view(self._kind)[:, 0]
-        return gathered
+        return self._alone if group.size == 1 else self.read(group.gather(self.raw))
+
+    def read(self, found: Tensor) -> NDArray[Any]:
+        """All ranks' `raw`, [W, nbytes], by name: views of them."""
+        return found.numpy().view(self._kind)[:, 0]
 
 
 def as_rows(array: NDArray[Any]) -> list[Tensor]:

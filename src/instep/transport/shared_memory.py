@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.reduce.layout import ALIGN_BYTES
@@ -23,6 +24,7 @@ def regions(sizes: Sizes) -> dict[str, Region]:
     return {
         "turns": Region((2, size), "int64"),
         "interrupts": Region((size,), "int64"),
+        "begun": Region((size,), "int64"),
         "facts": Region((4, size, fact_bytes), "uint8", reserve=False),
         "rows": Region((sum(sizes.rows), sizes.width), "float32"),
         "common": Region((sizes.common_bytes,), "uint8"),
@@ -45,6 +47,8 @@ class SharedMemoryGroup:
         """[2, W] how often each rank came to a gather, before an interrupt and after it. Marks only rise."""
         self._interrupts = arrays["interrupts"].view(np.int64)
         """[W] how often each rank has interrupted the others."""
+        self._begun = arrays["begun"].view(np.int64)
+        """[W] how many pieces each rank has written, since it joined."""
         # Two of them by turns, since the last ones are still read; and two for what comes after an interrupt.
         self._facts = torch.from_numpy(arrays["facts"])
         self._all: list[Tensor] = list(torch.from_numpy(arrays["rows"]))
@@ -53,7 +57,7 @@ class SharedMemoryGroup:
         self.rows = self._all[firsts[rank] : firsts[rank + 1]]
         self.common = torch.from_numpy(arrays["common"])
         self._rooms = arrays["rooms"]
-        self._turn, self._interrupted = 0, 0
+        self._turn, self._interrupted, self._pieces = 0, 0, 0
 
     def gather(self, fact: Tensor) -> Tensor:
         self._turn += 1
@@ -61,20 +65,21 @@ class SharedMemoryGroup:
         facts, turns = self._facts[self._turn % 2 + 2 * anew], self._turns[anew]
         facts[self.rank, : fact.nbytes] = as_bytes(fact)
         mark(turns, self.rank, self._turn)
-        self._waiting(True)
-        came = wait_for(turns, self._turn, self._interrupts, self._interrupted + 1)
-        self._waiting(False)
-        if not came:
-            raise PeerRaised("another worker has raised.")
+        self._wait(turns, self._turn)
         return facts[:, : fact.nbytes].view(fact.dtype)
 
-    def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
-        return Views([row[piece[self.rank]] for row in self._all])
+    def meet(self) -> None:
+        self.gather(torch.empty(0))
 
-    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Tensor:
+    def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
+        self._pieces += 1
+        mark(self._begun, self.rank, self._pieces)
+        return _Rows(self, self._pieces, [row[piece[self.rank]] for row in self._all])
+
+    def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Pending:
         for home in self._homes[:1] if shared else self._homes:
             put(own, home[piece[self.rank]])
-        return self._homes[0 if shared else self.rank]
+        return Views([self._homes[0 if shared else self.rank]])
 
     def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
         lengths = self.gather(torch.tensor([len(blob)])).flatten().tolist()
@@ -82,10 +87,10 @@ class SharedMemoryGroup:
         for start in range(0, max(lengths), ROOM):
             part = blob[start : start + ROOM]
             self._rooms[self.rank, : len(part)] = np.frombuffer(part, np.uint8)
-            self._meet()  # the parts are there
+            self.meet()  # the parts are there
             for rank, length in enumerate(lengths) if reads else ():
                 found[rank] += self._rooms[rank, : max(0, length - start)].tobytes()
-            self._meet()  # and read
+            self.meet()  # and read
         return [bytes(each) for each in found] if reads else []
 
     def interrupt(self) -> None:
@@ -96,7 +101,27 @@ class SharedMemoryGroup:
     def close(self) -> None:
         self.rows, self._all, self._homes = [], [], []
         self.common = self._facts = torch.empty(0)
-        self._turns, self._interrupts, self._rooms = (np.zeros(0, np.int64) for _ in range(3))
+        self._turns, self._interrupts, self._begun, self._rooms = (np.zeros(0, np.int64) for _ in range(4))
 
-    def _meet(self) -> None:
-        self.gather(torch.empty(0))
+    def _wait(self, marks: NDArray[np.int64], value: int) -> None:
+        self._waiting(True)
+        came = wait_for(marks, value, self._interrupts, self._interrupted + 1)
+        self._waiting(False)
+        if not came:
+            raise PeerRaised("another worker has raised.")
+
+
+class _Rows:
+    """A Pending of the rows of all: there once each rank has written its piece number `count`."""
+
+    home = 0
+
+    def __init__(self, group: SharedMemoryGroup, count: int, rows: list[Tensor]):
+        self._group, self._count, self._rows = group, count, rows
+
+    def ready(self) -> bool:
+        return int(self._group._begun.min()) >= self._count
+
+    def wait(self) -> list[Tensor]:
+        self._group._wait(self._group._begun, self._count)
+        return self._rows

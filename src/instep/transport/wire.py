@@ -100,15 +100,17 @@ class Wire:
             raise PeerLost(f"rank {rank} of {size} could not join the others: {group}", silent) from group
         self._group = group
 
-    def all_to_all(self, send: Tensor, lengths: Sequence[int], expected: Sequence[int]) -> Exchange:
+    def all_to_all(
+        self, send: Tensor, lengths: Sequence[int], expected: Sequence[int], into: Tensor | None = None
+    ) -> Exchange:
         """Begins to send each process its run of `send`, of so many elements; `expected`: of what each sends here.
 
-        `send` stays as it is until the end.
+        `send` stays as it is until the end. into: where what comes is to lie, on the wire's device.
         """
         if self._group is None:
             raise PeerLost(f"rank {self._rank} of {self._size} has left the others.")
         send = send.contiguous().to(self.device)
-        found = torch.empty(sum(expected), dtype=send.dtype, device=self.device)
+        found = torch.empty(sum(expected), dtype=send.dtype, device=self.device) if into is None else into
         try:
             work = self._group.alltoall_base(found, send, list(expected), list(lengths))
         except RuntimeError as error:
@@ -136,11 +138,10 @@ class Wire:
         group, self._group = self._group, None
         if group is not None and self.device.type != "cpu":
             group.abort()  # else to drop it may wait for the others
-        if group is None or self._pending:
-            _shut(self._sockets)
-            for work in self._pending:
-                with contextlib.suppress(RuntimeError):
-                    work.wait()
+        _shut(self._sockets)  # operations of before that somebody still knows would keep the connections
+        for work in self._pending:
+            with contextlib.suppress(RuntimeError):
+                work.wait()
         self._pending = []
 
     def _silence(self, sockets: Callable[[], set[Socket]]) -> PeerLost | None:
@@ -165,6 +166,10 @@ class Exchange:
 
     def __init__(self, wire: Wire, work: c10d.Work, send: Tensor, found: Tensor):
         self._wire, self._work, self._send, self._found = wire, work, send, found
+
+    def ready(self) -> bool:
+        """Whether it has ended, well or not."""
+        return bool(self._work.is_completed())
 
     def wait(self) -> Tensor:
         """What the others have sent, one after the other in rank order. Raises PeerLost."""

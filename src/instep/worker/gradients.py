@@ -84,6 +84,11 @@ class Gradients:
         else:
             self._fold.assign(nodes, rows)
 
+    def tell(self, pieces: Sequence[slice], reached: Callable[[int], None]) -> None:
+        """From the next batch on, calls `reached(n)` when n pieces of the rows are finished, see `Fold.tell`."""
+        assert self._fold is not None, "assign comes first"
+        self._fold.tell(pieces, reached)
+
     def compute(self, batch: int, samples: Mapping[int, Any], totals: Mapping[str, int]) -> Computed:
         """The gradients of a batch's microbatches, those of the nodes assigned; None for one without samples.
 
