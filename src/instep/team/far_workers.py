@@ -10,7 +10,7 @@ import dataclasses
 import socket
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -124,10 +124,6 @@ class FarWorkers:
         self._has.pop(worker, None)
         self._conversations.left(worker)
 
-    def bytes_by_host(self) -> tuple[Mapping[int, int], Mapping[int, int]]:
-        """Bytes given to sockets, and taken from them, by worker, so far."""
-        return self._conversations.bytes_by_worker()
-
     def _place(self, worker: int, message: Any, shapes: Sequence[Shape]) -> list[Any]:
         """Where the tensors of what a worker sends are to lie."""
         if isinstance(message, Hello):
@@ -239,17 +235,6 @@ class _Conversations:
                 self._letters = [(number, each) for number, each in self._letters if number != worker]
         self._bell.ring()
 
-    def bytes_by_worker(self) -> tuple[dict[int, int], dict[int, int]]:
-        """Sent to each, and received."""
-        with self._lock:
-            sent = {worker: sent for worker, (sent, _) in self._counted.items()}
-            received = {worker: received for worker, (_, received) in self._counted.items()}
-            for worker, one in self._of.items():
-                if one.link is not None:
-                    sent[worker] += one.link.sent_bytes
-                    received[worker] += one.link.received_bytes
-            return sent, received
-
     # The thread's
 
     def _run(self) -> None:
@@ -347,7 +332,5 @@ class _Conversations:
     def _drop(self, one: _Conversation) -> None:
         """Its connection has ended; another may come."""
         if one.link is not None:
-            sent, received = self._counted[one.worker]
-            self._counted[one.worker] = sent + one.link.sent_bytes, received + one.link.received_bytes
             self._over.append(one.link)
             one.link = None
