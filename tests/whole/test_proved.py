@@ -22,7 +22,7 @@ def test_campaigns_are_of_a_commit_before_and_found_what_is_claimed_of_them() ->
     texts = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     claimed = [claim for path in texts for claim in claims(path.read_text(), path.name)]
     files = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    assert {claim.name for claim in claimed} <= {path.stem for path in RESULTS.glob("*.json")}
+    assert {claim.name for claim in claimed if claim.cases} <= {path.stem for path in RESULTS.glob("*.json")}
     assert [wrong for found in files if "proves" in found for wrong in falls_short(claimed, found, before)] == []
 
 
