@@ -18,6 +18,7 @@ from instep.worker.device import check_nccl, device_of, peak_bytes
 from instep.worker.gradients import Contributor
 from instep.worker.trial import in_a_copy
 from support import workloads
+from support.gpu import gpus
 from support.harness import train_here
 
 
@@ -174,3 +175,14 @@ def test_matrix_products_on_a_gpu_are_asked_to_be_deterministic_unless_that_is_t
 
     assert in_a_copy(lambda: prepared(True)) == ("cuda", True, ":4096:8")
     assert in_a_copy(lambda: prepared(False)) == ("cuda", False, ":4096:8")
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(bool(gpus()), reason="a GPU is here")
+@pytest.mark.parametrize("engine", ["lockstep", "server"])
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_team_on_gpus_where_there_is_none_ends_with_one_sentence(device: str, engine: str, tmp_path: Path) -> None:
+    team = Team(workers=2, device=device, engine=engine)
+    with pytest.raises(ResourceError, match=f"team.device is '{device}', and torch finds no GPU here"):
+        train_here(workloads.gpt(), team, tmp_path / "run", tried=True)
+    assert not (tmp_path / "run/result.json").exists()

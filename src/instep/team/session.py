@@ -78,9 +78,9 @@ class Session:
 
     def _build(self, written: Collection[str] = ()) -> Replica:
         team, (place, here) = self.assignment.team, self.assignment.place
+        device = own_device(team.device, place, here) if self._on_gpu else "cpu"
         if self._on_gpu and not self.assignment.serving:
             check_nccl(team.by_nccl, team.workers)
-        device = own_device(team.device, place, here) if self._on_gpu else "cpu"
         return Replica(self.recipe, device, retries=team.restarts, written=written, deterministic=team.deterministic)
 
     def _try_optimizer(self, build: Callable[[], Replica]) -> None:
