@@ -175,6 +175,9 @@ def test_which_parameters_have_changed_since_a_version() -> None:
 def test_what_a_worker_has_moved_is_sent_once_also_when_it_takes_two_pieces_of_a_round() -> None:
     module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     first, second = module.parameters()
+    with torch.no_grad():
+        first.fill_(3.0)  # whole numbers: nothing is rounded
+        second.fill_(5.0)
     layout, pack = Layout.of([first, second], 64), Pack(module, [first, second])
     weights, row = pack.empty(), torch.zeros(layout.size)
     pack.save(weights)
