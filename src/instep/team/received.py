@@ -10,6 +10,8 @@ from instep.errors import WorkerError
 from instep.record.files import disk_error
 from instep.team.wire_messages import CheckpointPart
 
+_ELSEWHERE = "TMPDIR in the environment says where"
+
 
 class Received:
     """In a folder for scratch. A file is hashed as it comes: one of gigabytes keeps no agent from its signs of life."""
@@ -37,7 +39,9 @@ class Received:
             with path.open("ab" if part.offset else "wb") as file:
                 file.write(part.content)
         except OSError as error:
-            raise disk_error(f"the checkpoint {part.name} from agent 0 cannot be kept in {folder}", error) from error
+            raise disk_error(
+                f"the checkpoint {part.name} from agent 0 cannot be kept in {folder}", error, also=_ELSEWHERE
+            ) from error
         in_turn = (part.file, part.offset) == (self._file, self._size)
         self._size += len(part.content)
         self._hashed.update(part.content)
