@@ -322,9 +322,8 @@ class Agent:
         resumed = self._journal.begun or again
         hosts = self._hosts.described(order.members[: self._run.team.workers]) if self._hosts is not None else None
         self._journal.record(start_of(self._run, self._run_id, self._facts, resumed=resumed, hosts=hosts))
-        for why in () if again else (*self._run.notices, *self._run.rule.warnings()):
-            self._journal.warn(why)
-        for why in self._hosts.warnings() if self._hosts is not None else ():
+        at_first = () if again else (*self._run.notices, *self._run.rule.warnings())
+        for why in (*at_first, *(self._hosts.warnings() if self._hosts is not None else ())):
             self._journal.warn(why)
         for crew in self._crews:
             crew.go()
