@@ -78,10 +78,11 @@ def begun_before(out: str | os.PathLike[str] | None) -> Path | None:
     if out is not None:
         return Path(out) if RunFolder(Path(out)).recipe_path.exists() else None
     begun: list[tuple[int, Path]] = []
-    for path in Path("runs").glob("*/run.json"):
+    own = launch()
+    for path in Path("runs").glob("*/run.json") if own else ():
         with contextlib.suppress(OSError, RecordError):
             about, recipe = RunFolder(path.parent).about(), RunFolder(path.parent).recipe_path
-            if about is not None and about.launch == launch() and recipe.exists():
+            if about is not None and about.launch == own and recipe.exists():
                 begun.append((path.stat().st_mtime_ns, path.parent))
     return max(begun)[1] if begun else None
 
