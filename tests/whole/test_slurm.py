@@ -98,7 +98,7 @@ def test_a_first_task_that_is_refused_ends_the_others(hosts: Hosts, at_home: Slu
     assert found.ends() == 1
     assert "instep: the run failed before it began, as agent 0 says on the first host." in found.err
     assert found.err.count("instep: ") == 2, found.err
-    wait_until(lambda: not any(host.processes() for host in hosts), 10, "the end of all processes")
+    wait_until(lambda: not any(host.processes() for host in hosts), 60, "the end of all processes")
     for file in hosts[0].path(HOME).glob(".instep/*"):
         file.unlink()
 
