@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ def test_the_lines_of_python_run(tmp_path: Path) -> None:
     started = Started([sys.executable, "example.py"], tmp_path, forked=True)
     assert started.ends() == 0, started.err
     assert not started.err
-    digest, objective, path = started.out.split()
+    digest, objective = started.out.split()
     assert re.fullmatch("[0-9a-f]{64}", digest)
     assert float(objective) < 1
-    assert (tmp_path / path / "result.json").is_file()
+    (result,) = (tmp_path / "runs").glob("*/result.json")
+    assert json.loads(result.read_text())["digest"] == digest
