@@ -59,11 +59,11 @@ def nothing_runs(hosts: Hosts) -> None:
 
 def test_with_a_secret_in_the_environment_hosts_need_no_home_in_common(hosts: Hosts, slurm: Slurm, alone: str) -> None:
     train = ["instep", "train", "my.toml", "--workers", "3"]
-    refused = slurm.start("srun", *train, "--out", "apart", "--team.join_timeout_s", "10")
+    refused = slurm.start("srun", *train, "--out", "apart", "--team.join_timeout_s", "20")
     assert refused.ends() == 1
     assert "host 1 does not see the file in /tmp/home/.instep that agent 0 has left" in refused.err
     assert "openssl rand" in refused.err
-    assert "no word came within 10 s from agent 1 (host 1)" in refused.err
+    assert "no word came within 20 s from agent 1 (host 1)" in refused.err
     nothing_runs(hosts)
     found = slurm.start("srun", *train, "--out", "secret", INSTEP_SECRET="0123456789abcdef")
     assert found.ends() == 0, found.err
@@ -110,7 +110,7 @@ def begun(hosts: Hosts, slurm: Slurm, run: str, *more: str) -> Submitted:
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]], ids=["term", "ctrl-c"])
-def test_a_signal_at_srun_saves_once_and_ends_all_within_25_s(hosts: Hosts, at_home: Slurm, signals: list[int]) -> None:
+def test_a_signal_at_srun_saves_once_and_ends_all(hosts: Hosts, at_home: Slurm, signals: list[int]) -> None:
     run = f"ended{len(signals)}"
     found = begun(hosts, at_home, run, "--steps", "100000")
     for index, number in enumerate(signals):
