@@ -112,6 +112,12 @@ def test_no_module_imports_in_a_circle() -> None:
     assert circle(imports_of(trees_of(SRC), "instep")) == []
 
 
+def test_a_file_of_tests_has_its_name_alone() -> None:
+    """Python imports two of one name as one."""
+    names = [path.name for path in Path(__file__).parents[1].rglob("test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
+
+
 def test_a_class_has_its_name_alone() -> None:
     assert shared_names(trees_of(SRC)) == {}
 
