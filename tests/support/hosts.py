@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
@@ -71,17 +71,15 @@ def missing() -> str:
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
-class Command:
-    """A command on a host, its output in files of this machine."""
+class Recorded:
+    """A process in a session of its own, whose output goes into two files of `folder`."""
 
-    def __init__(self, host: Host, arguments: Sequence[str], environment: Mapping[str, str]):
-        name = f"{host.number}-{next(host.commands)}"
-        self._out, self._err = host.outputs / f"{name}.out", host.outputs / f"{name}.err"
+    def __init__(self, command: Sequence[str], folder: Path, name: str, **more: Any):
+        self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
         with self._out.open("w") as out, self._err.open("w") as err:
             self.process = subprocess.Popen(
-                host.entering([*_environment(environment), *arguments]),
-                stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
-            )  # fmt: skip
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, **more
+            )
 
     @property
     def out(self) -> str:
@@ -90,6 +88,14 @@ class Command:
     @property
     def err(self) -> str:
         return self._err.read_text()
+
+
+class Command(Recorded):
+    """A command on a host, its output in files of this machine."""
+
+    def __init__(self, host: Host, arguments: Sequence[str], environment: Mapping[str, str]):
+        name = f"{host.number}-{next(host.commands)}"
+        super().__init__(host.entering([*_environment(environment), *arguments]), host.outputs, name)
 
     @property
     def pid(self) -> int:

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support.hosts import Command, Host, Hosts
+from support.hosts import WORK, Command, Host, Hosts
+from support.processes import MODULE
 
 KINDS = {
     "host killed": 5,
@@ -52,36 +53,13 @@ CHECKPOINT_S = 1.5
 WHOLE_S = 90.0
 """Seconds at most until the run is whole again, on a loaded machine too."""
 
-MODULE = """\
-import os, time
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-
-class Net(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 1))
-
-def numbers(samples=40):
-    generator = torch.Generator().manual_seed(0)
-    return TensorDataset(torch.randn(samples, 3, generator=generator), torch.randn(samples, 1, generator=generator))
-
-def pause(gradient):
-    time.sleep(float(os.environ.get("PAUSE_S", "0")))
-
-def squares(model, batch):
-    total = (model(batch[0]) - batch[1]).square().sum()
-    if total.requires_grad:
-        total.register_hook(pause)
-    return total
-"""
-
 RECIPE = """\
 batch = 8
 microbatches = 8
 steps = 1000000
 [model]
 use = "mymodel:Net"
+args = {{ width = 7 }}
 [objective]
 use = "mymodel:squares"
 [data]
@@ -393,7 +371,7 @@ class Campaign:
         self._named_by_others(fault)
         second = self.start(self.hosts[0])
         assert second.ends(60) == 1, second.err
-        fault.how = second.err.strip().splitlines()[-1]
+        fault.how = second.err.strip().splitlines()[-1].replace(f"{WORK}/", "")
         assert "is being trained by another process" in fault.how
         self.hosts[0].go_on()
         self._named(fault, r"host [12] ")

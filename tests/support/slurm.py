@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from support.hosts import HOME, WORK, Hosts
+from support.hosts import HOME, WORK, Hosts, Recorded
 
 _STUB = Path(__file__).with_name("slurm_stub.py")
 
@@ -39,25 +39,12 @@ class Slurm:
         self._hosts.share(HOME)
 
 
-class Submitted:
+class Submitted(Recorded):
     """A command of Slurm's, its output in files."""
 
     def __init__(self, command: tuple[str, ...], at: Path, outputs: Path, environment: dict[str, str]):
-        number = len(list(outputs.glob("*.out")))
-        self._out, self._err = outputs / f"{number}.out", outputs / f"{number}.err"
-        with self._out.open("w") as out, self._err.open("w") as err:
-            self.process = subprocess.Popen(
-                ["setpriv", "--pdeathsig", "KILL", *command], cwd=at, env=environment, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=err, start_new_session=True,
-            )  # fmt: skip
-
-    @property
-    def out(self) -> str:
-        return self._out.read_text()
-
-    @property
-    def err(self) -> str:
-        return self._err.read_text()
+        name = str(len(list(outputs.glob("*.out"))))
+        super().__init__(["setpriv", "--pdeathsig", "KILL", *command], outputs, name, cwd=at, env=environment)
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
