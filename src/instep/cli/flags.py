@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,6 +36,16 @@ class UsageError(InstepError):
     """The command line is wrong."""
 
     exit_status = 2
+
+
+def check_new_file(path: Path, flag: str) -> None:
+    """Raises UsageError where no file can be written that `flag` names: not after the work."""
+    if len(os.fsencode(path.name)) > 255:
+        raise UsageError(f"{flag} {shown(str(path))} is longer than names of files are; choose a shorter one.")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(
+            f"{flag} {shown(str(path))} lies in a folder that is not there; make it, or name another file."
+        )
 
 
 def split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 
 from instep.budget import as_size
-from instep.cli.flags import UsageError
+from instep.cli.flags import UsageError, check_new_file
 from instep.errors import ResourceError, shown
 from instep.gradient_checkpointing.structure import Plan, listed
 from instep.worker.memory_trade import Trade
@@ -104,12 +103,7 @@ def check_plot(path: Path) -> None:
         ) from None
     if path.suffix.removeprefix(".").lower() not in Figure().canvas.get_supported_filetypes():
         raise UsageError(f"--plot {shown(str(path))} has no format that can be drawn; name a .png, .svg or .pdf.")
-    if len(os.fsencode(path.name)) > 255:
-        raise UsageError(f"--plot {shown(str(path))} is longer than names of files are; choose a shorter one.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(
-            f"--plot {shown(str(path))} lies in a folder that is not there; make it, or name another file."
-        )
+    check_new_file(path, "--plot")
 
 
 def draw(trade: Trade, path: Path) -> None:

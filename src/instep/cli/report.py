@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from instep.cli.flags import UsageError
+from instep.cli.flags import UsageError, check_new_file
 from instep.errors import shown
 from instep.record.files import json_text
 from instep.report.comparison import Comparison, compare, doubts, facts, verdict
@@ -97,9 +96,6 @@ def check_out(out: Path) -> None:
 
 def check_file(out: Path) -> None:
     """Raises UsageError where no file can be written."""
-    if len(os.fsencode(out.name)) > 255:
-        raise UsageError(f"--out {shown(str(out))} is longer than names of files are; choose a shorter one.")
+    check_new_file(out, "--out")
     if out.is_dir():
         raise UsageError(f"--out {shown(str(out))} is a folder; name a file in it, such as {out / 'report.html'}.")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"--out {shown(str(out))} lies in a folder that is not there; make it, or name another file.")

@@ -35,13 +35,12 @@ Loop = Literal["accumulation", "DDP", "other order", "more padding"]
 class Cut:
     """One way to go through the batch. off: the distance of its gradient from the whole batch's, as a share of that.
 
-    pieces: samples in each. factor: of the whole batch's gradient, the part of it that points the same way.
+    pieces: samples in each.
     """
 
     loop: Loop
     pieces: tuple[int, ...]
     off: float
-    factor: float
 
     @property
     def equal(self) -> bool:
@@ -235,10 +234,7 @@ class _Work:
         return [longer]
 
     def _compared(self, loop: Loop, pieces: tuple[int, ...], total: Mapping[str, Tensor]) -> Cut:
-        worst = max(self.whole, key=lambda name: _off(total[name], self.whole[name]))
-        whole = self.whole[worst]
-        size = float(whole @ whole)
-        return Cut(loop, pieces, _off(total[worst], whole), float(total[worst] @ whole) / size if size else 1.0)
+        return Cut(loop, pieces, max(_off(total[name], whole) for name, whole in self.whole.items()))
 
 
 def _scalar(answer: Any) -> Tensor:

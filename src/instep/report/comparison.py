@@ -175,11 +175,11 @@ def _labels(runs: Sequence[History]) -> list[str]:
     told = [_told(run) for run in runs]
     labels = []
     for run, mine in zip(runs, told, strict=True):
-        alike = [other for other, theirs in zip(runs, told, strict=True) if other.rule == run.rule]
+        alike = [theirs for other, theirs in zip(runs, told, strict=True) if other.rule == run.rule]
         if len(alike) == 1:
             labels.append(run.rule)
             continue
-        fields = [key for key in mine if len({str(_told(other).get(key)) for other in alike}) > 1]
+        fields = [key for key in mine if len({str(theirs.get(key)) for theirs in alike}) > 1]
         labels.append(", ".join([run.rule, *(f"{key.rpartition('.')[2]} {_short(mine[key])}" for key in fields)]))
     seen: dict[tuple[str, Any], int] = {}
     for place, run in enumerate(runs):  # the same recipe, team and seed twice: two runs of their own

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import math
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -132,7 +131,7 @@ def _trace_events(run: History) -> Iterator[dict[str, Any]]:
         thread = {"pid": 1, "tid": worker + 1}
         yield {"ph": "M", "name": "thread_name", **thread, "args": {"name": f"worker {worker}"}}
         yield {"ph": "M", "name": "thread_sort_index", **thread, "args": {"sort_index": worker}}
-        for name, begin, end, version in sorted(_slices(strip, run.seconds), key=lambda each: (each[1], each[2])):
+        for name, begin, end, version in sorted(_slices(strip), key=lambda each: (each[1], each[2])):
             version_args = {} if version is None else {"args": {"version": version}}
             yield {"ph": "X", "name": name, **thread, "ts": _us(begin), "dur": _us(end) - _us(begin), **version_args}
         for at, what in strip.events:
@@ -148,7 +147,7 @@ def _trace_events(run: History) -> Iterator[dict[str, Any]]:
         yield {"ph": "C", "name": "held-out objective", "pid": 1, "ts": _us(point.seconds), "args": values}
 
 
-def _slices(strip: Strip, end_s: float) -> Iterator[tuple[str, float, float, int | None]]:
+def _slices(strip: Strip) -> Iterator[tuple[str, float, float, int | None]]:
     """What a worker did, cut so that no two overlap: (name, begin, end, version)."""
     busy: list[tuple[float, float, str, int]] = []
     for name, spans, versions in (
@@ -157,7 +156,6 @@ def _slices(strip: Strip, end_s: float) -> Iterator[tuple[str, float, float, int
     ):
         busy += [(begin, end, name, version) for (begin, end), version in zip(_pairs(spans), versions, strict=True)]
     busy.sort()
-    there = list(_pairs(strip.there if len(strip.there) % 2 == 0 else array("d", [*strip.there, end_s])))
     last = -math.inf
     cuts: list[tuple[float, float]] = []
     for begin, end, name, version in busy:
@@ -166,7 +164,7 @@ def _slices(strip: Strip, end_s: float) -> Iterator[tuple[str, float, float, int
             yield name, begin, end, version
             cuts.append((begin, end))
             last = end
-    for since, until in there:
+    for since, until in _pairs(strip.there):
         inside = [(max(begin, since), min(end, until)) for begin, end in cuts if end > since and begin < until]
         for (_, begin), (end, _) in pairwise([(since, since), *inside, (until, until)]):
             if end > begin:

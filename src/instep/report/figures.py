@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,8 +88,7 @@ def _strips(run: History, cells: int) -> dict[str, Any]:
 def _cells(strip: Strip, edges: NDArray[np.float64]) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
     """By cell: the place in `STATES` of what the worker mostly did, -1 where it was not there; and the version."""
     cell_s = edges[1]
-    there = strip.there if len(strip.there) % 2 == 0 else array("d", [*strip.there, edges[-1]])
-    present = _covered(there, edges)
+    present = _covered(strip.there, edges)
     computing, communicating = _covered(strip.computing, edges), _covered(strip.communicating, edges)
     waiting = np.maximum(present - computing - communicating, 0)
     state = np.argmax([computing, communicating, waiting], axis=0).astype(np.int8)
@@ -118,7 +118,7 @@ def _covered(spans: array[float], edges: NDArray[np.float64]) -> NDArray[np.floa
 
 def _staleness(group: RuleRuns) -> dict[str, Any]:
     """Shares of the merged contributions by staleness, over all runs of a rule; its bound, and where that is from."""
-    counts = sum((run.staleness for run in group.runs), start=type(group.runs[0].staleness)())
+    counts = sum((run.staleness for run in group.runs), start=Counter[int]())
     total = sum(counts.values())
     width = max(counts, default=0) // _MOST_BARS + 1
     shares = [0.0] * (max(counts, default=0) // width + 1)

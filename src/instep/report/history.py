@@ -69,7 +69,7 @@ class Strip:
     communicating: array[float] = field(default_factory=lambda: array("d"))
     communicating_version: array[int] = field(default_factory=lambda: array("q"))
     there: array[float] = field(default_factory=lambda: array("d"))
-    """from, to, ...; without the last end while it is there"""
+    """from, to, ..."""
     events: list[tuple[float, str]] = field(default_factory=list)
     """(seconds, what) of joins and losses"""
 

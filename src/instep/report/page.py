@@ -63,7 +63,7 @@ def html(found: Comparison) -> str:
         title=" and ".join(dict.fromkeys(run.name for run in runs)),
         facts=facts(found), verdict=verdict(found), doubts=doubts(found), target=_target(found),
         columns=columns(found), rows=rows(found), strips=[_caption(group) for group in found.groups],
-        stale=any(any(run.staleness - type(run.staleness)({0: run.staleness[0]})) for run in runs),
+        stale=any(any(run.staleness) for run in runs),
         memory=any(run.planned for run in runs), curves=found.target is not None,
         samples=_samples(found), differences=differences(runs), runs=[_run(run) for run in runs],
         style=(files / "page.css").read_text("utf-8"), script=(files / "page.js").read_text("utf-8"), plotly=plotly,

@@ -62,13 +62,13 @@ class _Reader:
         self._result: dict[str, Any] | None = None
         self._failed = ""
         self._offset_s = self._last_s = self._train_end_s = 0.0
-        self._items = self._bytes = self._dropped = self._restarts = 0
+        self._bytes = self._dropped = self._restarts = 0
         self._sessions = 0
         self._began = False
         self._drawn: frozenset[int] = frozenset()
         self._pulled_bytes = 0
         self._server = False
-        self._released_s: dict[int, tuple[float, int]] = {}
+        self._released_s: dict[int, float] = {}
         self._computed: dict[int, tuple[float, int]] = {}
         self._last_end_s: dict[int, float] = {}
         """In lockstep, by the version that was worked on: when the last worker had computed."""
@@ -107,7 +107,6 @@ class _Reader:
         self._result, self._failed = None, ""
         self._curve.back_to(event["version"])
         self._held_out = [point for point in self._held_out if point[0] <= event["version"]]
-        self._items = self._curve.items[-1] if len(self._curve) else 0
         self._released_s.clear()
         self._computed.clear()
         for seen in (self._last_end_s, self._merged_s):
@@ -118,6 +117,7 @@ class _Reader:
         if not self._began:  # what came before is the start of Python
             self._began, self._offset_s, self._last_s = True, -event["t_s"], 0.0
         worker, at = event["worker"], max(0.0, self._at(event))
+        self._leave(worker, at)  # nothing, unless its loss was not told
         self._since_s[worker] = at
         if event.get("host"):
             self._hosts[event["host"]] = None
@@ -149,7 +149,7 @@ class _Reader:
     def _released(self, event: Mapping[str, Any]) -> None:
         self._bytes += self._pulled_bytes
         if event["worker"] in self._strips:
-            self._released_s[event["worker"]] = self._at(event), event["version"]
+            self._released_s[event["worker"]] = self._at(event)
 
     def _computed_event(self, event: Mapping[str, Any]) -> None:
         worker, version = event["worker"], event["version"]
@@ -163,8 +163,7 @@ class _Reader:
         strip.computing.extend((start, end))
         strip.computing_version.append(version)
         if worker in self._released_s:
-            released, _ = self._released_s.pop(worker)
-            self._communicated(strip, released, start, version)
+            self._communicated(strip, self._released_s.pop(worker), start, version)
         if self._server:
             self._computed[worker] = end, version
 
@@ -195,10 +194,9 @@ class _Reader:
         if items is None:  # without gradients
             items = sum(each.get("items", 0) for each in event["contributions"])
         self._curve.back_to(event["version"] - 1)
-        self._items = (self._curve.items[-1] if len(self._curve) else 0) + items
         curve, objective = self._curve, event.get("objective")
         curve.version.append(event["version"])
-        curve.items.append(self._items)
+        curve.items.append((curve.items[-1] if len(curve.items) else 0) + items)
         curve.own_items.append(items)
         curve.seconds.append(at)
         curve.bytes.append(self._bytes)
