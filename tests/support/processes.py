@@ -129,7 +129,9 @@ class Started:
         return pid
 
     def workers(self) -> int:
-        return sum(parent_of(pid) != self.process.pid for pid in self.pids())
+        """How many there are now: the supervisor's children. A worker may have a child too, for as long as it measures."""
+        parents = {pid: parent_of(pid) for pid in self.pids()}
+        return sum(parents.get(parent) == self.process.pid for parent in parents.values())
 
     def press_ctrl_c(self) -> None:
         assert self.process.poll() is None, f"it has ended already; stdout {self.out!r}, stderr {self.err!r}"
