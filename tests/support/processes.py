@@ -129,7 +129,7 @@ class Started:
         return pid
 
     def workers(self) -> int:
-        """How many there are now: the supervisor's children. A worker may have a child too, for as long as it measures."""
+        """How many there are now: the supervisor's children. One that measures has a child too."""
         parents = {pid: parent_of(pid) for pid in self.pids()}
         return sum(parents.get(parent) == self.process.pid for parent in parents.values())
 
