@@ -17,7 +17,8 @@ import pytest
 
 from instep.team import link as of_link
 from instep.team.link import AgentLink, Listener, WireError, connect
-from instep.team.wire_messages import MESSAGE_BYTES, Beat, CheckpointPart, EndMembers, EpochGone
+from instep.team.wire_format import MESSAGE_BYTES
+from instep.team.wire_messages import Beat, CheckpointPart, EndMembers, EpochGone
 from support.hosts import Hosts
 
 SECRET = b"a secret of 32 characters, as it"

@@ -19,6 +19,7 @@ from instep.record import events as ev
 from instep.record.event_kinds import TYPES
 from instep.record.result import Costs
 from instep.team import messages as m
+from instep.team import wire_format
 from instep.team import wire_messages as w
 from instep.team.orders import Member
 from instep.transport.memory import Region
@@ -159,12 +160,12 @@ def same(found: Any, sent: Any) -> bool:
 @given(st.one_of(*map(built, get_args(w.ToAgent0))))
 @example(w.Beat(0, struct.unpack("d", b"\1\2\3\4\5\6\xf8\x7f")[0], -0.0, 5e-324))
 def test_every_message_to_agent_0_comes_out_as_it_went_in(message: Any) -> None:
-    assert same(w.decode(w.encode(message), w.ToAgent0), message)
+    assert same(wire_format.decode(wire_format.encode(message), w.ToAgent0), message)
 
 
 @given(st.one_of(*map(built, get_args(w.FromAgent0))))
 def test_every_message_from_agent_0_comes_out_as_it_went_in(message: Any) -> None:
-    assert same(w.decode(w.encode(message), w.FromAgent0), message)
+    assert same(wire_format.decode(wire_format.encode(message), w.FromAgent0), message)
 
 
 def test_all_that_workers_and_their_supervisor_say_crosses() -> None:
@@ -181,7 +182,7 @@ def test_every_kind_of_event_crosses(kind: type[ev.Event]) -> None:
             name: data.draw(of_field(each.type)) for each in msgspec.structs.fields(kind) if (name := each.encode_name)
         }
         event = kind(**table)
-        found = w.decode(w.encode(w.FromMember(Member(1, 0), m.Events([event]))), w.ToAgent0)
+        found = wire_format.decode(wire_format.encode(w.FromMember(Member(1, 0), m.Events([event]))), w.ToAgent0)
         assert same(found.message.events[0], event)
 
     tried()
@@ -189,18 +190,20 @@ def test_every_kind_of_event_crosses(kind: type[ev.Event]) -> None:
 
 def test_memory_stays_on_its_host_and_numbers_of_numpy_become_pythons() -> None:
     ready = m.Ready({"version": np.int64(3), "x": np.float64(0.5), "y": np.float32(0.25)}, {"w": Region((2,), "uint8")})
-    found = w.decode(w.encode(w.FromMember(Member(1, 0), ready)), w.ToAgent0)
+    found = wire_format.decode(wire_format.encode(w.FromMember(Member(1, 0), ready)), w.ToAgent0)
     assert same(found.message, m.Ready({"version": 3, "x": 0.5, "y": 0.25}, {}))
     with pytest.raises(TypeError, match="a PosixPath cannot be sent"):
-        w.encode(m.Finished({"path": Path("x")}))
+        wire_format.encode(m.Finished({"path": Path("x")}))
 
 
 def test_a_detail_crosses_without_its_beginning_and_what_is_too_long_does_not() -> None:
-    failed = w.decode(w.encode(m.Failed("WorkerError", "it raised", "x" * (1 << 20) + "end")), w.FromAgent0)
-    assert len(failed.detail) == w.DETAIL_CHARACTERS
+    failed = wire_format.decode(
+        wire_format.encode(m.Failed("WorkerError", "it raised", "x" * (1 << 20) + "end")), w.FromAgent0
+    )
+    assert len(failed.detail) == wire_format.DETAIL_CHARACTERS
     assert failed.detail.endswith("end")
     with pytest.raises(w.WireError, match=r"a Finished of 16,777,\d+ bytes"):
-        w.encode(m.Finished({"x": bytes(w.MESSAGE_BYTES)}))
+        wire_format.encode(m.Finished({"x": bytes(wire_format.MESSAGE_BYTES)}))
 
 
 MEMBER = ["Member", *[0 for _ in dataclasses.fields(Member)]]
@@ -241,37 +244,37 @@ BAD: dict[str, tuple[Any, str]] = {
 def test_what_breaks_its_schema_is_refused(name: str) -> None:
     value, why = BAD[name]
     with pytest.raises(w.WireError, match=why):
-        w.decode(msgspec.msgpack.encode(value), w.ToAgent0)
+        wire_format.decode(msgspec.msgpack.encode(value), w.ToAgent0)
 
 
 def test_nesting_without_end_is_refused() -> None:
     with pytest.raises(w.WireError):
-        w.decode(b"\x91" * 1_000_000, w.ToAgent0)
+        wire_format.decode(b"\x91" * 1_000_000, w.ToAgent0)
     deep = b"\x90"
     for _ in range(3000):
         deep = msgspec.msgpack.encode([msgspec.msgpack.Ext(1, deep)])
     with pytest.raises(w.WireError):
-        w.decode(deep, w.ToAgent0)
+        wire_format.decode(deep, w.ToAgent0)
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_do_more_than_be_refused(content: bytes) -> None:
     with pytest.raises(w.WireError):
-        w.decode(content, w.ToAgent0)
+        wire_format.decode(content, w.ToAgent0)
 
 
-@given(st.one_of(*map(built, get_args(w.ToAgent0))).map(w.encode), st.data())
+@given(st.one_of(*map(built, get_args(w.ToAgent0))).map(wire_format.encode), st.data())
 def test_a_message_with_a_byte_changed_is_refused_or_another_message(content: bytes, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(content) - 1))
     changed = content[:at] + bytes([data.draw(st.integers(0, 255))]) + content[at + 1 :]
     try:
-        found = w.decode(changed, w.ToAgent0)
+        found = wire_format.decode(changed, w.ToAgent0)
     except w.WireError:
         return
     assert isinstance(found, get_args(w.ToAgent0))
 
 
-@pytest.mark.parametrize("module", ["wire_messages", "link", "place", "meeting"])
+@pytest.mark.parametrize("module", ["wire_format", "link", "place", "meeting"])
 def test_nothing_that_arrives_is_unpickled(module: str) -> None:
     text = (Path(w.__file__).parent / f"{module}.py").read_text()
     assert "import pickle" not in text

@@ -18,7 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from instep.team.wire_messages import MESSAGE_BYTES, FromAgent0, ToAgent0, WireError, decode, encode
+from instep.team.wire_format import MESSAGE_BYTES, decode, encode
+from instep.team.wire_messages import FromAgent0, ToAgent0, WireError
 
 MAGIC = b"instep 1"
 """What both ends begin with: of another version nothing is understood."""
