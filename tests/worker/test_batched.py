@@ -22,7 +22,7 @@ from instep.record.folder import RunFolder
 from instep.rules import parse
 from instep.rules.work import Pieces
 from instep.worker.batched import Together
-from instep.worker.gradients import Contributor
+from instep.worker.contributor import Contributor
 from instep.worker.replica import Replica
 from support.workloads import convnet, gpt
 

@@ -24,7 +24,7 @@ from instep.rules import presets as p
 from instep.rules.ledger import Merge
 from instep.rules.work import Pieces
 from instep.worker.contribution import Arrived, Facts
-from instep.worker.gradients import Contributor
+from instep.worker.contributor import Contributor
 from instep.worker.replica import Replica
 from instep.worker.updates import Merger
 from support import workloads

@@ -14,8 +14,8 @@ from instep.errors import ResourceError, WorkerError
 from instep.recipe import Recipe, Team
 from instep.team import groups, session
 from instep.worker import device as devices
+from instep.worker.contributor import Contributor
 from instep.worker.device import check_nccl, device_of, peak_bytes
-from instep.worker.gradients import Contributor
 from instep.worker.trial import in_a_copy
 from support import workloads
 from support.gpu import gpus

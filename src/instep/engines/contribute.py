@@ -13,7 +13,7 @@ from instep.engines.server_memory import server_memory
 from instep.rules.work import Pieces
 from instep.team import messages
 from instep.worker.activation_memory import fit_memory
-from instep.worker.gradients import Contributor
+from instep.worker.contributor import Contributor
 
 if TYPE_CHECKING:
     from instep.team.session import Session

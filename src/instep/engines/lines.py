@@ -11,7 +11,7 @@ from torch import Tensor
 from instep.errors import WorkerError
 from instep.rules.ledger import Contribution
 from instep.worker.contribution import Vectors
-from instep.worker.gradients import Contributor
+from instep.worker.contributor import Contributor
 from instep.worker.updates import Merger
 
 if TYPE_CHECKING:

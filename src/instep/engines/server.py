@@ -28,9 +28,9 @@ from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.ledger_state import ledger_state, resumed_ledger
 from instep.team import messages
 from instep.worker.contribution import Arrived, Facts, Vectors
+from instep.worker.contributor import Contributor
 from instep.worker.evaluation import batches_held_out, evaluate_alone
 from instep.worker.first_look import look_at_data, look_at_objective
-from instep.worker.gradients import Contributor
 from instep.worker.milestones import Milestones, Progress
 from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import checksum_when_due

@@ -12,7 +12,7 @@ from instep.rules.fragments import Fragments
 from instep.rules.ledger import Ledger
 from instep.transport.memory import Region, attach
 from instep.worker.contribution import Vectors
-from instep.worker.gradients import Contributor
+from instep.worker.contributor import Contributor
 from instep.worker.wire import WayDown
 
 

@@ -16,8 +16,8 @@ from instep.recipe import Recipe
 from instep.rules.work import Pieces, Work
 from instep.worker.batched import Together
 from instep.worker.contribution import Arrived, Facts, Vectors
+from instep.worker.contributor import Contributor
 from instep.worker.first_look import look_at_data, look_at_objective
-from instep.worker.gradients import Contributor
 from instep.worker.replica import Replica
 from instep.worker.updates import Merger, Update
 

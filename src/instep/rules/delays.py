@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,6 +37,18 @@ class Delays:
     def late_by(self, piece: int) -> int:
         """The worker that was too late with a piece which is to be given out again; -1 if none was."""
         return self._late.get(piece, -1)
+
+    def take_another(self, worker: int, returned: list[int], *, more: bool) -> int:
+        """Takes the first piece out of `returned`, a heap, that the worker has not been too late with. Where there is
+        none: -1 if there is `more` work than these, else the first.
+        """
+        too_late = list[int]()
+        while returned and self.late_by(returned[0]) == worker:
+            too_late.append(heapq.heappop(returned))
+        piece = heapq.heappop(returned) if returned else -1 if more else too_late.pop(0)
+        for each in too_late:
+            heapq.heappush(returned, each)
+        return piece
 
     def started(self, piece: int, base: int) -> None:
         """A worker computes a piece from version `base`."""

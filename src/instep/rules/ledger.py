@@ -316,26 +316,13 @@ class Ledger:
                 elif self.delays.late_by(piece) != state.number:
                     heapq.heappop(self._returned)
                 else:
-                    piece = self._another(state.number)
+                    piece = self.delays.take_another(state.number, self._returned, more=self._next_piece < self._count)
+                    if piece < 0:
+                        piece = self._next_piece
+                        self._next_piece += 1
                 state.piece, state.base = piece, version
                 self._start(state)
                 actions.append(_new(Release, (state.number, piece, version)))
-
-    def _another(self, worker: int) -> int:
-        """The next piece that the worker has not been too late with; where there is none, one that it has."""
-        returned, too_late = self._returned, list[int]()
-        while returned and self.delays.late_by(returned[0]) == worker:
-            too_late.append(heapq.heappop(returned))
-        if returned:
-            piece = heapq.heappop(returned)
-        elif self._next_piece < self._count:
-            piece = self._next_piece
-            self._next_piece += 1
-        else:
-            piece = too_late.pop(0)
-        for each in too_late:
-            heapq.heappush(returned, each)
-        return piece
 
     def _next(self) -> int:
         """The piece that is given out next."""

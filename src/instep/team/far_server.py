@@ -34,7 +34,7 @@ from instep.team.messages import Compute, Hello, HostNetwork, NoMore, Pushed, Se
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import WireError
 from instep.worker.contribution import Facts
-from instep.worker.gradients import Contributor
+from instep.worker.contributor import Contributor
 from instep.worker.wire import apply_change, vector_bytes
 
 TRY_S = 5.0

@@ -20,7 +20,7 @@ from instep.errors import RecipeError
 from instep.objectives import Bound
 from instep.rules.work import Work
 from instep.worker.contribution import Facts, Vectors, latest_of
-from instep.worker.gradients import Contributor, Inputs
+from instep.worker.contributor import Contributor, Inputs
 
 _FLOATS = 1 << 26
 """Elements of gradients that are computed at once, at most."""
