@@ -1,4 +1,4 @@
-"""The agent's process: forks the workers, watches them, writes the tape, and does what the roster orders.
+"""The first agent: forks the workers, watches them, writes the tape, and does what the roster orders.
 
 Users know it as the supervisor of the run. It imports torch once, before it forks, so that a team starts, and starts
 again, in a moment. It runs none of the user's code, has one thread, and ends with its client: no process of a run
@@ -7,37 +7,30 @@ outlives another.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import signal
-import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
 
-from instep.descendants import adopting_orphans, children, die_with_parent
-from instep.errors import InstepError, RecipeError, RecordError, described
+from instep.descendants import adopting_orphans, children
+from instep.errors import InstepError, RecipeError, RecordError
 from instep.record import best, checkpoint
 from instep.record.events import CheckpointedEvent, Event, FailedEvent, LeftEvent, RunEndedEvent
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape
-from instep.team import meeting, messages, orders
+from instep.team import messages, orders
 from instep.team.channel import Channel
 from instep.team.crew import Crew, Heard, LocalCrew
-from instep.team.follower import Follower
 from instep.team.hosts import Hosts, network_of
 from instep.team.journal import ClientGone, Journal
 from instep.team.messages import Request
 from instep.team.orders import Member
 from instep.team.outcome import result_of, start_of
 from instep.team.parted import Parted
-from instep.team.processes import import_before_forks
 from instep.team.roster import Roster
 from instep.team.signals import Interrupted, Requests
 from instep.team.waiting import ready_of
@@ -356,45 +349,3 @@ class Agent:
         version, digest, interrupted = ended.progress["version"], ended.digest, ended.interrupted
         self._journal.record(RunEndedEvent(version=version, digest=digest, result=result, interrupted=interrupted))
         return result
-
-
-def main(descriptor: int) -> None:
-    """Entry of the process: serves one run for the client at the other end of `descriptor`, and ends."""
-    die_with_parent(signal.SIGCONT)  # it is woken, should it be stopped then, and ends its workers
-    _serve(Channel.of(descriptor))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # nothing is open any more, and taking torch down in order costs a second
-
-
-def _serve(client: Channel) -> None:
-    try:
-        run: messages.ClientToSupervisor = client.recv()
-    except EOFError:
-        return
-    assert isinstance(run, Request), f"a run begins with a Request, not {run}"
-    import_before_forks()
-    requests = Requests()
-    requests.listen()
-    try:
-        if run.place is not None and run.place.agent > 0:
-            client.send(messages.Finished(Follower(run, client, requests).follow()))
-        else:
-            agent = Agent(run, client, requests)
-            with meeting.telling_the_others(lambda: agent.met):
-                client.send(messages.Finished(agent.supervise()))
-    except ClientGone:
-        if run.place is not None and run.place.agent > 0:
-            shutil.rmtree(run.folder, ignore_errors=True)  # for scratch; who has made it is gone
-    except Interrupted:
-        _send_quietly(client, messages.Cancelled())
-    except InstepError as error:
-        _send_quietly(client, messages.Failed.of(error))
-    except BaseException as error:
-        sentence = f"the supervisor of the run failed: {described(error)}; this is a fault of Instep, please report it."
-        _send_quietly(client, messages.Failed("InstepError", sentence, traceback.format_exc()))
-
-
-def _send_quietly(client: Channel, message: messages.SupervisorToClient) -> None:
-    with contextlib.suppress(OSError):
-        client.send(message)

@@ -77,7 +77,7 @@ class _Client:
         path = [*request.import_paths, *sys.path]
         try:
             with self._opened_log() as log:
-                self._process = NewPython("instep.team.agent", path, threads, log, request.recipe)
+                self._process = NewPython("instep.team.agent_process", path, threads, log, request.recipe)
         except OSError as error:
             raise no_process("the supervisor of the run", error) from error
 
