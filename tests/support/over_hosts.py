@@ -82,6 +82,18 @@ def train_cases(hosts: Hosts, cases: Sequence[Case], *, resumed: bool = False, f
     return [_found(session, [line for line in lines if line["folder"] == case.folder]) for case in cases]
 
 
+def trained(hosts: Hosts, *arguments: str) -> list[Command]:
+    """``instep train gpt`` with these arguments, started by torchrun on each host."""
+    meet = f"--nnodes {len(hosts)} --nproc-per-node 1 --master-addr {hosts[0].name} --master-port 29400"
+    return [
+        host.start(
+            sys.executable, "-m", "torch.distributed.run", *meet.split(), "--node-rank", str(host.number),
+            "-m", "instep", "train", "gpt", *arguments,
+        )
+        for host in hosts
+    ]  # fmt: skip
+
+
 def _found(session: Session, answers: Sequence[dict[str, Any]]) -> Found:
     (digests,) = (dict(answer["steps"]) for answer in answers if answer["steps"])
     same = {(answer["digest"], answer["items"]) for answer in answers} == {(digests[max(digests)], answers[0]["items"])}

@@ -11,29 +11,11 @@ from typing import Any
 
 import pytest
 
-from support.hosts import Command, Hosts
+from support.hosts import Hosts
+from support.over_hosts import trained
 from support.processes import wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
-
-
-def start(hosts: Hosts, *arguments: str) -> list[Command]:
-    """``instep train`` with these arguments, by torchrun on each host."""
-    meet = [
-        "--nnodes",
-        str(len(hosts)),
-        "--nproc-per-node",
-        "1",
-        "--master-addr",
-        hosts[0].name,
-        "--master-port",
-        "29400",
-    ]
-    train = ["-m", "instep", "train", "gpt", *arguments]
-    return [
-        host.start(sys.executable, "-m", "torch.distributed.run", *meet, "--node-rank", str(host.number), *train)
-        for host in hosts
-    ]
 
 
 def events_of(tape: Path) -> list[dict[str, Any]]:
@@ -43,7 +25,7 @@ def events_of(tape: Path) -> list[dict[str, Any]]:
 def test_a_link_that_is_cut_and_healed_before_the_lease_loses_and_repeats_nothing(tmp_path: Path) -> None:
     with Hosts(2, tmp_path / "outputs") as hosts:
         rule = ["--rule", "asynchronous", "--steps", "40", "--team.lease_s", "60"]
-        commands = start(hosts, "--workers", "3", "--out", "run", *rule)
+        commands = trained(hosts, "--workers", "3", "--out", "run", *rule)
         tape = hosts[0].path() / "run" / "tape.jsonl"
         wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), 90, "an update")
         hosts.cut(1)

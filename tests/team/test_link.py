@@ -98,7 +98,7 @@ def ends(link: AgentLink, error: type[Exception], why: str) -> None:
         wait_until(lambda: bool(link.receive()))
 
 
-def test_messages_of_any_size_arrive_in_order_both_ways_and_all_bytes_are_counted(side: Side) -> None:
+def test_messages_of_any_size_arrive_in_order_both_ways(side: Side) -> None:
     zero, other = side.pair()
     for seq in range(500):
         other.send(Beat(seq, 0.1 * seq))
@@ -110,8 +110,6 @@ def test_messages_of_any_size_arrive_in_order_both_ways_and_all_bytes_are_counte
     wait_until(lambda: zero.flush() or found.extend(other.receive()) or len(found) == len(contents))
     assert [message.content for message in found] == contents
     assert not zero.wants_write
-    assert (zero.sent_bytes, zero.received_bytes) == (other.received_bytes, other.sent_bytes)
-    assert zero.sent_bytes > sum(map(len, contents))
 
 
 def test_what_came_before_the_end_is_given_first(side: Side) -> None:

@@ -43,6 +43,7 @@ def contribute(session: Session, descriptor: int, far: FarServerOf | None = None
         line.leave()
         raise
     session.tell_gpu_memory()
+    session.send_events()
     session.pipe.send(messages.Ended())
 
 

@@ -38,7 +38,7 @@ from instep.record.fields import (
 from instep.record.fields import has_ as _has
 from instep.record.fields import is_ as _is
 from instep.record.fields import where_ as _where
-from instep.record.team import HostInTeam, TeamAsRead
+from instep.record.team import BytesOfHost, HostInTeam, TeamAsRead
 
 SCHEMA = 2
 """The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
@@ -179,6 +179,7 @@ TrainSeconds = Annotated[Seconds, _is("in steps so far")]
 Spike = Annotated[str, _is("the watch's answer", where="where it is one")]
 BadBatches = Annotated[Count, _is("batches that were left out", where="where any were bad")]
 Gathered = Annotated[Mapping[str, Figure], _is("metrics that are no sums", where="where the objective gathers any")]
+WireBytes = Annotated[list[BytesOfHost], _is("to and from other hosts", where="where there are several agents")]
 BitsPerByte = Annotated[Figure, _is("of text", where="where cross entropy is counted in tokens of it")]
 
 
@@ -296,6 +297,7 @@ class CheckpointedEvent(Event, frozen=True, kw_only=True, gc=False):
     path: Annotated[str, _is("relative to `checkpoints/` in the run folder")]
     bytes: Bytes
     digest: Annotated[str, _is("of the weights")]
+    wire_bytes: Maybe[WireBytes] = UNSET
 
 
 class LeftEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -350,6 +352,7 @@ class RunEndedEvent(Event, frozen=True, kw_only=True, gc=False):
     digest: Annotated[str | None, _is("of the weights; null without gradients")]
     result: Annotated[dict[str, Any], _is("what result.json holds")]
     interrupted: Annotated[bool, _is("whether it was asked to end")]
+    wire_bytes: Maybe[WireBytes] = UNSET
 
 
 class BlockEvent(Event, frozen=True, kw_only=True, gc=False):

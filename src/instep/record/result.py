@@ -8,6 +8,8 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
+from instep.record.team import BytesOfHost
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
@@ -58,6 +60,7 @@ class Result:
     lead_max: int
     idle_share: Sequence[float]
     dropped: int
+    wire_bytes: Sequence[BytesOfHost] | UnsetType = UNSET
     interrupted: bool | UnsetType = UNSET
     stopped: str | UnsetType | None = UNSET
     skipped: int

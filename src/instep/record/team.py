@@ -15,6 +15,14 @@ class TeamAsRead(TypedDict, total=False):
     restarts: Annotated[int, Meta(ge=0)]
 
 
+class BytesOfHost(TypedDict):
+    """Bytes that a run's processes on a host have sent to other hosts and received from them."""
+
+    host: int
+    sent: int
+    received: int
+
+
 class HostInTeam(TypedDict):
     """clock_error_s: by how much the times of its workers' events may be off the run's clock."""
 

@@ -18,7 +18,7 @@ from typing import Any, assert_never
 from instep.descendants import adopting_orphans, children
 from instep.errors import InstepError, RecipeError, RecordError
 from instep.record import best, checkpoint
-from instep.record.events import CheckpointedEvent, Event, FailedEvent, LeftEvent, RunEndedEvent
+from instep.record.events import CheckpointedEvent, Event, FailedEvent, LeftEvent
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape
@@ -29,7 +29,7 @@ from instep.team.hosts import Hosts, network_of
 from instep.team.journal import ClientGone, Journal
 from instep.team.messages import Request
 from instep.team.orders import Member
-from instep.team.outcome import result_of, start_of
+from instep.team.outcome import end_of, result_of, start_of
 from instep.team.parted import Parted
 from instep.team.roster import Roster
 from instep.team.signals import Interrupted, Requests
@@ -87,7 +87,8 @@ class Agent:
 
     def _train_with_others(self) -> dict[str, Any]:
         """As `_train`; all other agents are told how it ended."""
-        with Hosts(self._run, self._folder, self._run_id) as self._hosts:
+        with Hosts(self._run, self._folder, self._run_id, self._local.carried) as self._hosts:
+            self._journal.wire_bytes = self._hosts.wire_bytes
             result = self._train()
             self._hosts.tell(messages.Finished(result))
             return result
@@ -341,11 +342,10 @@ class Agent:
         """Lets the workers leave, and writes the result."""
         for crew in self._crews:
             crew.leave()
-        ended = self._ended[leader.number]
         costs = [each.costs for _, each in sorted(self._ended.items()) if each.costs]
-        result = result_of(self._run, self._facts, ended, costs, self.roster.restarts)
+        counts = self.roster.restarts, self._journal.wire_bytes()
+        result = result_of(self._run, self._facts, self._ended[leader.number], costs, *counts)
         self._held.check()
         self._folder.write_result(result)
-        version, digest, interrupted = ended.progress["version"], ended.digest, ended.interrupted
-        self._journal.record(RunEndedEvent(version=version, digest=digest, result=result, interrupted=interrupted))
+        self._journal.record(end_of(result))
         return result

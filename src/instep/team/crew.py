@@ -26,6 +26,7 @@ from instep.team.messages import (
 from instep.team.orders import Lost, Member, RosterEvent
 from instep.team.processes import MemberProcess, MemberProcesses
 from instep.transport.memory import reserve
+from instep.transport.meter import METER
 
 GRACE_S = 10.0
 """Seconds that workers have to leave after their last message."""
@@ -203,6 +204,14 @@ class LocalCrew:
         assert self._processes is not None, "a team has started"
         return self._processes
 
+    def carried(self) -> tuple[int, int]:
+        """Bytes that this process and those that it has started have sent to other hosts, and received from them."""
+        sent, received = METER.look()
+        if self._processes is not None:
+            board = self._processes.board
+            sent, received = sent + int(board.sent.sum()), received + int(board.received.sum())
+        return sent, received
+
     def ask_to_stop(self) -> None:
         """Asks for an end after the present step, with a checkpoint."""
         self.processes.board.ask_to_stop()
@@ -238,6 +247,7 @@ class LocalCrew:
             for process in processes:
                 yield from (Heard(process.member, message) for message in _rest(process.pipe))
         finally:
+            METER.add(int(processes.board.sent.sum()), int(processes.board.received.sum()))
             processes.close()
 
 

@@ -184,7 +184,6 @@ class _Conversations:
         self._letters: list[tuple[int, Any]] = []  # that have come, not yet received
         self._error: BaseException | None = None
         self._no_more: Any = None  # what whoever comes now is sent
-        self._counted = dict.fromkeys(workers, (0, 0))  # bytes over connections that are closed
         self._busy = False
         self._thread = threading.Thread(target=self._run, name="letters", daemon=True)
         self._thread.start()

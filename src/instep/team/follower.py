@@ -30,6 +30,8 @@ from instep.team.meeting import SAY_S
 from instep.team.messages import (
     Assignment,
     Cancelled,
+    Digest,
+    Ended,
     Failed,
     Finished,
     HostNetwork,
@@ -58,6 +60,7 @@ from instep.team.wire_messages import (
     ToMember,
     Welcome,
 )
+from instep.transport.meter import METER
 
 LOOK_S = 0.2
 """Seconds between two looks at the workers, each with a sign of life for agent 0."""
@@ -244,6 +247,8 @@ class Follower:
         if isinstance(heard, Lost):
             self._tell(MemberLost(heard.member, heard.why, heard.detail))
         else:
+            if isinstance(heard.message, Digest | Ended):  # with which bytes are told on the tape
+                self._tell_beat()
             self._tell(FromMember(heard.member, heard.message))
 
     def _beat(self) -> None:
@@ -252,10 +257,14 @@ class Follower:
         if now - self._beaten < LOOK_S:
             return
         self._beaten = now
-        self._tell(Beat(0, now, 0.0, self._clock.error_s))
+        self._tell_beat()
         self._send_logs()
         if self._crew is not None and (lost := self._crew.look()) is not None:
             self._hear_member(lost)
+
+    def _tell_beat(self) -> None:
+        carried = self._crew.carried() if self._crew is not None else METER.look()
+        self._tell(Beat(0, time.monotonic(), 0.0, self._clock.error_s, *carried))
 
     def _lose(self, why: str) -> None:
         """Agent 0 is lost: ends the workers, and looks for it again."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from instep.descendants import die_with_parent
+from instep.transport.meter import METER
 
 BEAT_S = 0.25
 """Seconds between two beats of a worker."""
@@ -22,10 +23,11 @@ class HeartbeatBoard:
     """The signs of life of all workers, in memory that forked processes share. [W] arrays of int64."""
 
     def __init__(self, workers: int):
-        memory = mmap.mmap(-1, 8 * (3 * workers + 1))
+        memory = mmap.mmap(-1, 8 * (5 * workers + 1))
         table = np.frombuffer(memory, np.int64)
-        self.beats, self.progress, self.waits = table[:-1].reshape(3, workers)
-        """Beats so far; pieces of work finished; 1 where the worker waits for others."""
+        self.beats, self.progress, self.waits, self.sent, self.received = table[:-1].reshape(5, workers)
+        """Beats so far; pieces of work finished; 1 where the worker waits for others; bytes to and from other hosts, of
+        all processes that have had the worker's place."""
         self._stop = table[-1:]
 
     def ask_to_stop(self) -> None:
@@ -42,6 +44,7 @@ class Heartbeat:
 
     def __init__(self, board: HeartbeatBoard, worker: int, agent: int):
         self._board, self._worker, self._agent = board, worker, agent
+        self._lock, self._before = threading.Lock(), (int(board.sent[worker]), int(board.received[worker]))
 
     def start(self) -> None:
         """Starts to beat. On Linux the kernel ends a worker without agent even if it is stopped."""
@@ -60,11 +63,19 @@ class Heartbeat:
         """Whether the run was asked to end after the present step."""
         return self._board.stop_wanted()
 
+    def count_bytes(self) -> None:
+        """Notes what this process has sent to and received from other hosts by now; each beat does."""
+        with self._lock:
+            sent, received = METER.look()
+            self._board.sent[self._worker] = self._before[0] + sent
+            self._board.received[self._worker] = self._before[1] + received
+
     def _beat(self) -> None:
         while True:
             if os.getppid() != self._agent:
                 os.kill(os.getpid(), signal.SIGKILL)
             self._board.beats[self._worker] += 1
+            self.count_bytes()
             time.sleep(BEAT_S)
 
 

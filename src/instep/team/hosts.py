@@ -8,15 +8,18 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
 from typing import Any
+
+from msgspec import UNSET, UnsetType
 
 from instep.differences import differences
 from instep.errors import InstepError, RecipeError, ResourceError, WorkerError
 from instep.record.folder import RunFolder
-from instep.record.team import HostInTeam
+from instep.record.team import BytesOfHost, HostInTeam
 from instep.team import meeting
+from instep.team.carried import Carried
 from instep.team.journal import ClientGone
 from instep.team.letters import key_of_server
 from instep.team.link import AgentLink, Listener, listening_at
@@ -30,6 +33,7 @@ from instep.team.remote import RemoteCrew, Silence
 from instep.team.signals import Interrupted
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import AskRun, Beat, HelloAgent, RunGiven, Welcome
+from instep.transport.meter import METER
 
 HELLO_S = 5.0
 """Seconds that an agent has to say who it is, once it has shown that it knows the secret."""
@@ -42,11 +46,16 @@ FAREWELL_S = 5.0
 
 
 class Hosts:
-    """Those of one run. Raises ResourceError where the address cannot be had."""
+    """Those of one run. Raises ResourceError where the address cannot be had.
 
-    def __init__(self, run: Request, folder: RunFolder, run_id: str | None):
+    own_bytes: tells what this host has sent to others and received from them.
+    """
+
+    def __init__(
+        self, run: Request, folder: RunFolder, run_id: str | None, own_bytes: Callable[[], tuple[int, int]] = METER.look
+    ):
         assert run.place is not None, "there are several agents"
-        self._run, self._folder, self._run_id = run, folder, run_id
+        self._run, self._folder, self._run_id, self._own_bytes = run, folder, run_id, own_bytes
         self._place: Place = run.place
         secret = meeting.draw_secret(self._place, os.environ)
         self.server_key = key_of_server(secret)
@@ -69,6 +78,7 @@ class Hosts:
         self._replaced: set[str] = set()
         self._told_of: dict[int, HelloAgent] = {}  # of each host that the roster knows to be there
         self._mixed: dict[int, str] = {}  # what the tape has not told yet of hosts with other processors
+        self._carried = Carried(self._place.host_of)
         self._aside: dict[int, float] = {}  # hosts that take no part, and until when
         self._parent = os.getppid()
         self._began = self._said = time.monotonic()
@@ -102,6 +112,10 @@ class Hosts:
             for host, name, error_s in sorted(known)
         ]
 
+    def wire_bytes(self) -> list[BytesOfHost] | UnsetType:
+        """What each host has sent to and received from others, as far as is known."""
+        return self._carried.by_host(self._own_bytes()) if METER.counts else UNSET
+
     @property
     def opened(self) -> list[Any]:
         """All that is open here for them."""
@@ -130,6 +144,7 @@ class Hosts:
                         if isinstance(message, StopRun):
                             yield StopAsked()
                         elif isinstance(message, Beat):
+                            self._carried.told(agent, self._session[agent], message)
                             link.send(Beat(message.seq, message.sent_s, self._clock()))
                 except (EOFError, OSError):
                     self._standby.pop(agent).close()
@@ -183,8 +198,11 @@ class Hosts:
             for crew in [each for each in self.crews if each.hello.agent == hello.agent]:
                 crew.link.close()
                 self.crews.remove(crew)
-            self.crews.append(RemoteCrew(link, hello, self._folder, self._clock, self._run.team.lease_s))
+            self.crews.append(self._crew(link, hello))
         yield from self._complete(hello.host)
+
+    def _crew(self, link: AgentLink, hello: HelloAgent) -> RemoteCrew:
+        return RemoteCrew(link, hello, self._folder, self._clock, self._run.team.lease_s, self._carried)
 
     def _complete(self, host: int) -> Iterator[RosterEvent]:
         """Tells that a host is there, if all its agents are and it may take part."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from instep.errors import CheckpointError
 from instep.record import checkpoint
-from instep.record.events import Event, RunStartedEvent, WarnedEvent, plain
+from instep.record.events import CheckpointedEvent, Event, RunStartedEvent, WarnedEvent, plain
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape, ToldCheckpoints, told
+from instep.record.team import BytesOfHost
 from instep.team.channel import Channel
 from instep.team.messages import Events, FoundWritten, PlainEvents, WorkerToSupervisor
 
@@ -33,6 +35,8 @@ class Journal:
         """Whether the tape had the run's beginning already, whatever the client takes it for."""
         self.started = False
         """Whether a team of this process has: what is told before waits for it, or is not written."""
+        self.wire_bytes: Callable[[], Sequence[BytesOfHost] | UnsetType] = lambda: UNSET
+        """What the hosts have exchanged by now, where there are several agents."""
         self._told = ToldCheckpoints()
         self._early: list[dict[str, Any]] = []
 
@@ -58,7 +62,7 @@ class Journal:
         """Notes what has happened. On the tape, ``run_started`` comes first; of a start that comes to nothing it holds
         none.
         """
-        events = [plain(event) for event in happened]
+        events = [plain(self._counted(event)) for event in happened]
         self._early += events
         for event in events:
             self._told.note(event)
@@ -72,6 +76,9 @@ class Journal:
             self._client.send(PlainEvents(events))
         except (BrokenPipeError, ConnectionResetError):
             raise ClientGone from None
+
+    def _counted(self, event: Event) -> Event:
+        return replace(event, wire_bytes=self.wire_bytes()) if isinstance(event, CheckpointedEvent) else event
 
     def pass_on_the_rest(self, words: Iterable[WorkerToSupervisor]) -> Sequence[str]:
         """What processes told before their end belongs on the tape: a checkpoint may hold those very steps.

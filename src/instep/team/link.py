@@ -20,6 +20,7 @@ from typing import Any
 
 from instep.team.wire_format import MESSAGE_BYTES, decode, encode
 from instep.team.wire_messages import FromAgent0, ToAgent0, WireError
+from instep.transport.meter import METER
 
 MAGIC = b"instep 1"
 """What both ends begin with: of another version nothing is understood."""
@@ -63,15 +64,13 @@ def connect(address: tuple[str, int], secret: bytes, within_s: float, union: Any
             raise WireError(f"agent 0 at {address[0]}, port {address[1]}, has another secret") from None
         if not hmac.compare_digest(proof, _digest(secret, b"agent 0", theirs, own)):
             raise WireError(f"what listens at {address[0]}, port {address[1]}, does not know the run's secret")
-        link = AgentLink(connection, union, *_keys(secret, theirs, own, (b"to agent 0", b"from agent 0")))
+        return AgentLink(connection, union, *_keys(secret, theirs, own, (b"to agent 0", b"from agent 0")))
     except EOFError as error:
         connection.close()
         raise WireError(f"what listens at {address[0]}, port {address[1]}, has closed the connection") from error
     except BaseException:
         connection.close()
         raise
-    link.sent_bytes, link.received_bytes = _GREETING + _PROOF, _GREETING + _PROOF
-    return link
 
 
 class AgentLink:
@@ -81,6 +80,7 @@ class AgentLink:
         connection.setblocking(False)
         with contextlib.suppress(OSError):  # no TCP, in a test
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        METER.watch([(connection.fileno(), os.fstat(connection.fileno()).st_ino)])
         self._socket, self._union = connection, union
         self._sending, self._receiving = sending, receiving
         self._sent = self._came = 0  # frames
@@ -89,8 +89,6 @@ class AgentLink:
         self._read = bytearray()
         self.holds = False
         """Whether it was read what the next `receive` is to give: the socket may have no more."""
-        self.sent_bytes = self.received_bytes = 0
-        """Given to the socket, and taken from it."""
 
     def fileno(self) -> int:
         """Its descriptor."""
@@ -121,7 +119,6 @@ class AgentLink:
                 count = self._socket.send(self._waits[0], socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
-            self.sent_bytes += count
             self._waiting -= count
             if count == len(self._waits[0]):
                 self._waits.popleft()
@@ -150,7 +147,6 @@ class AgentLink:
                 if found:
                     break
                 raise EOFError(f"the connection has ended{' in the middle of a message' if self._read else ''}")
-            self.received_bytes += len(part)
             self._read += part
             self._take(found, most)
         return found
@@ -182,6 +178,7 @@ class AgentLink:
 
     def close(self) -> None:
         """Closes it for this process: one that was forked may hold it still."""
+        METER.look()
         self._socket.close()
 
 
@@ -298,9 +295,7 @@ class _Stranger:
             raise WireError("it does not know the run's secret")
         self._socket.send(_digest(secret, b"agent 0", self._own, theirs), socket.MSG_NOSIGNAL)
         keys = _keys(secret, self._own, theirs, (b"from agent 0", b"to agent 0"))
-        link = AgentLink(self._socket, union, *keys)
-        link.sent_bytes, link.received_bytes = _GREETING + _PROOF, wanted
-        return link
+        return AgentLink(self._socket, union, *keys)
 
     def close(self) -> None:
         self._socket.close()

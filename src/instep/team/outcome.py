@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
-from instep.record.events import SCHEMA, RunStartedEvent
+from instep.record.events import SCHEMA, RunEndedEvent, RunStartedEvent
 from instep.record.result import Costs, Result
-from instep.record.team import HostInTeam
+from instep.record.team import BytesOfHost, HostInTeam
 from instep.tables import to_table
 from instep.team.messages import Ended, Request
 
@@ -48,10 +48,15 @@ def start_of(
 
 
 def result_of(
-    run: Request, facts: Mapping[str, Any], leader: Ended, costs: Sequence[Costs], restarts: int
+    run: Request,
+    facts: Mapping[str, Any],
+    leader: Ended,
+    costs: Sequence[Costs],
+    restarts: int,
+    wire_bytes: Sequence[BytesOfHost] | UnsetType,
 ) -> dict[str, Any]:
     """The fields of ``result.json``. `leader`: what it has told at its end; `costs`: what each member has that counts
-    them.
+    them; `wire_bytes`: of each host, where there are several agents.
     """
     progress, left = leader.progress, leader.left
     return Result.of(
@@ -71,12 +76,24 @@ def result_of(
         wall_s=round(time.monotonic() - run.began, 3),
         checksum_s=round(progress["checksum_s"], 6),
         restarts=restarts,
+        wire_bytes=wire_bytes,
         interrupted=leader.interrupted,
         stopped=progress["stopped"] or None,
         data_digest=facts["data"],
         sample=left.get("sample"),
         artifacts=left.get("artifacts"),
     ).table()
+
+
+def end_of(result: Mapping[str, Any]) -> RunEndedEvent:
+    """The run's end, on the tape."""
+    return RunEndedEvent(
+        version=result["versions"],
+        digest=result["digest"],
+        result=dict(result),
+        interrupted=result["interrupted"],
+        wire_bytes=result.get("wire_bytes", UNSET),
+    )
 
 
 def libraries() -> dict[str, str]:

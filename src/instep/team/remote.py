@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections import deque
@@ -9,14 +10,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from instep.errors import WorkerError
+from instep.errors import InstepError, WorkerError
 from instep.record.folder import RunFolder
 from instep.tables import to_table
-from instep.team.crew import Heard
+from instep.team.carried import Carried
+from instep.team.crew import SERVED_GRACE_S, Heard
 from instep.team.link import AgentLink
 from instep.team.messages import (
     Agreed,
     Assignment,
+    Ended,
     Failed,
     StopRun,
     SupervisorToWorker,
@@ -70,11 +73,17 @@ class RemoteCrew:
     """Those of one host, as long as its agent is connected.
 
     hello: what that has told of itself. folder: the run's. clock: seconds since the run's start. lease_s: after such a
-    silence the host is lost.
+    silence the host is lost. carried: is told what the host has sent and received.
     """
 
     def __init__(
-        self, link: AgentLink, hello: HelloAgent, folder: RunFolder, clock: Callable[[], float], lease_s: float
+        self,
+        link: AgentLink,
+        hello: HelloAgent,
+        folder: RunFolder,
+        clock: Callable[[], float],
+        lease_s: float,
+        carried: Carried,
     ):
         self.link, self.hello = link, hello
         self.clock_error_s = 0.0
@@ -82,9 +91,10 @@ class RemoteCrew:
         self.lost: HostLost | None = None
         """Set once it is, and told of by `hear` or `look`."""
         self.told_of_loss = False
-        self._folder, self._clock, self._lease_s = folder, clock, lease_s
+        self._folder, self._clock, self._lease_s, self._carried = folder, clock, lease_s, carried
         self._epoch = 0  # which has members there; 0 for none
         self._members: set[Member] = set()
+        self._ended: set[Member] = set()  # of them, who has nothing to do any more
         self._sent: set[str] = set()  # checkpoints that the host has
         self._facts: Mapping[str, Any] = {}
         self._orders: deque[Iterator[Any]] = deque()  # to be sent as the link takes them
@@ -102,7 +112,7 @@ class RemoteCrew:
         network = assignment.network
         path = None if assignment.serving else assignment.resume_from  # a server alone takes up a checkpoint
         assert network is not None, "it has workers here and there"
-        self._epoch = min(self._members).epoch
+        self._epoch, self._ended = min(self._members).epoch, set()
         if path is not None and path.name not in self._sent:
             self._orders.append(_parts_of(path))
             self._sent = {path.name}
@@ -190,13 +200,17 @@ class RemoteCrew:
         for message in messages:
             match message:
                 case FromMember(member, told) if member in self._members:
+                    if isinstance(told, Ended):
+                        self._ended.add(member)
                     yield Heard(member, told)
                 case MemberLost(member, why, detail) if member in self._members:
+                    self._ended.add(member)
                     yield Lost(member, why, detail)
                 case StopRun():
                     yield StopAsked()
                 case Beat(seq, sent_s):
                     self.clock_error_s = message.error_s
+                    self._carried.told(self.hello.agent, self.hello.session, message)
                     self._order(Beat(seq, sent_s, self._clock()))
                 case LogPart(name, content):
                     self._log(name, content)
@@ -233,6 +247,13 @@ class RemoteCrew:
         return next(self._loss(), None)
 
     def leave(self) -> None:
+        until = time.monotonic() + SERVED_GRACE_S
+        while self._members - self._ended and self.lost is None and (left_s := until - time.monotonic()) > 0:
+            ready = ready_of([self.link], [self.link] if self.link.wants_write else [], left_s)
+            self.pump()
+            with contextlib.suppress(InstepError):  # the run is done
+                for _ in self._read() if ready else ():
+                    pass
         self._epoch = 0  # the agent there waits for them, once it hears of the run's end
 
     def end(self) -> None:

@@ -344,6 +344,8 @@ class Session:
         """Sends the events that were held; with `held`, only if it is time to."""
         if held and self.clock() - self._sent_s < HOLD_S:
             return
+        if not held:
+            self.heartbeat.count_bytes()  # first: what is told may be what it is counted for
         if self._events:
             self.pipe.send(Events(self._events))
             self._events = []

@@ -87,15 +87,17 @@ class LogPart:
 
 @dataclass(frozen=True)
 class Beat:
-    """A sign of life, `sent_s` on the sender's monotonic clock, and agent 0's answer.
+    """A sign of life, `sent_s` on the sender's monotonic clock, and agent 0's answer, with the run's clock, `clock_s`.
 
-    The answer has the run's clock, `clock_s`. To agent 0, `error_s` is how far the sender's idea of it may be off.
+    error_s: how far the agent's idea of that may be off. sent, received: bytes, by it and its workers, see `Carried`.
     """
 
     seq: Count
     sent_s: float
     clock_s: float = 0.0
     error_s: float = 0.0
+    sent: Count = 0
+    received: Count = 0
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,13 @@ something else: a process that is stopped, or computes, takes nothing, and its s
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import struct
 import time
 from collections.abc import Iterable
 from pathlib import Path
 
-Socket = tuple[int, int]
-"""Descriptor and inode: a number alone may be another's later."""
+from instep.transport.sockets import Socket, connection
 
 LONGEST_LOOK_S = 1.0
 """A look counts so much at most: what was suspended itself must not blame the others when it wakes."""
@@ -53,23 +51,18 @@ class Unanswered:
 
 def _waiting(one: Socket) -> tuple[str, int] | None:
     """The other end of a TCP connection and how much it has acknowledged; None where it owes nothing."""
-    number, inode = one
-    with contextlib.suppress(OSError, struct.error):
-        if os.fstat(number).st_ino != inode:
+    opened = connection(one)
+    if opened is None:
+        return None
+    with opened, contextlib.suppress(OSError, struct.error):
+        info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+        (unacked,), (acked,) = struct.unpack_from("I", info, _UNACKED), struct.unpack_from("Q", info, _ACKED)
+        if not unacked:
             return None
-        with socket.socket(fileno=os.dup(number)) as opened:
-            if opened.family not in (socket.AF_INET, socket.AF_INET6):
-                return None
-            if opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                return None
-            info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-            (unacked,), (acked,) = struct.unpack_from("I", info, _UNACKED), struct.unpack_from("Q", info, _ACKED)
-            if not unacked:
-                return None
-            try:
-                return str(opened.getpeername()[0]), acked
-            except OSError:  # it is not there yet
-                return _called(inode), acked
+        try:
+            return str(opened.getpeername()[0]), acked
+        except OSError:  # it is not there yet
+            return _called(one[1]), acked
     return None
 
 

@@ -9,9 +9,7 @@ told of a loss tells the others by leaving.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
-import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +22,9 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
 from instep.transport.group import PeerLost
-from instep.transport.silence import LONGEST_LOOK_S, Socket, Unanswered
+from instep.transport.meter import METER
+from instep.transport.silence import LONGEST_LOOK_S, Unanswered
+from instep.transport.sockets import Socket, connection, open_sockets
 
 LOOK = timedelta(milliseconds=20)
 """Between two looks at whether to go on waiting. A wait of gloo's that times out breaks nothing."""
@@ -76,7 +76,7 @@ class Wire:
         self._silent_s, self._unanswered, self._looked = silent_s, Unanswered(), time.monotonic()
         self._pending: list[c10d.Work] = []
         self._group: Any = None  # a backend of torch's, whose types its stubs don't tell
-        before = _sockets()
+        before = open_sockets()
         made: list[Any] = []
 
         def join() -> None:
@@ -89,16 +89,17 @@ class Wire:
         joining.start()
         while joining.is_alive():
             joining.join(LOOK.total_seconds())
-            if silence := self._silence(lambda: _sockets() - before):
+            if silence := self._silence(lambda: open_sockets() - before):
                 made.append(silence)
                 break
-        self._sockets = _sockets() - before
+        self._sockets = open_sockets() - before
         group = made[0]
         if isinstance(group, BaseException):
             self.leave()
             silent = group.silent if isinstance(group, PeerLost) else ""
             raise PeerLost(f"rank {rank} of {size} could not join the others: {group}", silent) from group
         self._group = group
+        METER.watch(self._sockets)
 
     def all_to_all(
         self, send: Tensor, lengths: Sequence[int], expected: Sequence[int], into: Tensor | None = None
@@ -136,6 +137,7 @@ class Wire:
     def leave(self) -> None:
         """Ends it, at once, whatever is on its way."""
         group, self._group = self._group, None
+        METER.look()
         if group is not None and self.device.type != "cpu":
             group.abort()  # else to drop it may wait for the others
         _shut(self._sockets)  # operations of before that somebody still knows would keep the connections
@@ -202,24 +204,9 @@ def _ended(work: c10d.Work) -> bool:
     return True
 
 
-def _sockets() -> set[Socket]:
-    """The sockets that are open here."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):  # the listing's own is closed by now
-            status = os.fstat(int(name))
-            if stat.S_ISSOCK(status.st_mode):
-                found.add((int(name), status.st_ino))
-    return found
-
-
 def _shut(sockets: set[Socket]) -> None:
     """Shuts the connections of gloo's among them. Not what listens: gloo would end the process."""
-    for number, inode in sockets:
-        with contextlib.suppress(OSError):
-            if os.fstat(number).st_ino != inode:
-                continue
-            with socket.socket(fileno=os.dup(number)) as one:
-                internet = one.family in (socket.AF_INET, socket.AF_INET6)
-                if internet and not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                    one.shutdown(socket.SHUT_RDWR)
+    for one in sockets:
+        if (opened := connection(one)) is not None:
+            with opened, contextlib.suppress(OSError):
+                opened.shutdown(socket.SHUT_RDWR)
