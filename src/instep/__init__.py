@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from instep.monitors import Monitor
     from instep.monitors.console import Console
     from instep.monitors.tensorboard import TensorBoard
+    from instep.monitors.trackers import MLflow, Trackio, WandB
     from instep.objectives import objective
     from instep.offline.cluster import Cluster
     from instep.recipe import Recipe, Team
@@ -36,13 +37,16 @@ _PUBLIC = {
     "Console": "instep.monitors.console",
     "Data": "instep.data",
     "InstepError": "instep.errors",
+    "MLflow": "instep.monitors.trackers",
     "Monitor": "instep.monitors",
     "Recipe": "instep.recipe",
     "Run": "instep.run",
     "Schedule": "instep.schedule",
     "Team": "instep.recipe",
     "TensorBoard": "instep.monitors.tensorboard",
+    "Trackio": "instep.monitors.trackers",
     "UpdateRule": "instep.rules",
+    "WandB": "instep.monitors.trackers",
     "Watch": "instep.watch",
     "objective": "instep.objectives",
     "replay": "instep.api",
@@ -58,13 +62,16 @@ __all__ = [
     "Console",
     "Data",
     "InstepError",
+    "MLflow",
     "Monitor",
     "Recipe",
     "Run",
     "Schedule",
     "Team",
     "TensorBoard",
+    "Trackio",
     "UpdateRule",
+    "WandB",
     "Watch",
     "errors",
     "gradient_checkpointing",

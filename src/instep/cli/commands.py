@@ -74,6 +74,7 @@ def app(settings: Settings) -> App:
         out: Path | None = None,
         resume: Path | None = None,
         tensorboard: bool | None = None,
+        track: str = "",
         skip_samples: str = "",
     ) -> None:
         """Train.
@@ -103,6 +104,8 @@ def app(settings: Settings) -> App:
         tensorboard
             Also write the run's events for TensorBoard, into tensorboard/ in the run folder. A resume goes on writing
             there.
+        track
+            Also hand the run's numbers to trackers: wandb, mlflow, trackio or several of them.
         skip_samples
             Indices of training samples to leave out from here on: 17,204.
         """
@@ -114,7 +117,7 @@ def app(settings: Settings) -> App:
             ("slow", "team.slow", slow),
             ("memory", "team.memory", memory),
         )
-        train_recipe(recipe, with_short(settings, short), out, resume, tensorboard, indices(skip_samples))
+        train_recipe(recipe, with_short(settings, short), out, resume, tensorboard, indices(skip_samples), track)
 
     @app.command(help=f"{COMMANDS['replay']}\n\n{_REPLAY}")
     def replay(run: Path, /, *, rule: str | None = None, out: Path | None = None) -> None:

@@ -14,6 +14,7 @@ from instep.differences import differences, without_address
 from instep.errors import RecipeError, RecordError, shown
 from instep.monitors.console import Console
 from instep.monitors.tensorboard import TensorBoard
+from instep.monitors.trackers import tracker
 from instep.recipe import Recipe, Team, check_team, parse
 from instep.recipe_files import read_saved
 from instep.record.folder import RunFolder
@@ -32,9 +33,11 @@ def train_recipe(
     resume: Path | None,
     tensorboard: bool | None = None,
     skipped: Sequence[int] = (),
+    track: str = "",
 ) -> None:
     """Trains the recipe `given`, or goes on with the run `resume`. Raises UsageError and whatever training does."""
     with telling_the_others():
+        trackers = [tracker(name.strip()) for name in track.split(",")] if track else []
         merge({}, settings)  # a wrong flag is named before a wrong file
         if out is not None and resume is not None:
             raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
@@ -74,6 +77,7 @@ def train_recipe(
         monitors: list[Monitor] = [console]
         if tensorboard or (tensorboard is None and (folder / "tensorboard").is_dir()):
             monitors.append(stack.enter_context(TensorBoard(folder / "tensorboard")))
+        monitors += [stack.enter_context(each) for each in trackers]
         train(recipe, team=team, out=out, resume=resume, monitors=monitors, import_paths=paths, skip_samples=skipped)
 
 

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from instep.errors import ResourceError
+from instep.monitors.scalars import scalars
 from instep.record.files import disk_error
 
 _NEEDED = "TensorBoard is not installed; install it with: pip install 'instep[tensorboard]'."
@@ -84,11 +84,8 @@ class TensorBoard:
             # What has this step or a later one is forgotten.
             self._add(t_s, event["version"] + 1, session_log=log)
         elif kind in ("merged", "evaluated"):
-            found = dict(_merged(event) if kind == "merged" else _evaluated(event))
             values = [
-                self._summaries.Summary.Value(tag=tag, simple_value=value)
-                for tag, value in found.items()
-                if value is not None and math.isfinite(value)
+                self._summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(event).items()
             ]
             self._add(t_s, event["version"], summary=self._summaries.Summary(value=values))
 
@@ -112,24 +109,3 @@ class TensorBoard:
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
-
-
-def _merged(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    yield "objective/train", event["objective"]
-    terms = event.get("terms", {})
-    if len(terms) > 1:
-        for name, value in terms.items():
-            yield f"terms/{name}", value
-    yield "optimizer/learning_rate", event.get("lr")
-    yield "optimizer/gradient_norm", event.get("grad_norm")
-    staleness = event.get("staleness") or [0]
-    if any(staleness):
-        yield "rule/staleness", max(staleness)
-
-
-def _evaluated(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    yield "objective/held_out", event["objective"]
-    if event.get("bits_per_byte") is not None:
-        yield "objective/bits_per_byte", event["bits_per_byte"]
-    for name, value in (event.get("gathered") or {}).items():
-        yield f"held_out/{name}", value

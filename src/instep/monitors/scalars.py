@@ -1,0 +1,35 @@
+"""What trackers plot of an event: numbers by name, the same names in each of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def scalars(event: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a `merged` or an `evaluated` event by name; of other kinds none."""
+    kind = event["kind"]
+    found = _merged(event) if kind == "merged" else _evaluated(event) if kind == "evaluated" else ()
+    return {name: value for name, value in found if value is not None and math.isfinite(value)}
+
+
+def _merged(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    yield "objective/train", event["objective"]
+    terms = event.get("terms", {})
+    if len(terms) > 1:
+        for name, value in terms.items():
+            yield f"terms/{name}", value
+    yield "optimizer/learning_rate", event.get("lr")
+    yield "optimizer/gradient_norm", event.get("grad_norm")
+    staleness = event.get("staleness") or [0]
+    if any(staleness):
+        yield "rule/staleness", max(staleness)
+
+
+def _evaluated(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    yield "objective/held_out", event["objective"]
+    if event.get("bits_per_byte") is not None:
+        yield "objective/bits_per_byte", event["bits_per_byte"]
+    for name, value in (event.get("gathered") or {}).items():
+        yield f"held_out/{name}", value

@@ -1,0 +1,224 @@
+"""Trackers: monitors that hand a run's numbers to Weights & Biases, MLflow or Trackio. Each needs its extra.
+
+They read events and nothing else, so they follow a run that is going on, or take the tape of one that has ended::
+
+    with instep.WandB(project="gpt") as tracker:
+        instep.train(recipe, monitors=[tracker])
+
+Where a run is resumed, or its tape is given again, the tracker's run of the same Instep run goes on. None of the three
+can take back what it holds: steps that are done again, after a worker's death, are there twice, by their version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePath
+from types import TracebackType
+from typing import Any, Self
+
+from instep.errors import RecipeError, ResourceError, described, shown
+from instep.monitors.scalars import scalars
+from instep.tables import suggest
+
+_SUMMARY = ("objective_last", "held_out", "bits_per_byte", "wall_s", "items_per_s", "steps", "restarts")
+"""Of the result: what is worth a column in a table of runs."""
+
+
+class Tracker:
+    """What the trackers share: the numbers of an event by name, and that a run outlives its tracker.
+
+    Once the tracker's run has begun, whatever its package raises is warned of once and the run goes on untracked.
+    Raises ResourceError where the package is not installed or, at the first event, the tracker's run cannot begin.
+    """
+
+    package: str
+    title: str
+
+    def __init__(self) -> None:
+        try:
+            self._module: Any = importlib.import_module(self.package)
+        except ImportError:
+            raise ResourceError(
+                f"{self.title} is not installed; install it with: pip install 'instep[{self.package}]'."
+            ) from None
+        self._began_s = 0.0
+        self._state = "waiting"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Hands on the numbers of `event`; of kinds without any it hands on nothing."""
+        if event["kind"] == "run_started" and self._state == "waiting":
+            self._began_s = time.time() - float(event["t_s"])
+            try:
+                self._begin(event)
+            except Exception as error:
+                raise ResourceError(f"{self.title} cannot begin a run: {described(error)}") from error
+            self._state = "open"
+        elif self._state != "open":
+            return
+        elif found := scalars(event):
+            with self._surviving():
+                self._log(event["version"], self._began_s + float(event["t_s"]), found)
+        elif event["kind"] == "run_ended":
+            told = {"digest": event["digest"], "interrupted": event["interrupted"]}
+            told |= {key: event["result"].get(key) for key in _SUMMARY}
+            self._close({key: value for key, value in told.items() if value is not None})
+
+    def close(self) -> None:
+        """Ends the tracker's run, as one that failed where the run has not told its end."""
+        if self._state == "open":
+            self._close(None)
+        self._state = "closed"
+
+    def _close(self, told: dict[str, Any] | None) -> None:
+        self._state = "closed"
+        with self._surviving():
+            self._end(told)
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._state = "closed"
+            warnings.warn(f"the run goes on without {self.title}, which raised {described(error)}", stacklevel=4)
+
+    def _begin(self, event: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
+        """`at_s`: seconds since 1970."""
+        raise NotImplementedError
+
+    def _end(self, told: dict[str, Any] | None) -> None:
+        """`told`: what a run that has ended says of itself."""
+        raise NotImplementedError
+
+
+class WandB(Tracker):
+    """Weights & Biases; `options` are arguments of ``wandb.init``. What W&B calls step is Instep's `version`.
+
+    ``WANDB_MODE=offline`` keeps it on the disk, below ``wandb/``.
+    """
+
+    package, title = "wandb", "Weights & Biases"
+
+    def __init__(self, project: str = "instep", **options: Any) -> None:
+        super().__init__()
+        self._options = {"project": project, **options}
+
+    def _begin(self, event: Mapping[str, Any]) -> None:
+        options = {
+            "id": event["run"], "resume": "allow", "name": _name(event), "config": _config(event),
+            "settings": self._module.Settings(console="off"),  # the terminal is the console monitor's
+        } | self._options  # fmt: skip
+        self._run: Any = self._module.init(**options)
+        self._run.define_metric("version", hidden=True)
+        self._run.define_metric("*", step_metric="version")  # its own step may not go back
+
+    def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
+        self._run.log({"version": version, **found})
+
+    def _end(self, told: dict[str, Any] | None) -> None:
+        self._run.summary.update(told or {})
+        self._run.finish(exit_code=int(told is None))
+
+
+class MLflow(Tracker):
+    """MLflow, under `experiment`, where `tracking_uri` or, without it, MLFLOW_TRACKING_URI says."""
+
+    package, title = "mlflow", "MLflow"
+
+    def __init__(self, experiment: str = "instep", tracking_uri: str | None = None) -> None:
+        super().__init__()
+        self._experiment, self._uri = experiment, tracking_uri
+
+    def _begin(self, event: Mapping[str, Any]) -> None:
+        self._client: Any = self._module.MlflowClient(self._uri)
+        known = self._client.get_experiment_by_name(self._experiment)
+        number = known.experiment_id if known else self._client.create_experiment(self._experiment)
+        run = event["run"] or ""  # a simulation has no id
+        earlier = self._client.search_runs([number], f"tags.`instep.run` = '{run}'") if run else ()
+        if earlier:
+            self._id = earlier[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+            return
+        made = self._client.create_run(number, run_name=_name(event), tags={"instep.run": run})
+        self._id = made.info.run_id
+        values = [self._module.entities.Param(name, str(value)[:6000]) for name, value in _flat(_config(event))]
+        for begin in range(0, len(values), 100):
+            self._client.log_batch(self._id, params=values[begin : begin + 100])
+
+    def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
+        metric = self._module.entities.Metric
+        taken = [
+            metric(re.sub(r"[^\w./ -]", "_", name), value, int(at_s * 1000), version) for name, value in found.items()
+        ]
+        self._client.log_batch(self._id, metrics=taken)
+
+    def _end(self, told: dict[str, Any] | None) -> None:
+        for name, value in (told or {}).items():
+            self._client.set_tag(self._id, f"instep.{name}", str(value))
+        status = "FAILED" if told is None else "KILLED" if told["interrupted"] else "FINISHED"
+        self._client.set_terminated(self._id, status)
+
+
+class Trackio(Tracker):
+    """Trackio; `options` are arguments of ``trackio.init``."""
+
+    package, title = "trackio", "Trackio"
+
+    def __init__(self, project: str = "instep", **options: Any) -> None:
+        super().__init__()
+        self._options = {"project": project, **options}
+
+    def _begin(self, event: Mapping[str, Any]) -> None:
+        options = {
+            "name": f"{_name(event)}-{(event['run'] or 'simulated')[:8]}", "resume": "allow", "config": _config(event),
+            "embed": False,
+        } | self._options  # fmt: skip
+        self._run: Any = self._module.init(**options)
+
+    def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
+        self._run.log(found, step=version)
+
+    def _end(self, told: dict[str, Any] | None) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[], Tracker]] = {"wandb": WandB, "mlflow": MLflow, "trackio": Trackio}
+
+
+def tracker(name: str) -> Tracker:
+    """The tracker that a flag names. Raises RecipeError for another name, and what its class raises."""
+    if name not in TRACKERS:
+        raise RecipeError(f"{shown(name)} is no tracker{suggest(name, TRACKERS, 'the trackers are')}")
+    return TRACKERS[name]()
+
+
+def _name(event: Mapping[str, Any]) -> str:
+    return PurePath(event["folder"]).name or str(event["recipe"]["name"])
+
+
+def _config(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: event[key] for key in ("recipe", "team", "fingerprint", "data_digest", "samples", "parameters")}
+
+
+def _flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
