@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from instep.team import crew
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard, Liveness, process_state
 from support import workloads
 from support.harness import train_here
+from support.processes import wait_until
 from support.workloads import Sentences, padded
 
 
@@ -157,6 +159,11 @@ def test_a_worker_that_has_done_its_part_may_fall_silent(world: World) -> None:
     assert found[0] == 0
 
 
+def but_for_the_loaded(state_of: Callable[[int], tuple[str, int]]) -> Callable[[int], tuple[str, int]]:
+    """All look dead, but for those that wait for a processor."""
+    return lambda pid: found if (found := state_of(pid))[0] == "R" else ("Z", 0)
+
+
 @pytest.mark.processes
 def test_a_team_waits_for_the_one_that_writes_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
@@ -169,7 +176,7 @@ def test_a_team_waits_for_the_one_that_writes_the_sample(tmp_path: Path, monkeyp
             time.sleep(2.5)
             return "a sample"
 
-    monkeypatch.setattr(crew, "process_state", lambda pid: ("Z", 0))
+    monkeypatch.setattr(crew, "process_state", but_for_the_loaded(crew.process_state))
     recipe = workloads.gpt(steps=1, sample_length=1, data=lambda: Data(Sentences(40), collate=padded, codec=Slow()))
     run = train_here(recipe, Team(workers=2, answer_timeout_s=1.5, restarts=0), tmp_path / "run")
     assert run.result["sample"] == "a sample"
@@ -250,9 +257,14 @@ def hold_the_interpreter() -> None:
 @pytest.mark.processes
 def test_a_real_worker_that_holds_the_interpreter() -> None:
     board = HeartbeatBoard(1)
-    with worker(board, lambda: (until_it_beats(board), hold_the_interpreter())) as pid:
+
+    def work() -> None:
         until_it_beats(board)
-        time.sleep(0.5)
+        board.progress[0] = 1  # and at once:
+        hold_the_interpreter()
+
+    with worker(board, work) as pid:
+        wait_until(lambda: board.progress[0] == 1, 60, "the call of C code")
         beats = int(board.beats[0])
         assert looks(Liveness(board, [pid], 0.5, 60, now_s=time.monotonic()), pid, 1.5) is None
         assert board.beats[0] <= beats + 1, "it could beat, so this test shows nothing"
@@ -266,10 +278,7 @@ def test_the_state_of_a_process() -> None:
             assert state in "RSD"
             assert ticks >= 0
             os.kill(process.pid, signal.SIGSTOP)
-            until = time.monotonic() + 60
-            while process_state(process.pid)[0] != "T" and time.monotonic() < until:
-                time.sleep(0.01)
-            assert process_state(process.pid)[0] == "T"
+            wait_until(lambda: process_state(process.pid)[0] == "T", 60, "the stop")
         finally:
             process.kill()
     assert process_state(process.pid) == ("?", 0)
@@ -279,6 +288,29 @@ def test_the_state_of_a_process() -> None:
         while time.process_time() < end:
             pass
         assert process_state(os.getpid())[1] >= began + 5
+
+
+@pytest.mark.processes
+def test_who_sleeps_while_a_thread_of_its_waits_for_a_processor_is_not_asleep() -> None:
+    """It could not beat in time on a machine with much else to do, and would be taken for dead."""
+    board = HeartbeatBoard(1)
+
+    def spin() -> None:
+        board.progress[0] = 1
+        while True:
+            pass
+
+    def work() -> None:
+        threading.Thread(target=spin, daemon=True).start()
+        time.sleep(600)
+
+    with worker(board, work) as pid:
+        wait_until(lambda: board.progress[0] == 1, 60, "the thread")
+        main_thread = Path(f"/proc/{pid}/task/{pid}/stat")
+        wait_until(lambda: main_thread.read_text().rpartition(")")[2].split()[0] == "S", 60, "the main thread's sleep")
+        assert {process_state(pid)[0] for _ in range(20)} == {"R"}
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: process_state(pid)[0] == "T", 60, "the stop")
 
 
 @pytest.mark.processes
@@ -304,7 +336,4 @@ def test_a_worker_ends_with_its_supervisor_even_if_it_is_stopped(how: signal.Sig
     os.kill(pids[0], signal.SIGSTOP)
     os.kill(supervisor, how)
     os.waitpid(supervisor, 0)
-    until = time.monotonic() + 60
-    while any(process_state(pid)[0] not in "?ZX" for pid in pids):
-        assert time.monotonic() < until, "a worker outlived its supervisor"
-        time.sleep(0.02)
+    wait_until(lambda: all(process_state(pid)[0] in "?ZX" for pid in pids), 60, "the end of workers with it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import signal
@@ -128,7 +129,7 @@ class Liveness:
         for worker, (state, cpu) in sorted(states.items()):
             pid = self._pids[worker]
             # A worker inside C code that holds the interpreter's lock is silent too, but uses the processor, or waits
-            # for its turn to, which on a machine with much else to do may be long in coming.
+            # for its turn to, as does who cannot beat in time, on a machine with much else to do.
             if state == "R" or (state not in "Tt" and cpu > self._cpu[worker]):
                 self._silent_s[worker] = 0
             self._cpu[worker] = cpu
@@ -148,9 +149,27 @@ class Liveness:
 
 
 def process_state(pid: int) -> tuple[str, int]:
-    """The kernel's letter for the process's state, and its processor time in ticks; ("?", 0) where unknown."""
+    """The kernel's letter for the process's state, "R" where any of its threads computes or waits for a processor, and
+    its processor time in ticks; ("?", 0) where unknown.
+    """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[0], int(fields[11]) + int(fields[12])
+        state, *fields = _stat(f"/proc/{pid}/stat")
+        ticks = int(fields[10]) + int(fields[11])
     except (OSError, IndexError, ValueError):
         return "?", 0
+    # The main thread may sleep while the one that beats waits for its turn.
+    return "R" if state in "SD" and "R" in _states_of_threads(pid) else state, ticks
+
+
+def _states_of_threads(pid: int) -> list[str]:
+    found = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError, IndexError):  # it has ended
+                found.append(_stat(f"/proc/{pid}/task/{thread}/stat")[0])
+    return found
+
+
+def _stat(path: str) -> list[str]:
+    """The fields after the name, which may hold anything."""
+    return Path(path).read_text().rpartition(")")[2].split()
