@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: teams are forked from the t
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not stop forked workers from using it
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from support import large_pages
 
@@ -24,7 +24,9 @@ for number in (signal.SIGINT, signal.SIGHUP):  # a shell starts what runs in the
         signal.signal(number, signal.SIG_DFL if number == signal.SIGHUP else signal.default_int_handler)
 
 # The first example of a property may start processes or import torch: time is pytest-timeout's to watch.
-settings.register_profile("instep", parent=settings(), deadline=None, derandomize=True)
+settings.register_profile(
+    "instep", parent=settings(), deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("instep")
 
 

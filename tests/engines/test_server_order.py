@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from instep.engines import server
@@ -19,7 +18,8 @@ from instep.team.session import Session
 from instep.worker.milestones import Progress
 from support import workloads
 from support.harness import train_here
-from support.serving import check_tape, replayed
+from support.processes import children_of
+from support.serving import alive, check_tape, replayed
 
 pytestmark = pytest.mark.processes
 
@@ -34,8 +34,8 @@ def test_the_only_worker_dies_and_is_replaced_while_the_server_is_busy(
     def busy(*arguments: Any) -> Any:
         if not mark.exists():
             mark.touch()
-            (worker,) = (each for each in psutil.Process(os.getppid()).children() if each.pid != os.getpid())
-            worker.send_signal(signal.SIGKILL)
+            (worker,) = (pid for pid in children_of(os.getppid()) if pid != os.getpid() and alive(pid))
+            os.kill(worker, signal.SIGKILL)
             time.sleep(6)
         return evaluate(*arguments)
 

@@ -381,10 +381,10 @@ def test_a_run_that_was_ended_from_outside_is_resumed_and_replayed(rule: str, ho
     project = write_project(tmp_path)
     run = project / "out"
     command = [*INSTEP, "train", str(project / "my.toml"), "--out", str(run), "--rule", rule, "--steps", "60"]
-    started = Started([*command, "--workers", "2", "--slow", "1:3x"], project, PAUSE_S="0.02")
+    started = Started([*command, "--workers", "2", "--slow", "1:3x"], project, PAUSE_S="0.05")
     try:
         started.says("step ")
-        wait_until(lambda: len(list((run / "checkpoints").iterdir())) > 0, 60, "a checkpoint", started)
+        wait_until(lambda: any((run / "checkpoints").glob("step-*")), 60, "a checkpoint", started)
         if how == "ctrl-c":
             started.press_ctrl_c()
             assert started.ends() == 130

@@ -25,6 +25,9 @@ from instep.rules import parse
 from support import browser, runs, workloads
 from support.harness import train_here
 
+SETTLED = "() => new Promise(done => setTimeout(() => requestAnimationFrame(done), 60))"
+"""After what the page itself has put off for a moment, as it does with a pointer's moves, however slow it is."""
+
 FALLING = [3.0 - 0.1 * step for step in range(1, 26)]
 
 PIXEL = base64.b64decode(
@@ -105,7 +108,7 @@ def _some_value(shown: Any, name: str, box: dict[str, float], touch: bool) -> st
                 shown.touchscreen.tap(x, y)
             else:
                 shown.mouse.move(x, y)
-            shown.wait_for_timeout(60)
+            shown.evaluate(SETTLED)
             text = shown.locator(f"#{name} .hoverlayer .hovertext").all_text_contents()
             if text and re.search(r"\d", text[0]):
                 return str(text[0])

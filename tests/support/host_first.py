@@ -33,12 +33,12 @@ def begin(name: str, seconds: float, code: list[str], folders: list[str]) -> Non
     subprocess.run(["sh", "-ec", "\n".join(commands)], check=True, pass_fds=list(held.values()))
     Path("/tmp/hook/sitecustomize.py").write_text(_HOOK.format(seconds=seconds))
     print("ready", flush=True)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})  # it is kept until it is waited for
     while True:
         with contextlib.suppress(ChildProcessError):
             while True:
                 os.waitpid(-1, 0)
-        signal.pause()
+        signal.sigwait({signal.SIGCHLD})
 
 
 def _mounted_below(root: str) -> list[str]:

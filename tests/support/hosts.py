@@ -29,6 +29,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from support.patience import LONG_S
+
 Made = TypeVar("Made")
 
 HOME, WORK = "/tmp/home", "/tmp/work"
@@ -111,7 +113,7 @@ class Command(Recorded):
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def ends(self, within_s: float = 60) -> int:
+    def ends(self, within_s: float = LONG_S) -> int:
         """Waits for its end; gives the exit status."""
         try:
             return self.process.wait(within_s)
@@ -154,7 +156,7 @@ class Host:
         self._entered.append(Command(self, arguments, {**self.environment, **environment}))
         return self._entered[-1]
 
-    def run(self, *arguments: str, within_s: float = 60, **environment: str) -> str:
+    def run(self, *arguments: str, within_s: float = LONG_S, **environment: str) -> str:
         """What a command prints. Fails if it does."""
         command = self.start(*arguments, **environment)
         assert command.ends(within_s) == 0, command.err

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from support.patience import LONG_S
+
 INSTEP = [sys.executable, "-m", "instep"]
 
 MODULE = """\
@@ -34,7 +36,8 @@ def numbers(samples=40):
     return TensorDataset(torch.randn(samples, 3, generator=generator), torch.randn(samples, 1, generator=generator))
 
 def pause(gradient):
-    time.sleep(float(os.environ.get("PAUSE_S", "0")))
+    if not os.path.exists(os.environ.get("GO", "")):
+        time.sleep(float(os.environ.get("PAUSE_S", "0")))
 
 def squares(model, batch):
     total = (model(batch[0]) - batch[1]).square().sum()
@@ -61,6 +64,9 @@ use = "mymodel:numbers"
 workers = 2
 checkpoint_every = 5
 """
+
+
+# PAUSE_S: of each microbatch, until there is the file GO, if that is named.
 
 
 def write_project(folder: Path) -> Path:
@@ -125,8 +131,8 @@ class Started:
         return [pid for pid in found if pid != self.process.pid]
 
     def supervisor(self) -> int:
-        (pid,) = (pid for pid in self.pids() if parent_of(pid) == self.process.pid)
-        return pid
+        """Its pid, once it is the first process's only child."""
+        return only_child(self.process.pid)
 
     def workers(self) -> int:
         """How many there are now: the supervisor's children. One that measures has a child too."""
@@ -137,7 +143,7 @@ class Started:
         assert self.process.poll() is None, f"it has ended already; stdout {self.out!r}, stderr {self.err!r}"
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def ends(self, within_s: float = 60) -> int:
+    def ends(self, within_s: float = LONG_S) -> int:
         """Waits for the end; gives the exit status. Fails if anything of the run is left."""
         try:
             self.process.wait(within_s)
@@ -148,7 +154,7 @@ class Started:
 
     def leaves_nothing(self, within_s: float = 60) -> None:
         wait_until(lambda: not self.pids(), within_s, "the end of all processes of the run")
-        wait_until(lambda: not shared_memory() - self._shared_memory, within_s, "/dev/shm as it was before")
+        no_shared_memory_since(self._shared_memory, within_s)
 
     def end(self) -> None:
         for pid in [self.process.pid, *self.pids()] if self.process.poll() is None else self.pids():
@@ -159,6 +165,38 @@ class Started:
 
 def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
+
+
+def no_shared_memory_since(before: set[str], within_s: float = 60) -> None:
+    """Fails where a name that was not there stays. Other tests' processes have names there for a moment."""
+    left = shared_memory() - before
+    wait_until(lambda: not left & shared_memory(), within_s, f"the end of {left} in /dev/shm")
+
+
+def only_child(pid: int) -> int:
+    """Waits until the process has one child alone: it may have more while it measures, say, and none at first."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = [child for child in children_of(pid) if session_of(child)]
+        return len(found) == 1
+
+    wait_until(look, 60, f"the only child of process {pid}")
+    return found[0]
+
+
+def children_of(pid: int) -> list[int]:
+    """None where the process is gone."""
+    with contextlib.suppress(OSError):
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return []
+
+
+def command_of(pid: int) -> str:
+    """Its words, with a zero byte after each; "" where the process is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
 
 
 def parent_of(pid: int) -> int:
@@ -196,6 +234,6 @@ def complaint(started: Started) -> str:
 def free_port() -> int:
     """A port of this machine that nobody listens at, and that the kernel gives to nobody who takes any port."""
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = random.SystemRandom().randrange(20_000, 32_000)  # whatever seed another test has left
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.hosts import HOME, WORK, Hosts, Recorded
+from support.patience import LONG_S
 
 _STUB = Path(__file__).with_name("slurm_stub.py")
 
@@ -49,7 +50,7 @@ class Submitted(Recorded):
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
 
-    def ends(self, within_s: float = 90) -> int:
+    def ends(self, within_s: float = LONG_S) -> int:
         """Waits for its end; gives the exit status."""
         try:
             return self.process.wait(within_s)

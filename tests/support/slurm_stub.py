@@ -27,8 +27,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "srun": {**_COMMON, "distribution": str, "export": str, "kill-on-bad-exit": str, "label": None, "unbuffered": None},
 }
 
-_TWICE_S = 1.0
-"""Within which `srun` must get a second SIGINT to send it on."""
+_TWICE_S = 60.0
+"""Within which `srun` must get a second SIGINT to send it on: the real one's second may pass on a loaded machine."""
 
 
 def _parsed(program: str, words: Sequence[str]) -> argparse.Namespace:

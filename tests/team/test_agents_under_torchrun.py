@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from support.processes import INSTEP, Started, free_port, parent_of, wait_until, write_project
+from support.patience import LONG_S
+from support.processes import INSTEP, Started, command_of, free_port, only_child, wait_until, write_project
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -35,7 +36,7 @@ if __name__ == "__main__":
 
 def digest_alone(folder: Path) -> str:
     done = Started([*INSTEP, "train", "my.toml", "--workers", "1", "--out", "alone"], folder)
-    assert done.process.wait(60) == 0, done.err
+    assert done.process.wait(LONG_S) == 0, done.err
     return str(result(folder / "alone")["digest"])
 
 
@@ -61,7 +62,7 @@ def test_a_script_gets_an_equal_run_in_every_agent(tmp_path: Path) -> None:
     write_project(tmp_path)
     (tmp_path / "train.py").write_text(TRAIN)
     done = Started([*TORCHRUN, "--nproc-per-node", "2", "train.py"], tmp_path)
-    assert done.process.wait(60) == 0, done.err
+    assert done.process.wait(LONG_S) == 0, done.err
     lines = sorted(line.split(" ", 4) for line in done.out.splitlines() if line)
     assert len(lines) == 2
     assert lines[0][:2] == lines[1][:2], "digest and objective"
@@ -77,19 +78,19 @@ def test_two_hosts_give_the_digest_of_one_and_a_stop_of_one_ends_both(tmp_path: 
     write_project(tmp_path)
     expected = digest_alone(tmp_path)
     hosts = two_hosts(tmp_path, "-m", "instep", "train", "my.toml", "--workers", "3", "--out", "run")
-    assert [host.process.wait(60) for host in hosts] == [0, 0], hosts[0].err
+    assert [host.process.wait(LONG_S) for host in hosts] == [0, 0], hosts[0].err
     assert result(tmp_path / "run")["digest"] == expected
 
     command = ["-m", "instep", "train", "my.toml", "--workers", "3", "--recipe.steps", "5000", "--out", "long"]
     hosts = two_hosts(tmp_path, *command)
     tape = tmp_path / "long" / "tape.jsonl"
-    wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), 60, "an update", hosts[0])
+    wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), LONG_S, "an update", hosts[0])
     os.kill(hosts[1].process.pid, signal.SIGTERM)
     for host in hosts:
-        host.process.wait(60)
+        host.process.wait(LONG_S)
     assert result(tmp_path / "long")["interrupted"]
     for host in hosts:
-        wait_until(lambda host=host: not host.pids(), 60, "no process is left", host)
+        wait_until(lambda host=host: not host.pids(), LONG_S, "no process is left", host)
 
 
 @pytest.mark.parametrize("out", ["run", ""])
@@ -97,17 +98,19 @@ def test_a_first_agent_that_is_killed_is_started_again_and_goes_on(out: str, tmp
     write_project(tmp_path)
     expected = digest_alone(tmp_path)
     command = ["-m", "instep", "train", "my.toml", "--workers", "3", *(["--out", out] if out else [])]
-    hosts = two_hosts(tmp_path, *command, restarts=2, PAUSE_S="0.05")
+    go = tmp_path / "one is killed"
+    hosts = two_hosts(tmp_path, *command, restarts=2, PAUSE_S="0.2", GO=str(go))
     folder = tmp_path / (out or "runs/my")
     tape = folder / "tape.jsonl"
-    wait_until(lambda: tape.exists() and '"checkpointed"' in tape.read_text(), 60, "a checkpoint", hosts[0])
+    wait_until(lambda: tape.exists() and '"checkpointed"' in tape.read_text(), LONG_S, "a checkpoint", hosts[0])
     started = json.loads(tape.read_text().splitlines()[0])
     assert started["hosts"][1]["workers"] == 2
     client = next(
         pid for pid in hosts[0].pids() if "my.toml" in command_of(pid) and "distributed" not in command_of(pid)
     )
     os.kill(client, signal.SIGKILL)
-    assert [host.process.wait(60) for host in hosts] == [0, 0], hosts[0].err + hosts[1].err
+    go.touch()
+    assert [host.process.wait(LONG_S) for host in hosts] == [0, 0], hosts[0].err + hosts[1].err
     assert result(folder)["digest"] == expected
     assert tape.read_text().count('"run_started"') == 2
 
@@ -119,30 +122,31 @@ def test_a_run_whose_torchrun_was_killed_is_saved_and_ends(host: int, tmp_path: 
     command = ["-m", "instep", "train", "my.toml", "--workers", "2", "--recipe.steps", "100000", "--out", "run"]
     hosts = two_hosts(tmp_path, *command)
     tape = tmp_path / "run" / "tape.jsonl"
-    wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), 60, "an update", hosts[0])
+    wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), LONG_S, "an update", hosts[0])
     os.kill(hosts[host].process.pid, signal.SIGKILL)
-    wait_until(lambda: (tmp_path / "run" / "result.json").exists(), 60, "the result")
+    wait_until(lambda: (tmp_path / "run" / "result.json").exists(), LONG_S, "the result")
     assert result(tmp_path / "run")["interrupted"]
     for each in hosts:
-        wait_until(lambda each=each: not runs_instep(each), 60, "no process of the run is left")
+        wait_until(lambda each=each: not runs_instep(each), LONG_S, "no process of the run is left")
     assert "the torchrun that started this has ended" in hosts[host].out + hosts[host].err
 
 
 def test_who_loses_its_supervisor_says_that_the_first_host_tells_how_the_run_goes_on(tmp_path: Path) -> None:
     write_project(tmp_path)
     command = ["-m", "instep", "train", "my.toml", "--workers", "2", "--recipe.steps", "200", "--out", "run"]
-    hosts = two_hosts(tmp_path, *command, PAUSE_S="0.01")
+    go = tmp_path / "one is killed"
+    hosts = two_hosts(tmp_path, *command, PAUSE_S="0.1", GO=str(go))
     tape = tmp_path / "run" / "tape.jsonl"
-    wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), 60, "an update", hosts[0])
+    wait_until(lambda: tape.exists() and '"merged"' in tape.read_text(), LONG_S, "an update", hosts[0])
     client = next(
         pid for pid in hosts[1].pids() if "my.toml" in command_of(pid) and "distributed" not in command_of(pid)
     )
-    (supervisor,) = (pid for pid in hosts[1].pids() if parent_of(pid) == client)
-    os.kill(supervisor, signal.SIGKILL)
-    assert hosts[1].process.wait(60) == 1
+    os.kill(only_child(client), signal.SIGKILL)
+    go.touch()
+    assert hosts[1].process.wait(LONG_S) == 1
     assert "the first host, which tells how the run goes on, has lost this one" in hosts[1].err
     assert "nothing was trained" not in hosts[1].err
-    wait_until(lambda: (tmp_path / "run" / "result.json").exists(), 60, "the result")
+    wait_until(lambda: (tmp_path / "run" / "result.json").exists(), LONG_S, "the result")
     os.kill(hosts[0].process.pid, signal.SIGTERM)  # it would wait for the other one
 
 
@@ -154,7 +158,7 @@ def apart(tmp_path: Path) -> tuple[Path, Path]:
         folder.mkdir()
         write_project(folder)
     begun = Started([*INSTEP, "train", "my.toml", "--steps", "12", "--out", "run"], here, forked=True)
-    assert begun.process.wait(60) == 0, begun.err
+    assert begun.process.wait(LONG_S) == 0, begun.err
     return here, there
 
 
@@ -162,9 +166,9 @@ def test_a_run_goes_on_where_the_first_agent_alone_has_its_folder(apart: tuple[P
     here, there = apart
     command = ["-m", "instep", "train", "--resume", "run", "--workers", "3", "--steps", "20"]
     hosts = two_hosts(here, *command, other=there)
-    assert [host.process.wait(90) for host in hosts] == [0, 0], hosts[0].err + hosts[1].err
+    assert [host.process.wait(LONG_S) for host in hosts] == [0, 0], hosts[0].err + hosts[1].err
     whole = Started([*INSTEP, "train", "my.toml", "--out", "alone"], here, forked=True)
-    assert whole.process.wait(60) == 0, whole.err
+    assert whole.process.wait(LONG_S) == 0, whole.err
     assert result(here / "run")["digest"] == result(here / "alone")["digest"]
     assert not (there / "run").exists()
 
@@ -173,7 +177,7 @@ def test_a_first_agent_that_is_refused_ends_the_others(apart: tuple[Path, Path])
     here, there = apart
     command = ["-m", "instep", "train", "--resume", "run", "--recipe.clip_norm", "2.0"]
     hosts = two_hosts(here, *command, other=there)
-    assert [host.process.wait(90) for host in hosts] == [1, 1]
+    assert [host.process.wait(LONG_S) for host in hosts] == [1, 1]
     assert "run goes on with its own recipe, and recipe.clip_norm is 2.0" in hosts[0].err
     assert "agent 1 ends: the torchrun that all meet at" in hosts[1].err
 
@@ -182,21 +186,14 @@ def test_an_error_is_one_sentence_of_the_first_and_a_short_one_elsewhere(tmp_pat
     write_project(tmp_path)
     command = ["-m", "instep", "train", "my.toml", "--workers", "3", "--recipe.objective.use", "mymodel:nothing"]
     hosts = two_hosts(tmp_path, *command, "--out", "run")
-    assert [host.process.wait(60) for host in hosts] == [1, 1]
+    assert [host.process.wait(LONG_S) for host in hosts] == [1, 1]
     assert "instep: " in hosts[0].err
     assert "nothing" in hosts[0].err.partition("instep: ")[2].splitlines()[0]
     assert "Traceback (most recent call last):\n  File" not in hosts[0].err.partition("torch")[0]
     for host in hosts:
-        wait_until(lambda host=host: not host.pids(), 60, "no process is left", host)
+        wait_until(lambda host=host: not host.pids(), LONG_S, "no process is left", host)
 
 
 def runs_instep(host: Started) -> bool:
     """Whether processes of it are left; torchrun, which waits for the other one, aside."""
     return any("instep" in command_of(pid) and "distributed" not in command_of(pid) for pid in host.pids())
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""

@@ -22,10 +22,12 @@ from instep.recipe import Recipe, Team
 from instep.record.folder import RunFolder
 from instep.rules.presets import parse as rule
 from instep.team import crew
+from instep.team.processes import MemberProcesses
 from support.harness import Client, train_here
 from support.kinds import quick
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
 from support.regression import squares
+from support.serving import alive
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help is Linux's")]
 
@@ -130,30 +132,36 @@ def test_a_death_is_seen_at_once_though_helpers_hold_the_pipes(
         pass
 
 
-def test_helpers_of_workers_that_live_are_left_alone(tmp_path: Path) -> None:
+def test_helpers_of_workers_that_live_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When another worker dies under the server engine, even those that nobody is the parent of any more."""
-    seen: list[bool] = []
+    monkeypatch.setenv("HELPERS", str(tmp_path / "helpers"))
+    (tmp_path / "helpers").touch()
+    look, known = MemberProcesses.look_for_orphans, set[int]()
 
-    def objective(model: nn.Module, batch: Any) -> Tensor:
-        time.sleep(0.02)
-        return squares(model, batch)
+    def noting(self: MemberProcesses) -> None:
+        look(self)
+        known.update(self._orphans)
 
     def act(event: dict[str, Any]) -> None:
         if event["kind"] == "joined":
+            if orphans:  # a successor
+                lived.extend(map(alive, orphans))
+                client.ask_to_stop()
             pids[event["worker"]] = event["pid"]
-        if event["kind"] == "merged" and event["version"] == 20:
-            orphans.update(descendants.children() - before - set(pids.values()))
+        begun = set(map(int, (tmp_path / "helpers").read_text().split()))
+        if event["kind"] == "merged" and not orphans and len(begun) == 3 and begun <= known:
+            orphans.update(begun)
             os.kill(pids[1], signal.SIGKILL)
-        if event["kind"] == "merged" and event["version"] == 50:
-            seen.extend(Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" for pid in orphans)
 
+    monkeypatch.setattr(MemberProcesses, "look_for_orphans", noting)
     pids: dict[int, int] = {}
     orphans: set[int] = set()
+    lived: list[bool] = []
     before = descendants.children()
-    made = recipe(a_fork_in_its_own_session, objective=objective, rule=rule("asynchronous"), steps=30)
-    train_here(made, Team(workers=2, checkpoint_every=100), tmp_path / "run", client=Client(act))
-    assert len(orphans) >= 2
-    assert sum(seen) >= 2
+    made = recipe(a_fork_in_its_own_session, rule=rule("asynchronous"), steps=100_000)
+    client = Client(act)
+    train_here(made, Team(workers=2, checkpoint_every=10**6), tmp_path / "run", client=client)
+    assert lived == [True] * 3, "of the server and of both workers"
     assert descendants.children() == before
 
 
@@ -213,11 +221,11 @@ def test_nothing_is_left_of_a_run_whose_head_is_killed(who: str, project: Path) 
     started, helpers = begun(line, project, 2 * len(HELPERS), forked=who == "client")
     try:
         tape = project / "run" / "tape.jsonl"
-        wait_until(lambda: "checkpointed" in tape.read_text(), 60, "a checkpoint", started)
+        wait_until(lambda: tape.exists() and "checkpointed" in tape.read_text(), 60, "a checkpoint", started)
         if who == "client":
             started.process.kill()
         else:
-            for pid in [pid for pid in helpers if not Path(f"/proc/{pid}/environ").read_bytes()]:
+            for pid in [pid for pid in helpers if alive(pid) and not Path(f"/proc/{pid}/environ").read_bytes()]:
                 os.kill(pid, signal.SIGKILL)  # nothing tells whose it is once its supervisor is gone
             os.kill(started.supervisor(), signal.SIGKILL)
         assert started.ends() == (-signal.SIGKILL if who == "client" else 1)

@@ -411,7 +411,8 @@ def test_a_killed_and_a_stopped_worker_are_named_and_change_nothing(
 ) -> None:
     run = project / "disturbed"
     line = ("train", project / "my.toml", "--out", run, "--team.answer_timeout_s", 1.5)
-    started = start(*INSTEP, *line, PAUSE_S="0.05", forked=True)
+    go = project / "both are struck"
+    started = start(*INSTEP, *line, PAUSE_S=PAUSE_S, GO=str(go), forked=True)
 
     def worker(number: int) -> int:
         joined = [e for e in tape.read(run / "tape.jsonl") if e["kind"] == "joined" and e["worker"] == number]
@@ -427,6 +428,7 @@ def test_a_killed_and_a_stopped_worker_are_named_and_change_nothing(
     os.kill(stopped, signal.SIGSTOP)
     started.says(f"worker 0 (pid {stopped}) has not answered")
     assert "it is stopped (SIGSTOP or a debugger)" in started.out
+    go.touch()
     assert started.ends() == 0, started.err
     assert result_of(run)["restarts"] == 2
     assert result_of(run)["digest"] == expected[20]
@@ -439,7 +441,7 @@ def interrupted_while_starting(project: Path, start: Start, name: str, times: in
     for press in range(times):
         if press and started.process.poll() is not None:  # once was enough
             break
-        started.press_ctrl_c()
+        os.killpg(started.process.pid, signal.SIGINT)  # there is somebody to hear it, were it a dead one
         time.sleep(0.1)
     # What is pressed while Python itself shuts down kills it, which a shell tells as 130 too.
     assert started.ends() in ((130,) if times == 1 else (130, -signal.SIGINT))
@@ -478,12 +480,14 @@ def test_a_polite_kill_ends_a_run_as_ctrl_c_does(number: signal.Signals, project
 def test_a_monitor_that_fails_takes_nothing_that_was_saved(project: Path, start: Start) -> None:
     run = project / "monitored"
     program = f"""
-import sys, time
+import pathlib, sys, time
 sys.path.insert(0, {str(project)!r})
 import instep
+checkpoints = pathlib.Path({str(run / "checkpoints")!r})
 def monitor(event):
     if event["kind"] == "run_started":
-        time.sleep(2)
+        while not list(checkpoints.glob("step-*")):
+            time.sleep(0.02)
         raise ValueError("no tracker there")
 recipe = instep.Recipe(model="mymodel:Net", objective="mymodel:squares", data="mymodel:numbers", batch=8, steps=9999)
 instep.train(recipe, team=instep.Team(checkpoint_every=1), out={str(run)!r}, monitors=[monitor])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -57,7 +58,8 @@ def store() -> Iterator[Store]:
 
 
 def left() -> tuple[list[int], int]:
-    """Children of this process, and descriptors."""
+    """Children of this process, and descriptors, but for what other tests have left as rubbish."""
+    gc.collect()
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return sorted(map(int, children)), len(os.listdir("/proc/self/fd"))
 
@@ -95,12 +97,14 @@ def test_a_store_that_was_stopped_keeps_nobody_waiting_longer_than_said(monkeypa
 
 
 def test_an_agent_that_waits_ends_once_torchruns_store_is_gone(store: Store) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        closed = free.getsockname()[:2]
-    for stores in ((closed, store.address), (("no.such.host.invalid", 29500),), ()):
-        meeting.check_open(replace(BY_TORCHRUN, stores=stores))
-    with pytest.raises(WorkerError, match=f"agent 1 ends: the torchrun .* at 127.0.0.1, port {closed[1]}, has ended"):
-        meeting.check_open(replace(BY_TORCHRUN, stores=(("no.such.host.invalid", 29500), closed)))
+    with socket.socket() as deaf:  # nobody else gets its port
+        deaf.bind(("127.0.0.1", 0))
+        closed = deaf.getsockname()
+        for stores in ((closed, store.address), (("no.such.host.invalid", 29500),), ()):
+            meeting.check_open(replace(BY_TORCHRUN, stores=stores))
+        why = f"agent 1 ends: the torchrun .* at 127.0.0.1, port {closed[1]}, has ended"
+        with pytest.raises(WorkerError, match=why):
+            meeting.check_open(replace(BY_TORCHRUN, stores=(("no.such.host.invalid", 29500), closed)))
 
 
 @pytest.mark.parametrize("value", ["", "{}", '["h"]', '["h",0,"ab"]', '["h",1,"xy"]', '["h","1","ab"]', "[" * 3000])

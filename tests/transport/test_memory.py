@@ -17,6 +17,7 @@ from instep.errors import ResourceError
 from instep.memory_file import memory_file
 from instep.transport import memory
 from instep.transport.memory import Region, attach, mark, reserve, wait_for
+from support.processes import no_shared_memory_since, shared_memory
 
 REGIONS = {
     "marks": Region((3,), "int64"),
@@ -87,15 +88,14 @@ def test_an_anonymous_file_leaves_nothing(named: bool, tmp_path: Path, monkeypat
     if named:  # as where the system has no memory files
         monkeypatch.delattr(os, "memfd_create", raising=False)
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before = set(os.listdir("/dev/shm")) if Path("/dev/shm").exists() else set()
+    before = shared_memory()
     found = memory_file()
     reserve(found, REGIONS)
     attach(found, REGIONS)["slots"][0, 0] = 1.0
     assert os.fstat(found).st_nlink == 0
     os.close(found)
     assert not list(tmp_path.iterdir())
-    if before:
-        assert set(os.listdir("/dev/shm")) <= before
+    no_shared_memory_since(before)
 
 
 @pytest.mark.processes

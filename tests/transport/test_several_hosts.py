@@ -176,25 +176,32 @@ def lives(pid: int) -> bool:
 
 
 def test_a_group_goes_on_after_a_cut_of_two_seconds_and_nothing_is_lost(tmp_path: Path) -> None:
-    kind, begun = APART[1], tmp_path / "begun"
+    kind, turns, over = APART[1], tmp_path / "turns", tmp_path / "over"
+    turns.touch()
 
     def body(make: Callable[..., Group], rank: int) -> list[float]:
         group, found = make(sizes_of(kind)), []
-        until = time.monotonic() + 4
         turn = 0
-        while group.gather(torch.tensor([float(time.monotonic() < until)])).min() > 0:
+        while group.gather(torch.tensor([float(not over.exists())])).min() > 0:
             found.append(float(group.gather(torch.tensor([float(turn * (rank + 1))])).sum()))
             turn += 1
-            begun.touch()
+            with turns.open("a") as file:
+                file.write(".")
         group.close()
         return found
 
+    def more(count: int) -> None:
+        until = turns.stat().st_size + count * kind.size
+        wait_until(lambda: turns.stat().st_size >= until, 60, "turns")
+
     ranks = Ranks(kind, sizes_of(kind), body)
     assert ranks.hosts is not None
-    wait_until(begun.exists, 60, "the first turn")
+    more(10)
     ranks.hosts.cut(1)
     time.sleep(2)
     ranks.hosts.heal(1)
+    more(10)
+    over.touch()
     answers = ranks.answers()
     assert answers[0] == [10.0 * turn for turn in range(len(answers[0]))]
     assert all(each == answers[0] for each in answers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,8 @@ import pytest
 import yaml
 
 from support.hosts import WORK, Command, Host, Hosts
-from support.processes import wait_until
+from support.patience import LONG_S
+from support.processes import command_of, wait_until
 from support.slurm import Slurm, Submitted
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -63,11 +65,12 @@ def trains(hosts: Hosts, run: str, commands: Sequence[Command | Submitted], beyo
         assert all(command.process.poll() is None for command in commands), [command.err for command in commands]
         return tape.exists() and tape.read_text().count('"kind": "merged"') > beyond + 1
 
-    wait_until(trained, 90, "updates")
+    wait_until(trained, LONG_S, "updates")
     for host in hosts:
         for pid in host.processes():
-            if b"instep\0train" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGTERM)
+            if "instep\0train" in command_of(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
 
 
 def saved(hosts: Hosts, run: str) -> int:

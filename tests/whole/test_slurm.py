@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from support.hosts import HOME, Host, Hosts
-from support.processes import MODULE, RECIPE, wait_until
+from support.patience import LONG_S
+from support.processes import MODULE, RECIPE, command_of, wait_until
 from support.slurm import Slurm, Submitted
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -103,9 +104,10 @@ def test_a_first_task_that_is_refused_ends_the_others(hosts: Hosts, at_home: Slu
         file.unlink()
 
 
-def begun(hosts: Hosts, slurm: Slurm, run: str, *more: str) -> Submitted:
-    found = slurm.start("srun", "instep", "train", "my.toml", "--workers", "3", "--out", run, *more, PAUSE_S="0.02")
-    wait_until(lambda: updates(hosts, run) > 5, 60, "updates")
+def begun(hosts: Hosts, slurm: Slurm, run: str, *more: str, **environment: str) -> Submitted:
+    line = ["srun", "instep", "train", "my.toml", "--workers", "3", "--out", run]
+    found = slurm.start(*line, *more, **{"PAUSE_S": "0.02", **environment})
+    wait_until(lambda: updates(hosts, run) > 5, LONG_S, "updates")
     return found
 
 
@@ -127,9 +129,11 @@ def test_a_signal_at_srun_saves_once_and_ends_all(hosts: Hosts, at_home: Slurm, 
 
 
 def test_a_task_that_dies_costs_no_step(hosts: Hosts, at_home: Slurm, alone: str) -> None:
-    found = begun(hosts, at_home, "dies")
-    clients = [pid for pid in hosts[1].processes() if b"instep\0train" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = begun(hosts, at_home, "dies", PAUSE_S="0.1", GO="go")
+    clients = [pid for pid in hosts[1].processes() if "instep\0train" in command_of(pid)]
     os.kill(min(clients), signal.SIGKILL)
+    for host in hosts:
+        (host.path() / "go").touch()
     assert found.ends() == 137, found.err
     assert digest(hosts[0], "dies") == alone
     assert f"srun: error: {hosts[1].name}: task 1: Killed" in found.err

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.hosts import Command, Host, Hosts
+from support.patience import LONG_S
 from support.processes import MODULE, RECIPE, wait_until
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -73,7 +74,7 @@ def torchrun(hosts: Hosts, *arguments: str, endpoint: str = "", options: Sequenc
     ]  # fmt: skip
 
 
-def all_end(commands: Sequence[Command], within_s: float = 90) -> list[int]:
+def all_end(commands: Sequence[Command], within_s: float = LONG_S) -> list[int]:
     return [command.ends(within_s) for command in commands]
 
 
@@ -114,7 +115,7 @@ def test_a_name_that_only_its_own_host_knows_is_no_obstacle(tmp_path: Path) -> N
 def test_sigterm_at_one_torchrun_saves_and_ends_all(two: Hosts) -> None:
     commands = torchrun(two, "--workers", "3", "--steps", "100000", "--out", "run")
     tape = [host.path() / "run" / "tape.jsonl" for host in two]
-    wait_until(lambda: any(path.exists() and '"merged"' in path.read_text() for path in tape), 60, "an update")
+    wait_until(lambda: any(path.exists() and '"merged"' in path.read_text() for path in tape), LONG_S, "an update")
     commands[1].signal(signal.SIGTERM)
     all_end(commands)
     saved = sorted((holder(two, "run").path() / "run" / "checkpoints").glob("step-*"))
