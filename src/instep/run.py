@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from instep.components import importable
-from instep.errors import CheckpointError, RecordError
+from instep.errors import CheckpointError, RecordError, ResourceError
 from instep.recipe import Recipe
 from instep.record.folder import RunFolder
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from torch import Tensor, nn
 
 
@@ -42,6 +43,35 @@ class Run:
         """The objective on the held-out data; None if there are none."""
         value = self.result["held_out"]
         return None if value is None else float(value)
+
+    def updates(self) -> list[dict[str, Any]]:
+        """A row for each update that counts, by rising version: what `instep export --to csv` writes.
+
+        Raises RecordError where the folder or its tape is gone.
+        """
+        from instep.report.export import updates
+
+        return updates(self.path)
+
+    def curves(self) -> DataFrame:
+        """The `updates` as a data frame of pandas, with `version` as its index. Raises ResourceError without pandas."""
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise ResourceError(
+                "a data frame needs pandas: pip install pandas; run.updates() gives the same rows without."
+            ) from None
+        return DataFrame(self.updates()).set_index("version")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from instep.report.notebook import shown_run
+
+        try:
+            rows, place = self.updates(), str(self.path)
+        except RecordError:  # moved since, or another agent's
+            rows, place = [], ""
+        return shown_run(self.result, rows, place)
 
     def state_dict(self, *, best: bool = False) -> dict[str, Tensor]:
         """The final weights, from the last checkpoint; with `best`, those with the best held-out objective.
