@@ -12,6 +12,7 @@ from pathlib import Path
 
 import instep
 from benchmarks.work import MODEL, SAMPLES, SEED, Options
+from instep.rules import parse
 
 
 def main(options: Options) -> None:
@@ -26,10 +27,13 @@ def main(options: Options) -> None:
         microbatches=options.microbatches,
         steps=options.steps,
         seed=SEED,
+        rule=parse(options.rule),
     )
     team = instep.Team(workers=options.workers, checkpoint_every=1_000_000)
     run = instep.train(recipe, team=team, out=Path(options.folder, "run"))
-    options.leave(0, objective=run.objective, digest=run.digest, parameters=run.result["parameters"])
+    wire_bytes = run.result.get("wire_bytes")
+    parameters = run.result["parameters"]
+    options.leave(0, objective=run.objective, digest=run.digest, parameters=parameters, wire_bytes=wire_bytes)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ Parts
     2x1: a worker a host, a microbatch each.
     2x2: two workers a host, a microbatch each; ``2x2, M = 8``, two each, for the bytes.
     100 Mbit/s: as 2x1, each link held to that rate, each way; fewer and shorter blocks, for a step takes 1.6 s.
+    DiLoCo, 100 Mbit/s: the same with DiLoCo (``--rule``, by default H = 20 and int4) in lockstep's place, which also
+        takes its turns while links are held to nothing. Its steps are the workers' own, as many microbatches as DDP's.
+    DiLoCo, H = 500: bytes that hosts give to the network (`wire_bytes`) in a round of it with int4, beside 500 steps in
+        lockstep; each is what a longer run has sent more than a shorter one, without their begins and ends.
 
 The result goes to benchmarks/results/machines.json. The exit status does not depend on whether targets are met.
 """
@@ -28,8 +32,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +48,7 @@ from benchmarks.gate import Team  # noqa: E402
 from benchmarks.lockstep import DDP_OPTIONS, INSTEP, THREADS, TORCH, WARM_UP, machine  # noqa: E402
 from benchmarks.versions import ratio  # noqa: E402
 from benchmarks.work import CONTEXT, MODEL, SAMPLES, Options  # noqa: E402
+from instep.rules import parse  # noqa: E402
 from support.hosts import WORK, Hosts  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "machines.json"
@@ -53,14 +59,27 @@ BUCKETS_MB = (1, 5, 25)
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the work. `bucket_mb`: of DDP; 0 for Instep."""
+    """One way to do the work. `bucket_mb`: of DDP; 0 for Instep, with its `rule`. free: its links are not held.
+
+    block: steps of its blocks, 0 for those of all.
+    """
 
     bucket_mb: int = 0
+    rule: str = "synchronous"
+    free: bool = False
+    block: int = 0
+
+    @property
+    def program(self) -> str:
+        """The name of what runs, which those that differ in their links have in common."""
+        if self.bucket_mb:
+            return f"DDP, buckets of {self.bucket_mb} MB"
+        return "Instep" if self.rule == "synchronous" else f"Instep, {self.rule}"
 
     @property
     def name(self) -> str:
         """Of the tables."""
-        return f"DDP, buckets of {self.bucket_mb} MB" if self.bucket_mb else "Instep"
+        return f"{self.program}, free" if self.free else self.program
 
 
 @dataclass(frozen=True)
@@ -78,12 +97,25 @@ class Part:
     contenders: tuple[Contender, ...] = field(default=(Contender(), *(Contender(size) for size in BUCKETS_MB)))
 
 
+def with_diloco(rule: str) -> tuple[Contender, ...]:
+    """Contenders that train under this rule and by DDP; a block has whole rounds."""
+    block = 4 * parse(rule).local_steps
+    return (Contender(rule=rule, block=block), Contender(rule=rule, block=block, free=True), *DDP)
+
+
+DDP = tuple(Contender(size) for size in BUCKETS_MB)
+DILOCO = "diloco:20,wire=int4"
+ROUND = 500
+"""Steps of the round whose bytes are counted."""
+
 PARTS = {
     "2x1": Part(2, 1, 2),
     "2x2": Part(2, 2, 4),
     "2x2, M = 8": Part(2, 2, 8),
     "100 Mbit/s": Part(2, 1, 2, "100mbit", (5, 2)),
+    "DiLoCo, 100 Mbit/s": Part(2, 1, 2, "100mbit", (5, 2), with_diloco(DILOCO)),
 }
+COUNTED = "DiLoCo, H = 500"
 
 TARGETS = {
     "speed, 2x1": (1.03, True),
@@ -92,6 +124,9 @@ TARGETS = {
     "bytes, 2x1": (1.02, False),
     "bytes, 2x2, M = 8": (0.69, False),
     "gradients, 2x2, M = 8": (2.05, False),
+    "speed, DiLoCo, 100 Mbit/s": (13, True),
+    "of free links', DiLoCo, 100 Mbit/s": (0.78, True),
+    "fewer bytes, DiLoCo, H = 500": (3500, True),
 }
 """What each figure should be, and whether at least. Speed and bytes are shares of DDP's; gradients, bytes a step."""
 
@@ -103,7 +138,13 @@ def start(contender: Contender, part: Part, hosts: Hosts, gate: Path, port: int,
     if part.microbatches > workers:
         ddp.pop("static_graph", None)  # which does not go with `no_sync`
     options = Options(
-        address=str(gate), folder=folder, steps=steps, workers=workers, microbatches=part.microbatches, ddp=ddp
+        address=str(gate),
+        folder=folder,
+        steps=steps,
+        workers=workers,
+        microbatches=part.microbatches,
+        ddp=ddp,
+        rule=contender.rule,
     )
     module, each = (TORCH, part.workers) if contender.bucket_mb else (INSTEP, 1)
     programs = []
@@ -120,38 +161,84 @@ def start(contender: Contender, part: Part, hosts: Hosts, gate: Path, port: int,
     return Team(programs, workers, gate, dict(os.environ))
 
 
-def measure(part: Part, rounds: int, block: int) -> dict[str, Any]:
+def measure(part: Part, rounds: int, steps: int) -> dict[str, Any]:
     """Seconds, bytes and processor seconds of a step of each contender, [rounds] each, and what they came to."""
-    with tempfile.TemporaryDirectory(prefix="bench-", dir=Path.home()) as place, ExitStack() as stack:
-        hosts = stack.enter_context(Hosts(part.hosts, Path(place, "outputs")))
+    blocks = {contender: contender.block or steps for contender in part.contenders}
+    wanted = Counter[str]()
+    for contender, block in blocks.items():
+        wanted[contender.program] += rounds * (block + 1)
+    with ExitStack() as stack:
+        hosts, place = on_hosts(part.hosts, stack)
         teams: dict[str, Team] = {}
-        for number, contender in enumerate(part.contenders):
-            gate = Path(place, str(number), "gate")  # where hosts have nothing of their own
-            gate.parent.mkdir()
-            steps = WARM_UP + rounds * (block + 1) + 1
-            teams[contender.name] = start(contender, part, hosts, gate, 29500 + number, steps)
-            stack.callback(teams[contender.name].close)
+        for contender in part.contenders:
+            if contender.program not in teams:
+                steps = WARM_UP + wanted[contender.program] + 1
+                teams[contender.program] = begin(contender, part, hosts, place, steps, len(teams), stack)
         for team in teams.values():
             team.admit()
             team.work(WARM_UP)
-        for host in hosts if part.rate else ():
-            hosts.shape(host.number, part.rate)
-        found: dict[str, Any] = {kind: {name: [] for name in teams} for kind in ("step_s", "sent_bytes", "cpu_s")}
+        names = [contender.name for contender in part.contenders]
+        found: dict[str, Any] = {kind: {name: [] for name in names} for kind in ("step_s", "sent_bytes", "cpu_s")}
         order = random.Random(0)
         for _ in range(rounds):
-            for name in order.sample(list(teams), len(teams)):
+            for contender in order.sample(part.contenders, len(part.contenders)):
+                for host in hosts if part.rate else ():
+                    hosts.heal(host.number) if contender.free else hosts.shape(host.number, part.rate)
+                name, block = contender.name, blocks[contender]
                 sent, cpu_s = _sent_bytes(hosts), _cpu_s(hosts)
-                stamps = teams[name].work(block + 1)
+                stamps = teams[contender.program].work(block + 1)
                 found["sent_bytes"][name].append((_sent_bytes(hosts) - sent) / (block + 1))
                 found["cpu_s"][name].append((_cpu_s(hosts) - cpu_s) / (block + 1))
                 found["step_s"][name].append(statistics.mean((each[-1] - each[1]) / block for each in stamps))
         for team in teams.values():
             team.finish()
-        found["outcomes"] = {
-            contender.name: json.loads((hosts[0].path() / str(number) / "outcome-0.json").read_text())
-            for number, contender in enumerate(part.contenders)
-        }
+        found["outcomes"] = {name: outcome(hosts, number) for number, name in enumerate(teams)}
     return found
+
+
+def on_hosts(count: int, stack: ExitStack) -> tuple[Hosts, Path]:
+    """So many, and a folder where they have nothing of their own."""
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=Path.home())))
+    return stack.enter_context(Hosts(count, place / "outputs")), place
+
+
+def begin(
+    contender: Contender, part: Part, hosts: Hosts, place: Path, steps: int, number: int, stack: ExitStack
+) -> Team:
+    """As `start`, with what is drawn from a number that no other has."""
+    gate = Path(place, str(number), "gate")
+    gate.parent.mkdir()
+    team = start(contender, part, hosts, gate, 29500 + number, steps)
+    stack.callback(team.close)
+    return team
+
+
+def outcome(hosts: Hosts, number: int) -> dict[str, Any]:
+    """What the team of this number has left."""
+    found: dict[str, Any] = json.loads((hosts[0].path() / str(number) / "outcome-0.json").read_text())
+    return found
+
+
+def bytes_of_a_round() -> dict[str, Any]:
+    """Of DiLoCo, and of as many steps in lockstep; in total and for each host."""
+    part, lengths = Part(2, 1, 2), {f"diloco:{ROUND},wire=int4": (ROUND, 2 * ROUND), "synchronous": (10, 60)}
+    found: dict[str, Any] = {}
+    for rule, (few, many) in lengths.items():
+        wires = []
+        for steps in (few, many):
+            with ExitStack() as stack:
+                hosts, place = on_hosts(part.hosts, stack)
+                team = begin(Contender(rule=rule), part, hosts, place, steps, 0, stack)
+                team.admit()
+                for done in range(0, steps - 1, 100):  # nobody waits for longer than for a block
+                    team.work(min(100, steps - 1 - done))
+                team.finish()
+                wires.append(outcome(hosts, 0)["wire_bytes"])
+        scale = ROUND / (many - few)
+        by_host = [round(scale * (b["sent"] - a["sent"])) for a, b in zip(*wires, strict=True)]
+        found[rule] = {"sent": sum(by_host), "by_host": by_host, "whole_runs": wires}
+    narrow, lockstep = (each["sent"] for each in found.values())
+    return {"found": found, "fewer bytes": round(lockstep / narrow, 1)}
 
 
 def _sent_bytes(hosts: Hosts) -> int:
@@ -172,7 +259,7 @@ def figures(part: Part, found: dict[str, Any], parameters: int) -> dict[str, Any
     """Medians over rounds, and Instep's as shares of the fastest DDP's in the same round."""
     seconds, sent = found["step_s"], found["sent_bytes"]
     best = min((c.name for c in part.contenders if c.bucket_mb), key=lambda name: statistics.median(seconds[name]))
-    own = Contender().name
+    own = part.contenders[0].name
     table = {
         name: {
             "ms": round(1000 * statistics.median(seconds[name]), 2),
@@ -188,14 +275,52 @@ def figures(part: Part, found: dict[str, Any], parameters: int) -> dict[str, Any
         "speed": {kind: round(value, 4) for kind, value in speed.items()},
         "rounds": len(seconds[own]),
         "bytes": round(statistics.median(a / b for a, b in zip(sent[own], sent[best], strict=True)), 4),
+        "of free links'": _of_free(part, seconds),
         "objectives": {name: each["objective"] for name, each in found["outcomes"].items()},
     }
+
+
+def _of_free(part: Part, seconds: dict[str, list[float]]) -> dict[str, float] | None:
+    """Speed as a share of that over links that are not held, where that was measured."""
+    free = [contender for contender in part.contenders if contender.free]
+    if not free:
+        return None
+    found = ratio(seconds[free[0].name], seconds[free[0].program])
+    return {kind: round(value, 4) for kind, value in found.items()}
+
+
+def run_part(part: Part, most_rounds: int, most_steps: int, parameters: int) -> dict[str, Any]:
+    """Measures a part, and prints its figures."""
+    rounds, steps = min(most_rounds, part.most[0]), min(most_steps, part.most[1])
+    found = figures(part, measure(part, rounds, steps), parameters)
+    for contender, row in found["found"].items():
+        cpu = f"{row['cpu_ms']:8.1f} ms of processors"
+        print(f"  {contender:<40}{row['ms']:8.1f} ms a step{row['gradients_sent']:8.3f} gradients sent{cpu}")
+    low, middle, high = (found["speed"][kind] for kind in ("low", "median", "high"))
+    print(f"  speed {middle:.3f} ({low:.3f} to {high:.3f}) of {found['best_ddp']}, bytes {found['bytes']:.4f}")
+    if (share := found["of free links'"]) is not None:
+        print(
+            f"  {share['median']:.3f} ({share['low']:.3f} to {share['high']:.3f}) of its own over links held to nothing"
+        )
+    return found
+
+
+def value_of(found: dict[str, Any], kind: str) -> float:
+    """A figure of a part that there is a target for."""
+    match kind:
+        case "gradients":
+            return float(found["found"][Contender().name]["gradients_sent"])
+        case "speed" | "of free links'":
+            return float(found[kind]["median"])
+    return float(found[kind])
 
 
 def main() -> None:
     """Measures, prints and writes the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    names = [*PARTS, COUNTED]
+    parser.add_argument("--parts", nargs="+", choices=names, default=names)
+    parser.add_argument("--rule", default=DILOCO, help="of DiLoCo over held links, such as one with fragments")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20, help="in a block")
     given = parser.parse_args()
@@ -209,29 +334,24 @@ def main() -> None:
         "rounds": given.rounds, "steps": given.steps, "parts": {},
     }  # fmt: skip
     for name in given.parts:
-        part = PARTS[name]
-        most_rounds, most_steps = part.most
-        rounds, steps = min(given.rounds, most_rounds), min(given.steps, most_steps)
-        found = figures(part, measure(part, rounds, steps), parameters)
-        result["parts"][name] = found
         print(name)
-        for contender, row in found["found"].items():
-            cpu = f"{row['cpu_ms']:8.1f} ms of processors"
-            print(f"  {contender:<24}{row['ms']:8.1f} ms a step{row['gradients_sent']:8.2f} gradients sent{cpu}")
-        low, middle, high = (found["speed"][kind] for kind in ("low", "median", "high"))
-        print(f"  speed {middle:.3f} ({low:.3f} to {high:.3f}) of {found['best_ddp']}, bytes {found['bytes']:.3f}")
+        if name == COUNTED:
+            found = bytes_of_a_round()
+            print(f"  {found['fewer bytes']} times fewer than {ROUND} steps in lockstep: {found['found']}")
+        else:
+            part = PARTS[name]
+            part = replace(part, contenders=with_diloco(given.rule)) if "DiLoCo" in name else part
+            found = run_part(part, given.rounds, given.steps, parameters)
+        result["parts"][name] = found
         sys.stdout.flush()
     for name, (bound, at_least) in TARGETS.items():
         kind, _, of = name.partition(", ")
         if of not in result["parts"]:
             continue
-        found = result["parts"][of]
-        value = {"speed": found["speed"]["median"], "bytes": found["bytes"]}.get(
-            kind, found["found"][Contender().name]["gradients_sent"]
-        )
+        value = value_of(result["parts"][of], kind)
         met = value >= bound if at_least else value <= bound
         print(f"{name}: {value:.3f}, {'at least' if at_least else 'at most'} {bound}: {'met' if met else 'MISSED'}")
-    if set(given.parts) == set(PARTS):
+    if set(given.parts) == set(names):
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 

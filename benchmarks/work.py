@@ -26,6 +26,7 @@ class Options:
     in_step: of how many plain loops this is one, which wait for each other after every step; 0 for none.
     slow: how many times as long as it needs the last worker of DDP takes for its computing, by sleeping.
     ddp: arguments for DistributedDataParallel beside the module.
+    rule: Instep's update rule.
     """
 
     address: str
@@ -37,6 +38,7 @@ class Options:
     in_step: int = 0
     slow: float = 1.0
     ddp: dict[str, Any] = field(default_factory=dict)
+    rule: str = "synchronous"
 
     def leave(self, rank: int, **found: Any) -> None:
         """Writes what a process came to, so that the benchmark can check that all did the same work."""
