@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from instep.api import replay, replay_under, simulate, train
     from instep.components import Component
     from instep.data import Data
+    from instep.equivalences.checking import check
     from instep.errors import InstepError
     from instep.monitors import Monitor
     from instep.monitors.console import Console
@@ -48,6 +49,7 @@ _PUBLIC = {
     "UpdateRule": "instep.rules",
     "WandB": "instep.monitors.trackers",
     "Watch": "instep.watch",
+    "check": "instep.equivalences.checking",
     "objective": "instep.objectives",
     "replay": "instep.api",
     "replay_under": "instep.api",
@@ -73,6 +75,7 @@ __all__ = [
     "UpdateRule",
     "WandB",
     "Watch",
+    "check",
     "errors",
     "gradient_checkpointing",
     "models",

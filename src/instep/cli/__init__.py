@@ -1,4 +1,4 @@
-"""The command ``instep``: train, replay, simulate, memory, compare, report, recipes, digest, export, tape.
+"""The command ``instep``: train, replay, simulate, memory, check, compare, report, recipes, digest, export, tape.
 
 Exit status: 0; 1 for an `InstepError`, one sentence on stderr; 2 for a wrong command line; 130 after Ctrl-C; 141 where
 nobody reads on, as in ``instep tape RUN | head``.
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from instep.cli.helping import ABOUT, COMMANDS, table, wrapped
 from instep.errors import LONGEST, InstepError, RecordError, clean, cut, shown
 
-_COMPUTING = ("train", "replay", "simulate", "memory", "compare")
+_COMPUTING = ("train", "replay", "simulate", "memory", "check", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

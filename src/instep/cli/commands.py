@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cyclopts import App
 
+from instep.cli.check import declare as declare_check
 from instep.cli.cluster import cluster_of, refuse_team, steps_for
 from instep.cli.flags import Settings, UsageError, import_paths, parsed, share, whole_number, with_short
 from instep.cli.helping import ABOUT, COMMANDS, Formatter, table
@@ -240,6 +241,8 @@ def app(settings: Settings) -> App:
             Draws the trade into this file, .png, .svg or .pdf. Needs the report extra.
         """
         _memory(recipe, settings, budget, plot)
+
+    declare_check(app, settings)
 
     @app.command(help=COMMANDS["recipes"])
     def recipes() -> None:

@@ -14,6 +14,7 @@ COMMANDS = {
     "replay": "Compute a run again from its recipe and tape.",
     "simulate": "Run a recipe on a virtual cluster.",
     "memory": "Show what recomputing activations saves in memory and costs in time.",
+    "check": "Prove or refute, on a recipe, what Instep promises of any.",
     "compare": "Train a recipe under several update rules, and show what each gains and costs.",
     "report": "Make a page of one run, or of several side by side.",
     "recipes": "List the built-in recipes.",
