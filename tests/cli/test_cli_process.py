@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from support.patience import LONG_S
 from support.processes import INSTEP, Started, wait_until, write_project
 
 pytestmark = pytest.mark.processes
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.processes
 def printed_by(code: str) -> str:
     """What a fresh Python prints on stdout that imports sys and main and runs `code`."""
     code = f"import sys; from instep.cli import main; {code}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG_S, check=True
+    ).stdout
 
 
 def test_help_is_light() -> None:
@@ -44,7 +47,7 @@ def test_a_reader_that_leaves_is_no_error(argv: list[str]) -> None:
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-m", "instep", *argv]
     done = subprocess.run(
-        command, stdout=write, stderr=subprocess.PIPE, env=buffered, text=True, timeout=60, check=False
+        command, stdout=write, stderr=subprocess.PIPE, env=buffered, text=True, timeout=LONG_S, check=False
     )
     os.close(write)
     assert done.stderr == ""
@@ -61,7 +64,7 @@ def test_no_simulation_outlives_its_command(how: signal.Signals, tmp_path: Path)
     started = Started([*INSTEP, *line.split()], project, forked=True)
     try:
         blocks = project / "out" / "tape"
-        wait_until(lambda: blocks.exists() and any(blocks.iterdir()), 60, "a schedule that goes on", started)
+        wait_until(lambda: blocks.exists() and any(blocks.iterdir()), LONG_S, "a schedule that goes on", started)
         started.process.send_signal(how)
         assert started.ends() == (130 if how is signal.SIGTERM else -signal.SIGKILL)
         assert (project / "out").exists() == (how is signal.SIGKILL)  # half of it is of no use to anybody

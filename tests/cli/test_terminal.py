@@ -18,6 +18,7 @@ from instep.errors import InstepError, RecordError, WorkerError, cut, described,
 from instep.record.folder import RunFolder, remove
 from instep.record.held import identity_of
 from support.kinds import quick
+from support.patience import LONG_S
 from support.processes import INSTEP, write_project
 
 pytestmark = [
@@ -31,7 +32,13 @@ SHELL = shlex.join(INSTEP)
 def ran(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-c", script.replace("instep ", f"{SHELL} ")]
     return subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=100, check=False, env={**os.environ, **environment}
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=LONG_S,
+        check=False,
+        env={**os.environ, **environment},
     )
 
 
@@ -195,7 +202,7 @@ instep train my.toml --steps 2 --out /media/run && {then}
 """
     done = subprocess.run(
         ["unshare", "--mount", "bash", "-c", script.replace("instep ", f"{SHELL} ")],
-        capture_output=True, text=True, timeout=100, check=False, env={**os.environ, "TMPDIR": "/nowhere"},
+        capture_output=True, text=True, timeout=LONG_S, check=False, env={**os.environ, "TMPDIR": "/nowhere"},
     )  # fmt: skip
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("folders cannot be mounted here")

@@ -200,15 +200,15 @@ def test_a_slow_worker_does_less_and_nobody_waits_for_it(tmp_path: Path) -> None
             time.sleep(0.01)
         return squares(model, batch)
 
-    def rounds(rule: UpdateRule, name: str) -> tuple[Outcome, list[int]]:
-        recipe = regression(objective=long, rule=rule, steps=8)
+    def rounds(rule: UpdateRule, name: str, steps: int) -> tuple[Outcome, list[int]]:
+        recipe = regression(objective=long, rule=rule, steps=steps)
         run = train_here(recipe, serving(2, slow="1:5x"), tmp_path / name)
         pushes = [event["worker"] for event in run.events if event["kind"] == "pushed"]
         return run, [pushes.count(0), pushes.count(1)]
 
-    free, done = rounds(ASYNC, "asynchronous")
-    assert done[0] >= 3 * done[1]
-    together, done = rounds(p.synchronous(), "synchronous")
+    free, done = rounds(ASYNC, "asynchronous", 16)
+    assert done[0] > 2 * done[1], "five times as many, where both get the processor when they want it"
+    together, done = rounds(p.synchronous(), "synchronous", 8)
     assert done == [8, 8]
     assert together.result["idle_share"][0] > 0.5, "it waits for the slow one"
     assert free.result["idle_share"][0] < together.result["idle_share"][0] - 0.2

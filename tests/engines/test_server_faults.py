@@ -16,7 +16,7 @@ from instep.errors import InstepError, NonFiniteError, ObjectiveError, WorkerErr
 from instep.rules import presets as p
 from instep.team.journal import ClientGone
 from support.harness import Client, train_here
-from support.regression import numbers, regression, squares
+from support.regression import held, numbers, regression, squares
 from support.sentences import one_sentence
 from support.serving import (
     alive,
@@ -33,7 +33,8 @@ ASYNC = p.asynchronous()
 
 
 def test_a_killed_worker_is_replaced_and_the_others_do_not_stop(tmp_path: Path) -> None:
-    recipe = regression(rule=ASYNC, steps=20)
+    again = tmp_path / "its successor is there"  # which is waited for, so that it takes part
+    recipe = regression(rule=ASYNC, steps=20, objective=held(again, 30))
     when: list[float] = []
     named: list[float] = []
     strike = at("released", 3, lambda pids: (when.append(time.monotonic()), kill(1)(pids)), worker=1)  # type: ignore[func-returns-value]
@@ -42,8 +43,10 @@ def test_a_killed_worker_is_replaced_and_the_others_do_not_stop(tmp_path: Path) 
         strike(event)
         if event["kind"] == "left":
             named.append(time.monotonic())
+        if event["kind"] == "joined" and named:
+            again.touch()
 
-    run = train_here(recipe, serving(slow="0:20x"), tmp_path / "run", client=Client(see))
+    run = train_here(recipe, serving(), tmp_path / "run", client=Client(see))
     check_tape(run.events, recipe)
     (left,) = (event for event in run.events if event["kind"] == "left")
     assert one_sentence(left["why"])

@@ -24,6 +24,7 @@ from instep.rules import presets as p
 from instep.team.session import Session
 from support import workloads
 from support.harness import Client, Outcome, train_here
+from support.patience import LONG_S
 from support.processes import INSTEP, Started, wait_until, write_project
 from support.reference import reference_digests
 from support.regression import regression, squares
@@ -114,7 +115,7 @@ def test_contributions_that_wait_when_a_run_is_stopped_are_dropped_with_a_reason
             client.ask_to_stop()
 
     client = Client(see)
-    first = train_here(recipe, serving(3, slow="2:40x"), path, client=client)
+    first = train_here(recipe, serving(3, slow="2:1000x"), path, client=client)
     assert first.result["interrupted"]
     assert first.result["versions"] == 0
     second = train_here(recipe, serving(3), path, resume=True)
@@ -384,7 +385,7 @@ def test_a_run_that_was_ended_from_outside_is_resumed_and_replayed(rule: str, ho
     started = Started([*command, "--workers", "2", "--slow", "1:3x"], project, PAUSE_S="0.05")
     try:
         started.says("step ")
-        wait_until(lambda: any((run / "checkpoints").glob("step-*")), 60, "a checkpoint", started)
+        wait_until(lambda: any((run / "checkpoints").glob("step-*")), LONG_S, "a checkpoint", started)
         if how == "ctrl-c":
             started.press_ctrl_c()
             assert started.ends() == 130

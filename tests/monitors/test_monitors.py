@@ -20,6 +20,7 @@ from instep.monitors.progress import ProgressDisplay
 from instep.rules.presets import parse
 from instep.tables import to_table
 from support.events import DIGEST, Event, a_run, ended, evaluated, merged, started
+from support.patience import LONG_S
 
 
 def plain(events: Any, **options: Any) -> str:
@@ -348,7 +349,7 @@ def test_rich_is_imported_for_terminals_only() -> None:
     import subprocess
 
     code = "import sys, instep.monitors.console as m; m.Console(); print('rich' in sys.modules, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG_S, check=True)
     assert done.stdout == "False False\n"
 
 

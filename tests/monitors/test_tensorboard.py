@@ -19,6 +19,7 @@ from support import workloads
 from support.events import a_run, merged, started
 from support.full_disk import full_disk
 from support.harness import Client, train_here
+from support.patience import LONG_S
 from support.processes import INSTEP, write_project
 from support.serving import at, kill
 
@@ -114,7 +115,9 @@ def test_without_the_package_it_is_a_sentence(monkeypatch: pytest.MonkeyPatch, t
 def train_command(folder: Path, *flags: str, path: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH", "")]))}
     command = [*INSTEP, "train", *flags]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LONG_S, check=False
+    )
 
 
 @pytest.mark.processes

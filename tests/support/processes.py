@@ -116,7 +116,7 @@ class Started:
     def err(self) -> str:
         return (self._files / "err").read_text()
 
-    def says(self, text: str, within_s: float = 60) -> float:
+    def says(self, text: str, within_s: float = LONG_S) -> float:
         """Waits until `text` is printed on stdout; gives the seconds."""
         return wait_until(lambda: text in self.out, within_s, f"{text!r} in {self.out!r}, stderr {self.err!r}", self)
 
@@ -152,7 +152,7 @@ class Started:
         self.leaves_nothing()
         return self.process.returncode
 
-    def leaves_nothing(self, within_s: float = 60) -> None:
+    def leaves_nothing(self, within_s: float = LONG_S) -> None:
         wait_until(lambda: not self.pids(), within_s, "the end of all processes of the run")
         no_shared_memory_since(self._shared_memory, within_s)
 

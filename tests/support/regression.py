@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,3 +35,16 @@ def numbers(count: int = 40, seed: int = 0) -> TensorDataset:
 
 def squares(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return (model(batch[0]) - batch[1]).square().sum()
+
+
+def held(file: Path, after: int) -> Callable[..., Tensor]:
+    """`squares` that waits, after so many microbatches of a process, until there is this file."""
+    done = [0]
+
+    def waiting(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        done[0] += 1
+        while done[0] > after and not file.exists():
+            time.sleep(0.002)
+        return squares(model, batch)
+
+    return waiting

@@ -25,6 +25,7 @@ from instep.team import crew
 from instep.team.processes import MemberProcesses
 from support.harness import Client, train_here
 from support.kinds import quick
+from support.patience import LONG_S
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
 from support.regression import squares
 from support.serving import alive
@@ -207,7 +208,7 @@ def begun(line: str, project: Path, helpers: int, forked: bool) -> tuple[Started
     environment = {"PYTHONPATH": paths, "HELPERS": str(project / "pids"), "PAUSE_S": "0.1"}
     started = Started([*INSTEP, *line.split()], project, forked=forked, **environment)
     pids = (project / "pids").read_text
-    wait_until(lambda: pids().count("\n") >= helpers, 60, "helpers", started)
+    wait_until(lambda: pids().count("\n") >= helpers, LONG_S, "helpers", started)
     return started, [int(pid) for pid in pids().split()]
 
 
@@ -221,7 +222,7 @@ def test_nothing_is_left_of_a_run_whose_head_is_killed(who: str, project: Path) 
     started, helpers = begun(line, project, 2 * len(HELPERS), forked=who == "client")
     try:
         tape = project / "run" / "tape.jsonl"
-        wait_until(lambda: tape.exists() and "checkpointed" in tape.read_text(), 60, "a checkpoint", started)
+        wait_until(lambda: tape.exists() and "checkpointed" in tape.read_text(), LONG_S, "a checkpoint", started)
         if who == "client":
             started.process.kill()
         else:
@@ -232,7 +233,7 @@ def test_nothing_is_left_of_a_run_whose_head_is_killed(who: str, project: Path) 
         if who == "supervisor":
             assert "was killed by SIGKILL" in complaint(started)
             assert "and its workers with it; go on with --resume run." in complaint(started)
-        wait_until(lambda: gone(helpers), 60, "the end of the helpers")
+        wait_until(lambda: gone(helpers), LONG_S, "the end of the helpers")
         with RunFolder(project / "run").locked():
             pass
     finally:
@@ -248,6 +249,6 @@ def test_nothing_is_left_of_a_simulation(ending: str, project: Path) -> None:
         if ending == "client killed":
             started.process.kill()
         started.ends()
-        wait_until(lambda: gone(helpers), 60, "the end of the helpers")
+        wait_until(lambda: gone(helpers), LONG_S, "the end of the helpers")
     finally:
         started.end()

@@ -73,7 +73,7 @@ def asynchronous(**changes: Any) -> Recipe:
 
 
 def team(**changes: Any) -> Team:
-    return Team(**{"workers": 3, "checkpoint_every": 2, "keep": 0, "lease_s": 30.0, "give_up_s": 2.0, **changes})
+    return Team(**{"workers": 3, "checkpoint_every": 2, "keep": 0, "lease_s": 30.0, **changes})
 
 
 def pushes(run: Outcome, worker: int) -> list[int]:
@@ -82,10 +82,19 @@ def pushes(run: Outcome, worker: int) -> list[int]:
 
 
 def test_a_killed_worker_of_another_host_is_replaced_and_nobody_else_stops(tmp_path: Path) -> None:
-    client = Client(act_on("merged", lambda pid: os.kill(pid, signal.SIGKILL), version=5))
-    run, told = train_on((1, 1), asynchronous(), team(slow="0:3x,2:3x"), tmp_path / "run", client=client)
+    strike = act_on("merged", lambda pid: os.kill(pid, signal.SIGKILL), version=5)
+    seen: list[str] = []
+
+    def see(event: dict[str, Any]) -> None:
+        strike(event)
+        seen.extend(["left"] if event["kind"] == "left" else [])
+        if event["kind"] == "pushed" and event["worker"] == 1 and seen:
+            client.ask_to_stop()
+
+    client, recipe = Client(see), asynchronous(steps=5000)
+    run, told = train_on((1, 1), recipe, team(checkpoint_every=100), tmp_path / "run", client=client)
     assert told[0].error == ""
-    check_replay(run, asynchronous())
+    check_replay(run, recipe, finished=False)
     (left,) = (event for event in run.events if event["kind"] == "left")
     assert "worker 1 on host 1" in left["why"]
     assert max(pushes(run, 1)) > run.events.index(left), "its successor takes part"

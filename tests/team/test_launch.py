@@ -28,6 +28,7 @@ from instep.recipe_files import read
 from instep.record import checkpoint, tape
 from support.harness import Outcome, train_here
 from support.kinds import quick
+from support.patience import LONG_S
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
 from support.reference import reference_digests
 
@@ -348,7 +349,7 @@ def test_ctrl_c_ends_a_run_that_can_go_on(training: Training, expected: dict[int
 def test_a_second_ctrl_c_does_not_wait_for_the_step(training: Training) -> None:
     started, run = training("stuck", "--steps", 40, pause_s="100")
     started.says("run folder")
-    wait_until(lambda: started.workers() == 2, 60, "two workers", started)
+    wait_until(lambda: started.workers() == 2, LONG_S, "two workers", started)
     started.press_ctrl_c()
     time.sleep(0.5)
     assert started.process.poll() is None, "the first one waits for the step"
@@ -364,7 +365,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step(training: Training) -> None:
 def test_a_killed_client_takes_the_run_with_it(training: Training) -> None:
     started, run = training("client", "--steps", 1000)
     place = run / "tape.jsonl"
-    wait_until(lambda: place.exists() and b'"merged"' in place.read_bytes(), 60, "an update on the tape", started)
+    wait_until(lambda: place.exists() and b'"merged"' in place.read_bytes(), LONG_S, "an update on the tape", started)
     assert started.workers() == 2
     started.process.kill()
     assert started.ends() == -signal.SIGKILL
@@ -374,7 +375,7 @@ def test_a_killed_client_takes_the_run_with_it(training: Training) -> None:
 @pytest.mark.slow  # as the client
 def test_a_killed_supervisor_takes_its_workers_with_it(training: Training) -> None:
     started, run = training("supervisor", "--steps", 1000, pause_s="0.05")
-    wait_until(lambda: any((run / "checkpoints").glob("step-*")), 60, "a checkpoint", started)
+    wait_until(lambda: any((run / "checkpoints").glob("step-*")), LONG_S, "a checkpoint", started)
     supervisor = started.supervisor()
     began = time.monotonic()
     os.kill(supervisor, signal.SIGKILL)
@@ -399,7 +400,7 @@ def test_a_supervisor_killed_before_any_training_leaves_nothing_to_resume(start:
     (project / "mymodel.py").write_text((project / "mymodel.py").read_text() + slow)
     run = tmp_path / "run"
     started = start(*INSTEP, "train", project / "my.toml", "--recipe.model", "mymodel:Slow", "--out", run)
-    wait_until(lambda: started.workers() == 2, 60, "workers that build", started)
+    wait_until(lambda: started.workers() == 2, LONG_S, "workers that build", started)
     os.kill(started.supervisor(), signal.SIGKILL)
     assert started.ends() == 1
     assert "nothing was trained, and no folder is left of it: start the run again." in complaint(started)
@@ -436,7 +437,7 @@ def test_a_killed_and_a_stopped_worker_are_named_and_change_nothing(
 
 def interrupted_while_starting(project: Path, start: Start, name: str, times: int, after_s: float) -> None:
     started = start(*INSTEP, "train", project / "my.toml", "--out", project / name, "--steps", 1000, PAUSE_S="0.01")
-    wait_until(lambda: bool(started.pids()), 60, "the supervisor", started)
+    wait_until(lambda: bool(started.pids()), LONG_S, "the supervisor", started)
     time.sleep(after_s)
     for press in range(times):
         if press and started.process.poll() is not None:  # once was enough

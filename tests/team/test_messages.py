@@ -22,6 +22,7 @@ from instep.team.pickling import dump
 from instep.transport.memory import Region
 from instep.worker.contribution import Facts
 from instep.worker.milestones import Progress
+from support.patience import LONG_S
 
 RECIPE = dump(["a recipe"])
 REGIONS = {"weights": Region((2, 64), "uint8")}
@@ -99,4 +100,4 @@ def test_an_error_comes_out_as_it_went_in() -> None:
 @pytest.mark.processes
 def test_messages_need_no_torch() -> None:
     code = "import sys, instep.team.messages; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=LONG_S)

@@ -14,6 +14,7 @@ import pytest
 from instep.errors import killed_by
 from instep.team.signals import Stop, deaf, interrupting
 from support.kinds import quick
+from support.patience import LONG_S
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
 
 pytestmark = [
@@ -119,7 +120,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], t
         started.append(run)
         kind = '"run_started"' if RUNS.get(name, ("", 0.0))[1] > 1 else '"merged"'
         tape = folder / "tape.jsonl"
-        wait_until(lambda: tape.exists() and kind in tape.read_text(), 60, kind, run)
+        wait_until(lambda: tape.exists() and kind in tape.read_text(), LONG_S, kind, run)
         return run, folder
 
     yield training
@@ -155,7 +156,7 @@ def test_a_signal_to_the_supervisor_ends_a_run_saved(number: signal.Signals, run
 def test_a_warning_ends_a_program_s_run_saved(runs: Runs) -> None:
     run, folder = runs("usr2 to a program")
     run.process.send_signal(signal.SIGUSR2)
-    run.process.wait(60)
+    run.process.wait(LONG_S)
     assert "KeyboardInterrupt" in run.err
     assert json.loads((folder / "result.json").read_text())["interrupted"]
     run.leaves_nothing()

@@ -28,6 +28,7 @@ from instep.record import tape
 from instep.record.folder import About, RunFolder
 from instep.record.resuming import saved
 from support.harness import Client, train_here
+from support.patience import LONG_S
 from support.processes import INSTEP, Started, complaint, wait_until, write_project
 from support.serving import unlocked
 
@@ -91,7 +92,7 @@ def left_by(path: Path, fatal: int) -> int:
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    wait_until(lambda: not path.exists() or unlocked(path), 60, "the end of its workers, which hold the folder too")
+    wait_until(lambda: not path.exists() or unlocked(path), LONG_S, "the end of its workers, which hold the folder too")
     return int(counted.value)
 
 

@@ -8,12 +8,13 @@ import sys
 import pytest
 
 import instep
+from support.patience import LONG_S
 
 
 def loaded_after(code: str) -> set[str]:
     """The modules that a fresh Python has loaded after `code`."""
     code = f"import sys\n{code}\nprint(*sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LONG_S, check=True)
     return set(done.stderr.split())
 
 

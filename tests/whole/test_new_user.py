@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from instep.recipe import parse as parse_recipe
 from instep.recipe_files import path_of, read
 from instep.rules.presets import parse
 from support.harness import train_here
-from support.regression import regression
+from support.regression import regression, squares
 
 BASE: dict[str, Any] = {"model": "m:M", "objective": "m:f", "data": "m:d", "batch": 8, "steps": 1}
 
@@ -198,8 +199,16 @@ def test_ctrl_c_in_python_names_the_folder_to_go_on_with(tmp_path: Path) -> None
         if event["kind"] == "merged" and seen.count("merged") == 1:
             raise KeyboardInterrupt
 
-    recipe = regression(steps=1000)
+    def slowly(model: nn.Module, batch: Any) -> Tensor:
+        if slow.exists():  # else it might end before the interrupt reaches it
+            time.sleep(0.02)
+        return squares(model, batch)
+
+    slow = tmp_path / "slow"
+    slow.touch()
+    recipe = regression(steps=1000, objective=slowly)
     with pytest.raises(KeyboardInterrupt) as caught:
         instep.train(recipe, out=tmp_path / "run", monitors=[interrupt])
     assert f"go on with instep.train(recipe, resume='{tmp_path / 'run'}')" in str(caught.value)
+    slow.unlink()
     assert instep.train(recipe, team=instep.Team(), resume=tmp_path / "run", monitors=[]).result["steps"] == 1000

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from support.patience import LONG_S
 from support.processes import wait_until
 
 PROJECT = Path(__file__).parents[2]
@@ -51,7 +52,7 @@ def digest_in(folder: Path, run: str) -> str:
 def test_its_commands_give_one_digest(folder: Path) -> None:
     def done(command: str, status: int = 0) -> str:
         process = start(command, folder)
-        told, _ = process.communicate(timeout=120)
+        told, _ = process.communicate(timeout=LONG_S)
         assert process.returncode == status, told
         return told
 
@@ -63,16 +64,16 @@ def test_its_commands_give_one_digest(folder: Path) -> None:
     digest = digest_in(folder, "spirals")
 
     training = start("instep train spirals.toml --workers 3 --out runs/killed", folder)
-    wait_until(lambda: steps_of("killed") > 20, 60, "the run killed trains")
+    wait_until(lambda: steps_of("killed") > 20, LONG_S, "the run killed trains")
     done("kill -9 $(grep -o '\"worker\": 1, \"pid\": [0-9]*' runs/killed/tape.jsonl | grep -o '[0-9]*$')")
-    told, _ = training.communicate(timeout=120)
+    told, _ = training.communicate(timeout=LONG_S)
     assert "SIGKILL" in told
     assert digest_in(folder, "killed") == digest
 
     stopped = start("instep train spirals.toml --out runs/stopped", folder)
-    wait_until(lambda: steps_of("stopped") > 20, 60, "the run stopped trains")
+    wait_until(lambda: steps_of("stopped") > 20, LONG_S, "the run stopped trains")
     os.killpg(stopped.pid, signal.SIGINT)
-    assert "instep train --resume runs/stopped" in stopped.communicate(timeout=60)[0]
+    assert "instep train --resume runs/stopped" in stopped.communicate(timeout=LONG_S)[0]
     done("instep train --resume runs/stopped --workers 4")
     assert digest_in(folder, "stopped") == digest
     assert digest in done("instep digest runs/stopped")
