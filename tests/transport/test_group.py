@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from instep.reduce.levels import Shares, levels_of
 from instep.transport import distributed, shared_memory
-from instep.transport.group import Group, PeerLost, PeerRaised, Piece
+from instep.transport.group import Group, PeerLost, PeerRaised, Pending, Piece
 from support.groups import ALL, APART, DISTRIBUTED, ON_GPUS, SHARED, SOLO, Kind, Ranks, run, sizes_of
 
 pytestmark = pytest.mark.processes
@@ -111,7 +112,9 @@ def add(rows: Sequence[Tensor]) -> list[Tensor]:
 
 @every_kind
 def test_cuts_of_any_sizes_come_level_by_level_and_go_back_to_all(kind: Kind) -> None:
-    """Several pieces on their way at once, waited for in another order at each rank; ranks have 1 to 3 rows."""
+    """Several pieces on their way at once, waited for in another order at each rank, and expected in half of the turns;
+    ranks have 1 to 3 rows.
+    """
     width, counts = 64, [1 + rank % 3 for rank in range(kind.size)]
     sizes = sizes_of(kind, counts, width)
 
@@ -122,6 +125,8 @@ def test_cuts_of_any_sizes_come_level_by_level_and_go_back_to_all(kind: Kind) ->
                 values.copy_(row_of(rank, row, turn, width))
             rows = [row_of(r, i, turn, width) for r in range(kind.size) for i in range(counts[r])]
             pieces, shared = pieces_of(turn, width, kind), turn % 2 == 0
+            if turn % 4 < 2:
+                group.expect(pieces, shared=shared)
             pending = [group.exchange(piece) for piece in pieces]
             sums: dict[int, list[Tensor]] = {}
             for place in random.Random(turn + rank).sample(range(len(pieces)), len(pieces)):
@@ -148,6 +153,24 @@ def test_cuts_of_any_sizes_come_level_by_level_and_go_back_to_all(kind: Kind) ->
             group.gather(torch.empty(0))
 
     run(kind, sizes, body)
+
+
+def test_what_is_expected_comes_though_the_receiver_does_something_else() -> None:
+    """Without the word before, the others' bytes would wait until it comes to the exchange."""
+    kind = DISTRIBUTED[1]
+    sizes = sizes_of(kind, width=16 * kind.size)
+
+    def body(make: Make, rank: int) -> list[float]:
+        group: Any = make(sizes)
+        group.rows[0].fill_(rank)
+        group.expect([even(kind)], shared=False)
+        if rank == 0:
+            came = group._awaited[distributed.ROWS][0].came
+            assert [post.ended(60) for post in came] == [True] * 2
+        pending = group.exchange(even(kind))
+        return [float(row[0]) for row in pending.wait()]
+
+    assert run(kind, sizes, body) == [[0.0, 1.0, 2.0]] * 3
 
 
 @every_kind
@@ -208,8 +231,9 @@ def test_an_interrupt_reaches_all_wherever_they_are_and_they_can_do_things_toget
 
 WAYS: dict[str, Callable[[Group, Kind], Any]] = {
     "gather": lambda group, kind: group.gather(torch.ones(3)),
-    "exchange": lambda group, kind: group.exchange(pieces_of(1, 64, kind)[0], sums_for(group, kind)).wait(),
-    "assemble": lambda group, kind: group.assemble(torch.ones(16), even(kind), shared=False).wait(),
+    "exchange": lambda group, kind: then_gather(group, group.exchange(even(kind), sums_for(group, kind))),
+    "assemble": lambda group, kind: then_gather(group, group.assemble(torch.ones(16), even(kind), shared=False)),
+    "expected": lambda group, kind: expected(group, kind),
     "share": lambda group, kind: group.share(b"x" * 100_000, 0),
 }
 
@@ -217,6 +241,18 @@ WAYS: dict[str, Callable[[Group, Kind], Any]] = {
 def again_and_again(call: Callable[[], Any]) -> None:
     while True:
         call()
+
+
+def then_gather(group: Group, pending: Pending) -> None:
+    """Who has nothing to do with the one that died is told there."""
+    pending.wait()
+    group.gather(torch.empty(0))
+
+
+def expected(group: Group, kind: Kind) -> None:
+    group.expect([even(kind)], shared=False)
+    then_gather(group, group.exchange(even(kind), sums_for(group, kind)))
+    then_gather(group, group.assemble(torch.ones(16), even(kind), shared=False))
 
 
 def even(kind: Kind) -> Piece:
@@ -228,7 +264,7 @@ def sums_for(group: Group, kind: Kind) -> list[Tensor] | None:
     """For the level that goes over the wire."""
     if len(group.levels) == 1:
         return None
-    region = Shares(group.levels).region(pieces_of(1, 64, kind)[0], group.rank)
+    region = Shares(group.levels).region(even(kind), group.rank)
     return [torch.ones(region.stop - region.start)]
 
 
@@ -292,8 +328,11 @@ def test_a_closed_group_leaves_no_thread_and_no_descriptor(kind: Kind) -> None:
             group = make(sizes_of(kind), f"turn {turn}")
             for _ in range(5):
                 group.gather(torch.ones(300))
-            if turn == 1 and rank == 0:
-                group.exchange(pieces_of(0, 64, kind)[0])
+            with suppress(PeerLost):  # the others may have closed theirs
+                if turn == 1 and rank == 0:
+                    group.exchange(pieces_of(0, 64, kind)[0])
+                if turn == 3:
+                    group.expect(pieces_of(0, 64, kind), shared=False)
             if turn == 2:
                 group.interrupt()
             group.close()

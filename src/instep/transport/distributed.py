@@ -1,14 +1,16 @@
 """A group whose ranks are processes of several machines: what one machine's come to is moved to the others.
 
-Every call is made of all-to-alls, `gather` and barriers too: of one that dies, all who wait are told.
+Barriers, `gather` too, are all-to-alls: of one that dies all are told there who were not told before. Rows travel as
+messages, on a CPU awaited as soon as it is known that they will come.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +18,16 @@ from torch import Tensor
 
 from instep.reduce.levels import Shares
 from instep.transport.group import Group, PeerLost, PeerRaised, Pending, Piece, Sizes, Solo, Waiting, as_bytes
-from instep.transport.wire import Connect, Exchange, Wire
+from instep.transport.posts import Post
+from instep.transport.wire import Connect, Exchange, Messages, Wire
 
 Made = TypeVar("Made")
 
 ROOM = 1 << 24
 """Bytes of a part of what is shared."""
+
+ROWS, SUMS = 0, 1
+"""Kinds of messages: what is to be added, and what it comes to."""
 
 STORE_S = 0.5
 """Seconds to wait for an answer of the store. One whose process was stopped never gives any, whatever its time-out."""
@@ -62,6 +68,8 @@ class DistributedGroup:
         self._helped_elsewhere = sorted(set(self._shares.helped(rank)) - set(self._here))
         """The ranks of other machines whose cuts this one adds here."""
         self._rooms: dict[tuple[str, int], Tensor] = {}
+        self._awaited: tuple[deque[_Awaited], deque[_Awaited]] = deque(), deque()
+        """What was said to come, of each kind."""
         self._interrupted, self._silent_s = 0, silent_s
         self._store: Any = connect()
         self._wire: Wire | None = self._join()
@@ -75,39 +83,40 @@ class DistributedGroup:
     def meet(self) -> None:
         self._in_memory(self._machine.meet)
 
+    def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
+        if self._device.type != "cpu":  # there all is by all-to-alls
+            return
+        self._awaited[ROWS].extend([self._take(ROWS, *self._coming(piece)) for piece in pieces])
+        # A sum is sent once what is added to it has been taken, so what it is written over has gone by then.
+        home = self._home(shared)
+        self._awaited[SUMS].extend([self._take(SUMS, *self._parts(piece, home)) for piece in pieces])
+
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
         if sums is None and len(self.levels) > 1:
             return _Here(self, self._machine.exchange([self._shares.region(piece, rank) for rank in self._here]))
-        rows, first, counts = self.rows, 0, self._sizes.rows
+        rows, first = self.rows, 0
         if sums is not None:
-            rows, first, counts = list(sums), self._shares.region(piece, self.rank).start, self._sizes.sums
+            rows, first = list(sums), self._shares.region(piece, self.rank).start
         cuts = [slice(part.start - first, part.stop - first) for part in piece]
-        length = cuts[self.rank].stop - cuts[self.rank].start
-        lengths, expected = [0] * self.size, [0] * self.size
+        lengths = [0] * self.size
         for rank in self._helped_elsewhere:
             lengths[rank] = len(rows) * (cuts[rank].stop - cuts[rank].start)
-        others = [count for machine, count in enumerate(counts) if machine != self._at]
-        for helper, count in zip(self._helpers_elsewhere, others, strict=True):
-            expected[helper] = count * length
         send = self._in_one([row[cuts[rank]] for rank in self._helped_elsewhere for row in rows], "sent", piece)
-        into = self._room("came", piece, sum(expected), send)
-        own, before = [row[cuts[self.rank]] for row in rows], sum(counts[: self._at])
-        return _Rows(self, self._begin(send, lengths, expected, into), own, before, sum(others), length)
+        own, before = [row[cuts[self.rank]] for row in rows], sum(self._counts[: self._at])
+        exchange = self._swap(ROWS, send, lengths, *self._coming(piece))
+        return _Rows(self, exchange, own, before, sum(self._counts_elsewhere), len(own[0]))
 
     def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Pending:
         whole = self._put(own, piece[self.rank], shared)
         here = whole[piece[self.rank]]
-        lengths, expected = [0] * self.size, [0] * self.size
+        lengths = [0] * self.size
         for rank in self._helpers_elsewhere:
             lengths[rank] = len(here)
-        helped = self._helped_elsewhere
-        for rank in helped:
-            expected[rank] = piece[rank].stop - piece[rank].start
+        into, expected = self._parts(piece, whole)
         send = self._in_one([here] * len(self._helpers_elsewhere), "put", piece)
-        into = whole[piece[helped[0]]] if len(helped) == 1 else self._room("parts", piece, sum(expected), send)
-        came = into.split([expected[rank] for rank in helped])
-        parts = list(zip((piece[rank] for rank in helped), came, strict=True))
-        return _Whole(self, self._begin(send, lengths, expected, into), whole, parts, shared)
+        came = into.split([expected[rank] for rank in self._helped_elsewhere])
+        parts = list(zip((piece[rank] for rank in self._helped_elsewhere), came, strict=True))
+        return _Whole(self, self._swap(SUMS, send, lengths, into, expected), whole, parts, shared)
 
     def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
         sizes = self.gather(torch.tensor([len(blob)])).flatten().tolist()
@@ -142,20 +151,62 @@ class DistributedGroup:
         name = f"{self._name}/{self._interrupted}"
         return Wire(self._connect, name, self.rank, self.size, self._device, self._address, self._silent_s)
 
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        """How many rows each machine sends, or each rank that has none beside it."""
+        return self._sizes.sums if len(self.levels) > 1 else self._sizes.rows
+
+    @property
+    def _counts_elsewhere(self) -> list[int]:
+        return [count for machine, count in enumerate(self._counts) if machine != self._at]
+
+    def _coming(self, piece: Piece) -> tuple[Tensor, list[int]]:
+        """Where the rows of others are to lie in an exchange, and how many elements each sends."""
+        length, expected = piece[self.rank].stop - piece[self.rank].start, [0] * self.size
+        for helper, count in zip(self._helpers_elsewhere, self._counts_elsewhere, strict=True):
+            expected[helper] = count * length
+        return self._room("came", piece, sum(expected)), expected
+
+    def _parts(self, piece: Piece, whole: Tensor) -> tuple[Tensor, list[int]]:
+        """Where the sums of others are to lie, and how many elements each sends."""
+        helped, expected = self._helped_elsewhere, [0] * self.size
+        for rank in helped:
+            expected[rank] = piece[rank].stop - piece[rank].start
+        return whole[piece[helped[0]]] if len(helped) == 1 else self._room("parts", piece, sum(expected)), expected
+
+    def _take(self, kind: int, into: Tensor, expected: list[int]) -> _Awaited:
+        return _Awaited(into, self._on_wire(lambda wire: wire.take(kind, into, expected)))
+
+    def _swap(
+        self, kind: int, send: Tensor, lengths: list[int], into: Tensor, expected: list[int]
+    ) -> Exchange | Messages:
+        """Begins to send each rank its run of `send`, of so many elements, and to take what all send here."""
+        if self._device.type != "cpu":
+            return self._begin(send, lengths, expected, into)
+        awaited = self._awaited[kind].popleft() if self._awaited[kind] else self._take(kind, into, expected)
+        assert not len(into) or awaited.into.data_ptr() == into.data_ptr(), "pieces come in another order than expected"
+        return self._on_wire(lambda wire: Messages(wire, awaited.came, wire.give(kind, send, lengths), into))
+
     def _begin(
         self, send: Tensor, lengths: Sequence[int], expected: Sequence[int], into: Tensor | None = None
     ) -> Exchange:
+        return self._on_wire(lambda wire: wire.all_to_all(send, lengths, expected, into))
+
+    def _on_wire(self, begin: Callable[[Wire], Made]) -> Made:
         try:
             if self._wire is None:  # since an interrupt
                 self._wire = self._join()
-            return self._wire.all_to_all(send, lengths, expected, into)
+            return begin(self._wire)
         except PeerLost as lost:
             raise self._told(lost) from lost
 
-    def _wait(self, exchange: Exchange) -> Tensor:
+    def _wait(self, exchange: Exchange | Messages) -> Tensor:
+        return self._waited(exchange.wait)
+
+    def _waited(self, wait: Callable[[], Made]) -> Made:
         self._waiting(True)
         try:
-            return exchange.wait()
+            return wait()
         except PeerLost as lost:
             raise self._told(lost) from lost
         finally:
@@ -196,25 +247,38 @@ class DistributedGroup:
         (whole,) = self._machine.assemble(part, [into] * len(self._here), shared=shared).wait()
         return whole
 
+    def _home(self, shared: bool) -> Tensor:
+        """Where sums are put together."""
+        return self._put(self.rows[0][:0], slice(0, 0), shared)
+
     def _in_one(self, parts: Sequence[Tensor], use: str, piece: Piece) -> Tensor:
         """These one after the other; a copy only where there are several."""
         if len(parts) == 1:
             return parts[0]
-        like = self.rows[0]
-        return torch.cat(list(parts), out=self._room(use, piece, sum(map(len, parts)), like)) if parts else like[:0]
+        if not parts:
+            return self.rows[0][:0]
+        return torch.cat(list(parts), out=self._room(use, piece, sum(map(len, parts))))
 
-    def _room(self, use: str, piece: Piece, length: int, like: Tensor) -> Tensor:
+    def _room(self, use: str, piece: Piece, length: int) -> Tensor:
         """Memory for what is on its way in a piece. It is kept: the pages of new one take longer than the copying."""
         key = use, min(cut.start for cut in piece)
         room = self._rooms.get(key)
         if room is None or len(room) < length:
-            self._rooms[key] = room = like.new_empty(length)
+            self._rooms[key] = room = self.rows[0].new_empty(length)
         return room[:length]
 
     def _leave(self) -> None:
         wire, self._wire = self._wire, None
+        self._awaited = deque(), deque()
         if wire is not None:
             wire.leave()
+
+
+class _Awaited(NamedTuple):
+    """Messages that lie in `into` once they have come."""
+
+    into: Tensor
+    came: list[Post]
 
 
 class _Here:
@@ -234,7 +298,13 @@ class _Rows:
     """A Pending of an all-to-all. The machine's `own` rows come after those of so many others' that lie `before`."""
 
     def __init__(
-        self, group: DistributedGroup, exchange: Exchange, own: list[Tensor], before: int, others: int, length: int
+        self,
+        group: DistributedGroup,
+        exchange: Exchange | Messages,
+        own: list[Tensor],
+        before: int,
+        others: int,
+        length: int,
     ):
         self._group, self._exchange, self._own = group, exchange, own
         self.home, self._shape = before, (others, length)
@@ -255,7 +325,7 @@ class _Whole:
     def __init__(
         self,
         group: DistributedGroup,
-        exchange: Exchange,
+        exchange: Exchange | Messages,
         whole: Tensor,
         parts: list[tuple[slice, Tensor]],
         shared: bool,
@@ -270,6 +340,8 @@ class _Whole:
         self._group._wait(self._exchange)
         for place, part in self._parts:
             self._group._put(part, place, self._shared)
+        if isinstance(self._exchange, Messages):
+            self._group._waited(self._exchange.wait_sent)
         return [self._whole]
 
 

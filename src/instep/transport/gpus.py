@@ -39,6 +39,9 @@ class Staged:
         self._host.meet()
         self._copy_back()
 
+    def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
+        self._host.expect(pieces, shared=False)  # see assemble
+
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
         if sums is not None:
             return _Copied(self._host.exchange(piece, [_copy(each, "cpu") for each in sums]), self._device)

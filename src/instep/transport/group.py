@@ -96,6 +96,11 @@ class Group(Protocol):
     def meet(self) -> None:
         """A barrier of this machine's ranks alone. What they wrote in `rows` and `common` before is seen."""
 
+    def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
+        """Says which pieces are exchanged and assembled next, in this order: what others send of them is taken from now
+        on. Without it all is right too, but slower over a slow link. shared: see `assemble`.
+        """
+
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
         """Begins to exchange a piece of the rows; or, at the second level, what the first has come to there: `sums`.
 
@@ -136,6 +141,9 @@ class Solo:
         return fact.clone()[None]
 
     def meet(self) -> None:
+        pass
+
+    def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
         pass
 
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:

@@ -71,6 +71,9 @@ class SharedMemoryGroup:
     def meet(self) -> None:
         self.gather(torch.empty(0))
 
+    def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
+        pass
+
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
         self._pieces += 1
         mark(self._begun, self.rank, self._pieces)

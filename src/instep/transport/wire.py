@@ -1,9 +1,9 @@
-"""All-to-alls between processes of any machines, through gloo or NCCL, that end when a process does.
+"""All-to-alls and messages between processes of any machines, through gloo or NCCL, that end when a process does.
 
 Gloo's own ways to leave are of no use where an operation is on its way (torch 2.13): `abort` does nothing, and giving
 the group up blocks until its time-out. What helps is to shut its connections. Then the operation raises at once, here
-and at all who wait for this process. So every operation is an all-to-all, of which all wait for all, and whoever is
-told of a loss tells the others by leaving.
+and at all who wait for this process. So whatever all must know is an all-to-all, of which all wait for all, and whoever
+is told of a loss tells the others by leaving.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch._C import _distributed_c10d as c10d
 
 from instep.transport.group import PeerLost
 from instep.transport.meter import METER
+from instep.transport.posts import Post, Posts
 from instep.transport.silence import LONGEST_LOOK_S, Unanswered
 from instep.transport.sockets import Socket, connection, open_sockets
 
@@ -75,6 +76,7 @@ class Wire:
         self.device, self._rank, self._size = device, rank, size
         self._silent_s, self._unanswered, self._looked = silent_s, Unanswered(), time.monotonic()
         self._pending: list[c10d.Work] = []
+        self._posts = Posts()
         self._group: Any = None  # a backend of torch's, whose types its stubs don't tell
         before = open_sockets()
         made: list[Any] = []
@@ -119,6 +121,36 @@ class Wire:
         self._pending.append(work)
         return Exchange(self, work, send, found)
 
+    def take(self, kind: int, into: Tensor, expected: Sequence[int]) -> list[Post]:
+        """Awaits from each process a message of so many elements, unless that is 0; they are to lie one after the other
+        in `into`. Between two processes the messages of a `kind` come in the order in which they are awaited and sent.
+
+        On the CPU alone.
+        """
+        return self._post(kind, into, expected, lambda group: group.recv)
+
+    def give(self, kind: int, send: Tensor, lengths: Sequence[int]) -> list[Post]:
+        """Sends each process its run of `send`, as a message, see `take`; it stays as it is until they have ended."""
+        return self._post(kind, send, lengths, lambda group: group.send)
+
+    def _post(self, kind: int, whole: Tensor, lengths: Sequence[int], way: Callable[[Any], Any]) -> list[Post]:
+        if self._group is None:
+            raise PeerLost(f"rank {self._rank} of {self._size} has left the others.")
+        try:
+            parts = enumerate(whole.split(list(lengths)))
+            return [self._posts.add(way(self._group)([part], rank, kind)) for rank, part in parts if len(part)]
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def finish_posts(self, posts: Sequence[Post]) -> None:
+        """Waits for the end of messages. Raises PeerLost."""
+        for post in posts:
+            while not post.ended(LOOK.total_seconds()):
+                if silence := self._silence(lambda: self._sockets):
+                    raise self._lost(silence) from silence
+            if post.error is not None:
+                raise self._lost(post.error) from post.error
+
     def finish(self, work: c10d.Work) -> None:
         """Waits for the end of an operation. Raises PeerLost."""
         try:
@@ -145,6 +177,7 @@ class Wire:
             with contextlib.suppress(RuntimeError):
                 work.wait()
         self._pending = []
+        self._posts.close()
 
     def _silence(self, sockets: Callable[[], set[Socket]]) -> PeerLost | None:
         """One of the others whose system does not answer any more, if there is one."""
@@ -177,6 +210,26 @@ class Exchange:
         """What the others have sent, one after the other in rank order. Raises PeerLost."""
         self._wire.finish(self._work)
         return self._found
+
+
+class Messages:
+    """Messages to this process, `came` of which is where they lie, and `sent` by it."""
+
+    def __init__(self, wire: Wire, came: Sequence[Post], sent: Sequence[Post], found: Tensor):
+        self._wire, self._came, self._sent, self._found = wire, came, sent, found
+
+    def ready(self) -> bool:
+        """Whether all have come, well or not."""
+        return all(post.ended() for post in self._came)
+
+    def wait(self) -> Tensor:
+        """What the others have sent, one after the other in rank order. Raises PeerLost."""
+        self._wire.finish_posts(self._came)
+        return self._found
+
+    def wait_sent(self) -> None:
+        """Returns when what was sent may be written again. Raises PeerLost."""
+        self._wire.finish_posts(self._sent)
 
 
 def _backend(store: c10d.Store, rank: int, size: int, device: torch.device, address: str) -> Any:
