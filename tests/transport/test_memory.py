@@ -141,7 +141,32 @@ def test_waiting_ends_only_when_all_have_come(descriptor: int) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.processes
+def test_who_waits_looks_once_in_a_while_and_when_a_mark_is_set(
+    descriptor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    regions = {"marks": Region((2,), "int64"), "raised": Region((2,), "int64")}
+    reserve(descriptor, regions)
+    arrays = attach(descriptor, regions)
+    marks, raised = arrays["marks"].view(np.int64), arrays["raised"].view(np.int64)
+    monkeypatch.setattr("instep.transport.futex._longest", None)  # only a mark wakes
+    child = os.fork()
+    if not child:
+        time.sleep(0.2)
+        mark(marks, 0, 7)
+        time.sleep(0.2)
+        mark(marks, 1, 7)
+        os._exit(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+    assert wait_for(marks, 7, raised)
+    slept = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw - before
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert slept < 20
+
+
 def test_a_wait_of_minutes_looks_a_thousand_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system wakes nobody."""
+    monkeypatch.setattr("instep.transport.futex._call", None)
     marks, slept_s = np.zeros(2, dtype=np.int64), [0.0]
 
     def sleep(seconds: float) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from instep.errors import ResourceError
+from instep.transport import futex
 
 PAGE = mmap.PAGESIZE
 
@@ -81,19 +82,22 @@ def mark(marks: NDArray[np.int64], worker: int, value: int) -> None:
         with _fence:
             pass
     marks[worker] = value
+    futex.wake(marks, worker)
 
 
 def wait_for(marks: NDArray[np.int64], value: int, raised: NDArray[np.int64] | None = None, level: int = 1) -> bool:
     """Returns when every mark is at least `value`: True; or, False, once one of `raised` is at least `level`.
 
-    It sleeps between looks, after a while ever longer, so that workers without a core of their own don't hold up the
-    others. There is no time limit here: who waits is not at fault, and the supervisor ends the team when a worker
-    fails.
+    It sleeps until a mark is set or, where the system has no such thing, between looks, after a while ever longer, so
+    that workers without a core of their own don't hold up the others. There is no time limit here: who waits is not at
+    fault, and the supervisor ends the team when a worker fails.
     """
     looks, pause_s = 0, 0.00005
-    while int(marks.min()) < value:
+    while (lowest := int(marks[last := int(marks.argmin())])) < value:
         if raised is not None and int(raised.max()) >= level:
             return False
+        if futex.sleep_while(marks, last, lowest):
+            continue
         time.sleep(pause_s)
         looks += 1
         if looks > 150:
