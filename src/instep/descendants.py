@@ -19,6 +19,7 @@ from pathlib import Path
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_GET_CHILD_SUBREAPER = 37
+_EXITING = 4  # the kernel's flag of a process that ends
 
 _PATIENCE_S = 5.0
 """Seconds that killed processes have to be gone: one that waits for a dead disk cannot be."""
@@ -31,6 +32,15 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Has the kernel send this process the signal when the thread that started it ends, even if it is stopped."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+def orphaned(parent: int) -> bool:
+    """Whether `parent`, this process's at its start, has ended or has begun to: what it had open is closed before."""
+    with contextlib.suppress(OSError):
+        flags = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[6]
+        if int(flags) & _EXITING:
+            return True
+    return os.getppid() != parent
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -159,6 +159,30 @@ def request_of(recipe: Recipe, team: Team, folder: Path, place: Place | None, *,
         fingerprints=recipe.fingerprints(),
         place=place,
     )
+
+
+def first_agent_killed(
+    recipe: Recipe, team: Team, path: Path, followers: Followers, when: Callable[[dict[str, Any]], bool]
+) -> None:
+    """Trains by an agent 0 that is a process of its own, until that is killed at the first event for which `when` is
+    true; nobody has gone on by then.
+    """
+    if not path.exists():
+        RunFolder.create(path, dumps(recipe, team), About())
+    import_before_forks()
+
+    def train() -> None:
+        client = Client(lambda event: os.kill(os.getpid(), signal.SIGKILL) if when(event) else None)
+        resume = (path / "tape.jsonl").exists() and bool((path / "tape.jsonl").stat().st_size)
+        request = request_of(recipe, team, path, followers.places[0], resume=resume)
+        with client.awaited():
+            Agent(request, client).supervise()  # type: ignore[arg-type]
+
+    process = multiprocessing.get_context("fork").Process(target=train)
+    with untried():
+        process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, "it was killed"
 
 
 def train_on(

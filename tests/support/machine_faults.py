@@ -42,6 +42,10 @@ KINDS = {
 }
 """How many there are of each in a whole campaign."""
 
+LOST = ("agent 0: supervisor killed", "agent 0: its client killed", "agent 0: host killed")
+"""Those after which another agent 0 takes up what the other hosts' workers have kept: of the steps that the tape tells
+of one at most is done again."""
+
 FAULTS = sum(KINDS.values())
 HOSTS, WORKERS, EVERY = 3, 5, 10
 NAMED_S = 10.0
@@ -84,7 +88,8 @@ class Fault:
     """One, and what came of it. `named_after_s`: since it happened; None where nobody is to be named.
 
     again: steps that were done again, over all starts that followed it; before_checkpoint: those of them that were done
-    before the newest checkpoint, of which there are to be none.
+    before the newest checkpoint, of which there are to be none. commit_s: of a lost agent 0, from the command that has
+    started it again to the next update.
     """
 
     number: int
@@ -98,6 +103,12 @@ class Fault:
     again: int = 0
     before_checkpoint: int = 0
     whole_after_s: float = 0.0
+    commit_s: float | None = None
+
+    @property
+    def lost_none(self) -> bool:
+        """Whether no more was done again than it may cost."""
+        return not self.before_checkpoint and (self.kind not in LOST or self.again <= 1)
 
 
 class Tape:
@@ -261,6 +272,10 @@ class Campaign:
                         fault.again += done - event["version"]
                         fault.before_checkpoint += max(0, saved - event["version"])
                     done = event["version"]
+        if fault.kind in LOST:  # its clock began with the command
+            events = self._tape.events[self._at :]
+            started = next(at for at, event in enumerate(events) if event["kind"] == "run_started")
+            fault.commit_s = next(event["t_s"] for event in events[started:] if event["kind"] == "merged")
 
     def _named(self, fault: Fault, pattern: str, within_s: float = WORD_S) -> None:
         """Waits until the tape names somebody."""
@@ -302,7 +317,7 @@ class Campaign:
         self._named(fault, rf"host {fault.host} ")
         command = self.commands[fault.host]
         self.wait(lambda: command.process.poll() is not None, 12 * self._lease_s + WORD_S, "the end of who is cut off")
-        fault.how = command.err.strip().splitlines()[-1]
+        fault.how = command.err.strip().splitlines()[-1].replace(f"{WORK}/", "")
         assert re.match(rf"instep: agent {fault.host} ends: .* could not be reached again", fault.how), command.err
         self.hosts.heal(fault.host)
 

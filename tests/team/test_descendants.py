@@ -252,3 +252,33 @@ def test_nothing_is_left_of_a_simulation(ending: str, project: Path) -> None:
         wait_until(lambda: gone(helpers), LONG_S, "the end of the helpers")
     finally:
         started.end()
+
+
+def test_whose_parent_was_killed_knows_as_soon_as_its_end_of_a_pipe_closes() -> None:
+    """Which is before the parent is gone: it still is the parent then, now and then."""
+    program = """\
+import os, signal, sys
+from instep.descendants import orphaned
+told, tell = os.pipe()
+for _ in range(50):
+    theirs, ours = os.pipe()
+    parent = os.fork()
+    if not parent:
+        parent = os.getpid()
+        if os.fork():
+            os.close(theirs)
+            signal.pause()
+        os.close(ours)
+        assert not orphaned(parent)
+        os.write(tell, b"r")
+        os.read(theirs, 1)
+        os.write(tell, b"y" if orphaned(parent) else b"n")
+        os._exit(0)
+    os.close(ours)
+    assert os.read(told, 1) == b"r"
+    os.kill(parent, signal.SIGKILL)
+    assert os.read(told, 1) == b"y"
+    os.waitpid(parent, 0)
+    os.close(theirs)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

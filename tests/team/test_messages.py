@@ -47,6 +47,8 @@ MESSAGES = [
     m.Synced(),
     m.FoundWritten(["w"], "a first forward"),
     m.PeersLost("rank 1 of 2 has lost another one"),
+    m.KeepState(),
+    m.StateKept(5, "step-00000005", "ab", (WarnedEvent(why="w"),)),
     m.StoppedAt(4),
     m.Ended(dataclasses.asdict(Progress(version=3)), "ab", True, {"sample": "text"}, {"bytes_sent": 8}),
     m.Left(1, "worker 1 was killed"),

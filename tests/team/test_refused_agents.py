@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,8 +20,9 @@ from instep.team import hosts as of_hosts
 from instep.team import meeting
 from instep.team.hosts import Hosts, hello_of
 from instep.team.link import AgentLink, connect
-from instep.team.messages import Failed
+from instep.team.messages import Failed, Request
 from instep.team.orders import HostCame
+from instep.team.taking_up import TakingUp
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import AskRun, Beat, HelloAgent, RunGiven, Welcome
 from support import workloads
@@ -77,13 +78,19 @@ def test_processors_that_may_differ_withdraw_the_promise_on_the_tape(
     assert "the bits of this run are not promised (team.mixed_processors)." in warned
 
 
+def hosts_of(request: Request, folder: Path) -> Hosts:
+    """Of a run of which nobody has kept anything."""
+    nothing_kept = TakingUp(request, RunFolder(folder), cast("Any", None), "a run", None)
+    return Hosts(request, RunFolder(folder), "a run", nothing_kept)
+
+
 class Met:
     """Agent 0's side of a run on two hosts that has begun, and agents that come there."""
 
     def __init__(self, folder: Path, agents: Sequence[int] = (1, 2)):
         self._places = places(agents)
         self._request = request_of(workloads.gpt(steps=4), Team(workers=2), folder, self._places[0])
-        self.hosts = Hosts(self._request, RunFolder(folder), "a run")
+        self.hosts = hosts_of(self._request, folder)
         self.events: list[Any] = []
 
     def _hear(self) -> None:
@@ -190,7 +197,7 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
         with pytest.raises(
             ResourceError, match=rf"agent 0 cannot listen at 127\.0\.0\.1, port {place.port}: .* in use"
         ):
-            Hosts(request, RunFolder(tmp_path), "a run")
+            hosts_of(request, tmp_path)
 
 
 def test_a_gpu_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.clock.network import gather_bytes, reduce_bytes
+from instep.engines.merged_events import MergedEvents
 from instep.engines.sharding import Placement, choose
 from instep.engines.step_facts import StepFacts
 from instep.engines.total import Total
@@ -108,6 +109,8 @@ class Lockstep:
         self._whole: Tensor | None = None  # where the group puts the sum together
         self._evaluated = -1  # at which version last
         self._late: tuple[str, Exception] | None = None  # what loading the next step raised, and where
+        self._remembers = worker == self._machine.start > 0
+        self._merged = MergedEvents(self._ranges, checkpoint_every + 1 if self._remembers else 0)
 
     def prepare(self, version: int) -> None:
         """Loads the first batches and learns the objective's terms."""
@@ -192,6 +195,8 @@ class Lockstep:
         norms = found["norms"].tolist()
         if (changed, wrote) != self._usual:
             found, self._usual = self._post_left(changed, wrote).gather(group), (changed, wrote)
+            if len(group.levels) > 1:
+                group.meet()  # of a machine all make the update, or none
         norm = total_norm([norm for w, each in enumerate(norms) for norm in each[: self.reduction.blocks_of(w)]])
         written = replica.written.after(replica.written.merged(as_rows(found["written"]), step) if wrote else {})
         gradients = zip(replica.names, self.placement.gradients, touched, strict=True)
@@ -210,6 +215,8 @@ class Lockstep:
         progress.train_s += time.monotonic() - began
         if self.worker == 0:
             self._emit_merged(step, update, progress.train_s)
+        elif self._remembers:
+            self._merged.remember(step, update, progress.train_s, self._clock())
         return told.totals, told.stop
 
     def _compute(self, step: int, totals: dict[str, int]) -> None:
@@ -321,6 +328,19 @@ class Lockstep:
             raise
         return saved
 
+    def kept(self, version: int, machine: Group) -> tuple[dict[str, Any], list[events.MergedEvent]] | None:
+        """After PeerLost: the training state at `version` as the workers of a `machine` have it among themselves, and
+        the last updates, for its first worker. None at the others, and where there is no sound one.
+
+        A step is made by all of a machine or by none: what one of them needs for it, all have by then.
+        """
+        self._buffers.put_back()
+        states = machine.gather(torch.tensor([version + 1 if self.updates.sound else 0]))
+        if not bool((states == version + 1).all()):
+            return None
+        training = self.placement.training_state(machine)
+        return None if training is None else (training, self._merged.remembered())
+
     @property
     def bytes_a_step(self) -> int:
         """Bytes that pass between the team's workers in a step: a reduce-scatter of all nodes, and an all-gather.
@@ -338,23 +358,15 @@ class Lockstep:
         self._emit(events.PushedEvent(worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]]))
 
     def _emit_merged(self, step: int, update: Update, train_s: float) -> None:
-        contributions = [
-            events.MergedContribution(worker=worker, version=step, microbatches=list(bounds))
-            for worker, bounds in enumerate(self._ranges)
-        ]
         if why := update.verdict.why:
             self._emit(events.WarnedEvent(why=why, version=step + 1))
-        self._emit(
-            events.MergedEvent(
-                version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * self.workers,
-                staleness=[0] * self.workers, train_s=round(train_s, 6), **update.facts(),
-            )
-        )  # fmt: skip
+        self._emit(self._merged.of(step, update, train_s))
         for why in update.doubts:
             self._emit(events.WarnedEvent(why=why, version=step + 1))
 
     def evaluate(self, version: int) -> Evaluation | None:
-        """The objective on the held-out data, each with its share: for worker 0, or all where it may end the run."""
+        """The objective on the held-out data, each with its share: for the first worker of each machine, or all where
+        it may end the run."""
         replica = self.replica
         if not self._held_out or version == self._evaluated:  # worker 0, which notes it, does not ask again
             return None
@@ -370,7 +382,7 @@ class Lockstep:
             blobs = self._group.share(packed(outputs), to=0)
             outputs = [each for blob in blobs for each in unpacked(blob)]
         gathered = self._evaluations.gather(self._group)
-        if self.worker and replica.watch.patience is None:
+        if self.worker and not self._remembers and replica.watch.patience is None:
             return None
         counts, sums = (
             np.concatenate([gathered[name][w, : stop - start] for w, (start, stop) in enumerate(shares)])

@@ -67,8 +67,11 @@ class Placement(ABC):
         """What worker 0 says, if the others must know; else the worker's own `flag`."""
 
     @abstractmethod
-    def training_state(self) -> dict[str, Any] | None:
-        """As that of a replica alone, at worker 0; None at the others. All must ask at the same version."""
+    def training_state(self, machine: Group | None = None) -> dict[str, Any] | None:
+        """As that of a replica alone, at worker 0; None at the others. All must ask at the same version.
+
+        machine: a group of this machine's workers, who ask by themselves; the first of them gets it.
+        """
 
     @property
     @abstractmethod
@@ -100,8 +103,8 @@ class Replicated(Placement):
     def agree(self, flag: bool) -> bool:
         return flag
 
-    def training_state(self) -> dict[str, Any] | None:
-        return None if self._worker else self._replica.training_state()
+    def training_state(self, machine: Group | None = None) -> dict[str, Any] | None:
+        return None if (machine or self._group).rank else self._replica.training_state()
 
     @property
     def share(self) -> list[bool]:
@@ -150,13 +153,13 @@ class Sharded(Placement):
     def agree(self, flag: bool) -> bool:
         return bool(self._group.gather(torch.tensor([flag]))[0])
 
-    def training_state(self) -> dict[str, Any] | None:
-        replica = self._replica
+    def training_state(self, machine: Group | None = None) -> dict[str, Any] | None:
+        replica, group = self._replica, machine or self._group
         own = io.BytesIO()
-        if self._leads and self._worker:
+        if group.rank and (machine is not None or self._leads):
             torch.save([one.state()["state"] for one in replica.optimizer.each], own)
-        blobs = self._group.share(own.getvalue(), to=0)
-        if self._worker:
+        blobs = group.share(own.getvalue(), to=0)
+        if group.rank:
             return None
         training = replica.training_state()
         wholes = training["optimizer"].get("several", [training["optimizer"]])

@@ -108,7 +108,7 @@ def save(
         saved = _write(aside, model_state, training_state, about)
         if sound is not None:
             sound()
-        _put_in_place(aside, final)
+        put_in_place(aside, final)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise disk_error(f"the checkpoint {final} cannot be saved", error, also=_what_is_kept(folder)) from error
@@ -181,8 +181,11 @@ def _manifest_bytes(table: Mapping[str, Any]) -> bytes:
     return json.dumps({**plain, "sha256": digest}, sort_keys=True, indent=2).encode() + b"\n"
 
 
-def _put_in_place(aside: Path, final: Path) -> None:
-    """Renames `aside` to `final`. At every moment one of the old and the new `final` is there to be found."""
+def put_in_place(aside: Path, final: Path) -> None:
+    """Renames `aside` to `final`. At every moment one of the old and the new `final` is there to be found.
+
+    Raises OSError.
+    """
     old = final.with_name(_REPLACED + final.name)
     if final.exists():
         final.rename(old)

@@ -59,7 +59,7 @@ os.register_at_fork(after_in_child=_close_in_fork)
 
 
 def sync_folder(path: Path) -> None:
-    """Makes the names in the folder `path` durable. Raises OSError."""
+    """Makes the names in the folder `path` durable, or of a file the content. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

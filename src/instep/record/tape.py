@@ -214,6 +214,17 @@ def told(path: Path | str) -> ToldCheckpoints:
     return found
 
 
+def last_update(path: Path | str) -> int:
+    """The version that the tape's last update has made, or that its last start goes on from; 0 where there is none."""
+    last = b""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            if b'"merged"' in line or b'"run_started"' in line:
+                last = line
+    version = (_event(last) or {}).get("version", 0)
+    return version if isinstance(version, int) else 0
+
+
 def _event(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
 
-from instep.descendants import adopting_orphans, children
+from instep.descendants import adopting_orphans, children, orphaned
 from instep.errors import InstepError, RecipeError, RecordError
 from instep.record import best, checkpoint
 from instep.record.events import CheckpointedEvent, Event, FailedEvent, LeftEvent
@@ -33,6 +33,7 @@ from instep.team.outcome import end_of, result_of, start_of
 from instep.team.parted import Parted
 from instep.team.roster import Roster
 from instep.team.signals import Interrupted, Requests
+from instep.team.taking_up import TakingUp
 from instep.team.waiting import ready_of
 
 PATIENCE_S = 1.0
@@ -49,6 +50,7 @@ class Agent:
         self._run, self._client, self._requests = run, client, requests or Requests()
         self._folder, self._parent = RunFolder(run.folder), os.getppid()
         self._hosts: Hosts | None = None  # where there are other agents
+        self._taking_up: TakingUp | None = None
         self._parted = Parted()
         serving, team = run.engine == "server", run.team
         agents = run.place.agents_by_host if run.place is not None else (1,)
@@ -87,7 +89,8 @@ class Agent:
 
     def _train_with_others(self) -> dict[str, Any]:
         """As `_train`; all other agents are told how it ended."""
-        with Hosts(self._run, self._folder, self._run_id, self._local.carried) as self._hosts:
+        kept = self._taking_up = TakingUp(self._run, self._folder, self._journal, self._run_id, self._resume_from)
+        with Hosts(self._run, self._folder, self._run_id, kept, self._local.carried) as self._hosts:
             self._journal.wire_bytes = self._hosts.wire_bytes
             result = self._train()
             self._hosts.tell(messages.Finished(result))
@@ -123,6 +126,10 @@ class Agent:
             while self._result is None:
                 self._listen()
             return self._result
+        except ClientGone:
+            if self._hosts is not None and orphaned(self._parent):  # the run may be taken up again
+                self._hosts.let_go()
+            raise
         finally:
             self._end()
 
@@ -181,6 +188,8 @@ class Agent:
             case messages.PeersLost():
                 self._parted.note(heard.member, heard.message)
                 return
+            case messages.StateKept():
+                return  # which only an agent that follows asks for
         self._hear(orders.Said(heard.member, heard.message))
 
     def _saved_amid(self, event: Event) -> bool:
@@ -271,6 +280,8 @@ class Agent:
             self._journal.remove_unlooked()
         if order.epoch > 1:
             self._resume_from = self._journal.newest_checkpoint(resumed=self._run.resumed)
+        elif self._taking_up is not None:
+            self._resume_from = self._taking_up.end() or self._resume_from
         self._held.check()
         meta = checkpoint.read_manifest(self._resume_from).meta if self._resume_from is not None else {}
         self.roster.hear(orders.Resumed(order.epoch, tuple(meta.get("written", ())), bool(meta.get("unlooked"))))

@@ -1,7 +1,8 @@
 """An agent that follows agent 0: forks and watches its host's workers as that one orders, and passes on what they say.
 
 It has no run folder, but one for scratch: logs, until they are sent, and the checkpoint that the workers start from.
-Where agent 0 is lost the workers end at once, and it looks for agent 0 a while, which may be started again.
+Where agent 0 is lost the workers keep what they hold and end, and it looks for agent 0 a while, which may be started
+again and go on from there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from instep.team.channel import Channel
 from instep.team.crew import Heard, LocalCrew
 from instep.team.hosts import hello_of
 from instep.team.journal import ClientGone
+from instep.team.keeping import Keeping
 from instep.team.letters import key_of_server
 from instep.team.link import AgentLink, connect
 from instep.team.meeting import SAY_S
@@ -42,6 +44,7 @@ from instep.team.messages import (
 from instep.team.orders import Lost
 from instep.team.received import Received
 from instep.team.remote import Silence
+from instep.team.run_clock import Clock
 from instep.team.signals import Interrupted, Requests
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import (
@@ -50,6 +53,7 @@ from instep.team.wire_messages import (
     EndMembers,
     EpochGone,
     FromMember,
+    GiveKept,
     GoMembers,
     HelloAgent,
     LogPart,
@@ -81,12 +85,15 @@ class Follower:
         self._place, self._parent, self._team = run.place, os.getppid(), run.team
         self._scratch = RunFolder(run.folder)
         self._received = Received(self._scratch.checkpoints)
+        self._keeping = Keeping(self._scratch, self._place.host)
         self._others = children()
         self._hello: HelloAgent | None = None
         self._link: AgentLink | None = None
         self._crew: LocalCrew | None = None
         self._start: StartMembers | None = None
         self._silence, self._clock = Silence(), Clock(run.began)
+        self._going = False  # whether the workers have begun
+        self._folder = ""  # agent 0's
         self._asked = False  # whether agent 0 was told to stop
         self._leader = ""  # agent 0's host
         self._logs: dict[str, int] = {}  # bytes of each that were sent
@@ -144,7 +151,7 @@ class Follower:
             if now - began >= within_s:
                 raise WorkerError(
                     f"agent {self._place.agent} ends: {why} within {within_s:g} s; go on with the run folder of "
-                    f"agent 0, or start the run again."
+                    f"agent 0, or start the run again{self._keeping.leave(self._folder)}."
                 )
             if now - said >= SAY_S:
                 said = now
@@ -166,7 +173,7 @@ class Follower:
             if self._hello is None:
                 self._hello = hello_of(self._run, self._address)
             self._clock.begin()
-            self._link.send(replace(self._hello, address=self._address))
+            self._link.send(replace(self._hello, address=self._address, kept=self._keeping.kept))
             until = time.monotonic() + self._team.lease_s
             while time.monotonic() < until:
                 ready_of([self._link], [self._link] if self._link.wants_write else [], LOOK_S)
@@ -201,13 +208,14 @@ class Follower:
         assert self._link is not None
         link, crew = self._link, self._crew
         sources = [self._client, link, *(crew.sources() if crew is not None else ())]
-        ready = ready_of(sources, [link] if link.wants_write else [], LOOK_S)
+        ready = ready_of(sources, [link] if link.wants_write or self._keeping.gives else [], LOOK_S)
         self._look_around(self._client in ready)
         if crew is not None:
             for heard in crew.hear(ready):
                 self._hear_member(heard)
-        if link in ready or link.holds:
+        if link in ready or link.holds or self._keeping.gives:
             try:
+                self._keeping.pump(link)
                 for message in link.receive():
                     self._silence.heard()
                     if isinstance(message, Finished | Failed | Cancelled):
@@ -271,8 +279,16 @@ class Follower:
         self._drop()
         limit = f"{self._team.give_up_s:g} s"
         self._say(f"{why}; agent {self._place.agent} ends its workers, and looks for it for {limit} at most.")
+        if self._crew is not None and self._start is not None and self._going and self._run.engine == "lockstep":
+            self._keeping.keep(self._crew, self._start.run_id, self._look_meanwhile)
         self._end()
         self._join(self._team.give_up_s, f"{why}, and it could not be reached again")
+
+    def _look_meanwhile(self) -> None:
+        """While the workers keep what they hold. A stop has nothing to wait for there."""
+        self._look_around(self._client in ready_of([self._client], [], 0))
+        if self._asked:
+            raise Interrupted
 
     # What it does
 
@@ -281,11 +297,15 @@ class Follower:
             case Beat(_, sent_s, clock_s):
                 self._clock.heard(clock_s, sent_s)
             case CheckpointPart():
+                self._keeping.forget()  # agent 0 has something better, which comes in its place
                 self._received.write(message)
             case StartMembers():
                 self._begin(message)
+            case GiveKept():
+                self._keeping.give(message)
             case GoMembers(epoch, facts) if self._is_at(epoch):
                 assert self._crew is not None
+                self._going = True
                 self._crew.prepare(facts)
                 self._crew.go()
             case ToMember(member, told) if self._is_at(member.epoch):
@@ -310,7 +330,8 @@ class Follower:
 
     def _begin(self, start: StartMembers) -> None:
         self._end()
-        run, self._start = self._run, start
+        self._keeping.forget()
+        run, self._start, self._folder = self._run, start, start.folder
         team = from_table(Team, start.team, "team")
         crew = self._crew = LocalCrew(
             team,
@@ -349,7 +370,7 @@ class Follower:
 
     def _end(self) -> None:
         """Ends the workers, and passes their last words on."""
-        crew, self._crew = self._crew, None
+        crew, self._crew, self._going = self._crew, None, False
         start, self._start = self._start, None
         if crew is None or start is None:
             return
@@ -372,23 +393,3 @@ class Follower:
         """Tells the client something that is on no tape."""
         with contextlib.suppress(OSError):
             self._client.send(PlainEvents([plain(WarnedEvent(why=why))]))
-
-
-class Clock:
-    """The run's clock on this host, from round trips to agent 0: the quickest tells the most."""
-
-    def __init__(self, began: float):
-        self.began, self.error_s = began, float("inf")
-        """When the run began, on this host's monotonic clock, and by how much that may be wrong."""
-        self._sent = began
-
-    def begin(self) -> None:
-        """A message is sent that will be answered; of another agent 0, maybe."""
-        self._sent, self.error_s = time.monotonic(), float("inf")
-
-    def heard(self, clock_s: float, sent_s: float | None = None) -> None:
-        """An answer has come: agent 0's clock, to what was sent then."""
-        now = time.monotonic()
-        sent = self._sent if sent_s is None else sent_s
-        if (error := (now - sent) / 2) < self.error_s:
-            self.error_s, self.began = error, (now + sent) / 2 - clock_s

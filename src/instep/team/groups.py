@@ -24,6 +24,8 @@ class Reach:
         self._alone = len(session.machines) == 1
         self.machines = (1,) * team.workers if team.by_nccl else session.machines
         """How many workers share rows, machine by machine: those with a GPU each share none."""
+        self.machine: Group | None = None
+        """Of this host's workers alone, where there are others: it outlasts the loss of those. None with NCCL."""
 
     def memory(self, sizes: Sizes) -> dict[str, Region]:
         """What the workers of a host share, in a team of these sizes."""
@@ -50,6 +52,8 @@ class Reach:
         return Staged(host, device) if is_gpu(device) else host
 
     def _by_gloo(self, network: HostNetwork, connect: Connect, sizes: Sizes, machine: Group | None) -> Group:
+        machine = machine or (Solo(self._own(sizes)) if len(self._here) == 1 else None)
+        self.machine = None if self._by_nccl else machine
         session, address = self._session, network.address
         waiting, silent_s = session.heartbeat.waiting, session.assignment.team.lease_s
         return DistributedGroup(

@@ -14,6 +14,7 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
+from instep.descendants import orphaned
 from instep.differences import differences
 from instep.errors import InstepError, RecipeError, ResourceError, WorkerError
 from instep.record.folder import RunFolder
@@ -31,6 +32,7 @@ from instep.team.place import Place
 from instep.team.processor import processor
 from instep.team.remote import RemoteCrew, Silence
 from instep.team.signals import Interrupted
+from instep.team.taking_up import TakingUp
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import AskRun, Beat, HelloAgent, RunGiven, Welcome
 from instep.transport.meter import METER
@@ -48,14 +50,20 @@ FAREWELL_S = 5.0
 class Hosts:
     """Those of one run. Raises ResourceError where the address cannot be had.
 
-    own_bytes: tells what this host has sent to others and received from them.
+    taking_up: what they have kept of it. own_bytes: tells what this host has sent to others and received from them.
     """
 
     def __init__(
-        self, run: Request, folder: RunFolder, run_id: str | None, own_bytes: Callable[[], tuple[int, int]] = METER.look
+        self,
+        run: Request,
+        folder: RunFolder,
+        run_id: str | None,
+        taking_up: TakingUp,
+        own_bytes: Callable[[], tuple[int, int]] = METER.look,
     ):
         assert run.place is not None, "there are several agents"
         self._run, self._folder, self._run_id, self._own_bytes = run, folder, run_id, own_bytes
+        self._taking_up = taking_up
         self._place: Place = run.place
         secret = meeting.draw_secret(self._place, os.environ)
         self.server_key = key_of_server(secret)
@@ -93,11 +101,16 @@ class Hosts:
             self.tell(Failed(type(error).__name__, f"the run failed, {where}."))
         elif isinstance(error, Interrupted):
             self.tell(Cancelled())
-        elif isinstance(error, ClientGone) and os.getppid() == self._parent:  # else the run may be taken up again
+        elif isinstance(error, ClientGone) and not orphaned(self._parent):  # else the run may be taken up again
             self.tell(Failed("WorkerError", f"the run was ended at once, {where}."))
         for each in self.opened:
             each.close()
         meeting.withdraw(self._place)
+
+    def let_go(self) -> None:
+        """Agent 0 ends without a word: the others are to take it for lost, and their workers keep what they hold."""
+        for crew in self.crews:
+            crew.set_aside("agent 0 ends.")
 
     def _clock(self) -> float:
         return time.monotonic() - self._run.began
@@ -149,6 +162,9 @@ class Hosts:
                 except (EOFError, OSError):
                     self._standby.pop(agent).close()
         self.crews = [crew for crew in self.crews if crew.lost is None or not crew.told_of_loss]
+        if self._taking_up.ended():
+            for host in range(self._place.hosts):
+                yield from self._complete(host)
         for host in [host for host, until in self._aside.items() if time.monotonic() >= until]:
             del self._aside[host]
             yield from self._complete(host)
@@ -199,10 +215,12 @@ class Hosts:
                 crew.link.close()
                 self.crews.remove(crew)
             self.crews.append(self._crew(link, hello))
+            self._taking_up.offer(self.crews[-1])
         yield from self._complete(hello.host)
 
     def _crew(self, link: AgentLink, hello: HelloAgent) -> RemoteCrew:
-        return RemoteCrew(link, hello, self._folder, self._clock, self._run.team.lease_s, self._carried)
+        lease_s, given = self._run.team.lease_s, self._taking_up.hear
+        return RemoteCrew(link, hello, self._folder, self._clock, lease_s, self._carried, given)
 
     def _complete(self, host: int) -> Iterator[RosterEvent]:
         """Tells that a host is there, if all its agents are and it may take part."""
@@ -210,6 +228,8 @@ class Hosts:
         hello = next(iter(hellos), self._own if host == 0 else None)
         if hello is None or self._missing(host) or host in self._aside or self._told_of.get(host) is hello:
             return  # one of its agents without workers may come and go
+        if self._taking_up.busy:
+            return  # told of once what it has kept is here
         self._told_of[host] = hello
         yield HostCame(host, hello.name)
 

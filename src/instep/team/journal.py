@@ -16,7 +16,7 @@ from instep.errors import CheckpointError
 from instep.record import checkpoint
 from instep.record.events import CheckpointedEvent, Event, RunStartedEvent, WarnedEvent, plain
 from instep.record.folder import RunFolder
-from instep.record.tape import Tape, ToldCheckpoints, told
+from instep.record.tape import Tape, ToldCheckpoints, last_update, told
 from instep.record.team import BytesOfHost
 from instep.team.channel import Channel
 from instep.team.messages import Events, FoundWritten, PlainEvents, WorkerToSupervisor
@@ -93,6 +93,25 @@ class Journal:
             elif isinstance(message, FoundWritten):
                 found += message.names
         return found
+
+    def make_up_for(self, events: Iterable[Event]) -> None:
+        """Writes events of a session of before, which nobody has written, while the team of this one has not started.
+
+        They belong before its ``run_started``, and no client of now is told of them.
+        """
+        assert not self.started, "the tape is at the end of the session before"
+        for event in events:
+            self._tape.write(plain(event))
+            self._told.note(plain(event))
+        self._tape.flush(sync=True)
+
+    def last_update(self) -> int:
+        """The version at which the tape ends."""
+        return last_update(self._tape.path)
+
+    def told_digest(self, version: int) -> str | None:
+        """Of the checkpoint of this version, as the tape tells; None where it tells of none."""
+        return self._told.digests.get(version)
 
     def sync(self) -> None:
         """Makes sure that what was told so far outlives this process, and a power cut."""

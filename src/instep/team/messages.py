@@ -223,6 +223,24 @@ class PeersLost:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepState:
+    """Agent 0 is lost: keep what the workers of this host hold, for a worker in lockstep that has lost others."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateKept:
+    """The answer. Of the first worker of a host: what was kept of the run, as a checkpoint of this name, and the events
+    of the last updates. Of others, and where nothing can be kept: version 0, and why.
+    """
+
+    version: int = 0
+    name: str = ""
+    digest: str = ""
+    events: Sequence[Event] = ()
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StoppedAt:
     """The server has stopped, as it was told to; the newest version that it has saved."""
 
@@ -253,8 +271,8 @@ class Left:
     why: str
 
 
-SupervisorToWorker = Agreed | Synced | Left | StopRun
-WorkerToSupervisor = Events | Ready | Digest | Sync | FoundWritten | PeersLost | StoppedAt | Failed | Ended
+SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState
+WorkerToSupervisor = Events | Ready | Digest | Sync | FoundWritten | PeersLost | StateKept | StoppedAt | Failed | Ended
 
 # --------------------------------------------------------------------------------------- server and worker, on a line
 #

@@ -31,7 +31,8 @@ from instep.team.far_server import FarServer
 from instep.team.far_workers import FarWorkers
 from instep.team.groups import Reach
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
-from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten, PeersLost
+from instep.team.kept_state import keep_state, wait_for_the_end
+from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.transport.group import PeerLost, PeerRaised
@@ -60,12 +61,7 @@ def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoa
         else:
             contribute(session, descriptor, _far_server(assignment, number))
     except (PeerRaised, PeerLost) as error:
-        session.send_events()
-        if isinstance(error, PeerLost):
-            pipe.send(PeersLost(str(error).rstrip("."), error.silent))
-        sys.stdout.flush()
-        with contextlib.suppress(EOFError):
-            pipe.recv()  # until the supervisor, which hears of it from another, ends this process
+        wait_for_the_end(session, error)
     except FirstWrite as found:
         session.send_events()
         pipe.send(FoundWritten(found.names, found.where))
@@ -137,8 +133,8 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             keeper.milestones.ended(progress, keeper.evaluate, lambda: session.mark_best(progress))
         digest = digest_of_state(replica.saved_state())
         engine.agree()  # nobody reads weights any more: what the recipe shows them to may change them; nobody raises
-    except PeerLost:  # it is of no use any more to do things together
-        raise
+    except PeerLost as lost:  # it is of no use any more to do things together, but with those of this host
+        return wait_for_the_end(session, lost, partial(keep_state, session, engine, reach.machine, progress))
     except BaseException as error:
         session.send_events()
         doing = replica.doing

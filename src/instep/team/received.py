@@ -1,4 +1,4 @@
-"""The checkpoint that an agent is sent to start its workers from, as its parts come."""
+"""The checkpoint that an agent is sent to start its workers from, or that agent 0 is to take up, as its parts come."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ _ELSEWHERE = "TMPDIR in the environment says where"
 
 
 class Received:
-    """In a folder for scratch. A file is hashed as it comes: one of gigabytes keeps no agent from its signs of life."""
+    """In a folder for scratch. A file is hashed as it comes: one of gigabytes keeps no agent from its signs of life.
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    sender: for sentences.
+    """
+
+    def __init__(self, folder: Path, *, sender: str = "agent 0"):
+        self._folder, self._sender = folder, sender
         self._hashed = hashlib.sha256()
         self._file, self._size = "", 0  # that comes now, and bytes of it so far
 
@@ -29,7 +32,9 @@ class Received:
         folder = self._folder / part.name
         path = (folder / part.file).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise WorkerError(f"agent 0 has sent a part of {part.file!r}, which no checkpoint has; it is refused.")
+            raise WorkerError(
+                f"{self._sender} has sent a part of {part.file!r}, which no checkpoint has; it is refused."
+            )
         if not part.offset:
             self._file, self._size, self._hashed = part.file, 0, hashlib.sha256()
         try:
@@ -40,7 +45,7 @@ class Received:
                 file.write(part.content)
         except OSError as error:
             raise disk_error(
-                f"the checkpoint {part.name} from agent 0 cannot be kept in {folder}", error, also=_ELSEWHERE
+                f"the checkpoint {part.name} from {self._sender} cannot be kept in {folder}", error, also=_ELSEWHERE
             ) from error
         in_turn = (part.file, part.offset) == (self._file, self._size)
         self._size += len(part.content)

@@ -34,8 +34,11 @@ from instep.team.wire_messages import (
     EndMembers,
     EpochGone,
     FromMember,
+    GiveKept,
     GoMembers,
     HelloAgent,
+    Kept,
+    KeptGiven,
     LogPart,
     MemberLost,
     StartMembers,
@@ -73,7 +76,8 @@ class RemoteCrew:
     """Those of one host, as long as its agent is connected.
 
     hello: what that has told of itself. folder: the run's. clock: seconds since the run's start. lease_s: after such a
-    silence the host is lost. carried: is told what the host has sent and received.
+    silence the host is lost. carried: is told what the host has sent and received. given: called with what comes of a
+    state that the host has kept.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class RemoteCrew:
         clock: Callable[[], float],
         lease_s: float,
         carried: Carried,
+        given: Callable[[RemoteCrew, CheckpointPart | KeptGiven], None],
     ):
         self.link, self.hello = link, hello
         self.clock_error_s = 0.0
@@ -92,6 +97,7 @@ class RemoteCrew:
         """Set once it is, and told of by `hear` or `look`."""
         self.told_of_loss = False
         self._folder, self._clock, self._lease_s, self._carried = folder, clock, lease_s, carried
+        self._given = given
         self._epoch = 0  # which has members there; 0 for none
         self._members: set[Member] = set()
         self._ended: set[Member] = set()  # of them, who has nothing to do any more
@@ -114,7 +120,7 @@ class RemoteCrew:
         assert network is not None, "it has workers here and there"
         self._epoch, self._ended = min(self._members).epoch, set()
         if path is not None and path.name not in self._sent:
-            self._orders.append(_parts_of(path))
+            self._orders.append(parts_of(path))
             self._sent = {path.name}
         self._order(
             StartMembers(
@@ -153,6 +159,14 @@ class RemoteCrew:
     def send(self, member: Member, message: SupervisorToWorker) -> None:
         assert isinstance(message, Synced | StopRun | Agreed), f"{message} is for processes of this host"
         self._order(ToMember(member, message))
+
+    def ask_for(self, kept: Kept) -> None:
+        """Has the host send what it has kept."""
+        self._order(GiveKept(kept.name))
+
+    def has(self, checkpoint: str) -> None:
+        """The host has the checkpoint of this name, which need not be sent there."""
+        self._sent = {checkpoint}
 
     def _order(self, message: Any) -> None:
         self._orders.append(iter([message]))
@@ -214,6 +228,8 @@ class RemoteCrew:
                     self._order(Beat(seq, sent_s, self._clock()))
                 case LogPart(name, content):
                     self._log(name, content)
+                case CheckpointPart() | KeptGiven():
+                    self._given(self, message)
                 case EpochGone(epoch) if epoch == self._epoch:
                     self._epoch, self._members = 0, set()
                 case Failed(_, sentence, detail):
@@ -272,7 +288,7 @@ class RemoteCrew:
                 self._lose(f"{self.name} has not ended its workers; team.lease_s is {self._lease_s:g}.")
 
 
-def _parts_of(path: Path) -> Iterator[CheckpointPart]:
+def parts_of(path: Path) -> Iterator[CheckpointPart]:
     """A checkpoint's files. Raises WorkerError where it cannot be read."""
     try:
         for file in sorted(each for each in path.rglob("*") if each.is_file()):

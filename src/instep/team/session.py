@@ -213,19 +213,44 @@ class Session:
 
         looked: whether all bits of the weights were looked at, for what forwards write past autograd.
         """
-        assert self.replica is not None
         self._warn()
         self._tried_version = progress.version
         if not is_there(self.assignment.folder, self.assignment.identity):  # the supervisor says what became of it
             raise RecordError(f"the run folder {self.assignment.folder} is not where it was; resume it from there.")
+        saved = self._write(self._checkpoints, progress, model_state, training_state, sound, looked, **meta)
+        self.saved_version = progress.version
+        self.heartbeat.advance()
+        self.emit(
+            CheckpointedEvent(version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest)
+        )
+
+    def keep(
+        self, progress: Progress, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]
+    ) -> checkpoint.SavedCheckpoint:
+        """As `save`, on a host without the run folder, for an agent 0 to come. Raises ResourceError."""
+        assert self.assignment.scratch is not None, "the host has no run folder, but one for scratch"
+        folder = RunFolder(self.assignment.scratch).checkpoints
+        return self._write(folder, progress, model_state, training_state, looked=False)
+
+    def _write(
+        self,
+        folder: Path,
+        progress: Progress,
+        model_state: Mapping[str, Tensor],
+        training_state: Mapping[str, Any],
+        sound: Callable[[], None] | None = None,
+        looked: bool = True,
+        **meta: Any,
+    ) -> checkpoint.SavedCheckpoint:
+        assert self.replica is not None
         if self.assignment.run_id is not None:
             meta["run"] = self.assignment.run_id
         if not looked:
             meta["unlooked"] = True
         if self.replica.written.names:
             meta["written"] = list(self.replica.written.names)
-        saved = checkpoint.save(
-            self._checkpoints,
+        return checkpoint.save(
+            folder,
             version=progress.version,
             model_state=model_state,
             training_state=training_state,
@@ -233,11 +258,6 @@ class Session:
             fingerprint=self._fingerprint(progress.version),
             keep=self.assignment.team.keep,
             sound=sound,
-        )
-        self.saved_version = progress.version
-        self.heartbeat.advance()
-        self.emit(
-            CheckpointedEvent(version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest)
         )
 
     def tries_checkpoint(self, version: int) -> bool:

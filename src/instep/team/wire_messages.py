@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
+from instep.record.events import Event
 from instep.team.messages import Cancelled, Failed, Finished, StopRun, SupervisorToWorker, WorkerToSupervisor
 from instep.team.orders import Member
 
@@ -40,11 +41,21 @@ class WireError(OSError):
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What the workers of a host have kept of a run, when they had lost agent 0: a checkpoint of this name there."""
+
+    run: Name | None
+    version: Count
+    name: FileName
+    digest: Name
+
+
+@dataclass(frozen=True)
 class HelloAgent:
     """An agent is there; the first message of its link.
 
     name: its host's. session: a word that it alone has, drawn as it starts. recipe: the table that `fingerprint` is of.
-    address: of its own interface on the way to agent 0.
+    address: of its own interface on the way to agent 0. kept: if it has something.
     """
 
     agent: Count
@@ -58,6 +69,7 @@ class HelloAgent:
     fingerprint: Name
     recipe: Table
     address: Name
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,15 @@ class EpochGone:
     """All its host's processes of the epoch have ended, and their last words were sent."""
 
     epoch: Count
+
+
+@dataclass(frozen=True)
+class KeptGiven:
+    """All parts of what was kept have been sent; the run's last events. why: a sentence where it cannot be sent."""
+
+    name: FileName
+    events: tuple[Event, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,6 +189,13 @@ class CheckpointPart:
 
 
 @dataclass(frozen=True)
+class GiveKept:
+    """Send what was kept, in parts of a checkpoint, and then `KeptGiven`."""
+
+    name: FileName
+
+
+@dataclass(frozen=True)
 class GoMembers:
     """All are ready, and agree on these facts: let them begin."""
 
@@ -204,12 +232,25 @@ class EndMembers:
     epoch: Count
 
 
-ToAgent0 = HelloAgent | AskRun | FromMember | MemberLost | StopRun | LogPart | Beat | EpochGone | Failed
+ToAgent0 = (
+    HelloAgent
+    | AskRun
+    | FromMember
+    | MemberLost
+    | StopRun
+    | LogPart
+    | Beat
+    | EpochGone
+    | CheckpointPart
+    | KeptGiven
+    | Failed
+)
 FromAgent0 = (
     Welcome
     | RunGiven
     | StartMembers
     | CheckpointPart
+    | GiveKept
     | GoMembers
     | ToMember
     | TakeOut

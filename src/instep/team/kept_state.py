@@ -1,0 +1,47 @@
+"""What a worker in lockstep does that has lost others: it waits for its end, and keeps the state where it is asked to.
+
+That is asked by an agent that has lost agent 0. All workers of a host are at the same version then, and hold the whole
+state together; what they keep is a checkpoint as any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+
+from instep.engines.lockstep import Lockstep
+from instep.errors import InstepError, described
+from instep.team.messages import KeepState, PeersLost, StateKept
+from instep.team.session import Session
+from instep.transport.group import Group, PeerLost, PeerRaised
+from instep.worker.milestones import Progress
+
+
+def wait_for_the_end(session: Session, error: PeerLost | PeerRaised, keep: Callable[[], StateKept] = StateKept) -> None:
+    """Until the agent, which hears from another what has happened, ends this process. `keep` is called when asked."""
+    session.send_events()
+    if isinstance(error, PeerLost):
+        session.pipe.send(PeersLost(str(error).rstrip("."), error.silent))
+    sys.stdout.flush()
+    with contextlib.suppress(EOFError):
+        while isinstance(session.pipe.recv(), KeepState):
+            session.pipe.send(keep())
+
+
+def keep_state(session: Session, engine: Lockstep, machine: Group | None, progress: Progress) -> StateKept:
+    """Has the workers of `machine`, this host, keep their state. Each of them calls this."""
+    if machine is None or not progress.version:
+        return StateKept(why="there is nothing to keep")
+    try:
+        kept = engine.kept(progress.version, machine)
+        if kept is None or session.replica is None:
+            return StateKept(why="another worker keeps it, or it is no whole version")
+        training, events = kept
+        training = {**training, "watch": engine.updates.watcher.state()}
+        saved = session.keep(progress, session.replica.saved_state(), training)
+        return StateKept(progress.version, saved.path.name, saved.digest, events)
+    except InstepError as error:
+        return StateKept(why=error.message.rstrip("."))
+    except Exception as error:
+        return StateKept(why=described(error))

@@ -1,0 +1,187 @@
+"""Where agent 0 is lost, the others' workers keep what they hold, and the next agent 0 goes on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instep.recipe import Recipe, Team
+from instep.record import checkpoint
+from instep.team import hosts
+from instep.team.taking_up import TakingUp
+from support import workloads
+from support.agents import Followers, first_agent_killed, meet_here, train_on
+from support.harness import train_here
+from support.kinds import quick
+from support.processes import wait_until
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(autouse=True)
+def _meeting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    meet_here(monkeypatch, tmp_path)
+    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
+
+
+def team(**changes: Any) -> Team:
+    return Team(**{"workers": 3, "checkpoint_every": 3, "keep": 0, "lease_s": 60.0, "give_up_s": 120.0, **changes})
+
+
+def recipe(name: str = "gpt", **changes: Any) -> Recipe:
+    return dataclasses.replace(workloads.ALL[name](), **{"steps": 8, **changes})
+
+
+def at(version: int, kind: str = "merged") -> Callable[[dict[str, Any]], bool]:
+    return lambda event: event["kind"] == kind and event["version"] == version
+
+
+def on_tape(path: Path, *kinds: str) -> list[dict[str, Any]]:
+    events = map(json.loads, (path / "tape.jsonl").read_text().splitlines())
+    return [event for event in events if event["kind"] in kinds]
+
+
+def versions(path: Path, kind: str) -> list[int]:
+    return [event["version"] for event in on_tape(path, kind)]
+
+
+CASES = [("gpt", (1, 1), 2), ("gpt", (1, 1), 3), ("convnet", (1, 1), 3), ("convnet", (1, 1, 1), 5)]
+
+
+@pytest.mark.parametrize("case", quick(CASES, CASES[1], CASES[2]), ids=str)
+def test_no_step_is_lost_with_the_first_agent(case: tuple[str, tuple[int, ...], int], tmp_path: Path) -> None:
+    name, agents, workers = case
+    path, what, who = tmp_path / "run", recipe(name), team(workers=workers)
+    followers = Followers(what, who, agents, tmp_path)
+    first_agent_killed(what, who, path, followers, at(5))
+    run, told = train_on(agents, what, who, path, resume=True, followers=followers)
+    assert [each.error for each in told] == [""] * len(told)
+    assert run.digest == train_here(what, team(workers=1), tmp_path / "alone").digest
+    assert versions(path, "run_started") == [0, 5]
+    assert versions(path, "merged") == list(range(1, 9)), "each step once"
+    assert versions(path, "checkpointed") == [3, 5, 6, 8]
+    (why,) = [event["why"] for event in on_tape(path, "warned") if "had kept" in event["why"]]
+    assert re.search(r"the run goes on from version 5, which the workers of host [12] \(", why)
+
+
+def killed_in_step_5(tmp_path: Path, who: Team) -> tuple[Recipe, Followers, Path]:
+    """A run of two hosts without its first agent; what the other one has kept."""
+    what = recipe()
+    followers = Followers(what, who, (1, 1), tmp_path)
+    first_agent_killed(what, who, tmp_path / "run", followers, at(5))
+    kept: list[Path] = []
+    wait_until(lambda: kept.extend(tmp_path.glob("*/checkpoints/step-00000005")) or kept, 60, "what is kept")
+    return what, followers, kept[0]
+
+
+def change_a_byte(kept: Path) -> None:
+    content = (kept / checkpoint.TRAINING).read_bytes()
+    (kept / checkpoint.TRAINING).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def cut_the_manifest(kept: Path) -> None:
+    os.truncate(kept / checkpoint.MANIFEST, 40)
+
+
+def take_a_file_away(kept: Path) -> None:
+    (kept / checkpoint.MODEL).unlink()
+
+
+def say(**other: Any) -> Callable[[Path], None]:
+    def rewrite(kept: Path) -> None:
+        table = json.loads((kept / checkpoint.MANIFEST).read_bytes())
+        table.pop("sha256")
+        (kept / checkpoint.MANIFEST).write_bytes(checkpoint._manifest_bytes({**table, **other}))
+
+    return rewrite
+
+
+DAMAGES = {
+    "a changed byte": (change_a_byte, "it is not whole"),
+    "a torn manifest": (cut_the_manifest, "manifest.json is not as it was written"),
+    "a file too few": (take_a_file_away, "it is not whole"),
+    "another recipe": (say(fingerprint="another"), "belongs to another recipe"),
+    "another run": (say(meta={"run": "another"}), "it is of another run"),
+    "another version": (say(version=6), "it is not whole"),
+}
+
+
+@pytest.mark.parametrize("damage", quick([*DAMAGES], "a changed byte"))
+def test_what_is_torn_or_of_another_run_is_refused_and_the_last_checkpoint_used(damage: str, tmp_path: Path) -> None:
+    act, why = DAMAGES[damage]
+    who, path = team(), tmp_path / "run"
+    what, followers, kept = killed_in_step_5(tmp_path, who)
+    act(kept)
+    run, _ = train_on((1, 1), what, who, path, resume=True, followers=followers)
+    assert versions(path, "run_started") == [0, 3]
+    assert run.digest == train_here(what, team(workers=1), tmp_path / "alone").digest
+    (told,) = [event["why"] for event in on_tape(path, "warned") if "is not used" in event["why"]]
+    assert told.startswith("what the workers of host 1 (")
+    assert why in told
+    saved = sorted(each.name for each in (path / "checkpoints").iterdir() if each.is_dir())
+    assert saved == ["step-00000003", "step-00000006", "step-00000008"], "nothing is left of it"
+
+
+@pytest.mark.slow
+def test_a_run_of_another_id_takes_nothing_up(tmp_path: Path) -> None:
+    """The first agent was started anew, elsewhere, where others still look for it."""
+    what, followers, _ = killed_in_step_5(tmp_path, team(checkpoint_every=100))
+    run, _ = train_on((1, 1), what, team(checkpoint_every=100), tmp_path / "other", followers=followers)
+    assert versions(tmp_path / "other", "run_started") == [0]
+    assert any("version 5, is not used, for it is of another run" in e.get("why", "") for e in run.events)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["while it comes", "once it is there"])
+def test_a_first_agent_that_is_killed_while_it_takes_up_loses_nothing(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who, path = team(checkpoint_every=100), tmp_path / "run"
+    what, followers, _ = killed_in_step_5(tmp_path, who)
+    with monkeypatch.context() as patched:
+        if when == "while it comes":
+            patched.setattr(TakingUp, "_take", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        first_agent_killed(what, who, path, followers, lambda event: "had kept" in event.get("why", ""))
+    run, told = train_on((1, 1), what, who, path, resume=True, followers=followers)
+    assert told[0].error == ""
+    assert versions(path, "run_started") == [0, 5]
+    assert versions(path, "merged") == list(range(1, 9))
+    assert run.digest == train_here(what, team(workers=1), tmp_path / "alone").digest
+
+
+def test_who_gives_up_says_where_its_workers_state_is_and_a_run_goes_on_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    what, who, path = recipe(), team(checkpoint_every=100, give_up_s=0.5), tmp_path / "run"
+    followers = Followers(what, who, (1, 1), tmp_path)
+    try:
+        first_agent_killed(what, who, path, followers, at(5))
+        (told,) = followers.told(120)
+    finally:
+        followers.end()
+    kept = tmp_path / "run-kept-by-host-1" / "step-00000005"
+    assert f"or start the run again; what its workers had, version 5, is in {kept}: moved into" in told.error
+    kept.rename(path / "checkpoints" / kept.name)
+    run = train_here(what, team(workers=1, checkpoint_every=100), path, resume=True)
+    assert versions(path, "run_started") == [0, 5]
+    assert run.digest == train_here(what, team(workers=1), tmp_path / "alone").digest
+
+
+@pytest.mark.slow
+def test_of_a_team_that_has_not_begun_nothing_is_kept(tmp_path: Path) -> None:
+    what, who, path = recipe(), team(), tmp_path / "run"
+    followers = Followers(what, who, (1, 1), tmp_path)
+    first_agent_killed(what, who, path, followers, lambda event: event["kind"] == "joined")
+    run, told = train_on((1, 1), what, who, path, resume=True, followers=followers)
+    assert told[0].error == ""
+    assert versions(path, "run_started") == [0]
+    assert run.digest == train_here(what, team(workers=1), tmp_path / "alone").digest
