@@ -237,7 +237,8 @@ def recorded_times(folder: RunFolder, workers: int) -> RecordedTimes:
         if event["kind"] == "computed":
             start, stop = event["microbatches"]
             count = (stop - start) * event.get("local_steps", 1)
-            seconds = event["to_s"] - event["from_s"]
+            began_s, ended_s = event.get("ahead", (0.0, 0.0))
+            seconds = event["to_s"] - event["from_s"] + ended_s - began_s
             if seconds < 0:
                 raise RecordError(
                     f"worker {event['worker']} computed for {seconds:g} s, as the tape {folder.tape_path} tells, which "

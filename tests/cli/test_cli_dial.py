@@ -60,6 +60,8 @@ def test_a_field_of_the_rule_beside_it_on_the_command_line(called: dict[str, Any
     for flag in ("--rule.fragments", "--recipe.rule.fragments"):
         assert main(["train", "my.toml", "--rule", "diloco:20", flag, "4", "--rule.outer-lr", "0.5"]) == 0
         assert called["recipe"].rule == rules.parse("diloco:20,fragments=4,outer_lr=0.5")
+    assert main(["train", "my.toml", "--rule", "diloco:20", "--rule.overlap", "5", "--rule.mix", "0.25"]) == 0
+    assert called["recipe"].rule == rules.parse("diloco:20,overlap=5,mix=0.25")
 
 
 def test_a_rule_in_a_file_as_text_or_as_a_table(called: dict[str, Any], here: Path) -> None:

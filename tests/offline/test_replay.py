@@ -66,6 +66,7 @@ MORE_RULES = {
     "dropping": UpdateRule(quorum="1", max_staleness=1),
     "waiting": UpdateRule(quorum="all", max_wait_s=0.05, compensation=0.3),
     "fragments": dataclasses.replace(p.diloco(4), fragments=2),
+    "overlap": dataclasses.replace(p.diloco(4), fragments=2, overlap=2),
     "narrow fragments": dataclasses.replace(p.local_sgd(4), fragments=4, wire="int4"),
     "graced": UpdateRule(quorum="1", grace_s=0.02, max_lead=1),
     "rounds ahead": UpdateRule(quorum="all", order="round", max_lead=2, compensation=0.3),

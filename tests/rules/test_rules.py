@@ -37,7 +37,7 @@ pytestmark = pytest.mark.pure
 PLAIN: dict[str, Any] = {
     "max_lead": None, "max_staleness": None, "max_wait_s": None, "local_steps": 1, "local_after": 0, "weight": "items",
     "compensation": 0.0, "outer": "none", "outer_lr": 1.0, "outer_momentum": 0.0, "outer_buffer": 1, "wire": "float32",
-    "fragments": 1, "grace_s": None,
+    "fragments": 1, "overlap": 0, "mix": 0.5, "grace_s": None,
 }  # fmt: skip
 LOCKSTEP: dict[str, Any] = {"order": "round", "quorum": "all", "max_lead": 0, "max_staleness": 0}
 FREE: dict[str, Any] = {"order": "arrival", "quorum": "1"}
@@ -259,6 +259,21 @@ STREAMING: dict[str, Any] = {**LOCKSTEP, "outer": "nesterov", "local_steps": 4, 
         ({**STREAMING, "local_after": 3}, "'rule.fragments' is 2 and 'rule.local_after' is 3, batches in which"),
         ({**STREAMING, "local_steps": 5}, "set local_steps to a multiple of it, such as 4."),
         ({**STREAMING, "fragments": 5}, "set local_steps to a multiple of it, such as 5."),
+        ({**STREAMING, "overlap": -1}, "'rule.overlap' is -1; it must be at least 0."),
+        ({**STREAMING, "overlap": 3}, "something after every 2 steps (local_steps / fragments), before which it needs"),
+        (
+            {**LOCKSTEP, "outer": "sgd", "overlap": 1},
+            "'rule.overlap' is 1 and rule 'custom' sends something after every",
+        ),
+        (
+            {**DELTAS, "local_steps": 4, "overlap": 1},
+            "'rule.overlap' is 1 and under rule 'custom' workers do not wait for each other, so that there is nothing",
+        ),
+        ({**STREAMING, "fragments": 1, "overlap": 1, "local_after": 3}, "'rule.overlap' is 1 and 'rule.local_after'"),
+        ({**STREAMING, "fragments": 1, "overlap": 4, "mix": 0}, "so that it never sends anything; set overlap lower,"),
+        ({**STREAMING, "overlap": 1, "mix": 1}, "'rule.mix' is 1.0; it must be from 0 to below 1"),
+        ({**STREAMING, "overlap": 1, "mix": math.nan}, "'rule.mix' is nan; it must be from 0 to below 1"),
+        ({**STREAMING, "mix": 0.25}, "'rule.mix' is 0.25, and without 'rule.overlap' workers take each update as it"),
         ({"quorum": "1", "outer": "adam"}, "'rule.outer' is 'adam'; it must be one of 'none', 'sgd',"),
     ],
 )

@@ -44,11 +44,14 @@ BOUNDS = st.none() | st.integers(0, 3)
 
 @st.composite
 def presets(draw: st.DrawFn, names: Sequence[str] = tuple(sorted(PRESETS))) -> UpdateRule:
-    """Any preset, or any of these, with small arguments, and in a few fragments where it may be."""
+    """Any preset, or any of these, with small arguments, and where it may be in a few fragments, or with overlap."""
     name = draw(st.sampled_from(names))
     rule = PRESETS[name](**draw(st.fixed_dictionaries({}, optional=ARGUMENTS[name])))
-    count = draw(st.integers(1, 3)) if rule.lockstep and not (rule.gradients or rule.local_after) else 1
-    return dataclasses.replace(rule, local_steps=rule.local_steps * count, fragments=count)
+    if not rule.lockstep or rule.gradients or rule.local_after:
+        return rule
+    count, steps = draw(st.integers(1, 3)), rule.local_steps
+    overlap = draw(st.integers(0, steps)) if steps * count > 1 else 0
+    return dataclasses.replace(rule, local_steps=steps * count, fragments=count, overlap=overlap)
 
 
 @st.composite
@@ -113,6 +116,7 @@ class Observed:
     drops: list[Drop] = field(default_factory=list)
     late: dict[int, int] = field(default_factory=dict)
     held: set[int] = field(default_factory=set)
+    begun: dict[int, int] = field(default_factory=dict)
     given_out_at: dict[int, int] = field(default_factory=dict)
     delayed: list[int] = field(default_factory=list)
     history: list[list[Action]] = field(default_factory=list)
@@ -155,6 +159,7 @@ class Observed:
     def leave(self, worker: int) -> None:
         del self.active[worker]
         self.held.discard(worker)
+        self.begun.pop(worker, None)
         self._see(lambda ledger: ledger.left(worker, self.now_s))
 
     def push(self, worker: int, items: int = 1) -> None:
@@ -181,6 +186,7 @@ class Observed:
     def recover(self) -> None:
         self.active.clear()
         self.held.clear()
+        self.begun.clear()
         lost = list(self.waiting)
         self.quorum_since_s = None
         self._see(lambda ledger: ledger.recover())
@@ -218,6 +224,14 @@ class Observed:
         """Pieces that nobody has, has pushed or has seen merged."""
         taken = {seen.piece for seen in self.active.values()} | {c.piece for c in self.waiting}
         return set(range(self.total)) - taken - set(self.merged)
+
+    def next_of(self, worker: int) -> int:
+        """The piece that the worker gets, if it gets one."""
+        if self.rule.overlap and worker < self.workers:
+            own = len(self.merges) * self.workers + worker
+            if own in self.free:
+                return own
+        return min({piece for piece in self.free if self.late.get(piece) != worker} or self.free)
 
     def hopeless(self, seen: Seen) -> bool:
         """Whether what the worker computes can no longer be merged."""
@@ -289,7 +303,8 @@ class Observed:
         seen = self.active[release.worker]
         assert seen.piece is None, "it had work"
         assert release.version == self.version
-        assert release.piece == min({p for p in self.free if self.late.get(p) != release.worker} or self.free)
+        assert release.piece == self.next_of(release.worker)
+        assert self.begun.pop(release.worker, release.piece) == release.piece, "it has begun with another one"
         assert self.may_start(release.worker, release.piece)
         assert release.worker not in self.held, "it has sent something for an update that waits for a late piece"
         self.given_out_at.setdefault(release.piece, self.version)
@@ -317,6 +332,9 @@ class Observed:
         self.held.clear()
         self.merges.append(merge)
         self.version += 1
+        if self.rule.overlap:  # each who is there may have begun with this
+            own = {worker: len(self.merges) * self.workers + worker for worker in self.active if worker < self.workers}
+            self.begun = {worker: piece for worker, piece in own.items() if piece < self.total}
 
     def _weights(self, merge: Merge) -> list[float]:
         rule, items = self.rule, [c.items for c in merge.contributions]

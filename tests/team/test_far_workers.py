@@ -42,6 +42,7 @@ CASES: dict[str, tuple[UpdateRule, str]] = {
         f"diloco-fragments-{wire}": (narrow(dataclasses.replace(p.diloco(2), fragments=2), wire), "convnet")
         for wire in ("float32", "int4")
     },
+    "diloco-overlap-int4": (dataclasses.replace(p.diloco(4), fragments=2, overlap=1, wire="int4"), "convnet"),
     **{f"async_diloco-{wire}": (narrow(RULES["async_diloco"], wire), "gpt") for wire in ("bfloat16", "int8", "int4")},
 }
 

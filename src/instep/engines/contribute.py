@@ -27,7 +27,9 @@ def contribute(session: Session, descriptor: int, far: FarServerOf | None = None
     known = agreed.facts["written"]
     replica.written.learn(known)
     pieces, every = pieces_of(session, agreed.facts["cut"]), assignment.team.checkpoint_every
-    contributor = Contributor(replica, pieces, session.heartbeat.advance, checkpoint_every=every, merged_on="cpu")
+    contributor = Contributor(
+        replica, pieces, session.heartbeat.advance, checkpoint_every=every, merged_on="cpu", worker=worker
+    )  # fmt: skip
     contributor.prepare(0)
     fit_memory(replica, assignment.team, session.emit if session.number == 0 else None)
     replica.written.agree(known, "a first forward")
@@ -50,6 +52,7 @@ def contribute(session: Session, descriptor: int, far: FarServerOf | None = None
 def _work(session: Session, contributor: Contributor, line: ToServer) -> None:
     """Does what it is told to, until there is no more."""
     replica, slowness, begun, own = contributor.replica, slowness_of(session), False, session.assignment.incarnation
+    ahead: dict[int, tuple[float, float]] = {}  # when it began a piece by itself
     while True:
         session.heartbeat.waiting(True)
         message = line.receive()
@@ -67,7 +70,13 @@ def _work(session: Session, contributor: Contributor, line: ToServer) -> None:
         found = contributor.compute(work, line.weights(message.slot), line.vectors, message.off)
         if slowness > 1:
             time.sleep((slowness - 1) * (session.clock() - from_s))
-        line.send(messages.Pushed(own, found, from_s, session.clock(), replica.verified()))
+        span = from_s, session.clock()
+        line.send(messages.Pushed(own, found, *span, replica.verified(), ahead.pop(message.piece, None)))
+        replica.doing, from_s = "beginning the next piece", session.clock()
+        if (next_piece := contributor.go_ahead()) >= 0:
+            if slowness > 1:
+                time.sleep((slowness - 1) * (session.clock() - from_s))
+            ahead[next_piece] = from_s, session.clock()
 
 
 def slowness_of(session: Session) -> float:

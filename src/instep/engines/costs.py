@@ -34,9 +34,12 @@ class Tally:
         self._lead_max = max(self._lead_max, lead)
         self._bytes += weights_bytes
 
-    def pushed(self, worker: int, from_s: float, to_s: float, sent_bytes: int) -> None:
-        """The worker computed from `from_s` to `to_s` and sent a contribution."""
+    def computed(self, worker: int, from_s: float, to_s: float) -> None:
+        """The worker computed from `from_s` to `to_s`."""
         self._busy_s[worker] += to_s - from_s
+
+    def pushed(self, sent_bytes: int) -> None:
+        """A worker sent a contribution."""
         self._bytes += sent_bytes
 
     def merged(self, staleness: Sequence[int]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, assert_never
 
+from msgspec import UNSET
 from torch import Tensor
 
 from instep.engines.contribute import pieces_of
@@ -230,15 +231,20 @@ class _Server:
         fragment = self._merger.fragments.of_round(ledger.pieces.round_of(piece))
         sent_bytes = vector_bytes(ledger.rule.wire, self._replica.parameters, fragment) * len(facts.nodes)
         self._session.emit(
-            events.ComputedEvent(worker=worker, version=base, from_s=from_s, to_s=to_s, **covers, **pushed.verified)
-        )
+            events.ComputedEvent(
+                worker=worker, version=base, from_s=from_s, to_s=to_s, **covers, **pushed.verified,
+                ahead=UNSET if pushed.ahead is None else list(pushed.ahead),
+            )
+        )  # fmt: skip
         self._session.emit(
             events.PushedToServerEvent(
                 seq=seq, worker=worker, version=base, piece=piece, **covers, items=items, bytes=sent_bytes,
                 checksum=vectors.checksum(len(facts.nodes)),
             )
         )  # fmt: skip
-        self._tally.pushed(worker, from_s, to_s, sent_bytes)
+        for span in ((from_s, to_s), pushed.ahead or (0.0, 0.0)):
+            self._tally.computed(worker, *span)
+        self._tally.pushed(sent_bytes)
         self._arrived[seq] = (facts, vectors)
         self._obey(ledger.pushed(worker, items, self._session.clock()))
 

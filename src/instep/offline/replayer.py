@@ -203,7 +203,9 @@ class Replayer:
             known = self._replica.written.names
             replica = Replica(self.recipe, self._device, like=self._replica, written=known)
             alone, every = self.recipe.rule.gradients, self._checkpoint_every
-            contributor = Contributor(replica, self.pieces, alone=alone, checkpoint_every=every, merged_on=self._home)
+            contributor = Contributor(
+                replica, self.pieces, alone=alone, checkpoint_every=every, merged_on=self._home, worker=key
+            )  # fmt: skip
             contributor.prepare(0)
             if self._contributors:
                 contributor.written.agree(known, "a first forward")

@@ -19,6 +19,7 @@ from instep.clock.loop import Loop, uncollected
 from instep.clock.network import Network, gather_bytes, reduce_bytes
 from instep.clock.times import WorkerTimes
 from instep.errors import RecipeError
+from instep.offline.ahead import Ahead
 from instep.offline.simulated_run import SimulatedRun
 from instep.offline.trace import Listener, Notes
 from instep.reduce.tree import nodes_of
@@ -72,8 +73,8 @@ class _Simulation:
 
     # With slots: of an object with more than 30 attributes, Python looks up each in a dictionary.
     __slots__ = (
-        "_alarm", "_alarm_s", "_away", "_busy_s", "_contribution_bytes", "_direct", "_down", "_down_bytes", "_draw",
-        "_drops", "_even", "_failed", "_failures", "_finished_s", "_first_bytes", "_hopeless", "_in_turn",
+        "_ahead", "_alarm", "_alarm_s", "_away", "_busy_s", "_contribution_bytes", "_direct", "_down", "_down_bytes",
+        "_draw", "_drops", "_even", "_failed", "_failures", "_finished_s", "_first_bytes", "_hopeless", "_in_turn",
         "_items_of", "_latency_s", "_ledger", "_listener", "_loop", "_merge_s", "_microbatches", "_microbatches_of",
         "_more_vectors", "_newcomers", "_notes", "_occupied", "_present", "_present_s", "_pulled_bytes", "_pulls",
         "_pushed_bytes", "_queue", "_reduce_s", "_round_of", "_since_s", "_staleness_max", "_staleness_sum", "_then",
@@ -124,7 +125,9 @@ class _Simulation:
         self._since_s = array("d", bytes(8 * workers))  # when it came
         self._away = bytearray(b"\1" * workers)
         self._direct = self._down is None and times.failures is None  # whether a release is the start of computation
-        bare = listener is None and items_of is None and times.failures is None and self._vectors_of is None
+        self._ahead = Ahead(pieces, self._draw) if rule.overlap else None
+        seen = listener is not None or items_of is not None or times.failures is not None
+        bare = not seen and self._vectors_of is None and self._ahead is None
         self._notes = None if bare and not self._in_turn else Notes(workers, listener)
         self._listener = listener
 
@@ -197,15 +200,26 @@ class _Simulation:
         else:
             self._pulls += 1
         loop, latency_s = self._loop, self._latency_s
-        draw = self._draw
-        seconds = draw(worker) * self._microbatches[worker]
-        self._busy_s[worker] += seconds
         from_s = loop.now_s + latency_s
-        to_s = from_s + seconds
+        if self._ahead is None:
+            draw = self._draw
+            seconds = draw(worker) * self._microbatches[worker]
+            self._busy_s[worker] += seconds
+            to_s = from_s + seconds
+        else:
+            from_s, to_s = self._go_on(self._ahead, worker, from_s)
         token = loop.at(to_s + latency_s, self._then, worker)
         if self._notes is not None:
             self._notes.computes(worker, from_s, to_s)
             self._notes.waits(worker, loop, token)
+
+    def _go_on(self, ahead: Ahead, worker: int, from_s: float) -> tuple[float, float]:
+        """When the worker, which has the update, computes the rest of its piece. Then it begins with its next."""
+        assert self._notes is not None
+        piece = self._notes.piece[worker]
+        from_s, to_s = ahead.goes_on(worker, piece, from_s)
+        self._busy_s[worker] += to_s - from_s + ahead.begins(worker, piece, to_s)
+        return from_s, to_s
 
     def _computed(self, worker: int) -> None:
         """The push reaches the server's link. When it is through, the server hears of it."""
@@ -225,6 +239,8 @@ class _Simulation:
         if to_s > now_s:
             self._busy_s[worker] -= to_s - max(now_s, from_s)
             self._notes.computes(worker, from_s, 0.0)
+        if self._ahead is not None:
+            self._busy_s[worker] -= self._ahead.fails(worker, now_s)
         self._away[worker] = True
         self._present_s[worker] += now_s - self._since_s[worker]
         self._failed += 1
@@ -258,7 +274,8 @@ class _Simulation:
         self._more_vectors += self._vectors(piece) - 1
         self._pushed_bytes += size_bytes if self._in_turn else 0
         notes.arrived(worker)
-        notes.pushed(worker, now_s, self._ledger.next_seq, items, size_bytes)
+        ahead = None if self._ahead is None else self._ahead.of_piece[worker]
+        notes.pushed(worker, now_s, self._ledger.next_seq, items, size_bytes, ahead)
         return items
 
     def _joined(self, worker: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 
+from msgspec import UNSET
+
 from instep.clock.link import Link
 from instep.clock.loop import Loop
 from instep.record import events
@@ -30,13 +32,13 @@ class EventListener:
 
     def pushed(
         self, t_s: float, worker: int, version: int, piece: int, from_s: float, to_s: float, seq: int, items: int,
-        size_bytes: int,
+        size_bytes: int, ahead: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         covers = self._work(piece).covers()
         self._on_event(
             events.ComputedEvent(
                 t_s=t_s, clock="virtual", worker=worker, version=version, piece=piece, from_s=from_s, to_s=to_s,
-                **covers,
+                ahead=UNSET if ahead is None else list(ahead), **covers,
             )
         )  # fmt: skip
         self._on_event(
@@ -113,10 +115,12 @@ class Notes:
         """It computes, if nothing comes in between."""
         self.from_s[worker], self.to_s[worker] = from_s, to_s
 
-    def pushed(self, worker: int, t_s: float, seq: int, items: int, size_bytes: int) -> None:
+    def pushed(
+        self, worker: int, t_s: float, seq: int, items: int, size_bytes: int, ahead: tuple[float, float] | None
+    ) -> None:  # fmt: skip
         """The server heard of its contribution."""
         if self.listener is not None:
             self.listener.pushed(
                 t_s, worker, self._base[worker], self.piece[worker], self.from_s[worker], self.to_s[worker], seq,
-                items, size_bytes,
+                items, size_bytes, ahead,
             )  # fmt: skip

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 SIZE = 1 << 16
 """Events after which a block is closed with the next contribution."""
 
-_JOINED, _LEFT, _RELEASED, _COMPUTED, _PUSHED, _MERGED, _DROPPED, _GRACE_ENDED = range(8)
-_KINDS = np.array(["joined", "left", "released", "computed", "pushed", "merged", "dropped", "grace_ended"])
+_JOINED, _LEFT, _RELEASED, _COMPUTED, _PUSHED, _MERGED, _DROPPED, _GRACE_ENDED, _BEGUN_AHEAD = range(9)
+_KINDS = np.array(["joined", "left", "released", "computed", "pushed", "merged", "dropped", "grace_ended", "computed"])
 _ALL_OF_CONTRIBUTION = ("seq", "worker", "version", "piece", "items")
 _NAME = re.compile(r"tape/\d{6}\.npz")
 
@@ -68,6 +68,7 @@ class BlockTape:
         self._joined, self._left = _Rows("t_s worker"), _Rows("t_s worker why")
         self._released = _Rows("t_s worker version piece")
         self._pushed = _Rows("t_s worker version piece from_s to_s seq items bytes")  # computed, and pushed
+        self._ahead = _Rows("place from_s to_s")  # of which of them steps were made before
         self._merged, self._parts = _Rows("t_s version parts"), _Rows("seq worker piece version items weight staleness")
         self._graces = _Rows("t_s version waiting")
         self._dropped = _Rows("t_s seq worker piece version items why")
@@ -92,14 +93,17 @@ class BlockTape:
 
     def pushed(
         self, t_s: float, worker: int, version: int, piece: int, from_s: float, to_s: float, seq: int, items: int,
-        size_bytes: int,
+        size_bytes: int, ahead: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         """A contribution was computed, and has arrived."""
         if len(self._order) >= SIZE:
             self._write_block()
         rows = self._pushed
-        rows.data += rows.pack(t_s, worker, version, piece, from_s, to_s, seq, items, size_bytes)
-        self._order += b"%c%c" % (_COMPUTED, _PUSHED)
+        row = rows.pack(t_s, worker, version, piece, from_s, to_s, seq, items, size_bytes)
+        if ahead is not None:
+            self._ahead.data += self._ahead.pack(len(rows.data) // len(row), *ahead)
+        rows.data += row
+        self._order += b"%c%c" % (_COMPUTED if ahead is None else _BEGUN_AHEAD, _PUSHED)
 
     def merged(self, t_s: float, action: Merge) -> None:
         """An update is made."""
@@ -167,20 +171,20 @@ class BlockTape:
         """The columns of each kind, in the order in which fields stand on a tape."""
         texts, self._texts = np.array(list(self._texts)), {}
         pushed, merged, parts = self._pushed.take(), self._merged.take(), self._parts.take()
-        groups, which = np.unique(pushed["piece"] // self._pieces.parts, return_inverse=True)
-        batches = np.array([self._pieces.batches_of(group) for group in groups.tolist()]).reshape(-1, 2)[which]
-        work = {
-            "batch": batches[:, 0],
-            "local_steps": batches[:, 1],
-            "microbatches:lengths": np.array([2]),
-            "microbatches:items": self._ranges[pushed["piece"] % self._pieces.parts].ravel(),
-        }
+        ahead = self._ahead.take()
+        begun, others = pushed[ahead["place"]], np.delete(pushed, ahead["place"])
+        computed = "t_s", "worker", "version", "piece", "from_s", "to_s"
+        spans = np.stack([ahead["from_s"], ahead["to_s"]], axis=1).ravel()
         return (
             _of(self._joined.take()),
             {**_of(self._left.take()), "why:texts": texts},
             _of(self._released.take()),
-            {**_of(pushed, "t_s", "worker", "version", "piece", "from_s", "to_s"), **work},
-            {**_of(pushed, "t_s", "seq", "worker", "version", "piece"), **work, **_of(pushed, "items", "bytes")},
+            {**_of(others, *computed), **self._work(others)},
+            {
+                **_of(pushed, "t_s", "seq", "worker", "version", "piece"),
+                **self._work(pushed),
+                **_of(pushed, "items", "bytes"),
+            },
             {
                 **_of(merged, "t_s", "version"),
                 "contributions:lengths": merged["parts"],
@@ -192,7 +196,19 @@ class BlockTape:
             },
             {**_of(self._dropped.take()), "why:texts": texts},
             _of(self._graces.take()),
+            {**_of(begun, *computed), **self._work(begun), "ahead:lengths": np.array([2]), "ahead:items": spans},
         )
+
+    def _work(self, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        """What the pieces of these rows are."""
+        groups, which = np.unique(rows["piece"] // self._pieces.parts, return_inverse=True)
+        batches = np.array([self._pieces.batches_of(group) for group in groups.tolist()]).reshape(-1, 2)[which]
+        return {
+            "batch": batches[:, 0],
+            "local_steps": batches[:, 1],
+            "microbatches:lengths": np.array([2]),
+            "microbatches:items": self._ranges[rows["piece"] % self._pieces.parts].ravel(),
+        }
 
 
 def _of(rows: NDArray[Any], *names: str) -> dict[str, NDArray[Any]]:

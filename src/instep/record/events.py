@@ -125,6 +125,7 @@ class ComputedEvent(Event, frozen=True, kw_only=True, gc=False):
     local_steps: Maybe[Annotated[LocalSteps, _where("not in lockstep")]] = UNSET
     microbatches: Microbatches
     verify_s: Maybe[Annotated[Seconds, _is("spent on it", where="where recomputed values were compared")]] = UNSET
+    ahead: Maybe[Annotated[list[float], _is("from, to, s, before its update", where="with `rule.overlap`")]] = UNSET
 
 
 class PushedEvent(Event, frozen=True, kw_only=True, gc=False):

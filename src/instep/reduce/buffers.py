@@ -88,6 +88,22 @@ class Buffers:
         """Takes what the module's buffers hold now as what the next step starts from."""
         self._start = [buffer.detach().clone() for buffer in self._objects]
 
+    def carry_over(self, which: Sequence[int], before: Sequence[Tensor], after: Sequence[Tensor], steps: int) -> None:
+        """Has the present values of the buffers `which`, and the next step's start, take in `steps` steps that were
+        made from other values: they have made `after` of `before`. Those that take the mean stay as the steps left
+        them: of running means the mean over all workers is the same.
+        """
+        for index in which:
+            now, value, mode = self._objects[index], after[index], self._modes[index]
+            if mode.kind == "max":
+                value = torch.maximum(now, value)
+            elif mode.kind == "sum":
+                others, ours = (_decayed(start, mode, now.dtype, steps) for start in (now, before[index]))
+                value = value + (others - ours).to(value.device)
+            with torch.no_grad():
+                now.copy_(value)
+            self._start[index] = now.detach().clone()
+
     def begin(self) -> None:
         """Starts a step."""
         self._left = []

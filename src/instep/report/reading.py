@@ -154,14 +154,15 @@ class _Reader:
     def _computed_event(self, event: Mapping[str, Any]) -> None:
         worker, version = event["worker"], event["version"]
         start, end = self._offset_s + event["from_s"], self._offset_s + event["to_s"]
-        self._busy_s[worker] += end - start
+        ahead = [self._offset_s + each_s for each_s in event.get("ahead", ())]
+        self._busy_s[worker] += end - start + (ahead[1] - ahead[0] if ahead else 0.0)
         if not self._server:
             self._last_end_s[version] = max(end, self._last_end_s.get(version, end))
         strip = self._strips.get(worker)
         if strip is None:
             return
-        strip.computing.extend((start, end))
-        strip.computing_version.append(version)
+        strip.computing.extend((*ahead, start, end))
+        strip.computing_version.extend([version] * (2 if ahead else 1))
         if worker in self._released_s:
             self._communicated(strip, self._released_s.pop(worker), start, version)
         if self._server:

@@ -12,6 +12,7 @@ order. What is promised, in any order of events:
   `max_lead` after the one that merges next, nor on one that would be too old when it merges.
 - No contribution merges with more than `max_staleness`.
 - While a worker is active and the run is not finished, some worker has work.
+- Under a rule with `overlap`, whoever is active when a round begins gets `Pieces.own` of it first: it has begun it.
 
 What an event makes possible comes in this order: updates first, then releases, so that a worker starts from weights
 that have its own last contribution in them wherever that is merged.
@@ -47,10 +48,9 @@ class Ledger:
     # With slots: of an object with more than 30 attributes, Python looks up each in a dictionary.
     __slots__ = (
         "_bare", "_blocked", "_busy_at", "_by_round", "_count", "_due", "_grace_s", "_held", "_idle", "_in_flight",
-        "_lead", "_limit", "_next_piece", "_open", "_pace", "_pending", "_per_round", "_quorum_since_s", "_returned",
-        "_size", "_size_of",
-        "_waiting_since_s", "_wanted", "_whole", "_workers", "delays", "finished", "lead_max", "merged_microbatches",
-        "merged_pieces", "next_seq", "pieces", "round", "rule", "version",
+        "_lead", "_limit", "_next_piece", "_open", "_overlaps", "_pace", "_pending", "_per_round", "_quorum_since_s",
+        "_returned", "_size", "_size_of", "_waiting_since_s", "_wanted", "_whole", "_workers", "delays", "finished",
+        "lead_max", "merged_microbatches", "merged_pieces", "next_seq", "pieces", "round", "rule", "version",
     )  # fmt: skip
 
     def __init__(self, rule: UpdateRule, pieces: Pieces):
@@ -67,9 +67,8 @@ class Ledger:
         """The `seq` of the contribution that is pushed next."""
         self.finished = False
         """Whether every piece is merged."""
-        self._by_round = rule.order == "round"
-        self._lead = rule.max_lead
-        self._limit = rule.max_staleness
+        self._by_round, self._overlaps = rule.order == "round", rule.overlap > 0
+        self._lead, self._limit = rule.max_lead, rule.max_staleness
         if self._by_round and self._limit is not None:  # here a round is a version: what is ahead by n will be n old
             self._lead = self._limit if self._lead is None else min(self._lead, self._limit)
             self._limit = None
@@ -311,7 +310,9 @@ class Ledger:
                 return
             state = idle.popleft()
             if state.active:
-                if not self._returned:
+                if self._overlaps:
+                    piece = self._own(state.number, piece)
+                elif not self._returned:
                     self._next_piece = piece + 1
                 elif self.delays.late_by(piece) != state.number:
                     heapq.heappop(self._returned)
@@ -323,6 +324,19 @@ class Ledger:
                 state.piece, state.base = piece, version
                 self._start(state)
                 actions.append(_new(Release, (state.number, piece, version)))
+
+    def _own(self, worker: int, first: int) -> int:
+        """Takes the worker's own piece of the round of `first`, the next one; that itself where it is taken."""
+        piece, returned = self.pieces.own(worker, self.round), self._returned
+        if piece < self._next_piece and piece not in returned:  # none is -1
+            piece = first
+        if piece in returned:
+            returned.remove(piece)
+        else:
+            returned += range(self._next_piece, piece)
+            self._next_piece = piece + 1
+        heapq.heapify(returned)
+        return piece
 
     def _next(self) -> int:
         """The piece that is given out next."""

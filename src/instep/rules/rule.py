@@ -54,6 +54,10 @@ class UpdateRule:
     fragments: parts of the model, N, that are sent one after the other, each `local_steps` / N steps after the one
         before (Streaming DiLoCo: Douillard et al., 2025, arXiv:2501.18512); meanwhile each worker keeps its own
         weights of the others. 1 sends all of it at once. Only where all workers wait for each other.
+    overlap: steps that a worker takes on its next contribution before it needs the update of its last one, so that it
+        computes while that is sent, made and sent back (the same paper's tau). At most `local_steps` / `fragments`.
+    mix: with `overlap`, the part of its own value of a fragment that a worker keeps when it takes the update's (the
+        paper's alpha, and its value there). 0 takes the update as it is, and gives up what the worker moved meanwhile.
     name: of the preset it was made from, or of your own.
 
     Raises RecipeError where the fields do not go together.
@@ -75,6 +79,8 @@ class UpdateRule:
     outer_buffer: int = 1
     wire: Literal["float32", "bfloat16", "int8", "int4"] = added("float32", default="float32")
     fragments: int = added(1, default=1)
+    overlap: int = added(0, default=0)
+    mix: float = added(0.5, default=0.5)
     grace_s: float | None = added(None, default=None)
 
     def __post_init__(self) -> None:
@@ -121,8 +127,8 @@ class UpdateRule:
 
     @property
     def streams(self) -> bool:
-        """Whether contributions are fragments, so that workers have weights of their own."""
-        return self.fragments > 1
+        """Whether workers have weights of their own from one contribution to the next."""
+        return self.fragments > 1 or self.overlap > 0
 
     @property
     def waits(self) -> bool:
@@ -176,7 +182,8 @@ class UpdateRule:
                 f"'rule.quorum' is {shown(self.quorum)}; write a number from 1, 'all', 'all-1' (one fewer) or 'all/2' "
                 f"(half of them)."
             )
-        for key, least in (("local_steps", 1), ("local_after", 0), ("outer_buffer", 1), ("fragments", 1)):
+        least_of = {"local_steps": 1, "local_after": 0, "outer_buffer": 1, "fragments": 1, "overlap": 0}
+        for key, least in least_of.items():
             if getattr(self, key) < least:
                 raise RecipeError(f"'rule.{key}' is {getattr(self, key)}; it must be at least {least}.")
         for key in ("max_lead", "max_staleness"):
@@ -193,6 +200,8 @@ class UpdateRule:
             )
         if not 0 <= self.compensation < float("inf"):
             raise RecipeError(f"'rule.compensation' is {self.compensation}; it must be a finite number from 0.")
+        if not 0 <= self.mix < 1:
+            raise RecipeError(f"'rule.mix' is {self.mix}; it must be from 0 to below 1, which would take no update.")
         if not 0 < self.outer_lr < float("inf"):
             raise RecipeError(f"'rule.outer_lr' is {self.outer_lr}; it must be a finite number above 0.")
         if not 0 <= self.outer_momentum < 1:
@@ -242,29 +251,50 @@ class UpdateRule:
             raise RecipeError("'rule.local_after' goes with 'rule.local_steps' above 1.")
 
     def _check_fragments(self) -> None:
-        count, steps = self.fragments, self.local_steps
-        if count == 1:
+        if not self.overlap and self.mix != UpdateRule.mix:
+            raise RecipeError(
+                f"'rule.mix' is {self.mix}, and without 'rule.overlap' workers take each update as it is; leave it "
+                f"out, or set overlap."
+            )
+        if not self.streams:
             return
+        steps, name = self.local_steps, "fragments" if self.fragments > 1 else "overlap"
+        count = getattr(self, name)
+        what = f"'rule.{name}' is {count}"
         if self.gradients or steps == 1:
             raise RecipeError(
-                f"'rule.fragments' is {count} and rule {shown(self.name)} sends something after every step; leave it "
-                f"out, or take a rule with local steps, such as 'diloco:{20 * count},fragments={count}'."
+                f"{what} and rule {shown(self.name)} sends something after every step; leave it out, or take a rule "
+                f"with local steps, such as 'diloco:{20 * count},{name}={count}'."
             )
         if not self.lockstep:
+            why = "no update has the same fragment of all" if name == "fragments" else "there is nothing to overlap"
             raise RecipeError(
-                f"'rule.fragments' is {count} and under rule {shown(self.name)} workers do not wait for each other, so "
-                f"that no update has the same fragment of all; leave it out, or set order to 'round' and max_lead to 0."
+                f"{what} and under rule {shown(self.name)} workers do not wait for each other, so that {why}; leave it "
+                f"out, or set order to 'round' and max_lead to 0."
             )
         if self.local_after:
             raise RecipeError(
-                f"'rule.fragments' is {count} and 'rule.local_after' is {self.local_after}, batches in which all "
-                f"weights are averaged after every step; leave one of them out."
+                f"{what} and 'rule.local_after' is {self.local_after}, batches in which all weights are averaged after "
+                f"every step; leave one of them out."
             )
-        if steps % count:
+        if steps % self.fragments:
             near = max(1, round(steps / count)) * count
             raise RecipeError(
                 f"'rule.local_steps' is {steps} and 'rule.fragments' is {count}, one of which is sent after each "
                 f"local_steps / fragments steps; set local_steps to a multiple of it, such as {near}."
+            )
+        self._check_overlap()
+
+    def _check_overlap(self) -> None:
+        if self.overlap > self.stride:
+            raise RecipeError(
+                f"'rule.overlap' is {self.overlap} and a worker sends something after every {self.stride} steps "
+                f"(local_steps / fragments), before which it needs the last update; set overlap to at most that."
+            )
+        if self.fragments == 1 and self.overlap == self.stride and not self.mix:
+            raise RecipeError(
+                f"'rule.overlap' is {self.overlap}, as 'rule.local_steps', and with 'rule.mix' 0 a worker gives up all "
+                f"that it moves meanwhile, so that it never sends anything; set overlap lower, or mix above 0."
             )
 
 

@@ -103,6 +103,11 @@ class Pieces:
         """The round that a piece belongs to."""
         return piece // self.workers
 
+    def own(self, worker: int, number: int) -> int:
+        """The piece of a round that has the worker's place in it; -1 where there is none."""
+        piece = number * self.workers + worker
+        return piece if worker < self.workers and piece < self.count else -1
+
     def size_of(self, number: int) -> int:
         """How many pieces a round has."""
         return min(self.workers, self.count - number * self.workers)

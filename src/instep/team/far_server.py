@@ -200,4 +200,4 @@ class FarServer:
 def _result(message: Pushed) -> Contributed:
     told: dict[str, Any] = {each.name: getattr(message.facts, each.name) for each in dataclasses.fields(Facts)}
     told["bad"] = tuple(why.message for why in message.facts.bad)
-    return Contributed(message.incarnation, message.from_s, message.to_s, message.verified, **told)
+    return Contributed(message.incarnation, message.from_s, message.to_s, message.verified, message.ahead, **told)

@@ -159,7 +159,8 @@ class FarWorkers:
             write_delta(self._narrow[worker], self._wire, self._layout, row, fragment)
         told = {each.name: getattr(message, each.name) for each in dataclasses.fields(Facts)}
         facts = Facts(**{**told, "bad": tuple(NonFiniteError(why) for why in message.bad)})
-        return Pushed(message.incarnation, facts, message.from_s, message.to_s, dict(message.verified))
+        verified = dict(message.verified)
+        return Pushed(message.incarnation, facts, message.from_s, message.to_s, verified, message.ahead)
 
 
 class _Conversation:

@@ -92,6 +92,7 @@ class Contributed:
     from_s: float
     to_s: float
     verified: Annotated[Mapping[str, float], Meta(max_length=64)]
+    ahead: tuple[float, float] | None
     nodes: Annotated[tuple[tuple[Count, Count], ...], Meta(max_length=LONGEST)]
     counts: Counts
     sums: Mapping[str, tuple[float, ...]]

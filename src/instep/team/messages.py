@@ -301,13 +301,17 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """The piece is computed and lies in the worker's vectors; when, on the run's clock, and what was verified."""
+    """The piece is computed and lies in the worker's vectors; when, on the run's clock, and what was verified.
+
+    ahead: the begin and the end of its steps before the worker had the last update, under rules with `overlap`.
+    """
 
     incarnation: int
     facts: Facts
     from_s: float
     to_s: float
     verified: dict[str, Any]
+    ahead: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from instep.reduce.written import WrittenParameters
 from instep.rules.fragments import Fragments
 from instep.rules.work import Pieces, Work
 from instep.transport.memory import Region
+from instep.worker.ahead import Begun, check_overlap
 from instep.worker.contribution import Facts, Vectors, latest_of
 from instep.worker.gradients import Computed, Gradients
 from instep.worker.item_counts import ItemCounts
@@ -51,7 +52,8 @@ class Contributor:
     narrow wire has lost is 0.
 
     `alone`: it computes the pieces of all workers, see `ItemCounts`. `checkpoint_every`: see `Gradients`. `merged_on`:
-    the device where contributions are merged, and wanted, if it is another.
+    the device where contributions are merged, and wanted, if it is another. `worker`: its number; under a rule with
+    `overlap` the piece that it begins by itself follows from that.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Contributor:
         alone: bool = False,
         checkpoint_every: int = 0,
         merged_on: str = "",
+        worker: int = 0,
     ):
         self.replica, self.pieces, self.rule = replica, pieces, pieces.rule
         self._home = torch.device(merged_on) if merged_on else replica.device
@@ -80,7 +83,10 @@ class Contributor:
         self.fragments = Fragments([parameter.nbytes for parameter in replica.parameters], self.rule.fragments)
         self._streamed: Streamed | None = None
         if self.rule.streams:
-            self._streamed = Streamed(replica.parameters, self.layout, self.fragments)
+            mix = self.rule.mix if self.rule.overlap else 0.0
+            self._streamed = Streamed(replica.parameters, self.layout, self.fragments, mix)
+        self._worker, self._next = worker, -1  # the piece that it is to begin by itself
+        self._begun: Begun | None = None
         self._version = 0
         self._summed: Tensor | None = None
 
@@ -111,7 +117,8 @@ class Contributor:
         """Learns the objective's terms, which parameters its forwards write and which buffers training changes, from a
         first forward; the batch of it.
 
-        `samples`: those of its first microbatch, if they were read already.
+        `samples`: those of its first microbatch, if they were read already. Raises RecipeError where the rule does not
+        go with what forwards write.
         """
         samples = self.replica.learn_terms(batch, samples)
         self.terms = tuple(self.replica.objective.terms or ())
@@ -124,6 +131,7 @@ class Contributor:
         self.changing = {index for index, changed in enumerate(self.buffers.changed()) if changed}
         self.buffers.begin()
         self.pack = Pack(self.replica.module, self.replica.parameters, self.written.frozen)
+        check_overlap(self.rule, self.written)
         return samples
 
     def load(self, saved: Tensor) -> None:
@@ -135,7 +143,11 @@ class Contributor:
         self.buffers.restart()
 
     def enter(self, version: int) -> None:
-        """What is computed next starts from weights of `version`: what the recipe's changes say up to it holds."""
+        """What is computed next starts from weights of `version`: what the recipe's changes say up to it holds.
+
+        Not for what it begins by itself, which it does before, as in `go_ahead`.
+        """
+        self.go_ahead()
         self._version = version
         if self.replica.enter(version):
             self._items.forget()
@@ -151,9 +163,25 @@ class Contributor:
         self.replica.trainable.take(off)
         here = into if self._at_home else self._beside(into)
         facts = self._gradient(work, here) if self.rule.gradients else self._delta(work, saved, here)
+        if self.rule.overlap:
+            self._next = self.pieces.own(self._worker, self.pieces.round_of(work.piece) + 1)
         if here is not into:
             into.gradient[: len(facts.nodes)].copy_(here.gradient[: len(facts.nodes)])
         return facts
+
+    def go_ahead(self) -> int:
+        """Begins its piece of the next round, with as many steps as the rule's `overlap`, before it has the update of
+        the last one. Returns which it is; -1 where it does nothing, for it has begun, or there is none.
+        """
+        piece, self._next = self._next, -1
+        if piece < 0 or self._begun is not None:
+            return -1
+        work, before, trainable = self.pieces.work(piece), self.buffers.start, self.replica.trainable
+        off, made = trainable.off, self._nothing_made()
+        for batch in range(work.batch, work.batch + min(self.rule.overlap, work.local_steps)):
+            self._local_step(work, batch, made)
+        self._begun = Begun(work, made, before, self.buffers.start, off, trainable.off)
+        return piece
 
     @property
     def _at_home(self) -> bool:
@@ -220,8 +248,12 @@ class Contributor:
 
     def _delta(self, work: Work, saved: Tensor, into: Vectors) -> Facts:
         began, trainable, off = self.buffers.start, self.replica.trainable, self.replica.trainable.off
-        made = LocalSteps(dict.fromkeys(self.terms, 0), dict.fromkeys(self.terms, ()))
-        for batch in range(work.batch, work.batch + work.local_steps):
+        made, done = self._nothing_made(), 0
+        if self._begun is not None and self._begun.work == work:
+            begun, self._begun = self._begun, None
+            begun.carry_over(self.buffers, trainable)
+            made, done = begun.made, min(self.rule.overlap, work.local_steps)
+        for batch in range(work.batch + done, work.batch + work.local_steps):
             self._local_step(work, batch, made)
         self._moved(work, saved, into)
         self.written.post(into.written, self.written.differences(self.pack.frozen(saved)))
@@ -234,6 +266,9 @@ class Contributor:
             ceased=tuple(sorted(trainable.off - off)), begun=tuple(sorted(off - trainable.off)),
             made=made.steps, bad=tuple(made.bad), empty=tuple(made.empty),
         )  # fmt: skip
+
+    def _nothing_made(self) -> LocalSteps:
+        return LocalSteps(dict.fromkeys(self.terms, 0), dict.fromkeys(self.terms, ()))
 
     def _moved(self, work: Work, saved: Tensor, into: Vectors) -> None:
         """Writes how far the weights have moved, and what arrives of it over the wire."""

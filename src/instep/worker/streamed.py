@@ -16,10 +16,13 @@ class Streamed:
 
     Each of its deltas is against the value that the fragment had when the worker last pulled or sent it, so that what
     it has moved is sent once, also where it takes a second piece of a round for a worker that left.
+
+    mix: the part of its own value of a fragment that it keeps when it pulls another. The next delta is against what was
+    pulled, as in DiLoCo: what it has kept counts as moved.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], layout: Layout, fragments: Fragments):
-        self._parameters, self._layout, self._fragments = parameters, layout, fragments
+    def __init__(self, parameters: Sequence[Tensor], layout: Layout, fragments: Fragments, mix: float = 0.0):
+        self._parameters, self._layout, self._fragments, self._mix = parameters, layout, fragments, mix
         self._since: list[Tensor] = []  # by parameter: what its next delta is against; none before the first pull
         self._version = 0  # of the weights that were pulled last
 
@@ -32,8 +35,12 @@ class Streamed:
             self._since = [parameter.detach().clone() for parameter in self._parameters]
         else:
             changed = self._fragments.since(self._version, version)
+            own = [self._parameters[index].detach().clone() for index in changed] if self._mix else []
             pack.load(saved, changed)
             self._note(changed)
+            with torch.no_grad():
+                for index, kept in zip(changed, own, strict=bool(own)):
+                    self._parameters[index].mul_(1 - self._mix).add_(kept, alpha=self._mix)
         self._version = version
 
     def send(self, fragment: range, row: Tensor) -> None:
