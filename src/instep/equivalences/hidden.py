@@ -60,7 +60,7 @@ def moved(before: State, after: State) -> list[tuple[str, str]]:
         if was is None:
             changed.append((place, f"{shown}, new"))
         elif was[0] != now:
-            changed.append((place, f"{was[1]}, then {shown}"))
+            changed.append((place, shown if was[1] == shown else f"{was[1]}, then {shown}"))
     gone = [(place, f"{shown}, then gone") for place, (_, shown) in before.items() if place not in after]
     return changed + gone
 

@@ -17,8 +17,8 @@ from instep.equivalences.found import Compared, Equivalence
 from instep.errors import InstepError, ResourceError
 from instep.recipe import Recipe, Team
 
-LONG = 1000
-"""Steps at least: the run is ended long before, and must not be over before a worker is lost."""
+LONG = 1_000_000
+"""Steps at least: the run is ended long before, and must not be over before a worker is lost, however slow we are."""
 
 MORE = 2
 """Updates after the loss, and after the resume."""
