@@ -33,6 +33,7 @@ from instep.team.joining import run_to_join
 from instep.team.meeting import telling_the_others
 from instep.team.messages import Request
 from instep.team.place import Place, begun_before, launch, place_of
+from instep.team.ray_nodes import RayNodes, RayRun, ray_nodes
 from instep.team.signals import interrupting
 
 
@@ -86,8 +87,11 @@ def train(
             wanted = _to_resume(RunFolder.open(Path(resume)), recipe, team, skipped)
             for why in () if watching else (*wanted.notices, *wanted.changed):  # a monitor sees them
                 warnings.warn(why, stacklevel=3)  # of the caller, beyond the decorator
-        folder, request = _request(wanted, out, (*folders, *wanted.import_paths))
-    return _trained(wanted.recipe, folder, request, watching)
+        check_team(wanted.recipe, wanted.team)
+    with ray_nodes(wanted.team) as nodes:
+        with telling_the_others():
+            folder, request = _request(wanted, out, (*folders, *wanted.import_paths), nodes)
+        return _trained(wanted.recipe, folder, request, watching, nodes)
 
 
 @dataclass(frozen=True)
@@ -137,12 +141,11 @@ def _to_join(place: Place, folder: RunFolder, recipe: Recipe | None, team: Team 
 
 
 def _request(
-    wanted: _Wanted, out: str | os.PathLike[str] | None, import_paths: tuple[str, ...]
+    wanted: _Wanted, out: str | os.PathLike[str] | None, import_paths: tuple[str, ...], nodes: RayNodes | None
 ) -> tuple[RunFolder, Request]:
     """What the supervisor is asked for, and the folder, which is made for a new run."""
     recipe, team, folder = wanted.recipe, wanted.team, wanted.folder
-    place = place_of(team.launcher)
-    check_team(recipe, team)
+    place = nodes.place if nodes is not None else place_of(team.launcher)
     sent, recipe_file = pickled(recipe), dumps(recipe, team)
     if place is not None and place.agent > 0:
         folder = RunFolder(Path(tempfile.mkdtemp(prefix="instep-")))
@@ -164,14 +167,18 @@ def _request(
         fingerprints=recipe.fingerprints(),
         notices=tuple(wanted.notices),
         place=place,
+        environment=nodes.environment if nodes is not None else {},
     )
 
 
-def _trained(recipe: Recipe, folder: RunFolder, request: Request, monitors: list[Monitor]) -> Run:
+def _trained(
+    recipe: Recipe, folder: RunFolder, request: Request, monitors: list[Monitor], nodes: RayNodes | None
+) -> Run:
     place = request.place
     if place is not None and place.agent > 0:
         monitors = [_say]
-    result = supervised(folder, request, recipe.threads, monitors)
+    others = RayRun(nodes, request, recipe) if nodes is not None else None
+    result = supervised(folder, request, recipe.threads, monitors, others)
     if result["interrupted"]:
         if place is not None and place.agent > 0:
             raise KeyboardInterrupt(f"the run ended after step {result['steps']}, and is saved by agent 0.")

@@ -233,7 +233,8 @@ class Team:
     slow: workers to slow down, by sleeping, for comparing rules: "1:4x" makes worker 1 take 4 times as long.
     answer_timeout_s: seconds without a sign of life after which a worker counts as stopped.
     stall_timeout_s: seconds in which a worker that answers may finish no microbatch.
-    launcher: who has started this agent of several: ``torchrun``, ``srun``, or nobody (``local``); ``auto`` looks.
+    launcher: who has started this agent of several: ``torchrun``, ``srun``, or nobody (``local``); ``auto`` looks. With
+        ``ray`` this is the first, and Ray starts one on each of the other nodes of its cluster.
     interface: address, or name of the network interface, where the hosts of a run reach each other; "" finds it.
     join_timeout_s: seconds in which all agents must have come.
     lease_s, give_up_s: seconds of silence after which a host is lost, and in which it looks for agent 0 again.
@@ -254,7 +255,7 @@ class Team:
     slow: str = ""
     answer_timeout_s: float = 4.0
     stall_timeout_s: float = 600.0
-    launcher: Literal["auto", "local", "torchrun", "srun"] = "auto"
+    launcher: Literal["auto", "local", "torchrun", "srun", "ray"] = "auto"
     interface: str = ""
     join_timeout_s: float = 600.0
     lease_s: float = 5.0

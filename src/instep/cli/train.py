@@ -23,6 +23,7 @@ from instep.tables import from_table
 from instep.team.joining import run_to_join
 from instep.team.meeting import telling_the_others
 from instep.team.place import Place, begun_before, place_of
+from instep.team.ray_cluster import connected, count_of_workers
 from instep.team.signals import interrupting
 
 
@@ -59,8 +60,13 @@ def train_recipe(
     from instep.api import train
     from instep.monitors import Monitor
 
+    own_workers = any(name == "team.workers" for name, _ in settings)
+    if team.launcher == "ray" and not own_workers:
+        with interrupting(), connected(team):
+            team = replace(team, workers=count_of_workers(team))
+        print(f"instep: {team.workers} workers, for as many nodes or GPUs; --workers takes others.", file=sys.stderr)
     paths, place = import_paths(given), place_of(team.launcher)
-    if place is not None and not any(name == "team.workers" for name, _ in settings):
+    if place is not None and not own_workers:
         team = replace(team, workers=place.agents)
         if place.agent == 0:
             print(f"instep: {place.agents} workers, one for each agent; --workers takes others.", file=sys.stderr)

@@ -36,6 +36,7 @@ def _serve(client: Channel) -> None:
     except EOFError:
         return
     assert isinstance(run, Request), f"a run begins with a Request, not {run}"
+    os.environ.update(run.environment)
     import_before_forks()
     requests = Requests()
     requests.listen()

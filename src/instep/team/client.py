@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import IO, Any, assert_never
+from typing import IO, Any, Protocol, assert_never
 
 from instep.descendants import Stopped
 from instep.errors import ComponentError, InstepError, WorkerError, described, killed_by, no_process
@@ -35,8 +35,32 @@ LOOK_S = 0.5
 _ALONE = "the {launcher} that started this has ended, and so does the run, after the present step, saved."
 
 
-def supervised(folder: RunFolder, request: Request, threads: int, monitors: Sequence[Monitor]) -> dict[str, Any]:
+class Others(Protocol):
+    """A run's other agents, for the client of the first."""
+
+    def begin(self) -> None:
+        """Has them started. Raises InstepError."""
+
+    def see(self, event: dict[str, Any]) -> None:
+        """Is told of all events."""
+
+    def look(self) -> None:
+        """Looks at them, several times a second. What it raises, InstepError, ends the run at once."""
+
+    def end(self) -> None:
+        """Waits for their end, after the run's, for a while."""
+
+
+def supervised(
+    folder: RunFolder,
+    request: Request,
+    threads: int,
+    monitors: Sequence[Monitor],
+    others: Others | None = None,
+) -> dict[str, Any]:
     """Has a supervisor do what is requested. Returns the result. Raises InstepError, and what a monitor raises.
+
+    others: the other agents, where it is this process that has them started.
 
     The folder of a new run that has trained nothing is removed then: its name is free again. So is, at any end, that of
     an agent that follows another, which is for scratch.
@@ -45,17 +69,24 @@ def supervised(folder: RunFolder, request: Request, threads: int, monitors: Sequ
     try:
         client = _Client(folder, request, threads)
         with interrupting() as stop, stop.noting():
-            result = client.serve(monitors, stop)
+            if others is not None:
+                others.begin()
+                monitors = [*monitors, others.see]
+            result = client.serve(monitors, stop, others)
     except BaseException:
         with deaf():
             if client is not None:
                 client.close()  # first, or a worker would still write there
+            if others is not None:
+                others.end()
             if follows(request) or (not request.resumed and (client is None or not client.trained)):
                 remove(folder.path, identity)
         raise
     client.close()
     if follows(request):
         remove(folder.path, identity)
+    if others is not None:
+        others.end()
     return result
 
 
@@ -88,12 +119,12 @@ class _Client:
         except OSError as error:
             raise disk_error(f"the log {self._log} cannot be written", error) from error
 
-    def serve(self, monitors: Sequence[Monitor], stop: Stop) -> dict[str, Any]:
+    def serve(self, monitors: Sequence[Monitor], stop: Stop, others: Others | None) -> dict[str, Any]:
         """Hands events to the monitors until the run ends. Returns the result. Raises InstepError."""
         self._tell(self._request)
         self._receiver.start()
         watching = _Watching(monitors)
-        pressed = self._pass_on_events(watching, stop)
+        pressed = self._pass_on_events(watching, stop, others)
         failed = None if pressed or stop.wanted else watching.failed
         try:
             result = self._ending()
@@ -107,15 +138,18 @@ class _Client:
             raise failed
         return result
 
-    def _pass_on_events(self, watching: _Watching, stop: Stop) -> bool:
+    def _pass_on_events(self, watching: _Watching, stop: Stop, others: Others | None) -> bool:
         """Hands events to the monitors until no more come. Returns whether Ctrl-C was pressed, which `stop` misses."""
         request, asked, pressed = self._request, False, False
         stopped = Stopped(self._process.pid, request.team.answer_timeout_s)
+        by = request.place.launcher if request.place is not None else ""
         while True:
             try:
-                if request.place is not None and os.getppid() != self._parent and not asked:
+                if others is not None:
+                    others.look()
+                if by not in ("", "ray") and os.getppid() != self._parent and not asked:
                     stop.wanted = True
-                    watching.see(plain(WarnedEvent(why=_ALONE.format(launcher=request.place.launcher))))
+                    watching.see(plain(WarnedEvent(why=_ALONE.format(launcher=by))))
                 if (stop.wanted or pressed or watching.failed is not None) and not asked:
                     asked = True
                     self._tell(messages.StopRun())

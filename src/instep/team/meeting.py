@@ -4,7 +4,7 @@ Under torchrun agent 0 leaves its address and the run's secret in torchrun's own
 ever where the store's process is stopped (torch 2.13), and its threads are not there in what forks: so each question is
 asked by a process of its own, which is killed when it takes too long. Under srun agent 0 leaves both in a file of the
 user's home, which the hosts of a cluster have in common as a rule; where they don't, the secret is in the environment,
-and the address follows from the list of hosts and the job's number.
+and the address follows from the list of hosts and the job's number. Ray brings both to the agents that it starts.
 """
 
 from __future__ import annotations
@@ -71,11 +71,13 @@ class Found:
 def draw_secret(place: Place, environ: Mapping[str, str]) -> bytes:
     """The run's secret, for agent 0. Raises RecipeError where srun's environment has one that is too short."""
     given = _given_secret(environ) if place.launcher == "srun" else None
-    return given or os.urandom(SECRET_BYTES)
+    return place.secret or given or os.urandom(SECRET_BYTES)
 
 
 def publish(place: Place, address: tuple[str, int], secret: bytes) -> None:
     """Has the other agents find agent 0. What an agent 0 before it said counts no more. Raises ResourceError."""
+    if place.secret:
+        return  # they have it, and the address, from who has started them
     value = msgspec.json.encode([*address, secret.hex()])
     if place.launcher == "srun":
         if _given_secret(os.environ) is None:
@@ -118,6 +120,8 @@ def find(place: Place, within_s: float) -> Found | None:
     """Where agent 0 is, as far as that can be told in so many seconds. Raises RecipeError as `draw_secret` does, and
     where the hosts have no folder in common that tells; WorkerError where agent 0 has failed before.
     """
+    if place.secret:
+        return Found((place.head, place.port), place.secret)
     if place.launcher == "srun":
         return _find_by_srun(place, within_s)
     for good, answer in _ask([partial(_get, store, place) for store in place.stores], within_s, wanted=b"["):
@@ -293,6 +297,8 @@ def own_address(place: Place, interface: str = "") -> str:
     """The address of this host that the other agents are given: of `interface`, a name or an address, or else of the
     one on the way to them. Raises RecipeError where there is none, or no telling which.
     """
+    if place.secret:
+        return place.head
     if interface:
         return address_of(interface)
     if place.hosts == 1:

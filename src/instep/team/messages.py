@@ -89,7 +89,8 @@ class Request:
     warn with at the start.
 
     `began`, in seconds on the machine's monotonic clock, is the zero of the tape's times. `place`: this agent's, where
-    there are several; those but the first have `folder` for scratch.
+    there are several; those but the first have `folder` for scratch. `environment`: variables that its processes have
+    besides.
     """
 
     recipe: Pickled
@@ -106,6 +107,7 @@ class Request:
     fingerprints: tuple[str, ...] = ()
     notices: tuple[str, ...] = ()
     place: Place | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

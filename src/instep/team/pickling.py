@@ -84,8 +84,37 @@ class Pickled:
         return _Unpickler(memory[self.pickle.start : self.pickle.stop], buffers, parts).load()
 
 
-def dump(value: Any) -> Pickled:
-    """Pickles `value`. Raises what pickling raises, and ResourceError where there is no memory."""
+@dataclass(frozen=True)
+class Packed:
+    """What a `Pickled` is, for another host: the content of its memory, and where what lies there."""
+
+    content: bytes
+    pickle: Span
+    buffers: Sequence[Span]
+    plain: Span
+
+    def unpacked(self) -> Pickled:
+        """The same in memory of this process. Raises OSError."""
+        descriptor = memory_file()
+        pickled = Pickled(descriptor, self.pickle, self.buffers, self.plain)
+        weakref.finalize(pickled, os.close, descriptor)
+        _write(descriptor, memoryview(self.content), 0)
+        return pickled
+
+
+def pack(value: Any) -> Packed:
+    """`value` for another host, with the content of what is mapped from files. Raises as `dump` does."""
+    found = dump(value, mapped=False)
+    with mmap.mmap(found.descriptor, 0, prot=mmap.PROT_READ) as memory:
+        content = memory[:]
+    return Packed(content, found.pickle, [span for span in found.buffers if isinstance(span, Span)], found.plain)
+
+
+def dump(value: Any, *, mapped: bool = True) -> Pickled:
+    """Pickles `value`. Raises what pickling raises, and ResourceError where there is no memory.
+
+    mapped: whether what lies in a memory-mapped file stays there.
+    """
     try:
         descriptor = memory_file()
     except OSError as error:
@@ -103,7 +132,7 @@ def dump(value: Any) -> Pickled:
         spans: list[Span | FileSpan] = []
         for buffer in buffers:
             with buffer.raw() as view:
-                span: Span | FileSpan | None = files.find(view)
+                span: Span | FileSpan | None = files.find(view) if mapped else None
                 if span is None:
                     start = -(-end // _ALIGN) * _ALIGN
                     end = start + view.nbytes

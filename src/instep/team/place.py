@@ -7,15 +7,15 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from instep.errors import RecipeError, RecordError, cut, shown
 from instep.record.folder import RunFolder
 
-Launcher = Literal["auto", "local", "torchrun", "srun"]
-"""What starts the agents: `local` for one agent, whatever the environment says."""
+Launcher = Literal["auto", "local", "torchrun", "srun", "ray"]
+"""What starts the agents: `local` for one agent, whatever the environment says; `ray` is told by no environment."""
 
 MOST_AGENTS = 1 << 16
 
@@ -28,8 +28,8 @@ class Place:
     """One agent's. All count from 0; agent 0 has the run folder. local: among the agents of its host.
 
     host_of: the host of each agent, in their order; a host's agents follow each other. stores: addresses of torchrun's
-    stores, one of which every agent reaches. head: under srun the name of agent 0's host. port: where agent 0 listens,
-    0 for any.
+    stores, one of which every agent reaches. head: under srun the name of agent 0's host, under Ray the address where
+    agent 0 listens. port: where it does, 0 for any. secret: the run's, where the launcher gives it with the place.
     """
 
     agent: int
@@ -46,6 +46,7 @@ class Place:
     others: tuple[str, ...] = ()
     """Names of the other hosts, where the launcher tells them."""
     port: int = 0
+    secret: bytes = field(default=b"", repr=False)
 
     @property
     def agents_by_host(self) -> tuple[int, ...]:
@@ -57,8 +58,8 @@ def from_environment(environ: Mapping[str, str], launcher: str = "auto") -> Plac
     """This agent's place; None where it is the only one. Raises RecipeError where the environment is not complete."""
     by_torchrun = "TORCHELASTIC_RUN_ID" in environ
     by_srun = "SLURM_STEP_NUM_TASKS" in environ or "SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ
-    if launcher == "local" or (launcher == "auto" and not by_torchrun and not by_srun):
-        return None
+    if launcher in ("local", "ray") or (launcher == "auto" and not by_torchrun and not by_srun):
+        return None  # where Ray starts them, this is who asks it to
     if launcher == "torchrun" or (launcher == "auto" and by_torchrun):
         return _by_torchrun(environ, _arguments_of_torchrun())
     return _by_srun(environ)
