@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +89,22 @@ __all__ = [
     "simulate",
     "train",
 ]
+
+
+def _tell_of_errors() -> None:
+    """Has the other agents of a run learn of an exception that ends this program before it trains."""
+    before = sys.excepthook
+
+    def hook(kind: Any, error: BaseException, trace: Any) -> None:
+        before(kind, error, trace)
+        import_module("instep.team.telling").tell_of_what_ended(error)
+
+    sys.excepthook = hook
+
+
+_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "SLURM_STEPID")
+if "INSTEP_RUN" not in os.environ and any(name in os.environ for name in _LAUNCHERS):  # and no process of Instep's own
+    _tell_of_errors()
 
 
 def __getattr__(name: str) -> Any:

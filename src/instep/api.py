@@ -30,11 +30,11 @@ from instep.schedule import Change
 from instep.tables import from_table
 from instep.team.client import computed, pickled, supervised
 from instep.team.joining import run_to_join
-from instep.team.meeting import telling_the_others
 from instep.team.messages import Request
 from instep.team.place import Place, begun_before, launch, place_of
 from instep.team.ray_nodes import RayNodes, RayRun, ray_nodes
 from instep.team.signals import interrupting
+from instep.team.telling import met, telling_the_others
 
 
 @interrupting()
@@ -71,7 +71,7 @@ def train(
     ends it at once. So do SIGTERM, SIGHUP and what schedulers warn with, SIGUSR1, SIGUSR2 and SIGXCPU, where the
     program leaves them alone and calls `train` from its main thread. Raises InstepError: see `instep.errors`.
     """
-    with telling_the_others():
+    with telling_the_others(team.launcher if isinstance(team, Team) else "auto"):
         _check_arguments(recipe, team)
         skipped = _indices(skip_samples)
         watching, folders = monitors_of(monitors), folders_of(import_paths)
@@ -178,7 +178,8 @@ def _trained(
     if place is not None and place.agent > 0:
         monitors = [_say]
     others = RayRun(nodes, request, recipe) if nodes is not None else None
-    result = supervised(folder, request, recipe.threads, monitors, others)
+    with met():
+        result = supervised(folder, request, recipe.threads, monitors, others)
     if result["interrupted"]:
         if place is not None and place.agent > 0:
             raise KeyboardInterrupt(f"the run ended after step {result['steps']}, and is saved by agent 0.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from support.patience import LONG_S
-from support.processes import INSTEP, Started, command_of, free_port, only_child, wait_until, write_project
+from support.processes import INSTEP, RECIPE, Started, command_of, free_port, only_child, wait_until, write_project
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
@@ -196,6 +197,46 @@ def test_an_error_is_one_sentence_of_the_first_and_a_short_one_elsewhere(tmp_pat
     assert "instep: " in hosts[0].err
     assert "nothing" in hosts[0].err.partition("instep: ")[2].splitlines()[0]
     assert "Traceback (most recent call last):\n  File" not in hosts[0].err.partition("torch")[0]
+    for host in hosts:
+        wait_until(lambda host=host: not host.pids(), LONG_S, "no process is left", host)
+
+
+READS = """\
+import instep
+from pathlib import Path
+if __name__ == "__main__":
+    steps = int(Path("steps.txt").read_text())
+    names = {"model": "mymodel:Net", "objective": "mymodel:squares", "data": "mymodel:numbers"}
+    instep.train(instep.Recipe(**names, batch=8, steps=steps), team=instep.Team(workers=2), out="run")
+"""
+
+
+@pytest.mark.parametrize("breaks", ["the recipe", "the program", "the command"])
+def test_an_agent_that_fails_before_it_meets_the_first_ends_the_run_by_its_sentence(
+    breaks: str, tmp_path: Path
+) -> None:
+    here, there = (tmp_path / each for each in ("here", "there"))
+    for folder in (here, there):
+        folder.mkdir()
+        write_project(folder)
+        (folder / "train.py").write_text(READS)
+        (folder / "steps.txt").write_text("5")
+    command = ["-m", "instep", "train", "my.toml", "--workers", "2", "--out", "run"]
+    if breaks == "the recipe":
+        (there / "my.toml").write_text(RECIPE.replace("steps = 20", "stepps = 20"))
+        cause = "stepps"
+    elif breaks == "the program":
+        (there / "steps.txt").unlink()
+        command, cause = ["train.py"], "its program failed before it trained: FileNotFoundError: "
+    else:
+        (there / "my.toml").unlink()
+        cause = "my.toml"
+    hosts = two_hosts(here, *command, other=there)
+    assert [host.process.wait(LONG_S) for host in hosts] == [1, 1], hosts[0].err + hosts[1].err
+    (line,) = (line for line in hosts[0].err.splitlines() if f"host 1 ({socket.gethostname()}), agent 1: " in line)
+    assert cause in line
+    assert cause.removeprefix("its program failed before it trained: ") in hosts[1].err, "it says so itself"
+    assert not (here / "run").exists()
     for host in hosts:
         wait_until(lambda host=host: not host.pids(), LONG_S, "no process is left", host)
 

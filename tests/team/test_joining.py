@@ -70,7 +70,7 @@ def test_an_agent_0_that_does_not_answer_is_asked_again(
     monkeypatch.setattr(joining, "SAY_S", 0.0)
     answering(lambda link: None, gives)
     assert run_to_join(PLACE, Team(join_timeout_s=60)).import_paths == ("/code",)
-    assert "instep: agent 1 waits for agent 0 since 0 s." in capsys.readouterr().err
+    assert "instep: agent 1 has waited 0 s for agent 0." in capsys.readouterr().err
 
 
 def test_what_has_ended_the_run_is_told(answering: Answering) -> None:

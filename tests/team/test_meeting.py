@@ -12,16 +12,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from instep.errors import RecipeError, ResourceError, WorkerError
-from instep.team import meeting
+from instep.team import meeting, telling
 from instep.team.link import Listener
 from instep.team.meeting import Found
 from instep.team.place import Place
+from instep.team.telling import telling_the_others
+from support.processes import free_port
 
 pytestmark = pytest.mark.processes
 
@@ -181,13 +184,41 @@ def test_a_file_that_agent_0_has_left_and_this_host_does_not_see_is_named_at_onc
 def test_under_srun_a_first_agent_that_fails_before_it_begins_ends_the_others(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meeting, "place_of", lambda launcher: replace(BY_SRUN, agent=0, host=0))
-    with pytest.raises(RecipeError, match="a mistake"), meeting.telling_the_others():
+    monkeypatch.setattr(telling, "place_of", lambda launcher: replace(BY_SRUN, agent=0, host=0))
+    with pytest.raises(RecipeError, match="a mistake"), telling_the_others():
         raise RecipeError("a mistake")
     with pytest.raises(WorkerError, match="the run failed before it began, as agent 0 says"):
         meeting.find(BY_SRUN, 1.0)
     meeting.publish(BY_SRUN, ("10.1.2.3", 1), b"secret")  # the next one
     assert meeting.find(BY_SRUN, 1.0) is not None
+
+
+def test_with_a_secret_a_first_agent_that_fails_before_it_begins_tells_who_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("INSTEP_SECRET", "0123456789abcdef")
+    monkeypatch.setattr(meeting, "own_address", lambda place: "127.0.0.1")
+    monkeypatch.setattr(meeting, "FAREWELL_S", 60.0)
+    place = replace(BY_SRUN, port=free_port())
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(meeting.say_ended, replace(place, agent=0, host=0))
+        telling.tell(place, RecipeError("a mistake"))
+        first.result()
+
+
+def test_under_torchrun_a_first_agent_that_fails_before_it_begins_leaves_word_of_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = replace(BY_TORCHRUN, stores=(store.address,), run="ended")
+    meeting._store(store.address)
+    meeting.say_ended(replace(place, agent=0, host=0))
+    assert meeting.find(place, 60.0) is None, "the store that all meet at is its own torchrun's, and ends with it"
+    monkeypatch.setattr(meeting, "_is_here", lambda host: False)
+    meeting.say_ended(replace(place, agent=0, host=0))
+    assert meeting.find(place, 60.0) is None, "torchrun may start it again"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    with pytest.raises(WorkerError, match="the run failed before it began, as agent 0 says"):
+        meeting.find(place, 60.0)
 
 
 def test_files_that_agents_who_were_killed_have_left_are_taken_away_in_time(home: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from instep.errors import InstepError, ResourceError
+from instep.errors import InstepError, RecipeError, ResourceError
 from instep.recipe import Team
 from instep.record.folder import RunFolder
 from instep.team import hosts as of_hosts
@@ -24,9 +25,10 @@ from instep.team.messages import Failed, Request
 from instep.team.orders import HostCame
 from instep.team.taking_up import TakingUp
 from instep.team.waiting import ready_of
-from instep.team.wire_messages import AskRun, Beat, HelloAgent, RunGiven, Welcome
+from instep.team.wire_messages import AskRun, Beat, HelloAgent, NotComing, RunGiven, Welcome
 from support import workloads
 from support.agents import Followers, Told, meet_here, places, request_of, train_on
+from support.patience import LONG_S
 
 pytestmark = pytest.mark.processes
 
@@ -93,9 +95,13 @@ class Met:
         self.hosts = hosts_of(self._request, folder)
         self.events: list[Any] = []
 
-    def _hear(self) -> None:
+    def hear(self, *, begun: bool = True) -> None:
         ready = ready_of(self.hosts.sources(), self.hosts.senders(), 0.02)
-        self.events += self.hosts.hear(ready, begun=True)
+        self.events += self.hosts.hear(ready, begun=begun)
+
+    def hear_on(self, *, begun: bool) -> None:
+        while True:
+            self.hear(begun=begun)
 
     def connected(self) -> AgentLink:
         found = meeting.find(self._places[1], 60.0)
@@ -103,7 +109,7 @@ class Met:
         with ThreadPoolExecutor(1) as pool:
             link = pool.submit(connect, found.address, found.secret, 60)
             while not link.done():
-                self._hear()
+                self.hear()
         return link.result()
 
     def hello(self, **fields: Any) -> tuple[AgentLink, HelloAgent]:
@@ -116,7 +122,7 @@ class Met:
     def answers(self, link: AgentLink) -> Any:
         """The next message to it."""
         while not (messages := link.receive()):
-            self._hear()
+            self.hear()
         return messages[0]
 
 
@@ -188,6 +194,51 @@ def test_who_asks_what_is_trained_takes_no_place(met: Met) -> None:
     assert met.events == []
     assert met.hosts.crews == []
     link.close()
+
+
+NOT_COMING = NotComing(1, 1, "n1", "RecipeError", "there is no recipe 'gtp'.", "more of it")
+
+
+def test_an_agent_that_failed_before_it_came_ends_a_run_that_has_not_begun(
+    met: Met, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = met.connected()
+    link.send(NOT_COMING)
+    with pytest.raises(RecipeError) as raised:
+        met.hear_on(begun=False)
+    assert raised.value.message == "host 1 (n1), agent 1: there is no recipe 'gtp'."
+    assert raised.value.detail == "more of it"
+    monkeypatch.setattr(of_hosts, "FAREWELL_S", 600.0)
+    began = time.monotonic()
+    waiting, _ = met.hello(agent=2, local=1, session="that of 2")
+    with ThreadPoolExecutor(1) as pool:
+        left = pool.submit(met.hosts.__exit__, RecipeError, raised.value, None)
+        for each in (link, waiting):
+            assert isinstance(answer := each_answer(each), Failed)
+            assert "the run failed, as agent 0 says on host 0" in answer.sentence
+            each.close()
+        left.result()
+    assert time.monotonic() - began < LONG_S, "it is not waited for"
+
+
+def test_an_agent_that_fails_before_it_comes_back_is_told_of_and_ends_nothing(met: Met) -> None:
+    for word in (replace(NOT_COMING, agent=7), NOT_COMING):
+        link = met.connected()
+        link.send(word)
+        with pytest.raises(EOFError):
+            met.answers(link)
+        link.close()
+    assert (
+        met.hosts.awaiting([])
+        == "host 1 (n1), agent 1, has failed before it could come back: there is no recipe 'gtp'."
+    )
+    assert met.hosts.awaiting([]) == ""
+
+
+def each_answer(link: AgentLink) -> Any:
+    while not (messages := link.receive()):
+        ready_of([link], [], 0.02)
+    return messages[0]
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

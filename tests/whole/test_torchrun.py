@@ -159,3 +159,20 @@ def test_other_code_on_one_host_is_refused_by_its_module_and_the_host(two: Hosts
     assert two[1].name in told or two[0].name in told
     assert not any((host.path() / "run").exists() for host in two)
     nothing_runs(two)
+
+
+@pytest.mark.parametrize("broken", [[0], [1], [0, 1]])
+def test_a_recipe_that_cannot_be_read_on_one_host_ends_all(broken: list[int], two: Hosts) -> None:
+    """The first agent may be any: c10d says which."""
+    for number in broken:
+        (two[number].path() / "my.toml").write_text(FILES["my.toml"].replace("steps =", "stepps ="))
+    commands = torchrun(two, "--workers", "2", "--out", "run")
+    assert all_end(commands) == [1, 1]
+    told = [[line for line in each.err.splitlines() if line.startswith("instep: ")][-1] for each in commands]
+    assert all("stepps" in told[number] for number in broken), told
+    for healthy in (told[number] for number in (0, 1) if number not in broken):
+        first = f"host 1 ({two[broken[0]].name}), agent 1: unknown key 'stepps'"
+        assert (
+            first in healthy or "before it began, as agent 0 says" in healthy or "has ended before agent 0" in healthy
+        )
+    nothing_runs(two)

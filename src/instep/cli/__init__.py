@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import signal
 import sys
@@ -25,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv`, by default the process's own; gives the exit status."""
     _open_standard_files()
     try:
-        _run(list(sys.argv[1:] if argv is None else argv))
+        words = list(sys.argv[1:] if argv is None else argv)
+        with _telling(words):
+            _run(words)
         sys.stdout.flush()
         return 0
     except InstepError as error:
@@ -66,6 +69,16 @@ def _leave_the_rest() -> None:
     """What is still to be written must not raise again at shutdown."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _telling(argv: list[str]) -> contextlib.AbstractContextManager[None]:
+    """Where a launcher has started several agents of a run, what ends one ends all."""
+    if argv[:1] != ["train"]:
+        return contextlib.nullcontext()
+    from instep.team.telling import telling_the_others
+
+    alone = "--team.launcher=local" in argv or ("--team.launcher", "local") in itertools.pairwise(argv)
+    return telling_the_others("local" if alone else "auto")
 
 
 def _run(argv: list[str]) -> None:

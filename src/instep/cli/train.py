@@ -21,10 +21,10 @@ from instep.record.folder import RunFolder
 from instep.record.resuming import as_last_changed, resume_differences
 from instep.tables import from_table
 from instep.team.joining import run_to_join
-from instep.team.meeting import telling_the_others
 from instep.team.place import Place, begun_before, place_of
 from instep.team.ray_cluster import connected, count_of_workers
 from instep.team.signals import interrupting
+from instep.team.telling import telling_the_others
 
 
 def train_recipe(
@@ -37,25 +37,25 @@ def train_recipe(
     track: str = "",
 ) -> None:
     """Trains the recipe `given`, or goes on with the run `resume`. Raises UsageError and whatever training does."""
-    with telling_the_others():
-        trackers = [tracker(name.strip()) for name in track.split(",")] if track else []
-        merge({}, settings)  # a wrong flag is named before a wrong file
-        if out is not None and resume is not None:
-            raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
-        if resume is None and (begun := begun_before(out)) is not None:
-            out, resume = None, begun
-        if resume is not None and (place := place_of(_own_team(settings).launcher)) is not None and place.agent > 0:
-            _join(place, settings)
-            return
-        if resume is not None:
-            recipe, team = _saved(resume, given, settings)
-        elif given is not None:
-            recipe, team = parsed(given, settings)
+    trackers = [tracker(name.strip()) for name in track.split(",")] if track else []
+    merge({}, settings)  # a wrong flag is named before a wrong file
+    if out is not None and resume is not None:
+        raise UsageError("--out and --resume exclude each other: a resumed run goes on in its own folder.")
+    if resume is None and (begun := begun_before(out)) is not None:
+        out, resume = None, begun
+    if resume is not None and (place := place_of(_own_team(settings).launcher)) is not None and place.agent > 0:
+        _join(place, settings)
+        return
+    if resume is not None:
+        recipe, team = _saved(resume, given, settings)
+    elif given is not None:
+        recipe, team = parsed(given, settings)
+        with telling_the_others(team.launcher):
             check_team(recipe, team)  # before a folder is made
-        else:
-            raise UsageError(
-                "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
-            )
+    else:
+        raise UsageError(
+            "'instep train' needs a recipe, or --resume with a run folder; 'instep recipes' lists recipes."
+        )
 
     from instep.api import train
     from instep.monitors import Monitor

@@ -25,9 +25,10 @@ from instep.record.tape import Tape
 from instep.team import messages, orders
 from instep.team.channel import Channel
 from instep.team.crew import Crew, Heard, LocalCrew
-from instep.team.hosts import Hosts, network_of
+from instep.team.hosts import Hosts
 from instep.team.journal import ClientGone, Journal
 from instep.team.messages import Request
+from instep.team.network import network_of
 from instep.team.orders import Member
 from instep.team.outcome import end_of, result_of, start_of
 from instep.team.parted import Parted

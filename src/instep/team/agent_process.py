@@ -11,7 +11,7 @@ import traceback
 
 from instep.descendants import die_with_parent
 from instep.errors import InstepError, described
-from instep.team import meeting, messages
+from instep.team import messages
 from instep.team.agent import Agent
 from instep.team.channel import Channel
 from instep.team.follower import Follower
@@ -19,6 +19,7 @@ from instep.team.journal import ClientGone
 from instep.team.messages import Request
 from instep.team.processes import import_before_forks
 from instep.team.signals import Interrupted, Requests
+from instep.team.telling import telling_the_others
 
 
 def main(descriptor: int) -> None:
@@ -45,7 +46,7 @@ def _serve(client: Channel) -> None:
             client.send(messages.Finished(Follower(run, client, requests).follow()))
         else:
             agent = Agent(run, client, requests)
-            with meeting.telling_the_others(lambda: agent.met):
+            with telling_the_others(told=lambda: agent.met):
                 client.send(messages.Finished(agent.supervise()))
     except ClientGone:
         if run.place is not None and run.place.agent > 0:

@@ -28,6 +28,7 @@ from instep.team.launcher import NewPython
 from instep.team.messages import Cancelled, Failed, Finished, PlainEvents, Request
 from instep.team.pickling import Pickled, dump
 from instep.team.signals import Stop, deaf, interrupting
+from instep.team.telling import tell
 
 LOOK_S = 0.5
 """Seconds without news after which a caller looks whether the process that it started is stopped."""
@@ -181,10 +182,11 @@ class _Client:
                 raise KeyboardInterrupt
         status = self._process.wait()
         if status > 0:
-            raise WorkerError(
-                f"the supervisor of the run could not start (exit status {status}); its log follows.",
-                detail=self._tail(),
-            )
+            why = f"the supervisor of the run could not start (exit status {status}); its log follows."
+            error = WorkerError(why, detail=self._tail())
+            if self._request.place is not None:
+                tell(self._request.place, error)
+            raise error
         how = f"was {killed_by(status)}" if status else "ended early"
         raise WorkerError(
             f"the supervisor of the run (pid {self._process.pid}) {how}, and its workers with it; {self._remedy()}.",

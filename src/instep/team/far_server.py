@@ -155,16 +155,12 @@ class FarServer:
     def _connected(self) -> AgentLink:
         link = connect(self._network.store, self._network.key, TRY_S, ToWorker)
         try:
-            link.send(Standing(self._worker, self._incarnation, self._inbox.whole, self._inbox.offset))
-            until = time.monotonic() + TRY_S
-            while time.monotonic() < until:
-                ready_of([link], [link] if link.wants_write else [], LOOK_S)
-                for theirs in link.receive(1):  # a letter may follow at once
-                    if not isinstance(theirs, Standing):
-                        raise WireError("the server has not said how it stands")
-                    self._outbox.go_on(theirs.whole, theirs.offset)
-                    return link
-            raise TimeoutError("the server has not answered")
+            own = Standing(self._worker, self._incarnation, self._inbox.whole, self._inbox.offset)
+            theirs = link.ask(own, TRY_S)
+            if not isinstance(theirs, Standing):
+                raise WireError("the server has not said how it stands")
+            self._outbox.go_on(theirs.whole, theirs.offset)
+            return link
         except BaseException:
             link.close()
             raise

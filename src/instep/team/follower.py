@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from instep.descendants import adopting_orphans, children
-from instep.errors import InstepError, WorkerError
+from instep.errors import InstepError, RecipeError, WorkerError
 from instep.recipe import Team
 from instep.record.events import WarnedEvent, plain
 from instep.record.folder import RunFolder
@@ -46,6 +46,7 @@ from instep.team.received import Received
 from instep.team.remote import Silence
 from instep.team.run_clock import Clock
 from instep.team.signals import Interrupted, Requests
+from instep.team.telling import tell
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import (
     Beat,
@@ -164,27 +165,30 @@ class Follower:
         if found is None:
             return False
         address, port = found.address
-        if self._place.host == 0:  # its name often is, to itself, a loopback address, where agent 0 does not listen
-            address = meeting.own_address(self._place, self._team.interface)
-        self._address = meeting.route_address(address, self._team.interface)
+        try:
+            if self._place.host == 0:  # it listens at the interface that is asked for
+                address = meeting.own_address(self._place, self._team.interface)
+            self._address = meeting.route_address(address, self._team.interface)
+        except RecipeError as error:
+            tell(self._place, error)
+            raise
+        except OSError:
+            return False
         try:
             self._link = connect((address, port), found.secret, TRY_S)
             self._secret = found.secret
             if self._hello is None:
                 self._hello = hello_of(self._run, self._address)
             self._clock.begin()
-            self._link.send(replace(self._hello, address=self._address, kept=self._keeping.kept))
-            until = time.monotonic() + self._team.lease_s
-            while time.monotonic() < until:
-                ready_of([self._link], [self._link] if self._link.wants_write else [], LOOK_S)
-                for message in self._link.receive(1):  # an order may follow at once
-                    if isinstance(message, Welcome):
-                        self._leader = message.name
-                        self._clock.heard(message.clock_s)
-                        self._silence, self._beaten = Silence(), 0.0
-                        return True
-                    if isinstance(message, Failed):
-                        raise message.error()
+            hello = replace(self._hello, address=self._address, kept=self._keeping.kept)
+            message = self._link.ask(hello, self._team.lease_s)
+            if isinstance(message, Failed):
+                raise message.error()
+            if isinstance(message, Welcome):
+                self._leader = message.name
+                self._clock.heard(message.clock_s)
+                self._silence, self._beaten = Silence(), 0.0
+                return True
         except (EOFError, OSError):
             pass
         self._drop()

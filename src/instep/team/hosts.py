@@ -8,8 +8,7 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from msgspec import UNSET, UnsetType
@@ -23,9 +22,9 @@ from instep.team import meeting
 from instep.team.carried import Carried
 from instep.team.journal import ClientGone
 from instep.team.letters import key_of_server
-from instep.team.link import AgentLink, Listener, listening_at
-from instep.team.meeting import SAY_S
-from instep.team.messages import Cancelled, Failed, Finished, HostNetwork, Request, StopRun
+from instep.team.link import AgentLink, Listener
+from instep.team.meeting import FAREWELL_S, SAY_S
+from instep.team.messages import Cancelled, Failed, Finished, Request, StopRun
 from instep.team.orders import HostCame, Member, RosterEvent, StopAsked
 from instep.team.outcome import libraries
 from instep.team.place import Place
@@ -34,7 +33,7 @@ from instep.team.remote import RemoteCrew, Silence
 from instep.team.signals import Interrupted
 from instep.team.taking_up import TakingUp
 from instep.team.waiting import ready_of
-from instep.team.wire_messages import AskRun, Beat, HelloAgent, RunGiven, Welcome
+from instep.team.wire_messages import AskRun, Beat, HelloAgent, NotComing, RunGiven, Welcome
 from instep.transport.meter import METER
 
 HELLO_S = 5.0
@@ -42,9 +41,6 @@ HELLO_S = 5.0
 
 ASIDE_LEASES = 6
 """Times `team.lease_s` that a host is left out which another one does not reach."""
-
-FAREWELL_S = 5.0
-"""Seconds that the other agents have to end after the run's end."""
 
 
 class Hosts:
@@ -88,6 +84,7 @@ class Hosts:
         self._mixed: dict[int, str] = {}  # what the tape has not told yet of hosts with other processors
         self._carried = Carried(self._place.host_of)
         self._aside: dict[int, float] = {}  # hosts that take no part, and until when
+        self._not_coming: list[str] = []  # of agents that could not come back, what is still to be said
         self._parent = os.getppid()
         self._began = self._said = time.monotonic()
 
@@ -181,6 +178,8 @@ class Hosts:
                 return  # it is sent as the link takes it, and the other end closes it
         except (EOFError, OSError):
             pass
+        if isinstance(hello, NotComing):
+            self._hear_not_coming(hello, begun)
         if not isinstance(hello, HelloAgent):
             del self._unknown[link]
             link.close()
@@ -199,6 +198,17 @@ class Hosts:
             link.close()
             return
         yield from self._let_in(link, hello)
+
+    def _hear_not_coming(self, word: NotComing, begun: bool) -> None:
+        """Raises the error of an agent that failed before it came, unless the run has begun without it."""
+        if self._is_none(word.agent, word.host):
+            return
+        who = f"host {word.host} ({word.name}), agent {word.agent}"
+        if begun:
+            self._not_coming.append(f"{who}, has failed before it could come back: {word.sentence}")
+            return
+        self._session.setdefault(word.agent, "")  # nobody need wait for it at the end
+        raise type(Failed(word.kind, "").error())(f"{who}: {word.sentence}", detail=word.detail)
 
     def _let_in(self, link: AgentLink, hello: HelloAgent) -> Iterator[RosterEvent]:
         before = self._session.get(hello.agent)
@@ -258,12 +268,16 @@ class Hosts:
 
     def _refused(self, hello: HelloAgent) -> InstepError | None:
         """Why it is none of this run's agents, if so."""
-        agents = self._place.host_of
-        if not 0 < hello.agent < len(agents) or agents[hello.agent] != hello.host:
+        if self._is_none(hello.agent, hello.host):
             return WorkerError(f"agent {hello.agent} of host {hello.host} is none of this run's; end it.")
         if hello.session in self._replaced:
             return WorkerError(f"agent {hello.agent} was started again while this one was away; it ends.")
         return None
+
+    def _is_none(self, agent: int, host: int) -> bool:
+        """Whether there is no such agent."""
+        host_of = self._place.host_of
+        return not 0 < agent < len(host_of) or host_of[agent] != host
 
     def _different(self, hello: HelloAgent) -> InstepError | None:
         """What it must have in common with agent 0, and has not."""
@@ -301,7 +315,9 @@ class Hosts:
         return [agent for agent, of in enumerate(self._place.host_of) if of == host and agent not in here]
 
     def awaiting(self, hosts: Collection[int]) -> str:
-        """A line on who of these `hosts` is awaited, every `SAY_S`; "" else. Raises WorkerError in the end."""
+        """A line on who of these `hosts` is awaited, every `SAY_S`, or cannot come; "" else. WorkerError in the end."""
+        if self._not_coming:
+            return self._not_coming.pop(0)
         now, limit = time.monotonic(), self._run.team.join_timeout_s
         if not hosts:
             self._began = self._said = now
@@ -349,31 +365,11 @@ class Hosts:
             return crew.lost is not None
         try:
             for message in link.receive():
-                if isinstance(message, HelloAgent):
+                if isinstance(message, HelloAgent | NotComing):
                     awaited.discard(message.agent)
         except (EOFError, OSError):
             return True
         return False
-
-
-@contextlib.contextmanager
-def network_of(
-    members: Sequence[Member], address: str, key: bytes = b"", *, needed: bool = False
-) -> Iterator[HostNetwork | None]:
-    """How these workers reach each other or, with a `key`, their server, if they are on several hosts or it is
-    `needed`; the processes of this one must be forked in the block.
-    """
-    counts = [len(list(those)) for _, those in groupby(member.host for member in members)]
-    if len(counts) == 1 and not needed:
-        yield None
-        return
-    try:
-        listener = listening_at((address, 0), 4 * len(members))
-    except OSError as error:
-        raise ResourceError(f"no port can be had at {address}: {error.strerror}; look at team.interface.") from error
-    with listener:
-        store, name = listener.getsockname()[:2], f"start {members[0].epoch}"
-        yield HostNetwork(tuple(counts), store, name, address, listener.fileno(), key)
 
 
 def hello_of(run: Request, address: str) -> HelloAgent:

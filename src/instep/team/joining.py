@@ -17,7 +17,7 @@ from instep.team.link import connect
 from instep.team.meeting import SAY_S, Found
 from instep.team.messages import Cancelled, Failed, Finished
 from instep.team.place import Place
-from instep.team.waiting import ready_of
+from instep.team.telling import met
 from instep.team.wire_messages import AskRun, RunGiven, WireError
 
 FIND_S = 30.0
@@ -38,6 +38,7 @@ class RunToJoin:
     import_paths: tuple[str, ...]
 
 
+@met()
 def run_to_join(place: Place, team: Team) -> RunToJoin:
     """Asks agent 0, until it answers. Raises WorkerError where it does not, and what has ended the run before."""
     began = said = time.monotonic()
@@ -50,7 +51,7 @@ def run_to_join(place: Place, team: Team) -> RunToJoin:
         now = time.monotonic()
         if now - said >= SAY_S:
             said = now
-            print(f"instep: agent {place.agent} waits for agent 0 since {now - began:.0f} s.", file=sys.stderr)
+            print(f"instep: agent {place.agent} has waited {now - began:.0f} s for agent 0.", file=sys.stderr)
         time.sleep(min(PAUSE_S, max(0.0, left)))
     raise WorkerError(
         f"agent {place.agent} ends: agent 0, which has the folder of the run to go on with, has not answered in "
@@ -60,21 +61,15 @@ def run_to_join(place: Place, team: Team) -> RunToJoin:
 
 def _asked(found: Found, place: Place) -> RunToJoin:
     """Raises OSError and EOFError where agent 0 does not answer."""
-    until = time.monotonic() + ANSWER_S
     with contextlib.closing(connect(found.address, found.secret, ANSWER_S)) as link:
-        link.send(AskRun(place.agent))
-        while time.monotonic() < until:
-            ready_of([link], [link] if link.wants_write else [], PAUSE_S)
-            for message in link.receive():
-                match message:
-                    case RunGiven(recipe_file, import_paths):
-                        return RunToJoin(tomllib.loads(recipe_file), tuple(import_paths))
-                    case Failed():
-                        raise message.error()
-                    case Cancelled():
-                        raise KeyboardInterrupt
-                    case Finished():
-                        raise WorkerError(f"agent {place.agent} ends: the run has ended, as agent 0 says.")
-                    case _:
-                        raise WireError("agent 0 has answered something else")
-    raise TimeoutError("no answer in time")
+        match link.ask(AskRun(place.agent), ANSWER_S):
+            case RunGiven(recipe_file, import_paths):
+                return RunToJoin(tomllib.loads(recipe_file), tuple(import_paths))
+            case Failed() as failed:
+                raise failed.error()
+            case Cancelled():
+                raise KeyboardInterrupt
+            case Finished():
+                raise WorkerError(f"agent {place.agent} ends: the run has ended, as agent 0 says.")
+            case _:
+                raise WireError("agent 0 has answered something else")

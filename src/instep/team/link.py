@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from instep.team.waiting import ready_of
 from instep.team.wire_format import MESSAGE_BYTES, decode, encode
 from instep.team.wire_messages import FromAgent0, ToAgent0, WireError
 from instep.transport.meter import METER
@@ -124,6 +125,18 @@ class AgentLink:
                 self._waits.popleft()
             else:
                 self._waits[0] = self._waits[0][count:]
+
+    def ask(self, message: Any, within_s: float) -> Any:
+        """Sends it, and waits so long for the first message that comes; others stay for `receive`. Raises TimeoutError,
+        and what `send` and `receive` raise.
+        """
+        self.send(message)
+        until = time.monotonic() + within_s
+        while (left := until - time.monotonic()) > 0:
+            ready_of([self], [self] if self.wants_write else [], left)
+            for answer in self.receive(1):
+                return answer
+        raise TimeoutError("no answer in time")
 
     def receive(self, most: int = sys.maxsize) -> list[Any]:
         """The messages that have come whole, without waiting; so many at `most`. Raises EOFError where the other end is

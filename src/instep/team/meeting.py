@@ -19,7 +19,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -29,10 +29,12 @@ import msgspec
 from msgspec import Meta
 
 from instep.descendants import die_with_parent
-from instep.errors import InstepError, RecipeError, ResourceError, WorkerError, shown
+from instep.errors import RecipeError, ResourceError, WorkerError, shown
 from instep.team import meeting_file
-from instep.team.link import MAGIC
-from instep.team.place import Place, place_of
+from instep.team.link import MAGIC, AgentLink, Listener
+from instep.team.messages import Failed
+from instep.team.place import Place
+from instep.team.waiting import ready_of
 
 ANSWER_S = 5.0
 """Seconds that a store has to answer who looks for agent 0."""
@@ -48,6 +50,9 @@ OPEN_S = 0.5
 
 SAY_S = 10.0
 """Seconds between two lines on who is awaited."""
+
+FAREWELL_S = 5.0
+"""Seconds that the other agents have to hear of the run's end."""
 
 SECRET_BYTES = 32
 LEAST_SECRET = 16
@@ -99,21 +104,42 @@ def withdraw(place: Place) -> None:
         meeting_file.remove(_file(place))
 
 
-@contextlib.contextmanager
-def telling_the_others(told: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """In the block, an error of agent 0's ends the others too, which look for it still, under srun.
+def say_ended(place: Place) -> None:
+    """Has those who look for agent 0 learn that it has failed. Raises ResourceError.
 
-    Under torchrun they see it by themselves, see `check_open`. told: whether they have heard of it.
+    Under torchrun, unless agent 0's own is the one that all meet at: with that its store ends, see `check_open`.
     """
-    try:
-        yield
-    except InstepError:
-        with contextlib.suppress(InstepError):
-            place = place_of("auto")
-            first = place is not None and place.agent == 0 and place.launcher == "srun"
-            if place is not None and first and not told() and _given_secret(os.environ) is None:
-                meeting_file.write(_file(place), _ENDED)
-        raise
+    if place.launcher == "srun" and (secret := _given_secret(os.environ)) is not None:
+        _say_to_who_comes(place, secret)
+    elif place.launcher == "srun":
+        meeting_file.write(_file(place), _ENDED)
+    elif place.stores and not _is_here(place.stores[0][0]):
+        _ask([partial(_set, store, place, _ENDED) for store in place.stores], PUBLISH_S, wanted=b"", more_s=MORE_S)
+
+
+def _say_to_who_comes(place: Place, secret: bytes) -> None:
+    """Waits a while for all others, and tells each that agent 0 has failed."""
+    until, links, told = time.monotonic() + FAREWELL_S, list[AgentLink](), 0
+    with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+        listener = stack.enter_context(contextlib.closing(Listener((own_address(place), place.port), secret)))
+        while told < place.agents - 1 and time.monotonic() < until:
+            ready = ready_of([*listener.sources(), *links], [], 0.2)
+            for link in listener.accept():
+                stack.enter_context(contextlib.closing(link)).send(Failed("WorkerError", _FAILED_BEFORE))
+                links.append(link)
+            for link in [link for link in links if link in ready]:
+                try:
+                    link.receive()
+                except (EOFError, OSError):
+                    links.remove(link)
+                    told += 1
+
+
+def _is_here(host: str) -> bool:
+    """Whether this is a name or an address of this host."""
+    with contextlib.suppress(OSError):
+        return route_address(host) in {each[4][0] for each in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)}
+    return False
 
 
 def find(place: Place, within_s: float) -> Found | None:
@@ -124,22 +150,29 @@ def find(place: Place, within_s: float) -> Found | None:
         return Found((place.head, place.port), place.secret)
     if place.launcher == "srun":
         return _find_by_srun(place, within_s)
-    for good, answer in _ask([partial(_get, store, place) for store in place.stores], within_s, wanted=b"["):
+    answers = _ask([partial(_get, store, place) for store in place.stores], within_s, wanted=b"[")
+    for good, answer in answers:
         if good and (found := _published(answer)) is not None:
             return found
+    if (True, _ENDED) in answers and os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":  # else it may come again
+        raise WorkerError(_FAILED_BEFORE)
     return None
+
+
+_FAILED_BEFORE = "the run failed before it began, as agent 0 says on the first host."
 
 
 def _find_by_srun(place: Place, within_s: float) -> Found | None:
     if (secret := _given_secret(os.environ)) is not None:
+        head = own_address(place) if place.host == 0 else place.head  # to itself it often is a loopback address
         try:
-            address = str(socket.getaddrinfo(place.head, place.port, type=socket.SOCK_STREAM)[0][4][0])
+            address = str(socket.getaddrinfo(head, place.port, type=socket.SOCK_STREAM)[0][4][0])
         except OSError:
             return None
         return Found((address, place.port), secret)
     value = meeting_file.read(_file(place))
     if value == _ENDED:
-        raise WorkerError("the run failed before it began, as agent 0 says on the first host.")
+        raise WorkerError(_FAILED_BEFORE)
     if (found := _published(value)) is not None:
         return found
     if _listens((place.head, place.port), within_s) and not meeting_file.read(_file(place)):

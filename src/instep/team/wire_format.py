@@ -23,7 +23,7 @@ from instep.record.result import Costs
 from instep.team import messages as m
 from instep.team.messages import Failed
 from instep.team.orders import Member
-from instep.team.wire_messages import LONGEST, Count, MemberLost, Name, Names, Table, WireError
+from instep.team.wire_messages import LONGEST, Count, MemberLost, Name, Names, NotComing, Table, WireError
 
 MESSAGE_BYTES = 16 << 20
 """Bytes of a message at most."""
@@ -60,7 +60,7 @@ def _fields_of(kind: type) -> tuple[Any, ...]:
 
 def encode(message: Any) -> bytes:
     """The bytes of a message. Raises TypeError where a value is none that crosses, WireError where it is too long."""
-    if isinstance(message, Failed | MemberLost) and len(message.detail) > DETAIL_CHARACTERS:
+    if isinstance(message, Failed | MemberLost | NotComing) and len(message.detail) > DETAIL_CHARACTERS:
         message = replace(message, detail=message.detail[-DETAIL_CHARACTERS:])
     content = msgspec.msgpack.encode(_plain(message))
     if len(content) > MESSAGE_BYTES:

@@ -135,6 +135,21 @@ class AskRun:
     agent: Count
 
 
+@dataclass(frozen=True)
+class NotComing:
+    """An agent has failed before it could take part; the only message of its link.
+
+    name: its host's. kind, sentence, detail: those of a `Failed`.
+    """
+
+    agent: Count
+    host: Count
+    name: Name
+    kind: Name
+    sentence: str
+    detail: str = ""
+
+
 # ----------------------------------------------------------------------------------------------------- from agent 0
 
 
@@ -235,6 +250,7 @@ class EndMembers:
 ToAgent0 = (
     HelloAgent
     | AskRun
+    | NotComing
     | FromMember
     | MemberLost
     | StopRun
