@@ -29,12 +29,12 @@ def seconds(other):
     return took
 
 
-named_alone = [seconds({}) for _ in range(5)]
-both = [seconds({"ray.io/node-id": f"!{own}"}) for _ in range(5)]
+named_alone = [seconds({}) for _ in range(8)]
+both = [seconds({"ray.io/node-id": f"!{own}"}) for _ in range(8)]
 print("ray", ray.__version__)
 print("seconds until placed, one bundle with a label:", *(f"{each:.2f}" for each in named_alone))
 print("the other one's label rules that node out:    ", *(f"{each:.2f}" for each in both))
 ray.shutdown()
 cluster.shutdown()
-assert sum(named_alone) > 2 * sum(both), "it is placed at once: this is no finding any more"
+assert max(named_alone) > max(1.5, 2 * max(both)), "it is placed at once: this is no finding any more"
 PYTHON

@@ -164,6 +164,22 @@ def test_who_waits_looks_once_in_a_while_and_when_a_mark_is_set(
     assert slept < 20
 
 
+def test_who_waits_for_one_mark_while_it_is_set_still_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Racing(np.ndarray[Any, np.dtype[np.int64]]):
+        """The mark that is found to be the lowest is set before it is looked at again."""
+
+        def argmin(self, *_: Any, **__: Any) -> Any:
+            found = super().argmin()
+            self[found] = 7
+            return found
+
+    marks, slept = np.zeros(3, dtype=np.int64).view(Racing), []
+    monkeypatch.setattr("instep.transport.futex.sleep_while", lambda _, place, value: slept.append((place, value)))
+    assert wait_for(marks, 7)
+    assert marks.tolist() == [7, 7, 7]
+    assert not slept
+
+
 def test_a_wait_of_minutes_looks_a_thousand_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system wakes nobody."""
     monkeypatch.setattr("instep.transport.futex._call", None)

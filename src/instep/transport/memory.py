@@ -93,10 +93,11 @@ def wait_for(marks: NDArray[np.int64], value: int, raised: NDArray[np.int64] | N
     fault, and the supervisor ends the team when a worker fails.
     """
     looks, pause_s = 0, 0.00005
-    while (lowest := int(marks[last := int(marks.argmin())])) < value:
+    while int(marks.min()) < value:  # never by one mark alone: another may be the lowest once that one has risen
         if raised is not None and int(raised.max()) >= level:
             return False
-        if futex.sleep_while(marks, last, lowest):
+        last = int(marks.argmin())
+        if (seen := int(marks[last])) >= value or futex.sleep_while(marks, last, seen):
             continue
         time.sleep(pause_s)
         looks += 1
