@@ -89,7 +89,7 @@ def train(
                 warnings.warn(why, stacklevel=3)  # of the caller, beyond the decorator
         check_team(wanted.recipe, wanted.team)
     with ray_nodes(wanted.team) as nodes:
-        with telling_the_others():
+        with telling_the_others(wanted.team.launcher):
             folder, request = _request(wanted, out, (*folders, *wanted.import_paths), nodes)
         return _trained(wanted.recipe, folder, request, watching, nodes)
 

@@ -19,6 +19,7 @@ from instep.equivalences.claims import CLAIMS
 from instep.equivalences.found import Checked, Compared, Equivalence, Where
 from instep.equivalences.proving import prove
 from instep.equivalences.real import with_processes
+from instep.equivalences.whole_batch import _off
 from support.broken_recipes import entropy, recipe
 
 pytestmark = pytest.mark.processes
@@ -171,3 +172,21 @@ def test_the_document_has_a_stable_form(monkeypatch: pytest.MonkeyPatch, capsys:
     assert first["compared"] == {"tensors": 4, "steps": 4, "workers": [1, 2], "samples": 0}
     assert second["place"]["ulps"] == 12.0
     assert all(f"`{name}`" in docs for name in CLAIMS)
+
+
+def test_a_gradient_that_is_no_number_is_as_far_off_as_can_be() -> None:
+    sound, broken = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    for found, expected in ((sound, broken), (broken, sound), (broken, broken)):
+        off = _off({"a": sound, "b": found}, {"a": sound, "b": expected})
+        assert off == {"a": 0.0, "b": float("inf")}
+
+
+def test_that_a_recipe_can_be_built_proves_nothing_of_it() -> None:
+    def checked(*others: Equivalence) -> Checked:
+        built = Equivalence("recipe", CLAIMS["recipe"], "proved")
+        return Checked(recipe="r", fingerprint="f", equivalences=(built, *others), took_s=0, cpu_s=0, libraries={})
+
+    assert not checked().proved
+    assert not checked(Equivalence("memory", CLAIMS["memory"], "not run", why="no plan fits.")).proved
+    assert checked(Equivalence("data", CLAIMS["data"], "proved", Compared(samples=8))).proved
+    assert not checked(Equivalence("data", CLAIMS["data"], "refuted")).proved

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from support.hosts import Command, Hosts
+from support.patience import LONG_S
 from support.processes import parent_of, wait_until
 
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
@@ -56,9 +57,16 @@ class RayCluster:
 
     def actor(self) -> int:
         """The process of the one actor that has an agent."""
-        agents = self.agents()
-        (found,) = {parent_of(pid) for pid in agents} - set(agents)
-        return found
+        found: set[int] = set()
+
+        def one() -> bool:
+            agents = self.agents()
+            found.clear()
+            found.update({parent_of(pid) for pid in agents} - {*agents, 0, 1})  # of one that ends, it is 0 or 1
+            return len(found) == 1
+
+        wait_until(one, LONG_S, "one actor that has an agent")
+        return found.pop()
 
     def lose(self, node: int) -> None:
         """Kills one of the other nodes, with all that runs there."""
@@ -66,7 +74,7 @@ class RayCluster:
 
     def nothing_runs(self) -> None:
         """Waits until no agent and no worker is left on any node."""
-        wait_until(lambda: not self.agents(), 60, "the end of all agents and workers")
+        wait_until(lambda: not self.agents(), LONG_S, "the end of all agents and workers")
 
     def close(self) -> None:
         self._cluster.shutdown()

@@ -9,12 +9,15 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from instep.errors import CheckpointError
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
+from instep.record.events import MergedEvent
 from instep.team import hosts
 from instep.team.taking_up import TakingUp
 from support import workloads
@@ -193,3 +196,51 @@ def test_of_a_team_that_has_not_begun_nothing_is_kept(tmp_path: Path) -> None:
     assert told[0].error == ""
     assert versions(path, "run_started") == [0]
     assert run.digest == train_here(what, team(workers=1), tmp_path / "alone").digest
+
+
+def update(version: int) -> MergedEvent:
+    return MergedEvent(
+        version=version, step=version, contributions=[], weights=[], staleness=[], objective=1.0, terms={}, items=1,
+        lr=0.1, grad_norm=1.0, train_s=1.0,
+    )  # fmt: skip
+
+
+def taking_up(version: int) -> tuple[TakingUp, list[Any]]:
+    """Of a folder whose tape and newest checkpoint end at `version`; what the tape is given."""
+    given: list[Any] = []
+    journal = SimpleNamespace(last_update=lambda: version, make_up_for=given.extend, warn=given.append)
+    run, folder = SimpleNamespace(engine="lockstep", recipe_table={"steps": 9}), SimpleNamespace(checkpoints=Path("no"))
+    taking: Any = TakingUp(cast(Any, run), cast(Any, folder), cast(Any, journal), "run", None)
+    taking._version = version
+    return taking, given
+
+
+def test_a_checkpoint_before_which_the_tape_would_lack_updates_is_refused() -> None:
+    taking, written = taking_up(3)
+    kept: Any = SimpleNamespace(version=6)
+
+    def updates(*versions: int) -> Any:
+        return SimpleNamespace(events=[update(version) for version in versions])
+
+    with pytest.raises(CheckpointError, match="the tape lacks updates before it"):
+        taking._tell(kept, updates(5, 6))
+    assert not written
+    taking._tell(kept, updates(3, 4, 5, 6))
+    assert [event.version for event in written] == [4, 5, 6]
+
+
+def test_who_comes_again_while_it_gives_is_asked_anew() -> None:
+    taking, _ = taking_up(3)
+
+    def crew(agent: int) -> Any:
+        kept = SimpleNamespace(run="run", version=6, name="step-00000006")
+        asked: list[Any] = []
+        hello = SimpleNamespace(agent=agent, kept=kept)
+        return SimpleNamespace(hello=hello, lost=None, name=f"host {agent}", asked=asked, ask_for=asked.append)
+
+    first, again = crew(1), crew(1)
+    taking.offer(first)
+    assert taking.busy
+    taking.offer(again)
+    assert taking.busy
+    assert len(first.asked) == len(again.asked) == 1

@@ -83,8 +83,8 @@ def plainly(given: Recipe, workers: int) -> list[Tensor]:
         if t in (due, given.steps):
             for worker in range(workers):
                 for i, value in update.items():
-                    kept = rule.mix * local[worker][i].detach() if rule.mix else 0.0
-                    local[worker][i].data.copy_((1 - rule.mix) * value + kept)
+                    own = local[worker][i].detach()
+                    own.copy_(torch.add(value, own - value, alpha=rule.mix) if rule.mix else value)
                     before[worker][i].copy_(value)
         if t % stride == 0 or t == given.steps:
             for i in fragment[sends % N]:

@@ -45,7 +45,7 @@ def check_recipe(given: str, settings: Settings, only: str, as_json: bool) -> No
     """Checks it and shows what was found. Raises InstepError where something is refuted."""
     from instep.equivalences.checking import check, names_of
 
-    refuse_team(settings)
+    refuse_team(settings, "a check picks its teams itself: leave it out")
     recipe, _ = parsed(given, settings)
     names = [name.strip() for name in only.split(",")] if only else []
     try:

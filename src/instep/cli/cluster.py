@@ -48,13 +48,11 @@ def cluster_of(
     )  # fmt: skip
 
 
-def refuse_team(settings: Settings) -> None:
+def refuse_team(settings: Settings, why: str = "the virtual one has flags of its own, such as --workers") -> None:
     """Raises UsageError where a field of a real team is set, which would change nothing."""
     for name, _ in settings:
         if name.startswith("team."):
-            raise UsageError(
-                f"--{cut(name)} sets a real team; the virtual one has flags of its own, such as --workers."
-            )
+            raise UsageError(f"--{cut(name)} sets a real team; {why}.")
 
 
 def steps_for(recipe: Recipe, workers: int, contributions: int) -> int:

@@ -55,7 +55,7 @@ def check(
         found: list[Equivalence]
         found, libraries = computed(
             "instep.equivalences.proving:prove", recipe, (in_forks, Path(place)), paths, watching,
-            if_killed="a check takes the memory of three workers: try it where there is more",
+            if_killed="a check takes the memory of four workers: try it where there is more",
         )  # fmt: skip
         if NAME in wanted:
             found.append(_real(recipe, paths, found[0], watching, Path(place)))

@@ -36,7 +36,8 @@ REFUSED = "Instep refuses the recipe"
 
 def short(recipe: Recipe, steps: int = STEPS) -> Recipe:
     """The recipe for a check: as it stands, but for its length and for what only looks."""
+    skipping = Watch(bad_batch=recipe.watch.bad_batch, bad_batches=recipe.watch.bad_batches)
     return replace(
-        recipe, steps=steps, rule=synchronous(), watch=Watch(), changes=(), evaluate_every=0, evaluate_samples=1,
+        recipe, steps=steps, rule=synchronous(), watch=skipping, changes=(), evaluate_every=0, evaluate_samples=1,
         checksum_every=1, sample_length=0, sample_prompt="", artifacts=None,
     )  # fmt: skip

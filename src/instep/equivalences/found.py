@@ -91,9 +91,9 @@ class Checked:
 
     @property
     def proved(self) -> bool:
-        """Whether none is refuted, and one at least is proved."""
-        verdicts = {each.verdict for each in self.equivalences}
-        return "refuted" not in verdicts and "proved" in verdicts
+        """Whether none is refuted, and one at least is proved, besides that the recipe can be built."""
+        proved = any(each.verdict == "proved" and each.name != "recipe" for each in self.equivalences)
+        return proved and not self.refuted
 
     @property
     def refuted(self) -> tuple[Equivalence, ...]:

@@ -25,6 +25,7 @@ from instep.equivalences.whole_batch import Whole, WholeBatch
 from instep.errors import (
     CheckpointingError,
     InstepError,
+    RecipeError,
     RecomputeError,
     ResourceError,
 )
@@ -201,6 +202,10 @@ class _Proofs:
         if not recipe.rule.gradients:
             recipe = replace(recipe, steps=max(STEPS, 2 * min(recipe.rule.local_steps, STEPS)))
         size = max(2, self.team)
+        try:
+            recipe.rule.check_workers(size)
+        except RecipeError as error:
+            return _not_run("replay", error.message)
         try:
             events = self._simulated(recipe, size)
         except InstepError as error:

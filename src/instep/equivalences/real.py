@@ -79,7 +79,7 @@ def with_processes(recipe: Recipe, folder: Path, import_paths: Sequence[str | os
 def _attempted(recipe: Recipe, import_paths: Sequence[str | os.PathLike[str]], path: Path) -> Equivalence:
     long = short(recipe, max(recipe.steps, LONG))
     several = min(2, recipe.microbatches)
-    team = Team(workers=several, checkpoint_every=1, keep=2, keep_best=False)
+    team = Team(workers=several, launcher="local", checkpoint_every=1, keep=2, keep_best=False)
     loses = _Loses(several - 1)
     with suppress(_Enough):
         train(long, team=team, out=path, monitors=[loses], import_paths=import_paths)

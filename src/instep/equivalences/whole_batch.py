@@ -7,6 +7,7 @@ the microbatches drew: each draw of the whole batch is given theirs, one after t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -176,6 +177,8 @@ class _Step:
         terms = [
             w * sums[n].double() / max(1, counts[n]) for n, w in objective.weights(self._step).items() if counts[n]
         ]
+        if not terms:
+            raise _NotBySample("the step has no items.")
         torch.stack(terms).sum().backward()
         named = module.named_parameters()
         return {name: p.grad.detach() for name, p in named if p.grad is not None}
@@ -274,6 +277,9 @@ def _off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, flo
             off[name] = float("inf") if given is not None and bool(given.any()) else 0.0
             continue
         distance = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+        if not math.isfinite(distance):
+            off[name] = float("inf")
+            continue
         size = max(sizes[name], least)
         off[name] = distance / (ULP * size) if size else (0.0 if not distance else float("inf"))
     return off

@@ -57,7 +57,8 @@ class UpdateRule:
     overlap: steps that a worker takes on its next contribution before it needs the update of its last one, so that it
         computes while that is sent, made and sent back (the same paper's tau). At most `local_steps` / `fragments`.
     mix: with `overlap`, the part of its own value of a fragment that a worker keeps when it takes the update's (the
-        paper's alpha, and its value there). 0 takes the update as it is, and gives up what the worker moved meanwhile.
+        paper's alpha; 0.5, its uniform average, is tried there beside 0). 0 takes the update as it is, and gives up
+        what the worker moved meanwhile.
     name: of the preset it was made from, or of your own.
 
     Raises RecipeError where the fields do not go together.

@@ -46,7 +46,8 @@ def _serve(client: Channel) -> None:
             client.send(messages.Finished(Follower(run, client, requests).follow()))
         else:
             agent = Agent(run, client, requests)
-            with telling_the_others(told=lambda: agent.met):
+            launcher = "local" if run.place is None else run.team.launcher
+            with telling_the_others(launcher, told=lambda: agent.met):
                 client.send(messages.Finished(agent.supervise()))
     except ClientGone:
         if run.place is not None and run.place.agent > 0:

@@ -319,7 +319,7 @@ class Hosts:
         if self._not_coming:
             return self._not_coming.pop(0)
         now, limit = time.monotonic(), self._run.team.join_timeout_s
-        if not hosts:
+        if not hosts or self._taking_up.busy:
             self._began = self._said = now
             return ""
         missing = [f"{agent} (host {host})" for host in sorted(hosts) for agent in self._missing(host)]

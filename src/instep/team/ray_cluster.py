@@ -167,7 +167,7 @@ def nodes_here() -> list[Node]:
 
 def count_of_workers(team: Team) -> int:
     """How many there are if nobody says: one on each node, or for each GPU where all nodes have as many."""
-    nodes = nodes_here()
+    nodes = [node for node in nodes_here() if node.own or node.gpus >= 1 or team.device != "cuda"]
     each = min(int(node.gpus) for node in nodes) if team.device == "cuda" else 1
     return len(nodes) * max(1, each)
 

@@ -164,7 +164,7 @@ def _reserve(wanted: Sequence[Mapping[str, float]], nodes: Sequence[Node], withi
                 )
             if now - said >= SAY_S:
                 said = now
-                print(f"instep: waits since {now - began:.0f} s for {what}; {left} are free.", file=sys.stderr)
+                print(f"instep: has waited {now - began:.0f} s for {what}; {left} are free.", file=sys.stderr)
     except BaseException:
         _remove(group)
         raise

@@ -62,6 +62,8 @@ class TakingUp:
     def offer(self, crew: RemoteCrew) -> None:
         """A host is there, which may have kept something."""
         kept = crew.hello.kept
+        if self._giver is not None and self._giver.hello.agent == crew.hello.agent:  # it has come again
+            self._done()
         if kept is None or not self._open:
             return
         if kept.run != self._run_id or kept.version > self._run.recipe_table["steps"]:
@@ -142,7 +144,10 @@ class TakingUp:
         """Has the tape tell of the updates up to there: a checkpoint never holds steps that the tape lacks."""
         told = self._journal.last_update()
         merged = [event for event in given.events if isinstance(event, MergedEvent)]
-        self._journal.make_up_for(event for event in merged if told < event.version <= kept.version)
+        lacking = [event for event in merged if told < event.version <= kept.version]
+        if [event.version for event in lacking] != list(range(told + 1, kept.version + 1)):
+            raise CheckpointError("the tape lacks updates before it, which nobody has")
+        self._journal.make_up_for(lacking)
 
     def _refuse(self, crew: RemoteCrew, kept: Kept, why: str) -> None:
         self._journal.warn(

@@ -40,7 +40,7 @@ class Streamed:
             self._note(changed)
             with torch.no_grad():
                 for index, kept in zip(changed, own, strict=bool(own)):
-                    self._parameters[index].mul_(1 - self._mix).add_(kept, alpha=self._mix)
+                    self._parameters[index].add_(kept - self._parameters[index], alpha=self._mix)  # equal ones stay
         self._version = version
 
     def send(self, fragment: range, row: Tensor) -> None:
