@@ -56,11 +56,12 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path | None:
 
 
 @pytest.fixture(autouse=True)
-def _locally(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path | None) -> None:
+def _locally(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All three write below `tmp_path`, and tell nobody of it."""
     monkeypatch.chdir(tmp_path)
-    if empty_store is not None:
-        shutil.copy(empty_store, tmp_path / "mlflow.db")
+    slow = request.node.get_closest_marker("slow")  # as all that imports MLflow is
+    if slow and (empty := request.getfixturevalue("empty_store")) is not None:
+        shutil.copy(empty, tmp_path / "mlflow.db")
     for name, value in {
         "WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false",
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -147,7 +148,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["wandb", "trackio", pytest.param("mlflow", marks=pytest.mark.slow)])
 def kind(request: pytest.FixtureRequest) -> Kind:
     for package in {"mlflow": ("mlflow", "sqlalchemy")}.get(request.param, (request.param,)):
         pytest.importorskip(package)
@@ -201,6 +202,7 @@ def test_a_run_that_is_resumed_goes_on_in_the_trackers_run(kind: Kind, tmp_path:
     assert len(set(runs)) == 1
 
 
+@pytest.mark.slow
 def test_mlflow_says_how_a_run_ended() -> None:
     pytest.importorskip("sqlalchemy")
     from mlflow import MlflowClient
@@ -241,6 +243,7 @@ def test_a_run_goes_on_without_a_tracker_that_raises_and_says_so_once(
         tracker.close()
 
 
+@pytest.mark.slow
 def test_a_tracker_that_cannot_begin_is_a_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("sqlalchemy")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")  # refused by MLflow 3.17
