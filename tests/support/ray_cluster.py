@@ -34,6 +34,7 @@ class RayCluster:
         added = {**QUIET, name: value}
         os.environ.update(added)
         handler = signal.getsignal(signal.SIGTERM)
+        os.makedirs("/tmp/ray", exist_ok=True)  # where Ray notes the cluster, and which it takes to be there
         try:
             first, *others = processors
             arguments = {"num_cpus": first, "num_gpus": gpus, "include_dashboard": False, "temp_dir": self._folder}
