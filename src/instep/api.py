@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import operator
 import os
-import sys
 import tempfile
 import time
 import warnings
@@ -28,7 +27,7 @@ from instep.rules import UpdateRule
 from instep.run import Run, RunElsewhere
 from instep.schedule import Change
 from instep.tables import from_table
-from instep.team.client import computed, pickled, supervised
+from instep.team.client import computed, pickled, say, supervised
 from instep.team.joining import run_to_join
 from instep.team.messages import Request
 from instep.team.place import Place, begun_before, launch, place_of
@@ -176,7 +175,7 @@ def _trained(
 ) -> Run:
     place = request.place
     if place is not None and place.agent > 0:
-        monitors = [_say]
+        monitors = [say]
     others = RayRun(nodes, request, recipe) if nodes is not None else None
     with met():
         result = supervised(folder, request, recipe.threads, monitors, others)
@@ -189,11 +188,6 @@ def _trained(
     if place is not None and place.agent > 0:
         return RunElsewhere(place.agent, result, recipe, request.import_paths)
     return Run(folder.path, result, recipe, request.import_paths)
-
-
-def _say(event: dict[str, Any]) -> None:
-    """What an agent that follows another tells: who it waits for."""
-    print(f"instep: {event['why']}", file=sys.stderr, flush=True)
 
 
 def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replayed:

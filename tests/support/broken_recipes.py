@@ -134,13 +134,13 @@ def logged(self: Any, x: Tensor) -> Tensor:
     return x / max(self.history, default=1.0)
 
 
-@torch.library.custom_op("instep_tests::unsure", mutates_args=())
-def unsure(x: Tensor) -> Tensor:
+@torch.library.custom_op(":".join(("broken", "", "unrepeatable")), mutates_args=())
+def unrepeatable(x: Tensor) -> Tensor:
     """A kernel that does not repeat."""
     return x * (1 + time.perf_counter_ns() % 9973 * 1e-6)
 
 
-unsure.register_autograd(lambda ctx, grad: grad)
+unrepeatable.register_autograd(lambda ctx, grad: grad)
 
 
 class Untied(Net):
@@ -371,7 +371,7 @@ MODELS = [
            r"A Python number is .*'model\.history"),
     Broken("the process's number", lambda: net(by_process), "workers", r"A Python number is 1\.", {"step": 1}),
     Broken("unfrozen after some calls", lambda: net(unfrozen_late, calls=lambda: 0), "workers", r"'model\.calls'"),
-    Broken("a kernel that does not repeat", lambda: net(lambda self, x: unsure(x) if self.training else x),
+    Broken("a kernel that does not repeat", lambda: net(lambda self, x: unrepeatable(x) if self.training else x),
            "workers", "does not repeat", {"step": 1}),
     Broken("BatchNorm", lambda: net(lambda self, x: self.norm(x), norm=lambda: nn.BatchNorm1d(8)), "full batch",
            r"In 'norm' \(BatchNorm1d\) samples see each other", {"module": "norm"}),

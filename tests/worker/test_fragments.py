@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +16,6 @@ from instep.clock.times import Failures, WorkerTimes
 from instep.errors import CheckpointError, RecipeError
 from instep.offline.cluster import Cluster
 from instep.offline.simulation import simulate
-from instep.recipe import Recipe
 from instep.record import tape
 from instep.record.folder import RunFolder
 from instep.reduce.layout import Layout, Pack
@@ -27,87 +23,27 @@ from instep.reduce.narrow import decoded, encoded, narrow_bytes
 from instep.rules import UpdateRule, parse
 from instep.rules.fragments import Fragments
 from instep.worker.outer_optimizer import OuterOptimizers
-from instep.worker.replica import Replica
 from instep.worker.streamed import Streamed
 from instep.worker.wire import WayDown, WayUp
 from support import workloads
 from support.harness import Client, stopping_at, train_here
-from support.regression import numbers, regression
+from support.regression import regression
 from support.resuming import again, go_on
 from support.serving import at, check_tape, drive, kill, replayed, serving
+from support.streaming import check_definition, recipe
 
 pytestmark = pytest.mark.processes
 
 RULES = ["diloco:4,fragments=2", "diloco:3,fragments=3", "local_sgd:6,fragments=3"]
 
 
-def layers() -> nn.Module:
-    """Six parameters."""
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1))
-
-
-forty_eight = functools.partial(numbers, 48)
-"""Of which every batch of 12 is whole."""
-
-
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.02, foreach=False)
-
-
-def recipe(rule: str, **fields: Any) -> Recipe:
-    given: dict[str, Any] = {"model": layers, "optimizer": adamw, "steps": 14, "batch": 12, "data": forty_eight}
-    return regression(**{**given, "rule": parse(rule), **fields})
-
-
 # ------------------------------------------------------------------------------------------------------ the definition
-
-
-def plainly(given: Recipe, workers: int) -> list[Tensor]:
-    """Streaming DiLoCo over W workers, each with one microbatch of every batch: the server's weights at the end."""
-    rule, replica = given.rule, Replica(given, "cpu")
-    N, stride = rule.fragments, rule.local_steps // rule.fragments
-    models = [copy.deepcopy(replica.module) for _ in range(workers)]
-    local = [list(model.parameters()) for model in models]
-    inner = [adamw(weights) for weights in local]
-    server = [value.detach().clone() for value in replica.parameters]
-    synchronised = [[value.clone() for value in server] for _ in range(workers)]  # by worker
-    fragment = Fragments([value.nbytes for value in server], N).all
-    momentum, nesterov = rule.outer_momentum, rule.outer == "nesterov"
-    outer = [
-        torch.optim.SGD([server[i] for i in which], rule.outer_lr, momentum, nesterov=nesterov, foreach=False)
-        for which in fragment
-    ]
-    sends = 0
-    for t in range(1, given.steps + 1):
-        for worker in range(workers):
-            x, y = replica.batch(t - 1, worker)
-            inner[worker].zero_grad()
-            ((models[worker](x) - y).square().sum() / len(x)).backward()
-            inner[worker].step()
-        if t % stride == 0 or t == given.steps:
-            for i in fragment[sends % N]:
-                deltas = [synchronised[worker][i] - local[worker][i].detach() for worker in range(workers)]
-                server[i].grad = torch.stack(deltas).mean(0)
-            outer[sends % N].step()
-            for worker in range(workers):
-                for i in fragment[sends % N]:
-                    local[worker][i].data.copy_(server[i])
-                    synchronised[worker][i].copy_(server[i])
-            sends += 1
-    return server
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
 def test_every_engine_makes_what_the_plain_loop_makes(workers: int, rule: str) -> None:
-    """To the bit where the mean of W numbers has one rounding, as for powers of two."""
-    given = recipe(rule, microbatches=workers)
-    found = drive(given, workers).state.values()
-    for value, expected in zip(found, plainly(given, workers), strict=True):
-        if workers == 3:
-            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-        else:
-            assert torch.equal(value, expected)
+    check_definition(rule, workers)
 
 
 @settings(max_examples=60)

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 Monitor = Callable[[dict[str, Any]], None]
 """Called with every event of the tape, in order, in the process that called `instep.train`."""
+
+
+class Closing(ABC):
+    """A monitor that is closed at the end of a ``with``."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends it; what follows is not shown."""

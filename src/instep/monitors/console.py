@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, Self, TextIO
 
 from instep.budget import as_size
 from instep.differences import without_address
+from instep.monitors import Closing
 from instep.monitors.progress import ProgressDisplay, duration, fit, nbytes, number, rate
 from instep.rules.presets import text_of
 from instep.rules.rule import UpdateRule
@@ -30,7 +30,7 @@ ODD = 0.1
 """The share of a sample that may be unreadable: a model that has not learnt yet writes any bytes."""
 
 
-class Console:
+class Console(Closing):
     """Shows a run: one live line on a terminal; elsewhere a plain line every `every_s` seconds and at evaluations.
 
     file: where to, by default ``sys.stdout``. If it fails, as a pipe without a reader does, the run goes on unseen.
@@ -55,14 +55,9 @@ class Console:
         self._losses = 0  # each of which costs a restart: of the team, or of the worker alone
         self._broken = False
 
-    def __enter__(self) -> Console:
+    def __enter__(self) -> Self:
         self._guard(lambda: self._screen.update(self._progress, {"kind": "joined"}))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Takes the live line away."""

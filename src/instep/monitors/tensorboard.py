@@ -20,10 +20,10 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 from instep.errors import ResourceError
+from instep.monitors import Closing
 from instep.monitors.scalars import scalars
 from instep.record.files import disk_error
 
@@ -32,7 +32,7 @@ _NEEDED = "TensorBoard is not installed; install it with: pip install 'instep[te
 _FILES = itertools.count()
 
 
-class TensorBoard:
+class TensorBoard(Closing):
     """Writes scalars by version into `folder`: objective, terms, learning rate, gradient norm, staleness, held-out.
 
     After a restart or a resume TensorBoard is told to forget what came after the version that the run goes on from.
@@ -63,14 +63,6 @@ class TensorBoard:
             raise disk_error(f"TensorBoard's folder {self._folder} cannot be written to", error) from error
         self._records: Any = self._record_writer(self._file)
         self._write(self._events.Event(wall_time=time.time(), file_version="brain.Event:2"))
-
-    def __enter__(self) -> TensorBoard:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Writes what `event` holds; kinds that it does not know are passed over."""

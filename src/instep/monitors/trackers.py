@@ -18,10 +18,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePath
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from instep.errors import RecipeError, ResourceError, described, shown
+from instep.monitors import Closing
 from instep.monitors.scalars import scalars
 from instep.tables import suggest
 
@@ -29,7 +29,7 @@ _SUMMARY = ("objective_last", "held_out", "bits_per_byte", "wall_s", "items_per_
 """Of the result: what is worth a column in a table of runs."""
 
 
-class Tracker:
+class Tracker(Closing):
     """What the trackers share: the numbers of an event by name, and that a run outlives its tracker.
 
     Once the tracker's run has begun, whatever its package raises is warned of once and the run goes on untracked.
@@ -48,14 +48,6 @@ class Tracker:
             ) from None
         self._began_s = 0.0
         self._state = "waiting"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Hands on the numbers of `event`; of kinds without any it hands on nothing."""
@@ -107,7 +99,19 @@ class Tracker:
         raise NotImplementedError
 
 
-class WandB(Tracker):
+class _Begun(Tracker):
+    """One whose package has an `init`, which takes the `options` and gives the tracker's run."""
+
+    def __init__(self, project: str = "instep", **options: Any) -> None:
+        super().__init__()
+        self._options = {"project": project, **options}
+
+    def _init(self, **ours: Any) -> Any:
+        """Begins the run; of what both say, the user's holds."""
+        return self._module.init(**{**ours, **self._options})
+
+
+class WandB(_Begun):
     """Weights & Biases; `options` are arguments of ``wandb.init``. What W&B calls step is Instep's `version`.
 
     ``WANDB_MODE=offline`` keeps it on the disk, below ``wandb/``.
@@ -115,16 +119,11 @@ class WandB(Tracker):
 
     package, title = "wandb", "Weights & Biases"
 
-    def __init__(self, project: str = "instep", **options: Any) -> None:
-        super().__init__()
-        self._options = {"project": project, **options}
-
     def _begin(self, event: Mapping[str, Any]) -> None:
-        options = {
-            "id": event["run"], "resume": "allow", "name": _name(event), "config": _config(event),
-            "settings": self._module.Settings(console="off"),  # the terminal is the console monitor's
-        } | self._options  # fmt: skip
-        self._run: Any = self._module.init(**options)
+        settings = self._module.Settings(console="off")  # the terminal is the console monitor's
+        self._run: Any = self._init(
+            id=event["run"], resume="allow", name=_name(event), config=_config(event), settings=settings
+        )
         self._run.define_metric("version", hidden=True)
         self._run.define_metric("*", step_metric="version")  # its own step may not go back
 
@@ -175,21 +174,14 @@ class MLflow(Tracker):
         self._client.set_terminated(self._id, status)
 
 
-class Trackio(Tracker):
+class Trackio(_Begun):
     """Trackio; `options` are arguments of ``trackio.init``."""
 
     package, title = "trackio", "Trackio"
 
-    def __init__(self, project: str = "instep", **options: Any) -> None:
-        super().__init__()
-        self._options = {"project": project, **options}
-
     def _begin(self, event: Mapping[str, Any]) -> None:
-        options = {
-            "name": f"{_name(event)}-{(event['run'] or 'simulated')[:8]}", "resume": "allow", "config": _config(event),
-            "embed": False,
-        } | self._options  # fmt: skip
-        self._run: Any = self._module.init(**options)
+        name = f"{_name(event)}-{(event['run'] or 'simulated')[:8]}"
+        self._run: Any = self._init(name=name, resume="allow", config=_config(event), embed=False)
 
     def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
         self._run.log(found, step=version)

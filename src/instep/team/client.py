@@ -11,7 +11,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Any, Protocol, assert_never
 
 from instep.descendants import Stopped
@@ -94,6 +94,11 @@ def supervised(
 def follows(request: Request) -> bool:
     """Whether the run is that of another agent, whose folder it is."""
     return request.place is not None and request.place.agent > 0
+
+
+def say(event: Mapping[str, Any]) -> None:
+    """What an agent that follows another tells, as a monitor: who it waits for."""
+    print(f"instep: {event['why']}", file=sys.stderr, flush=True)
 
 
 class _Client:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 
 from instep.errors import InstepError, no_process
 from instep.record.folder import RunFolder
-from instep.team.client import supervised
+from instep.team.client import say, supervised
 from instep.team.messages import Cancelled, Failed, Finished, Request
 from instep.team.pickling import Packed
 from instep.team.place import Place
@@ -67,9 +66,4 @@ class RayAgent:
         request = replace(
             order.request, recipe=recipe, folder=folder.path, place=order.place, began=time.monotonic(), environment={}
         )
-        return supervised(folder, request, order.threads, [_say])
-
-
-def _say(event: Mapping[str, Any]) -> None:
-    """What it tells: who it waits for. Ray keeps it with the node's logs."""
-    print(f"instep: {event['why']}", file=sys.stderr, flush=True)
+        return supervised(folder, request, order.threads, [say])
