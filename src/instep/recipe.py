@@ -225,7 +225,8 @@ class Team:
         updates that share, wherever this changes no bit; ``none``: each keeps and updates all.
     restarts: how often the team may start again from its last checkpoint after a worker failed.
     checkpoint_every: steps between checkpoints; one is always written at the end.
-    keep: how many checkpoints are kept, the last ones; 0 keeps all.
+    keep: how many checkpoints are kept, the last ones; 0 keeps all. With ``thinned``, the last three and one or two for
+        each power of two of versions back.
     keep_best: also save, and keep, the checkpoint with the best held-out objective.
     engine: ``lockstep`` has no server and takes synchronous rules alone; ``server`` takes all; ``auto`` picks.
     memory: bytes for activations, as "512MiB", or a share of what they take, as "70%": what does not fit is computed
@@ -248,7 +249,7 @@ class Team:
     shard: Literal["optimizer", "none"] = "optimizer"
     restarts: int = 3
     checkpoint_every: int = 100
-    keep: int = 3
+    keep: int | Literal["thinned"] = 3
     keep_best: bool = True
     engine: Literal["auto", "lockstep", "server"] = "auto"
     memory: str = ""
@@ -270,8 +271,9 @@ class Team:
         if self.memory:
             parse_budget(self.memory, "'team.memory'")
         _at_least("team.checkpoint_every", self.checkpoint_every, 1)
-        for key in ("restarts", "keep"):
-            _at_least(f"team.{key}", getattr(self, key), 0)
+        _at_least("team.restarts", self.restarts, 0)
+        if isinstance(self.keep, int):
+            _at_least("team.keep", self.keep, 0)
         for key in ("answer_timeout_s", "stall_timeout_s", "join_timeout_s", "lease_s", "give_up_s"):
             if not getattr(self, key) >= LEAST_TIMEOUT_S:
                 signs = "workers give four" if key in ("answer_timeout_s", "stall_timeout_s") else "hosts give five"

@@ -151,8 +151,14 @@ def coerce(hint: Any, value: Any, where: str, *, python: bool = False) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
-        (hint,) = (option for option in get_args(hint) if option is not type(None))
-        return coerce(hint, value, where, python=python)
+        plain, *words = (option for option in get_args(hint) if option is not type(None))
+        if words and isinstance(value, str):  # or one of a few words
+            known = [word for option in words for word in get_args(option)]
+            if value in known:
+                return value
+            listed = ", ".join(map(repr, known))
+            raise RecipeError(f"'{where}' is {shown(value)}; it must be {_type_name(plain, python)}, or {listed}.")
+        return coerce(plain, value, where, python=python)
     if origin is Literal:
         options = get_args(hint)
         if value not in options:

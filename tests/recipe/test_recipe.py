@@ -145,6 +145,9 @@ DEVICES = "it must be 'cpu', 'cuda', a GPU for each worker, or 'cuda:0', say, a 
             for name in ("tpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "CUDA", "", "cuda:0\n")
         ),
         ({"restarts": -1}, "'team.restarts' is -1; it must be at least 0."),
+        ({"keep": -1}, "'team.keep' is -1; it must be at least 0."),
+        ({"keep": "thin"}, "'team.keep' is 'thin'; it must be a whole number, or 'thinned'."),
+        ({"keep": 2.5}, "'team.keep' is 2.5, of type float; it must be a whole number."),
         ({"checkpoint_every": 0}, "'team.checkpoint_every' is 0; it must be at least 1."),
         (
             {"answer_timeout_s": 0},

@@ -23,13 +23,14 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from instep.errors import CheckpointError, RecordError, described, shown
 from instep.record import best, shapes
 from instep.record.digest import digest_of_state
 from instep.record.files import disk_error, json_text, sha256_of_file, sync_folder, synced_file
 from instep.record.shapes import misfit
+from instep.record.thinning import superfluous
 from instep.record.weights import write_weights
 
 if TYPE_CHECKING:
@@ -85,10 +86,10 @@ def save(
     training_state: Mapping[str, Any],
     meta: Mapping[str, Any],
     fingerprint: str,
-    keep: int,
+    keep: int | Literal["thinned"],
     sound: Callable[[], None] | None = None,
 ) -> SavedCheckpoint:
-    """Writes the checkpoint of `version` into `folder`, then removes all but the last `keep` (0 keeps all)
+    """Writes the checkpoint of `version` into `folder`, then removes all but those that `keep` says, see `superfluous`,
     and the best one, see `instep.record.best`.
 
     training_state: a dict of tensors and plain values, as deep as need be. meta: values that JSON can hold.
@@ -199,17 +200,17 @@ def put_in_place(aside: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _remove_old(folder: Path, version: int, keep: int) -> None:
-    """Removes what is older than `version`, but for the last ``keep - 1`` and the best. Errors are passed over."""
+def _remove_old(folder: Path, version: int, keep: int | Literal["thinned"]) -> None:
+    """Of what is not newer than `version` removes all but what is to be kept, and the best. Errors are passed over."""
     with contextlib.suppress(OSError):
-        older = sorted((v, path) for v, path in _versions(folder).items() if v < version)
+        paths = {v: path for v, path in sorted(_versions(folder).items()) if v <= version}
         try:
             kept = best.read(folder)
         except RecordError:
             return  # which one is the best cannot be told, so none is removed
-        for v, path in older[: max(0, len(older) + 1 - keep)]:
+        for v in superfluous(list(paths), keep):
             if kept is None or v != kept.version:
-                shutil.rmtree(path, ignore_errors=True)
+                shutil.rmtree(paths[v], ignore_errors=True)
 
 
 def _tidy(folder: Path) -> None:
