@@ -146,32 +146,39 @@ class _Client:
 
     def _pass_on_events(self, watching: _Watching, stop: Stop, others: Others | None) -> bool:
         """Hands events to the monitors until no more come. Returns whether Ctrl-C was pressed, which `stop` misses."""
-        request, asked, pressed = self._request, False, False
-        stopped = Stopped(self._process.pid, request.team.answer_timeout_s)
-        by = request.place.launcher if request.place is not None else ""
+        pressed, stopped = False, Stopped(self._process.pid, self._request.team.answer_timeout_s)
         while True:
-            try:
-                if others is not None:
-                    others.look()
-                if by not in ("", "ray") and os.getppid() != self._parent and not asked:
-                    stop.wanted = True
-                    watching.see(plain(WarnedEvent(why=_ALONE.format(launcher=by))))
-                if (stop.wanted or pressed or watching.failed is not None) and not asked:
-                    asked = True
-                    self._tell(messages.StopRun())
-                event = self._events.get(timeout=LOOK_S)
-                if event is None:
-                    return pressed
-                watching.see(event)
-            except queue.Empty:
-                why = stopped.look()
-                if why:
-                    self._process.kill()
-                    raise WorkerError(f"the supervisor of the run {why}; {self._remedy()}.") from None
+            try:  # around all of it: an interrupt may come at any point, between two looks too
+                self._pass_on_the_next(watching, stop, others, stopped)
+                return pressed
             except KeyboardInterrupt:
                 if pressed or stop.terminated:
                     raise
-                pressed = True
+                pressed = stop.wanted = True
+
+    def _pass_on_the_next(self, watching: _Watching, stop: Stop, others: Others | None, stopped: Stopped) -> None:
+        by, asked = self._request.place.launcher if self._request.place is not None else "", False
+        while True:
+            if others is not None:
+                others.look()
+            if by not in ("", "ray") and os.getppid() != self._parent and not stop.wanted:
+                stop.wanted = True
+                watching.see(plain(WarnedEvent(why=_ALONE.format(launcher=by))))
+            if (stop.wanted or watching.failed is not None) and not asked:
+                asked = True  # to ask twice does no harm
+                self._tell(messages.StopRun())
+            try:
+                event = self._events.get(timeout=LOOK_S)
+            except queue.Empty:
+                if not self._receiver.is_alive() and self._events.empty():
+                    return  # an interrupt has swallowed the word that there are no more
+                if why := stopped.look():
+                    self._process.kill()
+                    raise WorkerError(f"the supervisor of the run {why}; {self._remedy()}.") from None
+                continue
+            if event is None:
+                return
+            watching.see(event)
 
     def _tell(self, message: Request | messages.StopRun) -> None:
         with contextlib.suppress(OSError):  # it could not start, or is ending already: `_ending` says so
