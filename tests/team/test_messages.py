@@ -48,6 +48,7 @@ MESSAGES = [
     m.FoundWritten(["w"], "a first forward"),
     m.PeersLost("rank 1 of 2 has lost another one"),
     m.KeepState(),
+    m.KeepingState(),
     m.StateKept(5, "step-00000005", "ab", (WarnedEvent(why="w"),)),
     m.StoppedAt(4),
     m.Ended(dataclasses.asdict(Progress(version=3)), "ab", True, {"sample": "text"}, {"bytes_sent": 8}),

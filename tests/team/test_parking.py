@@ -12,14 +12,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from instep.errors import CheckpointError
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
-from instep.record.events import MergedEvent
-from instep.team import hosts
+from instep.record.events import MergedContribution, MergedEvent
+from instep.record.folder import RunFolder
+from instep.team import hosts, keeping, wire_format
+from instep.team.keeping import Keeping, in_parts
+from instep.team.messages import KeepingState, StateKept
 from instep.team.taking_up import TakingUp
+from instep.team.wire_format import encode
+from instep.team.wire_messages import KeptGiven, WireError
 from support import workloads
 from support.agents import Followers, first_agent_killed, meet_here, train_on
 from support.harness import train_here
@@ -67,8 +74,12 @@ CASES = [("gpt", (1, 1), 2), ("gpt", (1, 1), 3), ("convnet", (1, 1), 3), ("convn
 
 
 @pytest.mark.parametrize("case", quick(CASES, CASES[1]), ids=str)
-def test_no_step_is_lost_with_the_first_agent(case: tuple[str, tuple[int, ...], int], tmp_path: Path) -> None:
+def test_no_step_is_lost_with_the_first_agent(
+    case: tuple[str, tuple[int, ...], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many events a message may hold."""
     name, agents, workers = case
+    monkeypatch.setattr(keeping, "EVENTS_BYTES", 1 if workers == 3 else keeping.EVENTS_BYTES)
     path, what, who = tmp_path / "run", recipe(name), team(workers=workers)
     followers = Followers(what, who, agents, tmp_path)
     first_agent_killed(what, who, path, followers, at(5))
@@ -220,7 +231,7 @@ def test_a_checkpoint_before_which_the_tape_would_lack_updates_is_refused() -> N
     kept: Any = SimpleNamespace(version=6)
 
     def updates(*versions: int) -> Any:
-        return SimpleNamespace(events=[update(version) for version in versions])
+        return [update(version) for version in versions]
 
     with pytest.raises(CheckpointError, match="the tape lacks updates before it"):
         taking._tell(kept, updates(5, 6))
@@ -244,3 +255,68 @@ def test_who_comes_again_while_it_gives_is_asked_anew() -> None:
     taking.offer(again)
     assert taking.busy
     assert len(first.asked) == len(again.asked) == 1
+
+
+@pytest.mark.parametrize(("most", "lengths"), [(1, [1, 1, 1, 1, 1]), (400, [2, 2, 1]), (1 << 20, [5])])
+def test_events_are_given_in_parts(most: int, lengths: list[int]) -> None:
+    events = [update(version) for version in range(1, 6)]
+    assert 134 < len(msgspec.msgpack.encode(events[0])) < 200
+    parts = in_parts(events, most)
+    assert [len(part) for part in parts] == lengths
+    assert [event for part in parts for event in part] == events
+    assert in_parts([], most) == [()]
+
+
+def test_the_link_takes_the_parts_of_more_than_it_takes_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sixteenth of all sizes: 1,000 updates of 300 workers are more than one message may hold."""
+    monkeypatch.setattr(wire_format, "MESSAGE_BYTES", wire_format.MESSAGE_BYTES // 16)
+    monkeypatch.setattr(keeping, "EVENTS_BYTES", keeping.EVENTS_BYTES // 16)
+    parts = [MergedContribution(worker=worker, version=7, microbatches=[0, 2]) for worker in range(300)]
+    keeper = Keeping(RunFolder(tmp_path), 1)
+    keeper._events = (replace(update(8), contributions=parts, weights=[1.0] * 300, staleness=[0] * 300),) * 63
+    with pytest.raises(WireError, match="can be sent"):
+        encode(KeptGiven("step-00000008", keeper._events))
+    (tmp_path / "checkpoints" / "step-00000008").mkdir(parents=True)
+    given: Any = list(keeper._parts("step-00000008"))
+    assert all(encode(each) for each in given)
+    assert sum(len(each.events) for each in given) == 63
+    assert [each.more for each in given] == [True] * (len(given) - 1) + [False]
+
+
+class Slow:
+    """A worker that says each word minutes after the one before."""
+
+    def __init__(self, clock: list[float], *words: Any):
+        self.pipe, self._clock, self._words = self, clock, list(words)
+        self.handle = SimpleNamespace(death=object(), exitcode=None)
+
+    def send(self, message: Any) -> None:
+        pass
+
+    def receive(self) -> Any:
+        if not self._words:
+            return None
+        self._clock[0] += 2 * keeping.AGREE_S
+        return self._words.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ([KeepingState(), None, StateKept(5, "step-00000005", "ab")], True),
+        ([None, StateKept(5, "step-00000005", "ab")], False),
+        ([StateKept(why="there is nothing to keep")], False),
+    ],
+)
+def test_workers_have_a_minute_to_agree_and_as_long_to_write_as_they_take(
+    words: list[Any], kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(keeping, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(keeping, "ready_of", lambda sources, senders, within_s: sources)
+    crew: Any = SimpleNamespace(processes=[Slow(clock, *words)], look=lambda: None)
+    found = Keeping(RunFolder(tmp_path), 1)
+    found.keep(crew, "run", lambda: None)
+    assert (found.kept is not None) == kept

@@ -85,7 +85,9 @@ BY_HAND: dict[type, st.SearchStrategy[Any]] = {
         w.HelloAgent, counts, counts, counts, words, words, counts, st.dictionaries(words, words), words, words, tables,
         words, st.none() | st.builds(w.Kept, st.none() | words, counts, file_names, words),
     ),
-    w.KeptGiven: st.builds(w.KeptGiven, file_names, st.lists(merged | warned, max_size=3).map(tuple), words),
+    w.KeptGiven: st.builds(
+        w.KeptGiven, file_names, st.lists(merged | warned, max_size=3).map(tuple), words, st.booleans()
+    ),
     w.StartMembers: st.builds(
         w.StartMembers, counts, st.lists(members, max_size=3).map(tuple), st.none() | file_names, tables, st.booleans(),
         st.none() | words, st.lists(words).map(tuple), st.lists(counts).map(tuple), st.tuples(words, counts), words,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from instep.transport.silence import Socket, Unanswered
+from instep.transport.silence import Socket, Unanswered, ask_when_quiet
 from support.hosts import Hosts
 from support.processes import wait_until
 
@@ -68,6 +68,25 @@ def test_whose_cable_is_cut_one_way_or_both_is_told_by_its_address(
     hosts.heal(1)
     assert ends[1].recv(5) == b"words"
     wait_until(lambda: Unanswered().look([known(ends[0])]) == ("", 0.0), 60, "the answer")
+
+
+@pytest.mark.parametrize("cut", ["cut", "cut_to", "cut_from"])
+def test_who_is_cut_off_while_nothing_is_on_its_way_is_told_by_its_address(
+    cut: str, hosts: Hosts, ends: tuple[socket.socket, socket.socket]
+) -> None:
+    ask_when_quiet([known(ends[0])], 60.0)
+    getattr(hosts, cut)(1)
+    assert silence(ends[0], 0.5) == hosts[1].address
+    hosts.heal(1)
+    wait_until(lambda: Unanswered().look([known(ends[0])]) == ("", 0.0), 60, "the answer")
+
+
+def test_a_connection_breaks_that_nobody_looks_at(hosts: Hosts, ends: tuple[socket.socket, socket.socket]) -> None:
+    ask_when_quiet([known(ends[0])], 1.0)
+    hosts.cut(1)
+    ends[0].settimeout(60)
+    with pytest.raises(OSError, match="Connection timed out"):
+        ends[0].recv(1)
 
 
 @pytest.mark.usefixtures("ends")  # else the cards' addresses are asked for too, and the answers lost

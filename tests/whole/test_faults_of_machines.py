@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ import pytest
 
 from support.hosts import Hosts
 from support.machine_faults import FAULTS, HOSTS, NAMED_S, Campaign, Fault
+from support.patience import LONG_S
+from support.processes import MODULE, wait_until
 from support.proved import save
 
 pytestmark = pytest.mark.processes
@@ -44,6 +47,34 @@ def test_a_run_that_suffers_four_faults_of_machines_has_the_digest_of_one_that_s
     assert found["digest"] == found["undisturbed"]
     assert [fault for fault in faults if not fault["lost_none"]] == []
     assert any(fault["kind"].startswith("agent 0") for fault in faults)
+
+
+HANGS = """
+def pause(gradient):
+    while os.path.exists("hang"):
+        open("hangs", "w").close()
+        time.sleep(0.1)
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.slow
+def test_a_first_host_that_vanishes_while_nothing_is_on_its_way_is_missed_and_no_step_is_lost(tmp_path: Path) -> None:
+    """Its worker computes, and the other one waits: neither has sent what the other has not acknowledged."""
+    with Hosts(2, tmp_path) as hosts:
+        run = Campaign(hosts, SEED, 0, lease_s=2.0, workers=2)
+        hosts.put({"mymodel.py": MODULE + HANGS})
+        run.begin()
+        first = hosts[0].path()
+        (first / "hang").touch()
+        wait_until((first / "hangs").exists, LONG_S, "a worker that hangs")
+        time.sleep(1)  # until all is acknowledged
+        told = run.told("merged")[-1]["version"]
+        hosts.cut(0)
+        assert run.commands[1].ends() == 1
+        found = re.search(r"what its workers had, version (\d+), is in", run.commands[1].err)
+        assert found, run.commands[1].err
+        assert int(found[1]) >= told
 
 
 @pytest.mark.prove

@@ -189,7 +189,7 @@ class Agent:
             case messages.PeersLost():
                 self._parted.note(heard.member, heard.message)
                 return
-            case messages.StateKept():
+            case messages.KeepingState() | messages.StateKept():
                 return  # which only an agent that follows asks for
         self._hear(orders.Said(heard.member, heard.message))
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import msgspec
 
 from instep.errors import InstepError
 from instep.record.events import Event
 from instep.record.folder import RunFolder
+from instep.team.channel import Channel
 from instep.team.crew import LocalCrew
 from instep.team.link import AgentLink
-from instep.team.messages import KeepState, StateKept
+from instep.team.messages import KeepingState, KeepState, StateKept
 from instep.team.remote import parts_of
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import CheckpointPart, GiveKept, Kept, KeptGiven
@@ -20,8 +23,12 @@ from instep.team.wire_messages import CheckpointPart, GiveKept, Kept, KeptGiven
 LOOK_S = 0.2
 """Seconds between two looks at the workers."""
 
-KEEP_S = 60.0
-"""Seconds that workers have to notice that others are lost and, all together, to keep what they hold."""
+AGREE_S = 60.0
+"""Seconds that workers have to notice that others are lost, and to agree on what is to be kept. To write it may take as
+long as any checkpoint may."""
+
+EVENTS_BYTES = 1 << 20
+"""Bytes of events that are given at once, about: the link takes no message of any length."""
 
 
 class Keeping:
@@ -42,19 +49,21 @@ class Keeping:
 
     def keep(self, crew: LocalCrew, run_id: str | None, look: Callable[[], None]) -> None:
         """Has the workers, who have lost others or soon will, keep what they hold. Nothing where one does not answer
-        in time, or dies. `look` is called meanwhile.
+        in time, gets nowhere, or dies. `look` is called meanwhile.
         """
         self.forget()
         waiting = {process.pipe: process for process in crew.processes}
         for process in waiting.values():
             process.send(KeepState())
-        until = time.monotonic() + KEEP_S
+        until, writing = time.monotonic() + AGREE_S, set[Channel]()
         try:
-            while waiting and time.monotonic() < until and crew.look() is None:
+            while waiting and (writing >= waiting.keys() or time.monotonic() < until) and crew.look() is None:
                 look()
                 for pipe in ready_of([*waiting, *(each.handle.death for each in waiting.values())], [], LOOK_S):
                     while pipe in waiting and (said := waiting[pipe].receive()) is not None:
-                        if isinstance(said, StateKept):
+                        if isinstance(said, KeepingState):
+                            writing.add(pipe)
+                        elif isinstance(said, StateKept):
                             del waiting[pipe]
                             self._note(said, run_id)
                 if any(process.handle.exitcode is not None for process in waiting.values()):
@@ -81,7 +90,9 @@ class Keeping:
         except InstepError as error:
             yield KeptGiven(name, why=error.message.rstrip("."))
         else:
-            yield KeptGiven(name, self._events)
+            *parts, last = in_parts(self._events, EVENTS_BYTES)
+            yield from (KeptGiven(name, part, more=True) for part in parts)
+            yield KeptGiven(name, last)
 
     def pump(self, link: AgentLink) -> None:
         """Sends what is to be sent, as far as the link takes it. Raises OSError where agent 0 is gone."""
@@ -107,3 +118,17 @@ class Keeping:
             f"; what its workers had, version {self.kept.version}, is in {there / self.kept.name}: moved into that "
             f"folder's checkpoints before, it saves the steps since the last one"
         )
+
+
+def in_parts(events: Sequence[Event], most: int) -> list[tuple[Event, ...]]:
+    """These in order, in parts of about so many bytes at most, or one event; one part where there are none."""
+    parts: list[list[Event]] = [[]]
+    size = 0
+    for event in events:
+        length = len(msgspec.msgpack.encode(event))
+        if parts[-1] and size + length > most:
+            parts.append([])
+            size = 0
+        parts[-1].append(event)
+        size += length
+    return [tuple(part) for part in parts]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from instep.engines.lockstep import Lockstep
 from instep.errors import InstepError, described
-from instep.team.messages import KeepState, PeersLost, StateKept
+from instep.team.messages import KeepingState, KeepState, PeersLost, StateKept
 from instep.team.session import Session
 from instep.transport.group import Group, PeerLost, PeerRaised
 from instep.worker.milestones import Progress
@@ -37,6 +37,7 @@ def keep_state(session: Session, engine: Lockstep, machine: Group | None, progre
         kept = engine.kept(progress.version, machine)
         if kept is None or session.replica is None:
             return StateKept(why="another worker keeps it, or it is no whole version")
+        session.pipe.send(KeepingState())
         training, events = kept
         training = {**training, "watch": engine.updates.watcher.state()}
         saved = session.keep(progress, session.replica.saved_state(), training)

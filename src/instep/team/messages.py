@@ -230,6 +230,11 @@ class KeepState:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepingState:
+    """The workers of this host have agreed on what is to be kept, and it is being written."""
+
+
+@dataclass(frozen=True, slots=True)
 class StateKept:
     """The answer. Of the first worker of a host: what was kept of the run, as a checkpoint of this name, and the events
     of the last updates. Of others, and where nothing can be kept: version 0, and why.
@@ -274,7 +279,9 @@ class Left:
 
 
 SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState
-WorkerToSupervisor = Events | Ready | Digest | Sync | FoundWritten | PeersLost | StateKept | StoppedAt | Failed | Ended
+WorkerToSupervisor = (
+    Events | Ready | Digest | Sync | FoundWritten | PeersLost | KeepingState | StateKept | StoppedAt | Failed | Ended
+)
 
 # --------------------------------------------------------------------------------------- server and worker, on a line
 #

@@ -8,13 +8,14 @@ a checkpoint of the folder; the tape gets the updates that it lacks. What is tor
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from instep.errors import CheckpointError, InstepError, WorkerError
 from instep.record import checkpoint
-from instep.record.events import CheckpointedEvent, MergedEvent
+from instep.record.events import CheckpointedEvent, Event, MergedEvent
 from instep.record.files import disk_error, sync_folder
 from instep.record.folder import RunFolder
 from instep.team.journal import Journal
@@ -80,6 +81,7 @@ class TakingUp:
             if crew.lost is None and crew.hello.kept is not None and _version(crew) > self._version:
                 self._giver, self._received = crew, Received(self._aside, sender=crew.name)
                 self._files: dict[str, str] = {}
+                self._events: list[Event] = []
                 self._waited_for = True
                 crew.ask_for(crew.hello.kept)
 
@@ -94,7 +96,10 @@ class TakingUp:
                 return
             if message.why:
                 raise WorkerError(message.why)
-            self._take(crew, kept, message)
+            self._events += message.events
+            if message.more:
+                return
+            self._take(crew, kept, self._events)
         except InstepError as error:
             self._refuse(crew, kept, error.message.partition(";")[0].rstrip("."))
         self._done()
@@ -106,7 +111,7 @@ class TakingUp:
         if part.last:
             self._files[part.file] = part.sha256
 
-    def _take(self, crew: RemoteCrew, kept: Kept, given: KeptGiven) -> None:
+    def _take(self, crew: RemoteCrew, kept: Kept, events: Sequence[Event]) -> None:
         """Puts it among the folder's checkpoints. Raises InstepError where it is not what it is said to be."""
         aside, final = self._aside / kept.name, checkpoint.path_of(self._folder.checkpoints, kept.version)
         manifest = checkpoint.read_manifest(aside)
@@ -122,7 +127,7 @@ class TakingUp:
             raise CheckpointError("it is not whole")
         if self._journal.told_digest(kept.version) not in (None, kept.digest):
             raise CheckpointError("the run has other weights at this version, as its tape tells")
-        self._tell(kept, given)
+        self._tell(kept, events)
         try:
             for path in (*aside.iterdir(), aside):
                 sync_folder(path)
@@ -133,17 +138,17 @@ class TakingUp:
         crew.has(kept.name)
         size = sum(file.stat().st_size for file in final.iterdir())
         saved = CheckpointedEvent(version=kept.version, path=final.name, bytes=size, digest=kept.digest)
-        last_s = max((event.t_s for event in given.events), default=0.0)
+        last_s = max((event.t_s for event in events), default=0.0)
         self._journal.make_up_for([replace(saved, t_s=last_s)])
         self._journal.warn(
             f"agent 0 was started again: the run goes on from version {kept.version}, which the workers of "
             f"{crew.name} had kept."
         )
 
-    def _tell(self, kept: Kept, given: KeptGiven) -> None:
+    def _tell(self, kept: Kept, events: Sequence[Event]) -> None:
         """Has the tape tell of the updates up to there: a checkpoint never holds steps that the tape lacks."""
         told = self._journal.last_update()
-        merged = [event for event in given.events if isinstance(event, MergedEvent)]
+        merged = [event for event in events if isinstance(event, MergedEvent)]
         lacking = [event for event in merged if told < event.version <= kept.version]
         if [event.version for event in lacking] != list(range(told + 1, kept.version + 1)):
             raise CheckpointError("the tape lacks updates before it, which nobody has")

@@ -121,11 +121,14 @@ class EpochGone:
 
 @dataclass(frozen=True)
 class KeptGiven:
-    """All parts of what was kept have been sent; the run's last events. why: a sentence where it cannot be sent."""
+    """All parts of what was kept have been sent; some of the run's last events, in order, and whether `more` follow.
+    why: a sentence where it cannot be sent.
+    """
 
     name: FileName
     events: tuple[Event, ...] = ()
     why: str = ""
+    more: bool = False
 
 
 @dataclass(frozen=True)

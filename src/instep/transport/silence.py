@@ -1,12 +1,14 @@
 """Whether the other ends of TCP connections still acknowledge what they are sent. Linux alone tells.
 
-A cable that is cut, one way or both, ends no connection: TCP sends again, for a quarter of an hour. To be slow is
-something else: a process that is stopped, or computes, takes nothing, and its system still acknowledges.
+A cable that is cut, one way or both, ends no connection: TCP sends again, for a quarter of an hour, and where there is
+nothing to send it would never know. So systems are had to ask each other in such moments (keepalive). To be slow is
+something else: a process that is stopped, or computes, takes nothing, and its system still acknowledges and answers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import struct
 import time
@@ -18,8 +20,29 @@ from instep.transport.sockets import Socket, connection
 LONGEST_LOOK_S = 1.0
 """A look counts so much at most: what was suspended itself must not blame the others when it wakes."""
 
-_INFO_BYTES, _UNACKED, _ACKED = 128, 8 + 4 * 4, 120
-"""Of the kernel's struct tcp_info: its length, where segments that wait for an answer are, and bytes answered."""
+QUIET_S = 1
+"""Seconds in which a connection carries nothing until the system asks whether the other one is there."""
+
+_INFO_BYTES, _PROBES, _UNACKED, _ACKED = 128, 3, 8 + 4 * 4, 120
+"""Of the kernel's struct tcp_info: its length, where questions and segments are that wait for an answer, and bytes
+answered."""
+
+
+def ask_when_quiet(sockets: Iterable[Socket], silent_s: float) -> None:
+    """Has the system ask in quiet moments whether the other ends are there, so that `Unanswered` sees who is not. Who
+    has not answered for twice `silent_s` seconds has its connection broken, should nobody look.
+    """
+    every_s = max(1, math.ceil(silent_s / 60))  # at most 127 times
+    options = {
+        socket.TCP_KEEPIDLE: QUIET_S, socket.TCP_KEEPINTVL: every_s,
+        socket.TCP_KEEPCNT: min(127, math.ceil(2 * silent_s / every_s)),
+    }  # fmt: skip
+    for one in sockets:
+        if (opened := connection(one)) is not None:
+            with opened, contextlib.suppress(OSError):
+                for option, value in options.items():
+                    opened.setsockopt(socket.IPPROTO_TCP, option, value)
+                opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 class Unanswered:
@@ -57,7 +80,7 @@ def _waiting(one: Socket) -> tuple[str, int] | None:
     with opened, contextlib.suppress(OSError, struct.error):
         info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
         (unacked,), (acked,) = struct.unpack_from("I", info, _UNACKED), struct.unpack_from("Q", info, _ACKED)
-        if not unacked:
+        if not unacked and not info[_PROBES]:
             return None
         try:
             return str(opened.getpeername()[0]), acked

@@ -24,7 +24,7 @@ from torch._C import _distributed_c10d as c10d
 from instep.transport.group import PeerLost
 from instep.transport.meter import METER
 from instep.transport.posts import Post, Posts
-from instep.transport.silence import LONGEST_LOOK_S, Unanswered
+from instep.transport.silence import LONGEST_LOOK_S, Unanswered, ask_when_quiet
 from instep.transport.sockets import Socket, connection, open_sockets
 
 LOOK = timedelta(milliseconds=20)
@@ -102,6 +102,8 @@ class Wire:
             raise PeerLost(f"rank {rank} of {size} could not join the others: {group}", silent) from group
         self._group = group
         METER.watch(self._sockets)
+        if silent_s is not None:
+            ask_when_quiet(self._sockets, silent_s)
 
     def all_to_all(
         self, send: Tensor, lengths: Sequence[int], expected: Sequence[int], into: Tensor | None = None
