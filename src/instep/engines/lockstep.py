@@ -26,8 +26,8 @@ from torch import Tensor
 
 from instep.clock.network import gather_bytes, reduce_bytes
 from instep.engines.merged_events import MergedEvents
+from instep.engines.seat import Seat
 from instep.engines.sharding import Placement, choose
-from instep.engines.step_facts import StepFacts
 from instep.engines.total import Total
 from instep.record import events
 from instep.reduce.levels import levels_of, machine_of
@@ -95,20 +95,16 @@ class Lockstep:
             pieces = (1,)
         self.reduction = Reduction(self._layout, recipe.microbatches, levels_of(machines), pieces)
         self._ranges, self._machine = self.reduction.ranges, machine_of(worker, machines)
-        self._lefts: dict[tuple[bool, bool], Fields] = {}
-        self._own, self._shard = range(*self._ranges[worker]), shard
+        self._shard = shard
         self._held_out = batches_held_out(replica)
         self.terms: list[str] = []
         self.slowness = 1.0
         """How many times as long as it needs the worker is to take for its computing."""
-        self.busy_s = 0.0
-        """Seconds it has computed, slowness included."""
-        self._samples: dict[int, Any] = {}  # of the next step, by microbatch
+        self._seat: Seat
         self._group: Group
         self._usual: tuple[list[int], bool] = [], False  # the buffers that the last step changed; whether it wrote
         self._whole: Tensor | None = None  # where the group puts the sum together
         self._evaluated = -1  # at which version last
-        self._late: tuple[str, Exception] | None = None  # what loading the next step raised, and where
         self._remembers = worker == self._machine.start > 0
         self._merged = MergedEvents(self._ranges, checkpoint_every + 1 if self._remembers else 0)
 
@@ -125,26 +121,13 @@ class Lockstep:
     def sizes(self) -> Sizes:
         """Decides where the weights are to lie, and what a worker tells the others. The sizes of the group."""
         replica, reduction, terms = self.replica, self.reduction, len(self.terms)
+        self._seat = Seat(self.worker, replica, self.gradients, reduction, self._emit, self._clock)
         self.placement: Placement = choose(replica, reduction, self.worker, self._machine, self._shard)
-        buffers = len(self._buffers.names)
-        self._facts = StepFacts(self._ranges, self.worker, self.terms, len(replica.parameters), buffers)
         share = max(1, -(-len(self._held_out) // self.workers))
         self._evaluations = Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
-        most_left = self._left(buffers=True, written=True).nbytes
-        longest = max(self._facts.nbytes + most_left, self._evaluations.nbytes)
+        longest = max(self._seat.nbytes, self._evaluations.nbytes)
         common = self.placement.weight_bytes
         return Sizes(reduction.levels, tuple(reduction.rows), tuple(reduction.sums), self._layout.size, longest, common)
-
-    def _left(self, *, buffers: bool, written: bool) -> Fields:
-        """What goes with the norms of a cut: what microbatches left in buffers and in written parameters, if at all."""
-        key = buffers, written
-        self._lefts[key] = self._lefts.get(key) or Fields(
-            integers=("int64", (self._buffers.integer_layout.size * buffers,)),
-            buffers=("float32", (max(self.reduction.rows) * buffers, self._buffers.row_size * buffers)),
-            norms=("float32", (max(map(self.reduction.blocks_of, range(self.workers))),)),
-            written=("uint8", (self.replica.written.row_bytes * written,)),
-        )  # fmt: skip
-        return self._lefts[key]
 
     def join(self, group: Group) -> None:
         """Takes the team's group into use."""
@@ -162,8 +145,8 @@ class Lockstep:
         Returns whether the run was asked to stop before; the watch may end it before as well, see `progress.stopped`.
         Raises ObjectiveError or NonFiniteError before the update that it would have spoilt.
         """
-        self._load(progress.version)
-        totals = self._facts.gather(self._group).totals
+        self._seat.load(progress.version)
+        totals = self._seat.facts.gather(self._group).totals
         while progress.version < steps:
             totals, stopped = self._step(progress, totals, steps)
             checksum_when_due(self.replica, progress, self._emit, self.placement.checksums)
@@ -174,7 +157,7 @@ class Lockstep:
         return False
 
     def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], bool]:
-        group, replica, step = self._group, self.replica, progress.version
+        group, replica, seat, step = self._group, self.replica, self._seat, progress.version
         began = time.monotonic()
         replica.enter(step)
         self._total.begin()
@@ -182,19 +165,19 @@ class Lockstep:
         if len(self.reduction.pieces) == 1:
             self._total.reached(1)
         if step + 1 < steps:
-            self._load_ahead(step + 1)
+            seat.load_ahead(step + 1)
 
         own_norms = self._total.add().cpu().numpy()
-        left = self._post_left(*self._usual)
+        left = seat.post_left(*self._usual)
         left.own["norms"][: len(own_norms)] = own_norms
         stop = self.worker == 0 and self._heartbeat.stop_wanted()
-        told = self._facts.gather(group, left, stop=stop)  # committed: the gradient is whole
+        told = seat.facts.gather(group, left, stop=stop)  # committed: the gradient is whole
         sums, (touched, off, changed, wrote), found = told.sums, told.flags, told.beside
         assert found is not None
         self._take(self._total.wait())
         norms = found["norms"].tolist()
         if (changed, wrote) != self._usual:
-            found, self._usual = self._post_left(changed, wrote).gather(group), (changed, wrote)
+            found, self._usual = seat.post_left(changed, wrote).gather(group), (changed, wrote)
             if len(group.levels) > 1:
                 group.meet()  # of a machine all make the update, or none
         norm = total_norm([norm for w, each in enumerate(norms) for norm in each[: self.reduction.blocks_of(w)]])
@@ -222,39 +205,16 @@ class Lockstep:
     def _compute(self, step: int, totals: dict[str, int]) -> None:
         """Computes the worker's microbatches, and posts what they came to."""
         objective = self.replica.objective
-        if self._late is not None:
-            self.replica.doing, error = self._late
-            raise error
-        if not objective.has_items(totals):
-            if not self.updates.watcher.skips:
-                self.updates.watcher.left_out(Verdict(), [objective.no_items(step)], update=True)
-            self._samples = dict.fromkeys(self._own)  # nothing is computed: the update will be left out
-        from_s = self._clock()
-        computed = self.gradients.compute(step, self._samples, totals)
-        self._samples = {}
-        self._facts.note(computed, wrote=self.replica.written.wrote)
-        if self.slowness > 1:
-            time.sleep((self.slowness - 1) * (self._clock() - from_s))
-        to_s = self._clock()
-        self.busy_s += to_s - from_s
-        self._report(step, totals, from_s, to_s)
+        self._seat.check_loaded()
+        if not objective.has_items(totals) and not self.updates.watcher.skips:
+            self.updates.watcher.left_out(Verdict(), [objective.no_items(step)], update=True)
+        self._seat.compute(step, totals, self.slowness)
 
     def _take(self, whole: Tensor) -> None:
         """Has the placement take the gradient from there."""
         if whole is not self._whole:
             self._whole = whole
             self.placement.take(whole)
-
-    def _post_left(self, changed: list[int], wrote: bool) -> Fields:
-        """Notes what the worker's microbatches left in these buffers, and in written parameters, if any wrote some."""
-        fields = self._left(buffers=bool(changed), written=wrote)
-        if changed:
-            nodes = self.reduction.nodes_of(self.worker)
-            rows, integers = as_rows(fields.own["buffers"])[: len(nodes)], torch.from_numpy(fields.own["integers"])
-            self._buffers.post(changed, self._own.start, nodes, rows, integers)
-        if wrote:
-            self.replica.written.post(torch.from_numpy(fields.own["written"]))
-        return fields
 
     def _take_buffers(self, step: int, changed: list[int], found: NDArray[Any]) -> None:
         """Gives these buffers what all workers' microbatches come to."""
@@ -278,24 +238,6 @@ class Lockstep:
             return None
         before = self.replica.written.look(closely=True)
         return lambda: self.replica.written.check(before, f"the step after version {version}")
-
-    def _load(self, step: int) -> None:
-        """Loads the worker's samples of `step` and notes their item counts."""
-        self._samples, counts = {}, []
-        for microbatch in self._own:
-            self._samples[microbatch] = samples = self.replica.batch(step, microbatch)
-            if samples is not None:  # counted at once: what draws here too knows the place, never the worker
-                counts.append(self.replica.objective.counts(samples))
-        self._facts.counts = [sum([each[name] for each in counts]) for name in self.terms]
-
-    def _load_ahead(self, step: int) -> None:
-        """Loads the next step's batches. What that raises waits until it is that step's turn: this one is sound."""
-        self.replica.enter(step)
-        try:
-            self._load(step)
-        except Exception as error:
-            self._late = self.replica.doing, error
-        self.replica.enter(step - 1)  # which is not made yet
 
     def agree(self, *answer: int) -> list[int]:
         """What worker 0 answers; all meet for it."""
@@ -342,6 +284,11 @@ class Lockstep:
         return None if training is None else (training, self._merged.remembered())
 
     @property
+    def busy_s(self) -> float:
+        """Seconds the worker has computed, slowness included."""
+        return self._seat.busy_s
+
+    @property
     def bytes_a_step(self) -> int:
         """Bytes that pass between the team's workers in a step: a reduce-scatter of all nodes, and an all-gather.
 
@@ -350,12 +297,6 @@ class Lockstep:
         """
         size = 4 * self.replica.size
         return reduce_bytes(self.workers, size, len(self.reduction.nodes)) + gather_bytes(self.workers, size)
-
-    def _report(self, step: int, totals: dict[str, int], from_s: float, to_s: float) -> None:
-        nbytes = 4 * self.replica.size * len(self.reduction.nodes_of(self.worker))
-        span: dict[str, Any] = {"from_s": from_s, "to_s": to_s, "microbatches": [self._own.start, self._own.stop]}
-        self._emit(events.ComputedEvent(worker=self.worker, version=step, **span, **self.replica.verified()))
-        self._emit(events.PushedEvent(worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]]))
 
     def _emit_merged(self, step: int, update: Update, train_s: float) -> None:
         if why := update.verdict.why:

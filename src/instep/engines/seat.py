@@ -1,0 +1,119 @@
+"""A worker's part of each step in lockstep: its microbatches, and what it tells the others of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from instep.engines.step_facts import StepFacts
+from instep.record import events
+from instep.reduce.reduction import Reduction
+from instep.transport.group import Fields, as_rows
+from instep.worker.gradients import Gradients
+from instep.worker.replica import Replica
+
+
+class Seat:
+    """That of worker number `worker`, whichever process computes it.
+
+    terms: those of the objective, which are known. `emit(event)` writes to the tape; `clock()` is seconds since the
+    run's start.
+    """
+
+    def __init__(
+        self,
+        worker: int,
+        replica: Replica,
+        gradients: Gradients,
+        reduction: Reduction,
+        emit: Callable[[events.Event], None],
+        clock: Callable[[], float],
+    ):
+        self.worker, self.own = worker, range(*reduction.ranges[worker])
+        self._replica, self._gradients, self._reduction = replica, gradients, reduction
+        self._buffers, self._emit, self._clock = gradients.buffers, emit, clock
+        self.terms = list(replica.objective.terms or ())
+        parameters, buffers = len(replica.parameters), len(self._buffers.names)
+        self.facts = StepFacts(reduction.ranges, worker, self.terms, parameters, buffers)
+        self._lefts: dict[tuple[bool, bool], Fields] = {}
+        self._samples: dict[int, Any] = {}  # of the next step, by microbatch
+        self._late: tuple[str, Exception] | None = None  # what loading the next step raised, and where
+        self.busy_s = 0.0
+        """Seconds it has computed, slowness included."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the longest fact that it tells in a step."""
+        return self.facts.nbytes + self._left(buffers=True, written=True).nbytes
+
+    def load(self, step: int) -> None:
+        """Loads the worker's samples of `step` and notes their item counts."""
+        self._samples, counts = {}, []
+        for microbatch in self.own:
+            self._samples[microbatch] = samples = self._replica.batch(step, microbatch)
+            if samples is not None:  # counted at once: what draws here too knows the place, never the worker
+                counts.append(self._replica.objective.counts(samples))
+        self.facts.counts = [sum([each[name] for each in counts]) for name in self.terms]
+
+    def load_ahead(self, step: int) -> None:
+        """Loads the next step's batches. What that raises waits until it is that step's turn: this one is sound."""
+        self._replica.enter(step)
+        try:
+            self.load(step)
+        except Exception as error:
+            self._late = self._replica.doing, error
+        self._replica.enter(step - 1)  # which is not made yet
+
+    def check_loaded(self) -> None:
+        """Raises what loading the batches of the present step has raised."""
+        if self._late is not None:
+            self._replica.doing, error = self._late
+            raise error
+
+    def compute(self, step: int, totals: Mapping[str, int], slowness: float = 1.0) -> None:
+        """Computes the worker's microbatches, as `Gradients` was assigned to, and notes what they came to.
+
+        slowness: how many times as long as it needs it is to take.
+        """
+        if not self._replica.objective.has_items(totals):
+            self._samples = dict.fromkeys(self.own)  # nothing is computed: the update will be left out
+        from_s = self._clock()
+        computed = self._gradients.compute(step, self._samples, totals)
+        self._samples = {}
+        self.facts.note(computed, wrote=self._replica.written.wrote)
+        if slowness > 1:
+            time.sleep((slowness - 1) * (self._clock() - from_s))
+        to_s = self._clock()
+        self.busy_s += to_s - from_s
+        self._report(step, totals, from_s, to_s)
+
+    def _report(self, step: int, totals: Mapping[str, int], from_s: float, to_s: float) -> None:
+        nbytes = 4 * self._replica.size * len(self._reduction.nodes_of(self.worker))
+        span: dict[str, Any] = {"from_s": from_s, "to_s": to_s, "microbatches": [self.own.start, self.own.stop]}
+        self._emit(events.ComputedEvent(worker=self.worker, version=step, **span, **self._replica.verified()))
+        self._emit(events.PushedEvent(worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]]))
+
+    def post_left(self, changed: list[int], wrote: bool) -> Fields:
+        """Notes what the worker's microbatches left in these buffers, and in written parameters, if any wrote some."""
+        fields = self._left(buffers=bool(changed), written=wrote)
+        if changed:
+            nodes = self._reduction.nodes_of(self.worker)
+            rows, integers = as_rows(fields.own["buffers"])[: len(nodes)], torch.from_numpy(fields.own["integers"])
+            self._buffers.post(changed, self.own.start, nodes, rows, integers)
+        if wrote:
+            self._replica.written.post(torch.from_numpy(fields.own["written"]))
+        return fields
+
+    def _left(self, *, buffers: bool, written: bool) -> Fields:
+        """What goes with the norms of a cut: what microbatches left in buffers and in written parameters, if at all."""
+        key, reduction = (buffers, written), self._reduction
+        self._lefts[key] = self._lefts.get(key) or Fields(
+            integers=("int64", (self._buffers.integer_layout.size * buffers,)),
+            buffers=("float32", (max(reduction.rows) * buffers, self._buffers.row_size * buffers)),
+            norms=("float32", (max(map(reduction.blocks_of, range(reduction.workers))),)),
+            written=("uint8", (self._replica.written.row_bytes * written,)),
+        )  # fmt: skip
+        return self._lefts[key]
