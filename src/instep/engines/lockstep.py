@@ -126,8 +126,8 @@ class Lockstep:
         share = max(1, -(-len(self._held_out) // self.workers))
         self._evaluations = Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
         longest = max(self._seat.nbytes, self._evaluations.nbytes)
-        common = self.placement.weight_bytes
-        return Sizes(reduction.levels, tuple(reduction.rows), tuple(reduction.sums), self._layout.size, longest, common)
+        common, spare, levels = self.placement.weight_bytes, self.placement.state_bytes, reduction.levels
+        return Sizes(levels, tuple(reduction.rows), tuple(reduction.sums), self._layout.size, longest, common, spare)
 
     def join(self, group: Group) -> None:
         """Takes the team's group into use."""

@@ -29,6 +29,7 @@ def regions(sizes: Sizes) -> dict[str, Region]:
         "rows": Region((sum(sizes.rows), sizes.width), "float32"),
         "common": Region((sizes.common_bytes,), "uint8"),
         "rooms": Region((size, ROOM), "uint8", reserve=False),
+        "spare": Region((sizes.spare_bytes,), "uint8", reserve=False),
     }
 
 
@@ -56,6 +57,8 @@ class SharedMemoryGroup:
         self._homes: list[Tensor] = [self._all[first] for first in firsts[:-1]]
         self.rows = self._all[firsts[rank] : firsts[rank + 1]]
         self.common = torch.from_numpy(arrays["common"])
+        self.spare = torch.from_numpy(arrays["spare"])
+        """[spare_bytes] uint8, as `common`, of pages that come when they are first written."""
         self._rooms = arrays["rooms"]
         self._turn, self._interrupted, self._pieces = 0, 0, 0
 
@@ -103,7 +106,7 @@ class SharedMemoryGroup:
 
     def close(self) -> None:
         self.rows, self._all, self._homes = [], [], []
-        self.common = self._facts = torch.empty(0)
+        self.common = self.spare = self._facts = torch.empty(0)
         self._turns, self._interrupts, self._begun, self._rooms = (np.zeros(0, np.int64) for _ in range(4))
 
     def _wait(self, marks: NDArray[np.int64], value: int) -> None:
