@@ -17,6 +17,7 @@ from instep.clock.times import RecordedTimes
 from instep.errors import CheckpointError, RecipeError, RecordError, shown
 from instep.monitors import Monitor
 from instep.offline.cluster import Cluster
+from instep.offline.past import Past
 from instep.recipe import Recipe, Team, check_team, dumps, engine_of
 from instep.record import tape
 from instep.record.folder import About, RunFolder, check_path, remove
@@ -199,12 +200,9 @@ def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replaye
     recipe: needed where the saved one holds objects without an address.
     Raises RecordError where the tape is damaged, of another recipe or not whole, and InstepError as the run would.
     """
-    folder = RunFolder.open(Path(run))
-    table, _, paths = saved(folder, recipe, None, f"replay({str(run)!r}, recipe)")
-    recipe = recorded(folder, recipe, table, replaying=True)
-    events = [event for event in tape.read(folder.tape_path) if event["kind"] not in ("computed", "evaluated")]
+    past = Past.of(run, recipe, f"replay({str(run)!r}, recipe)")
     found: Replayed = computed(
-        "instep.offline.tape_replay:replay", recipe, (events,), paths, (),
+        "instep.offline.tape_replay:replay", past.recipe, (past.events,), past.import_paths, (),
         if_killed="a replay takes the memory of one worker, under local steps of all: replay it where there is more",
     )  # fmt: skip
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,12 +110,57 @@ class Run:
         >>> run.model()(torch.ones(1, 3)).shape
         torch.Size([1, 1])
         """
+        return self._model(self.state_dict(best=best))
+
+    def at(self, version: int) -> nn.Module:
+        """The recipe's model with the weights of any version of the run, on the CPU, as `model` gives the last ones.
+
+        >>> run.at(2)(torch.ones(1, 3)).shape
+        torch.Size([1, 1])
+
+        It is computed again, by a process of its own, from the nearest kept checkpoint before (under rules that no
+        lockstep keeps, before which the run was resumed), or from the run's start; what the tape tells of the updates
+        on the way is compared, which are objectives, gradients' items and the checksums of tensors. Where the run was
+        made with other libraries or on another kind of processor it warns that bits may differ.
+
+        version: updates that the weights have had, from 0. Raises RecordError where the run has no such version, or
+        what is computed is not what the tape tells of, CheckpointError, and InstepError as the run would.
+        """
+        from instep.offline.past import Past
+        from instep.team.client import computed
+        from instep.team.likeness import made_otherwise
+
+        past = Past.of(self.path, self.recipe, f"Run.at({version!r})")
+        stretch = past.to(version)
+        unlike = next(filter(None, (made_otherwise(e) for e in stretch.events if e["kind"] == "run_started")), "")
+        if unlike:
+            warnings.warn(
+                f"{self.path} was made with {unlike}: the bits of version {version:,} may differ; its checksums are "
+                f"compared where the tape has any.",
+                stacklevel=2,
+            )
+        with tempfile.TemporaryDirectory(prefix="instep-at-", ignore_cleanup_errors=True) as place:
+            file = Path(place) / "model.safetensors"
+            computed(
+                "instep.offline.again:save_weights_at", past.recipe, (stretch, file), past.import_paths, (),
+                if_killed="it takes the memory of one worker, under local steps of all: try it where there is more",
+            )  # fmt: skip
+            return self._model(_loaded(file))
+
+    def _model(self, state: dict[str, Tensor]) -> nn.Module:
         from instep.worker.model import build_model
 
         with importable(self.import_paths):
             model = build_model(self.recipe.model)
-        model.load_state_dict(self.state_dict(best=best))
+        model.load_state_dict(state)
         return model
+
+
+def _loaded(file: Path) -> dict[str, Tensor]:
+    """Weights in memory of their own: the file will be gone."""
+    import safetensors.torch
+
+    return safetensors.torch.load(file.read_bytes())
 
 
 class RunElsewhere(Run):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from instep.data.repeats import what_does_not_repeat
 from instep.errors import RecordError
 from instep.offline.replayer import Replayer
+from instep.offline.stretches import that_count
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
 from instep.record.result import Proof, Replayed
@@ -19,7 +21,9 @@ from instep.worker.tensor_checksums import checksums_of
 from instep.worker.updates import Update
 
 if TYPE_CHECKING:
+    from instep.record.checkpoint import Loaded
     from instep.team.child import Tell
+    from instep.worker.replica import Replica
 
 KEPT = 4
 """Checkpoints whose state is kept, for a run that was resumed from one: it keeps 3 itself by default."""
@@ -30,8 +34,15 @@ def replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell = lam
 
     Raises RecordError where the tape is of another recipe or lacks what it needs, and InstepError as the run would.
     """
-    try:
+    with known_writes():
         return _replay(recipe, events, tell)
+
+
+@contextmanager
+def known_writes() -> Iterator[None]:
+    """In the block, a forward that writes what the tape does not know of raises RecordError."""
+    try:
+        yield
     except FirstWrite as found:
         raise RecordError(
             f"the run cannot be replayed: here a forward wrote parameter '{found.names[0]}' in {found.where}, and the "
@@ -41,16 +52,16 @@ def replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell = lam
 
 
 def _replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell) -> Replayed:
-    playback: _Playback | None = None
+    playback: Playback | None = None
     fingerprints = recipe.fingerprints()
-    for event in map(_Event, _that_count(events, fingerprints)):
+    for event in map(ToldEvent, that_count(events, fingerprints)):
         if event["kind"] == "run_started":
             if event["fingerprint"] not in fingerprints:
                 raise RecordError(
                     "the tape is of another recipe than the one given; replay it with the recipe in its run folder."
                 )
             if playback is None:
-                playback = _Playback(recipe, event)
+                playback = Playback(recipe, event)
             playback.start(event)
         elif playback is not None:
             playback.take(event)
@@ -61,28 +72,11 @@ def _replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell) -> 
     return playback.result()
 
 
-def _that_count(events: Iterable[Mapping[str, Any]], known: Collection[str]) -> Iterator[Mapping[str, Any]]:
-    """The events without starts of an unknown recipe that made no update: of a change that was given up."""
-    held: list[Mapping[str, Any]] = []
-    for event in events:
-        if event["kind"] == "run_started":
-            held = []
-        if event["kind"] == "run_started" and event["fingerprint"] not in known:
-            held = [event]
-        elif held and event["kind"] != "merged":
-            held.append(event)
-        else:
-            yield from held
-            held = []
-            yield event
-    yield from held
-
-
 _FIGURES = {"objective": "objective", "items": "count of items", "lr": "learning rate"}
 """What the tape says of every update and a replay compares, with its name for messages."""
 
 
-class _Event(dict[str, Any]):
+class ToldEvent(dict[str, Any]):
     """An event of the tape, which says what it lacks."""
 
     def __missing__(self, field: str) -> Any:
@@ -96,16 +90,33 @@ class _Event(dict[str, Any]):
         )
 
 
-class _Playback:
-    """A replay between the first event and the last."""
+class Playback:
+    """A replay between the first event and the last.
 
-    def __init__(self, recipe: Recipe, started: Mapping[str, Any]):
-        self._recipe = recipe
+    begin: the checkpoint that the first start goes on from, if it is not the run's own; observe: called after each
+    update, with its version.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        started: Mapping[str, Any],
+        begin: Loaded | None = None,
+        observe: Callable[[int], None] = lambda version: None,
+    ):
+        self._recipe, self._observe = recipe, observe
         self._engine: tuple[Any, ...] = ()
         self._replayer = self._fresh(started)
         self._kept: dict[int, dict[str, Any]] = {}
-        self._keep(0)
         self._version = 0
+        if begin is None:
+            self._keep(0)
+        else:
+            self._version = -1  # of neither
+            self._kept[begin.version] = {
+                "model": begin.model_state, "training": begin.training_state,
+                "microbatches": self._microbatches_at(begin),
+            }  # fmt: skip
         self._recorded: str | None = None
         self._divergence = ""
         self._told: dict[int, Mapping[str, Any]] = {}  # in lockstep: updates by version, until they are computed
@@ -135,20 +146,36 @@ class _Playback:
     def _serving(self) -> bool:
         return bool(self._engine[0] != "lockstep")
 
-    def take(self, event: _Event) -> None:
+    @property
+    def replica(self) -> Replica:
+        """With the present weights and optimizer."""
+        return self._replayer.merger.replica
+
+    @property
+    def divergence(self) -> str:
+        """A sentence on the first place where it and the tape differ, or ""."""
+        return self._divergence
+
+    def _microbatches_at(self, begin: Loaded) -> int:
+        """That were merged up to a checkpoint: in lockstep, and where no server's ledger is in it, all of each step."""
+        steps = begin.meta.get("progress", {}).get("steps", begin.version)
+        merged = begin.meta.get("ledger", {}).get("merged_microbatches", steps * self._recipe.microbatches)
+        return int(merged)
+
+    def take(self, event: ToldEvent) -> None:
         """One event. Raises RecordError where it refers to what is unknown."""
         kind = event["kind"]
         if kind == "checkpointed":
-            self._catch_up(event["version"])
+            self.reach(event["version"])
             self._expect(event["digest"], f"the checkpoint of version {event['version']}")
             self._checkpoints += 1
             self._keep(event["version"])
         elif kind == "checksummed":
-            self._catch_up(event["version"])
+            self.reach(event["version"])
             self._must_be(self._version, event, event["version"])
             self._compare_tensors(event)
         elif kind == "run_ended":
-            self._catch_up(event["version"])
+            self.reach(event["version"])
             self._must_be(self._version, event, event["version"])
             self._recorded = event["digest"]
         elif not self._serving:
@@ -194,6 +221,7 @@ class _Playback:
             self._compare_merged(event)
             self._compare_ledger(event, arrived)
             self._compare_figures(event["version"], event, update)
+            self._observe(self._version)
 
     def result(self) -> Replayed:
         """What it came to."""
@@ -223,21 +251,23 @@ class _Playback:
                     f"whole."
                 )
         else:
-            self._restore(max(kept for kept in self._kept if kept <= version))
-            self._catch_up(version)
+            if not 0 <= self._version <= version:
+                self._restore(max(kept for kept in self._kept if kept <= version))
+            self.reach(version)
         self._keep(version)
 
-    def _catch_up(self, version: int) -> None:
+    def reach(self, version: int) -> None:
         """In lockstep, computes the steps up to `version` as one worker."""
         if self._serving:
             return
         for step in range(self._version, version):
             update, told = self._replayer.alone(step), self._told.pop(step + 1, None)
+            self._version = step + 1
             if told is not None:
                 self._compare_figures(step + 1, told, update)
-        self._version = max(version, self._version)
+            self._observe(step + 1)
 
-    def _check_piece(self, event: _Event, piece: int) -> None:
+    def _check_piece(self, event: ToldEvent, piece: int) -> None:
         if piece >= self._replayer.pieces.count:
             raise event.refers_to(f"piece {piece} of {self._replayer.pieces.count}")
 

@@ -312,11 +312,13 @@ def verify(path: Path) -> Manifest:
 
 
 def newest_sound(
-    folder: Path, check: Callable[[Path, Manifest], None] = lambda path, manifest: None
+    folder: Path,
+    check: Callable[[Path, Manifest], None] = lambda path, manifest: None,
+    among: Callable[[int], bool] = lambda version: True,
 ) -> tuple[Path | None, list[str]]:
     """The newest checkpoint in `folder` that passes `verify`, or None, and a sentence on each newer one that does not.
 
-    check: raises CheckpointError for one that is sound and yet not to be taken.
+    check: raises CheckpointError for one that is sound and yet not to be taken. among: the versions that are looked at.
     Raises CheckpointError if `folder` is there and cannot be listed.
     """
     problems: list[str] = []
@@ -326,7 +328,7 @@ def newest_sound(
         raise CheckpointError(
             f"the checkpoints in {folder} cannot be listed: {error.strerror}; check its rights."
         ) from error
-    for _, path in sorted(versions.items(), reverse=True):
+    for _, path in sorted(((v, path) for v, path in versions.items() if among(v)), reverse=True):
         try:
             check(path, verify(path))
         except CheckpointError as error:

@@ -80,6 +80,7 @@ class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
     steps: Annotated[Counted, _is("global batches of the run")]
     resumed: Annotated[bool, _is("whether anything was done before")]
     libraries: Annotated[dict[str, str], _is("versions by name")]
+    processor: Maybe[Annotated[str, _is("its kind, as far as bits hang on it", where="not in a simulation")]] = UNSET
     import_paths: Annotated[list[str], _is("folders where the recipe's modules are looked for")]
     microbatch_s: Maybe[Annotated[Seconds | None, _is("of a microbatch, measured", where="in a simulation")]] = UNSET
     batched: Maybe[Annotated[bool, _is("whether gradients are computed together", where="in a simulation")]] = UNSET

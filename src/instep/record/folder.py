@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -209,12 +209,15 @@ class RunFolder:
         finally:
             close_own(descriptor)
 
-    def newest_checkpoint(self, told: tape.ToldCheckpoints | None = None) -> tuple[Path | None, list[str]]:
+    def newest_checkpoint(
+        self, told: tape.ToldCheckpoints | None = None, among: Callable[[int], bool] = lambda version: True
+    ) -> tuple[Path | None, list[str]]:
         """The newest sound checkpoint of this run, or None, and a sentence on each newer one that is damaged or of
         another run.
 
-        told: what the tape tells of them; read from there if None. Raises CheckpointError if the checkpoints are there
-        and cannot be listed, and RecordError where `run.json` is damaged.
+        told: what the tape tells of them; read from there if None. among: the versions that are looked at.
+        Raises CheckpointError if the checkpoints are there and cannot be listed, and RecordError where `run.json` is
+        damaged.
         """
         about = self.about()
         told = tape.told(self.tape_path) if told is None else told
@@ -233,7 +236,7 @@ class RunFolder:
                     f"for version {manifest.version}, so it is passed over; move it back to the run that it is of."
                 )
 
-        return checkpoint.newest_sound(self.checkpoints, check)
+        return checkpoint.newest_sound(self.checkpoints, check, among)
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes the result whole or not at all; numbers that are not finite become null. Raises ResourceError."""

@@ -15,6 +15,7 @@ from instep.record.result import Costs, Result
 from instep.record.team import BytesOfHost, HostInTeam
 from instep.tables import to_table
 from instep.team.messages import Ended, Request
+from instep.team.processor import processor
 
 
 def start_of(
@@ -39,6 +40,7 @@ def start_of(
         steps=run.recipe_table["steps"],
         resumed=resumed,
         libraries=libraries(),
+        processor=processor(),
         import_paths=list(run.import_paths),
         written=facts.get("written") or UNSET,
         optimizers=facts["optimizers"] if len(facts["optimizers"]) > 1 else UNSET,
