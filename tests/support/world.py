@@ -123,7 +123,9 @@ class World:
                 assert "working" in map(self.stage.get, self.present()), "there is nobody to join"
                 self.go((member,))
             case Replace(member=old, successor=new):
-                assert self.serving, "in lockstep nobody goes on alone"
+                assert self.serving or (self.stopping and new is None), (
+                    "in lockstep nobody goes on alone, but to the end"
+                )
                 assert self.roster.going
                 assert self.stage[old] == "lost"
                 self.stage[old] = "dead"
@@ -204,9 +206,20 @@ class World:
         self.here.add(host)
         self.tell(HostCame(host, "b"))
 
+    def ends_without(self, members: list[Member]) -> bool:
+        """Whether a team in lockstep that was asked to end does so though these are lost."""
+        if self.serving or not (self.stopping and self.roster.going) or self.ending is not None:
+            return False
+        leader = self.roster.leader
+        return leader not in members and (members[0].host != leader.host or self.stage[leader] == "done")
+
     def goes_on_without(self, host: int) -> None:
-        """Under a server, a host's workers are lost and the others live on."""
+        """A host's workers are lost and the others live on, under a server or to the end."""
         there = [m for m in self.living() if m.host == host]
+        if there and self.ends_without(there):
+            self.stage.update(dict.fromkeys(there, "lost"))
+            self.losses += there
+            return
         if not (self.serving and self.roster.going and there) or self.ending is not None:
             return
         self.stage.update(dict.fromkeys(there, "lost"))
@@ -237,7 +250,7 @@ class World:
 
     def end(self, member: Member, digest: str = "same") -> None:
         self.stage[member] = "done"
-        self.says(member, Ended({"version": 7}, digest))
+        self.says(member, Ended({"version": 7}, digest, interrupted=self.stopping))
 
     def lose(self, member: Member, why: str = "it was killed.") -> None:
         self.stage[member] = "lost"

@@ -476,6 +476,43 @@ def test_a_death_while_a_stop_is_awaited_starts_nothing_anew(within: bool) -> No
     assert world.roster.restarts == 0
 
 
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_stopping_team_that_loses_another_host_ends_with_its_leader(saved: bool) -> None:
+    world = World(3, restarts=0, agents=(1, 1))
+    world.comes(1)
+    world.build()
+    world.orders.clear()
+    world.stop()
+    leader, *others = world.present()
+    if saved:
+        world.end(leader)
+    world.loses(1)
+    lost = [Replace(each, None, "host 1 (b) is lost.") for each in others]
+    assert world.orders == [AskToStop(1), *lost, *([FinishRun(leader)] if saved else [])]
+    assert world.roster.bereft != saved
+    world.run_out()
+    assert world.final == FinishRun(leader)
+
+
+def test_who_is_lost_after_the_leader_of_a_stopping_team_has_ended_is_done_without() -> None:
+    world = working(3, restarts=0)
+    world.stop()
+    world.end(member(0))
+    world.lose(member(2), "it died.")
+    world.end(member(1))
+    assert world.orders[1:] == [Replace(member(2), None, "it died."), FinishRun(member(0))]
+
+
+def test_a_stopping_team_that_loses_its_leader_ends_at_once() -> None:
+    world = World(2, agents=(1, 1))
+    world.comes(1)
+    world.build()
+    world.stop()
+    world.lose(world.present()[0], "it died.")
+    world.gone()
+    assert isinstance(world.final, CancelRun)
+
+
 def test_a_stop_while_the_team_of_before_is_ended_starts_nothing_anew() -> None:
     world = working(2)
     world.writes(member(1), ("a",))

@@ -43,6 +43,9 @@ PATIENCE_S = 1.0
 LOOK_S = 0.2
 """Seconds between two looks at the workers."""
 
+BEREFT_S = 10.0
+"""Seconds that workers who were asked to end, and have lost others meanwhile, have to save and end."""
+
 
 class Agent:
     """One run, over all starts of its team."""
@@ -65,7 +68,7 @@ class Agent:
         self._ended: dict[int, messages.Ended] = {}
         self._resume_from: Path | None = None
         self._found: list[str] = []  # parameters that processes told of at their end
-        self._looked = 0.0
+        self._looked = self._bereft_since = 0.0
         self._result: dict[str, Any] | None = None
 
     def supervise(self) -> dict[str, Any]:
@@ -206,6 +209,9 @@ class Agent:
         lost: orders.RosterEvent | None
         if self._hosts is not None:
             lost = self._parted.look(self.roster.active, self._hosts, self.roster.name)
+            self._bereft_since = self._bereft_since if self.roster.bereft else self._looked
+            if self.roster.bereft and (lost is not None or self._looked - self._bereft_since >= BEREFT_S):
+                lost = orders.StopAsked(at_once=True)  # they could not save, or wait for those who are lost
             if lost is not None:
                 self._hear(lost)
         for crew in self._crews:
@@ -271,6 +277,7 @@ class Agent:
             case orders.FailRun(error):
                 raise error
             case orders.CancelRun():
+                self._journal.tell_what_is_lost()
                 raise Interrupted
             case _:
                 assert_never(order)
@@ -338,7 +345,10 @@ class Agent:
         crews = self._crew_of(order.member)
         for crew in crews:
             self._found += self._journal.pass_on_the_rest(crew.take_out(order.member))
-        self._local.send(self.roster.leader, messages.Left(order.member.number, order.why))
+        if self._run.engine == "server":
+            self._local.send(self.roster.leader, messages.Left(order.member.number, order.why))
+        else:
+            self._journal.record(LeftEvent(worker=order.member.number, why=order.why))
         if order.successor is not None:
             for crew in crews:
                 crew.succeed(order.successor, replace(self._assignment(first=False), resume_from=None))

@@ -113,6 +113,17 @@ class Journal:
         """Of the checkpoint of this version, as the tape tells; None where it tells of none."""
         return self._told.digests.get(version)
 
+    def tell_what_is_lost(self) -> None:
+        """The run ends without a result: warns of updates that no checkpoint holds."""
+        if not self.started:
+            return
+        path, _ = self._folder.newest_checkpoint(self._told)
+        done, saved = self.last_update(), checkpoint.read_manifest(path).version if path is not None else 0
+        if done > saved:
+            how = f"goes on from there with {self._folder.how_to_resume()}" if saved else "is to be started again"
+            lost = f"version {done:,}" if done == saved + 1 else f"versions {saved + 1:,} to {done:,}"
+            self.warn(f"the run ends without having saved {lost}; its last checkpoint is version {saved:,}: it {how}.")
+
     def sync(self) -> None:
         """Makes sure that what was told so far outlives this process, and a power cut."""
         self._tape.flush(sync=True)

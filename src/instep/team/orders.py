@@ -128,7 +128,9 @@ class Join:
 
 @dataclass(frozen=True)
 class Replace:
-    """End what is left of a member that was lost, tell the server `why`, and start its successor if there is one."""
+    """End what is left of a member that was lost, tell the server, or else the tape, `why`, and start its successor if
+    there is one.
+    """
 
     member: Member
     successor: Member | None

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from instep.descendants import take_care_of_helpers
@@ -35,7 +36,7 @@ from instep.team.kept_state import keep_state, wait_for_the_end
 from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
-from instep.transport.group import PeerLost, PeerRaised
+from instep.transport.group import Group, PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
 from instep.worker.device import not_deterministic
 from instep.worker.milestones import Milestones, Progress
@@ -110,15 +111,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     engine.prepare(progress.version)
     fit_memory(replica, team, session.emit if worker == 0 else None, workers=team.workers)
     sizes = engine.sizes()
-    facts = session.facts(
-        version=progress.version,
-        weights=digest_of_state(replica.saved_state()),
-        terms=engine.terms,
-        shared_weight_bytes=engine.placement.weight_bytes,
-        whole_update=engine.placement.why_whole,
-        written=list(replica.written.names),
-    )
-    session.ready(facts, reach.memory(sizes))
+    session.ready(_facts(session, engine, progress), reach.memory(sizes))
     engine.join(reach.group(sizes, descriptor))
     engine.slowness = slowness_of(session)
     recipe, first, began = session.recipe, progress.version, session.clock()
@@ -134,7 +127,9 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         digest = digest_of_state(replica.saved_state())
         engine.agree()  # nobody reads weights any more: what the recipe shows them to may change them; nobody raises
     except PeerLost as lost:  # it is of no use any more to do things together, but with those of this host
-        return wait_for_the_end(session, lost, partial(keep_state, session, engine, reach.machine, progress))
+        if not keeper.saved_without_others(reach.machine):
+            return wait_for_the_end(session, lost, partial(keep_state, session, engine, reach.machine, progress))
+        interrupted, ended_s, digest = True, session.clock(), digest_of_state(replica.saved_state())
     except BaseException as error:
         session.send_events()
         doing = replica.doing
@@ -153,6 +148,19 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         idle_share=[round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
     )
     session.pipe.send(Ended(asdict(progress), digest, interrupted, left, costs))
+
+
+def _facts(session: Session, engine: Lockstep, progress: Progress) -> dict[str, Any]:
+    """What workers in lockstep must agree on before they start."""
+    replica, placement = engine.replica, engine.placement
+    return session.facts(
+        version=progress.version,
+        weights=digest_of_state(replica.saved_state()),
+        terms=engine.terms,
+        shared_weight_bytes=placement.weight_bytes,
+        whole_update=placement.why_whole,
+        written=list(replica.written.names),
+    )
 
 
 def _engine(session: Session, replica: Replica, machines: Sequence[int]) -> Lockstep:
@@ -207,6 +215,22 @@ class _Keeper:
         """Saves weights that are sound, where code has raised."""
         self._save(self._replica.saved_state(), training, None, False)
         self._session.send_events()
+
+    def saved_without_others(self, machine: Group | None) -> bool:
+        """Workers of other hosts are lost: whether the run was asked to end, and is saved then, by those of this host.
+
+        Each worker of it calls this.
+        """
+        session, engine, version = self._session, self._engine, self._progress.version
+        has_folder = session.assignment.scratch is None
+        if machine is None or not has_folder or not version or not session.heartbeat.stop_wanted():
+            return False
+        if int(machine.gather(torch.tensor([session.saved_version]))[0]) == version:
+            return True
+        kept = engine.kept(version, machine)
+        if kept is not None:
+            self.save_at_stop(kept[0])
+        return kept is not None or session.number > 0
 
     def _save(
         self, state: dict[str, Tensor], training: dict[str, Any], sound: Callable[[], None] | None, looked: bool

@@ -16,7 +16,8 @@ of events:
   that comes while a team trains is taken in once that has saved a checkpoint, which counts as no restart either. Under
   a server nobody waits for a host that was lost, and one that comes has its workers join those that go on.
 - What comes of another epoch, or of a process that was replaced or has done its part, changes nothing.
-- After a stop no process starts, and once those that live have ended or are lost the run is over.
+- After a stop no process starts, and once those that live have ended or are lost the run is over. In lockstep, who is
+  lost on another host, or once the leader has ended, keeps that from neither saving nor ending.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from typing import Any
 
 from instep.errors import InstepError, WorkerError, with_saved
 from instep.ranges import share_out
-from instep.sources import first_difference
 from instep.team import orders
+from instep.team.agreement import difference
 from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
 from instep.team.orders import Member, Order
 
@@ -181,17 +182,18 @@ class Roster:
         if not there:
             return []
         lost = orders.Lost(there[0], why)
-        return self._go_on_without(there, lost) if self._can_do_without(there[0]) else self._end(lost)
+        without = self._can_do_without(there[0]) or self._ends_without(there[0])
+        return self._go_on_without(there, lost) if without else self._end(lost)
 
     def _go_on_without(self, members: Sequence[Member], lost: orders.Lost) -> list[Order]:
-        """A host's workers are lost, and have no successors before it comes back."""
+        """Members are lost, and have no successors, those of a host before it comes back."""
         for member in members:
             self._places[member.number].done = True
         if self._raised is not None:
             return []
         if not self._stopping and (too_often := self._count_restart(lost)) is not None:
             return [orders.NoteLoss(lost.member, lost.why), *self._over(orders.FailRun(too_often))]
-        return [orders.Replace(member, None, lost.why) for member in members]
+        return [*(orders.Replace(member, None, lost.why) for member in members), *self._finish()]
 
     def _start_there(self, host: int) -> list[Order]:
         """The workers of a host that was lost start there again, while the others go on."""
@@ -255,22 +257,8 @@ class Roster:
 
     def _different(self, place: _Place, names: Collection[str] | None = None) -> str:
         """A sentence on what it starts from and the leader does not; "" if there is nothing."""
-        own, facts = place.facts or {}, self._places[self._leader].facts or {}
-        who, lead = self.name(place.member.number), self.name(self._leader)
-        if file := first_difference(facts.get("sources", {}), own.get("sources", {})):
-            return (
-                f"{who} has another {file} than {lead}, and the result would be that of neither; give all hosts the "
-                f"same files, and read from the environment what is to differ."
-            )
-        for name, value in facts.items():
-            if name in own and name != "sources" and own[name] != value and (names is None or name in names):
-                samples = ", and each sample on its index besides" if name == "data" else ""
-                files = "; all hosts need the same files" if "sources" in facts else ""
-                return (
-                    f"{who} starts from other {name} than {lead} ({own[name]} instead of {value}); what builds them "
-                    f"must depend on its arguments and the seed alone{samples}{files}."
-                )
-        return ""
+        named = self.name(place.member.number), self.name(self._leader)
+        return difference(place.facts or {}, self._places[self._leader].facts or {}, *named, names)
 
     def _compare(self, number: int, own: Digest) -> list[Order]:
         digests = self._digests.setdefault(own.version, {})
@@ -291,8 +279,8 @@ class Roster:
         if not (self._places[self._leader].done if self._serving else all(place.done for place in self._places)):
             return []
         self._digests.clear()
-        for place in [] if self._serving else self._places:
-            assert place.ended is not None, "all have"
+        for place in [] if self._serving else [each for each in self._places if each.ended is not None]:
+            assert place.ended is not None, "all have but who was lost, see `_ends_without`"
             own = Digest(place.ended.progress["version"], place.ended.digest)
             if different := self._compare(place.member.number, own):
                 return different
@@ -312,11 +300,10 @@ class Roster:
         member = event.member
         if self._raised is not None:  # the first error is the one to tell of
             return self._failed(self._raised, place)
-        if not self._can_do_without(member):
+        if not (self._can_do_without(member) or self._ends_without(member)):
             return self._end(event)
         if self._stopping:
-            place.done = True
-            return [orders.Replace(member, None, event.why)]
+            return self._go_on_without([member], event)
         if (too_often := self._count_restart(event)) is not None:
             return [orders.NoteLoss(member, event.why), *self._over(orders.FailRun(too_often))]
         successor = Member(self.epoch, member.number, member.incarnation + 1, member.host)
@@ -326,6 +313,17 @@ class Roster:
     def _can_do_without(self, member: Member) -> bool:
         """Whether the others go on when it is lost."""
         return self._serving and self.going and member != self.leader
+
+    def _ends_without(self, member: Member) -> bool:
+        """Whether a team in lockstep that was asked to end does so though this one is lost."""
+        if self._serving or not (self.going and self._stopping) or member == self.leader:
+            return False
+        return member.host != self.leader.host or self._places[self._leader].ended is not None
+
+    @property
+    def bereft(self) -> bool:
+        """Whether a team in lockstep, which was asked to end, is to do so without some that it has lost."""
+        return bool(self.active) and not self._serving and any(p.done and p.ended is None for p in self._places)
 
     def _stop(self, event: orders.StopAsked) -> list[Order]:
         known, self._stopping = self._stopping, True
