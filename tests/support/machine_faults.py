@@ -17,36 +17,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.fault_kinds import KINDS, LOST, Fault, plan
 from support.hosts import WORK, Command, Host, Hosts
 from support.processes import MODULE, children_of, command_of
 
-KINDS = {
-    "host killed": 5,
-    "host stopped": 5,
-    "host cut off for good": 4,
-    "host cut off and back before its lease": 5,
-    "host cut off and back after its lease": 5,
-    "link cut one way: what it sends": 2,
-    "link cut one way: what it is sent": 1,
-    "link cut one way: what it sends to one other": 2,
-    "worker killed": 6,
-    "agent 0: supervisor killed": 1,
-    "agent 0: its client killed": 1,
-    "agent 0: host killed": 1,
-    "agent 0: host stopped": 1,
-    "agent 0: host cut off": 1,
-}
-"""How many there are of each in a whole campaign."""
-
-LOST = ("agent 0: supervisor killed", "agent 0: its client killed", "agent 0: host killed")
-"""Those after which another agent 0 takes up what the other hosts' workers have kept: of the steps that the tape tells
-of one at most is done again."""
-
-FAULTS = sum(KINDS.values())
 HOSTS, WORKERS, EVERY = 3, 5, 10
 NAMED_S = 10.0
 """Seconds within which somebody is to be named."""
@@ -64,6 +41,7 @@ RECIPE = """\
 batch = 8
 microbatches = 8
 steps = 1000000
+{rule}
 [model]
 use = "mymodel:Net"
 args = {{ width = 7 }}
@@ -80,35 +58,8 @@ checkpoint_every = {every}
 restarts = 1000
 lease_s = {lease_s}
 give_up_s = {give_up_s}
+when_lost = "{when_lost}"
 """
-
-
-@dataclass
-class Fault:
-    """One, and what came of it. `named_after_s`: since it happened; None where nobody is to be named.
-
-    again: steps that were done again, over all starts that followed it; before_checkpoint: those of them that were done
-    before the newest checkpoint, of which there are to be none. commit_s: of a lost agent 0, from the command that has
-    started it again to the next update.
-    """
-
-    number: int
-    kind: str
-    host: int
-    t_s: float
-    how: str = ""
-    named: str = ""
-    named_after_s: float | None = None
-    starts: list[int] = field(default_factory=list)
-    again: int = 0
-    before_checkpoint: int = 0
-    whole_after_s: float = 0.0
-    commit_s: float | None = None
-
-    @property
-    def lost_none(self) -> bool:
-        """Whether no more was done again than it may cost."""
-        return not self.before_checkpoint and (self.kind not in LOST or self.again <= 1)
 
 
 class Tape:
@@ -131,7 +82,12 @@ class Tape:
 
 
 class Campaign:
-    """One run, and the faults that it suffers."""
+    """One run, and the faults that it suffers. when_lost: of its team."""
+
+    kinds = tuple(KINDS)
+    most_again: int | None = 1
+    """Steps that one of `LOST` may cost."""
+    rule, every, pause_s = "", EVERY, 0.05
 
     def __init__(
         self,
@@ -141,12 +97,16 @@ class Campaign:
         *,
         lease_s: float,
         workers: int = WORKERS,
+        when_lost: str = "continue",
         note: Callable[[Fault], None] = print,
     ):
         self.hosts, self._draw, self._note, self._lease_s = hosts, random.Random(seed), note, lease_s
-        self._kinds = plan(self._draw, count)
+        self._plan = plan(self._draw, count, self.kinds)
         self._workers = workers
-        recipe = RECIPE.format(workers=workers, every=EVERY, lease_s=lease_s, give_up_s=6 * lease_s)
+        recipe = RECIPE.format(
+            rule=self.rule, workers=workers, every=self.every, lease_s=lease_s, give_up_s=6 * lease_s,
+            when_lost=when_lost,
+        )  # fmt: skip
         hosts.put({"mymodel.py": MODULE, "my.toml": recipe})
         self.commands: dict[int, Command] = {}
         self._tape = Tape(lambda: hosts[0].path() / "run" / "tape.jsonl")
@@ -161,10 +121,10 @@ class Campaign:
         begun = host.number == 0 and (host.path() / "run" / "recipe.toml").exists()
         run = ["--resume", "run"] if begun else ["my.toml", "--out", "run"]
         return host.start(
-            sys.executable, "-m", "instep", "train", *run, "--workers", str(self._workers), PAUSE_S="0.05",
-            OMP_NUM_THREADS="1", INSTEP_SECRET="0123456789abcdef", SLURM_STEP_ID="0", SLURM_PROCID=str(host.number),
-            SLURM_NTASKS=str(len(self.hosts)), SLURM_NODEID=str(host.number), SLURM_LOCALID="0", SLURM_JOB_ID="77",
-            SLURM_JOB_NODELIST=",".join(each.name for each in self.hosts),
+            sys.executable, "-m", "instep", "train", *run, "--workers", str(self._workers),
+            PAUSE_S=str(self.pause_s), OMP_NUM_THREADS="1", INSTEP_SECRET="0123456789abcdef", SLURM_STEP_ID="0",
+            SLURM_PROCID=str(host.number), SLURM_NTASKS=str(len(self.hosts)), SLURM_NODEID=str(host.number),
+            SLURM_LOCALID="0", SLURM_JOB_ID="77", SLURM_JOB_NODELIST=",".join(each.name for each in self.hosts),
         )  # fmt: skip
 
     def look(self) -> None:
@@ -189,6 +149,12 @@ class Campaign:
         told = [{k: e.get(k) for k in ("kind", "t_s", "version", "why", "hosts") if k in e} for e in last]
         return f"tape {told}, stderr { ({n: c.err[-1500:] for n, c in self.commands.items()}) }, away {self._away}"
 
+    @property
+    def patient(self) -> bool:
+        """Whether each start had workers on all hosts."""
+        starts = self._tape.since(0, "run_started")
+        return all(sum(host["workers"] > 0 for host in e["hosts"]) == len(self.hosts) for e in starts)
+
     def whole(self) -> bool:
         """Whether workers of all hosts train, and a checkpoint of theirs is there."""
         events = self._tape.events
@@ -202,7 +168,7 @@ class Campaign:
     def run(self) -> dict[str, Any]:
         """All of it, and a stop. Gives the result."""
         self.begin()
-        for number, kind in enumerate(self._kinds):
+        for number, kind in enumerate(self._plan):
             self._suffer(number, kind)
         return self.end()
 
@@ -243,7 +209,8 @@ class Campaign:
         act = getattr(self, "_" + re.sub(r"\W+", "_", kind))
         until = time.monotonic() + self._draw.uniform(0, CHECKPOINT_S)
         self.wait(lambda: time.monotonic() > until, WHOLE_S, "a moment between two checkpoints")
-        fault = Fault(number, kind, host, round(time.monotonic() - self._began, 3))
+        most = self.most_again if kind in LOST else None
+        fault = Fault(number, kind, host, round(time.monotonic() - self._began, 3), most_again=most)
         self._at, self._marks = len(self._tape.events), {n: len(c.err) for n, c in self.commands.items()}
         self._happened = time.monotonic()
         act(fault)
@@ -407,17 +374,3 @@ def supervisor_of(pid: int) -> int:
         if "instep.team.agent" in command_of(child):
             return child
     raise ProcessLookupError("there is no supervisor")
-
-
-def plan(draw: random.Random, count: int) -> list[str]:
-    """So many kinds in a drawn order; few are of as many kinds as can be, one of agent 0."""
-    if not count:
-        return []
-    if count < FAULTS:
-        of_agent_0 = [kind for kind in KINDS if kind.startswith("agent 0")]
-        others = [kind for kind in KINDS if kind not in of_agent_0]
-        kinds = [draw.choice(of_agent_0), *draw.sample(others, min(count - 1, len(others)))]
-    else:
-        kinds = [kind for kind, times in KINDS.items() for _ in range(times)]
-    draw.shuffle(kinds)
-    return kinds
