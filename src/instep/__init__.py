@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from instep import errors, gradient_checkpointing, models, objectives, rules
-    from instep.api import replay, replay_under, simulate, train
+    from instep.api import replay, replay_under, simulate, train, verify
     from instep.components import Component
     from instep.data import Data
     from instep.equivalences.checking import check
@@ -57,6 +57,7 @@ _PUBLIC = {
     "replay_under": "instep.api",
     "simulate": "instep.api",
     "train": "instep.api",
+    "verify": "instep.api",
 }
 _MODULES = ("errors", "gradient_checkpointing", "models", "objectives", "rules")
 
@@ -88,6 +89,7 @@ __all__ = [
     "rules",
     "simulate",
     "train",
+    "verify",
 ]
 
 

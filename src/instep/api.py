@@ -1,10 +1,11 @@
-"""What a program calls: `train`, `replay`, `replay_under` and `simulate`. No torch: who computes has it."""
+"""What a program calls: `train`, `replay`, `verify`, `replay_under` and `simulate`. No torch: who computes has it."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
 import os
+import secrets
 import tempfile
 import time
 import warnings
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from instep.budget import parse_share
 from instep.clock.times import RecordedTimes
 from instep.errors import CheckpointError, RecipeError, RecordError, shown
 from instep.monitors import Monitor
@@ -22,6 +24,7 @@ from instep.recipe import Recipe, Team, check_team, dumps, engine_of
 from instep.record import tape
 from instep.record.folder import About, RunFolder, check_path, remove
 from instep.record.held import identity_of
+from instep.record.receipt import Verified
 from instep.record.result import Replayed
 from instep.record.resuming import changed_rates, check_given, is_simulation, recorded, resumed, saved
 from instep.rules import UpdateRule
@@ -204,6 +207,40 @@ def replay(run: str | os.PathLike[str], recipe: Recipe | None = None) -> Replaye
     found: Replayed = computed(
         "instep.offline.tape_replay:replay", past.recipe, (past.events,), past.import_paths, (),
         if_killed="a replay takes the memory of one worker, under local steps of all: replay it where there is more",
+    )  # fmt: skip
+    return found
+
+
+def verify(
+    run: str | os.PathLike[str], recipe: Recipe | None = None, *, sample: float = 0.01, seed: int | None = None,
+    monitors: Iterable[Monitor] = (),
+) -> Verified:  # fmt: skip
+    """Computes a share of a run's steps again, from its kept checkpoints, in one process, and compares them.
+
+    >>> receipt = instep.verify(run.path, recipe, sample=1.0)
+    >>> receipt.verdict, receipt.computed
+    ('same', 3)
+
+    sample: the share, above 0 and at most 1. seed: of the draw, by default another one each time.
+    monitors: called with a `verified` event for each span. Raises NotComparableError where none of it can be compared
+    here, RecordError for a run without checkpoints, or that is being written, and InstepError as the run would.
+    """
+    parse_share(str(sample), "'sample'")
+    folder = RunFolder.open(Path(run))
+    if is_simulation(folder):
+        raise RecordError(
+            f"{folder.path} is the folder of a simulation, which keeps no checkpoints; replay it instead."
+        )
+    try:
+        with folder.locked():
+            pass
+    except RecordError as error:
+        raise RecordError(f"{folder.path} is still being written; verify it when its run has ended.") from error
+    past, seed = Past.of(run, recipe, f"verify({str(run)!r}, recipe)"), secrets.randbits(32) if seed is None else seed
+    found: Verified = computed(
+        "instep.offline.verifying:verify", past.recipe, (folder.path.resolve(), past.events, sample, seed),
+        past.import_paths, monitors_of(monitors),
+        if_killed="it takes the memory of one worker, under local steps of all: verify where there is more",
     )  # fmt: skip
     return found
 

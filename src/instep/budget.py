@@ -1,4 +1,4 @@
-"""A budget of memory as people write it: "512MiB", "2 GB", "40%"."""
+"""A budget of memory as people write it, "512MiB", "2 GB", "40%", and a share of anything, "1%"."""
 
 from __future__ import annotations
 
@@ -52,6 +52,18 @@ def parse_budget(text: str, name: str) -> Budget:
             f"{name} is {shown(text)}; it must be above 0: activations take some memory whatever is recomputed."
         )
     return Budget(nbytes=nbytes)
+
+
+def parse_share(text: str, name: str) -> float:
+    """The share in a text such as "1%" or "0.01", above 0 and at most 1. Raises RecipeError."""
+    number = text.strip().removesuffix("%")
+    try:
+        share = float(number) / (100 if text.strip().endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise RecipeError(f"{name} is {shown(text)}; write a share above 0 % and at most 100 %, such as '1%'.")
+    return share
 
 
 def as_size(nbytes: float) -> str:

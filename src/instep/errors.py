@@ -11,7 +11,8 @@
     ├── CheckpointingError   gradient checkpointing: no plan fits, or a block cannot be recomputed
     │   └── RecomputeError   a recomputed value is not that of the first pass
     ├── RecordError          a run folder, tape or result cannot be made, read or written
-    │   └── CheckpointError  a checkpoint is damaged, or belongs to another recipe
+    │   ├── CheckpointError  a checkpoint is damaged, or belongs to another recipe
+    │   └── NotComparableError  a run was computed by another kind of processor, or other libraries, than are here
     ├── ResourceError        the machine has too little memory or disk, or lacks a device
     └── WorkerError          a worker raised, died or stopped answering
 
@@ -123,6 +124,12 @@ class RecordError(InstepError):
 
 class CheckpointError(RecordError):
     """A checkpoint is missing or damaged, or belongs to another recipe."""
+
+
+class NotComparableError(RecordError):
+    """A run was computed by another kind of processor, other libraries or from other data than there are here."""
+
+    exit_status = 3
 
 
 class ResourceError(InstepError):

@@ -127,8 +127,8 @@ class Run:
         what is computed is not what the tape tells of, CheckpointError, and InstepError as the run would.
         """
         from instep.offline.past import Past
+        from instep.record.computed_by import made_otherwise
         from instep.team.client import computed
-        from instep.team.likeness import made_otherwise
 
         past = Past.of(self.path, self.recipe, f"Run.at({version!r})")
         stretch = past.to(version)

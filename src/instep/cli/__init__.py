@@ -1,7 +1,7 @@
-"""The command ``instep``: train, replay, simulate, memory, check, compare, report, recipes, digest, export, tape.
+"""The command ``instep`` and its exit status.
 
-Exit status: 0; 1 for an `InstepError`, one sentence on stderr; 2 for a wrong command line; 130 after Ctrl-C; 141 where
-nobody reads on, as in ``instep tape RUN | head``.
+It is 0; 1 for an `InstepError`, one sentence on stderr; 2 for a wrong command line; 3 for a run that cannot be
+compared here; 130 after Ctrl-C; 141 where nobody reads on, as in ``instep tape RUN | head``.
 
 Nothing is imported before a command needs it: ``instep --help`` loads neither cyclopts nor torch.
 """
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from instep.cli.helping import ABOUT, COMMANDS, table, wrapped
 from instep.errors import LONGEST, InstepError, RecordError, clean, cut, shown
 
-_COMPUTING = ("train", "replay", "simulate", "memory", "check", "compare")
+_COMPUTING = ("train", "replay", "verify", "simulate", "memory", "check", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,12 +9,12 @@ from cyclopts import App
 
 from instep.cli.check import declare as declare_check
 from instep.cli.cluster import cluster_of, refuse_team, steps_for
-from instep.cli.flags import Settings, UsageError, import_paths, parsed, share, whole_number, with_short
+from instep.cli.flags import Settings, UsageError, import_paths, parsed, refuse, share, whole_number, with_short
 from instep.cli.helping import ABOUT, COMMANDS, Formatter, table
-from instep.cli.replay import replay_rule, replay_run
+from instep.cli.replay import declare as declare_replay
 from instep.cli.train import indices, train_recipe
+from instep.cli.verify import declare as declare_verify
 from instep.components import importable
-from instep.errors import cut
 from instep.monitors.console import Console
 from instep.offline.cluster import Cluster
 from instep.recipe import Recipe
@@ -34,10 +34,6 @@ file.
 With --resume the run's own recipe is used. The team, the steps and fields that decide no result may change, and from \
 there on --recipe.schedule.*, --recipe.watch.* and --recipe.optimizer.args.lr (of several optimizers, \
 --recipe.schedule.scale, a factor on all their rates)."""
-
-_REPLAY = """\
-The digest is the run's own, whatever the rule: everything that a replay needs is on the tape. Where it is not, the \
-first place where the two differ is named."""
 
 _MEMORY = """\
 Profiles one microbatch of the recipe here, and trains nothing. Fields of the recipe are set as for train. A budget \
@@ -119,27 +115,6 @@ def app(settings: Settings) -> App:
             ("memory", "team.memory", memory),
         )
         train_recipe(recipe, with_short(settings, short), out, resume, tensorboard, indices(skip_samples), track)
-
-    @app.command(help=f"{COMMANDS['replay']}\n\n{_REPLAY}")
-    def replay(run: Path, /, *, rule: str | None = None, out: Path | None = None) -> None:
-        """Replay.
-
-        Parameters
-        ----------
-        run
-            A run folder.
-        rule
-            Another rule, as for train: the same arrivals under it, on a virtual clock.
-        out
-            With --rule, the run folder to make; by default none.
-        """
-        _refuse(settings)
-        if rule is None and out is not None:
-            raise UsageError("--out goes with --rule: a replay of the run itself makes no folder.")
-        if rule is None:
-            replay_run(run)
-        else:
-            replay_rule(run, rule, out)
 
     @app.command(help=f"{COMMANDS['simulate']}\n\n{_SIMULATE}")
     def simulate(
@@ -242,11 +217,12 @@ def app(settings: Settings) -> App:
         """
         _memory(recipe, settings, budget, plot)
 
-    declare_check(app, settings)
+    for declare in (declare_replay, declare_check, declare_verify):
+        declare(app, settings)
 
     @app.command(help=COMMANDS["recipes"])
     def recipes() -> None:
-        _refuse(settings)
+        refuse(settings)
         _recipes()
 
     @app.command(help=COMMANDS["digest"])
@@ -258,7 +234,7 @@ def app(settings: Settings) -> App:
         path
             A run folder, a checkpoint folder or a file of weights.
         """
-        _refuse(settings)
+        refuse(settings)
         print(digest_of(path))
 
     @app.command(help=f"{COMMANDS['compare']}\n\n{_COMPARE}")
@@ -321,7 +297,7 @@ def app(settings: Settings) -> App:
         json
             Prints one JSON document, and writes no page.
         """
-        _refuse(settings)
+        refuse(settings)
         from instep.cli.report import report as report_on
 
         report_on(runs, out, target, json)
@@ -340,7 +316,7 @@ def app(settings: Settings) -> App:
         out
             The file to write; by default beside the run folder, with its name.
         """
-        _refuse(settings)
+        refuse(settings)
         from instep.cli.report import export_run
 
         export_run(run, to, out)
@@ -354,16 +330,11 @@ def app(settings: Settings) -> App:
         run
             A run folder.
         """
-        _refuse(settings)
+        refuse(settings)
         for event in read_tape(RunFolder.open(run).tape_path):
             print(json_text(event))
 
     return app
-
-
-def _refuse(settings: Settings) -> None:
-    if settings:
-        raise UsageError(f"--{cut(settings[0][0])} goes with 'instep train' only.")
 
 
 def _recipes() -> None:

@@ -38,6 +38,12 @@ class UsageError(InstepError):
     exit_status = 2
 
 
+def refuse(settings: Settings) -> None:
+    """Raises UsageError where there are any: the command takes none."""
+    if settings:
+        raise UsageError(f"--{cut(settings[0][0])} goes with 'instep train' only.")
+
+
 def check_new_file(path: Path, flag: str) -> None:
     """Raises UsageError where no file can be written that `flag` names: not after the work."""
     if len(os.fsencode(path.name)) > 255:

@@ -12,6 +12,7 @@ ABOUT = "Trains one PyTorch model with many workers in step: the same result, bi
 COMMANDS = {
     "train": "Train a recipe, or go on with a run.",
     "replay": "Compute a run again from its recipe and tape.",
+    "verify": "Compute a part of a run again, as a sample, and compare.",
     "simulate": "Run a recipe on a virtual cluster.",
     "memory": "Show what recomputing activations saves in memory and costs in time.",
     "check": "Prove or refute, on a recipe, what Instep promises of any.",

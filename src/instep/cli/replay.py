@@ -1,13 +1,46 @@
-"""What ``instep replay`` does and prints."""
+"""``instep replay``: its flags, and what it does and prints."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from cyclopts import App
+
+from instep.cli.flags import Settings, UsageError, refuse
+from instep.cli.helping import COMMANDS
 from instep.errors import RecordError
 from instep.monitors.console import Console
 from instep.rules.presets import parse as parse_rule
 from instep.team.signals import interrupting
+
+_HELP = """\
+The digest is the run's own, whatever the rule: everything that a replay needs is on the tape. Where it is not, the \
+first place where the two differ is named."""
+
+
+def declare(app: App, settings: Settings) -> None:
+    """Adds the command to `app`."""
+
+    @app.command(help=f"{COMMANDS['replay']}\n\n{_HELP}")
+    def replay(run: Path, /, *, rule: str | None = None, out: Path | None = None) -> None:
+        """Replay.
+
+        Parameters
+        ----------
+        run
+            A run folder.
+        rule
+            Another rule, as for train: the same arrivals under it, on a virtual clock.
+        out
+            With --rule, the run folder to make; by default none.
+        """
+        refuse(settings)
+        if rule is None and out is not None:
+            raise UsageError("--out goes with --rule: a replay of the run itself makes no folder.")
+        if rule is None:
+            replay_run(run)
+        else:
+            replay_rule(run, rule, out)
 
 
 def replay_run(run: Path) -> None:

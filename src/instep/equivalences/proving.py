@@ -32,8 +32,8 @@ from instep.errors import (
 from instep.offline.cluster import Cluster
 from instep.recipe import Recipe
 from instep.record import checkpoint
+from instep.record.computed_by import libraries
 from instep.rules.presets import asynchronous, bounded_staleness, text_of
-from instep.team.outcome import libraries
 
 if TYPE_CHECKING:
     from instep.team.child import Tell

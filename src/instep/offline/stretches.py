@@ -72,7 +72,8 @@ def last_version(events: Iterable[Event]) -> int:
 def that_count(events: Iterable[Event], known: Collection[str]) -> Iterator[Event]:
     """The events without starts of an unknown recipe that made no update: of a change that was given up.
 
-    known: the fingerprints of the run's recipe, see `Recipe.fingerprints`.
+    known: the fingerprints of the run's recipe, see `Recipe.fingerprints`. Raises RecordError where a start is of
+    another recipe and made updates, or is the last.
     """
     held: list[Event] = []
     for event in events:
@@ -82,11 +83,14 @@ def that_count(events: Iterable[Event], known: Collection[str]) -> Iterator[Even
             held = [event]
         elif held and event["kind"] != "merged":
             held.append(event)
+        elif held:
+            break
         else:
-            yield from held
-            held = []
             yield event
-    yield from held
+    if held:
+        raise RecordError(
+            "the tape is of another recipe than the one given; replay it with the recipe in its run folder."
+        )
 
 
 def _check(folder: RunFolder, events: Sequence[Event], stop: Any) -> None:

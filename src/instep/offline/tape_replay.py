@@ -53,13 +53,8 @@ def known_writes() -> Iterator[None]:
 
 def _replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell) -> Replayed:
     playback: Playback | None = None
-    fingerprints = recipe.fingerprints()
-    for event in map(ToldEvent, that_count(events, fingerprints)):
+    for event in map(ToldEvent, that_count(events, recipe.fingerprints())):
         if event["kind"] == "run_started":
-            if event["fingerprint"] not in fingerprints:
-                raise RecordError(
-                    "the tape is of another recipe than the one given; replay it with the recipe in its run folder."
-                )
             if playback is None:
                 playback = Playback(recipe, event)
             playback.start(event)
@@ -113,15 +108,22 @@ class Playback:
             self._keep(0)
         else:
             self._version = -1  # of neither
-            self._kept[begin.version] = {
-                "model": begin.model_state, "training": begin.training_state,
-                "microbatches": self._microbatches_at(begin),
-            }  # fmt: skip
+            self._kept[begin.version] = self._state_of(begin)
+        self._clear()
+
+    def _clear(self) -> None:
         self._recorded: str | None = None
         self._divergence = ""
         self._told: dict[int, Mapping[str, Any]] = {}  # in lockstep: updates by version, until they are computed
         self._updates = self._contributions = self._checkpoints = self._checksums = 0
         self._alike = 0  # the last version whose tensors were all compared and the same
+
+    def begin_again(self, started: Mapping[str, Any], begin: Loaded | None) -> None:
+        """Compares anew from a checkpoint on, or the run's beginning, where the first start was, in this session."""
+        self._clear()
+        self._kept = {0: self._kept[0]} if begin is None else {0: self._kept[0], begin.version: self._state_of(begin)}
+        self._version = -1  # of neither
+        self.start({**started, "version": max(self._kept)})
 
     def start(self, event: Mapping[str, Any]) -> None:
         """The run starts, or starts again from a checkpoint: later updates than that never were."""
@@ -152,15 +154,34 @@ class Playback:
         return self._replayer.merger.replica
 
     @property
+    def version(self) -> int:
+        """That of the present weights."""
+        return self._version
+
+    @property
     def divergence(self) -> str:
         """A sentence on the first place where it and the tape differ, or ""."""
         return self._divergence
 
-    def _microbatches_at(self, begin: Loaded) -> int:
-        """That were merged up to a checkpoint: in lockstep, and where no server's ledger is in it, all of each step."""
+    def explained(self) -> str:
+        """The divergence, and whether the samples repeat."""
+        changing = what_does_not_repeat(self.replica.data) if self._divergence else ""
+        return f"{self._divergence} {changing[0].upper()}{changing[1:]}" if changing else self._divergence
+
+    @property
+    def proof(self) -> Proof:
+        """What was compared."""
+        return Proof(self._checkpoints, self._updates, self._contributions, self._checksums)
+
+    def training_state(self) -> dict[str, Any]:
+        """What a checkpoint of the present version would hold beside the weights."""
+        return self._replayer.merger.training_state()
+
+    def _state_of(self, begin: Loaded) -> dict[str, Any]:
+        """To go on from. Merged were in lockstep, and where no server's ledger is in it, all microbatches of a step."""
         steps = begin.meta.get("progress", {}).get("steps", begin.version)
         merged = begin.meta.get("ledger", {}).get("merged_microbatches", steps * self._recipe.microbatches)
-        return int(merged)
+        return {"model": begin.model_state, "training": begin.training_state, "microbatches": int(merged)}
 
     def take(self, event: ToldEvent) -> None:
         """One event. Raises RecordError where it refers to what is unknown."""
@@ -225,15 +246,12 @@ class Playback:
 
     def result(self) -> Replayed:
         """What it came to."""
-        digest = digest_of_state(self._replayer.merger.replica.saved_state())
+        digest = digest_of_state(self.replica.saved_state())
         if self._recorded is not None and self._recorded != digest and not self._divergence:
             self._divergence = f"version {self._version}, the last, has other weights here than in the run."
         if self._divergence and self._recorded == digest:
             self._divergence = f"{self._divergence.rstrip('.')}; the last weights are those of the run."
-        changing = what_does_not_repeat(self._replayer.merger.replica.data) if self._divergence else ""
-        why = f"{self._divergence} {changing[0].upper()}{changing[1:]}" if changing else self._divergence
-        proof = Proof(self._checkpoints, self._updates, self._contributions, self._checksums)
-        return Replayed(digest, self._recorded, self._version, why, proof)
+        return Replayed(digest, self._recorded, self._version, self.explained(), self.proof)
 
     def _must_be(self, version: int, event: Mapping[str, Any], expected: int) -> None:
         if version != expected:

@@ -219,8 +219,12 @@ class RunFolder:
         Raises CheckpointError if the checkpoints are there and cannot be listed, and RecordError where `run.json` is
         damaged.
         """
-        about = self.about()
         told = tape.told(self.tape_path) if told is None else told
+        return checkpoint.newest_sound(self.checkpoints, self.own_check(told), among)
+
+    def own_check(self, told: tape.ToldCheckpoints) -> Callable[[Path, checkpoint.Manifest], None]:
+        """What raises CheckpointError for another run's checkpoint. Raises RecordError where `run.json` is damaged."""
+        about = self.about()
         own = about.id if about is not None else told.run
 
         def check(path: Path, manifest: checkpoint.Manifest) -> None:
@@ -236,7 +240,7 @@ class RunFolder:
                     f"for version {manifest.version}, so it is passed over; move it back to the run that it is of."
                 )
 
-        return checkpoint.newest_sound(self.checkpoints, check, among)
+        return check
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes the result whole or not at all; numbers that are not finite become null. Raises ResourceError."""

@@ -16,6 +16,7 @@ from msgspec import UNSET, UnsetType
 from instep.descendants import orphaned
 from instep.differences import differences
 from instep.errors import InstepError, RecipeError, ResourceError, WorkerError
+from instep.record.computed_by import libraries, processor
 from instep.record.folder import RunFolder
 from instep.record.team import BytesOfHost, HostInTeam
 from instep.team import meeting
@@ -26,9 +27,7 @@ from instep.team.link import AgentLink, Listener
 from instep.team.meeting import FAREWELL_S, SAY_S
 from instep.team.messages import Cancelled, Failed, Finished, Request, StopRun
 from instep.team.orders import HostCame, Member, RosterEvent, StopAsked
-from instep.team.outcome import libraries
 from instep.team.place import Place
-from instep.team.processor import processor
 from instep.team.remote import RemoteCrew, Silence
 from instep.team.signals import Interrupted
 from instep.team.taking_up import TakingUp

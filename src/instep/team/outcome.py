@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,12 +9,12 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
+from instep.record.computed_by import libraries, processor
 from instep.record.events import SCHEMA, RunEndedEvent, RunStartedEvent
 from instep.record.result import Costs, Result
 from instep.record.team import BytesOfHost, HostInTeam
 from instep.tables import to_table
 from instep.team.messages import Ended, Request
-from instep.team.processor import processor
 
 
 def start_of(
@@ -96,18 +95,3 @@ def end_of(result: Mapping[str, Any]) -> RunEndedEvent:
         interrupted=result["interrupted"],
         wire_bytes=result.get("wire_bytes", UNSET),
     )
-
-
-def libraries() -> dict[str, str]:
-    """The versions of what decides the bits."""
-    import numpy
-    import torch
-
-    import instep
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a TorchVersion would make the client import torch to read it
-        "numpy": numpy.__version__,
-        "instep": instep.__version__,
-    }

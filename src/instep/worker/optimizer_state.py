@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from instep.bits import same_bits
 from instep.record import checkpoint
@@ -83,6 +84,11 @@ def copied(state: Mapping[str, Any]) -> dict[str, Any]:
         return copy.deepcopy(dict(state))
     except (NotImplementedError, RuntimeError, TypeError):
         return checkpoint.repacked(state)
+
+
+def on_cpu(state: Any) -> Any:
+    """The same with its tensors in the CPU's memory, whatever holds them; those that are there are no copies."""
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), state)
 
 
 def bytes_in(state: Any) -> int:

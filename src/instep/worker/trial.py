@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from instep.descendants import die_with_parent
 from instep.errors import CheckpointError, ComponentError, InstepError, by_name, described, killed_by
@@ -22,7 +21,7 @@ from instep.randomness import key, seed_all
 from instep.record import checkpoint
 from instep.restore import kept_random_state
 from instep.worker.optimizer import needs_closure
-from instep.worker.optimizer_state import bytes_in, copied, difference
+from instep.worker.optimizer_state import bytes_in, copied, difference, on_cpu
 from instep.worker.replica import Replica
 
 MOST_BYTES = 2 * 10**9
@@ -156,7 +155,7 @@ def _there_and_back(
     expected = {"model": model_state, **training_state}
     found = {**again.training_state(), "model": again.saved_state()}
     for part, value in found.items():
-        where = difference(_on_cpu(expected[part]), _on_cpu(value))
+        where = difference(on_cpu(expected[part]), on_cpu(value))
         if where is not None:
             what = f"the optimizer {replica.optimizer.kind}" if part == "optimizer" else "the model"
             raise CheckpointError(
@@ -165,10 +164,6 @@ def _there_and_back(
                 f"and load_state_dict takes."
             )
     return again
-
-
-def _on_cpu(state: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), state)
 
 
 def in_a_copy(function: Callable[[], Any]) -> Any:

@@ -1,0 +1,52 @@
+"""What the bits of a computation hang on beside its recipe: versions of libraries, and the kind of processor."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_OF_BITS = ("torch", "numpy", "instep")
+
+
+def libraries() -> dict[str, str]:
+    """The versions of what decides the bits."""
+    import numpy
+    import torch
+
+    import instep
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a TorchVersion would make the client import torch to read it
+        "numpy": numpy.__version__,
+        "instep": instep.__version__,
+    }
+
+
+def processor() -> str:
+    """Vendor and the instructions that torch uses: "GenuineIntel AVX512"."""
+    import torch
+
+    vendor = platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("vendor_id", "CPU implementer"):
+                vendor = value.strip()
+                break
+    return f"{vendor} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def made_otherwise(started: Mapping[str, Any]) -> str:
+    """A clause on what made the session that this ``run_started`` begins and is not here; "" where all is the same."""
+    there, here = started["libraries"], libraries()
+    parts = [
+        f"{name} {there[name]} (here {here[name]})" for name in _OF_BITS if there.get(name, here[name]) != here[name]
+    ]
+    own = started.get("processor", "")
+    if own and own != processor():
+        parts.append(f"a processor {own} (here {processor()})")
+    return " and ".join(parts)
