@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from instep.engines import lockstep
+from instep.engines import total
 from instep.engines.lockstep import Lockstep
 from instep.engines.total import Total
+from instep.engines.trial import Trial
 from instep.models import GPT
 from instep.recipe import Recipe, Schedule
 from instep.record.digest import digest_of_state
@@ -163,9 +164,11 @@ PIECES = [(1,), (2, 1), (1, 2, 2, 1), (1,) * 9]
 def test_any_cutting_into_pieces_gives_the_same_bytes(
     pieces: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Of machines with one worker and with several, ranges that are no whole subtrees among them."""
+    """Of machines with one worker and with several, ranges that are no whole subtrees among them; the second step is
+    one whose gradients travel early.
+    """
     monkeypatch.setitem(BLOCK, "cpu", 64)  # so that a small model has many
-    monkeypatch.setattr(lockstep, "PIECES", pieces)
+    monkeypatch.setattr(total, "PIECES", pieces)
     made, begun = recipe(steps=3, batch=30, microbatches=6), tmp_path / "begun"
     exchanged = Total.reached
 
@@ -179,6 +182,45 @@ def test_any_cutting_into_pieces_gives_the_same_bytes(
     for kind in (Kind("2 by gloo", (1, 1), True), Kind("2 + 1", (2, 1), True)):
         assert {each[0] for each in of_team(made, kind)} == {digest}, kind
     assert begun.exists() == (len(pieces) > 1), "some have begun to travel in backward"
+
+
+class Wishes(Trial):
+    """Of these steps, whatever they take."""
+
+    def __init__(self, *early: bool):
+        super().__init__()
+        self._wishes = iter(early)
+
+    def next(self) -> bool:
+        return next(self._wishes)
+
+
+@pytest.mark.parametrize("early", [(False,) * 4, (True,) * 4, (True, False, True, True)], ids=str)
+def test_gradients_that_travel_early_or_late_as_worker_0_says_have_the_same_bytes(
+    early: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Other workers would rather have it the other way."""
+    monkeypatch.setitem(BLOCK, "cpu", 64)
+    made, join, begin = recipe(steps=4, batch=30, microbatches=6), Lockstep.join, Total.begin
+
+    def joined(self: Lockstep, group: Group) -> None:
+        join(self, group)
+        self._trial = Wishes(*(wish == (self.worker == 0) for wish in early))
+
+    def begun(self: Total, *, early: bool) -> None:
+        with Path(tmp_path, str(self._worker)).open("a") as file:
+            file.write("early " if early else "late ")
+        begin(self, early=early)
+
+    digest = trained(made, Solo, 0, (1,))[0]
+    monkeypatch.setattr(Lockstep, "join", joined)
+    monkeypatch.setattr(Total, "begin", begun)
+    for kind in (Kind("2 by gloo", (1, 1), True), Kind("2 + 1", (2, 1), True)):
+        assert {each[0] for each in of_team(made, kind)} == {digest}, kind
+        told = {file.read_text() for file in tmp_path.iterdir()}
+        assert told == {"late " + "".join("early " if each else "late " for each in early[:3])}
+        for file in tmp_path.iterdir():
+            file.unlink()
 
 
 class OwnAdamW(torch.optim.AdamW):

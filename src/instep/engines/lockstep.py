@@ -28,7 +28,8 @@ from instep.clock.network import gather_bytes, reduce_bytes
 from instep.engines.merged_events import MergedEvents
 from instep.engines.seat import Seat
 from instep.engines.sharding import Placement, choose
-from instep.engines.total import Total
+from instep.engines.total import Total, in_pieces
+from instep.engines.trial import Trial
 from instep.record import events
 from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
@@ -42,14 +43,6 @@ from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict
 from instep.worker.tensor_checksums import checksum_when_due
 from instep.worker.updates import Added, Update, Updates, wrong_in_step
-
-PIECES = (1, 2, 2, 1)
-"""Shares of the gradient that travel between machines one after the other, the last parameters' first, while backward
-computes the next. Measured: a small one begins early, another small one is what is left when nothing is computed any
-more, and more than four take more time than they save."""
-
-LEAST_BLOCKS = 2
-"""Of the smallest piece, for each worker: less does not pay."""
 
 
 class SignsOfLife(Protocol):
@@ -90,11 +83,10 @@ class Lockstep:
         self.gradients = Gradients(replica, heartbeat.advance, checkpoint_every=checkpoint_every)
         self._layout, self._buffers = self.gradients.layout, self.gradients.buffers
         self.updates = Updates(replica, self._buffers)
-        pieces = PIECES if len(machines) > 1 and replica.device.type == "cpu" else (1,)
-        if self._layout.blocks * min(pieces) // sum(pieces) < LEAST_BLOCKS * self.workers:
-            pieces = (1,)
-        self.reduction = Reduction(self._layout, recipe.microbatches, levels_of(machines), pieces)
-        self._ranges, self._machine = self.reduction.ranges, machine_of(worker, machines)
+        self.reduction = whole = Reduction(self._layout, recipe.microbatches, levels_of(machines))
+        early = in_pieces(whole, recipe.microbatches, replica.device.type) if len(machines) > 1 else None
+        self._ways = whole, early  # for gradients that travel late, and early, see `Trial`
+        self._ranges, self._machine = whole.ranges, machine_of(worker, machines)
         self._shard = shard
         self._held_out = batches_held_out(replica)
         self.terms: list[str] = []
@@ -121,7 +113,8 @@ class Lockstep:
     def sizes(self) -> Sizes:
         """Decides where the weights are to lie, and what a worker tells the others. The sizes of the group."""
         replica, reduction, terms = self.replica, self.reduction, len(self.terms)
-        self._seat = Seat(self.worker, replica, self.gradients, reduction, self._emit, self._clock)
+        most = max(max(map(each.blocks_of, range(self.workers))) for each in self._ways if each)
+        self._seat = Seat(self.worker, replica, self.gradients, reduction, self._emit, self._clock, blocks=most)
         self.placement: Placement = choose(replica, reduction, self.worker, self._machine, self._shard)
         share = max(1, -(-len(self._held_out) // self.workers))
         self._evaluations = Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
@@ -134,10 +127,8 @@ class Lockstep:
         self._group = group
         self.placement.attach(group)
         self.gradients.assign(self.reduction.nodes_of(self.worker), group.rows)
-        self._total = Total(self.reduction, self.worker, group, shared=self.placement.shared)
-        if len(self.reduction.pieces) > 1:
-            spans = [slice(min(c.start for c in cuts), max(c.stop for c in cuts)) for cuts in self.reduction.pieces]
-            self.gradients.tell(spans, self._total.reached)
+        self._total = Total(*self._ways, self.worker, group, self.gradients, shared=self.placement.shared)
+        self._early, self._trial = False, Trial()
 
     def run(self, progress: Progress, after_step: Callable[[Progress, bool], None], steps: int) -> bool:
         """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
@@ -157,13 +148,12 @@ class Lockstep:
         return False
 
     def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], bool]:
-        group, replica, seat, step = self._group, self.replica, self._seat, progress.version
+        group, replica, seat, step, early = self._group, self.replica, self._seat, progress.version, self._early
         began = time.monotonic()
         replica.enter(step)
-        self._total.begin()
+        self._total.begin(early=early)
         self._compute(step, totals)
-        if len(self.reduction.pieces) == 1:
-            self._total.reached(1)
+        self._total.computed()
         if step + 1 < steps:
             seat.load_ahead(step + 1)
 
@@ -171,16 +161,18 @@ class Lockstep:
         left = seat.post_left(*self._usual)
         left.own["norms"][: len(own_norms)] = own_norms
         stop = self.worker == 0 and self._heartbeat.stop_wanted()
-        told = seat.facts.gather(group, left, stop=stop)  # committed: the gradient is whole
+        wish = self._ways[1] is not None and self._trial.next()
+        told = seat.facts.gather(group, left, stop=stop, early=wish)  # committed: the gradient is whole
+        self._early = told.early
         sums, (touched, off, changed, wrote), found = told.sums, told.flags, told.beside
         assert found is not None
         self._take(self._total.wait())
-        norms = found["norms"].tolist()
+        norms, reduction = found["norms"].tolist(), self._total.reduction
         if (changed, wrote) != self._usual:
             found, self._usual = seat.post_left(changed, wrote).gather(group), (changed, wrote)
             if len(group.levels) > 1:
                 group.meet()  # of a machine all make the update, or none
-        norm = total_norm([norm for w, each in enumerate(norms) for norm in each[: self.reduction.blocks_of(w)]])
+        norm = total_norm([norm for w, each in enumerate(norms) for norm in each[: reduction.blocks_of(w)]])
         written = replica.written.after(replica.written.merged(as_rows(found["written"]), step) if wrote else {})
         gradients = zip(replica.names, self.placement.gradients, touched, strict=True)
         wrong = wrong_in_step(replica, step, self.terms, sums, totals, norm, gradients)
@@ -195,7 +187,9 @@ class Lockstep:
         progress.merged(version=step + 1, steps=step + 1, items=update.items, objective=update.objective)
         self._heartbeat.advance()
         update.verdict.note(progress)
-        progress.train_s += time.monotonic() - began
+        took_s = time.monotonic() - began
+        self._trial.ended(early=early, took_s=took_s)
+        progress.train_s += took_s
         if self.worker == 0:
             self._emit_merged(step, update, progress.train_s)
         elif self._remembers:

@@ -20,7 +20,7 @@ class Seat:
     """That of worker number `worker`, whichever process computes it.
 
     terms: those of the objective, which are known. `emit(event)` writes to the tape; `clock()` is seconds since the
-    run's start.
+    run's start. blocks: of the gradient, the most that a worker tells the norms of.
     """
 
     def __init__(
@@ -31,9 +31,12 @@ class Seat:
         reduction: Reduction,
         emit: Callable[[events.Event], None],
         clock: Callable[[], float],
+        *,
+        blocks: int,
     ):
         self.worker, self.own = worker, range(*reduction.ranges[worker])
         self._replica, self._gradients, self._reduction = replica, gradients, reduction
+        self._most_blocks = blocks
         self._buffers, self._emit, self._clock = gradients.buffers, emit, clock
         self.terms = list(replica.objective.terms or ())
         parameters, buffers = len(replica.parameters), len(self._buffers.names)
@@ -113,7 +116,7 @@ class Seat:
         self._lefts[key] = self._lefts.get(key) or Fields(
             integers=("int64", (self._buffers.integer_layout.size * buffers,)),
             buffers=("float32", (max(reduction.rows) * buffers, self._buffers.row_size * buffers)),
-            norms=("float32", (max(map(reduction.blocks_of, range(reduction.workers))),)),
+            norms=("float32", (self._most_blocks,)),
             written=("uint8", (self._replica.written.row_bytes * written,)),
         )  # fmt: skip
         return self._lefts[key]

@@ -33,14 +33,16 @@ class Flags(NamedTuple):
 
 class TeamFacts(NamedTuple):
     """What all workers tell. sums: of the step's microbatches, term by term. totals: the next step's items, by term.
-    ends: by worker, `Buffers.ends` of the first step. stop: whether the run is to end after the step. beside: what
-    `StepFacts.gather` was given, of all workers; good until the next gather."""
+    ends: by worker, `Buffers.ends` of the first step. stop: whether the run is to end after the step. early: whether
+    the next step's gradients are to travel early. beside: what `StepFacts.gather` was given, of all workers; good until
+    the next gather."""
 
     sums: list[float]
     totals: dict[str, int]
     flags: Flags
     ends: list[Mapping[int, tuple[int, int]]]
     stop: bool
+    early: bool
     beside: NDArray[Any] | None
 
 
@@ -52,7 +54,7 @@ class StepFacts:
         self._own, self._terms, self._parameters = range(*ranges[worker]), terms, parameters
         self._of_each = [(stop - start) * len(terms) for start, stop in ranges]
         self._most, flags = max(self._of_each), parameters + buffers + 1
-        self._layout = struct.Struct(f"{self._most}d{len(terms)}q{flags}s{8 * buffers}s?")
+        self._layout = struct.Struct(f"{self._most}d{len(terms)}q{flags}s{8 * buffers}s??")
         self.nbytes = -(-self._layout.size // ALIGN_BYTES) * ALIGN_BYTES
         self._sums, self._flags, self._ends = [0.0] * self._most, bytes(flags), b""
         self.counts: Sequence[int] = [0] * len(terms)
@@ -74,9 +76,11 @@ class StepFacts:
                 ends[index] = end if end == APART else end + 1  # 0 is no word
             self._ends = ends.tobytes()
 
-    def gather(self, group: Group, beside: Fields | None = None, *, stop: bool = False) -> TeamFacts:
-        """A barrier: what all tell; of `stop` what worker 0 says. beside: what else each tells."""
-        own = (*self._sums, *self.counts, self._flags, self._ends, stop)
+    def gather(
+        self, group: Group, beside: Fields | None = None, *, stop: bool = False, early: bool = False
+    ) -> TeamFacts:
+        """A barrier: what all tell; of `stop` and `early` what worker 0 says. beside: what else each tells."""
+        own = (*self._sums, *self.counts, self._flags, self._ends, stop, early)
         rows: list[Any] = [own]
         found = None if beside is None else beside.read(beside.raw[None])
         if group.size > 1:
@@ -86,10 +90,11 @@ class StepFacts:
             rows = [self._layout.unpack_from(row) for row in gathered.numpy()]
             found = None if beside is None else beside.read(gathered[:, self.nbytes :])
         sums = [value for row, count in zip(rows, self._of_each, strict=True) for value in row[:count]]
-        counts = zip(*(row[self._most : -3] for row in rows), strict=True)
-        flags = _together(tuple(row[-3] for row in rows), self._parameters)
+        counts = zip(*(row[self._most : -4] for row in rows), strict=True)
+        flags = _together(tuple(row[-4] for row in rows), self._parameters)
         totals = dict(zip(self._terms, map(sum, counts), strict=True))
-        return TeamFacts(sums, totals, flags, [_ends(row[-2]) for row in rows], rows[0][-1], found)
+        stop, early = rows[0][-2:]
+        return TeamFacts(sums, totals, flags, [_ends(row[-3]) for row in rows], stop, early, found)
 
 
 @lru_cache(maxsize=1)  # they are seldom others than in the step before

@@ -1,43 +1,87 @@
-"""The sum of a step's gradients, in pieces that travel while backward still computes others.
+"""The sum of a step's gradients. Between machines it may travel in pieces while backward still computes others.
 
 Each piece is exchanged, added level by level and put together again: begun as soon as it can be, whenever there is a
-moment to look. What others send of any piece is taken from the beginning of the step.
+moment to look. What others send of any piece is taken from the beginning of the step. Where this does not pay, see
+`instep.engines.trial`, the whole is one piece, which nobody awaits before.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from instep.reduce.reduction import Reduction
 from instep.transport.group import Group, Pending
+from instep.worker.gradients import Gradients
+
+PIECES: Sequence[int] = (1, 2, 2, 1)
+"""Shares of the gradient that travel between machines one after the other, the last parameters' first, while backward
+computes the next. Measured: a small one begins early, another small one is what is left when nothing is computed any
+more, and more than four take more time than they save."""
+
+LEAST_BLOCKS = 2
+"""Of the smallest piece, for each worker: less does not pay."""
+
+
+def in_pieces(whole: Reduction, microbatches: int, device: str) -> Reduction:
+    """The same reduction in pieces, where it can travel in some."""
+    layout, pieces = whole.layout, PIECES
+    if device != "cpu" or layout.blocks * min(pieces) // sum(pieces) < LEAST_BLOCKS * whole.workers:
+        pieces = (1,)
+    return Reduction(layout, microbatches, whole.levels, pieces)
 
 
 class Total:
-    """One worker's side of it. shared: see `Group.assemble`."""
+    """One worker's side of it. late, early: the reductions for steps whose gradients travel so; None where none does.
+    shared: see `Group.assemble`."""
 
-    def __init__(self, reduction: Reduction, worker: int, group: Group, *, shared: bool):
-        self._reduction, self._worker, self._group, self._shared = reduction, worker, group, shared
+    def __init__(
+        self,
+        late: Reduction,
+        early: Reduction | None,
+        worker: int,
+        group: Group,
+        gradients: Gradients,
+        *,
+        shared: bool,
+    ):
+        self.reduction = late
+        """That of the present step."""
+        self._late, self._early = late, early
+        self._worker, self._group, self._gradients, self._shared = worker, group, gradients, shared
         self._rows: list[Pending] = []  # by piece, at the first of two levels
         self._sums: list[Pending] = []
         self._whole: list[Pending] = []
         self._norms: list[Tensor] = []
         self._finished = 0
+        gradients.tell((), self.reached)
 
-    def begin(self) -> None:
-        """Begins a step."""
+    def begin(self, *, early: bool) -> None:
+        """Begins a step. All workers say the same."""
         self._rows, self._sums, self._whole, self._norms = [], [], [], []
         self._finished = 0
-        self._group.expect(self._reduction.pieces, shared=self._shared)
+        reduction = self._early if early and self._early is not None else self._late
+        if reduction is not self.reduction:
+            self.reduction = reduction
+            self._gradients.tell(_spans(reduction) if len(reduction.pieces) > 1 else (), self.reached)
+        if early:
+            self._group.expect(reduction.pieces, shared=self._shared)
 
     def reached(self, done: int) -> None:
         """The first `done` pieces of this worker's rows are written. Begins what can be begun."""
         while self._finished < done:
             if len(self._group.levels) > 1:
-                self._rows.append(self._group.exchange(self._reduction.pieces[self._finished]))
+                self._rows.append(self._group.exchange(self.reduction.pieces[self._finished]))
             self._finished += 1
         while self._go_on(waits=False):
             pass
+
+    def computed(self) -> None:
+        """All of this worker's rows is written."""
+        if self._finished < len(self.reduction.pieces):
+            self.reached(len(self.reduction.pieces))
 
     def add(self) -> Tensor:
         """Goes on until this worker has added its cuts of all pieces; the norms of their blocks, by piece."""
@@ -63,7 +107,7 @@ class Total:
             self._exchange(exchanged)
         elif put < exchanged and self._sums[put].ready():
             self._assemble(put)
-        elif not waits or put == len(self._reduction.pieces):
+        elif not waits or put == len(self.reduction.pieces):
             return False
         elif exchanged < self._finished:
             self._exchange(exchanged)
@@ -72,14 +116,19 @@ class Total:
         return True
 
     def _exchange(self, piece: int) -> None:
-        place, sums = self._reduction.pieces[piece], None
+        place, sums = self.reduction.pieces[piece], None
         if len(self._group.levels) > 1:
             rows = self._rows[piece]
-            sums = self._reduction.add(self._worker, rows.wait(), home=rows.home)
+            sums = self.reduction.add(self._worker, rows.wait(), home=rows.home)
         self._sums.append(self._group.exchange(place, sums))
 
     def _assemble(self, piece: int) -> None:
         sums, level = self._sums[piece], len(self._group.levels) - 1
-        (part,) = self._reduction.add(self._worker, sums.wait(), level, sums.home)
-        self._whole.append(self._group.assemble(part, self._reduction.pieces[piece], shared=self._shared))
-        self._norms.append(self._reduction.norms(part))
+        (part,) = self.reduction.add(self._worker, sums.wait(), level, sums.home)
+        self._whole.append(self._group.assemble(part, self.reduction.pieces[piece], shared=self._shared))
+        self._norms.append(self.reduction.norms(part))
+
+
+def _spans(reduction: Reduction) -> list[slice]:
+    """Where its pieces lie, in elements."""
+    return [slice(min(cut.start for cut in cuts), max(cut.stop for cut in cuts)) for cuts in reduction.pieces]

@@ -1,7 +1,7 @@
 """A group whose ranks are processes of several machines: what one machine's come to is moved to the others.
 
-Barriers, `gather` too, are all-to-alls: of one that dies all are told there who were not told before. Rows travel as
-messages, on a CPU awaited as soon as it is known that they will come.
+Calls are all-to-alls, barriers and `gather` too: of one that dies all are told there who were not told before. Rows, if
+they are expected on a CPU, travel as messages that are awaited as soon as it is known that they will come.
 """
 
 from __future__ import annotations
@@ -181,9 +181,9 @@ class DistributedGroup:
         self, kind: int, send: Tensor, lengths: list[int], into: Tensor, expected: list[int]
     ) -> Exchange | Messages:
         """Begins to send each rank its run of `send`, of so many elements, and to take what all send here."""
-        if self._device.type != "cpu":
+        if not self._awaited[kind]:
             return self._begin(send, lengths, expected, into)
-        awaited = self._awaited[kind].popleft() if self._awaited[kind] else self._take(kind, into, expected)
+        awaited = self._awaited[kind].popleft()
         assert not len(into) or awaited.into.data_ptr() == into.data_ptr(), "pieces come in another order than expected"
         return self._on_wire(lambda wire: Messages(wire, awaited.came, wire.give(kind, send, lengths), into))
 

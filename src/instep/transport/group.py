@@ -100,7 +100,8 @@ class Group(Protocol):
 
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
         """Says which pieces are exchanged and assembled next, in this order: what others send of them is taken from now
-        on. Without it all is right too, but slower over a slow link. shared: see `assemble`.
+        on, which hides a slow link and is more to do; and a rank may assemble one before or after it exchanges another,
+        whatever others do. shared: see `assemble`.
         """
 
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
