@@ -14,12 +14,14 @@ Parts
     2x1: a worker a host, a microbatch each.
     2x2: two workers a host, a microbatch each; ``2x2, M = 8``, two each, for the bytes.
     100 Mbit/s: as 2x1, each link held to that rate, each way; fewer and shorter blocks, for a step takes 1.6 s.
-    DiLoCo, 100 Mbit/s: the same with DiLoCo (``--rule``, by default H = 20 and int4) in lockstep's place, which also
-        takes its turns while links are held to nothing. Its steps are the workers' own, as many microbatches as DDP's.
+    DiLoCo, 100 Mbit/s: the same with DiLoCo, H = 20 and int4, in lockstep's place, which also takes its turns while
+        links are held to nothing. Its steps are the workers' own, as many microbatches as DDP's.
+    DiLoCo in fragments, 100 Mbit/s: 4 of them, each applied 2 steps after it was sent.
     DiLoCo, H = 500: bytes that hosts give to the network (`wire_bytes`) in a round of it with int4, beside 500 steps in
         lockstep; each is what a longer run has sent more than a shorter one, without their begins and ends.
 
-The result goes to benchmarks/results/machines.json. The exit status does not depend on whether targets are met.
+Each part that has run takes its place in benchmarks/results/machines.json, with the commit, the date and what it was
+measured on; the others stay as they are. The exit status does not depend on whether targets are met.
 """
 
 from __future__ import annotations
@@ -32,9 +34,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +48,18 @@ sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in bench
 sys.path.append(str(ROOT / "tests"))
 
 from benchmarks.gate import Team  # noqa: E402
-from benchmarks.lockstep import DDP_OPTIONS, INSTEP, THREADS, TORCH, WARM_UP, machine  # noqa: E402
+from benchmarks.lockstep import DDP_OPTIONS, INSTEP, THREADS, TORCH, machine  # noqa: E402
+from benchmarks.lockstep import WARM_UP as LEAST_WARM_UP  # noqa: E402
 from benchmarks.versions import ratio  # noqa: E402
 from benchmarks.work import CONTEXT, MODEL, SAMPLES, Options  # noqa: E402
+from instep.engines.trial import TRIED  # noqa: E402
 from instep.rules import parse  # noqa: E402
 from support.hosts import WORK, Hosts  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "machines.json"
+
+WARM_UP = max(LEAST_WARM_UP, TRIED + 2)
+"""Steps of each contender before the first round: in the first ones lockstep finds out how to use the link."""
 
 BUCKETS_MB = (1, 5, 25)
 """Sizes of DDP's buckets that are tried."""
@@ -105,6 +113,7 @@ def with_diloco(rule: str) -> tuple[Contender, ...]:
 
 DDP = tuple(Contender(size) for size in BUCKETS_MB)
 DILOCO = "diloco:20,wire=int4"
+FRAGMENTS = f"{DILOCO},fragments=4,overlap=2"
 ROUND = 500
 """Steps of the round whose bytes are counted."""
 
@@ -114,18 +123,22 @@ PARTS = {
     "2x2, M = 8": Part(2, 2, 8),
     "100 Mbit/s": Part(2, 1, 2, "100mbit", (5, 2)),
     "DiLoCo, 100 Mbit/s": Part(2, 1, 2, "100mbit", (5, 2), with_diloco(DILOCO)),
+    "DiLoCo in fragments, 100 Mbit/s": Part(2, 1, 2, "100mbit", (5, 2), with_diloco(FRAGMENTS)),
 }
 COUNTED = "DiLoCo, H = 500"
 
 TARGETS = {
     "speed, 2x1": (1.03, True),
     "speed, 2x2": (1.15, True),
+    "speed, 2x2, M = 8": (1.15, True),
     "speed, 100 Mbit/s": (0.97, True),
     "bytes, 2x1": (1.02, False),
     "bytes, 2x2, M = 8": (0.69, False),
     "gradients, 2x2, M = 8": (2.05, False),
     "speed, DiLoCo, 100 Mbit/s": (13, True),
     "of free links', DiLoCo, 100 Mbit/s": (0.78, True),
+    "speed, DiLoCo in fragments, 100 Mbit/s": (13, True),
+    "of free links', DiLoCo in fragments, 100 Mbit/s": (0.93, True),
     "fewer bytes, DiLoCo, H = 500": (3500, True),
 }
 """What each figure should be, and whether at least. Speed and bytes are shares of DDP's; gradients, bytes a step."""
@@ -174,6 +187,8 @@ def measure(part: Part, rounds: int, steps: int) -> dict[str, Any]:
             if contender.program not in teams:
                 steps = WARM_UP + wanted[contender.program] + 1
                 teams[contender.program] = begin(contender, part, hosts, place, steps, len(teams), stack)
+        for host in hosts if part.rate else ():
+            hosts.shape(host.number, part.rate)
         for team in teams.values():
             team.admit()
             team.work(WARM_UP)
@@ -315,44 +330,61 @@ def value_of(found: dict[str, Any], kind: str) -> float:
     return float(found[kind])
 
 
+def judge(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """What a part's figures should be, and whether they are; prints it."""
+    judged: dict[str, Any] = {}
+    for target, (bound, at_least) in TARGETS.items():
+        kind, _, of = target.partition(", ")
+        if of == name:
+            value = value_of(found, kind)
+            met = value >= bound if at_least else value <= bound
+            judged[kind] = {"value": value, "at_least" if at_least else "at_most": bound, "met": met}
+            print(f"  {target}: {value:.3f}, {'at least' if at_least else 'at most'} {bound}: {_told(met)}")
+    return judged
+
+
+def _told(met: bool) -> str:
+    return "met" if met else "MISSED"
+
+
+def keep(name: str, found: dict[str, Any], given: argparse.Namespace, work: dict[str, Any]) -> None:
+    """Puts a part's figures into the file of results, in the place of those of before."""
+    git = [subprocess.run(["git", *which], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+           for which in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", "src"))]  # fmt: skip
+    measured = {
+        "commit": git[0] + (" and changes" if git[1] else ""), "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine(), "threads": THREADS, "load": os.getloadavg(), "rounds": given.rounds, "steps": given.steps,
+    }  # fmt: skip
+    parts = json.loads(given.result.read_text())["parts"] if given.result.exists() else {}
+    parts[name] = {"measured": measured, **found}
+    ordered = {each: parts[each] for each in (*PARTS, COUNTED) if each in parts}
+    given.result.write_text(json.dumps({"work": work, "parts": ordered}, indent=1) + "\n")
+
+
 def main() -> None:
-    """Measures, prints and writes the result."""
+    """Measures, prints and keeps the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     names = [*PARTS, COUNTED]
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
-    parser.add_argument("--rule", default=DILOCO, help="of DiLoCo over held links, such as one with fragments")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--steps", type=int, default=20, help="in a block")
+    parser.add_argument("--result", type=Path, default=RESULT, help="the file that keeps them")
     given = parser.parse_args()
     from instep.models import GPT
 
     parameters = sum(each.numel() for each in GPT(**MODEL).parameters())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
-    result: dict[str, Any] = {
-        "machine": machine(), "commit": commit.stdout.strip(), "threads": THREADS, "load": os.getloadavg(),
-        "work": {"model": MODEL, "parameters": parameters, "samples": SAMPLES, "context": CONTEXT},
-        "rounds": given.rounds, "steps": given.steps, "parts": {},
-    }  # fmt: skip
+    work = {"model": MODEL, "parameters": parameters, "samples": SAMPLES, "context": CONTEXT}
     for name in given.parts:
+        began = time.monotonic()
         print(name)
         if name == COUNTED:
             found = bytes_of_a_round()
             print(f"  {found['fewer bytes']} times fewer than {ROUND} steps in lockstep: {found['found']}")
         else:
-            part = PARTS[name]
-            part = replace(part, contenders=with_diloco(given.rule)) if "DiLoCo" in name else part
-            found = run_part(part, given.rounds, given.steps, parameters)
-        result["parts"][name] = found
+            found = run_part(PARTS[name], given.rounds, given.steps, parameters)
+        found["targets"], found["seconds"] = judge(name, found), round(time.monotonic() - began)
+        keep(name, found, given, work)
         sys.stdout.flush()
-    for name, (bound, at_least) in TARGETS.items():
-        kind, _, of = name.partition(", ")
-        if of not in result["parts"]:
-            continue
-        value = value_of(result["parts"][of], kind)
-        met = value >= bound if at_least else value <= bound
-        print(f"{name}: {value:.3f}, {'at least' if at_least else 'at most'} {bound}: {'met' if met else 'MISSED'}")
-    if set(given.parts) == set(names):
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
