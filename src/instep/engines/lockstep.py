@@ -1,12 +1,12 @@
 """The lockstep engine: every worker in every update, on collectives, without a server.
 
 A step goes in one direction: load, compute and fold, exchange and add the cuts level by level, gather what all must
-know, update, settle. Gradients travel by a `Group`, whatever it is made of; between machines in pieces, while backward
-computes others. Where a machine's workers share memory they share the weights too, each worker updating its share of
-them, wherever `instep.engines.sharding` finds that this changes no bit; else weights and the whole update are private
-to each worker. A step is committed by the gather. Before it no weight of the step is changed, after it all are, and
-they are read again only when all have settled; a team that loses a worker in between starts again from a checkpoint, in
-another group.
+know, update, settle. Gradients travel by a `Group`, whatever it is made of; between machines, where that pays, while
+backward still computes others. Where a machine's workers share memory they share the weights too, each worker updating
+its share of them, wherever `instep.engines.sharding` finds that this changes no bit; else weights and the whole update
+are private to each worker. A step is committed by the gather. Before it no weight of the step is changed, after it all
+are, and they are read again only when all have settled; a team that loses a worker in between starts again from a
+checkpoint, in another group.
 
 Why a worker may read shared weights after a step (to evaluate, to write a checkpoint) though others go on: they can
 compute the next step meanwhile, but update nothing before it is committed, and for that each worker must have come.
