@@ -420,3 +420,38 @@ def test_items_a_second_are_those_of_the_result_where_all_steps_are_seen() -> No
     resumed.see(merged(5.0, 8, train_s=80.0))
     resumed.see(merged(6.0, 9, train_s=80.5))
     assert resumed.items_per_s == 1000 / 0.5, "of this session"
+
+
+# Who holds the team up
+
+
+def held_up(file: TextIO) -> None:
+    with Console(file) as console:
+        console._screen._REFRESH_S = 0.0  # type: ignore[union-attr]
+        for event in (started(), merged(3, 1), merged(4, 2)):
+            console(event)
+        console.held_up("worker 2 on host 1", "computing step 3, microbatch 3", 1.2)
+        console.held_up("worker 2 on host 1", "computing step 3, microbatch 3", 64.0)
+        console.held_up("", "", 0.0)
+        console(merged(6, 3))
+
+
+@pytest.mark.parametrize("columns", [80, 40, 200])
+def test_for_whom_the_team_waits_is_the_live_line_until_it_is_over(columns: int) -> None:
+    os.environ["COLUMNS"] = str(columns)
+    with terminal(columns) as (file, finish):
+        held_up(file)
+        output = finish()
+    lines, live = screen(output)
+    first, last = (line for line in live if line.startswith("waiting"))
+    assert first.startswith("waiting for worker 2 on host 1: computing step 3, microbatch 3, for 1 s"[: columns - 1])
+    assert last.startswith("waiting for worker 2 on host 1: computing step 3, microbatch 3, for 1:04"[: columns - 1])
+    assert all(len(line) < columns for line in live), "never more than a line"
+    assert not [line for line in lines if "waiting" in line], "and nothing of it stays"
+    assert live[-1].startswith("step  3/20") or live[-2].startswith("step  3/20")
+
+
+def test_for_whom_the_team_waits_is_no_matter_for_files_and_pipes() -> None:
+    file = io.StringIO()
+    held_up(file)
+    assert "waiting" not in file.getvalue()

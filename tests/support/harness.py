@@ -19,7 +19,7 @@ from instep.record.folder import About, RunFolder
 from instep.team import session
 from instep.team.agent import Agent
 from instep.team.channel import Channel
-from instep.team.messages import PlainEvents, Request, StopRun
+from instep.team.messages import HeldUp, PlainEvents, Request, StopRun
 from instep.team.pickling import dump
 from instep.team.processes import import_before_forks
 from instep.team.session import Session
@@ -36,6 +36,7 @@ class Client:
     def __init__(self, on_event: Any = None, *, free: bool = False):
         self._ours, self._theirs = Channel.pair()
         self.events: list[dict[str, Any]] = []
+        self.waits: list[HeldUp] = []
         self._on_event = on_event
         self._awaited = on_event is not None and not free
         self._seen = np.frombuffer(mmap.mmap(-1, 8 * len(AWAITED)), dtype=np.int64)  # in common with what is forked
@@ -43,7 +44,10 @@ class Client:
     def fileno(self) -> int:
         return self._theirs.fileno()
 
-    def send(self, message: PlainEvents) -> None:
+    def send(self, message: PlainEvents | HeldUp) -> None:
+        if isinstance(message, HeldUp):
+            self.waits.append(message)
+            return
         for event in message.events:
             self.events.append(event)
             if self._on_event:

@@ -76,6 +76,9 @@ to_workers = st.one_of(
     st.builds(m.StopRun),
     st.builds(m.Left, counts, words),
 )
+shown = st.builds(
+    w.Shown, members, counts, floats, floats, words, floats, st.none() | floats, st.booleans(), st.booleans()
+)
 BY_HAND: dict[type, st.SearchStrategy[Any]] = {
     w.FromMember: st.builds(w.FromMember, members, from_workers),
     w.ToMember: st.builds(w.ToMember, members, to_workers),
@@ -94,6 +97,7 @@ BY_HAND: dict[type, st.SearchStrategy[Any]] = {
         words,
     ),
     w.GoMembers: st.builds(w.GoMembers, counts, tables),
+    w.MembersShown: st.builds(w.MembersShown, st.lists(shown, max_size=3).map(tuple)),
 }  # fmt: skip
 
 

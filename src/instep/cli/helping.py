@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "Prove or refute, on a recipe, what Instep promises of any.",
     "compare": "Train a recipe under several update rules, and show what each gains and costs.",
     "report": "Make a page of one run, or of several side by side.",
+    "team": "Show who trains in a run, what each does, and who waits for whom.",
     "recipes": "List the built-in recipes.",
     "digest": "Print the digest of a run or checkpoint.",
     "export": "Write a run for other tools: perfetto, csv, parquet.",

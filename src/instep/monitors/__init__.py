@@ -5,10 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 Monitor = Callable[[dict[str, Any]], None]
 """Called with every event of the tape, in order, in the process that called `instep.train`."""
+
+
+@runtime_checkable
+class ShowsWaits(Protocol):
+    """A monitor that shows for whom the others wait as well, which is on no tape."""
+
+    def held_up(self, who: str, doing: str, seconds: float) -> None:
+        """Somebody waits for `who`, who has been `doing` that for so long; "": nobody waits any more."""
 
 
 class Closing(ABC):

@@ -15,7 +15,7 @@ from typing import Any, Self, TextIO
 from instep.budget import as_size
 from instep.differences import without_address
 from instep.monitors import Closing
-from instep.monitors.progress import ProgressDisplay, duration, fit, nbytes, number, rate
+from instep.monitors.progress import ProgressDisplay, clock, duration, fit, nbytes, number, rate
 from instep.rules.presets import text_of
 from instep.rules.rule import UpdateRule
 from instep.schedule import what_changed
@@ -77,6 +77,12 @@ class Console(Closing):
             self._guard(lambda: show(event))
         if event["kind"] in ("run_started", "joined", "merged", "evaluated"):
             self._guard(lambda: self._screen.update(self._progress, event))
+
+    def held_up(self, who: str, doing: str, seconds: float) -> None:
+        """Has the live line, where there is one, tell for whom the team waits, as `instep.monitors.ShowsWaits` says."""
+        told = f"{who}: {doing}, for {f'{seconds:.0f} s' if seconds < 60 else clock(seconds)}"
+        self._progress.held_up = self._screen.clean(told) if who else ""
+        self._guard(lambda: self._screen.update(self._progress, {"kind": "held_up"}))
 
     def _guard(self, show: Callable[[], None]) -> None:
         if self._broken:
@@ -345,6 +351,7 @@ class _Terminal(_Screen):
                 done = bar * self._progress.done // self._progress.steps
                 line.append("  ").append(self.sign("━", "#") * done, "cyan")
                 line.append(self.sign("─", "-") * (bar - done), "dim")
+        line.truncate(self._console.width - 1)
         return line
 
 

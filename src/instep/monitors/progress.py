@@ -29,6 +29,8 @@ class ProgressDisplay:
         self.virtual = False
         """Whether times are those of a virtual clock, which tell nothing of how long a person waits."""
         self.state = "starting"
+        self.held_up = ""
+        """For whom the team waits, in words; "" where it does not."""
         self.objective: float | None = None
         self.terms: Mapping[str, float | None] = {}
         self.held_out: float | None = None
@@ -68,6 +70,8 @@ class ProgressDisplay:
 
     def parts(self) -> list[Part]:
         """What the live line shows, from left to right."""
+        if self.held_up:
+            return [Part("", f"waiting for {self.held_up}", f"waiting for {self.held_up}", 0)]
         if not self.steps:
             return [Part("", self.state, self.state, 0)]
         steps = f"{self.step:>{len(f'{self.steps:,}')},}/{self.steps:,}"

@@ -25,6 +25,9 @@ from instep.record.files import close_own, disk_error, hold_alone, json_text, wr
 from instep.record.held import Held, Identity, is_there
 from instep.record.shapes import ABOUT, RESULT, misfit
 
+CONTROL = "control"
+"""In a run folder, while the run goes on, the folder of the socket by which its owner asks it."""
+
 _LOG = re.compile(r"(supervisor|server|worker-\d+)\.log|[\w.-]+-\d+\.txt")
 
 
@@ -112,7 +115,7 @@ class RunFolder:
         """Whether nothing lies here but what a start that was killed leaves; its empty tape is taken away."""
         names = {path.name for path in self.path.iterdir()}
         known = {self.checkpoints.name, self.logs.name, self.about_path.name, self.tape_path.name}
-        aside = {f".{self.about_path.name}.new", f".{self.recipe_path.name}.new"}
+        aside = {f".{self.about_path.name}.new", f".{self.recipe_path.name}.new", CONTROL}
         if names - known - aside:
             return False
         made = [self.checkpoints, self.logs]

@@ -23,6 +23,7 @@ from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape
 from instep.team import messages, orders
+from instep.team.answers import Answers
 from instep.team.channel import Channel
 from instep.team.crew import Crew, Heard, LocalCrew
 from instep.team.hosts import Hosts
@@ -62,7 +63,9 @@ class Agent:
         self.roster = Roster(team.workers, team.restarts, run.folder, serving=serving, agents=agents, patient=patient)
         others = children()  # which are not this run's: none, unless a program supervises by itself
         name = self.roster.name
-        self._local = LocalCrew(team, others, self._unused, serving=serving, name=name, folder=self._folder)
+        self._local = LocalCrew(
+            team, others, self._unused, serving=serving, name=name, folder=self._folder, began=lambda: run.began
+        )
         self._network: messages.HostNetwork | None = None  # of this epoch
         self._facts: Mapping[str, Any] = {}  # what the team of this epoch starts from
         self._ended: dict[int, messages.Ended] = {}
@@ -73,19 +76,26 @@ class Agent:
 
     def supervise(self) -> dict[str, Any]:
         """Trains to the end, with restarts. Returns the result. Raises InstepError, Interrupted or ClientGone."""
+        run = self._run
         with (
             adopting_orphans(),
             self._folder.locked(PATIENCE_S) as self._held,
             Tape(self._folder.tape_path, append=True) as tape,
         ):
-            self._journal = Journal(self._folder, tape, self._client, self._run.began)
+            self._journal = Journal(self._folder, tape, self._client, run.began)
+            answers = self._answers = Answers(
+                lambda: time.monotonic() - run.began, lambda: self._crews, lambda: self.roster.restarts,
+                self._journal.tell, run.team.workers if run.engine == "server" else None,
+            )  # fmt: skip
+            self._journal.note = answers.note
             try:
                 self._journal.read()
                 self._about = self._folder.about()
                 best.read(self._folder.checkpoints)  # a damaged one is told of now, not in the midst of training
                 self._resume_from = self._journal.newest_checkpoint(resumed=self._run.resumed)
                 self._check_steps()
-                return self._train() if self._run.place is None else self._train_with_others()
+                with answers.listening(self._held.descriptor):
+                    return self._train() if self._run.place is None else self._train_with_others()
             except InstepError as error:
                 why = self._cause(error)
                 self._journal.record(FailedEvent(why=why.message))
@@ -139,14 +149,13 @@ class Agent:
 
     def _listen(self) -> None:
         """Waits until something happens, or it is time to look at the workers."""
-        hosts, crews = self._hosts, self._crews
+        hosts, crews, answers = self._hosts, self._crews, self._answers
         sources: list[Any] = [self._client, *(source for crew in crews for source in crew.sources())]
-        if hosts is None:
-            ready = ready_of(sources, [], LOOK_S)
-        else:
-            ready = ready_of([*sources, *hosts.sources()], hosts.senders(), LOOK_S)
+        sources += [*answers.sources(), *(hosts.sources() if hosts is not None else ())]
+        ready = ready_of(sources, [*answers.senders(), *(hosts.senders() if hosts is not None else ())], LOOK_S)
         if self._client in ready:
             self._hear_client()
+        answers.hear(ready)
         if self._requests.end or self._requests.at_once:
             self._hear(orders.StopAsked(at_once=self._requests.at_once))
         for crew in crews:
@@ -217,6 +226,7 @@ class Agent:
         for crew in self._crews:
             if (lost := crew.look()) is not None and self._result is None:
                 self._hear(lost)
+        self._answers.look()
 
     @property
     def _crews(self) -> list[Crew]:
@@ -232,7 +242,7 @@ class Agent:
 
     def _unused(self) -> list[Any]:
         """What is open here that no worker needs."""
-        return [self._client, *(self._hosts.opened if self._hosts is not None else ())]
+        return [self._client, *self._answers.opened, *(self._hosts.opened if self._hosts is not None else ())]
 
     def _hear(self, event: orders.RosterEvent) -> None:
         """Tells the roster, and does what it orders."""

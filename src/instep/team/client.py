@@ -17,7 +17,7 @@ from typing import IO, Any, Protocol, assert_never
 from instep.descendants import Stopped
 from instep.errors import ComponentError, InstepError, WorkerError, described, killed_by, no_process
 from instep.memory_file import memory_file
-from instep.monitors import Monitor
+from instep.monitors import Monitor, ShowsWaits
 from instep.recipe import Recipe, Team
 from instep.record.events import WarnedEvent, plain
 from instep.record.files import disk_error
@@ -25,7 +25,7 @@ from instep.record.folder import RunFolder, remove
 from instep.record.held import identity_of
 from instep.team import messages
 from instep.team.launcher import NewPython
-from instep.team.messages import Cancelled, Failed, Finished, PlainEvents, Request
+from instep.team.messages import Cancelled, Failed, Finished, HeldUp, PlainEvents, Request
 from instep.team.pickling import Pickled, dump
 from instep.team.signals import Stop, deaf, interrupting
 from instep.team.telling import tell
@@ -108,7 +108,7 @@ class _Client:
         self.trained = False
         self._folder, self._request, self._parent = folder, request, os.getppid()
         self._log = folder.logs / "supervisor.log"
-        self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()  # None: there are no more
+        self._events: queue.SimpleQueue[dict[str, Any] | HeldUp | None] = queue.SimpleQueue()  # None: no more come
         self._final: Finished | Failed | Cancelled | None = None
         self._receiver = threading.Thread(target=self._receive, name="instep-client", daemon=True)
         path = [*request.import_paths, *sys.path]
@@ -178,7 +178,10 @@ class _Client:
                 continue
             if event is None:
                 return
-            watching.see(event)
+            if isinstance(event, HeldUp):
+                watching.held_up(event)
+            else:
+                watching.see(event)
 
     def _tell(self, message: Request | messages.StopRun) -> None:
         with contextlib.suppress(OSError):  # it could not start, or is ending already: `_ending` says so
@@ -225,6 +228,8 @@ class _Client:
                     for event in message.events:
                         self.trained |= event["kind"] == "merged"
                         self._events.put(event)
+                elif isinstance(message, HeldUp):
+                    self._events.put(message)
                 else:
                     self._final = message
         except (EOFError, OSError):
@@ -247,6 +252,13 @@ class _Watching:
         self._monitors = list(monitors)
         self.failed: Exception | None = None
         """What the first of them has raised."""
+
+    def held_up(self, word: HeldUp) -> None:
+        """Hands it to those who show it."""
+        monitors: list[Any] = self._monitors
+        for monitor in monitors:
+            if isinstance(monitor, ShowsWaits):
+                monitor.held_up(word.who, word.doing, word.seconds)
 
     def see(self, event: dict[str, Any]) -> None:
         """Hands it to each."""

@@ -25,6 +25,7 @@ from instep.team.messages import (
 )
 from instep.team.orders import Lost, Member, RosterEvent
 from instep.team.processes import MemberProcess, MemberProcesses
+from instep.team.wire_messages import Shown
 from instep.transport.memory import reserve
 from instep.transport.meter import METER
 
@@ -70,6 +71,9 @@ class Crew(Protocol):
     def look(self) -> RosterEvent | None:
         """What no message tells: the first that is lost in silence."""
 
+    def shown(self) -> tuple[Shown, ...]:
+        """What its members do, as far as is known."""
+
     def take_out(self, member: Member) -> list[WorkerToSupervisor]:
         """Ends what is left of a member that was lost. Returns its last words, if they are here already."""
 
@@ -90,8 +94,8 @@ class LocalCrew:
     """Those of this machine, forked from this process.
 
     team: its fields, and how many all hosts have. others: children of this process that are not the run's. unused: what
-    is open here that members do not need. name: what a member is called in a sentence. folder: has the logs. host: the
-    number of this one.
+    is open here that members do not need. name: what a member is called in a sentence. folder: has the logs. began:
+    when the run did, on this host's monotonic clock. host: the number of this one.
     """
 
     def __init__(
@@ -103,10 +107,11 @@ class LocalCrew:
         serving: bool,
         name: Callable[[int], str],
         folder: RunFolder,
+        began: Callable[[], float],
         host: int = 0,
     ):
         self._team, self._others, self._unused, self._serving = team, others, unused, serving
-        self._name, self._folder, self._host = name, folder, host
+        self._name, self._folder, self._began, self._host = name, folder, began, host
         self._processes: MemberProcesses | None = None
         self._done: set[Member] = set()
         self._workers: list[int] = []  # of this host, by number
@@ -220,8 +225,36 @@ class LocalCrew:
         """Whether that was asked for, by one of the members too."""
         return self._processes is not None and self._processes.board.stop_wanted()
 
+    def shown(self) -> tuple[Shown, ...]:
+        return tuple(map(self._shown, self._processes or ()))
+
+    def _shown(self, process: MemberProcess) -> Shown:
+        board, began, number = self.processes.board, self._began(), process.member.number
+        since_s, done = process.began - began, process.member in self._done
+        doing, told = board.doing.read(number)
+        waits = int(board.waits[number])
+        return Shown(
+            member=process.member,
+            pid=process.handle.pid,
+            seen_s=time.monotonic() - began,
+            since_s=since_s,
+            doing=doing,
+            doing_s=told / 1e9 - began if told else since_s,
+            waits_s=waits / 1e9 - began if waits and not done else None,
+            stopped=process_state(process.handle.pid)[0] in "Tt",
+            done=done,
+        )
+
+    def someone_waits(self, since_s: float) -> bool:
+        """Whether a member waits for others since then, on the run's clock, or for longer. It costs next to nothing."""
+        if self._processes is None:
+            return False
+        waits = self._processes.board.waits
+        return bool(((waits > 0) & (waits <= int(1e9 * (since_s + self._began())))).any())
+
     def take_out(self, member: Member) -> list[WorkerToSupervisor]:
         old = self.processes.take_out(member)
+        self.processes.board.doing.clear(member.number)
         words = list(_rest(old.pipe))
         old.close()
         return words

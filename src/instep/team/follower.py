@@ -28,6 +28,7 @@ from instep.team.journal import ClientGone
 from instep.team.keeping import Keeping
 from instep.team.letters import key_of_server
 from instep.team.link import AgentLink, connect
+from instep.team.logs import Logs
 from instep.team.meeting import SAY_S
 from instep.team.messages import (
     Assignment,
@@ -57,8 +58,8 @@ from instep.team.wire_messages import (
     GiveKept,
     GoMembers,
     HelloAgent,
-    LogPart,
     MemberLost,
+    MembersShown,
     StartMembers,
     StartSuccessor,
     TakeOut,
@@ -73,8 +74,8 @@ LOOK_S = 0.2
 TRY_S = 0.5
 """Seconds of a try to reach agent 0, and between two."""
 
-LOG_BYTES = 1 << 16
-"""Bytes of a log that are sent at once."""
+SHOW_S = 1.0
+"""Seconds between two words on what the workers do."""
 
 
 class Follower:
@@ -97,7 +98,8 @@ class Follower:
         self._folder = ""  # agent 0's
         self._asked = False  # whether agent 0 was told to stop
         self._leader = ""  # agent 0's host
-        self._logs: dict[str, int] = {}  # bytes of each that were sent
+        self._logs = Logs(self._scratch.logs)
+        self._showed = 0.0
 
     def follow(self) -> dict[str, Any]:
         """Does what agent 0 orders until the run ends. Returns the result.
@@ -113,7 +115,7 @@ class Follower:
                     self._crew.leave()
             finally:
                 self._end()
-                self._send_logs()
+                self._logs.send(self._tell)
                 self._say_good_bye()
         match final:
             case Finished(result):
@@ -270,9 +272,12 @@ class Follower:
             return
         self._beaten = now
         self._tell_beat()
-        self._send_logs()
+        self._logs.send(self._tell)
         if self._crew is not None and (lost := self._crew.look()) is not None:
             self._hear_member(lost)
+        if self._crew is not None and now - self._showed >= SHOW_S:
+            self._showed = now
+            self._tell(MembersShown(self._crew.shown()))
 
     def _tell_beat(self) -> None:
         carried = self._crew.carried() if self._crew is not None else METER.look()
@@ -324,7 +329,7 @@ class Follower:
                 self._crew.succeed(member, replace(self._assignment, first=False))
             case EndMembers(epoch) if self._is_at(epoch):
                 self._end()
-                self._send_logs()
+                self._logs.send(self._tell)
                 self._tell(EpochGone(epoch))
             case _:
                 pass  # of an epoch that is past
@@ -344,6 +349,7 @@ class Follower:
             serving=run.engine == "server",
             name=self._name,
             folder=self._scratch,
+            began=lambda: self._clock.began,
             host=self._place.host,
         )
         assert self._hello is not None
@@ -381,17 +387,6 @@ class Follower:
         crew.end()
         for word in crew.last_words():
             self._hear_member(word)
-
-    def _send_logs(self) -> None:
-        """What the workers have printed since."""
-        for path in sorted(self._scratch.logs.glob("worker-*.log")):
-            sent = self._logs.get(path.name, 0)
-            with path.open("rb") as file:
-                file.seek(sent)
-                while content := file.read(LOG_BYTES):
-                    self._tell(LogPart(path.stem.replace("-", " "), content))
-                    sent += len(content)
-            self._logs[path.name] = sent
 
     def _say(self, why: str) -> None:
         """Tells the client something that is on no tape."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from instep.descendants import die_with_parent
+from instep.team.doing import DoingBoard
 from instep.transport.meter import METER
 
 BEAT_S = 0.25
@@ -27,9 +28,10 @@ class HeartbeatBoard:
         memory = mmap.mmap(-1, 8 * (5 * workers + 1))
         table = np.frombuffer(memory, np.int64)
         self.beats, self.progress, self.waits, self.sent, self.received = table[:-1].reshape(5, workers)
-        """Beats so far; pieces of work finished; 1 where the worker waits for others; bytes to and from other hosts, of
-        all processes that have had the worker's place."""
+        """Beats so far; pieces of work finished; since when the worker waits for others, in ns of the monotonic clock,
+        0 where it does not; bytes to and from other hosts, of all processes that have had the worker's place."""
         self._stop = table[-1:]
+        self.doing = DoingBoard(workers)
 
     def ask_to_stop(self) -> None:
         """Asks the team to end after the present step, with a checkpoint."""
@@ -58,7 +60,11 @@ class Heartbeat:
 
     def waiting(self, flag: bool) -> None:
         """Whether the worker waits for others."""
-        self._board.waits[self._worker] = flag
+        self._board.waits[self._worker] = flag and time.monotonic_ns()
+
+    def doing(self, what: str) -> None:
+        """What the worker does from now on, in words."""
+        self._board.doing.write(self._worker, what)
 
     def stop_wanted(self) -> bool:
         """Whether the run was asked to end after the present step."""

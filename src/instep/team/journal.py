@@ -19,7 +19,7 @@ from instep.record.folder import RunFolder
 from instep.record.tape import Tape, ToldCheckpoints, last_update, told
 from instep.record.team import BytesOfHost
 from instep.team.channel import Channel
-from instep.team.messages import Events, FoundWritten, PlainEvents, WorkerToSupervisor
+from instep.team.messages import Events, FoundWritten, HeldUp, PlainEvents, WorkerToSupervisor
 
 
 class ClientGone(Exception):
@@ -37,6 +37,8 @@ class Journal:
         """Whether a team of this process has: what is told before waits for it, or is not written."""
         self.wire_bytes: Callable[[], Sequence[BytesOfHost] | UnsetType] = lambda: UNSET
         """What the hosts have exchanged by now, where there are several agents."""
+        self.note: Callable[[Event], None] = lambda event: None
+        """Is told of all that happens."""
         self._told = ToldCheckpoints()
         self._early: list[dict[str, Any]] = []
 
@@ -58,6 +60,11 @@ class Journal:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._client.send(PlainEvents([plain(WarnedEvent(why=why))]))
 
+    def tell(self, word: HeldUp) -> None:
+        """Tells the client how the team stands, which is for no tape."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._client.send(word)
+
     def pass_on(self, happened: Sequence[Event]) -> None:
         """Notes what has happened. On the tape, ``run_started`` comes first; of a start that comes to nothing it holds
         none.
@@ -66,6 +73,8 @@ class Journal:
         self._early += events
         for event in events:
             self._told.note(event)
+        for one in happened:
+            self.note(one)
         if self.started or any(isinstance(event, RunStartedEvent) for event in happened):
             self.started = True
             for waiting in sorted(self._early, key=lambda early: early["kind"] != "run_started"):

@@ -115,8 +115,17 @@ class Cancelled:
     """The run was asked to stop, or terminated, where there was nothing to save."""
 
 
+@dataclass(frozen=True, slots=True)
+class HeldUp:
+    """For whom the others wait, what that does, and for how long; of nobody: nobody waits any more."""
+
+    who: str = ""
+    doing: str = ""
+    seconds: float = 0.0
+
+
 ClientToSupervisor = Request | StopRun
-SupervisorToClient = PlainEvents | Finished | Failed | Cancelled
+SupervisorToClient = PlainEvents | HeldUp | Finished | Failed | Cancelled
 
 # ------------------------------------------------------------------- supervisor, and worker or server of its team
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from instep.team.orders import Member
 
 @dataclass
 class MemberProcess:
-    """A member's process, as the agent sees it. `ready`: what it has said."""
+    """A member's process, as the agent sees it. `ready`: what it has said. `began`: on the monotonic clock."""
 
     member: Member
     handle: Handle
     pipe: Channel
     ready: Ready | None = None
+    began: float = field(default_factory=time.monotonic)
 
     def send(self, message: SupervisorToWorker) -> None:
         """Sends a message; nothing where it is dead, as will be seen."""

@@ -41,6 +41,8 @@ from instep.team.wire_messages import (
     KeptGiven,
     LogPart,
     MemberLost,
+    MembersShown,
+    Shown,
     StartMembers,
     StartSuccessor,
     TakeOut,
@@ -103,6 +105,7 @@ class RemoteCrew:
         self._ended: set[Member] = set()  # of them, who has nothing to do any more
         self._sent: set[str] = set()  # checkpoints that the host has
         self._facts: Mapping[str, Any] = {}
+        self._shown: tuple[Shown, ...] = ()  # as it was told last
         self._orders: deque[Iterator[Any]] = deque()  # to be sent as the link takes them
         self._silence = Silence()
 
@@ -226,6 +229,8 @@ class RemoteCrew:
                     self.clock_error_s = message.error_s
                     self._carried.told(self.hello.agent, self.hello.session, message)
                     self._order(Beat(seq, sent_s, self._clock()))
+                case MembersShown(shown):
+                    self._shown = shown
                 case LogPart(name, content):
                     self._log(name, content)
                 case CheckpointPart() | KeptGiven():
@@ -238,6 +243,9 @@ class RemoteCrew:
                     pass  # of an epoch that is past
         if ended:
             self._lose(f"{self.name} is lost: {ended}.")
+
+    def shown(self) -> tuple[Shown, ...]:
+        return tuple(each for each in self._shown if each.member in self._members)
 
     def _log(self, name: str, content: bytes) -> None:
         host = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.hello.name) or "host"

@@ -81,7 +81,10 @@ class Session:
         device = own_device(team.device, place, here) if self._on_gpu else "cpu"
         if self._on_gpu and not self.assignment.serving:
             check_nccl(team.by_nccl, team.workers)
-        return Replica(self.recipe, device, retries=team.restarts, written=written, deterministic=team.deterministic)
+        return Replica(
+            self.recipe, device, retries=team.restarts, written=written, deterministic=team.deterministic,
+            tell=self.heartbeat.doing,
+        )  # fmt: skip
 
     def _try_optimizer(self, build: Callable[[], Replica]) -> None:
         """Tries it once in a run, see `instep.worker.trial`. Raises InstepError."""

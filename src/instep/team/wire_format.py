@@ -22,7 +22,6 @@ from instep.record.events import Event, MergedContribution
 from instep.record.result import Costs
 from instep.team import messages as m
 from instep.team.messages import Failed
-from instep.team.orders import Member
 from instep.team.wire_messages import LONGEST, Count, MemberLost, Name, Names, NotComing, Table, WireError
 
 MESSAGE_BYTES = 16 << 20
@@ -135,11 +134,11 @@ def _of(wanted: Any, value: Any) -> Any:
     origin, arguments = get_origin(wanted), get_args(wanted)
     if wanted is Event:
         return _event(value)
-    if wanted is Member:
-        return _message({"Member": Member}, value)
+    if isinstance(wanted, type) and is_dataclass(wanted):
+        return _message({wanted.__name__: wanted}, value)
     if origin in (Union, types.UnionType) and (kinds := _dataclasses(arguments)):
         return None if value is None and type(None) in arguments else _message(kinds, value)
-    if origin is tuple and arguments[0] in (Event, Member):
+    if origin is tuple and (arguments[0] is Event or is_dataclass(arguments[0])):
         if not isinstance(value, list | tuple) or len(value) > LONGEST:
             raise ValueError(f"a list of at most {LONGEST:,} was expected")
         return type(value)(_of(arguments[0], each) for each in value)

@@ -113,6 +113,32 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """A process of the team, as its agent sees it. Times are seconds since the run's start, on the run's clock.
+
+    seen_s: when it was seen. since_s: of the process. doing: in words, "" before it has told, and since when. waits_s:
+    since when it waits for others, None where it does not. stopped: by SIGSTOP or a debugger. done: with its part.
+    """
+
+    member: Member
+    pid: Count
+    seen_s: float
+    since_s: float
+    doing: Name
+    doing_s: float
+    waits_s: float | None = None
+    stopped: bool = False
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class MembersShown:
+    """What the processes of its host do, about every second."""
+
+    shown: tuple[Shown, ...]
+
+
+@dataclass(frozen=True)
 class EpochGone:
     """All its host's processes of the epoch have ended, and their last words were sent."""
 
@@ -259,6 +285,7 @@ ToAgent0 = (
     | StopRun
     | LogPart
     | Beat
+    | MembersShown
     | EpochGone
     | CheckpointPart
     | KeptGiven

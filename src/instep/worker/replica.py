@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, lru_cache
 from typing import Any
@@ -36,7 +36,7 @@ class Replica:
 
     `like`: another of the same recipe in this process, whose data it reads too. `retries`: how often samples are read
     again that the system refuses. `written`: the names of parameters that forwards are known to write. `deterministic`:
-    as `Team.deterministic`.
+    as `Team.deterministic`. `tell`: is called with what it does from then on, in words, see `doing`.
 
     Raises ComponentError, DataError, RecipeError or ResourceError where the recipe cannot be built.
     """
@@ -50,8 +50,9 @@ class Replica:
         written: Collection[str] = (),
         *,
         deterministic: bool = True,
+        tell: Callable[[str], None] = lambda what: None,
     ):
-        self.recipe = recipe
+        self.recipe, self._tell = recipe, tell
         self.device = prepare_device(device, recipe.threads, deterministic=deterministic)
         self.doing = "building the data set"
         seed_all(key(recipe.seed, "data"))
@@ -78,6 +79,16 @@ class Replica:
         self._enter(0)
         torch.set_num_threads(recipe.threads)  # the user's modules may have set another number when imported
         self.doing = "waiting for the team"
+
+    @property
+    def doing(self) -> str:
+        """What it does, for a sentence after "while": whoever has it do something says so here."""
+        return self._doing
+
+    @doing.setter
+    def doing(self, what: str) -> None:
+        self._doing = what
+        self._tell(what)
 
     def _build(self, written: Collection[str]) -> None:
         """Builds model and optimizer."""

@@ -1,0 +1,123 @@
+"""``instep team``: its flags, and what it shows."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cyclopts import App
+
+from instep.cli.flags import Settings, refuse
+from instep.cli.helping import COMMANDS
+from instep.monitors.progress import clock, duration, rate
+from instep.record.files import json_text
+from instep.team.asking import standing_of
+
+LOOK_S = 0.5
+"""Seconds between two looks of a terminal."""
+
+LEFT = 5
+"""Of those who have left, how many are shown, the last ones."""
+
+_STATES = {
+    "starting": "starting",
+    "training": "training",
+    "ended": "ended",
+    "interrupted": "interrupted",
+    "failed": "failed",
+    "killed": "ended in the middle, killed or cut off",
+    "nothing": "has trained nothing: it starts just now, or was ended before",
+}
+
+_HELP = """\
+On a terminal it is shown anew twice a second, until the run ends; elsewhere once. Only the owner of a run that goes \
+on may ask it, on the machine that has its folder."""
+
+
+def declare(app: App, settings: Settings) -> None:
+    """Adds the command to `app`."""
+
+    @app.command(help=f"{COMMANDS['team']}\n\n{_HELP}")
+    def team(run: Path, /, *, json: bool = False) -> None:
+        """Team.
+
+        Parameters
+        ----------
+        run
+            The folder of a run.
+        json
+            Prints one JSON document.
+        """
+        refuse(settings)
+        if json:
+            print(json_text(standing_of(run)))
+        elif sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+            _watch(run)
+        else:
+            print("\n".join(lines(standing_of(run))))
+
+
+def _watch(run: Path) -> None:
+    """Shows it again and again, until the run has ended."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while (found := standing_of(run))["state"] in ("starting", "training"):
+            shown = list(lines(found))[: max(1, console.height - 1)]
+            text = Text("\n".join(shown), no_wrap=True, overflow="crop")
+            live.update(text, refresh=True)
+            time.sleep(LOOK_S)
+    print("\n".join(lines(found)))
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """What is shown of the document. The first line of a run that does not go on says how it has ended."""
+    steps = f"step {found['step']:,}" + (f" of {found['steps']:,}" if found["steps"] else "")
+    restarts = found["restarts"] or 0
+    more = f", {restarts} restart{'' if restarts == 1 else 's'}" if restarts else ""
+    version = f"version {found['version']:,}, {clock(found['t_s'])}"
+    yield f"{found['run']}: {_STATES[found['state']]}, {steps}, {version}{more}"
+    if found.get("why"):
+        yield found["why"]
+    members = found["members"]
+    hosts = {each["host"]: each["host_name"] for each in members if each["host"]}
+    if members:
+        yield "  ".join(
+            (f"{'worker':<6}", *(["host"] if hosts else []), f"{'pid':>7}", f"{'there':>7}", "samples/s", "now")
+        )
+    for each in members:
+        who = "server" if each["worker"] is None else str(each["worker"])
+        host = [f"{each['host']:>4}"] if hosts else []
+        speed = rate(each["samples_per_s"]) if each["samples_per_s"] else ""
+        yield "  ".join(
+            (f"{who:<6}", *host, f"{each['pid']:>7}", f"{clock(each['for_s']):>7}", f"{speed:>9}", now(each))
+        )
+    for host, name in sorted(hosts.items()):
+        yield f"host {host} is {name or 'not known yet'}"
+    for each in found["left"][-LEFT:]:
+        yield f"left at {clock(each['t_s'])}: {each['why']}"
+
+
+def now(member: Mapping[str, Any]) -> str:
+    """What a member does, and since when."""
+    if member["stopped"]:
+        return "stopped (SIGSTOP or a debugger)"
+    if member["waits_for"]:
+        waits = member["waits_for"]
+        others = f" and {len(waits) - 1} more" if len(waits) > 1 else ""
+        seconds = member["waits_for_s"]
+        return f"waits for {waits[0]}{others}" + (f", for {_seconds(seconds)}" if seconds is not None else "")
+    if member["doing"] == "done":
+        return "done"
+    return f"{member['doing'] or 'starting'}, for {_seconds(member['doing_for_s'])}"
+
+
+def _seconds(seconds: float) -> str:
+    return duration(seconds) if seconds < 10 else f"{seconds:.0f} s" if seconds < 60 else clock(seconds)

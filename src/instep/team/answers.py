@@ -1,0 +1,103 @@
+"""What an agent tells while its run goes on: its client, who holds the others up; the run's owner, what that asks."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Self
+
+from instep.record.events import Event, MergedEvent
+from instep.team.control import Asked, Control
+from instep.team.crew import Crew, LocalCrew
+from instep.team.messages import HeldUp
+from instep.team.standing import WAITS_S, TeamStanding
+from instep.team.wire_messages import Shown
+
+TELL_S = 1.0
+"""Seconds between two words on who holds the others up."""
+
+
+class Answers:
+    """For one run. clock: seconds since its start. crews: of all hosts, this one's first. restarts: so far. tell: sends
+    the client a word, which is for no tape. server: its number, where there is one.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        crews: Callable[[], Sequence[Crew]],
+        restarts: Callable[[], int],
+        tell: Callable[[HeldUp], None],
+        server: int | None,
+    ):
+        self._clock, self._crews, self._restarts, self._tell = clock, crews, restarts, tell
+        self._standing = TeamStanding(server)
+        self._control: Control | None = None
+        self._told_s, self._told = 0.0, False
+
+    def listening(self, run_folder: int) -> Self:
+        """The same, for a ``with`` in which it can be asked by the socket in the run folder, a descriptor, if it can
+        have one: a run needs none.
+        """
+        with contextlib.suppress(OSError):
+            self._control = Control(run_folder)
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over()
+        control, self._control = self._control, None
+        if control is not None:
+            control.close()
+
+    def _over(self) -> None:
+        """Nobody waits any more."""
+        if self._told:
+            self._told = False
+            self._tell(HeldUp())
+
+    @property
+    def opened(self) -> list[Any]:
+        """What is open here that no worker needs."""
+        return self._control.opened if self._control is not None else []
+
+    def note(self, event: Event) -> None:
+        """What has happened, as the tape tells it."""
+        self._standing.note(event)
+        if isinstance(event, MergedEvent):  # of a step that all have computed
+            self._over()
+
+    def sources(self) -> list[Any]:
+        """What to wait for, to be read."""
+        return self._control.sources() if self._control is not None else []
+
+    def senders(self) -> list[Any]:
+        """Who has something to be sent."""
+        return self._control.senders() if self._control is not None else []
+
+    def hear(self, ready: Collection[Any]) -> None:
+        """Answers what was asked."""
+        for asked in self._control.hear(ready) if self._control is not None else ():
+            self._answer(asked)
+
+    def _answer(self, asked: Asked) -> None:
+        asked.answer(self._standing.table(self._shown(), self._clock(), self._restarts()))
+
+    def _shown(self) -> list[Shown]:
+        return [each for crew in self._crews() for each in crew.shown()]
+
+    def look(self) -> None:
+        """Tells who has the others wait, as long as somebody does, and once when it is over."""
+        own, *others = self._crews()
+        assert isinstance(own, LocalCrew), "this host is the first"
+        now_s = self._clock()
+        one = self._standing.holds_up(self._shown()) if others or own.someone_waits(now_s - WAITS_S) else None
+        if one is None:
+            self._over()
+        elif not self._told or time.monotonic() - self._told_s >= TELL_S:
+            self._told_s, self._told = time.monotonic(), True
+            doing = "stopped (SIGSTOP or a debugger)" if one.stopped else one.doing or "starting"
+            self._tell(HeldUp(self._standing.name(one), doing, round(max(0.0, now_s - one.doing_s), 3)))

@@ -1,0 +1,87 @@
+"""``instep team``: what it shows of a run that goes on, and of one that does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instep.cli import main, team
+from instep.record.folder import About, RunFolder
+from instep.record.tape import Tape
+
+pytestmark = pytest.mark.pure
+
+
+def member(worker: int | None, **more: Any) -> dict[str, Any]:
+    return {
+        "worker": worker, "name": f"worker {worker}", "host": 0, "host_name": "node0", "pid": 1000, "since_s": 1.0,
+        "for_s": 61.0, "microbatches_per_s": 5.0, "samples_per_s": 1234.0, "doing": "computing step 42, microbatch 3",
+        "doing_for_s": 4.04, "stopped": False, "waits_for": [], "waits_for_s": None, **more,
+    }  # fmt: skip
+
+
+def table(*members: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {
+        "schema": 1, "run": "runs/gpt", "state": "training", "t_s": 62.0, "engine": "lockstep", "step": 41,
+        "steps": 300, "version": 41, "restarts": 0, "members": list(members), "left": [], **more,
+    }  # fmt: skip
+
+
+def test_a_team_on_one_host_is_a_line_each_that_fits_a_usual_terminal() -> None:
+    waits = {"waits_for": ["worker 1", "worker 2"], "waits_for_s": 12.3}
+    left = [{"worker": 3, "t_s": 9.0, "why": f"worker 3 (pid {pid}) was killed by SIGKILL."} for pid in range(7)]
+    team_of_4 = [member(0, **waits), member(1), member(2, stopped=True), member(3, doing="", samples_per_s=None)]
+    found = list(team.lines(table(*team_of_4, restarts=1, left=left)))
+    assert found[:6] == [
+        "runs/gpt: training, step 41 of 300, version 41, 1:02, 1 restart",
+        "worker      pid    there  samples/s  now",
+        "0          1000     1:01      1,234  waits for worker 1 and 1 more, for 12 s",
+        "1          1000     1:01      1,234  computing step 42, microbatch 3, for 4.0 s",
+        "2          1000     1:01      1,234  stopped (SIGSTOP or a debugger)",
+        "3          1000     1:01             starting, for 4.0 s",
+    ]
+    assert found[6:] == [f"left at 0:09: worker 3 (pid {pid}) was killed by SIGKILL." for pid in range(2, 7)]
+    assert max(map(len, found)) < 80
+
+
+def test_hosts_are_shown_where_there_are_several_and_a_server_by_its_name() -> None:
+    found = list(team.lines(table(member(0), member(1, host=1, host_name="node1"), member(None, doing="done"))))
+    assert found[1:] == [
+        "worker  host      pid    there  samples/s  now",
+        "0          0     1000     1:01      1,234  computing step 42, microbatch 3, for 4.0 s",
+        "1          1     1000     1:01      1,234  computing step 42, microbatch 3, for 4.0 s",
+        "server     0     1000     1:01      1,234  done",
+        "host 1 is node1",
+    ]
+
+
+def made(path: Path, *events: dict[str, Any]) -> Path:
+    began = {"kind": "run_started", "t_s": 0.0, "clock": "wall", "schema": 2, "version": 0, "step": 0, "steps": 5}
+    with Tape(RunFolder.create(path, "seed = 1\n", About()).tape_path) as tape:
+        for event in ({**began, "engine": "lockstep"}, *events):
+            tape.write(event)
+    return path
+
+
+def test_a_run_that_does_not_go_on_says_how_it_has_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    why = {"kind": "failed", "t_s": 3.0, "clock": "wall", "why": "worker 0 raised ValueError: a pity."}
+    killed, failed = made(tmp_path / "killed"), made(tmp_path / "failed", why)
+    for run, said in (
+        (killed, f"{killed}: ended in the middle, killed or cut off, step 0 of 5, version 0, 0:00\n"),
+        (failed, f"{failed}: failed, step 0 of 5, version 0, 0:03\nworker 0 raised ValueError: a pity.\n"),
+    ):
+        assert main(["team", str(run)]) == 0
+        assert capsys.readouterr().out == said
+        assert main(["team", str(run), "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert (document["schema"], document["run"], document["members"]) == (1, str(run), [])
+
+
+def test_what_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["team", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["team", str(tmp_path), "--team.workers", "3"]) == 2
+    assert capsys.readouterr().err == "instep: --team.workers goes with 'instep train' only.\n"
