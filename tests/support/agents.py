@@ -110,10 +110,11 @@ def _follow(request: Request, pipe: Connection) -> None:
 
 
 def places(agents: Sequence[int]) -> list[Place]:
-    """Those of hosts with so many agents."""
-    host_of = tuple(host for host, count in enumerate(agents) for _ in range(count))
+    """Those of hosts with so many agents, as torchrun tells them: of other hosts' numbers nothing."""
+    host_of = [host for host, count in enumerate(agents) for _ in range(count)]
+    told = [tuple(count if each == host else 0 for each, count in enumerate(agents)) for host in range(len(agents))]
     return [
-        Place(agent, len(host_of), host, len(agents), agent - host_of.index(host), "torchrun", host_of)
+        Place(agent, len(host_of), host, len(agents), agent - host_of.index(host), "torchrun", told[host])
         for agent, host in enumerate(host_of)
     ]
 

@@ -19,11 +19,11 @@ def beat(sent: int, received: int) -> Beat:
 
 
 def test_bytes_are_those_of_all_agents_of_a_host_and_of_those_that_were_lost() -> None:
-    carried = Carried([0, 0, 1, 2])
-    carried.told(1, "a", beat(1, 2))
-    carried.told(2, "b", beat(10, 20))
-    carried.told(2, "b", beat(30, 40))  # since it began, as all of these
-    carried.told(2, "started again", beat(5, 6))
+    carried = Carried(3)
+    carried.told(0, "a", beat(1, 2))
+    carried.told(1, "b", beat(10, 20))
+    carried.told(1, "b", beat(30, 40))  # since it began, as all of these
+    carried.told(1, "started again", beat(5, 6))
     assert carried.by_host((100, 200)) == [
         {"host": 0, "sent": 101, "received": 202},
         {"host": 1, "sent": 35, "received": 46},

@@ -17,7 +17,7 @@ from instep.team.place import Place
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import AskRun, RunGiven
 
-PLACE = Place(1, 2, 1, 2, 0, "torchrun", (0, 1))
+PLACE = Place(1, 2, 1, 2, 0, "torchrun", (1, 1))
 
 Answering = Callable[[Callable[[AgentLink], None]], None]
 

@@ -28,8 +28,8 @@ from support.processes import free_port
 
 pytestmark = pytest.mark.processes
 
-BY_TORCHRUN = Place(1, 2, 1, 2, 0, "torchrun", (0, 1), run="none")
-BY_SRUN = Place(1, 2, 1, 2, 0, "srun", (0, 1), run="7", head="localhost", others=("localhost",), port=16391)
+BY_TORCHRUN = Place(1, 2, 1, 2, 0, "torchrun", (1, 1), run="none")
+BY_SRUN = Place(1, 2, 1, 2, 0, "srun", (1, 1), run="7", head="localhost", others=("localhost",), port=16391)
 
 STORE = """\
 import sys

@@ -41,7 +41,7 @@ def test_torchrun_tells_an_agent_its_place() -> None:
     place = from_environment(torchrun())
     assert place is not None
     assert (place.agent, place.agents, place.host, place.hosts, place.local) == (3, 4, 1, 2, 1)
-    assert (place.launcher, place.host_of, place.port) == ("torchrun", (0, 0, 1, 1), 0)
+    assert (place.launcher, place.agents_by_host, place.here, place.port) == ("torchrun", (0, 2), 2, 0)
     assert place.stores == (("n1", 29500),)
 
 
@@ -91,18 +91,18 @@ def test_srun_tells_an_agent_its_place() -> None:
     place = from_environment(srun(4, (3, 1, 2)))
     assert place is not None
     assert (place.agent, place.agents, place.host, place.hosts, place.local) == (4, 6, 2, 3, 0)
-    assert (place.launcher, place.host_of, place.head, place.others) == (
-        "srun", (0, 0, 0, 1, 2, 2), "n01", ("n01", "n02"),
+    assert (place.launcher, place.agents_by_host, place.head, place.others) == (
+        "srun", (3, 1, 2), "n01", ("n01", "n02"),
     )  # fmt: skip
     same_port = {from_environment(srun(task)).port for task in range(4)}  # type: ignore[union-attr]
     assert same_port == {16384 + 77}
     assert from_environment(srun(SLURM_STEP_ID=3)).port not in same_port  # type: ignore[union-attr]
     compact = from_environment(srun(3, SLURM_STEP_TASKS_PER_NODE="2(x2)", INSTEP_PORT=12345))
     assert compact is not None
-    assert (compact.host_of, compact.port) == ((0, 0, 1, 1), 12345)
+    assert (compact.agents_by_host, compact.port) == ((2, 2), 12345)
     unsaid = from_environment(srun(3, SLURM_STEP_TASKS_PER_NODE=None))
     assert unsaid is not None
-    assert unsaid.host_of == (0, 0, 1, 1)
+    assert unsaid.agents_by_host == (2, 2)
 
 
 @pytest.mark.pure
@@ -124,8 +124,12 @@ WRONG: list[tuple[dict[str, str], str, str]] = [
     (torchrun(RANK="x"), "auto", "RANK is 'x', which is no number"),
     (torchrun(RANK="-1"), "auto", "RANK is '-1', which is no number"),
     (torchrun(GROUP_RANK=None), "auto", "GROUP_RANK is missing"),
-    (torchrun(RANK=2), "auto", "RANK 2, GROUP_RANK 1 and LOCAL_RANK 1 don't go together"),
-    (torchrun(WORLD_SIZE=5), "auto", "give the same --nproc-per-node on all"),
+    (torchrun(RANK=1), "auto", "RANK 1 of 4, GROUP_RANK 1 of 2 and LOCAL_RANK 1 don't go together"),
+    (torchrun(WORLD_SIZE=2), "auto", "RANK 3 of 2, GROUP_RANK 1 of 2 and LOCAL_RANK 1 don't go together"),
+    (torchrun(2, GROUP_RANK=0), "auto", "RANK 2 of 4, GROUP_RANK 0 of 2 and LOCAL_RANK 0 don't go together"),
+    (torchrun(0, GROUP_RANK=1), "auto", "RANK 0 of 4, GROUP_RANK 1 of 2 and LOCAL_RANK 0 don't go together"),
+    (torchrun(GROUP_WORLD_SIZE=1), "auto", "GROUP_RANK 1 of 1"),
+    (torchrun(0, 2, 1, WORLD_SIZE=3), "auto", "together with LOCAL_WORLD_SIZE 2"),
     (torchrun(MASTER_ADDR=None), "auto", "MASTER_ADDR is missing"),
     (srun(SLURM_JOB_NODELIST=None), "auto", "SLURM_JOB_NODELIST is missing"),
     (srun(SLURM_JOB_NODELIST="n[1-x]"), "auto", "list of hosts is n[1-x], which Instep does not read"),

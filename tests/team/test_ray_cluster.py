@@ -107,7 +107,7 @@ def test_a_client_outside_rays_cluster_is_told_to_run_the_command_inside(monkeyp
 
 
 def test_agents_that_ray_starts_know_the_first_ones_address_and_secret_from_it() -> None:
-    place = Place(1, 2, 1, 2, 0, "ray", (0, 1), head="10.0.0.7", port=20123, secret=b"drawn by the first")
+    place = Place(1, 2, 1, 2, 0, "ray", (1, 1), head="10.0.0.7", port=20123, secret=b"drawn by the first")
     assert meeting.find(place, 0.0) == meeting.Found(("10.0.0.7", 20123), b"drawn by the first")
     first = replace(place, agent=0, host=0)
     assert meeting.own_address(first) == "10.0.0.7"

@@ -145,7 +145,7 @@ def test_an_agent_that_was_replaced_ends_when_it_comes_back(met: Met) -> None:
     stale, _ = met.hello(session=hello.session)
     refused = met.answers(stale)
     assert refused == Failed("WorkerError", "agent 1 was started again while this one was away; it ends.")
-    assert met.events == [HostCame(1, hello.name)] * 2
+    assert met.events == [HostCame(1, hello.name, 2)] * 2
     for link in (standby, first, second, stale):
         link.close()
 
@@ -161,7 +161,7 @@ def test_an_agent_without_workers_is_answered_and_may_come_and_go(met: Met) -> N
         assert isinstance(answer, Beat)
         assert (answer.seq, answer.sent_s) == (3, 1.5)
         standby.close()
-    assert met.events == [HostCame(1, hello.name)], "its host lost nothing by that"
+    assert met.events == [HostCame(1, hello.name, 2)], "its host lost nothing by that"
     first.close()
 
 
@@ -170,7 +170,7 @@ def test_the_first_host_is_there_when_its_other_agents_are(tmp_path: Path) -> No
     met = Met(tmp_path / "run", (2, 1))
     link, hello = met.hello(host=0, local=1)
     assert isinstance(met.answers(link), Welcome)
-    assert met.events == [HostCame(0, hello.name)]
+    assert met.events == [HostCame(0, hello.name, 2)]
     for each in (link, *met.hosts.opened):
         each.close()
 

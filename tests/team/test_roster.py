@@ -18,6 +18,7 @@ from instep.team.orders import (
     FailRun,
     FinishRun,
     Go,
+    HostCame,
     Join,
     Lost,
     Member,
@@ -234,6 +235,16 @@ def test_an_agent_that_comes_anew_has_no_workers() -> None:
     world.gone()
     assert [each.host for each in world.present()] == [0, 1]
     assert world.roster.restarts == 1
+
+
+def test_workers_are_shared_out_by_the_agents_that_hosts_tell_of_as_they_come() -> None:
+    roster = Roster(6, 0, Path("run"), serving=False, agents=(2, 0, 0))
+    assert roster.begin() == []
+    for host, agents in ((2, 3), (0, 2), (1, 1)):
+        orders = roster.hear(HostCame(host, "n", agents))
+    (start,) = orders
+    assert isinstance(start, Start)
+    assert [member.host for member in start.members] == [0, 0, 1, 2, 2, 2]
 
 
 def test_workers_are_shared_out_by_agents_and_the_rest_stands_by() -> None:

@@ -85,8 +85,8 @@ BY_HAND: dict[type, st.SearchStrategy[Any]] = {
     m.Failed: st.builds(m.Failed, words, words, words),
     m.Finished: st.builds(m.Finished, tables),
     w.HelloAgent: st.builds(
-        w.HelloAgent, counts, counts, counts, words, words, counts, st.dictionaries(words, words), words, words, tables,
-        words, st.none() | st.builds(w.Kept, st.none() | words, counts, file_names, words),
+        w.HelloAgent, counts, counts, counts, counts, words, words, counts, st.dictionaries(words, words), words, words,
+        tables, words, st.none() | st.builds(w.Kept, st.none() | words, counts, file_names, words),
     ),
     w.KeptGiven: st.builds(
         w.KeptGiven, file_names, st.lists(merged | warned, max_size=3).map(tuple), words, st.booleans()

@@ -101,6 +101,18 @@ def test_hosts_give_the_digest_of_one_process(hosts: Hosts, workers: int) -> Non
     nothing_runs(hosts)
 
 
+def test_hosts_may_have_different_numbers_of_agents(two: Hosts) -> None:
+    options = [["--nproc-per-node", "2"], ["--nproc-per-node", "1"]]
+    commands = torchrun(two, "--out", "run", options=options)
+    assert all_end(commands) == [0, 0], [each.err for each in commands]
+    assert digest_in(holder(two, "run"), "run") == alone(two[0])
+    assert sum(each.err.count("instep: 3 workers, one for each agent") for each in commands) == 1
+    tape = (holder(two, "run").path() / "run" / "tape.jsonl").read_text().splitlines()
+    hosts = json.loads(tape[0])["hosts"]
+    assert {each["name"]: each["workers"] for each in hosts} == {two[0].name: 2, two[1].name: 1}
+    nothing_runs(two)
+
+
 def test_a_name_that_only_its_own_host_knows_is_no_obstacle(tmp_path: Path) -> None:
     """Under c10d torchrun tells all of the first host's own name, MASTER_ADDR, that here nobody else can resolve."""
     with Hosts(2, tmp_path / "hosts", named=False) as hosts:

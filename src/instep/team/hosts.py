@@ -20,6 +20,7 @@ from instep.record.computed_by import libraries, processor
 from instep.record.folder import RunFolder
 from instep.record.team import BytesOfHost, HostInTeam
 from instep.team import meeting
+from instep.team.agents_by_host import AgentsByHost
 from instep.team.carried import Carried
 from instep.team.journal import ClientGone
 from instep.team.letters import key_of_server
@@ -75,13 +76,14 @@ class Hosts:
         self._own = hello_of(run, self.address)
         self.crews: list[RemoteCrew] = []
         """Of the hosts that are there."""
-        self._standby: dict[int, AgentLink] = {}  # agents without workers, by number
+        self._standby: dict[int, tuple[AgentLink, HelloAgent]] = {}  # agents without workers, by number
         self._unknown: dict[AgentLink, Silence] = {}  # that have not said who they are
         self._session: dict[int, str] = {}  # the present one of each agent
         self._replaced: set[str] = set()
         self._told_of: dict[int, HelloAgent] = {}  # of each host that the roster knows to be there
         self._mixed: dict[int, str] = {}  # what the tape has not told yet of hosts with other processors
-        self._carried = Carried(self._place.host_of)
+        self._agents = AgentsByHost(self._place)
+        self._carried = Carried(self._place.hosts)
         self._aside: dict[int, float] = {}  # hosts that take no part, and until when
         self._not_coming: list[str] = []  # of agents that could not come back, what is still to be said
         self._parent = os.getppid()
@@ -128,15 +130,19 @@ class Hosts:
     @property
     def opened(self) -> list[Any]:
         """All that is open here for them."""
-        return [self._listener, *self._unknown, *self._standby.values(), *(crew.link for crew in self.crews)]
+        return [self._listener, *self._unknown, *self._standing_by, *(crew.link for crew in self.crews)]
+
+    @property
+    def _standing_by(self) -> list[AgentLink]:
+        return [link for link, _ in self._standby.values()]
 
     def sources(self) -> list[Any]:
         """What to wait for; those of the crews come beside."""
-        return [*self._listener.sources(), *self._unknown, *self._standby.values()]
+        return [*self._listener.sources(), *self._unknown, *self._standing_by]
 
     def senders(self) -> list[Any]:
         """What has something to send."""
-        links = [*self._unknown, *self._standby.values(), *(crew.link for crew in self.crews if crew.lost is None)]
+        links = [*self._unknown, *self._standing_by, *(crew.link for crew in self.crews if crew.lost is None)]
         return [link for link in links if link.wants_write]
 
     def hear(self, ready: Collection[Any], *, begun: bool) -> Iterator[RosterEvent]:
@@ -146,17 +152,17 @@ class Hosts:
             self._unknown[link] = Silence()
         for link, silence in list(self._unknown.items()):
             yield from self._hear_unknown(link, silence, begun)
-        for agent, link in list(self._standby.items()):
+        for agent, (link, hello) in list(self._standby.items()):
             if link in ready:
                 try:
                     for message in link.receive():
                         if isinstance(message, StopRun):
                             yield StopAsked()
                         elif isinstance(message, Beat):
-                            self._carried.told(agent, self._session[agent], message)
+                            self._carried.told(hello.host, hello.session, message)
                             link.send(Beat(message.seq, message.sent_s, self._clock()))
                 except (EOFError, OSError):
-                    self._standby.pop(agent).close()
+                    self._standby.pop(agent)[0].close()
         self.crews = [crew for crew in self.crews if crew.lost is None or not crew.told_of_loss]
         if self._taking_up.ended():
             for host in range(self._place.hosts):
@@ -200,7 +206,7 @@ class Hosts:
 
     def _hear_not_coming(self, word: NotComing, begun: bool) -> None:
         """Raises the error of an agent that failed before it came, unless the run has begun without it."""
-        if self._is_none(word.agent, word.host):
+        if not self._agents.can_be(word.agent, word.host):
             return
         who = f"host {word.host} ({word.name}), agent {word.agent}"
         if begun:
@@ -217,8 +223,8 @@ class Hosts:
         link.send(Welcome(self._run_id, self._clock(), self._own.name))
         if hello.local:
             if (old := self._standby.pop(hello.agent, None)) is not None:
-                old.close()
-            self._standby[hello.agent] = link
+                old[0].close()
+            self._standby[hello.agent] = link, hello
         else:
             for crew in [each for each in self.crews if each.hello.agent == hello.agent]:
                 crew.link.close()
@@ -240,7 +246,7 @@ class Hosts:
         if self._taking_up.busy:
             return  # told of once what it has kept is here
         self._told_of[host] = hello
-        yield HostCame(host, hello.name)
+        yield HostCame(host, hello.name, hello.here)
 
     def at(self, address: str) -> int | None:
         """The host that has this address, as far as is known."""
@@ -267,16 +273,11 @@ class Hosts:
 
     def _refused(self, hello: HelloAgent) -> InstepError | None:
         """Why it is none of this run's agents, if so."""
-        if self._is_none(hello.agent, hello.host):
+        if not self._agents.learn(hello):
             return WorkerError(f"agent {hello.agent} of host {hello.host} is none of this run's; end it.")
         if hello.session in self._replaced:
             return WorkerError(f"agent {hello.agent} was started again while this one was away; it ends.")
         return None
-
-    def _is_none(self, agent: int, host: int) -> bool:
-        """Whether there is no such agent."""
-        host_of = self._place.host_of
-        return not 0 < agent < len(host_of) or host_of[agent] != host
 
     def _different(self, hello: HelloAgent) -> InstepError | None:
         """What it must have in common with agent 0, and has not."""
@@ -311,7 +312,7 @@ class Hosts:
     def _missing(self, host: int) -> list[int]:
         """The agents of a host, agent 0 aside, that are not there."""
         here = {0, *self._standby, *(crew.hello.agent for crew in self.crews if crew.lost is None)}
-        return [agent for agent, of in enumerate(self._place.host_of) if of == host and agent not in here]
+        return [agent for agent in self._agents.of(host) or () if agent not in here]
 
     def awaiting(self, hosts: Collection[int]) -> str:
         """A line on who of these `hosts` is awaited, every `SAY_S`, or cannot come; "" else. WorkerError in the end."""
@@ -322,8 +323,9 @@ class Hosts:
             self._began = self._said = now
             return ""
         missing = [f"{agent} (host {host})" for host in sorted(hosts) for agent in self._missing(host)]
-        who = f"agent{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
-        who = who if missing else "hosts that are left out"
+        unknown = [str(host) for host in sorted(hosts) if self._agents.of(host) is None]
+        awaited = [(f"agent{'s' * (len(missing) > 1)} ", missing), (f"host{'s' * (len(unknown) > 1)} ", unknown)]
+        who = " and ".join(what + ", ".join(each) for what, each in awaited if each) or "hosts that are left out"
         if now - self._began >= limit:
             raise WorkerError(
                 f"no word came within {limit:g} s from {who}; look there for an error and whether {self.address} can "
@@ -338,7 +340,7 @@ class Hosts:
     def tell(self, message: Finished | Failed | Cancelled) -> None:
         """Tells all that the run has ended, those too who come only now, and waits a while for them to end."""
         crews = {crew.link: crew for crew in self.crews if crew.lost is None}
-        links: list[AgentLink] = [*crews, *self._standby.values(), *self._unknown]
+        links: list[AgentLink] = [*crews, *self._standing_by, *self._unknown]
         for link in links:
             self._send(link, message)
         awaited = set(range(1, self._place.agents)) - set(self._session)
@@ -379,6 +381,7 @@ def hello_of(run: Request, address: str) -> HelloAgent:
         agent=place.agent,
         host=place.host,
         local=place.local,
+        here=place.here,
         name=socket.gethostname(),
         session=uuid.uuid4().hex,
         pid=os.getpid(),

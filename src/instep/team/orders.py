@@ -73,10 +73,13 @@ class EpochEnded:
 
 @dataclass(frozen=True)
 class HostCame:
-    """A host, called `name`, is there to take workers: the first time, or again."""
+    """A host, called `name`, is there to take workers: the first time, or again. agents: how many it has, if that is
+    news.
+    """
 
     host: int
     name: str = ""
+    agents: int = 0
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,13 @@ _ANCESTORS = 8
 
 @dataclass(frozen=True)
 class Place:
-    """One agent's. All count from 0; agent 0 has the run folder. local: among the agents of its host.
+    """One agent's. All count from 0; agent 0, of host 0, has the run folder. local: among the agents of its host, which
+    follow each other.
 
-    host_of: the host of each agent, in their order; a host's agents follow each other. stores: addresses of torchrun's
-    stores, one of which every agent reaches. head: under srun the name of agent 0's host, under Ray the address where
-    agent 0 listens. port: where it does, 0 for any. secret: the run's, where the launcher gives it with the place.
+    agents_by_host: how many each host has; 0 where the launcher does not tell, as it does of this one's. stores:
+    addresses of torchrun's stores, one of which every agent reaches. head: under srun the name of agent 0's host, under
+    Ray the address where agent 0 listens. port: where it does, 0 for any. secret: the run's, where the launcher gives
+    it with the place.
     """
 
     agent: int
@@ -38,7 +40,7 @@ class Place:
     hosts: int
     local: int
     launcher: str
-    host_of: tuple[int, ...]
+    agents_by_host: tuple[int, ...]
     run: str = ""
     """The launcher's own name of the run."""
     stores: tuple[tuple[str, int], ...] = ()
@@ -49,9 +51,9 @@ class Place:
     secret: bytes = field(default=b"", repr=False)
 
     @property
-    def agents_by_host(self) -> tuple[int, ...]:
-        """How many each host has."""
-        return tuple(map(self.host_of.count, range(self.hosts)))
+    def here(self) -> int:
+        """How many agents this one's host has."""
+        return self.agents_by_host[self.host]
 
 
 def from_environment(environ: Mapping[str, str], launcher: str = "auto") -> Place | None:
@@ -128,15 +130,12 @@ def _by_torchrun(environ: Mapping[str, str], arguments: Sequence[str]) -> Place 
         return None
     agent, local, host, hosts = number("RANK"), number("LOCAL_RANK"), number("GROUP_RANK"), number("GROUP_WORLD_SIZE")
     here = number("LOCAL_WORLD_SIZE")
-    if here * hosts != agents:
+    first, others = agent - local, agents - here
+    fits = local < here and host < hosts and 0 <= first <= others and (first == 0) == (host == 0)
+    if not fits or others < hosts - 1 or (hosts == 1 and others):
         raise RecipeError(
-            f"torchrun has started {agents} agents on {hosts} hosts, {here} of them on host {host}, so that the hosts "
-            f"have different numbers of agents; give the same --nproc-per-node on all."
-        )
-    if agent != host * here + local:
-        raise RecipeError(
-            f"the environment's RANK {agent}, GROUP_RANK {host} and LOCAL_RANK {local} don't go together with "
-            f"LOCAL_WORLD_SIZE {here}; torchrun sets them, so let nobody else do so."
+            f"the environment's RANK {agent} of {agents}, GROUP_RANK {host} of {hosts} and LOCAL_RANK {local} don't go "
+            f"together with LOCAL_WORLD_SIZE {here}; torchrun sets them, so let nobody else do so."
         )
     address = environ.get("MASTER_ADDR", "")
     if not address:
@@ -151,7 +150,7 @@ def _by_torchrun(environ: Mapping[str, str], arguments: Sequence[str]) -> Place 
         hosts=hosts,
         local=local,
         launcher="torchrun",
-        host_of=tuple(number // here for number in range(agents)),
+        agents_by_host=tuple(here if each == host else 0 for each in range(hosts)),
         run=environ.get("TORCHELASTIC_RUN_ID", ""),
         stores=tuple(stores),
     )
@@ -223,7 +222,7 @@ def _by_srun(environ: Mapping[str, str]) -> Place | None:
         hosts=len(names),
         local=local,
         launcher="srun",
-        host_of=host_of,
+        agents_by_host=tuple(counts),
         run=f"{job}.{step}.{environ.get('SLURM_RESTART_COUNT', '0')[:9]}",
         head=names[0],
         others=tuple(name for node, name in enumerate(names) if node != host),

@@ -210,7 +210,7 @@ def _first_place(addresses: Sequence[str], interface: str) -> Place:
         hosts=agents,
         local=0,
         launcher="ray",
-        host_of=tuple(range(agents)),
+        agents_by_host=(1,) * agents,
         head=head,
         others=tuple(addresses[1:]),
         port=_free_port(head),

@@ -227,7 +227,7 @@ class RemoteCrew:
                     yield StopAsked()
                 case Beat(seq, sent_s):
                     self.clock_error_s = message.error_s
-                    self._carried.told(self.hello.agent, self.hello.session, message)
+                    self._carried.told(self.hello.host, self.hello.session, message)
                     self._order(Beat(seq, sent_s, self._clock()))
                 case MembersShown(shown):
                     self._shown = shown

@@ -53,8 +53,8 @@ class Roster:
 
     serving: under the server engine, where a worker can be replaced while the others go on, and the run ends with the
     server; in lockstep all have the same weights, and one is nothing without the others. restarts: so many are allowed.
-    folder: the run folder, for sentences. agents: how many each host has, which share the workers; patient: whether a
-    host that was lost is waited for.
+    folder: the run folder, for sentences. agents: how many each host has, which share the workers, 0 where that is told
+    when it comes; patient: whether a host that was lost is waited for.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Roster:
         """Whether the team of this epoch has begun."""
         self.over = False
         """Whether the run has."""
-        self._agents, self._patient = tuple(agents), patient
+        self._agents, self._patient = list(agents), patient
         self._here = {0} if self._agents[0] == 1 else set()  # hosts all of whose agents are there
         self._names: dict[int, str] = {}
         self._needed: frozenset[int] = frozenset()  # hosts without which no team starts; none while one has
@@ -169,6 +169,7 @@ class Roster:
         waiting, host = bool(self.awaited), came.host
         self._here.add(host)
         self._names[host] = came.name
+        self._agents[host] = came.agents or self._agents[host]
         if waiting:
             return self._start_if_all_are_there()
         # One that was lost takes part again at once under a server; else once a checkpoint is saved, or when the team

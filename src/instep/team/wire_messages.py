@@ -54,13 +54,14 @@ class Kept:
 class HelloAgent:
     """An agent is there; the first message of its link.
 
-    name: its host's. session: a word that it alone has, drawn as it starts. recipe: the table that `fingerprint` is of.
-    address: of its own interface on the way to agent 0. kept: if it has something.
+    here: how many agents its host has. name: its host's. session: a word that it alone has, drawn as it starts. recipe:
+    the table that `fingerprint` is of. address: of its own interface on the way to agent 0. kept: if it has something.
     """
 
     agent: Count
     host: Count
     local: Count
+    here: Count
     name: Name
     session: Name
     pid: Count
