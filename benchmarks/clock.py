@@ -64,7 +64,7 @@ def recipe(rule: str, sleep_s: float) -> instep.Recipe:
 
 def for_real(rule: str, workers: int, slow: str, folder: Path) -> dict[str, Any]:
     """One run with real workers: its figures."""
-    team = instep.Team(workers=workers, slow=slow, checkpoint_every=10_000)
+    team = instep.Team(workers=workers, slow=slow, balance="off", checkpoint_every=10_000)
     run = instep.train(recipe(rule, SLEEP_S), team=team, out=folder / "run")
     first_s, last_s, taken_s = None, 0.0, []
     for event in tape.read(run.path / "tape.jsonl"):

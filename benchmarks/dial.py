@@ -53,7 +53,7 @@ def instep_rate(rule: str, workers: int, slow: str, contributions: int) -> float
         evaluate_samples=1,
     )
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        team = instep.Team(workers=workers, slow=slow, checkpoint_every=1_000_000)
+        team = instep.Team(workers=workers, slow=slow, balance="off", checkpoint_every=1_000_000)
         run = instep.train(recipe, team=team, out=Path(folder, "run"), import_paths=[str(ROOT)])
         pushed = [event for event in tape.read(run.path / "tape.jsonl") if event["kind"] == "pushed"]
     total = 0.0

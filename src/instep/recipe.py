@@ -223,6 +223,8 @@ class Team:
         without the promise of the same bits.
     shard: ``optimizer``: of the workers of a machine each keeps the optimizer's state of a share of the weights, and
         updates that share, wherever this changes no bit; ``none``: each keeps and updates all.
+    balance: ``auto``: in lockstep on a CPU the microbatches of a step move between the workers of a machine as their
+        speed asks for; ``off``: each has as many as the others.
     restarts: how often the team may start again from its last checkpoint after a worker failed.
     checkpoint_every: steps between checkpoints; one is always written at the end.
     keep: how many checkpoints are kept, the last ones; 0 keeps all. With ``thinned``, the last three and one or two for
@@ -247,6 +249,7 @@ class Team:
     device: str = "cpu"
     deterministic: bool = True
     shard: Literal["optimizer", "none"] = "optimizer"
+    balance: Literal["auto", "off"] = "auto"
     restarts: int = 3
     checkpoint_every: int = 100
     keep: int | Literal["thinned"] = 3

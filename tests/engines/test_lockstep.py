@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from instep.engines import total
+from instep.engines import division, total
+from instep.engines.division import Division
 from instep.engines.lockstep import Lockstep
 from instep.engines.total import Total
 from instep.engines.trial import Trial
@@ -26,6 +27,7 @@ from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from support import workloads
 from support.groups import Kind, Ranks
+from support.moving import AtRandom
 from support.reference import reference_digests
 from support.sharding import assert_same
 
@@ -77,7 +79,8 @@ def engine_of(
     emit: Callable[[Event], None] = lambda event: None,
     shard: str = "optimizer",
 ) -> Lockstep:
-    engine = Lockstep(Replica(recipe, "cpu"), rank, machines, Quiet(), emit, time.monotonic, shard=shard)
+    replica = Replica(recipe, "cpu")
+    engine = Lockstep(replica, rank, machines, Quiet(), emit, time.monotonic, shard=shard, balance="auto")
     engine.prepare(0)
     return engine
 
@@ -221,6 +224,31 @@ def test_gradients_that_travel_early_or_late_as_worker_0_says_have_the_same_byte
         assert told == {"late " + "".join("early " if each else "late " for each in early[:3])}
         for file in tmp_path.iterdir():
             file.unlink()
+
+
+@pytest.mark.parametrize(
+    "machines", [(2, 1), *(pytest.param(each, marks=pytest.mark.slow) for each in ((2, 2), (1, 3), (5,)))], ids=str
+)
+def test_ranges_that_move_within_machines_give_the_same_digest(
+    machines: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With gradients that travel late and early, in pieces, and with shared or private weights."""
+    begin, moves = Division.begin, tmp_path / "moves"
+
+    def begin_and_note(self: Division) -> bool:
+        moved = begin(self)
+        with moves.open("a") as file:
+            file.write("moved\n" * moved)
+        return moved
+
+    monkeypatch.setattr(Division, "begin", begin_and_note)
+    monkeypatch.setattr(division, "Balance", AtRandom)
+    monkeypatch.setitem(BLOCK, "cpu", 64)
+    kind = Kind("+".join(map(str, machines)), machines, gloo=len(machines) > 1)
+    made = recipe(steps=7, batch=36, microbatches=12, evaluate_every=3)
+    check(made, [kind], "Sharded")
+    check(made, [kind], "Replicated", shard="none")
+    assert len(moves.read_text().split()) == 2 * sum(machines) * (made.steps - 2)
 
 
 class OwnAdamW(torch.optim.AdamW):

@@ -23,7 +23,7 @@ BOTH = {
     "recipe", "digest", "rule", "engine", "steps", "versions", "items", "workers", "microbatches", "objective_first",
     "objective_last", "held_out", "held_out_terms", "bits_per_byte", "gathered", "items_per_s", "wall_s", "restarts",
     "bytes_sent", "staleness_mean", "staleness_max", "delayed_max", "lead_max", "idle_share", "dropped", "skipped",
-    "bad_batches",
+    "bad_batches", "moves", "ranges",
 }  # fmt: skip
 TRAINED = BOTH | {"checksum_s", "parameters", "interrupted", "stopped", "data_digest", "sample", "artifacts"}
 SIMULATED = BOTH | {"contributions", "simulated_in_s", "scheduled_in_s"}

@@ -422,8 +422,10 @@ def test_buffers_are_the_mean_or_the_maximum_for_any_team(given: list[Any], data
 
 
 def step_buffers(models: list[Any], given: list[Any], buffers: list[Buffers] | None = None) -> list[Buffers]:
-    """One step of a team, each worker with a model of its own."""
-    reduction = Reduction(Layout.of([torch.empty(1)], block=1), len(given), len(models))
+    """One step of a team, each worker with a model of its own, and ranges of any sizes, none too."""
+    ends = sorted(random.Random(99 * len(given) + len(models)).choices(range(len(given) + 1), k=len(models) - 1))
+    ranges = list(itertools.pairwise([0, *ends, len(given)]))
+    reduction = Reduction(Layout.of([torch.empty(1)], block=1), len(given), len(models), ranges=ranges)
     buffers = buffers or [Buffers(model) for model in models]
     flags = []
     for model, own, bounds in zip(models, buffers, reduction.ranges, strict=True):

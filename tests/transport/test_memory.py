@@ -16,7 +16,9 @@ import pytest
 from instep.errors import ResourceError
 from instep.memory_file import memory_file
 from instep.transport import memory
+from instep.transport.group import Sizes
 from instep.transport.memory import Region, attach, mark, reserve, wait_for
+from instep.transport.shared_memory import SharedMemoryGroup, regions
 from support.processes import no_shared_memory_since, shared_memory
 
 REGIONS = {
@@ -193,3 +195,21 @@ def test_a_wait_of_minutes_looks_a_thousand_times_a_second(monkeypatch: pytest.M
     wait_for(marks, 1)
     assert 300_000 <= len(slept_s) < 301_000
     assert slept_s[1] == 0.00005
+
+
+def test_rows_that_a_rank_may_come_to_write_take_no_memory_until_it_does(descriptor: int) -> None:
+    sizes = Sizes(((range(2),),), (1, 2), (), 1 << 18, most_rows=5)
+    reserve(descriptor, regions(sizes))
+    first, second = (SharedMemoryGroup(descriptor, sizes, rank) for rank in range(2))
+    before = os.fstat(descriptor).st_blocks
+    assert before * 512 < 4 << 20
+    for rows in ((5, 0), (0, 5), (1, 2)):
+        for group in (first, second):
+            group.arrange(rows)
+        for row, value in zip(first.rows[: rows[0]], (7.0, 8.0, 9.0, 10.0, 11.0), strict=False):
+            row.fill_(value)
+        for row, value in zip(second.rows[: rows[1]], (1.0, 2.0, 3.0, 4.0, 5.0), strict=False):
+            row.fill_(value)
+        found = [float(row[0]) for row in second._all]
+        assert found == [7.0, 8.0, 9.0, 10.0, 11.0][: rows[0]] + [1.0, 2.0, 3.0, 4.0, 5.0][: rows[1]]
+    assert (os.fstat(descriptor).st_blocks - before) * 512 == 7 << 20

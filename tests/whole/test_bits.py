@@ -19,8 +19,9 @@ from instep.data import Data
 from instep.recipe import Recipe, Team
 from instep.reduce.tree import Node
 from support import workloads
-from support.harness import Client, stopping_at, train_here
+from support.harness import Client, Outcome, stopping_at, train_here
 from support.kinds import quick
+from support.moving import AtRandom
 from support.reference import reference_digests
 from support.workloads import Sentences, padded
 
@@ -192,3 +193,28 @@ def test_the_recipe_is_what_the_digest_depends_on(tmp_path: Path) -> None:
     ]
     digests = [train_here(r, Team(workers=2), tmp_path / str(i)).digest for i, r in enumerate(recipes)]
     assert len(set(digests)) == 3
+
+
+@pytest.mark.parametrize("name", workloads.ALL)
+@pytest.mark.parametrize("workers", quick([2, 3, 5], 3))
+def test_ranges_that_move_in_every_step_change_no_bit(
+    name: str, workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("instep.engines.division.Balance", AtRandom)
+    recipe = workloads.ALL[name]()
+    run = train_here(recipe, Team(workers=workers, checkpoint_every=1, keep=0), tmp_path / "run")
+    assert run.digests == reference(name)
+    assert run.result["moves"] == recipe.steps - 2
+    first, *others = computed_by(run)
+    assert any(each != first for each in others)
+    for each in (first, *others):
+        assert sorted(m for own in each.values() for m in own) == list(range(recipe.microbatches))
+
+
+def computed_by(run: Outcome) -> list[dict[int, list[int]]]:
+    """By step, which microbatches each worker has computed, as the tape tells."""
+    found: dict[int, dict[int, list[int]]] = {}
+    for event in run.events:
+        if event["kind"] == "computed":
+            found.setdefault(event["version"], {})[event["worker"]] = list(range(*event["microbatches"]))
+    return [found[version] for version in sorted(found)]

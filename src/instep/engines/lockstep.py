@@ -24,17 +24,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from instep.clock.network import gather_bytes, reduce_bytes
+from instep.engines.division import Division, Stopwatch, most_nodes
 from instep.engines.merged_events import MergedEvents
 from instep.engines.seat import Seat
 from instep.engines.sharding import Placement, choose
 from instep.engines.total import Total, in_pieces
 from instep.engines.trial import Trial
 from instep.record import events
+from instep.record.event_kinds import RangesMovedEvent
 from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
 from instep.reduce.tree import worker_ranges
 from instep.transport.group import Fields, Group, Sizes, as_rows
+from instep.transport.memory import limited, rows_to_spare
 from instep.worker.evaluation import Evaluation, batches_held_out, evaluate, packed, unpacked
 from instep.worker.first_look import look_at_data, look_at_objective
 from instep.worker.gradients import Gradients
@@ -62,8 +64,8 @@ class Lockstep:
     """One worker's side of the lockstep engine.
 
     machines: how many workers each machine has; those of one are neighbours, and share memory. `emit(event)` writes to
-    the tape; `clock()` is seconds since the run's start. shard: as `Team.shard`. Raises FirstWrite while a forward
-    writes parameters that were not known to be written.
+    the tape; `clock()` is seconds since the run's start. shard, balance: as in `Team`. Raises FirstWrite while a
+    forward writes parameters that were not known to be written.
     """
 
     def __init__(
@@ -76,17 +78,19 @@ class Lockstep:
         clock: Callable[[], float],
         checkpoint_every: int = 0,
         shard: str = "optimizer",
+        balance: str = "off",
     ):
         recipe = replica.recipe
         self.replica, self.worker, self.workers = replica, worker, sum(machines)
         self._heartbeat, self._emit, self._clock = heartbeat, emit, clock
-        self.gradients = Gradients(replica, heartbeat.advance, checkpoint_every=checkpoint_every)
+        self._stopwatch = Stopwatch(heartbeat.advance)
+        self.gradients = Gradients(replica, self._stopwatch.advance, checkpoint_every=checkpoint_every)
         self._layout, self._buffers = self.gradients.layout, self.gradients.buffers
         self.updates = Updates(replica, self._buffers)
         self.reduction = whole = Reduction(self._layout, recipe.microbatches, levels_of(machines))
         early = in_pieces(whole, recipe.microbatches, replica.device.type) if len(machines) > 1 else None
-        self._ways = whole, early  # for gradients that travel late, and early, see `Trial`
-        self._ranges, self._machine = whole.ranges, machine_of(worker, machines)
+        self.division, self._machine = Division(whole, early, machines), machine_of(worker, machines)
+        self._moves = balance == "auto" and max(machines) > 1 and replica.device.type == "cpu"
         self._shard = shard
         self._held_out = batches_held_out(replica)
         self.terms: list[str] = []
@@ -98,7 +102,7 @@ class Lockstep:
         self._whole: Tensor | None = None  # where the group puts the sum together
         self._evaluated = -1  # at which version last
         self._remembers = worker == self._machine.start > 0
-        self._merged = MergedEvents(self._ranges, checkpoint_every + 1 if self._remembers else 0)
+        self._merged = MergedEvents(checkpoint_every + 1 if self._remembers else 0)
 
     def prepare(self, version: int) -> None:
         """Loads the first batches and learns the objective's terms."""
@@ -113,22 +117,47 @@ class Lockstep:
     def sizes(self) -> Sizes:
         """Decides where the weights are to lie, and what a worker tells the others. The sizes of the group."""
         replica, reduction, terms = self.replica, self.reduction, len(self.terms)
-        most = max(max(map(each.blocks_of, range(self.workers))) for each in self._ways if each)
-        self._seat = Seat(self.worker, replica, self.gradients, reduction, self._emit, self._clock, blocks=most)
+        blocks = max(max(map(each.blocks_of, range(self.workers))) for each in self.division.ways if each)
+        own = self.division, self._stopwatch, self._emit, self._clock
+        self._seat = Seat(self.worker, replica, self.gradients, *own, blocks=blocks)
         self.placement: Placement = choose(replica, reduction, self.worker, self._machine, self._shard)
         share = max(1, -(-len(self._held_out) // self.workers))
         self._evaluations = Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
-        longest = max(self._seat.nbytes, self._evaluations.nbytes)
-        common, spare, levels = self.placement.weight_bytes, self.placement.state_bytes, reduction.levels
-        return Sizes(levels, tuple(reduction.rows), tuple(reduction.sums), self._layout.size, longest, common, spare)
+        most = most_nodes(reduction.microbatches) if self._moves and not limited() else 0
+        longest = max(self._seat.nbytes(most), self._evaluations.nbytes)
+        rows, sums, width = tuple(reduction.rows), tuple(reduction.sums), self._layout.size
+        common, spare = self.placement.weight_bytes, self.placement.state_bytes
+        return Sizes(reduction.levels, rows, sums, width, longest, common, spare, most)
 
     def join(self, group: Group) -> None:
         """Takes the team's group into use."""
         self._group = group
         self.placement.attach(group)
-        self.gradients.assign(self.reduction.nodes_of(self.worker), group.rows)
-        self._total = Total(*self._ways, self.worker, group, self.gradients, shared=self.placement.shared)
+        if self._moves:
+            room = len(self.reduction.nodes_of(self.worker))
+            room += 0 if limited() else rows_to_spare(self._layout.size, len(self._machine))
+            self.division.follow(group.gather(torch.tensor([room])).flatten().tolist())
+        self._take_ranges()
+        self._total = Total(*self.division.ways, self.worker, group, self.gradients, shared=self.placement.shared)
         self._early, self._trial = False, Trial()
+
+    def _take_ranges(self) -> None:
+        """Takes the step's ranges into use."""
+        self.reduction = reduction = self.division.now
+        self._seat.facts.take(reduction.ranges)
+        self._group.arrange(reduction.rows)
+        nodes = reduction.nodes_of(self.worker)
+        self.gradients.assign(nodes, self._group.rows[: len(nodes)])
+
+    def _divide(self, step: int) -> None:
+        """Begins a step with its ranges."""
+        if self.division.begin():
+            self._take_ranges()
+            self._total.take(*self.division.ways)
+            if self.worker == 0:
+                ranges, seconds = [list(each) for each in self.reduction.ranges], self.division.seconds
+                self._emit(RangesMovedEvent(version=step, ranges=ranges, microbatch_s=seconds))
+        self.division.count(self.replica.size)
 
     def run(self, progress: Progress, after_step: Callable[[Progress, bool], None], steps: int) -> bool:
         """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
@@ -136,7 +165,7 @@ class Lockstep:
         Returns whether the run was asked to stop before; the watch may end it before as well, see `progress.stopped`.
         Raises ObjectiveError or NonFiniteError before the update that it would have spoilt.
         """
-        self._seat.load(progress.version)
+        self._seat.load(progress.version, self._seat.own)
         totals = self._seat.facts.gather(self._group).totals
         while progress.version < steps:
             totals, stopped = self._step(progress, totals, steps)
@@ -151,6 +180,7 @@ class Lockstep:
         group, replica, seat, step, early = self._group, self.replica, self._seat, progress.version, self._early
         began = time.monotonic()
         replica.enter(step)
+        self._divide(step)
         self._total.begin(early=early)
         self._compute(step, totals)
         self._total.computed()
@@ -161,9 +191,10 @@ class Lockstep:
         left = seat.post_left(*self._usual)
         left.own["norms"][: len(own_norms)] = own_norms
         stop = self.worker == 0 and self._heartbeat.stop_wanted()
-        wish = self._ways[1] is not None and self._trial.next()
+        wish = self.division.ways[1] is not None and self._trial.next()
         told = seat.facts.gather(group, left, stop=stop, early=wish)  # committed: the gradient is whole
         self._early = told.early
+        self.division.decide(told.seconds)
         sums, (touched, off, changed, wrote), found = told.sums, told.flags, told.beside
         assert found is not None
         self._take(self._total.wait())
@@ -193,7 +224,7 @@ class Lockstep:
         if self.worker == 0:
             self._emit_merged(step, update, progress.train_s)
         elif self._remembers:
-            self._merged.remember(step, update, progress.train_s, self._clock())
+            self._merged.remember(step, update, self.reduction.ranges, progress.train_s, self._clock())
         return told.totals, told.stop
 
     def _compute(self, step: int, totals: dict[str, int]) -> None:
@@ -220,7 +251,7 @@ class Lockstep:
     def _filled(self, step: int) -> tuple[int, tuple[int, int]]:
         """How many microbatches have samples, and where the worker that has the last of them posts its buffers."""
         filled = [m for m in range(self.replica.recipe.microbatches) if self.replica.cursor.microbatch_size(step, m)]
-        worker = next(w for w, (start, stop) in enumerate(self._ranges) if start <= filled[-1] < stop)
+        worker = next(w for w, (start, stop) in enumerate(self.reduction.ranges) if start <= filled[-1] < stop)
         return len(filled), (self.reduction.slots_of(worker)[0], worker)
 
     def unwritten(self, version: int) -> Callable[[], None] | None:
@@ -282,20 +313,10 @@ class Lockstep:
         """Seconds the worker has computed, slowness included."""
         return self._seat.busy_s
 
-    @property
-    def bytes_a_step(self) -> int:
-        """Bytes that pass between the team's workers in a step: a reduce-scatter of all nodes, and an all-gather.
-
-        With one node a worker it is ``2 (W - 1)`` times the gradient, as with a ring all-reduce. The all-gather is of
-        the sum or, where they are shared, of the weights.
-        """
-        size = 4 * self.replica.size
-        return reduce_bytes(self.workers, size, len(self.reduction.nodes)) + gather_bytes(self.workers, size)
-
     def _emit_merged(self, step: int, update: Update, train_s: float) -> None:
         if why := update.verdict.why:
             self._emit(events.WarnedEvent(why=why, version=step + 1))
-        self._emit(self._merged.of(step, update, train_s))
+        self._emit(self._merged.of(step, update, self.reduction.ranges, train_s))
         for why in update.doubts:
             self._emit(events.WarnedEvent(why=why, version=step + 1))
 

@@ -16,27 +16,28 @@ REMEMBERED = 1000
 
 
 class MergedEvents:
-    """ranges: the microbatches of each worker. remembered: how many of the last updates can be told of again."""
+    """remembered: how many of the last updates can be told of again."""
 
-    def __init__(self, ranges: Sequence[Node], remembered: int):
-        self._ranges = ranges
-        self._last: deque[tuple[int, Update, float, float]] = deque(maxlen=min(remembered, REMEMBERED))
+    def __init__(self, remembered: int):
+        self._last: deque[tuple[tuple[int, Update, Sequence[Node], float], float]]
+        self._last = deque(maxlen=min(remembered, REMEMBERED))
 
-    def of(self, step: int, update: Update, train_s: float) -> MergedEvent:
-        """The event of an update from version `step`."""
+    def of(self, step: int, update: Update, ranges: Sequence[Node], train_s: float) -> MergedEvent:
+        """The event of an update from version `step`. ranges: the microbatches of each worker."""
         contributions = [
-            MergedContribution(worker=worker, version=step, microbatches=list(bounds))
-            for worker, bounds in enumerate(self._ranges)
+            MergedContribution(worker=worker, version=step, microbatches=[start, stop])
+            for worker, (start, stop) in enumerate(ranges)
+            if start < stop
         ]
         return MergedEvent(
-            version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * len(self._ranges),
-            staleness=[0] * len(self._ranges), train_s=round(train_s, 6), **update.facts(),
+            version=step + 1, step=step + 1, contributions=contributions, weights=[1.0] * len(contributions),
+            staleness=[0] * len(contributions), train_s=round(train_s, 6), **update.facts(),
         )  # fmt: skip
 
-    def remember(self, step: int, update: Update, train_s: float, t_s: float) -> None:
+    def remember(self, step: int, update: Update, ranges: Sequence[Node], train_s: float, t_s: float) -> None:
         """Keeps what was not told, of the run's time `t_s`; it is cheap, for no event is made of it yet."""
-        self._last.append((step, update, train_s, t_s))
+        self._last.append(((step, update, ranges, train_s), t_s))
 
     def remembered(self) -> list[MergedEvent]:
         """The events of the last updates, in order."""
-        return [replace(self.of(step, update, train_s), t_s=t_s) for step, update, train_s, t_s in self._last]
+        return [replace(self.of(*update), t_s=t_s) for update, t_s in self._last]

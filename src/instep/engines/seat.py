@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from instep.engines.division import Division, Stopwatch
 from instep.engines.step_facts import StepFacts
 from instep.record import events
 from instep.reduce.reduction import Reduction
@@ -20,7 +21,8 @@ class Seat:
     """That of worker number `worker`, whichever process computes it.
 
     terms: those of the objective, which are known. `emit(event)` writes to the tape; `clock()` is seconds since the
-    run's start. blocks: of the gradient, the most that a worker tells the norms of.
+    run's start. stopwatch: what `gradients` tells of each microbatch. blocks: of the gradient, the most that a worker
+    tells the norms of.
     """
 
     def __init__(
@@ -28,34 +30,45 @@ class Seat:
         worker: int,
         replica: Replica,
         gradients: Gradients,
-        reduction: Reduction,
+        division: Division,
+        stopwatch: Stopwatch,
         emit: Callable[[events.Event], None],
         clock: Callable[[], float],
         *,
         blocks: int,
     ):
-        self.worker, self.own = worker, range(*reduction.ranges[worker])
-        self._replica, self._gradients, self._reduction = replica, gradients, reduction
+        self.worker, self._division, self._stopwatch = worker, division, stopwatch
+        self._replica, self._gradients = replica, gradients
         self._most_blocks = blocks
         self._buffers, self._emit, self._clock = gradients.buffers, emit, clock
         self.terms = list(replica.objective.terms or ())
         parameters, buffers = len(replica.parameters), len(self._buffers.names)
-        self.facts = StepFacts(reduction.ranges, worker, self.terms, parameters, buffers)
-        self._lefts: dict[tuple[bool, bool], Fields] = {}
+        self.facts = StepFacts(division.now.ranges, worker, self.terms, parameters, buffers)
+        self._lefts: dict[tuple[bool, bool, int], Fields] = {}
         self._samples: dict[int, Any] = {}  # of the next step, by microbatch
         self._late: tuple[str, Exception] | None = None  # what loading the next step raised, and where
         self.busy_s = 0.0
         """Seconds it has computed, slowness included."""
 
     @property
-    def nbytes(self) -> int:
-        """Of the longest fact that it tells in a step."""
-        return self.facts.nbytes + self._left(buffers=True, written=True).nbytes
+    def own(self) -> range:
+        """The worker's microbatches in the present step."""
+        return range(*self._reduction.ranges[self.worker])
 
-    def load(self, step: int) -> None:
-        """Loads the worker's samples of `step` and notes their item counts."""
+    @property
+    def _reduction(self) -> Reduction:
+        return self._division.now
+
+    def nbytes(self, most_nodes: int) -> int:
+        """Of the longest fact that it tells in a step. most_nodes: that one may come to have, 0 where none move."""
+        facts = self.facts.nbytes_of(self._reduction.microbatches) if most_nodes else self.facts.nbytes
+        nodes = max(most_nodes, *self._reduction.rows)
+        return facts + self._left(buffers=True, written=True, nodes=nodes).nbytes
+
+    def load(self, step: int, own: range) -> None:
+        """Loads these microbatches of `step`, the worker's own, and notes their item counts."""
         self._samples, counts = {}, []
-        for microbatch in self.own:
+        for microbatch in own:
             self._samples[microbatch] = samples = self._replica.batch(step, microbatch)
             if samples is not None:  # counted at once: what draws here too knows the place, never the worker
                 counts.append(self._replica.objective.counts(samples))
@@ -65,7 +78,7 @@ class Seat:
         """Loads the next step's batches. What that raises waits until it is that step's turn: this one is sound."""
         self._replica.enter(step)
         try:
-            self.load(step)
+            self.load(step, range(*self._division.next.ranges[self.worker]))
         except Exception as error:
             self._late = self._replica.doing, error
         self._replica.enter(step - 1)  # which is not made yet
@@ -83,15 +96,19 @@ class Seat:
         """
         if not self._replica.objective.has_items(totals):
             self._samples = dict.fromkeys(self.own)  # nothing is computed: the update will be left out
-        from_s = self._clock()
+        from_s, filled = self._clock(), [samples is not None for samples in self._samples.values()]
+        self._stopwatch.begin()
         computed = self._gradients.compute(step, self._samples, totals)
         self._samples = {}
-        self.facts.note(computed, wrote=self._replica.written.wrote)
+        usual = self._replica.cursor.size(step) == self._replica.recipe.batch  # else a microbatch may be a small one
+        seconds = slowness * self._stopwatch.seconds(filled) if usual else 0.0
+        self.facts.note(computed, wrote=self._replica.written.wrote, seconds=seconds)
         if slowness > 1:
             time.sleep((slowness - 1) * (self._clock() - from_s))
         to_s = self._clock()
         self.busy_s += to_s - from_s
-        self._report(step, totals, from_s, to_s)
+        if self.own:
+            self._report(step, totals, from_s, to_s)
 
     def _report(self, step: int, totals: Mapping[str, int], from_s: float, to_s: float) -> None:
         nbytes = 4 * self._replica.size * len(self._reduction.nodes_of(self.worker))
@@ -101,7 +118,7 @@ class Seat:
 
     def post_left(self, changed: list[int], wrote: bool) -> Fields:
         """Notes what the worker's microbatches left in these buffers, and in written parameters, if any wrote some."""
-        fields = self._left(buffers=bool(changed), written=wrote)
+        fields = self._left(buffers=bool(changed), written=wrote, nodes=max(self._reduction.rows))
         if changed:
             nodes = self._reduction.nodes_of(self.worker)
             rows, integers = as_rows(fields.own["buffers"])[: len(nodes)], torch.from_numpy(fields.own["integers"])
@@ -110,12 +127,14 @@ class Seat:
             self._replica.written.post(torch.from_numpy(fields.own["written"]))
         return fields
 
-    def _left(self, *, buffers: bool, written: bool) -> Fields:
-        """What goes with the norms of a cut: what microbatches left in buffers and in written parameters, if at all."""
-        key, reduction = (buffers, written), self._reduction
+    def _left(self, *, buffers: bool, written: bool, nodes: int) -> Fields:
+        """What goes with the norms of a cut: what microbatches left in buffers and in written parameters, if at all;
+        nodes: that a worker has at most.
+        """
+        key = buffers, written, nodes
         self._lefts[key] = self._lefts.get(key) or Fields(
             integers=("int64", (self._buffers.integer_layout.size * buffers,)),
-            buffers=("float32", (max(reduction.rows) * buffers, self._buffers.row_size * buffers)),
+            buffers=("float32", (nodes * buffers, self._buffers.row_size * buffers)),
             norms=("float32", (self._most_blocks,)),
             written=("uint8", (self._replica.written.row_bytes * written,)),
         )  # fmt: skip

@@ -32,11 +32,12 @@ class Flags(NamedTuple):
 
 
 class TeamFacts(NamedTuple):
-    """What all workers tell. sums: of the step's microbatches, term by term. totals: the next step's items, by term.
-    ends: by worker, `Buffers.ends` of the first step. stop: whether the run is to end after the step. early: whether
-    the next step's gradients are to travel early. beside: what `StepFacts.gather` was given, of all workers; good until
-    the next gather."""
+    """What all workers tell. seconds: by worker, what a microbatch of the step took it, 0 for none. sums: of the step's
+    microbatches, term by term. totals: the next step's items, by term. ends: by worker, `Buffers.ends` of the first
+    step. stop: whether the run is to end after the step. early: whether the next step's gradients are to travel early.
+    beside: what `StepFacts.gather` was given, of all workers; good until the next gather."""
 
+    seconds: list[float]
     sums: list[float]
     totals: dict[str, int]
     flags: Flags
@@ -51,17 +52,32 @@ class StepFacts:
     Python packs in less time than it takes to make arrays of them."""
 
     def __init__(self, ranges: Sequence[Node], worker: int, terms: Sequence[str], parameters: int, buffers: int):
-        self._own, self._terms, self._parameters = range(*ranges[worker]), terms, parameters
-        self._of_each = [(stop - start) * len(terms) for start, stop in ranges]
-        self._most, flags = max(self._of_each), parameters + buffers + 1
-        self._layout = struct.Struct(f"{self._most}d{len(terms)}q{flags}s{8 * buffers}s??")
-        self.nbytes = -(-self._layout.size // ALIGN_BYTES) * ALIGN_BYTES
-        self._sums, self._flags, self._ends = [0.0] * self._most, bytes(flags), b""
+        self._worker, self._terms, self._parameters, self._buffers = worker, terms, parameters, buffers
+        self._flags, self._ends, self._seconds = bytes(parameters + buffers + 1), b"", 0.0
         self.counts: Sequence[int] = [0] * len(terms)
         """The worker's items in the next step, by term."""
+        self.take(ranges)
 
-    def note(self, computed: Computed, *, wrote: bool) -> None:
-        """What the worker's microbatches came to, and whether they wrote parameters."""
+    def take(self, ranges: Sequence[Node]) -> None:
+        """From the next step on, the workers have these microbatches."""
+        self._own = range(*ranges[self._worker])
+        self._of_each = [(stop - start) * len(self._terms) for start, stop in ranges]
+        self._most = max(self._of_each)
+        self._layout, self.nbytes = self._packed(self._most)
+        self._sums = [0.0] * self._most
+
+    def nbytes_of(self, microbatches: int) -> int:
+        """The bytes of what a worker tells, where one has so many microbatches."""
+        return self._packed(microbatches * len(self._terms))[1]
+
+    def _packed(self, sums: int) -> tuple[struct.Struct, int]:
+        flags = f"{len(self._flags)}s{8 * self._buffers}s"
+        layout = struct.Struct(f"{sums}d{len(self._terms)}qd{flags}??")
+        return layout, -(-layout.size // ALIGN_BYTES) * ALIGN_BYTES
+
+    def note(self, computed: Computed, *, wrote: bool, seconds: float) -> None:
+        """What the worker's microbatches came to, whether they wrote parameters, and the seconds that one took."""
+        self._seconds = seconds
         none = dict.fromkeys(self._terms, 0.0)
         each = [computed.sums.get(microbatch, none) for microbatch in self._own]
         self._sums = [sums[name] for sums in each for name in self._terms]
@@ -80,7 +96,7 @@ class StepFacts:
         self, group: Group, beside: Fields | None = None, *, stop: bool = False, early: bool = False
     ) -> TeamFacts:
         """A barrier: what all tell; of `stop` and `early` what worker 0 says. beside: what else each tells."""
-        own = (*self._sums, *self.counts, self._flags, self._ends, stop, early)
+        own = (*self._sums, *self.counts, self._seconds, self._flags, self._ends, stop, early)
         rows: list[Any] = [own]
         found = None if beside is None else beside.read(beside.raw[None])
         if group.size > 1:
@@ -90,11 +106,12 @@ class StepFacts:
             rows = [self._layout.unpack_from(row) for row in gathered.numpy()]
             found = None if beside is None else beside.read(gathered[:, self.nbytes :])
         sums = [value for row, count in zip(rows, self._of_each, strict=True) for value in row[:count]]
-        counts = zip(*(row[self._most : -4] for row in rows), strict=True)
+        counts = zip(*(row[self._most : -5] for row in rows), strict=True)
         flags = _together(tuple(row[-4] for row in rows), self._parameters)
         totals = dict(zip(self._terms, map(sum, counts), strict=True))
         stop, early = rows[0][-2:]
-        return TeamFacts(sums, totals, flags, [_ends(row[-3]) for row in rows], stop, early, found)
+        seconds, ends = [row[-5] for row in rows], [_ends(row[-3]) for row in rows]
+        return TeamFacts(seconds, sums, totals, flags, ends, stop, early, found)
 
 
 @lru_cache(maxsize=1)  # they are seldom others than in the step before

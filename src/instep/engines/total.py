@@ -58,6 +58,10 @@ class Total:
         self._finished = 0
         gradients.tell((), self.reached)
 
+    def take(self, late: Reduction, early: Reduction | None) -> None:
+        """From the next step on, gradients are added so: of other ranges."""
+        self._late, self._early = late, early
+
     def begin(self, *, early: bool) -> None:
         """Begins a step. All workers say the same."""
         self._rows, self._sums, self._whole, self._norms = [], [], [], []

@@ -27,7 +27,7 @@ from instep.record.events import (
     RunStartedEvent,
     WarnedEvent,
 )
-from instep.record.fields import Bytes, Worker
+from instep.record.fields import Base, Bytes, Seconds, Span, Worker
 from instep.record.fields import is_ as _is
 
 
@@ -43,9 +43,21 @@ class GpuMemoryEvent(Event, frozen=True, kw_only=True, gc=False):
     reserved_bytes: Annotated[Bytes, _is("that were taken for them, at most")]
 
 
+class RangesMovedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """Workers compute other microbatches than in the step before, as their speed asks for."""
+
+    kind = "ranges_moved"
+    by = "lockstep"
+
+    version: Base
+    ranges: Annotated[list[Span], _is("the microbatches of each worker; none where both are equal")]
+    microbatch_s: Annotated[list[Seconds], _is("what one is taken to need at each worker")]
+
+
 TYPES: tuple[type[Event], ...] = (
-    RunStartedEvent, JoinedEvent, ReleasedEvent, ComputedEvent, PushedEvent, PushedToServerEvent, MergedEvent,
-    MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent, EvaluatedEvent,
-    CheckpointedEvent, LeftEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent, RunEndedEvent, BlockEvent,
+    RunStartedEvent, JoinedEvent, ReleasedEvent, RangesMovedEvent, ComputedEvent, PushedEvent, PushedToServerEvent,
+    MergedEvent, MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent,
+    EvaluatedEvent, CheckpointedEvent, LeftEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent, RunEndedEvent,
+    BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""

@@ -16,7 +16,8 @@ class Costs:
     """What an update rule cost: bytes, versions that contributions were behind, rounds that workers were ahead, the
     share of its time in which each worker did not compute, contributions that were dropped.
 
-    Under a rule in lockstep none is behind, ahead or dropped.
+    Under a rule in lockstep none is behind, ahead or dropped. There `moves` is how often microbatches have moved
+    between workers, and `ranges` are those of each at the end, where any may move.
     """
 
     bytes_sent: int
@@ -26,6 +27,8 @@ class Costs:
     lead_max: int = 0
     idle_share: Sequence[float]
     dropped: int = 0
+    moves: int = 0
+    ranges: Sequence[Sequence[int]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,8 @@ class Result:
     lead_max: int
     idle_share: Sequence[float]
     dropped: int
+    moves: int
+    ranges: Sequence[Sequence[int]] | None
     wire_bytes: Sequence[BytesOfHost] | UnsetType = UNSET
     interrupted: bool | UnsetType = UNSET
     stopped: str | UnsetType | None = UNSET

@@ -191,6 +191,8 @@ class Buffers:
     def _posted(self, index: int, places: range, dtype: torch.dtype, start: Tensor, steps: int) -> Tensor:
         """What the microbatches at `places` come to, of one buffer."""
         mode = self._modes[index]
+        if not places:  # a worker without microbatches, which nothing is taken of
+            return torch.full(start.shape, _least(dtype) if mode.kind == "max" else 0, dtype=dtype)
         filled = [place for place in places if self._filled[place]]
         if mode.kind == "last":  # of all the worker's, so that any row will do
             latest = max((place for place, flag in enumerate(self._filled) if flag), default=places[0])

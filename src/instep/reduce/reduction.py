@@ -44,12 +44,19 @@ class Reduction:
     each of which is added for itself: they come in backward's order, the last parameters first.
     """
 
-    def __init__(self, layout: Layout, microbatches: int, levels: Levels | int, pieces: Sequence[int] = (1,)):
-        self.layout = layout
+    def __init__(
+        self,
+        layout: Layout,
+        microbatches: int,
+        levels: Levels | int,
+        pieces: Sequence[int] = (1,),
+        ranges: Sequence[Node] | None = None,
+    ):
+        self.layout, self.microbatches, self._pieces = layout, microbatches, pieces
         self.levels = levels_of([1] * levels) if isinstance(levels, int) else levels
         self.shares = Shares(self.levels)
         self.workers = len(self.shares.order)
-        self.ranges = worker_ranges(microbatches, self.workers)
+        self.ranges = list(ranges or worker_ranges(microbatches, self.workers))
         self._own = [maximal_nodes(start, stop, microbatches) for start, stop in self.ranges]
         self.nodes: list[Node] = [node for nodes in self._own for node in nodes]
         self.plan = merge_plan(self.nodes, microbatches)
@@ -74,6 +81,10 @@ class Reduction:
             ])  # fmt: skip
             # Of each set only one worker sends the sums of a cut on, so its first stands for it.
             rows = [sums[i] if rank == team.start else [] for i, team in enumerate(teams) for rank in team]
+
+    def with_ranges(self, ranges: Sequence[Node]) -> Reduction:
+        """The same of other ranges."""
+        return Reduction(self.layout, self.microbatches, self.levels, self._pieces, ranges)
 
     def slots_of(self, worker: int) -> range:
         """The indices of the worker's nodes among all."""

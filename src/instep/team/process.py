@@ -114,7 +114,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     session.ready(_facts(session, engine, progress), reach.memory(sizes))
     engine.join(reach.group(sizes, descriptor))
     engine.slowness = slowness_of(session)
-    recipe, first, began = session.recipe, progress.version, session.clock()
+    recipe, began = session.recipe, session.clock()
     keeper = _Keeper(session, engine, progress)
 
     try:
@@ -144,8 +144,9 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
     session.tell_gpu_memory()
     session.send_events()
     costs = Costs(
-        bytes_sent=(progress.version - first) * engine.bytes_a_step,
+        bytes_sent=engine.division.bytes_sent,
         idle_share=[round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
+        **engine.division.told(),
     )
     session.pipe.send(Ended(asdict(progress), digest, interrupted, left, costs))
 
@@ -165,7 +166,7 @@ def _facts(session: Session, engine: Lockstep, progress: Progress) -> dict[str, 
 
 def _engine(session: Session, replica: Replica, machines: Sequence[int]) -> Lockstep:
     team, emit, clock = session.assignment.team, session.emit, session.clock
-    of_run = session.number, machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard
+    of_run = session.number, machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard, team.balance
     return Lockstep(replica, *of_run)
 
 

@@ -83,6 +83,9 @@ class DistributedGroup:
     def meet(self) -> None:
         self._in_memory(self._machine.meet)
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        self._machine.arrange(rows[self._here.start : self._here.stop])
+
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
         if self._device.type != "cpu":  # there all is by all-to-alls
             return

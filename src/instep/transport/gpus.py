@@ -39,6 +39,9 @@ class Staged:
         self._host.meet()
         self._copy_back()
 
+    def arrange(self, rows: Sequence[int]) -> None:
+        pass
+
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
         self._host.expect(pieces, shared=False)  # see assemble
 

@@ -42,7 +42,8 @@ class Sizes:
 
     rows: how many rows, of `width` float32, each rank writes. sums: with two levels, how many rows each machine's come
     to at the first. fact_bytes: of the longest fact. common_bytes: of `Group.common`. spare_bytes: of what the ranks of
-    one machine share besides, which takes room where it is written alone.
+    one machine share besides, which takes room where it is written alone. most_rows: that a rank may come to write, see
+    `Group.arrange`; those beyond `rows` take room where they are written alone.
     """
 
     levels: Levels
@@ -52,6 +53,7 @@ class Sizes:
     fact_bytes: int = 0
     common_bytes: int = 0
     spare_bytes: int = 0
+    most_rows: int = 0
 
 
 class Pending(Protocol):
@@ -84,7 +86,7 @@ class Group(Protocol):
     the next."""
     rows: list[Tensor]
     """This rank's tree nodes, [width] float32 each; at first 0. A piece is written before `exchange`, not its own
-    until the next `meet` after a gather."""
+    until the next `meet` after a gather. The first one is there even where the rank writes none."""
     common: Tensor
     """[common_bytes] uint8 that all ranks of a machine write and read, in turns that they keep by gathers; at first
     0."""
@@ -97,6 +99,11 @@ class Group(Protocol):
 
     def meet(self) -> None:
         """A barrier of this machine's ranks alone. What they wrote in `rows` and `common` before is seen."""
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        """From the next exchange on, each rank writes so many of its rows, from none to `Sizes.most_rows`; what those
+        of a machine come to stays as many sums. Who shares no memory, or has its rows on a GPU, writes as many as ever.
+        """
 
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
         """Says which pieces are exchanged and assembled next, in this order: what others send of them is taken from now
@@ -144,6 +151,9 @@ class Solo:
         return fact.clone()[None]
 
     def meet(self) -> None:
+        pass
+
+    def arrange(self, rows: Sequence[int]) -> None:
         pass
 
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:

@@ -7,6 +7,7 @@ import errno
 import math
 import mmap
 import os
+import resource
 import threading
 import time
 from collections.abc import Mapping
@@ -106,6 +107,18 @@ def wait_for(marks: NDArray[np.int64], value: int, raised: NDArray[np.int64] | N
     with _fence:
         pass
     return True
+
+
+def limited() -> bool:
+    """Whether the system bounds the size of files or of what a process maps, so that neither should be too large."""
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_AS))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)
+
+
+def rows_to_spare(width: int, workers: int) -> int:
+    """How many rows more, of `width` float32, each of so many workers may take of half of what is free."""
+    free = _available_bytes()
+    return 0 if free is None else free // 2 // (4 * width * workers)
 
 
 def _padded(nbytes: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -30,7 +31,13 @@ def regions(sizes: Sizes) -> dict[str, Region]:
         "common": Region((sizes.common_bytes,), "uint8"),
         "rooms": Region((size, ROOM), "uint8", reserve=False),
         "spare": Region((sizes.spare_bytes,), "uint8", reserve=False),
+        "more_rows": Region((sum(_more(sizes)), sizes.width), "float32", reserve=False),
     }
+
+
+def _more(sizes: Sizes) -> list[int]:
+    """How many rows each rank may come to write beyond its first ones."""
+    return [max(0, sizes.most_rows - rows) for rows in sizes.rows]
 
 
 class SharedMemoryGroup:
@@ -52,10 +59,13 @@ class SharedMemoryGroup:
         """[W] how many pieces each rank has written, since it joined."""
         # Two of them by turns, since the last ones are still read; and two for what comes after an interrupt.
         self._facts = torch.from_numpy(arrays["facts"])
-        self._all: list[Tensor] = list(torch.from_numpy(arrays["rows"]))
-        firsts = np.cumsum([0, *sizes.rows])
-        self._homes: list[Tensor] = [self._all[first] for first in firsts[:-1]]
-        self.rows = self._all[firsts[rank] : firsts[rank + 1]]
+        first, more = iter(torch.from_numpy(arrays["rows"])), iter(torch.from_numpy(arrays["more_rows"]))
+        self._of_each: list[list[Tensor]] = [
+            [*islice(first, rows), *islice(more, others)] for rows, others in zip(sizes.rows, _more(sizes), strict=True)
+        ]
+        self._homes: list[Tensor] = [rows[0] for rows in self._of_each]
+        self.rows = self._of_each[rank]
+        self.arrange(sizes.rows)
         self.common = torch.from_numpy(arrays["common"])
         self.spare = torch.from_numpy(arrays["spare"])
         """[spare_bytes] uint8, as `common`, of pages that come when they are first written."""
@@ -73,6 +83,9 @@ class SharedMemoryGroup:
 
     def meet(self) -> None:
         self.gather(torch.empty(0))
+
+    def arrange(self, rows: Sequence[int]) -> None:
+        self._all = [row for own, count in zip(self._of_each, rows, strict=True) for row in own[:count]]
 
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
         pass
@@ -105,7 +118,7 @@ class SharedMemoryGroup:
         self._interrupts[self.rank] = self._interrupted
 
     def close(self) -> None:
-        self.rows, self._all, self._homes = [], [], []
+        self.rows, self._all, self._homes, self._of_each = [], [], [], []
         self.common = self.spare = self._facts = torch.empty(0)
         self._turns, self._interrupts, self._begun, self._rooms = (np.zeros(0, np.int64) for _ in range(4))
 
