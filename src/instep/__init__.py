@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from instep import errors, gradient_checkpointing, models, objectives, rules
+    from instep.apart.diffing import diff
     from instep.api import replay, replay_under, simulate, train, verify
     from instep.components import Component
     from instep.data import Data
@@ -52,6 +53,7 @@ _PUBLIC = {
     "WandB": "instep.monitors.trackers",
     "Watch": "instep.watch",
     "check": "instep.equivalences.checking",
+    "diff": "instep.apart.diffing",
     "objective": "instep.objectives",
     "replay": "instep.api",
     "replay_under": "instep.api",
@@ -79,6 +81,7 @@ __all__ = [
     "WandB",
     "Watch",
     "check",
+    "diff",
     "errors",
     "gradient_checkpointing",
     "models",

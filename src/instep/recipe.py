@@ -204,7 +204,7 @@ class Recipe:
     def fingerprint(self) -> str:
         """SHA-256 over the fields that decide the result, `steps` left out: a run may be prolonged."""
         table = without_contents(as_before(Recipe, self.to_table()))
-        return hashlib.sha256(json.dumps(_result_part(table), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(result_part(table), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,10 +343,10 @@ def dumps(recipe: Recipe, team: Team) -> str:
 
 def table_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """Clauses on the fields of two recipes' tables that decide the result and differ, `steps` left out."""
-    return differences(_result_part(here), _result_part(there))
+    return differences(result_part(here), result_part(there))
 
 
-def _result_part(table: Mapping[str, Any]) -> dict[str, Any]:
+def result_part(table: Mapping[str, Any]) -> dict[str, Any]:
     decisive = {f.name for f in dataclasses.fields(Recipe) if f.metadata.get("result", True)} - {"steps"}
     watches = [each.get("watch") for each in (table, *table.get("changes", ())) if isinstance(each, Mapping)]
     if any(isinstance(watch, Mapping) and watch.get("patience") is not None for watch in watches):

@@ -16,6 +16,7 @@ COMMANDS = {
     "simulate": "Run a recipe on a virtual cluster.",
     "memory": "Show what recomputing activations saves in memory and costs in time.",
     "check": "Prove or refute, on a recipe, what Instep promises of any.",
+    "diff": "Find where two runs part, or a run and its recipe.",
     "compare": "Train a recipe under several update rules, and show what each gains and costs.",
     "report": "Make a page of one run, or of several side by side.",
     "team": "Show who trains in a run, what each does, and who waits for whom.",

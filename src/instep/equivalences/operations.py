@@ -43,11 +43,16 @@ class Made:
 
 
 class Noted(TorchDispatchMode):
-    """Notes the operations in its block, of which `found` is the list."""
+    """Notes the operations in its block, of which `found` is the list.
 
-    def __init__(self, module: nn.Module):
+    keep: the place in it of one whose tensors are `kept`, as copies: "input.0" and so on, and "output.0".
+    """
+
+    def __init__(self, module: nn.Module, keep: int = -1):
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[Made] = []
+        self.kept: dict[str, Tensor] = {}
+        self._keep = keep
         self._names = {id(part): name or type(module).__name__ for name, part in module.named_modules()}
         self._inside: list[str] = []
 
@@ -81,53 +86,76 @@ class Noted(TorchDispatchMode):
         inputs = tuple(_sum(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         plain = ", ".join(_plain(leaf) for leaf in leaves if not isinstance(leaf, Tensor))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        versions = [leaf._version for leaf in tensors]
+        writes = _written(func, args, kwargs)
+        keeps = len(self.found) == self._keep
+        if keeps:
+            self._copy("input", tensors)
         answer = func(*args, **kwargs)
         outputs = tuple(_sum(leaf) for leaf in pytree.tree_leaves(answer) if isinstance(leaf, Tensor))
-        written = tuple(leaf._version != before for leaf, before in zip(tensors, versions, strict=True))
+        written = tuple(id(leaf) in writes for leaf in tensors)
         if any(written) and not outputs:
             outputs = tuple(_sum(leaf) for leaf, flag in zip(tensors, written, strict=True) if flag)
+        if keeps:
+            made = [leaf for leaf in pytree.tree_leaves(answer) if isinstance(leaf, Tensor)]
+            self._copy("output", made or [leaf for leaf, flag in zip(tensors, written, strict=True) if flag])
         module = self._inside[-1] if self._inside else ""
         drawn = torch.Tag.nondeterministic_seeded in func.tags
         self.found.append(Made(str(func), module, plain, inputs, written, outputs, drawn))
         return answer
 
+    def _copy(self, what: str, tensors: Sequence[Tensor]) -> None:
+        plain = [tensor for tensor in tensors if tensor.layout == torch.strided]
+        self.kept |= {f"{what}.{place}": tensor.detach().clone() for place, tensor in enumerate(plain)}
+
 
 @dataclass(frozen=True)
 class Parting:
-    """Where two lists of operations part first. kind: what the one and the other have not in common there."""
+    """Where two lists of operations part first. kind: what the one and the other have not in common there.
+
+    place: of the operation in the lists.
+    """
 
     operation: Made
     kind: str
     one: str = ""
     other: str = ""
+    place: int = 0
 
 
 def parting(one: Sequence[Made], other: Sequence[Made]) -> Parting | None:
     """The first operation that gives something else, or that only one has; None where all give the same."""
-    for a, b in zip(one, other, strict=False):
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
         if a.name != b.name:
-            return Parting(a, "path", a.name, b.name)
+            return Parting(a, "path", a.name, b.name, place)
         if a.unset or a.outputs == b.outputs:
             continue
         if a.plain != b.plain:
-            here, there = _first_other(a.plain, b.plain)
-            return Parting(a, "number", here, there)
+            return Parting(a, "number", *first_other(a.plain, b.plain), place)
         fixed = [x != y for x, y, flag in zip(a.inputs, b.inputs, a.written, strict=False) if not flag]
         if a.random:
-            return Parting(a, "draw")
+            return Parting(a, "draw", place=place)
         in_place = [x != y for x, y, flag in zip(a.inputs, b.inputs, a.written, strict=False) if flag]
-        return Parting(a, "tensor" if any(fixed) or any(in_place) else "kernel")
+        return Parting(a, "tensor" if any(fixed) or any(in_place) else "kernel", place=place)
     if len(one) != len(other):
-        longer = one if len(one) > len(other) else other
-        at = longer[min(len(one), len(other))]
-        return Parting(at, "path", at.name, "nothing")
+        longer, place = one if len(one) > len(other) else other, min(len(one), len(other))
+        return Parting(longer[place], "path", longer[place].name, "nothing", place)
     return None
 
 
-def _first_other(one: str, other: str) -> tuple[str, str]:
+def first_other(one: str, other: str) -> tuple[str, str]:
+    """The first of two operations' plain arguments that differ."""
     pairs = zip(one.split(", "), other.split(", "), strict=False)
     return next(((a, b) for a, b in pairs if a != b), (one, other))
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> set[int]:
+    """The ids of the tensors that the operation writes; their versions change only when it has returned to autograd."""
+    found: set[int] = set()
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            found |= {id(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)}
+    return found
 
 
 def _sum(tensor: Tensor) -> str:

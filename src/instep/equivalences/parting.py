@@ -11,7 +11,7 @@ from torch import Tensor
 
 from instep.equivalences.found import UNKNOWN, Compared, Where
 from instep.equivalences.operations import Parting, parting
-from instep.equivalences.teams import Setup, Steps, compute
+from instep.equivalences.teams import UPDATE, Setup, Steps, compute
 from instep.errors import cut
 from instep.recipe import Recipe
 
@@ -107,16 +107,7 @@ def place_of(apart: Apart, looked: list[Steps], *, operations: bool) -> tuple[Wh
             "The samples are others: the data set or its collate keeps state, or reads a clock or what changes; let a "
             f"sample depend on its index and the seeded generators alone.{hidden}"
         )
-    microbatch, found = _first_operation(one, other) if operations else (None, None)
-    name = apart.name or next((n for n in _other_values(one, other, "gradient")), "")
-    place = Where(
-        step=apart.step + 1,
-        microbatch=microbatch,
-        tensor=name,
-        operation=found.operation.name if found else "",
-        module=found.operation.module if found else "",
-        ulps=_distance(one, other, apart.kind, name),
-    )
+    place, found = located(apart, looked, operations=operations)
     if found is not None and apart.kind in ("gradient", "objective", "weights"):
         return place, f"{_why(found)}{hidden}"
     if apart.kind in ("optimizer state", "weights") and not _other_values(one, other, "gradient"):
@@ -125,6 +116,22 @@ def place_of(apart: Apart, looked: list[Steps], *, operations: bool) -> tuple[Wh
             "not hold, or the model writes its weights or buffers in a way that depends on who computes."
         )
     return place, f"{UNKNOWN}{hidden}"
+
+
+def located(apart: Apart, looked: list[Steps], *, operations: bool) -> tuple[Where, Parting | None]:
+    """The place of what is neither the start nor a batch, and the operation there, if it is found."""
+    one, other = looked
+    microbatch, found = _first_operation(one, other) if operations else (None, None)
+    name = apart.name or next((n for n in _other_values(one, other, "gradient")), "")
+    place = Where(
+        step=apart.step + 1,
+        microbatch=None if microbatch == UPDATE else microbatch,
+        tensor=name,
+        operation=found.operation.name if found else "",
+        module=found.operation.module if found else "",
+        ulps=_distance(one, other, apart.kind, name),
+    )
+    return place, found
 
 
 def _first_operation(one: Steps, other: Steps) -> tuple[int | None, Parting | None]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,9 @@ from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import checksums_of
 
+UPDATE = 1 << 30
+"""Stands for the update in the place of a microbatch: it comes after all."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -38,6 +41,8 @@ class Setup:
 
     workers; memory: see `Team`. steps: up to this version. resume: the checkpoint to go on from. save: the folder for
     a checkpoint of the last version. look: the step, from 0, whose operations and values are kept; none if below.
+    update: whether those of one worker's update are, too, as microbatch `UPDATE`. keep: microbatch and place of an
+    operation of that step whose tensors are kept.
     """
 
     workers: int = 1
@@ -46,6 +51,8 @@ class Setup:
     resume: Path | None = None
     save: Path | None = None
     look: int = -1
+    update: bool = False
+    keep: tuple[int, int] | None = None
 
 
 @dataclass
@@ -54,8 +61,8 @@ class Steps:
 
     start: the weights that they began with. gradients: before they are clipped. figures: the objective and the items of
     each update. Of the step that was looked at: operations by microbatch, the values of its gradients and of the
-    weights after it, and the Python state that a worker's computing changed. plan: of gradient checkpointing, how
-    many blocks recompute something.
+    weights after it, the tensors of the operation to be kept, and the Python state that a worker's computing changed.
+    plan: of gradient checkpointing, how many blocks recompute something.
     """
 
     start: dict[str, str] = field(default_factory=dict)
@@ -67,12 +74,14 @@ class Steps:
     operations: dict[int, list[Made]] = field(default_factory=dict)
     values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     moved: list[tuple[str, str]] = field(default_factory=list)
+    kept: dict[str, Tensor] = field(default_factory=dict)
     plan: str = ""
 
     def add(self, other: Steps) -> None:
         """What another worker of the team has."""
         self.batches |= other.batches
         self.operations |= other.operations
+        self.kept |= other.kept
         for version, found in other.gradients.items():
             self.gradients.setdefault(version, {}).update(found)
         for kind, values in other.values.items():
@@ -191,12 +200,10 @@ class _Worker(Body):
             return samples
 
         def computed(step: int, microbatch: int, *rest: Any) -> Any:
-            noted = Noted(replica.module) if step == look and not self._recipe.compile else None
             before = self._state(replica) if step == look else {}
-            with noted.noting() if noted is not None else nullcontext():
+            with self._noting(replica, step, microbatch):
                 answer = compute_one(step, microbatch, *rest)
             if step == look:
-                trace.operations[microbatch] = noted.found if noted is not None else []
                 known = dict(trace.moved)
                 trace.moved += [each for each in moved(before, self._state(replica)) if each[0] not in known]
             return answer
@@ -207,7 +214,8 @@ class _Worker(Body):
             trace.gradients[step + 1] = dict(zip(own, checksum(own.values()), strict=True))
             if step == look:
                 trace.values["gradient"] = {name: view.detach().clone() for name, view in own.items()}
-            rate = update(step, norm, touched)
+            with self._noting(replica, step, UPDATE):
+                rate = update(step, norm, touched)
             if step == look:
                 named = zip(replica.names, replica.parameters, placement.share, strict=True)
                 trace.values["weights"] = {name: p.detach().clone() for name, p, mine in named if mine}
@@ -216,6 +224,20 @@ class _Worker(Body):
         for owner, name, noting in ((replica, "batch", batch), (replica, "compute", computed)):
             setattr(owner, name, noting)
         setattr(placement, "update", updated)  # noqa: B010  # a method, for this object alone
+
+    @contextmanager
+    def _noting(self, replica: Replica, step: int, microbatch: int) -> Iterator[None]:
+        """In the block, the operations of the step that is looked at are noted."""
+        setup, update = self._setup, microbatch == UPDATE
+        if step != setup.look or (update and not setup.update) or (self._recipe.compile and not update):
+            yield
+            return
+        keep = setup.keep[1] if setup.keep is not None and setup.keep[0] == microbatch else -1
+        noted = Noted(replica.module, keep)
+        with noted.noting():
+            yield
+        self._trace.operations[microbatch] = noted.found
+        self._trace.kept |= noted.kept
 
     @staticmethod
     def _state(replica: Replica) -> dict[str, tuple[str, str]]:

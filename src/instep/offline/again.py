@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instep.errors import RecordError
-from instep.offline.stretches import Stretch
-from instep.offline.tape_replay import Playback, ToldEvent, known_writes
+from instep.offline.stretches import Stretch, ToldEvent
+from instep.offline.tape_replay import Playback, known_writes
 from instep.recipe import Recipe
 from instep.record import checkpoint
 from instep.record.files import synced_file
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from instep.team.child import Tell
 
 Observe = Callable[[Playback, int], None]
-"""Sees the playback after an update, with its version."""
+"""Sees the playback at a version: that it begins with, and then after each update."""
 
 
 def played(recipe: Recipe, stretch: Stretch, observe: Observe = lambda playback, version: None) -> Playback:
@@ -32,6 +32,7 @@ def played(recipe: Recipe, stretch: Stretch, observe: Observe = lambda playback,
     with known_writes():
         playback = Playback(recipe, first, begin, lambda version: observe(playback, version))
         playback.start(first)
+        observe(playback, stretch.start)
         for event in map(ToldEvent, others):
             if event["kind"] == "run_started":
                 playback.start(event)

@@ -20,6 +20,20 @@ Event = Mapping[str, Any]
 _OF_LOCKSTEP = ("run_started", "merged", "checksummed", "checkpointed")
 
 
+class ToldEvent(dict[str, Any]):
+    """An event of the tape, which says what it lacks."""
+
+    def __missing__(self, field: str) -> Any:
+        raise self.refers_to(field)
+
+    def refers_to(self, what: object) -> RecordError:
+        """The error where it refers to what is unknown."""
+        return RecordError(
+            f"the tape cannot be replayed: its event {self['kind']!r} at {self['t_s']} s refers to {what!r}, which no "
+            f"earlier event tells of; a part of the tape is missing."
+        )
+
+
 @dataclass(frozen=True)
 class Stretch:
     """From version `start`, of this checkpoint or else of the run's beginning, to `stop`, by these events of the tape.

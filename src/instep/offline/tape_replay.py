@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from instep.data.repeats import what_does_not_repeat
 from instep.errors import RecordError
 from instep.offline.replayer import Replayer
-from instep.offline.stretches import that_count
+from instep.offline.stretches import ToldEvent, that_count
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
 from instep.record.result import Proof, Replayed
@@ -71,20 +71,6 @@ _FIGURES = {"objective": "objective", "items": "count of items", "lr": "learning
 """What the tape says of every update and a replay compares, with its name for messages."""
 
 
-class ToldEvent(dict[str, Any]):
-    """An event of the tape, which says what it lacks."""
-
-    def __missing__(self, field: str) -> Any:
-        raise self.refers_to(field)
-
-    def refers_to(self, what: object) -> RecordError:
-        """The error where it refers to what is unknown."""
-        return RecordError(
-            f"the tape cannot be replayed: its event {self['kind']!r} at {self['t_s']} s refers to {what!r}, which no "
-            f"earlier event tells of; a part of the tape is missing."
-        )
-
-
 class Playback:
     """A replay between the first event and the last.
 
@@ -114,6 +100,10 @@ class Playback:
     def _clear(self) -> None:
         self._recorded: str | None = None
         self._divergence = ""
+        self.update: Update | None = None
+        """The last one that was made."""
+        self.worker: int | None = None
+        """Whose contribution is the first thing that differs, if one is."""
         self._told: dict[int, Mapping[str, Any]] = {}  # in lockstep: updates by version, until they are computed
         self._updates = self._contributions = self._checkpoints = self._checksums = 0
         self._alike = 0  # the last version whose tensors were all compared and the same
@@ -157,6 +147,11 @@ class Playback:
     def version(self) -> int:
         """That of the present weights."""
         return self._version
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that updates change."""
+        return self._replayer.merger.names
 
     @property
     def divergence(self) -> str:
@@ -225,24 +220,29 @@ class Playback:
             if event["seq"] in self._replayer.waiting:
                 self._replayer.dropped(event["seq"])
         elif kind == "merged":
-            self._must_be(self._version, event, event["version"] - 1)
-            contributions, weights, staleness = event["contributions"], event["weights"], event["staleness"]
-            seqs = {each.get("seq") for each in contributions}
-            if not len(seqs) == len(contributions) == len(weights) == len(staleness) > 0:
-                raise RecordError(
-                    f"the tape cannot be replayed: update {event['version']} has {len(contributions)} contributions, "
-                    f"{len(weights)} weights and {len(staleness)} numbers of staleness; the tape was changed."
-                )
-            for unknown in seqs - self._replayer.waiting.keys():
-                raise event.refers_to(unknown)
-            arrived = [self._replayer.pushed_as(each["seq"]) for each in contributions]
-            parts = zip(contributions, weights, staleness, strict=True)
-            update = self._replayer.merged(event["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
-            self._version = event["version"]
-            self._compare_merged(event)
-            self._compare_ledger(event, arrived)
-            self._compare_figures(event["version"], event, update)
-            self._observe(self._version)
+            self._merge(event)
+
+    def _merge(self, event: ToldEvent) -> None:
+        """An update by a server."""
+        self._must_be(self._version, event, event["version"] - 1)
+        contributions, weights, staleness = event["contributions"], event["weights"], event["staleness"]
+        seqs = {each.get("seq") for each in contributions}
+        if not len(seqs) == len(contributions) == len(weights) == len(staleness) > 0:
+            raise RecordError(
+                f"the tape cannot be replayed: update {event['version']} has {len(contributions)} contributions, "
+                f"{len(weights)} weights and {len(staleness)} numbers of staleness; the tape was changed."
+            )
+        for unknown in seqs - self._replayer.waiting.keys():
+            raise event.refers_to(unknown)
+        arrived = [self._replayer.pushed_as(each["seq"]) for each in contributions]
+        parts = zip(contributions, weights, staleness, strict=True)
+        update = self._replayer.merged(event["version"], {c["seq"]: (weight, old) for c, weight, old in parts})
+        self._version = event["version"]
+        self._compare_merged(event)
+        self._compare_ledger(event, arrived)
+        self._compare_figures(event["version"], event, update)
+        self.update = update
+        self._observe(self._version)
 
     def result(self) -> Replayed:
         """What it came to."""
@@ -279,8 +279,8 @@ class Playback:
         if self._serving:
             return
         for step in range(self._version, version):
-            update, told = self._replayer.alone(step), self._told.pop(step + 1, None)
-            self._version = step + 1
+            self.update = update = self._replayer.alone(step)
+            self._version, told = step + 1, self._told.pop(step + 1, None)
             if told is not None:
                 self._compare_figures(step + 1, told, update)
             self._observe(step + 1)
@@ -326,6 +326,7 @@ class Playback:
     def _compare_pushed(self, event: Mapping[str, Any], found: list[str]) -> None:
         self._contributions += 1
         if found != event["checksum"] and not self._divergence:
+            self.worker = event["worker"]
             self._divergence = (
                 f"the contribution {event['seq']} of worker {event['worker']}, from version {event['version']} on "
                 f"piece {event['piece']}, is another one here than in the run; its weights were the same."

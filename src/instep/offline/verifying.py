@@ -16,7 +16,8 @@ import torch
 from instep.data import digest_without
 from instep.errors import CheckpointError, NotComparableError, RecordError
 from instep.offline.spans import RunSpan, SpanPart, drawn, spans_of
-from instep.offline.tape_replay import Playback, ToldEvent
+from instep.offline.stretches import ToldEvent
+from instep.offline.tape_replay import Playback
 from instep.recipe import Recipe
 from instep.record import checkpoint
 from instep.record.computed_by import libraries, made_otherwise, processor

@@ -1,0 +1,198 @@
+"""`instep.diff`: where two runs part, or a run and its recipe. No torch: who computes has it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from instep.apart.found import Again, Departed, Diffed, RunOf, Verdict
+from instep.apart.levels import fields_apart, made_apart, seen_apart
+from instep.apart.sides import FoundAgain, Side
+from instep.apart.told import Told, told
+from instep.apart.words import how_apart, how_away
+from instep.api import monitors_of
+from instep.equivalences.found import Where
+from instep.errors import cut
+from instep.monitors import Monitor
+from instep.offline.past import Past
+from instep.offline.stretches import Stretch
+from instep.recipe import Recipe
+from instep.record.computed_by import made_otherwise
+from instep.team.client import computed
+from instep.team.signals import interrupting
+
+Path_ = str | os.PathLike[str]
+
+_MEMORY = "it takes the memory of one worker for each run, under local steps of all: try it where there is more"
+
+
+@interrupting()
+def diff(
+    a: Path_,
+    b: Path_ | None = None,
+    *,
+    recipes: Sequence[Recipe | None] = (None, None),
+    tapes_only: bool = False,
+    save: Path_ | None = None,
+    monitors: Iterable[Monitor] = (),
+) -> Diffed:
+    """Where the runs in the folders `a` and `b` part; without `b`, where the run parts from its own recipe here.
+
+    >>> found = instep.diff(run.path, again.path)
+    >>> found.verdict, found.same
+    ('the same', True)
+
+    First by their tapes, at whose resolution they are compared (`recipe.checksum_every`); where these part, both are
+    computed again from their nearest kept checkpoints before to the first update that differs, and that one operation
+    by operation. `str` of the answer is a sentence, `document()` what ``instep diff --json`` prints.
+
+    recipes: those of `a` and `b`, where the saved ones hold objects without an address. tapes_only: computes nothing.
+    save: the file for what goes into the operation at which they part, and comes out of it; by default beside `a`.
+    monitors: called with ``{"kind": "told", ...}`` once the tapes are compared, ``{"kind": "computing", ...}`` with the
+    updates that will be, and ``{"kind": "computed_again", "version": ...}`` after each.
+
+    Raises RecordError where there is no run or its tape is damaged from the start, RecipeError where a recipe is
+    needed, and InstepError as the runs would.
+    """
+    watching = monitors_of(monitors)
+    sides = [_Side(a, recipes[0], told(a))]
+    if b is not None:
+        sides.append(_Side(b, (*recipes, None)[1], told(b)))
+    found = _from_tapes(sides)
+    _tell(watching, {"kind": "told", "found": found})
+    if tapes_only or not _to_compute(sides, found):
+        return found
+    return _computed(sides, found, _file(sides, save), watching)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A run to compare."""
+
+    path: Path_
+    recipe: Recipe | None
+    told: Told
+
+    def past(self) -> Past:
+        return Past.of(self.path, self.recipe, f"diff({str(self.path)!r}, recipes=[recipe])")
+
+    def unlike(self) -> str:
+        """What made it and is not here, as a clause."""
+        return next(filter(None, map(made_otherwise, self.told.starts)), "")
+
+    @property
+    def computable(self) -> bool:
+        """Whether there are gradients."""
+        return bool(self.told.digests or self.told.sums) or any(any(sums) for sums in self.told.contributions.values())
+
+    @property
+    def about(self) -> RunOf:
+        found = self.told
+        return RunOf(found.path, found.rule, tuple(found.workers), found.last, found.ended, found.about())
+
+
+def _from_tapes(sides: Sequence[_Side]) -> Diffed:
+    """What the tapes show by themselves."""
+    remarks = tuple(each.told.torn for each in sides if each.told.torn)
+    one = sides[0].told
+    if len(sides) == 1:
+        return Diffed(sides[0].about, None, "undecided", remarks=remarks)
+    other = sides[1].told
+    fields, made, seen = tuple(fields_apart(one, other)), tuple(made_apart(one, other)), seen_apart(one, other)
+    data = one.start["data_digest"] == other.start["data_digest"]
+    verdict: Verdict = "the same" if seen.first is None else "undecided"
+    if not seen.updates and not seen.digests and verdict == "the same":
+        verdict, remarks = "undecided", (*remarks, "There is no version yet that both tapes tell of.")
+    if any(field.decides for field in fields) or not data:
+        verdict = "the recipes differ"
+    return Diffed(sides[0].about, sides[1].about, verdict, fields, data, made, seen, remarks=remarks)
+
+
+def _to_compute(sides: Sequence[_Side], found: Diffed) -> bool:
+    return (found.seen is None or found.seen.first is not None) and all(each.computable for each in sides)
+
+
+def _file(sides: Sequence[_Side], given: Path_ | None) -> Path | None:
+    if given is not None:
+        return Path(given).absolute()
+    if len(sides) == 1:
+        return None
+    one, other = (Path(each.path).absolute() for each in sides)
+    return one.with_name(f"{one.name}-{other.name}.safetensors")
+
+
+def _computed(sides: Sequence[_Side], found: Diffed, into: Path | None, monitors: Sequence[Monitor]) -> Diffed:
+    """The second level."""
+    unlike = [each.unlike() for each in sides]
+    if len(sides) > 1 and any(unlike):
+        return _elsewhere(sides, found, unlike)
+    pasts = [each.past() for each in sides]
+    seen = found.seen
+    stop = sides[0].told.last if seen is None else seen.first
+    after = (seen.alike if seen is not None else 0) or 0
+    assert stop is not None
+    stretches = [past.to(stop, after) for past in pasts]
+    counts = [stretch.updates for stretch in stretches]
+    starts = [stretch.start for stretch in stretches]
+    _tell(monitors, {"kind": "computing", "updates": counts, "start": starts, "stop": stop})
+    looks = all(past.recipe.rule.synchronous for past in pasts)
+    with tempfile.TemporaryDirectory(prefix="instep-diff-", ignore_cleanup_errors=True) as place:
+        again: FoundAgain = computed(
+            "instep.apart.again:compute_again", pasts[0].recipe,
+            (_to_send(sides, pasts, stretches), after, looks, Path(place), into), pasts[0].import_paths, monitors,
+            if_killed=_MEMORY,
+        )  # fmt: skip
+    compared = again.compared
+    done = Again(tuple(again.last - start for start in starts), tuple(starts), compared, again.tensors)
+    found = replace(found, again=done)
+    return _concluded(sides, found, again, starts, into, unlike[0] if len(sides) == 1 else "")
+
+
+def _to_send(sides: Sequence[_Side], pasts: Sequence[Past], stretches: Sequence[Stretch]) -> list[Side]:
+    return [
+        Side(
+            past.recipe, stretch, past.import_paths, each.told.sums, each.told.updates,
+            {version: sums[-1] for version, sums in each.told.contributions.items() if sums[-1]},
+        )
+        for each, past, stretch in zip(sides, pasts, stretches, strict=True)
+    ]  # fmt: skip
+
+
+def _concluded(
+    sides: Sequence[_Side], found: Diffed, again: FoundAgain, starts: Sequence[int], into: Path | None, unlike: str
+) -> Diffed:
+    """The verdict on what computing has shown."""
+    gone = again.away
+    if gone is not None:
+        run, path = "AB"[gone.side], str(sides[gone.side].path)
+        how = how_away(gone, starts[gone.side], unlike)
+        departed = Departed(run, path, gone.version, gone.since, gone.tensors, gone.worker, how)
+        return replace(found, verdict="undecided" if unlike else "not reproducible", departed=departed, why=how)
+    if len(sides) == 1:
+        return replace(found, verdict="the same")
+    if again.apart is None:
+        why = "Computed again here, both come to the same, and to what their tapes tell."
+        return replace(found, verdict="undecided", why=why)
+    verdict: Verdict = "the recipes differ" if found.verdict == "the recipes differ" else "reproducibly different"
+    place = again.place or Where(again.apart, tensor=again.names[0])
+    saved = str(into) if again.saved else ""
+    return replace(found, verdict=verdict, place=place, why=how_apart(found, again), saved=saved)
+
+
+def _elsewhere(sides: Sequence[_Side], found: Diffed, unlike: Sequence[str]) -> Diffed:
+    """Where one of two was made by what is not here: what computing it here would show is not what it was."""
+    place = unlike.index(next(filter(None, unlike)))
+    run, path = "AB"[place], sides[place].path
+    why = f"Run {run} was made with {unlike[place]}, which may give other bits, so it is not computed again here."
+    there, here = cut(path), cut(sides[1 - place].path)
+    goes_on = f"instep diff {there} --export FILE, where it was made, and here instep diff {here} FILE"
+    return replace(found, why=why, goes_on=goes_on)
+
+
+def _tell(monitors: Sequence[Monitor], event: dict[str, Any]) -> None:
+    for monitor in monitors:
+        monitor(event)

@@ -1,0 +1,82 @@
+"""What computing two runs again needs and comes to. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from instep.equivalences.found import Where
+from instep.offline.stretches import Stretch
+from instep.recipe import Recipe
+
+Figures = dict[str, Any]
+"""What a tape tells of an update and depends on no clock, see `instep.apart.told.FIGURES`."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A run to compute again. sums, updates, merged: what its tape tells, to be compared, see `Told`; merged are the
+    checksums of the parameters after an update by a server.
+    """
+
+    recipe: Recipe
+    stretch: Stretch
+    import_paths: tuple[str, ...]
+    sums: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
+    updates: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    merged: Mapping[int, Sequence[str]] = field(default_factory=dict)
+
+    def recipe_at(self, version: int) -> Recipe:
+        """Its recipe as the session had it that made this version, with checksums of each."""
+        starts = [event for event in self.stretch.events if event["kind"] == "run_started"]
+        start = next((each for each in reversed(starts) if each["version"] < version), starts[0])
+        known = self.recipe.known(self.recipe.fingerprints().index(start["fingerprint"]))
+        return replace(known, steps=start["steps"], checksum_every=1, evaluate_every=0, artifacts=None)
+
+
+@dataclass(frozen=True)
+class Away:
+    """One side comes to something else than its tape tells: at this version, in these tensors, or figures.
+
+    worker: whose contribution is another, of a server's. sentence: of the playback, "" where it saw nothing.
+    """
+
+    side: int
+    version: int
+    since: int
+    tensors: tuple[str, ...]
+    figures: tuple[str, ...]
+    worker: int | None = None
+    sentence: str = ""
+
+
+@dataclass(frozen=True)
+class How:
+    """How an operation parts from the other run's. kind: as `instep.equivalences.operations.parting` says; one, other:
+    what they have not in common; update: whether it is in the optimizer's step.
+    """
+
+    kind: str
+    one: str = ""
+    other: str = ""
+    update: bool = False
+
+
+@dataclass
+class FoundAgain:
+    """What computing came to. last: the version up to which both were computed. apart: where the sides part, and in
+    which tensors; away: where one parts from its own tape. sums: by side and version.
+    """
+
+    last: int = 0
+    compared: int = 0
+    tensors: int = 0
+    apart: int | None = None
+    names: tuple[str, ...] = ()
+    away: Away | None = None
+    place: Where | None = None
+    how: How | None = None
+    kind: str = ""
+    saved: bool = False
+    sums: list[dict[int, dict[str, str]]] = field(default_factory=list)

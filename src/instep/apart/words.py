@@ -1,0 +1,57 @@
+"""What is said of how two runs part, in a sentence. No torch."""
+
+from __future__ import annotations
+
+from instep.apart.found import Diffed
+from instep.apart.levels import listed
+from instep.apart.sides import Away, FoundAgain
+from instep.equivalences.found import UNKNOWN
+from instep.errors import cut
+
+_KINDS = {
+    "path": "The one goes another way than the other: {one} in A, and {other} in B.",
+    "number": "A number of the operation is {one} in A and {other} in B.",
+    "tensor": "The operation is given another tensor, which is neither parameter, buffer, batch nor made before.",
+    "draw": "Other random numbers are drawn.",
+    "kernel": "It gives another result for the same inputs: another kernel, or other code that it calls.",
+}
+"""By how an operation parts."""
+
+_PLACES = {
+    "start": "The first weights are others: the seed, or how the model is built.",
+    "batch": "The samples are others, with the same weights: the data, their order, or how they are collated.",
+    "optimizer state": "The gradients are the same, and what the optimizer makes of them is not.",
+    "weights": "The gradients are the same, and what the update makes of them is not.",
+}
+"""By what of a step parts first, where no operation does."""
+
+
+def how_apart(found: Diffed, again: FoundAgain) -> str:
+    """How two runs part that both come to what their tapes tell."""
+    if again.how is not None:
+        how = _KINDS[again.how.kind].format(one=cut(again.how.one), other=cut(again.how.other))
+        return f"In the optimizer's step: {how[0].lower()}{how[1:]}" if again.how.update else how
+    if again.apart == 0:
+        return _PLACES["start"]
+    if again.kind:
+        return _PLACES.get(again.kind, UNKNOWN)
+    if found.seen is not None and "order of arrival" in found.seen.what:
+        return f"Contributions came in another order, which under rule '{found.a.rule}' decides."
+    return UNKNOWN
+
+
+def how_away(away: Away, start: int, unlike: str) -> str:
+    """How a run parts from its own recipe, computed again here from version `start`."""
+    what = [listed(away.tensors)] if away.tensors else []
+    what += [f"the {figure}" for figure in away.figures]
+    seen = f"{', '.join(what)} of version {away.version:,} on the tape" if what else away.sentence.rstrip(".")
+    again = f"computed again from version {start:,}" if start else "computed again from its start"
+    if unlike:
+        return f"Made with {unlike} and {again} here, {seen} differs: so far the libraries or the processor decide."
+    worker = ""
+    if away.worker is None and away.tensors:
+        worker = " Which worker it was, the tape does not tell."
+    return (
+        f"Differing is {seen}, {again} with the same libraries on the same kind of processor: a fault of memory, "
+        f"processor or disk that does not repeat, or a changed file.{worker}"
+    )

@@ -1,0 +1,75 @@
+"""`instep.diff`: equal runs raise no alarm, others part at a named operation, and a fault at the run that has it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+import instep
+from instep.apart.found import Diffed
+from instep.recipe import Recipe
+from instep.worker.replica import Replica
+from support import parted
+from support.parted import recipe, trained
+
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("forked_pythons")]
+
+
+def of_two(one: Recipe, other: Recipe, tmp_path: Path, **kw: Any) -> Diffed:
+    a, b = trained(one, tmp_path / "a"), trained(other, tmp_path / "b", workers=1)
+    return instep.diff(a.path, b.path, recipes=(one, other), **kw)
+
+
+def test_runs_by_other_teams_are_the_same_with_a_count(tmp_path: Path) -> None:
+    found = of_two(recipe(clip_norm=0.5), recipe(clip_norm=0.5), tmp_path)
+    assert found.verdict == "the same"
+    assert found.sentence == "The runs are the same: 32 tensors in 2 versions, 8 updates, 4 digests compared."
+
+
+def test_a_run_is_what_its_recipe_comes_to(tmp_path: Path) -> None:
+    one = recipe()
+    found = instep.diff(trained(one, tmp_path / "a").path, recipes=(one, None))
+    assert found.sentence == "The run is what its recipe comes to here: 32 tensors in 9 versions compared."
+    assert found.again is not None
+    assert found.again.updates == (8,)
+
+
+def test_another_kernel_is_named_with_its_module_and_both_inputs(tmp_path: Path) -> None:
+    other = recipe({"activation": lambda x: F.gelu(x, approximate="tanh")})
+    told: list[dict[str, Any]] = []
+    found = of_two(recipe(), other, tmp_path, monitors=[told.append])
+    assert found.place is not None
+    assert (found.place.step, found.place.microbatch) == (1, 0)
+    assert found.place.operation == "aten.gelu.default"
+    assert 0 < (found.place.ulps or 0) < 1e5
+    saved = safetensors.torch.load_file(found.saved)
+    assert torch.equal(saved["a.input.0"], saved["b.input.0"])
+    assert torch.equal(saved["a.output.0"], F.gelu(saved["a.input.0"]))
+    assert torch.equal(saved["b.output.0"], F.gelu(saved["a.input.0"], approximate="tanh"))
+    kinds = [event["kind"] for event in told]
+    assert kinds[:2] == ["told", "computing"]
+    assert told[1]["updates"] == list(found.again.updates)
+    assert set(kinds[2:]) == {"computed_again"}
+    json.dumps(found.document())
+
+
+def test_the_search_begins_at_the_last_checkpoint_that_is_alike(tmp_path: Path) -> None:
+    """One microbatch counts a little more; that the objective looks at others changes nothing."""
+
+    def later(model: Any, batch: Any) -> torch.Tensor:
+        loss = parted.entropy(model, batch)
+        return loss * (1 + 1e-6) if float(batch[0].sum()) in late else loss
+
+    one = recipe()
+    late = {float(Replica(one, "cpu").batch(6, 2)[0].sum())}
+    found = of_two(one, recipe(objective=later), tmp_path)
+    assert found.again is not None
+    assert found.again.start == (6, 6)
+    assert found.place is not None
+    assert (found.place.step, found.place.microbatch, found.place.operation) == (7, 2, "aten.mul.Tensor")
