@@ -167,12 +167,18 @@ def test_what_raises_on_another_host_is_told_by_the_first(tmp_path: Path) -> Non
     print(error.value)
 
 
-def test_another_recipe_is_refused_by_its_field_and_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    followers = Followers(long(batch=16), team(), (1, 1), tmp_path)
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("batch", 16), ("steps", 7), pytest.param("evaluate_every", 3, marks=pytest.mark.slow)],  # two in no fingerprint
+)
+def test_another_recipe_is_refused_by_its_field_and_host(
+    field: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followers = Followers(long(**{field: value}), team(), (1, 1), tmp_path)
     told: list[Told] = []
     end = followers.end
     monkeypatch.setattr(followers, "end", lambda: (told.extend(followers.told()), end()))
-    with pytest.raises(RecipeError, match=r"host 1 .* another recipe: recipe\.batch is .* here and 16 there"):
+    with pytest.raises(RecipeError, match=rf"host 1 .* another recipe: recipe\.{field} is .* here and {value} there"):
         train_on((1, 1), long(), team(), tmp_path / "run", followers=followers)
     assert "the run failed, as agent 0 says on host 0" in told[0].error, "it ends too, and does not look for agent 0"
 

@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from instep.descendants import orphaned
-from instep.differences import differences
+from instep.differences import differences, without_contents
 from instep.errors import InstepError, RecipeError, ResourceError, WorkerError
 from instep.record.computed_by import libraries, processor
 from instep.record.folder import RunFolder
@@ -282,8 +282,10 @@ class Hosts:
     def _different(self, hello: HelloAgent) -> InstepError | None:
         """What it must have in common with agent 0, and has not."""
         who, own = f"host {hello.host} ({hello.name}), agent {hello.agent},", self._own
-        if hello.fingerprint and hello.fingerprint != own.fingerprint:
-            found = differences(own.recipe, hello.recipe) or ["something that its table does not show differs"]
+        # Steps and evaluations, say, are in no fingerprint. What objects hold may differ: a path that is a host's own.
+        found = differences(without_contents(own.recipe), without_contents(hello.recipe))
+        if found or (hello.fingerprint and hello.fingerprint != own.fingerprint):
+            found = found or ["something that its table does not show differs"]
             return RecipeError(f"{who} has another recipe: {found[0]}; give all agents the same command and files.")
         for name, version in own.versions.items():
             if hello.versions.get(name) != version:
