@@ -85,3 +85,31 @@ def test_what_is_no_run_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["team", str(tmp_path), "--team.workers", "3"]) == 2
     assert capsys.readouterr().err == "instep: --team.workers goes with 'instep train' only.\n"
+
+
+def test_stacks_are_shown_by_whom_they_are_of_and_who_has_none_says_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"stack": None, "stack_by": None, "stack_wanted": False}
+    stuck = member(1, **{**told, "stack": "Stack\n  File x\n", "stack_by": "faulthandler", "stack_wanted": True})
+    stopped, silent = member(2, **{**told, "stopped": True, "stack_wanted": True}), member(3, **told, doing="")
+    asked: list[tuple[Path, int | None]] = []
+
+    def stacks_of(run: Path, worker: int | None) -> dict[str, Any]:
+        asked.append((run, worker))
+        return table(member(0, **told), stuck, stopped, {**silent, "stack_wanted": True})
+
+    monkeypatch.setattr(team, "stacks_of", stacks_of)
+    assert main(["team", "runs/gpt", "--stacks", "--worker", "1"]) == 0
+    assert asked == [(Path("runs/gpt"), 1)]
+    assert capsys.readouterr().out.partition("\n\n")[2] == (
+        "worker 1, by faulthandler:\nStack\n  File x\n"
+        "\nworker 2 is stopped (SIGSTOP or a debugger), and shows its stack once it goes on.\n"
+        "\nworker 3 has shown no stack: it starts or ends, or the kernel holds it (a disk, a driver).\n"
+    )
+    assert list(team.stack_lines(table(member(0, **told)))) == [
+        "no worker is stuck; --worker N shows the stack of any."
+    ]
+    assert list(team.stack_lines(table())) == [], "of a run that does not go on"
+    assert main(["team", "runs/gpt", "--worker", "1"]) == 2
+    assert "it goes with --stacks." in capsys.readouterr().err

@@ -50,6 +50,13 @@ def served(folder: RunFolder, answer: Any = None) -> Iterator[Control]:
             one.close()
 
 
+def state(folder: RunFolder) -> str:
+    """What the agent tells."""
+    answer = ask(folder, AskTeam())
+    assert answer is not None
+    return str(answer["state"])
+
+
 @contextlib.contextmanager
 def calling(folder: RunFolder) -> Iterator[socket.socket]:
     descriptor = os.open(folder.path / control.CONTROL, os.O_RDONLY)
@@ -64,8 +71,8 @@ def calling(folder: RunFolder) -> Iterator[socket.socket]:
 def test_the_owner_asks_and_is_answered_however_long_the_path_of_the_folder(folder: RunFolder) -> None:
     assert len(os.fsencode(folder.path)) > 108
     with served(folder):
-        assert ask(folder, AskTeam()) == {"state": "training"}
-        assert standing_of(folder.path) == {"state": "training", "run": str(folder.path)}
+        assert state(folder) == "training"
+        assert standing_of(folder.path) == {"state": "training", "run": str(folder.path), "supervisor": os.getpid()}
     assert not (folder.path / control.CONTROL).exists(), "it is taken away at the end"
     assert ask(folder, AskTeam()) is None
 
@@ -73,7 +80,7 @@ def test_the_owner_asks_and_is_answered_however_long_the_path_of_the_folder(fold
 def test_an_answer_longer_than_a_socket_holds_comes_whole(folder: RunFolder) -> None:
     long = {"text": "x" * (4 << 20)}
     with served(folder, long):
-        assert ask(folder, AskTeam()) == long
+        assert ask(folder, AskTeam()) == {**long, "supervisor": os.getpid()}
 
 
 def test_the_socket_is_for_its_owner_alone(folder: RunFolder) -> None:
@@ -126,7 +133,7 @@ def test_what_is_no_question_is_answered_with_an_error_and_harms_nobody(sent: by
             stranger.sendall(sent)
             assert b'"error"' in stranger.recv(1 << 16)
             assert stranger.recv(1) == b"", "and the connection is closed"
-        assert ask(folder, AskTeam()) == {"state": "training"}
+        assert state(folder) == "training"
 
 
 def test_a_line_without_an_end_is_cut_off_and_a_torn_one_waits_for_its_rest(folder: RunFolder) -> None:
@@ -135,7 +142,7 @@ def test_a_line_without_an_end_is_cut_off_and_a_torn_one_waits_for_its_rest(fold
         with calling(folder) as flood, contextlib.suppress(BrokenPipeError, ConnectionResetError):
             while True:
                 flood.sendall(b"x" * QUESTION_BYTES)
-        assert ask(folder, AskTeam()) == {"state": "training"}
+        assert state(folder) == "training"
         torn.sendall(b'"team"}\n')
         assert torn.recv(1 << 16) == b'{"state": "training"}\n'
 
@@ -149,7 +156,7 @@ def test_callers_without_end_keep_nobody_from_asking_later(folder: RunFolder) ->
             assert len(one.opened) <= CALLERS + 1
         while len(one.opened) > 1:
             pass
-        assert ask(folder, AskTeam()) == {"state": "training"}
+        assert state(folder) == "training"
 
 
 def test_a_caller_is_not_heard_without_a_pause_however_much_it_asks(folder: RunFolder) -> None:
@@ -172,7 +179,7 @@ def test_the_socket_of_a_killed_agent_is_known_for_what_it_is_and_replaced(folde
     assert ask(folder, AskTeam()) is None
     assert standing_of(folder.path)["state"] == "nothing"
     with served(folder):
-        assert ask(folder, AskTeam()) == {"state": "training"}
+        assert state(folder) == "training"
 
 
 def test_a_run_without_a_socket_is_told_from_one_that_does_not_go_on(folder: RunFolder) -> None:

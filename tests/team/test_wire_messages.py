@@ -97,7 +97,8 @@ BY_HAND: dict[type, st.SearchStrategy[Any]] = {
         words,
     ),
     w.GoMembers: st.builds(w.GoMembers, counts, tables),
-    w.MembersShown: st.builds(w.MembersShown, st.lists(shown, max_size=3).map(tuple)),
+    w.MembersShown: st.builds(w.MembersShown, st.lists(shown, max_size=3).map(tuple), counts, tables),
+    w.StacksWanted: st.builds(w.StacksWanted, counts, st.lists(counts).map(tuple)),
 }  # fmt: skip
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from cyclopts import App
 
-from instep.cli.flags import Settings, refuse
+from instep.cli.flags import Settings, UsageError, refuse, whole_number
 from instep.cli.helping import COMMANDS
 from instep.monitors.progress import clock, duration, rate
 from instep.record.files import json_text
-from instep.team.asking import standing_of
+from instep.team.asking import stacks_of, standing_of
 
 LOOK_S = 0.5
 """Seconds between two looks of a terminal."""
@@ -42,18 +42,28 @@ def declare(app: App, settings: Settings) -> None:
     """Adds the command to `app`."""
 
     @app.command(help=f"{COMMANDS['team']}\n\n{_HELP}")
-    def team(run: Path, /, *, json: bool = False) -> None:
+    def team(run: Path, /, *, stacks: bool = False, worker: str | None = None, json: bool = False) -> None:
         """Team.
 
         Parameters
         ----------
         run
             The folder of a run.
+        stacks
+            Once, with the Python stacks of the workers that are stuck: of those that are stopped, or at one thing for
+            more than a second. By py-spy where it is there, else the worker shows it itself, in about a millisecond.
+        worker
+            With --stacks, the stack of this worker.
         json
             Prints one JSON document.
         """
         refuse(settings)
-        if json:
+        if worker is not None and not stacks:
+            raise UsageError("--worker says whose stack is shown; it goes with --stacks.")
+        if stacks:
+            found = stacks_of(run, None if worker is None else whole_number(worker, "--worker"))
+            print(json_text(found) if json else "\n".join((*lines(found), *stack_lines(found))))
+        elif json:
             print(json_text(standing_of(run)))
         elif sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
             _watch(run)
@@ -103,6 +113,22 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"host {host} is {name or 'not known yet'}"
     for each in found["left"][-LEFT:]:
         yield f"left at {clock(each['t_s'])}: {each['why']}"
+
+
+def stack_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """The stacks that were asked for, and why one is not there."""
+    wanted = [each for each in found["members"] if each["stack_wanted"]]
+    if found["members"] and not wanted:
+        yield "no worker is stuck; --worker N shows the stack of any."
+    for each in wanted:
+        yield ""
+        if each["stack"]:
+            yield f"{each['name']}, by {each['stack_by']}:"
+            yield each["stack"].rstrip()
+        elif each["stopped"]:
+            yield f"{each['name']} is stopped (SIGSTOP or a debugger), and shows its stack once it goes on."
+        else:
+            yield f"{each['name']} has shown no stack: it starts or ends, or the kernel holds it (a disk, a driver)."
 
 
 def now(member: Mapping[str, Any]) -> str:

@@ -8,11 +8,14 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
 from instep.record.events import Event, MergedEvent
-from instep.team.control import Asked, Control
+from instep.team.control import Asked, AskStacks, AskTeam, Control
 from instep.team.crew import Crew, LocalCrew
 from instep.team.messages import HeldUp
 from instep.team.standing import WAITS_S, TeamStanding
 from instep.team.wire_messages import Shown
+
+STACKS_S = 5.0
+"""Seconds that stacks are awaited; other hosts tell theirs once a second."""
 
 TELL_S = 1.0
 """Seconds between two words on who holds the others up."""
@@ -34,6 +37,9 @@ class Answers:
         self._clock, self._crews, self._restarts, self._tell = clock, crews, restarts, tell
         self._standing = TeamStanding(server)
         self._control: Control | None = None
+        self._stacks: tuple[Asked, set[int], float] | None = (
+            None  # who asks, for whose, and until when they are awaited
+        )
         self._told_s, self._told = 0.0, False
 
     def listening(self, run_folder: int) -> Self:
@@ -84,13 +90,39 @@ class Answers:
             self._answer(asked)
 
     def _answer(self, asked: Asked) -> None:
-        asked.answer(self._standing.table(self._shown(), self._clock(), self._restarts()))
+        match asked.question:
+            case AskTeam():
+                asked.answer(self._table())
+            case AskStacks(numbers) if self._stacks is None:
+                self._stacks = asked, set(numbers), time.monotonic() + STACKS_S
+                for crew in self._crews():
+                    crew.ask_for_stacks(numbers)
+            case AskStacks():
+                asked.answer({"error": "somebody else asks for stacks at this moment; ask again."})
+
+    def _table(self) -> dict[str, Any]:
+        return self._standing.table(self._shown(), self._clock(), self._restarts())
+
+    def _look_for_stacks(self) -> None:
+        """Answers who has asked for stacks, once all are there that come in time."""
+        if self._stacks is None:
+            return
+        asked, numbers, until = self._stacks
+        found = {number: text for crew in self._crews() for number, text in crew.stacks().items()}
+        table = self._table()
+        awaited = [each for each in table["members"] if each["number"] in numbers and not each["stopped"]]
+        if all(each["number"] in found for each in awaited) or time.monotonic() > until:
+            self._stacks = None
+            for each in table["members"]:
+                each["stack"] = found.get(each["number"])
+            asked.answer(table)
 
     def _shown(self) -> list[Shown]:
         return [each for crew in self._crews() for each in crew.shown()]
 
     def look(self) -> None:
         """Tells who has the others wait, as long as somebody does, and once when it is over."""
+        self._look_for_stacks()
         own, *others = self._crews()
         assert isinstance(own, LocalCrew), "this host is the first"
         now_s = self._clock()

@@ -6,7 +6,9 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,16 @@ import msgspec
 from instep.errors import RecordError, WorkerError, cut
 from instep.record.folder import CONTROL, RunFolder
 from instep.record.tape import read as read_tape
-from instep.team.control import PATIENCE_S, AskTeam, Question, connected
+from instep.team.control import PATIENCE_S, AskStacks, AskTeam, Question, connected, process_of
 from instep.team.standing import ended
 
 ANSWER_BYTES = 64 << 20
+
+STUCK_S = 1.0
+"""Seconds at one thing, that is not to wait for others, for which a member counts as stuck."""
+
+SPY_S = 10.0
+"""Seconds that py-spy has."""
 
 
 def standing_of(path: Path) -> dict[str, Any]:
@@ -32,6 +40,57 @@ def standing_of(path: Path) -> dict[str, Any]:
         result = folder.read_result() if folder.result_path.exists() else None
         answer = ended(read_tape(folder.tape_path) if folder.tape_path.exists() else (), result)
     return {**answer, "run": str(path)}
+
+
+def stacks_of(path: Path, worker: int | None = None) -> dict[str, Any]:
+    """As `standing_of`; of a run that goes on with the Python stacks of this worker or, with None, of all members that
+    are stuck: that are stopped, or at one thing for more than `STUCK_S` while they wait for nobody.
+
+    By py-spy where it is installed and may look, which takes none of the worker's time; else that shows it itself.
+    Raises as that does, and RecordError where there is no such worker.
+    """
+    table = standing_of(path)
+    members = table["members"]
+    wanted = [each for each in members if (_is_stuck(each) if worker is None else each["worker"] == worker)]
+    if worker is not None and members and not wanted:
+        raise RecordError(f"{path} has no worker {worker} now; {_numbers(members)} are there.")
+    spied = {each["number"]: text for each in wanted if (text := _spied(each, table.get("supervisor")))}
+    numbers = [each["number"] for each in wanted if each["number"] not in spied]
+    if numbers:
+        answer = ask(RunFolder.open(path), AskStacks(numbers))
+        table = {**answer, "run": str(path)} if answer is not None else table
+    for each in table["members"]:
+        number = each["number"]
+        own = each.get("stack") if number in numbers else None
+        each["stack"], each["stack_by"] = (
+            spied.get(number, own),
+            "py-spy" if number in spied else own and "faulthandler",
+        )
+        each["stack_wanted"] = number in spied or number in numbers
+    return table
+
+
+def _is_stuck(member: Mapping[str, Any]) -> bool:
+    idle = member["waits_for"] or member["doing"] in ("done", "waiting for workers")
+    return bool(member["stopped"] or (not idle and member["doing_for_s"] > STUCK_S))
+
+
+def _numbers(members: Sequence[Mapping[str, Any]]) -> str:
+    found = [str(each["worker"]) for each in members if each["worker"] is not None]
+    return ", ".join(found) if len(found) <= 8 else f"{found[0]} to {found[-1]}"
+
+
+def _spied(member: Mapping[str, Any], supervisor: int | None) -> str:
+    """What py-spy tells of a process of this machine, without stopping it; "" where it is not there, or may not."""
+    program, pid = shutil.which("py-spy"), member["pid"]
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        if program is None or member["host"] or supervisor is None or int(parent) != supervisor:
+            return ""  # it is elsewhere, or its number is another process's here
+        command = [program, "dump", "--nonblocking", "--pid", str(pid)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=SPY_S, check=True).stdout
+        return told[max(0, told.find("Thread ")) :]  # what is before is the command line
+    return ""
 
 
 def ask(folder: RunFolder, question: Question) -> dict[str, Any] | None:
@@ -48,6 +107,7 @@ def ask(folder: RunFolder, question: Question) -> dict[str, Any] | None:
         except OSError as error:
             raise _no_answer(folder, error.strerror or str(error)) from error
         with end:
+            supervisor = process_of(end)
             try:
                 with contextlib.suppress(BrokenPipeError):  # it has said why before it hung up
                     end.sendall(msgspec.json.encode(question) + b"\n")
@@ -59,7 +119,7 @@ def ask(folder: RunFolder, question: Question) -> dict[str, Any] | None:
                 raise _no_answer(folder, error.strerror or str(error)) from error
     if not line.endswith(b"\n"):  # it has ended meanwhile, or is busy with that
         raise _no_answer(folder, "it has hung up")
-    found: dict[str, Any] = json.loads(line)
+    found: dict[str, Any] = {**json.loads(line), "supervisor": supervisor}
     if "error" in found:
         raise RecordError(f"{folder.path}: {cut(found['error'])}")
     return found

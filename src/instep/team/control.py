@@ -15,7 +15,7 @@ import struct
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -25,7 +25,7 @@ from instep.record.folder import CONTROL
 SOCKET = "socket"
 """Its name in `CONTROL`, a folder of mode 0700; it has mode 0600."""
 
-QUESTION_BYTES = 4096
+QUESTION_BYTES = 1 << 16
 
 CALLERS = 8
 """Connections at a time; what comes beyond that is closed."""
@@ -43,7 +43,13 @@ class AskTeam(msgspec.Struct, frozen=True, tag_field="ask", tag="team", forbid_u
     """How does the team stand?"""
 
 
-Question = AskTeam
+class AskStacks(msgspec.Struct, frozen=True, tag_field="ask", tag="stacks", forbid_unknown_fields=True):
+    """How does it stand, and what are the Python stacks of the members of these numbers? The server's comes last."""
+
+    numbers: Annotated[list[int], msgspec.Meta(max_length=1 << 16)]
+
+
+Question = AskTeam | AskStacks
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,8 @@ class Caller:
                 raise msgspec.ValidationError(f"a question has at most {QUESTION_BYTES:,} bytes")
             return None
         self._read = rest
-        return msgspec.json.decode(bytes(line), type=Question)
+        found: Question = msgspec.json.decode(bytes(line), type=Question)
+        return found
 
     def send(self, table: dict[str, Any]) -> None:
         """Sends the answer, as far as the socket takes it now."""
@@ -228,8 +235,16 @@ def _path(folder: int) -> str:
 
 def _user(end: socket.socket) -> int:
     """Who is at the other end."""
-    found = end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(found)[1])
+    return _peer(end)[1]
+
+
+def process_of(end: socket.socket) -> int:
+    """The process at the other end, or the one that listened for it, by its number here."""
+    return _peer(end)[0]
+
+
+def _peer(end: socket.socket) -> tuple[int, ...]:
+    return _CREDENTIALS.unpack(end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
 
 
 def connected(folder: int) -> socket.socket:

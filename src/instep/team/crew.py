@@ -74,6 +74,12 @@ class Crew(Protocol):
     def shown(self) -> tuple[Shown, ...]:
         """What its members do, as far as is known."""
 
+    def ask_for_stacks(self, numbers: Collection[int]) -> None:
+        """Has those of its members that have these numbers show their Python stacks; `stacks` has them in a while."""
+
+    def stacks(self) -> Mapping[int, str]:
+        """What they have shown since they were asked last."""
+
     def take_out(self, member: Member) -> list[WorkerToSupervisor]:
         """Ends what is left of a member that was lost. Returns its last words, if they are here already."""
 
@@ -114,6 +120,7 @@ class LocalCrew:
         self._name, self._folder, self._began, self._host = name, folder, began, host
         self._processes: MemberProcesses | None = None
         self._done: set[Member] = set()
+        self._asked: dict[Member, str] = {}  # for their stacks
         self._workers: list[int] = []  # of this host, by number
 
     def start(self, members: Collection[Member], assignment: Assignment) -> None:
@@ -245,6 +252,21 @@ class LocalCrew:
             done=done,
         )
 
+    def ask_for_stacks(self, numbers: Collection[int]) -> None:
+        self._asked = {}
+        for process in self._processes or ():
+            pid, number = process.handle.pid, process.member.number
+            able = number in numbers and self.processes.board.answers[number] and process.member not in self._done
+            if able and process_state(pid)[0] not in "TtZX":  # a stopped one would answer whenever it goes on
+                process.stack.ask(pid)
+                self._asked[process.member] = ""
+
+    def stacks(self) -> Mapping[int, str]:
+        for process in self._processes or ():
+            if self._asked.get(process.member) == "":
+                self._asked[process.member] = process.stack.found(process.handle.pid)
+        return {member.number: text for member, text in self._asked.items() if text}
+
     def someone_waits(self, since_s: float) -> bool:
         """Whether a member waits for others since then, on the run's clock, or for longer. It costs next to nothing."""
         if self._processes is None:
@@ -255,6 +277,7 @@ class LocalCrew:
     def take_out(self, member: Member) -> list[WorkerToSupervisor]:
         old = self.processes.take_out(member)
         self.processes.board.doing.clear(member.number)
+        self.processes.board.answers[member.number] = 0
         words = list(_rest(old.pipe))
         old.close()
         return words

@@ -60,6 +60,7 @@ from instep.team.wire_messages import (
     HelloAgent,
     MemberLost,
     MembersShown,
+    StacksWanted,
     StartMembers,
     StartSuccessor,
     TakeOut,
@@ -99,7 +100,7 @@ class Follower:
         self._asked = False  # whether agent 0 was told to stop
         self._leader = ""  # agent 0's host
         self._logs = Logs(self._scratch.logs)
-        self._showed = 0.0
+        self._showed, self._stacks_asked = 0.0, 0  # when the workers were shown last; the last question for stacks
 
     def follow(self) -> dict[str, Any]:
         """Does what agent 0 orders until the run ends. Returns the result.
@@ -277,7 +278,8 @@ class Follower:
             self._hear_member(lost)
         if self._crew is not None and now - self._showed >= SHOW_S:
             self._showed = now
-            self._tell(MembersShown(self._crew.shown()))
+            stacks = {str(number): text for number, text in self._crew.stacks().items()}
+            self._tell(MembersShown(self._crew.shown(), self._stacks_asked, stacks))
 
     def _tell_beat(self) -> None:
         carried = self._crew.carried() if self._crew is not None else METER.look()
@@ -320,6 +322,9 @@ class Follower:
             case ToMember(member, told) if self._is_at(member.epoch):
                 assert self._crew is not None
                 self._crew.send(member, told)
+            case StacksWanted(asked, numbers) if self._crew is not None:
+                self._stacks_asked = asked
+                self._crew.ask_for_stacks(numbers)
             case TakeOut(member) if self._is_at(member.epoch):
                 assert self._crew is not None
                 for word in self._crew.take_out(member):

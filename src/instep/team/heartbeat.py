@@ -25,11 +25,12 @@ class HeartbeatBoard:
     """The signs of life of all workers, in memory that forked processes share. [W] arrays of int64."""
 
     def __init__(self, workers: int):
-        memory = mmap.mmap(-1, 8 * (5 * workers + 1))
+        memory = mmap.mmap(-1, 8 * (6 * workers + 1))
         table = np.frombuffer(memory, np.int64)
-        self.beats, self.progress, self.waits, self.sent, self.received = table[:-1].reshape(5, workers)
+        self.beats, self.progress, self.waits, self.sent, self.received, self.answers = table[:-1].reshape(6, workers)
         """Beats so far; pieces of work finished; since when the worker waits for others, in ns of the monotonic clock,
-        0 where it does not; bytes to and from other hosts, of all processes that have had the worker's place."""
+        0 where it does not; bytes to and from other hosts, of all processes that have had the worker's place; 1 where
+        it may be asked for its stack."""
         self._stop = table[-1:]
         self.doing = DoingBoard(workers)
 

@@ -36,6 +36,7 @@ from instep.team.kept_state import keep_state, wait_for_the_end
 from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
+from instep.team.stacks import Stack
 from instep.transport.group import Group, PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
 from instep.worker.device import not_deterministic
@@ -43,8 +44,12 @@ from instep.worker.milestones import Milestones, Progress
 from instep.worker.replica import Replica
 
 
-def main(assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoard, descriptor: int) -> None:
+def main(
+    assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoard, descriptor: int, stack: Stack
+) -> None:
     """The whole life of a process of the team, which was forked. The server comes after the workers in number."""
+    stack.answer()
+    board.answers[number] = 1
     heartbeat = Heartbeat(board, number, os.getppid())
     heartbeat.start()
     listeners = [] if assignment.network is None else [assignment.network.listener]

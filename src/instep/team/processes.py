@@ -20,6 +20,7 @@ from instep.team.heartbeat import HeartbeatBoard
 from instep.team.launcher import Handle
 from instep.team.messages import Assignment, Ready, SupervisorToWorker, WorkerToSupervisor
 from instep.team.orders import Member
+from instep.team.stacks import Stack
 
 
 @dataclass
@@ -29,6 +30,7 @@ class MemberProcess:
     member: Member
     handle: Handle
     pipe: Channel
+    stack: Stack
     ready: Ready | None = None
     began: float = field(default_factory=time.monotonic)
 
@@ -63,6 +65,7 @@ class MemberProcess:
     def close(self) -> None:
         """Closes what is open here for the process, which has ended."""
         self.pipe.close()
+        self.stack.close()
         self.handle.close()
 
 
@@ -101,12 +104,13 @@ class MemberProcesses:
         try:
             ours, theirs = Channel.pair()
             with contextlib.closing(theirs):
-                unused = [*unused, ours, *(other.pipe for other in self)]
-                arguments = (unused, assignment, member.number, theirs, self.board, self.descriptor)
+                stack = Stack()
+                unused = [*unused, ours, *(each for other in self for each in (other.pipe, other.stack))]
+                arguments = (unused, assignment, member.number, theirs, self.board, self.descriptor, stack)
                 handle = Handle(_main, arguments, f"worker-{member.number}")
         except OSError as error:
             raise no_process(f"process {member.number + 1} of the {self._workers} workers", error) from error
-        self._by_number[member.number] = MemberProcess(member, handle, ours)
+        self._by_number[member.number] = MemberProcess(member, handle, ours, stack)
 
     def look_for_orphans(self) -> None:
         """Notes what the run's processes have started and left behind. Of that, what is dead is waited for."""

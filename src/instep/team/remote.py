@@ -43,6 +43,7 @@ from instep.team.wire_messages import (
     MemberLost,
     MembersShown,
     Shown,
+    StacksWanted,
     StartMembers,
     StartSuccessor,
     TakeOut,
@@ -106,6 +107,8 @@ class RemoteCrew:
         self._sent: set[str] = set()  # checkpoints that the host has
         self._facts: Mapping[str, Any] = {}
         self._shown: tuple[Shown, ...] = ()  # as it was told last
+        self._asked = 0  # how often for stacks
+        self._stacks: Mapping[int, str] = {}
         self._orders: deque[Iterator[Any]] = deque()  # to be sent as the link takes them
         self._silence = Silence()
 
@@ -229,8 +232,10 @@ class RemoteCrew:
                     self.clock_error_s = message.error_s
                     self._carried.told(self.hello.host, self.hello.session, message)
                     self._order(Beat(seq, sent_s, self._clock()))
-                case MembersShown(shown):
+                case MembersShown(shown, asked, stacks):
                     self._shown = shown
+                    if asked == self._asked:
+                        self._stacks = {int(number): str(text) for number, text in stacks.items() if number.isdecimal()}
                 case LogPart(name, content):
                     self._log(name, content)
                 case CheckpointPart() | KeptGiven():
@@ -246,6 +251,14 @@ class RemoteCrew:
 
     def shown(self) -> tuple[Shown, ...]:
         return tuple(each for each in self._shown if each.member in self._members)
+
+    def ask_for_stacks(self, numbers: Collection[int]) -> None:
+        self._asked, self._stacks = self._asked + 1, {}
+        if here := tuple(member.number for member in self._members if member.number in numbers):
+            self._order(StacksWanted(self._asked, here))
+
+    def stacks(self) -> Mapping[int, str]:
+        return self._stacks
 
     def _log(self, name: str, content: bytes) -> None:
         host = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.hello.name) or "host"

@@ -86,6 +86,7 @@ class TeamStanding:
         rate = sum(count for count, _ in spent) / seconds if seconds > 0 else None
         waits = self._waits(one)
         return {
+            "number": number,
             "worker": None if is_server else number,
             "name": self.name(one),
             "host": one.member.host,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from msgspec import Meta
@@ -134,9 +134,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class MembersShown:
-    """What the processes of its host do, about every second."""
+    """What the processes of its host do, about every second; and the stacks, by number in text, that answer the last
+    `StacksWanted`, of this count.
+    """
 
     shown: tuple[Shown, ...]
+    asked: Count = 0
+    stacks: Table = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,14 @@ class ToMember:
 
 
 @dataclass(frozen=True)
+class StacksWanted:
+    """Have these workers show their stacks, for the `MembersShown` that follow. asked: counts such questions."""
+
+    asked: Count
+    numbers: Annotated[tuple[Count, ...], Meta(max_length=LONGEST)]
+
+
+@dataclass(frozen=True)
 class TakeOut:
     """End what is left of this process, which was lost, and send its last words."""
 
@@ -300,6 +312,7 @@ FromAgent0 = (
     | GiveKept
     | GoMembers
     | ToMember
+    | StacksWanted
     | TakeOut
     | StartSuccessor
     | EndMembers
