@@ -310,7 +310,7 @@ def run_part(part: Part, most_rounds: int, most_steps: int, parameters: int) -> 
     found = figures(part, measure(part, rounds, steps), parameters)
     for contender, row in found["found"].items():
         cpu = f"{row['cpu_ms']:8.1f} ms of processors"
-        print(f"  {contender:<40}{row['ms']:8.1f} ms a step{row['gradients_sent']:8.3f} gradients sent{cpu}")
+        print(f"  {contender:<58}{row['ms']:8.1f} ms a step{row['gradients_sent']:8.3f} gradients sent{cpu}")
     low, middle, high = (found["speed"][kind] for kind in ("low", "median", "high"))
     print(f"  speed {middle:.3f} ({low:.3f} to {high:.3f}) of {found['best_ddp']}, bytes {found['bytes']:.4f}")
     if (share := found["of free links'"]) is not None:
@@ -347,18 +347,19 @@ def _told(met: bool) -> str:
     return "met" if met else "MISSED"
 
 
-def keep(name: str, found: dict[str, Any], given: argparse.Namespace, work: dict[str, Any]) -> None:
-    """Puts a part's figures into the file of results, in the place of those of before."""
+def source() -> str:
+    """The commit that is measured."""
     git = [subprocess.run(["git", *which], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
            for which in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", "src"))]  # fmt: skip
-    measured = {
-        "commit": git[0] + (" and changes" if git[1] else ""), "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "machine": machine(), "threads": THREADS, "load": os.getloadavg(), "rounds": given.rounds, "steps": given.steps,
-    }  # fmt: skip
-    parts = json.loads(given.result.read_text())["parts"] if given.result.exists() else {}
-    parts[name] = {"measured": measured, **found}
+    return git[0] + (" and changes" if git[1] else "")
+
+
+def keep(name: str, found: dict[str, Any], result: Path, **head: Any) -> None:
+    """Puts a part's figures into the file of results, in the place of those of before."""
+    parts = json.loads(result.read_text())["parts"] if result.exists() else {}
+    parts[name] = found
     ordered = {each: parts[each] for each in (*PARTS, COUNTED) if each in parts}
-    given.result.write_text(json.dumps({"work": work, "parts": ordered}, indent=1) + "\n")
+    result.write_text(json.dumps({**head, "parts": ordered}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -376,14 +377,18 @@ def main() -> None:
     work = {"model": MODEL, "parameters": parameters, "samples": SAMPLES, "context": CONTEXT}
     for name in given.parts:
         began = time.monotonic()
+        measured: dict[str, Any] = {
+            "commit": source(), "date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(),
+            "threads": THREADS, "load": os.getloadavg(), "rounds": given.rounds, "steps": given.steps,
+        }  # fmt: skip
         print(name)
         if name == COUNTED:
             found = bytes_of_a_round()
             print(f"  {found['fewer bytes']} times fewer than {ROUND} steps in lockstep: {found['found']}")
         else:
             found = run_part(PARTS[name], given.rounds, given.steps, parameters)
-        found["targets"], found["seconds"] = judge(name, found), round(time.monotonic() - began)
-        keep(name, found, given, work)
+        measured["seconds"] = round(time.monotonic() - began)
+        keep(name, {"measured": measured, **found, "targets": judge(name, found)}, given.result, work=work)
         sys.stdout.flush()
 
 

@@ -1,4 +1,6 @@
-"""Sockets of this process, and which of them are TCP connections. No torch."""
+"""Sockets of this process, which of them are TCP connections, and how much of what they send the system takes at once.
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,19 @@ import contextlib
 import os
 import socket
 import stat
+import struct
+from collections.abc import Iterable
+
+SHORT_TRIP_US = 25
+"""Microseconds: over a shorter way there and back, `SENT_AT_ONCE` is more than 20 Gbit/s bring, so it slows nothing."""
+
+SENT_AT_ONCE = 1 << 16
+"""Bytes, of which the system makes twice as many, to hold what it notes of them too. Measured between two namespaces:
+what is sent and taken stays in the processor's cache, and an exchange takes two thirds of the processor time that it
+takes with the 4 MiB that the system would come to."""
+
+_INFO_BYTES, _SHORTEST_US = 152, 148
+"""Of the kernel's struct tcp_info, since Linux 4.6: its length, and where the shortest time there and back is."""
 
 Socket = tuple[int, int]
 """Descriptor and inode: a number alone may be another's later."""
@@ -41,3 +56,13 @@ def connection(one: Socket) -> socket.socket | None:
         failing.pop_all()
         return found
     return None
+
+
+def send_less_at_once(sockets: Iterable[Socket]) -> None:
+    """Has the system take less at once of what those are given whose other ends are near. It cannot be taken back."""
+    for one in sockets:
+        if (opened := connection(one)) is not None:
+            with opened, contextlib.suppress(AttributeError, OSError, struct.error):  # Linux alone tells the time
+                info = opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+                if struct.unpack_from("I", info, _SHORTEST_US)[0] <= SHORT_TRIP_US:
+                    opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SENT_AT_ONCE)

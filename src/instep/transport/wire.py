@@ -25,10 +25,13 @@ from instep.transport.group import PeerLost
 from instep.transport.meter import METER
 from instep.transport.posts import Post, Posts
 from instep.transport.silence import LONGEST_LOOK_S, Unanswered, ask_when_quiet
-from instep.transport.sockets import Socket, connection, open_sockets
+from instep.transport.sockets import Socket, connection, open_sockets, send_less_at_once
 
 LOOK = timedelta(milliseconds=20)
 """Between two looks at whether to go on waiting. A wait of gloo's that times out breaks nothing."""
+
+KNOWN_AFTER = 8
+"""All-to-alls until the connections have seen how long the way is at its best."""
 
 FOREVER = timedelta(hours=1000)
 """The time-out of the backend's own: to be slow is no fault, and whoever started the processes sees who dies."""
@@ -76,6 +79,7 @@ class Wire:
         self.device, self._rank, self._size = device, rank, size
         self._silent_s, self._unanswered, self._looked = silent_s, Unanswered(), time.monotonic()
         self._pending: list[c10d.Work] = []
+        self._begun = 0
         self._posts = Posts()
         self._group: Any = None  # a backend of torch's, whose types its stubs don't tell
         before = open_sockets()
@@ -121,6 +125,9 @@ class Wire:
         except RuntimeError as error:
             raise self._lost(error) from error
         self._pending.append(work)
+        self._begun += 1
+        if self._begun == KNOWN_AFTER:
+            send_less_at_once(self._sockets)
         return Exchange(self, work, send, found)
 
     def take(self, kind: int, into: Tensor, expected: Sequence[int]) -> list[Post]:
