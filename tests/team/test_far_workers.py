@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from instep.recipe import Recipe, Team
 from instep.rules import UpdateRule
 from instep.rules import presets as p
 from instep.team import far_server, hosts, letters
+from instep.team.far_server import FarServer
+from instep.team.host_weights import HostPlaces
 from instep.team.processes import import_before_forks
 from support import workloads
 from support.agents import Followers, meet_here, train_on
@@ -156,6 +160,81 @@ def test_what_was_on_its_way_when_a_connection_broke_comes_once(
     check_replay(run, recipe)
     assert len(broken) > 5
     assert not [event for event in run.events if event["kind"] == "left"]
+
+
+def test_weights_go_to_a_host_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where its workers wait for each other: a version for one of them, which the others read."""
+    whole, beside = CountedInAll(tmp_path / "whole"), CountedInAll(tmp_path / "beside")
+    note = FarServer._note_weights
+
+    def noting(self: FarServer, letter: Any) -> None:
+        if isinstance(letter, letters.Order):
+            (whole if letter.weights == "whole" else beside).add()
+            assert letter.weights in ("whole", "beside")
+        note(self, letter)
+
+    monkeypatch.setattr(FarServer, "_note_weights", noting)
+    recipe = workloads.convnet(rule=p.local_sgd(2), steps=8)
+    run, told = train_on((1, 1), recipe, team(workers=7), tmp_path / "run")  # 3 and 4
+    assert told[0].error == ""
+    assert run.digest == drive(recipe, 7).digest
+    assert (len(whole), len(beside)) == (4, 12), "four rounds"
+
+
+@pytest.mark.parametrize("name", quick(["local_sgd", "asynchronous", "softsync"], "local_sgd"))
+def test_who_waits_for_weights_that_go_to_another_worker_gets_them_should_that_one_die(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """That is as weights begin to come, the third time that they do to somebody."""
+    died, again = tmp_path / "died", CountedInAll(tmp_path / "again")
+    place, put_again, begun = FarServer._place, FarServer._put_again, itertools.count(1)
+
+    def dying(self: FarServer, message: Any, shapes: Any) -> Any:
+        if isinstance(message, letters.Order) and message.weights == "whole" and next(begun) == 3:
+            with contextlib.suppress(FileExistsError):  # one did before
+                died.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return place(self, message, shapes)
+
+    def putting(self: FarServer, letter: letters.Again) -> None:
+        again.add()
+        put_again(self, letter)
+
+    monkeypatch.setattr(FarServer, "_place", dying)
+    monkeypatch.setattr(FarServer, "_put_again", putting)
+    recipe = workloads.convnet(rule=RULES[name], steps=12)
+    run, told = train_on((1, 1), recipe, team(workers=5, restarts=3), tmp_path / "run")  # 2 and 3
+    assert told[0].error == ""
+    check_replay(run, recipe)
+    assert died.exists()
+    assert [event["kind"] for event in run.events].count("left") == 1
+    if RULES[name].lockstep:
+        assert len(again) == 2
+
+
+def test_places_that_a_host_shares_are_filled_where_nobody_reads() -> None:
+    """Random orders and deaths: what a worker was told of last stays, until it is told of other weights."""
+    for seed in range(200):
+        draw, workers = random.Random(seed), 4
+        places, filled = HostPlaces(workers), dict[int, int]()
+        told: dict[int, tuple[int, int]] = {}
+        version, has = 0, dict[int, int]()
+        for _ in range(40):
+            version += draw.random() < 0.4
+            worker = draw.randrange(workers)
+            if draw.random() < 0.1:
+                has.pop(worker, None)  # what it was told of is kept for it, dead or alive
+                place, fill, waiting = places.left(worker)
+                assert all(told[other] == (place, fill) for other in waiting)
+                continue
+            beside = next((each for each, of in has.items() if of == version and each != worker), None)
+            told[worker], has[worker] = places.give(worker, beside), version
+            place, fill = told[worker]
+            if beside is None:
+                assert fill == filled.get(place, 0) + 1
+                filled[place] = fill
+            assert told[worker] == told.get(beside, told[worker])
+            assert all(filled[place] == fill for place, fill in told.values()), "nothing was put where one reads"
 
 
 def test_a_run_on_two_hosts_is_resumed_on_one_and_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.reduce.narrow import narrow_bytes
+from instep.team.host_weights import SharedWeights, shared_by_hosts
 from instep.team.letters import (
+    Again,
     Begin,
     Bell,
     Contributed,
@@ -45,23 +48,37 @@ PAUSE_S = 0.2
 
 LOOK_S = 1.0
 
+BESIDE_S = 0.001
+"""Seconds between two looks at whether weights have come to another worker of the host."""
+
 LEAVE_S = 5.0
 """Seconds that a process which ends in the middle takes to tell what the server may ask for."""
 
 
 class FarServer:
     """What a worker has of it, see `instep.engines.lines.ToServer`. Connections may break: it makes others, and goes on
-    trying until its own agent ends the process.
+    trying until its own agent ends the process. descriptor: of memory that the host's workers share, so many as `here`.
     """
 
-    def __init__(self, network: HostNetwork, worker: int, incarnation: int, contributor: Contributor):
+    def __init__(
+        self,
+        network: HostNetwork,
+        worker: int,
+        incarnation: int,
+        descriptor: int,
+        here: int,
+        contributor: Contributor,
+    ):
         self._network, self._worker, self._incarnation = network, worker, incarnation
         self._contributor = contributor
         self.vectors = contributor.empty()
         self._pack = contributor.pack
-        self._weights = self._pack.empty()
-        self._beside = torch.empty_like(self._pack.beside(self._weights))
         rule = contributor.rule
+        self._shared = SharedWeights(descriptor, here, self._pack.size_bytes) if shared_by_hosts(rule) else None
+        self._weights = self._shared.rows[0] if self._shared is not None else self._pack.empty()
+        self._awaited: tuple[int, int] | None = None  # place and fill of weights that come to another worker
+        self._again: Tensor | None = None  # where they come, should that one be gone
+        self._beside = torch.empty_like(self._pack.beside(self._weights))
         self._wire = rule.wire
         self._change = torch.empty(narrow_bytes(rule.wire, contributor.replica.size), dtype=torch.uint8)
         self._round = 0  # of the order that came last
@@ -98,10 +115,22 @@ class FarServer:
 
     def receive(self) -> ServerToWorker:
         """Waits for the next message. Raises what the thread has raised."""
-        message = self._came.get()
+        message = self._next()
+        if isinstance(message, Order) and self._shared is not None and message.weights in ("whole", "beside"):
+            while not self._shared.has(message.place, message.fill):
+                with contextlib.suppress(queue.Empty):  # whoever waits has not answered: only the end may come
+                    return self._message(self._next(BESIDE_S))
+            with self._lock:  # nothing more is put there
+                self._awaited = None
+            self._weights = self._shared.rows[message.place]
+        return self._message(message)
+
+    def _next(self, within_s: float | None = None) -> Order | NoMore:
+        """The next letter. Raises what the thread has raised, and queue.Empty where none comes in time."""
+        message: Order | NoMore | BaseException = self._came.get(timeout=within_s)
         if isinstance(message, BaseException):
             raise message
-        return self._message(message)
+        return message
 
     def leave(self) -> None:
         """The process ends in the middle: what the server may still ask it for goes first."""
@@ -149,8 +178,28 @@ class FarServer:
                 letter = self._inbox.take(message)
                 if isinstance(letter, TellLost):
                     self._outbox.put(ToldLost(letter.version), [self._lost[letter.version]])
+                elif isinstance(letter, Again):
+                    self._put_again(letter)
                 elif letter is not None:
+                    self._note_weights(letter)
                     self._came.put(letter)
+
+    def _note_weights(self, letter: Any) -> None:
+        """What the host's workers are to know of weights that have come, or come to another one."""
+        if self._shared is not None and isinstance(letter, Order):
+            where = letter.place, letter.fill
+            if letter.weights == "whole":
+                self._shared.filled(*where)
+            elif letter.weights == "beside":
+                self._awaited = where
+
+    def _put_again(self, letter: Again) -> None:
+        """Puts what has come to where it is awaited, unless another one has by now."""
+        came, self._again = self._again, None
+        shared, where = self._shared, (letter.place, letter.fill)
+        if shared is not None and came is not None and self._awaited == where and not shared.has(*where):
+            shared.rows[letter.place].copy_(came)
+            shared.filled(*where)
 
     def _connected(self) -> AgentLink:
         link = connect(self._network.store, self._network.key, TRY_S, ToWorker)
@@ -169,12 +218,20 @@ class FarServer:
         """Where the tensors of what the server sends are to lie."""
         if isinstance(message, NoMore | TellLost):
             return fitting(shapes, [])
+        if isinstance(message, Again):
+            self._again = self._pack.empty() if self._again is None else self._again
+            return fitting(shapes, [self._again.numpy()])
         if not isinstance(message, Order):
             raise WireError("the server has sent what no server sends")
+        whole = self._weights
+        if self._shared is not None and message.weights == "whole":
+            if message.place >= len(self._shared.rows):
+                raise WireError(f"weights came for place {message.place}, where no worker reads")
+            whole = self._shared.rows[message.place]
         changed = self._contributor.fragments.of_round(message.version - 1)
         size_bytes = vector_bytes(self._wire, self._contributor.replica.parameters, changed)
         parts = {
-            "whole": [self._weights], "narrow": [self._change[:size_bytes], self._beside], "same": [],
+            "whole": [whole], "narrow": [self._change[:size_bytes], self._beside], "same": [], "beside": [],
             "part": [self._pack.part(self._weights, changed), self._pack.beside(self._weights)],
         }.get(message.weights)  # fmt: skip
         if parts is None:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from instep.errors import NonFiniteError, described
 from instep.reduce.layout import Layout, Pack
+from instep.team.host_weights import HostPlaces, shared_by_hosts
 from instep.team.letters import (
+    Again,
     Begin,
     Bell,
     Contributed,
@@ -67,6 +69,12 @@ class FarWorkers:
         self._has: dict[int, int] = {}  # the version that a worker has
         self._sends: dict[int, range] = {}  # the fragment of which it sends a contribution, by worker
         self._told: dict[int, int] = {}  # of which contribution it has told what was lost
+        self._slot_of: dict[int, int] = {}  # from which slot it computes now
+        self._places: dict[int, HostPlaces] = {}  # of its host, where the workers of one share weights
+        if shared_by_hosts(merger.rule):
+            for host, count in enumerate(network.workers[1:], 1):
+                first, places = sum(network.workers[:host]), HostPlaces(count)
+                self._places.update(dict.fromkeys(range(first, first + count), places))
         workers = range(network.workers[0], sum(network.workers))
         listener = Listener(socket.socket(fileno=network.listener), network.key, union=FromWorker)
         self._conversations = _Conversations(listener, workers, self._place)
@@ -77,7 +85,11 @@ class FarWorkers:
 
     def receive(self) -> list[tuple[int, WorkerToServer]]:
         """What has come, of which worker. Raises what the thread has raised."""
-        return [(worker, self._message(worker, message)) for worker, message in self._conversations.receive()]
+        found = [(worker, self._message(worker, message)) for worker, message in self._conversations.receive()]
+        for worker, message in found:
+            if isinstance(message, Pushed):
+                self._slot_of.pop(worker, None)
+        return found
 
     def send(self, worker: int, message: ServerToWorker) -> None:
         """Sends it, with the weights that it needs; nothing where another process has the worker's place."""
@@ -85,14 +97,26 @@ class FarWorkers:
             self._conversations.send_all(message)
             return
         weights, tensors = self._weights_for(worker, message)
+        place = fill = 0
+        if worker in self._places and weights == "whole":
+            beside = self._beside(worker, message.version)
+            place, fill = self._places[worker].give(worker, beside)
+            weights, tensors = (weights, tensors) if beside is None else ("beside", [])
         lost = self._vectors[worker].lost
         with_lost = worker not in self._has and lost.numel() > 0
         if with_lost:
             tensors.append(lost.numpy().copy())
-        self._has[worker] = message.version
+        self._has[worker], self._slot_of[worker] = message.version, message.slot
         self._sends[worker] = self._fragments.of_round(message.version)
-        order = Order(message.incarnation, message.piece, message.off, message.version, weights, with_lost)
+        where = weights, place, fill
+        order = Order(message.incarnation, message.piece, message.off, message.version, *where, with_lost)
         self._conversations.send(worker, message.incarnation, order, tensors)
+
+    def _beside(self, worker: int, version: int) -> int | None:
+        """Another worker of its host that has this version, or will."""
+        places = self._places[worker]
+        others = (other for other, has in self._has.items() if has == version and self._places.get(other) is places)
+        return next(others, None)
 
     def _weights_for(self, worker: int, message: Compute) -> tuple[str, list[NDArray[Any]]]:
         """What a worker takes to have the weights of its slot."""
@@ -122,7 +146,13 @@ class FarWorkers:
     def left(self, worker: int) -> None:
         """The worker's process is gone: nothing of it counts any more."""
         self._has.pop(worker, None)
+        self._slot_of.pop(worker, None)
         self._conversations.left(worker)
+        if worker in self._places:
+            place, fill, waiting = self._places[worker].left(worker)
+            for other in waiting:
+                if (slot := self._slot_of.get(other)) is not None:
+                    self._conversations.send(other, None, Again(place, fill), [self._slots[slot].numpy()])
 
     def _place(self, worker: int, message: Any, shapes: Sequence[Shape]) -> list[Any]:
         """Where the tensors of what a worker sends are to lie."""

@@ -56,7 +56,7 @@ class Begin:
 
     number: Count
     got: Count
-    message: Hello | Order | Contributed | TellLost | ToldLost | NoMore
+    message: Hello | Order | Again | Contributed | TellLost | ToldLost | NoMore
     tensors: Annotated[tuple[Shape, ...], Meta(max_length=LONGEST)]
 
 
@@ -71,9 +71,10 @@ class LetterPart:
 
 @dataclass(frozen=True)
 class Order:
-    """As `instep.team.messages.Compute`. weights: "whole" where all come; "narrow" where their change does, in the
-    rule's format, and what goes beside it as it is; "part" where one fragment and that do; "same" where the worker has
-    them. lost: what a narrow wire has lost comes last.
+    """As `instep.team.messages.Compute`. weights: "whole" where all come; "beside" where they come to another worker of
+    the host; "narrow" where their change does, in the rule's format, and what goes beside it as it is; "part" where one
+    fragment and that do; "same" where the worker has them. place, fill: where whole ones lie in what the host's workers
+    share, see `instep.team.host_weights`. lost: what a narrow wire has lost comes last.
     """
 
     incarnation: Count
@@ -81,7 +82,17 @@ class Order:
     off: Places
     version: Count
     weights: Name
+    place: Count
+    fill: Count
     lost: bool
+
+
+@dataclass(frozen=True)
+class Again:
+    """The weights that are to lie in this place, for who waits for them: the worker that was sent them is gone."""
+
+    place: Count
+    fill: Count
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def main(
         elif session.leads:
             server.serve(session, descriptor, _far_workers(assignment))
         else:
-            contribute(session, descriptor, _far_server(assignment, number))
+            contribute(session, descriptor, _far_server(assignment, number, descriptor))
     except (PeerRaised, PeerLost) as error:
         wait_for_the_end(session, error)
     except FirstWrite as found:
@@ -91,12 +91,12 @@ def _far_workers(assignment: Assignment) -> Any:
     return partial(FarWorkers, assignment.network) if assignment.network is not None else None
 
 
-def _far_server(assignment: Assignment, number: int) -> Any:
+def _far_server(assignment: Assignment, number: int, descriptor: int) -> Any:
     """What makes a worker's end to a server on another host; None where it is on this one."""
     if assignment.lines:
         return None
     assert assignment.network is not None, "the server is on another host"
-    return partial(FarServer, assignment.network, number, assignment.incarnation)
+    return partial(FarServer, assignment.network, number, assignment.incarnation, descriptor, assignment.place[1])
 
 
 def _in_lockstep(session: Session, descriptor: int) -> None:
