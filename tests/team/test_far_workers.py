@@ -196,7 +196,7 @@ def test_who_waits_for_weights_that_go_to_another_worker_gets_them_should_that_o
                 os.kill(os.getpid(), signal.SIGKILL)
         return place(self, message, shapes)
 
-    def putting(self: FarServer, letter: letters.Again) -> None:
+    def putting(self: FarServer, letter: letters.WeightsAgain) -> None:
         again.add()
         put_again(self, letter)
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from instep.reduce.narrow import narrow_bytes
 from instep.team.host_weights import SharedWeights, shared_by_hosts
 from instep.team.letters import (
-    Again,
     Begin,
     Bell,
     Contributed,
@@ -30,6 +29,7 @@ from instep.team.letters import (
     TellLost,
     ToldLost,
     ToWorker,
+    WeightsAgain,
     fitting,
 )
 from instep.team.link import AgentLink, connect
@@ -178,7 +178,7 @@ class FarServer:
                 letter = self._inbox.take(message)
                 if isinstance(letter, TellLost):
                     self._outbox.put(ToldLost(letter.version), [self._lost[letter.version]])
-                elif isinstance(letter, Again):
+                elif isinstance(letter, WeightsAgain):
                     self._put_again(letter)
                 elif letter is not None:
                     self._note_weights(letter)
@@ -193,7 +193,7 @@ class FarServer:
             elif letter.weights == "beside":
                 self._awaited = where
 
-    def _put_again(self, letter: Again) -> None:
+    def _put_again(self, letter: WeightsAgain) -> None:
         """Puts what has come to where it is awaited, unless another one has by now."""
         came, self._again = self._again, None
         shared, where = self._shared, (letter.place, letter.fill)
@@ -218,7 +218,7 @@ class FarServer:
         """Where the tensors of what the server sends are to lie."""
         if isinstance(message, NoMore | TellLost):
             return fitting(shapes, [])
-        if isinstance(message, Again):
+        if isinstance(message, WeightsAgain):
             self._again = self._pack.empty() if self._again is None else self._again
             return fitting(shapes, [self._again.numpy()])
         if not isinstance(message, Order):

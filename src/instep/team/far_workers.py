@@ -21,7 +21,6 @@ from instep.errors import NonFiniteError, described
 from instep.reduce.layout import Layout, Pack
 from instep.team.host_weights import HostPlaces, shared_by_hosts
 from instep.team.letters import (
-    Again,
     Begin,
     Bell,
     Contributed,
@@ -34,6 +33,7 @@ from instep.team.letters import (
     Standing,
     TellLost,
     ToldLost,
+    WeightsAgain,
     fitting,
 )
 from instep.team.link import AgentLink, Listener
@@ -152,7 +152,7 @@ class FarWorkers:
             place, fill, waiting = self._places[worker].left(worker)
             for other in waiting:
                 if (slot := self._slot_of.get(other)) is not None:
-                    self._conversations.send(other, None, Again(place, fill), [self._slots[slot].numpy()])
+                    self._conversations.send(other, None, WeightsAgain(place, fill), [self._slots[slot].numpy()])
 
     def _place(self, worker: int, message: Any, shapes: Sequence[Shape]) -> list[Any]:
         """Where the tensors of what a worker sends are to lie."""

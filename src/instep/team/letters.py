@@ -56,7 +56,7 @@ class Begin:
 
     number: Count
     got: Count
-    message: Hello | Order | Again | Contributed | TellLost | ToldLost | NoMore
+    message: Hello | Order | WeightsAgain | Contributed | TellLost | ToldLost | NoMore
     tensors: Annotated[tuple[Shape, ...], Meta(max_length=LONGEST)]
 
 
@@ -88,7 +88,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Again:
+class WeightsAgain:
     """The weights that are to lie in this place, for who waits for them: the worker that was sent them is gone."""
 
     place: Count
