@@ -16,7 +16,8 @@ import pytest
 from instep.errors import RecipeError, WorkerError
 from instep.objectives.language import NextToken
 from instep.recipe import Recipe, Team
-from instep.team import hosts
+from instep.team import follower, hosts, meeting
+from instep.team.place import Place
 from support import workloads
 from support.agents import Followers, Told, meet_here, train_on
 from support.harness import Client, stopping_at, train_here
@@ -188,6 +189,20 @@ def test_who_does_not_come_is_named(tmp_path: Path) -> None:
     followers.kill(1)
     with pytest.raises(WorkerError, match=r"no word came within 1 s from host 1"):
         train_on((1, 1), long(), team(join_timeout_s=1.0), tmp_path / "run", followers=followers)
+
+
+def test_an_agent_that_looks_for_the_first_ends_as_soon_as_torchruns_store_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(place: Place) -> None:
+        raise WorkerError("the torchrun that all meet at has ended.")
+
+    monkeypatch.setattr(follower, "SAY_S", 600.0)
+    monkeypatch.setattr(meeting, "check_open", gone)
+    followers = Followers(long(), team(), (1, 1), tmp_path)
+    (told,) = followers.told()
+    followers.end()
+    assert told.error == "WorkerError: the torchrun that all meet at has ended."
 
 
 def test_an_agent_whose_first_is_lost_gives_up(tmp_path: Path) -> None:

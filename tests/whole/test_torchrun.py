@@ -135,6 +135,8 @@ def test_sigterm_at_one_torchrun_saves_and_ends_all(two: Hosts) -> None:
     result = json.loads((holder(two, "run").path() / "run" / "result.json").read_text())
     assert result["interrupted"]
     assert saved[-1].name == f"step-{result['steps']:08d}"
+    said = f"instep: the run ended after step {result['steps']}, and is saved by agent 0."
+    assert sum(each.err.count(said) for each in commands) == 1, "the other host says so too"
     nothing_runs(two)
 
 

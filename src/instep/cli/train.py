@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +71,8 @@ def train_recipe(
         if place.agent == 0:
             print(f"instep: {place.agents} workers, one for each agent; --workers takes others.", file=sys.stderr)
     if place is not None and place.agent > 0:  # the first has the run folder, and shows the run
-        train(recipe, team=team, resume=resume, import_paths=paths, skip_samples=skipped)
+        with _telling_of_an_end():
+            train(recipe, team=team, resume=resume, import_paths=paths, skip_samples=skipped)
         return
     with interrupting(), contextlib.ExitStack() as stack:
         if resume is None and out is None:
@@ -110,6 +111,17 @@ def _join(place: Place, settings: Settings) -> None:
         recipe, team = parse(told.table)
         team = replace(team, interface=own.interface, launcher=own.launcher)
         train(recipe, team=team, import_paths=(*told.import_paths, *import_paths(None)))
+
+
+@contextlib.contextmanager
+def _telling_of_an_end() -> Iterator[None]:
+    """In the block, an interrupt is told in its words, which else only who calls `instep.train` would see."""
+    try:
+        yield
+    except KeyboardInterrupt as ended:
+        if str(ended):
+            print(f"instep: {ended}", file=sys.stderr)
+        raise
 
 
 def _give_back(claimed: Path) -> None:

@@ -157,10 +157,10 @@ class Follower:
                     f"agent {self._place.agent} ends: {why} within {within_s:g} s; go on with the run folder of "
                     f"agent 0, or start the run again{self._keeping.leave(self._folder)}."
                 )
+            if not self._leader:
+                meeting.check_open(self._place)
             if now - said >= SAY_S:
                 said = now
-                if not self._leader:
-                    meeting.check_open(self._place)
                 self._say(f"agent {self._place.agent} has waited {now - began:.0f} s for agent 0.")
 
     def _connected(self) -> bool:
