@@ -13,10 +13,11 @@ import torch.nn.functional as F
 
 import instep
 from instep.apart.found import Diffed
+from instep.ranges import owners
 from instep.recipe import Recipe
 from instep.worker.replica import Replica
 from support import parted
-from support.parted import recipe, trained
+from support.parted import Flip, recipe, trained
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("forked_pythons")]
 
@@ -73,3 +74,48 @@ def test_the_search_begins_at_the_last_checkpoint_that_is_alike(tmp_path: Path) 
     assert found.again.start == (6, 6)
     assert found.place is not None
     assert (found.place.step, found.place.microbatch, found.place.operation) == (7, 2, "aten.mul.Tensor")
+
+
+@pytest.mark.parametrize("microbatch", [0, 3])
+def test_one_bit_of_a_gradient_is_found_with_update_tensor_and_worker(microbatch: int, tmp_path: Path) -> None:
+    """Of two workers, the second has microbatches 2 and 3; the run computed again has no such fault."""
+    one = Flip("second.weight", 5, microbatch).recipe(tmp_path / "once", checksum_every=1)
+    a, b = trained(one, tmp_path / "a"), trained(recipe(checksum_every=1), tmp_path / "b", workers=3)
+    found = instep.diff(a.path, b.path, recipes=(one, recipe()))
+    gone = found.departed
+    assert found.verdict == "not reproducible", found
+    assert gone is not None
+    assert (gone.run, gone.update, gone.since) == ("A", 5, 4)
+    assert {name.split(".exp")[0] for name in gone.tensors} == {"second.weight"}
+    assert gone.worker == microbatch // 2
+    assert f"worker {gone.worker}" in found.sentence
+
+
+def test_one_bit_of_an_optimizers_state_is_found(tmp_path: Path) -> None:
+    one = Flip("first.weight", 3, moment="exp_avg").recipe(tmp_path / "once", checksum_every=1)
+    found = instep.diff(trained(one, tmp_path / "a", workers=1).path, recipes=(one, None))
+    assert found.departed is not None
+    assert (found.departed.update, found.departed.tensors) == (3, ("first.weight.exp_avg",))
+    assert found.departed.worker == 0
+
+
+def test_where_contributions_are_right_it_is_the_worker_whose_share_of_the_update_it_is(tmp_path: Path) -> None:
+    one = recipe(checksum_every=1)
+    path = trained(one, tmp_path / "a").path
+    whose = owners([parameter.numel() for parameter in one.model.build().parameters()], 2)
+    for tensor, worker in (("first.weight", whose[0]), ("last.bias", whose[5])):
+        parted.changed_checksum(path, 3, f"{tensor}.exp_avg")
+        found = instep.diff(path, recipes=(one, None))
+        assert found.departed is not None
+        assert (found.departed.update, found.departed.tensors) == (3, (f"{tensor}.exp_avg",))
+        assert found.departed.worker == worker
+        assert "its share of the update is not" in found.sentence
+        parted.changed_checksum(path, 3, f"{tensor}.exp_avg")
+
+
+def test_between_checksums_a_fault_is_known_to_lie_there(tmp_path: Path) -> None:
+    one = Flip("second.weight", 5, bit=2).recipe(tmp_path / "once")
+    found = instep.diff(trained(one, tmp_path / "a").path, recipes=(one, None))
+    assert found.departed is not None
+    assert found.departed.since == 4
+    assert 5 <= found.departed.update <= 8

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from instep.recipe import Recipe, Team
+from instep.worker.replica import Replica
 from support.harness import Outcome, train_here
 
 WIDE, CLASSES, SAMPLES = 6, 4, 41
@@ -60,3 +64,96 @@ def recipe(how: dict[str, Callable[..., Tensor]] | None = None, *, eps: float = 
 
 def trained(given: Recipe, path: Path, **team: Any) -> Outcome:
     return train_here(given, Team(**{"workers": 2, "checkpoint_every": 3, "keep": 99, **team}), path)
+
+
+class Once:
+    """True the first time that it is asked in any process, once a file is there; then never again."""
+
+    def __init__(self, file: Path):
+        self._file = file
+
+    def __call__(self) -> bool:
+        try:
+            os.close(os.open(self._file, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+
+def flip(tensor: Tensor, place: int, bit: int) -> None:
+    """Changes one bit of a float32 tensor, where it lies."""
+    with torch.no_grad():
+        tensor.view(-1).view(torch.int32)[place] ^= 1 << bit
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A single bit, in the gradient of a tensor that one microbatch of one update has, or in a moment after the update.
+
+    update: from 1.
+    """
+
+    tensor: str
+    update: int
+    microbatch: int = 0
+    place: int = 0
+    bit: int = 20
+    moment: str = ""
+
+    def recipe(self, once: Path, **fields: Any) -> Recipe:
+        """One whose run has it, and a run computed again has not."""
+        if self.moment:
+            return recipe(optimizer=_Flipping(self, Once(once)), **fields)
+        sound = recipe(**fields)
+        target = float(Replica(sound, "cpu").batch(self.update - 1, self.microbatch)[0].sum())
+        return recipe(objective=_Struck(self, Once(once), target), **fields)
+
+
+class _Struck:
+    def __init__(self, flip: Flip, once: Once, target: float):
+        self._flip, self._once, self._target = flip, once, target
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        if float(batch[0].sum()) == self._target and torch.is_grad_enabled() and self._once():
+            parameter = dict(model.named_parameters())[self._flip.tensor]
+
+            def strike(gradient: Tensor) -> Tensor:
+                handle.remove()
+                gradient = gradient.clone()
+                flip(gradient, self._flip.place, self._flip.bit)
+                return gradient
+
+            handle = parameter.register_hook(strike)
+        return entropy(model, batch)
+
+
+class _Flipping:
+    """Builds an Adam one bit of whose state changes after an update."""
+
+    def __init__(self, flip: Flip, once: Once):
+        self._flip, self._once = flip, once
+
+    def __call__(self, named_parameters: Any) -> torch.optim.Optimizer:
+        named = dict(named_parameters)
+        optimizer, steps = torch.optim.Adam(named.values(), lr=0.05), [0]
+        wanted = named[self._flip.tensor]
+
+        def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            steps[0] += 1
+            if steps[0] == self._flip.update and wanted in optimizer.state and self._once():
+                flip(optimizer.state[wanted][self._flip.moment], self._flip.place, self._flip.bit)
+
+        optimizer.register_step_post_hook(after)
+        return optimizer
+
+
+def changed_checksum(run: Path, version: int, tensor: str) -> None:
+    """Changes a bit of one checksum on the tape, or changes it back."""
+    lines = (run / "tape.jsonl").read_text().splitlines()
+    for place, line in enumerate(lines):
+        event = json.loads(line)
+        if event["kind"] == "checksummed" and event["version"] == version:
+            kind = "weights" if tensor in event["weights"] else "optimizer"
+            event[kind][tensor] = f"{int(event[kind][tensor], 16) ^ 1 << 7:08x}"
+            lines[place] = json.dumps(event)
+    (run / "tape.jsonl").write_text("\n".join(lines) + "\n")

@@ -13,6 +13,7 @@ from instep.apart.alignment import PartingPlace, first_place
 from instep.apart.levels import differing
 from instep.apart.sides import Away, Figures, FoundAgain, How, Side
 from instep.apart.told import FIGURES
+from instep.apart.whose import with_worker
 from instep.components import importable
 from instep.equivalences.forks import Body, Say, in_copies
 from instep.equivalences.found import Where
@@ -74,6 +75,10 @@ def compute_again(
     for place, sentence in enumerate(ends):
         if sentence and found.apart is None and found.away is None:  # a digest, which is told after all else
             found.away = Away(place, found.last, known[place], (), (), sentence=sentence)
+    if found.away is not None and looks:
+        side = sides[found.away.side]
+        before = checkpoint.all_in(folder / str(found.away.side))
+        found.away = with_worker(side, found.away, before[-1]) if before else found.away
     if looks and len(sides) > 1 and found.away is None and found.apart:
         _look(sides, found, folder, into)
     return found

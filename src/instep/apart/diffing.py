@@ -157,6 +157,7 @@ def _to_send(sides: Sequence[_Side], pasts: Sequence[Past], stretches: Sequence[
         Side(
             past.recipe, stretch, past.import_paths, each.told.sums, each.told.updates,
             {version: sums[-1] for version, sums in each.told.contributions.items() if sums[-1]},
+            each.told.ranges, each.told.pushed, each.told.shared,
         )
         for each, past, stretch in zip(sides, pasts, stretches, strict=True)
     ]  # fmt: skip

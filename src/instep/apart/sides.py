@@ -16,8 +16,8 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Side:
-    """A run to compute again. sums, updates, merged: what its tape tells, to be compared, see `Told`; merged are the
-    checksums of the parameters after an update by a server.
+    """A run to compute again. sums, updates, ranges, pushed: what its tape tells, to be compared, see `Told`; merged:
+    checksums of the parameters after an update by a server. shared: whether each worker updates a share of them.
     """
 
     recipe: Recipe
@@ -26,11 +26,18 @@ class Side:
     sums: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
     updates: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     merged: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    ranges: Mapping[int, Mapping[int, tuple[int, int]]] = field(default_factory=dict)
+    pushed: Mapping[int, Mapping[int, Sequence[str]]] = field(default_factory=dict)
+    shared: bool = False
+
+    def start_of(self, version: int) -> Mapping[str, Any]:
+        """The start of the session that made this version."""
+        starts = [event for event in self.stretch.events if event["kind"] == "run_started"]
+        return next((each for each in reversed(starts) if each["version"] < version), starts[0])
 
     def recipe_at(self, version: int) -> Recipe:
         """Its recipe as the session had it that made this version, with checksums of each."""
-        starts = [event for event in self.stretch.events if event["kind"] == "run_started"]
-        start = next((each for each in reversed(starts) if each["version"] < version), starts[0])
+        start = self.start_of(version)
         known = self.recipe.known(self.recipe.fingerprints().index(start["fingerprint"]))
         return replace(known, steps=start["steps"], checksum_every=1, evaluate_every=0, artifacts=None)
 
@@ -39,7 +46,8 @@ class Side:
 class Away:
     """One side comes to something else than its tape tells: at this version, in these tensors, or figures.
 
-    worker: whose contribution is another, of a server's. sentence: of the playback, "" where it saw nothing.
+    worker: whose contribution is another, or else whose share of the update. owner: whether it is the latter. sentence:
+    of the playback, "" where it saw nothing.
     """
 
     side: int
@@ -48,6 +56,7 @@ class Away:
     tensors: tuple[str, ...]
     figures: tuple[str, ...]
     worker: int | None = None
+    owner: bool = False
     sentence: str = ""
 
 

@@ -23,6 +23,7 @@ ARRIVAL = ("worker", "piece", "version")
 class Told:
     """By version: `updates` have figures, `sums` checksums by tensor, `arrivals` what a server merged, with checksums.
 
+    ranges and pushed are, in lockstep, the microbatches of each worker and checksums of what it contributed.
     start: the last session's ``run_started``; starts: all that count. digests: of weights. last: the version up to
     which the tape goes. ended: whether the run is over, and how. torn: why the tape could not be read to its end.
     """
@@ -34,6 +35,8 @@ class Told:
     digests: dict[int, str] = field(default_factory=dict)
     arrivals: dict[int, list[tuple[Any, ...]]] = field(default_factory=dict)
     contributions: dict[int, list[list[str]]] = field(default_factory=dict)
+    ranges: dict[int, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    pushed: dict[int, dict[int, list[str]]] = field(default_factory=dict)
     workers: dict[int, None] = field(default_factory=dict)
     last: int = 0
     ended: str = "not ended"
@@ -53,6 +56,13 @@ class Told:
     def lockstep(self) -> bool:
         """Whether every update is a function of the recipe alone."""
         return all(start["engine"] == "lockstep" for start in self.starts)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the workers, of one machine, each updated a share of the parameters."""
+        team = self.start["team"]
+        alone = team.get("workers", 1) == 1 or bool(self.start.get("hosts")) or team.get("device", "cpu") != "cpu"
+        return self.lockstep and not alone and team.get("shard") != "none" and not self.start.get("whole_update")
 
     def started(self, version: int) -> Mapping[str, Any]:
         """The start of the session that made this version."""
@@ -104,6 +114,8 @@ def take(found: Told, events: Iterable[Mapping[str, Any]]) -> None:
                 _merged(found, event, sent)
             case "pushed" if "seq" in event:
                 sent[event["seq"]] = event.get("checksum", [])
+            case "pushed" if event.get("checksum"):
+                found.pushed.setdefault(event["version"] + 1, {})[event["worker"]] = event["checksum"]
             case "checksummed":
                 found.sums[event["version"]] = {**event["weights"], **event["optimizer"]}
                 found.checksum_s += event.get("took_s", 0.0)
@@ -120,7 +132,10 @@ def take(found: Told, events: Iterable[Mapping[str, Any]]) -> None:
 def _merged(found: Told, event: Mapping[str, Any], sent: Mapping[int, list[str]]) -> None:
     found.updates[event["version"]] = {name: event.get(name) for name in FIGURES}
     found.train_s = event.get("train_s", found.train_s)
-    if found.starts and found.starts[-1]["engine"] != "lockstep":
+    if found.starts and found.starts[-1]["engine"] == "lockstep":
+        parts = [each for each in event["contributions"] if "microbatches" in each]
+        found.ranges[event["version"]] = {each["worker"]: tuple(each["microbatches"]) for each in parts}
+    else:
         found.arrivals[event["version"]] = [
             tuple(each.get(name) for name in ARRIVAL) for each in event["contributions"]
         ]
@@ -131,6 +146,6 @@ def _merged(found: Told, event: Mapping[str, Any], sent: Mapping[int, list[str]]
 def _back_to(found: Told, version: int) -> None:
     """Takes back what was told of later versions."""
     found.last = version
-    for by_version in (found.updates, found.sums, found.digests, found.arrivals, found.contributions):
+    for by_version in (found.updates, found.sums, found.digests, found.arrivals, found.contributions, found.ranges):
         for later in [known for known in by_version if known > version]:
             del by_version[later]

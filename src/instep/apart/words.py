@@ -43,14 +43,19 @@ def how_apart(found: Diffed, again: FoundAgain) -> str:
 def how_away(away: Away, start: int, unlike: str) -> str:
     """How a run parts from its own recipe, computed again here from version `start`."""
     what = [listed(away.tensors)] if away.tensors else []
-    what += [f"the {figure}" for figure in away.figures]
+    what += [f"the {figure}" for figure in away.figures[:3]]
     seen = f"{', '.join(what)} of version {away.version:,} on the tape" if what else away.sentence.rstrip(".")
     again = f"computed again from version {start:,}" if start else "computed again from its start"
     if unlike:
         return f"Made with {unlike} and {again} here, {seen} differs: so far the libraries or the processor decide."
-    worker = ""
-    if away.worker is None and away.tensors:
-        worker = " Which worker it was, the tape does not tell."
+    worker = " Which worker it was, the tape does not tell."
+    if away.worker is not None:
+        whose = (
+            "the contributions are as they should be, and its share of the update is not"
+            if away.owner
+            else ("its contribution is another")
+        )
+        worker = f" Of worker {away.worker}, {whose}."
     return (
         f"Differing is {seen}, {again} with the same libraries on the same kind of processor: a fault of memory, "
         f"processor or disk that does not repeat, or a changed file.{worker}"

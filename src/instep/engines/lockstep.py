@@ -169,6 +169,7 @@ class Lockstep:
         totals = self._seat.facts.gather(self._group).totals
         while progress.version < steps:
             totals, stopped = self._step(progress, totals, steps)
+            progress.checksum_s += self._seat.checksum_s
             checksum_when_due(self.replica, progress, self._emit, self.placement.checksums)
             stopped = stopped or bool(progress.stopped)
             after_step(progress, stopped or progress.version == steps)
@@ -233,7 +234,9 @@ class Lockstep:
         self._seat.check_loaded()
         if not objective.has_items(totals) and not self.updates.watcher.skips:
             self.updates.watcher.left_out(Verdict(), [objective.no_items(step)], update=True)
-        self._seat.compute(step, totals, self.slowness)
+        # Gradients that travel early may be on their way already.
+        due = not self._early and (step + 1) % self.replica.recipe.checksum_every == 0
+        self._seat.compute(step, totals, self.slowness, checksums=due)
 
     def _take(self, whole: Tensor) -> None:
         """Has the placement take the gradient from there."""

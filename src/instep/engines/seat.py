@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from msgspec import UNSET
 
 from instep.engines.division import Division, Stopwatch
 from instep.engines.step_facts import StepFacts
@@ -49,6 +50,8 @@ class Seat:
         self._late: tuple[str, Exception] | None = None  # what loading the next step raised, and where
         self.busy_s = 0.0
         """Seconds it has computed, slowness included."""
+        self.checksum_s = 0.0
+        """Seconds that checksums of its nodes took in the last step."""
 
     @property
     def own(self) -> range:
@@ -89,10 +92,10 @@ class Seat:
             self._replica.doing, error = self._late
             raise error
 
-    def compute(self, step: int, totals: Mapping[str, int], slowness: float = 1.0) -> None:
+    def compute(self, step: int, totals: Mapping[str, int], slowness: float = 1.0, *, checksums: bool = False) -> None:
         """Computes the worker's microbatches, as `Gradients` was assigned to, and notes what they came to.
 
-        slowness: how many times as long as it needs it is to take.
+        slowness: how many times as long as it needs it is to take. checksums: whether the tape gets those of the nodes.
         """
         if not self._replica.objective.has_items(totals):
             self._samples = dict.fromkeys(self.own)  # nothing is computed: the update will be left out
@@ -107,14 +110,17 @@ class Seat:
             time.sleep((slowness - 1) * (self._clock() - from_s))
         to_s = self._clock()
         self.busy_s += to_s - from_s
+        sums = self._gradients.checksum() if checksums else []
+        self.checksum_s = self._clock() - to_s if checksums else 0.0
         if self.own:
-            self._report(step, totals, from_s, to_s)
+            self._report(step, totals, from_s, to_s, sums)
 
-    def _report(self, step: int, totals: Mapping[str, int], from_s: float, to_s: float) -> None:
+    def _report(self, step: int, totals: Mapping[str, int], from_s: float, to_s: float, sums: list[str]) -> None:
         nbytes = 4 * self._replica.size * len(self._reduction.nodes_of(self.worker))
         span: dict[str, Any] = {"from_s": from_s, "to_s": to_s, "microbatches": [self.own.start, self.own.stop]}
         self._emit(events.ComputedEvent(worker=self.worker, version=step, **span, **self._replica.verified()))
-        self._emit(events.PushedEvent(worker=self.worker, version=step, bytes=nbytes, items=totals[self.terms[0]]))
+        items, checksum = totals[self.terms[0]], sums or UNSET
+        self._emit(events.PushedEvent(worker=self.worker, version=step, bytes=nbytes, items=items, checksum=checksum))
 
     def post_left(self, changed: list[int], wrote: bool) -> Fields:
         """Notes what the worker's microbatches left in these buffers, and in written parameters, if any wrote some."""

@@ -139,6 +139,7 @@ class PushedEvent(Event, frozen=True, kw_only=True, gc=False):
     version: Base
     bytes: Bytes
     items: Items
+    checksum: Maybe[Annotated[Checksum, _where("in lockstep of each node, with `checksummed`")]] = UNSET
 
 
 class PushedToServerEvent(Event, frozen=True, kw_only=True, gc=False):

@@ -50,6 +50,8 @@ class Fold:
 
     def assign(self, nodes: Sequence[Node], slots: Sequence[Tensor]) -> None:
         """From the next `begin` on, folds into other nodes, or into other vectors."""
+        self.slots = slots
+        """The vectors of the nodes, from left to right."""
         self._slots = [(slot, self._layout.views(slot)) for slot in slots]
         self._plan: list[tuple[int, Leaf]] = [
             (slot, leaf) for slot, node in enumerate(nodes) for leaf in fold_plan(*node)

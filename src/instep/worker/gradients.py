@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from instep.reduce.buffers import Buffers
+from instep.reduce.checksums import checksum
 from instep.reduce.fold import Fold
 from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.tree import Node
@@ -67,6 +68,11 @@ class Gradients:
             self._fold = Fold(self.layout, self._replica.parameters, nodes, rows)
         else:
             self._fold.assign(nodes, rows)
+
+    def checksum(self) -> list[str]:
+        """Of the vectors of the nodes assigned, once a batch is computed and before anything is added to them."""
+        assert self._fold is not None, "assign comes first"
+        return checksum(self._fold.slots)
 
     def tell(self, pieces: Sequence[slice], reached: Callable[[int], None]) -> None:
         """From the next batch on, calls `reached(n)` when n pieces of the rows are finished, see `Fold.tell`."""
