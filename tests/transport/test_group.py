@@ -173,6 +173,26 @@ def test_what_is_expected_comes_though_the_receiver_does_something_else() -> Non
     assert run(kind, sizes, body) == [[0.0, 1.0, 2.0]] * 3
 
 
+def test_memory_for_pieces_that_are_no_more_is_given_back() -> None:
+    kind = DISTRIBUTED[1]
+    sizes = sizes_of(kind, width=16 * kind.size)
+
+    def body(make: Make, rank: int) -> list[int]:
+        group: Any = make(sizes)
+        found = []
+        for turn in range(2 * distributed.KEPT):
+            for piece in pieces_of(1 if turn < 9 else 2, 16 * kind.size, kind):
+                group.exchange(piece).wait()
+            group.gather(torch.empty(0))
+            found.append(sum(room.nbytes for room in group._rooms.values()))
+        return found
+
+    for found in run(kind, sizes, body):
+        assert found[8] <= found[9] == found[distributed.KEPT - 2]
+        assert found[-1] <= found[9]
+    assert any(found[-1] < found[9] for found in run(kind, sizes, body))
+
+
 @every_kind
 def test_bytes_of_any_length_reach_one_rank_or_all(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (shared_memory, distributed):

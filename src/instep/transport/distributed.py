@@ -26,6 +26,9 @@ Made = TypeVar("Made")
 ROOM = 1 << 24
 """Bytes of a part of what is shared."""
 
+KEPT = 64
+"""Gathers for which memory is kept that nothing uses."""
+
 ROWS, SUMS = 0, 1
 """Kinds of messages: what is to be added, and what it comes to."""
 
@@ -67,7 +70,8 @@ class DistributedGroup:
         """The ranks of other machines that add the cut of this one there."""
         self._helped_elsewhere = sorted(set(self._shares.helped(rank)) - set(self._here))
         """The ranks of other machines whose cuts this one adds here."""
-        self._rooms: dict[tuple[str, int], Tensor] = {}
+        self._rooms: dict[tuple[str, int, int], Tensor] = {}
+        self._used, self._gathers = set[tuple[str, int, int]](), 0
         self._awaited: tuple[deque[_Awaited], deque[_Awaited]] = deque(), deque()
         """What was said to come, of each kind."""
         self._interrupted, self._silent_s = 0, silent_s
@@ -75,6 +79,7 @@ class DistributedGroup:
         self._wire: Wire | None = self._join()
 
     def gather(self, fact: Tensor) -> Tensor:
+        self._give_back()
         sent = as_bytes(fact) if fact.nbytes else torch.zeros(1, dtype=torch.uint8)  # nobody waits for nothing
         lengths = [len(sent)] * self.size
         found = self._wait(self._begin(sent.repeat(self.size), lengths, lengths)).cpu()
@@ -264,11 +269,18 @@ class DistributedGroup:
 
     def _room(self, use: str, piece: Piece, length: int) -> Tensor:
         """Memory for what is on its way in a piece. It is kept: the pages of new one take longer than the copying."""
-        key = use, min(cut.start for cut in piece)
-        room = self._rooms.get(key)
-        if room is None or len(room) < length:
-            self._rooms[key] = room = self.rows[0].new_empty(length)
-        return room[:length]
+        key = use, min(cut.start for cut in piece), length
+        if key not in self._rooms:
+            self._rooms[key] = self.rows[0].new_empty(length)
+        self._used.add(key)
+        return self._rooms[key]
+
+    def _give_back(self) -> None:
+        """Rooms that no piece has needed of late, now that they are others."""
+        self._gathers += 1
+        if self._gathers % KEPT == 0:
+            self._rooms = {key: room for key, room in self._rooms.items() if key in self._used}
+            self._used = set()
 
     def _leave(self) -> None:
         wire, self._wire = self._wire, None
