@@ -67,8 +67,8 @@ def plan(draw: random.Random, count: int, of: Sequence[str] = tuple(KINDS)) -> l
     if count < FAULTS:
         of_agent_0 = [kind for kind in of if kind.startswith("agent 0")]
         others = [kind for kind in of if kind not in of_agent_0]
-        kinds = draw.sample(others, min(count - 1, len(others)))
-        kinds += draw.sample(of_agent_0, count - len(kinds))
+        kinds = [draw.choice(of_agent_0), *draw.sample(others, min(count - 1, len(others)))]
+        kinds += draw.sample([kind for kind in of_agent_0 if kind not in kinds], count - len(kinds))
     else:
         kinds = [kind for kind, times in KINDS.items() for _ in range(times)]
     draw.shuffle(kinds)

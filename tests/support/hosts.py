@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from support.copied_disk import copy_all
 from support.patience import LONG_S
 
 Made = TypeVar("Made")
@@ -347,7 +348,7 @@ class Hosts:
         old, disk = self[number], self._disks.pop(number)
         host = Host(number, old.name, old.address, old.interface, old.outputs, old.commands)
         self.hosts[number] = host
-        shutil.copytree(f"/proc/self/fd/{disk}", host.path(), dirs_exist_ok=True)
+        copy_all(f"/proc/self/fd/{disk}", host.path())
         os.close(disk)
         self._plug(host)
         self._introduce(host)

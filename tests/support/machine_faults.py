@@ -82,7 +82,7 @@ class Tape:
 
 
 class Campaign:
-    """One run, and the faults that it suffers. when_lost: of its team."""
+    """One run, and the faults that it suffers. when_lost, give_up_s: of its team."""
 
     kinds = tuple(KINDS)
     most_again: int | None = 1
@@ -98,14 +98,15 @@ class Campaign:
         lease_s: float,
         workers: int = WORKERS,
         when_lost: str = "continue",
+        give_up_s: float | None = None,
         note: Callable[[Fault], None] = print,
     ):
         self.hosts, self._draw, self._note, self._lease_s = hosts, random.Random(seed), note, lease_s
         self._plan = plan(self._draw, count, self.kinds)
         self._workers = workers
         recipe = RECIPE.format(
-            rule=self.rule, workers=workers, every=self.every, lease_s=lease_s, give_up_s=6 * lease_s,
-            when_lost=when_lost,
+            rule=self.rule, workers=workers, every=self.every, lease_s=lease_s, when_lost=when_lost,
+            give_up_s=6 * lease_s if give_up_s is None else give_up_s,
         )  # fmt: skip
         hosts.put({"mymodel.py": MODULE, "my.toml": recipe})
         self.commands: dict[int, Command] = {}

@@ -86,7 +86,7 @@ def pause(gradient):
 def test_a_first_host_that_vanishes_while_nothing_is_on_its_way_is_missed_and_no_step_is_lost(tmp_path: Path) -> None:
     """Its worker computes, and the other one waits: neither has sent what the other has not acknowledged."""
     with Hosts(2, tmp_path) as hosts:
-        run = Campaign(hosts, SEED, 0, lease_s=2.0, workers=2)
+        run = Campaign(hosts, SEED, 0, lease_s=5.0, workers=2, give_up_s=5.0)
         hosts.put({"mymodel.py": MODULE + HANGS})
         run.begin()
         first = hosts[0].path()
