@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import instep
+from instep.apart.exported import export
 from instep.apart.found import Diffed
+from instep.errors import RecordError
 from instep.ranges import owners
 from instep.recipe import Recipe
 from instep.worker.replica import Replica
@@ -119,3 +121,26 @@ def test_between_checksums_a_fault_is_known_to_lie_there(tmp_path: Path) -> None
     assert found.departed is not None
     assert found.departed.since == 4
     assert 5 <= found.departed.update <= 8
+
+
+def test_a_run_of_another_machine_is_compared_by_a_file_from_there(tmp_path: Path) -> None:
+    """To the update and the tensor; without the file it says how to come by it."""
+    one, other = recipe(), recipe({"activation": F.relu})
+    a, b = trained(one, tmp_path / "a").path, trained(other, tmp_path / "b").path
+    assert export(b, tmp_path / "file", (1, 6), recipe=other) == 6
+    found = instep.diff(a, tmp_path / "file", recipes=(one, None))
+    assert found.place is not None
+    assert (found.place.step, found.verdict) == (1, "reproducibly different")
+    assert found.place.tensor in dict(one.model.build().named_parameters())
+    assert instep.diff(a, tmp_path / "file", recipes=(one, None)).again.updates == (1,)
+    with pytest.raises(RecordError, match="neither the folder of a run nor a file"):
+        instep.diff(a, a / "recipe.toml", recipes=(one, None))
+    lines = (b / "tape.jsonl").read_text().splitlines()
+    started = json.loads(lines[0])
+    started["libraries"]["torch"] = "2.0.0"
+    (b / "tape.jsonl").write_text("\n".join([json.dumps(started), *lines[1:]]) + "\n")
+    found = instep.diff(a, b, recipes=(one, other))
+    assert found.verdict == "undecided"
+    assert f"instep diff {b} --export FILE --updates 1:" in found.goes_on
+    with pytest.raises(RecordError, match=r"made with torch 2\.0\.0"):
+        export(b, tmp_path / "again", recipe=other)

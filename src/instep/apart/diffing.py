@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from instep.apart import exported
 from instep.apart.found import Again, Departed, Diffed, RunOf, Verdict
-from instep.apart.levels import fields_apart, made_apart, seen_apart
+from instep.apart.levels import fields_apart, listed, made_apart, seen_apart
 from instep.apart.sides import FoundAgain, Side
 from instep.apart.told import Told, told
 from instep.apart.words import how_apart, how_away
@@ -50,6 +51,7 @@ def diff(
     computed again from their nearest kept checkpoints before to the first update that differs, and that one operation
     by operation. `str` of the answer is a sentence, `document()` what ``instep diff --json`` prints.
 
+    a, b: run folders, or files that `instep.apart.exported.export` has written on the machine that made the run.
     recipes: those of `a` and `b`, where the saved ones hold objects without an address. tapes_only: computes nothing.
     save: the file for what goes into the operation at which they part, and comes out of it; by default beside `a`.
     monitors: called with ``{"kind": "told", ...}`` once the tapes are compared, ``{"kind": "computing", ...}`` with the
@@ -59,14 +61,18 @@ def diff(
     needed, and InstepError as the runs would.
     """
     watching = monitors_of(monitors)
-    sides = [_Side(a, recipes[0], told(a))]
+    sides = [_Side(a, recipes[0], _read(a))]
     if b is not None:
-        sides.append(_Side(b, (*recipes, None)[1], told(b)))
+        sides.append(_Side(b, (*recipes, None)[1], _read(b)))
     found = _from_tapes(sides)
     _tell(watching, {"kind": "told", "found": found})
     if tapes_only or not _to_compute(sides, found):
         return found
     return _computed(sides, found, _file(sides, save), watching)
+
+
+def _read(path: Path_) -> Told:
+    return exported.read(path) if Path(path).is_file() else told(path)
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,8 @@ def _file(sides: Sequence[_Side], given: Path_ | None) -> Path | None:
 
 def _computed(sides: Sequence[_Side], found: Diffed, into: Path | None, monitors: Sequence[Monitor]) -> Diffed:
     """The second level."""
+    if any(each.told.exported for each in sides):
+        return _against_file(sides, found, monitors)
     unlike = [each.unlike() for each in sides]
     if len(sides) > 1 and any(unlike):
         return _elsewhere(sides, found, unlike)
@@ -139,13 +147,7 @@ def _computed(sides: Sequence[_Side], found: Diffed, into: Path | None, monitors
     counts = [stretch.updates for stretch in stretches]
     starts = [stretch.start for stretch in stretches]
     _tell(monitors, {"kind": "computing", "updates": counts, "start": starts, "stop": stop})
-    looks = all(past.recipe.rule.synchronous for past in pasts)
-    with tempfile.TemporaryDirectory(prefix="instep-diff-", ignore_cleanup_errors=True) as place:
-        again: FoundAgain = computed(
-            "instep.apart.again:compute_again", pasts[0].recipe,
-            (_to_send(sides, pasts, stretches), after, looks, Path(place), into), pasts[0].import_paths, monitors,
-            if_killed=_MEMORY,
-        )  # fmt: skip
+    again = _again(pasts[0], _to_send(sides, pasts, stretches), after, into, monitors)
     compared = again.compared
     done = Again(tuple(again.last - start for start in starts), tuple(starts), compared, again.tensors)
     found = replace(found, again=done)
@@ -190,8 +192,49 @@ def _elsewhere(sides: Sequence[_Side], found: Diffed, unlike: Sequence[str]) -> 
     run, path = "AB"[place], sides[place].path
     why = f"Run {run} was made with {unlike[place]}, which may give other bits, so it is not computed again here."
     there, here = cut(path), cut(sides[1 - place].path)
-    goes_on = f"instep diff {there} --export FILE, where it was made, and here instep diff {here} FILE"
+    seen = found.seen
+    assert seen is not None
+    updates = f"{(seen.alike or 0) + 1}:{seen.first}"
+    goes_on = f"instep diff {there} --export FILE --updates {updates}, where it was made; here instep diff {here} FILE"
     return replace(found, why=why, goes_on=goes_on)
+
+
+def _against_file(sides: Sequence[_Side], found: Diffed, monitors: Sequence[Monitor]) -> Diffed:
+    """One side is a file of another machine: the other is computed again, and compared with what the file has."""
+    there = next(place for place, each in enumerate(sides) if each.told.exported)
+    own, seen = sides[1 - there], found.seen
+    if len(sides) == 1 or own.told.exported or seen is None or seen.first is None:
+        return replace(
+            found, why="" if found.seen else "Give the folder of a run beside it, on the machine that made that."
+        )
+    if unlike := own.unlike():
+        run = "AB"[1 - there]
+        return replace(found, why=f"Run {run} was made with {unlike}; compare them on the machine that made it.")
+    past, after = own.past(), seen.alike or 0
+    stretch = past.to(seen.first, after)
+    _tell(monitors, {"kind": "computing", "updates": [stretch.updates], "start": [stretch.start], "stop": seen.first})
+    side = Side(past.recipe, stretch, past.import_paths, sides[there].told.sums)
+    again = _again(past, [side], after, None, monitors)
+    done = Again((again.last - stretch.start,), (stretch.start,), again.compared, again.tensors)
+    gone = again.away
+    if gone is None:
+        return replace(found, again=done, why="Computed again here, it comes to all that the file has checksums of.")
+    place = Where(gone.version, tensor=gone.tensors[0] if gone.tensors else "")
+    made = f" Run {'AB'[there]} was computed where it was made."
+    why = f"Up to version {gone.since:,} all tensors are the same; then {listed(gone.tensors)} differ.{made}"
+    verdict: Verdict = "the recipes differ" if found.verdict == "the recipes differ" else "reproducibly different"
+    return replace(found, verdict=verdict, again=done, place=place, why=why)
+
+
+def _again(past: Past, sides: list[Side], after: int, into: Path | None, monitors: Sequence[Monitor]) -> FoundAgain:
+    """`instep.apart.again.compute_again`, in a process of its own."""
+    looks = all(side.recipe.rule.synchronous for side in sides)
+    with tempfile.TemporaryDirectory(prefix="instep-diff-", ignore_cleanup_errors=True) as place:
+        found: FoundAgain = computed(
+            "instep.apart.again:compute_again", past.recipe, (sides, after, looks, Path(place), into),
+            past.import_paths, monitors, if_killed=_MEMORY,
+        )  # fmt: skip
+    return found
 
 
 def _tell(monitors: Sequence[Monitor], event: dict[str, Any]) -> None:

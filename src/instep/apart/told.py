@@ -26,6 +26,7 @@ class Told:
     ranges and pushed are, in lockstep, the microbatches of each worker and checksums of what it contributed.
     start: the last session's ``run_started``; starts: all that count. digests: of weights. last: the version up to
     which the tape goes. ended: whether the run is over, and how. torn: why the tape could not be read to its end.
+    exported: whether it comes from a file of another machine, with checksums that were computed there.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Told:
     checksum_s: float = 0.0
     train_s: float = 0.0
     torn: str = ""
+    exported: bool = False
 
     @property
     def start(self) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from cyclopts import App
 
 from instep.apart.found import Diffed, RunOf
 from instep.apart.levels import Field, listed
-from instep.cli.flags import Settings, check_new_file, refuse
+from instep.cli.flags import Settings, UsageError, check_new_file, refuse, whole_number
 from instep.cli.helping import COMMANDS, wrapped
 from instep.errors import InstepError, cut, shown
 from instep.record.files import json_text
@@ -28,27 +28,63 @@ def declare(app: App, settings: Settings) -> None:
 
     @app.command(help=f"{COMMANDS['diff']}\n\n{_HELP}")
     def diff(
-        a: Path, b: Path | None = None, /, *, tapes: bool = False, save: Path | None = None, json: bool = False
+        a: Path,
+        b: Path | None = None,
+        /,
+        *,
+        tapes: bool = False,
+        save: Path | None = None,
+        export: Path | None = None,
+        updates: str = "",
+        json: bool = False,
     ) -> None:
         """Diff.
 
         Parameters
         ----------
         a
-            A run folder.
+            A run folder, or a file from --export.
         b
             Another; by default the run is compared with its own recipe, computed again here.
         tapes
             Compares the tapes, and computes nothing.
         save
             The file for both inputs of the operation at which they part; by default beside the first run.
+        export
+            Compares nothing: writes what run A comes to here into this file, for a comparison on another machine, where
+            it would come to something else.
+        updates
+            Those whose tensors are exported: 51:100. By default all.
         json
             Prints one JSON document at the end.
         """
         refuse(settings)
         if save is not None:
             check_new_file(save, "--save")
+        if export is not None:
+            check_new_file(export, "--export")
+            export_run(a, b, export, updates)
+            return
+        if updates:
+            raise UsageError("--updates goes with --export.")
         show_diff(a, b, tapes, save, json)
+
+
+def export_run(run: Path, other: Path | None, file: Path, updates: str) -> None:
+    """Writes the file for a comparison elsewhere. Raises InstepError."""
+    from instep.apart.exported import export
+
+    if other is not None:
+        raise UsageError("--export takes one run: the other is compared with the file where it was made.")
+    span = None
+    if updates:
+        first, _, last = updates.partition(":")
+        span = whole_number(first, "--updates"), whole_number(last or first, "--updates")
+        if span[0] > span[1]:
+            raise UsageError(f"--updates is {shown(updates)}; it must be FIRST:LAST, from 1, such as 51:100.")
+    with _Progress(sys.stderr) as progress:
+        count = export(run, file, span, monitors=[progress])
+    print(f"{file}: {count:,} update{'' if count == 1 else 's'} computed")
 
 
 def show_diff(a: Path, b: Path | None, tapes: bool, save: Path | None, as_json: bool) -> None:
