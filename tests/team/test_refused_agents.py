@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -239,6 +240,18 @@ def each_answer(link: AgentLink) -> Any:
     while not (messages := link.receive()):
         ready_of([link], [], 0.02)
     return messages[0]
+
+
+def test_who_is_awaited_is_named_from_time_to_time(met: Met, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_hosts, "SAY_S", 0.0)
+    waits = r"agent 0, at 127\.0\.0\.1, has waited \d+ s for "
+    assert re.fullmatch(waits + r"host 1\.", met.hosts.awaiting([1])), "how many agents it has is not known yet"
+    first, _ = met.hello()
+    assert isinstance(met.answers(first), Welcome)
+    assert re.fullmatch(waits + r"agent 2 \(host 1\)\.", met.hosts.awaiting([1]))
+    monkeypatch.setattr(of_hosts, "SAY_S", 600.0)
+    assert met.hosts.awaiting([1]) == ""
+    first.close()
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

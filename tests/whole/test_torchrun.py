@@ -102,14 +102,27 @@ def test_hosts_give_the_digest_of_one_process(hosts: Hosts, workers: int) -> Non
 
 
 def test_hosts_may_have_different_numbers_of_agents(two: Hosts) -> None:
+    """And one clock, though theirs are 1,000 s apart; what workers elsewhere print comes to the run folder."""
+    two.put({"mymodel.py": MODULE + "\nprint('this is for the log')\n"})
     options = [["--nproc-per-node", "2"], ["--nproc-per-node", "1"]]
     commands = torchrun(two, "--out", "run", options=options)
     assert all_end(commands) == [0, 0], [each.err for each in commands]
-    assert digest_in(holder(two, "run"), "run") == alone(two[0])
+    first = holder(two, "run")
+    assert digest_in(first, "run") == alone(two[0])
     assert sum(each.err.count("instep: 3 workers, one for each agent") for each in commands) == 1
-    tape = (holder(two, "run").path() / "run" / "tape.jsonl").read_text().splitlines()
-    hosts = json.loads(tape[0])["hosts"]
+    events = [json.loads(line) for line in (first.path() / "run" / "tape.jsonl").read_text().splitlines()]
+    hosts = events[0]["hosts"]
     assert {each["name"]: each["workers"] for each in hosts} == {two[0].name: 2, two[1].name: 1}
+    assert [each["clock_error_s"] > 0 for each in hosts] == [False, True]
+    assert all(0 <= event["t_s"] < 900 for event in events)
+    off_s = max(each["clock_error_s"] for each in hosts) + 1e-5
+    spans = {(e["version"], e["worker"]): (e["from_s"], e["to_s"]) for e in events if e["kind"] == "computed"}
+    for (version, worker), (from_s, _) in spans.items():  # which all have waited for the step before
+        assert all(spans[version - 1, each][1] <= from_s + off_s for each in range(3) if version), (version, worker)
+    (other,) = (host for host in two if host is not first)
+    elsewhere = [number for number in range(3) if number >= hosts[0]["workers"]]
+    for number in elsewhere:
+        assert "this is for the log" in (first.path() / "run" / "logs" / f"{other.name}-{number}.txt").read_text()
     nothing_runs(two)
 
 
@@ -124,11 +137,12 @@ def test_a_name_that_only_its_own_host_knows_is_no_obstacle(tmp_path: Path) -> N
         assert digest_in(holder(hosts, "run"), "run") == alone(hosts[0])
 
 
-def test_sigterm_at_one_torchrun_saves_and_ends_all(two: Hosts) -> None:
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_a_signal_at_one_torchrun_saves_and_ends_all(number: signal.Signals, at: int, two: Hosts) -> None:
     commands = torchrun(two, "--workers", "3", "--steps", "100000", "--out", "run")
     tape = [host.path() / "run" / "tape.jsonl" for host in two]
     wait_until(lambda: any(path.exists() and '"merged"' in path.read_text() for path in tape), LONG_S, "an update")
-    commands[1].signal(signal.SIGTERM)
+    commands[at].signal(number)
     all_end(commands)
     saved = sorted((holder(two, "run").path() / "run" / "checkpoints").glob("step-*"))
     assert saved, "a checkpoint"
