@@ -233,7 +233,8 @@ class Team:
     engine: ``lockstep`` has no server and takes synchronous rules alone; ``server`` takes all; ``auto`` picks.
     memory: bytes for activations, as "512MiB", or a share of what they take, as "70%": what does not fit is computed
         again in backward (gradient checkpointing). "" recomputes nothing.
-    slow: workers to slow down, by sleeping, for comparing rules: "1:4x" makes worker 1 take 4 times as long.
+    slow: workers to slow down, by sleeping, for comparing rules: "1:4x" makes worker 1 take 4 times as long,
+        "1:4x@100..200" from step 100, counted from 0, up to step 200.
     answer_timeout_s: seconds without a sign of life after which a worker counts as stopped.
     stall_timeout_s: seconds in which a worker that answers may finish no microbatch.
     launcher: who has started this agent of several: ``torchrun``, ``srun``, or nobody (``local``); ``auto`` looks. With
@@ -298,9 +299,9 @@ def check_team(recipe: Recipe, team: Team) -> None:
     """Raises RecipeError where `team` cannot train `recipe`."""
     recipe.rule.check_workers(team.workers)
     if team.slow:
-        from instep.clock.slow import parse_slow, slow_factors
+        from instep.clock.slow import parse_slow, slowness
 
-        slow_factors(parse_slow(team.slow), team.workers)
+        slowness(parse_slow(team.slow), team.workers)
     if team.engine == "lockstep" and not recipe.rule.synchronous:
         raise RecipeError(
             f"team.engine 'lockstep' takes synchronous rules alone, and the rule is '{recipe.rule.name}'; set "

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from instep.clock.link import Link
 from instep.clock.loop import Loop
 from instep.clock.network import Network, gather_bytes, reduce_bytes
-from instep.clock.slow import parse_slow, slow_factors
+from instep.clock.slow import parse_slow, slow_factors, slowness
 from instep.clock.times import Failures, WorkerTimes
 from instep.errors import RecipeError
 from support.kinds import quick
@@ -357,6 +357,18 @@ def test_slow_workers_take_their_factor_longer() -> None:
         assert (slow == plain * [[1], [4], [1]]).all()
 
 
+def test_workers_may_be_slow_in_some_steps_alone() -> None:
+    factor = slowness(parse_slow("1:4x@100..200, 0:2x@200..300, 1:3x@200 .. 201,50%:5x@0..7"), 2)
+    assert [factor(0)(step) for step in (0, 199, 200, 299, 300)] == [1, 1, 2, 2, 1]
+    assert [factor(1)(step) for step in (0, 6, 7, 99, 100, 199, 200, 201)] == [5, 5, 1, 1, 4, 4, 3, 1]
+
+
+@pytest.mark.parametrize("text", ["1:4x@5..9,1:2x@8..20", "1:4x,1:2x@8..20", "1:4x@0..9,50%:2x@8..20"])
+def test_a_worker_has_one_factor_in_a_step(text: str) -> None:
+    with pytest.raises(RecipeError, match="worker 1 is named by both .* in the same steps; name it once"):
+        slowness(parse_slow(text), 2)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -375,6 +387,13 @@ def test_slow_workers_take_their_factor_longer() -> None:
         ("-1:2x", "'-1:2x' does not say who is slow"),
         ("1", "'1' does not say who is slow"),
         ("1:4x,", "'' does not say who is slow"),
+        ("1:4x@5", "'5' in '1:4x@5' are no steps; write the first and the one after the last, as in '1:4x@100..200'."),
+        ("1:4x@", "'' in '1:4x@' are no steps"),
+        ("1:4x@200..100", "'200..100' in '1:4x@200..100' are no steps"),
+        ("1:4x@7..7", "'7..7' in '1:4x@7..7' are no steps"),
+        ("1:4x@-1..7", "'-1..7' in '1:4x@-1..7' are no steps"),
+        ("@1..7", "'@1..7' does not say who is slow"),
+        ("1:4x@1..7", "'1:4x@1..7' names steps, which workers on a virtual clock are not slow by; leave '@1..7' out."),
     ],
 )
 def test_a_slow_spec_that_makes_no_sense_is_refused_in_one_sentence(text: str, sentence: str) -> None:

@@ -92,7 +92,8 @@ def app(settings: Settings) -> App:
             Who waits for whom: NAME[:VALUE][,field=value ...], such as asynchronous, bounded_staleness:4 or
             diloco:20,outer_lr=0.5.
         slow
-            Workers to slow down by sleeping, to compare rules: 1:4x makes worker 1 take 4 times as long.
+            Workers to slow down by sleeping, to compare rules: 1:4x makes worker 1 take 4 times as long, 1:4x@100..200
+            from step 100 to step 200.
         memory
             Of activations, for each worker: 512MiB, or a share such as 70%. What does not fit is computed again in
             backward, with the same result; 'instep memory' shows the trade.

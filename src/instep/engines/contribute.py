@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from instep.clock.slow import parse_slow, slow_factors
+from instep.clock.slow import parse_slow, slowness
 from instep.engines.lines import FarServerOf, NearServer, ToServer
 from instep.engines.server_memory import server_memory
 from instep.rules.work import Pieces
@@ -51,7 +52,7 @@ def contribute(session: Session, descriptor: int, far: FarServerOf | None = None
 
 def _work(session: Session, contributor: Contributor, line: ToServer) -> None:
     """Does what it is told to, until there is no more."""
-    replica, slowness, begun, own = contributor.replica, slowness_of(session), False, session.assignment.incarnation
+    replica, slow, begun, own = contributor.replica, slowness_of(session), False, session.assignment.incarnation
     ahead: dict[int, tuple[float, float]] = {}  # when it began a piece by itself
     while True:
         session.heartbeat.waiting(True)
@@ -68,21 +69,21 @@ def _work(session: Session, contributor: Contributor, line: ToServer) -> None:
             contributor.way_up.take(line.vectors.lost)
         begun, from_s = True, session.clock()
         found = contributor.compute(work, line.weights(message.slot), line.vectors, message.off)
-        if slowness > 1:
-            time.sleep((slowness - 1) * (session.clock() - from_s))
+        if slow(work.batch) > 1:
+            time.sleep((slow(work.batch) - 1) * (session.clock() - from_s))
         span = from_s, session.clock()
         line.send(messages.Pushed(own, found, *span, replica.verified(), ahead.pop(message.piece, None)))
         replica.doing, from_s = "beginning the next piece", session.clock()
         if (next_piece := contributor.go_ahead()) >= 0:
-            if slowness > 1:
-                time.sleep((slowness - 1) * (session.clock() - from_s))
+            if (factor := slow(contributor.pieces.work(next_piece).batch)) > 1:
+                time.sleep((factor - 1) * (session.clock() - from_s))
             ahead[next_piece] = from_s, session.clock()
 
 
-def slowness_of(session: Session) -> float:
-    """How many times as long as it needs this worker is to take for its computing."""
+def slowness_of(session: Session) -> Callable[[int], float]:
+    """What gives of a global batch how many times as long as it needs this worker is to take for its computing."""
     team = session.assignment.team
-    return float(slow_factors(parse_slow(team.slow), team.workers)[session.number]) if team.slow else 1.0
+    return slowness(parse_slow(team.slow) if team.slow else (), team.workers)(session.number)
 
 
 def pieces_of(session: Session, cut: int) -> Pieces:

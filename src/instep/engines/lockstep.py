@@ -94,8 +94,8 @@ class Lockstep:
         self._shard = shard
         self._held_out = batches_held_out(replica)
         self.terms: list[str] = []
-        self.slowness = 1.0
-        """How many times as long as it needs the worker is to take for its computing."""
+        self.slowness: Callable[[int], float] = lambda step: 1.0
+        """By step, how many times as long as it needs the worker is to take for its computing."""
         self._seat: Seat
         self._group: Group
         self._usual: tuple[list[int], bool] = [], False  # the buffers that the last step changed; whether it wrote
@@ -236,7 +236,7 @@ class Lockstep:
             self.updates.watcher.left_out(Verdict(), [objective.no_items(step)], update=True)
         # Gradients that travel early may be on their way already.
         due = not self._early and (step + 1) % self.replica.recipe.checksum_every == 0
-        self._seat.compute(step, totals, self.slowness, checksums=due)
+        self._seat.compute(step, totals, self.slowness(step), checksums=due)
 
     def _take(self, whole: Tensor) -> None:
         """Has the placement take the gradient from there."""
