@@ -29,7 +29,8 @@ def main(options: Options) -> None:
         seed=SEED,
         rule=parse(options.rule),
     )
-    team = instep.Team(workers=options.workers, checkpoint_every=1_000_000)
+    # The gate counts forwards, as many in each step.
+    team = instep.Team(workers=options.workers, balance="off", checkpoint_every=1_000_000)
     run = instep.train(recipe, team=team, out=Path(options.folder, "run"))
     wire_bytes = run.result.get("wire_bytes")
     parameters = run.result["parameters"]

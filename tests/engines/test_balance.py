@@ -131,9 +131,32 @@ def test_who_gets_none_is_looked_at_seldom_and_gets_its_share_when_it_is_as_fast
     assert steps.taken[-1] == [8, 8]
 
 
-def test_a_process_that_was_halted_once_gets_its_share_back_soon() -> None:
-    steps = Steps([8, 8], lambda step, worker: 600.0 if (step, worker) == (50, 1) else 0.01)
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_process_that_was_halted_once_gets_its_share_back_soon(seen: bool) -> None:
+    """Even where the next step, a smaller one, tells nothing."""
+
+    def speed(step: int, worker: int) -> float:
+        if step == 51 and not seen:
+            return 0.0
+        return 600.0 if (step, worker) == (50, 1) else 0.01
+
+    steps = Steps([8, 8], speed)
     steps.run(150)
+    assert steps.moves
+    assert steps.taken[-1] == [8, 8]
+
+
+def test_a_look_at_a_bad_moment_is_not_the_last_one() -> None:
+    looks = list[int]()
+
+    def speed(step: int, worker: int) -> float:
+        if worker == 1 and steps.taken[step] == [15, 1]:
+            looks.append(step)
+        return 600.0 if [step] == looks else 0.01 * (40 if worker == 1 and step < 300 else 1)
+
+    steps = Steps([8, 8], speed)
+    steps.run(1000)
+    assert looks
     assert steps.taken[-1] == [8, 8]
 
 

@@ -96,8 +96,8 @@ class Balance:
             before, now = self.seconds[worker], seconds[worker]
             if not before:
                 self.seconds[worker] = now
-            elif not self._counts[worker]:  # somebody has looked, and does so seldom
-                self.seconds[worker], looked = _bounded(now, before), True
+            elif not self._counts[worker]:  # a look, of which there are few: what was slow by chance is seen again soon
+                self.seconds[worker], looked = min(now, JUMP * before), True
             elif _jumps(now, before):
                 doubtful = True
         self._doubts = self._doubts + 1 if doubtful else 0

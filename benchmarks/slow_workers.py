@@ -1,0 +1,201 @@
+"""What slow workers cost, in step: ``python benchmarks/slow_workers.py``.
+
+The recipe `gpt` with one sample in each of 16 microbatches, 2 workers, one of which is 4 times as slow, by sleeping:
+Instep, whose microbatches follow speed, and DistributedDataParallel over gloo, whose slow rank sleeps by the same rule;
+then slowness that goes from one worker to the other every 100 steps; and no slowness, with `team.balance` "auto" and
+"off". All are started one after the other in each round, in an order drawn anew, and are compared within it.
+
+Figures are steps a second once ranges have settled, and how much that is of what whole microbatches allow: the step's
+end if the workers, as fast as they were in this run, had the ranges that are best for them and did nothing but compute;
+and, beside it, if each step took besides what it takes without slowness. The result goes to
+benchmarks/results/slow_workers.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
+
+import instep  # noqa: E402
+from benchmarks.lockstep import THREADS, machine  # noqa: E402
+from instep.engines.balance import soonest  # noqa: E402
+from instep.recipe import Recipe, parse  # noqa: E402
+from instep.recipe_files import read  # noqa: E402
+from instep.record import tape  # noqa: E402
+
+RESULT = ROOT / "benchmarks" / "results" / "slow_workers.json"
+MICROBATCHES, SLOW, SETTLED, TURN = 16, 4, 20, 100
+"""Microbatches of a step, times as slow, steps that are not counted, and those after which slowness goes on."""
+
+
+def recipe(steps: int) -> Recipe:
+    """The recipe `gpt`, of one sample a microbatch, without evaluations."""
+    table = read("gpt") | {"batch": MICROBATCHES, "microbatches": MICROBATCHES, "steps": steps, "evaluate_every": 0}
+    return parse({key: value for key, value in table.items() if key != "team"} | {"sample_length": 0})[0]
+
+
+def by_instep(steps: int, slow: str = "", balance: str = "auto", counted: int = SETTLED) -> dict[str, Any]:
+    """Steps a second from `counted` on, by the tape, and what the fast worker needs for a microbatch."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        team = instep.Team(workers=2, slow=slow, balance=balance, checkpoint_every=1_000_000)  # type: ignore[arg-type]
+        run = instep.train(recipe(steps), team=team, out=Path(folder, "run"))
+        events = [e for e in tape.read(run.path / "tape.jsonl") if e["kind"] in ("merged", "computed")]
+    merged = {e["version"]: e["t_s"] for e in events if e["kind"] == "merged"}
+    spans = [e for e in events if e["kind"] == "computed" and e["version"] >= counted]
+    each_s = [(e["to_s"] - e["from_s"]) / (e["microbatches"][1] - e["microbatches"][0]) for e in spans]
+    last_s: dict[int, float] = {}
+    for event in spans:
+        last_s[event["version"]] = max(last_s.get(event["version"], 0.0), event["to_s"] - event["from_s"])
+    took = {version: merged[version + 1] - merged[version] for version in range(counted, steps)}
+    return {
+        "steps_per_s": (steps - counted) / (merged[steps] - merged[counted]),
+        "microbatch_s": statistics.median(sorted(each_s)[: len(each_s) // 2]) if slow else statistics.median(each_s),
+        "rest_s": statistics.median(took[version] - last_s[version] for version in took),
+        "moves": run.result["moves"],
+        "digest": run.digest,
+    }
+
+
+def by_ddp(steps: int, slow: float) -> dict[str, Any]:
+    """Steps a second of DistributedDataParallel, the second rank slowed."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        environment = {**os.environ, **THREADS, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+        ranks = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    __file__,
+                    "--rank",
+                    str(rank),
+                    "--steps",
+                    str(steps),
+                    "--slow",
+                    str(slow),
+                    "--folder",
+                    folder,
+                ],
+                env=environment,
+            )
+            for rank in range(2)
+        ]
+        if any(rank.wait() for rank in ranks):
+            raise SystemExit("a rank of DistributedDataParallel has failed.")
+        found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text())
+        return found
+
+
+def rank_of_ddp(rank: int, steps: int, slow: float, folder: Path) -> None:
+    """The life of one: as many microbatches as the other, whose gradients are exchanged in the last one's backward."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import default_collate
+
+    from instep.data.cursor import Cursor
+    from instep.randomness import key, seed_all
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    made = recipe(steps)
+    seed_all(key(made.seed, "model"))
+    module = DistributedDataParallel(made.model.build())
+    optimizer, samples = made.optimizer.build(module.parameters()), made.data.build().train
+    cursor = Cursor(samples=len(samples), batch=made.batch, microbatches=MICROBATCHES, seed=made.seed)
+    own, stamps = range(rank * MICROBATCHES // 2, (rank + 1) * MICROBATCHES // 2), list[float]()
+    for step in range(steps):
+        stamps.append(time.monotonic())
+        optimizer.zero_grad(set_to_none=True)
+        began = time.monotonic()
+        for microbatch in own:
+            if microbatch == own[-1] and rank == 1:  # of those before, and as long for the last one
+                time.sleep((slow - 1) * (time.monotonic() - began) * len(own) / (len(own) - 1))
+            module.require_backward_grad_sync = microbatch == own[-1]
+            tokens = default_collate([samples[index] for index in cursor.microbatch(step, microbatch)])
+            logits = module(tokens[:, :-1])
+            (F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) / len(own)).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), made.clip_norm or torch.inf)
+        optimizer.step()
+    stamps.append(time.monotonic())
+    if rank == 0:
+        rate = (steps - SETTLED) / (stamps[-1] - stamps[SETTLED])
+        (folder / "found.json").write_text(json.dumps({"steps_per_s": rate}))
+    dist.destroy_process_group()
+
+
+def moving(steps: int) -> str:
+    """The second worker is slow, after 100 steps the first, and so on."""
+    turns = range(steps // TURN)
+    return ",".join(f"{(turn + 1) % 2}:{SLOW}x@{turn * TURN}..{(turn + 1) * TURN}" for turn in turns)
+
+
+def one_round(steps: int) -> dict[str, Any]:
+    """All contenders once."""
+    contenders = {
+        "slow": lambda: by_instep(steps, f"1:{SLOW}x"),
+        "DDP": lambda: by_ddp(steps // 2, SLOW),
+        "moving": lambda: by_instep(5 * TURN, moving(5 * TURN), counted=TURN),
+        "even": lambda: by_instep(2 * steps),
+        "held": lambda: by_instep(2 * steps, balance="off"),
+    }
+    found = {name: contenders[name]() for name in random.sample(list(contenders), len(contenders))}
+    for name in ("slow", "moving"):
+        each_s = found[name]["microbatch_s"]
+        best = soonest([each_s, SLOW * each_s], MICROBATCHES)
+        allowed_s = max(best[0], SLOW * best[1]) * each_s
+        found[name]["of_whole_microbatches"] = allowed_s * found[name]["steps_per_s"]
+        found[name]["of_whole_microbatches_and_rest"] = (allowed_s + found["held"]["rest_s"]) * found[name][
+            "steps_per_s"
+        ]
+    found["slow"]["times_ddp"] = found["slow"]["steps_per_s"] / found["DDP"]["steps_per_s"]
+    found["even"]["of_held"] = found["even"]["steps_per_s"] / found["held"]["steps_per_s"]
+    if found["even"]["digest"] != found["held"]["digest"]:
+        raise SystemExit("the digest depends on who computed what: contract C1 is broken.")
+    return found
+
+
+def main() -> None:
+    """Measures, prints and writes the result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    for name, kind in (("--rank", int), ("--slow", float), ("--folder", Path)):  # of a rank of DDP
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.rank is not None:
+        return rank_of_ddp(given.rank, given.steps, given.slow, given.folder)
+    rounds = []
+    for number in range(given.rounds):
+        rounds.append(one_round(given.steps))
+        print(number, json.dumps(rounds[-1]), flush=True)
+    wanted = {
+        "slow": ("steps_per_s", "times_ddp", "of_whole_microbatches", "of_whole_microbatches_and_rest", "moves"),
+        "DDP": ("steps_per_s",),
+        "moving": ("steps_per_s", "of_whole_microbatches", "of_whole_microbatches_and_rest", "moves"),
+        "even": ("steps_per_s", "of_held", "moves"),
+        "held": ("steps_per_s", "rest_s"),
+    }
+    medians = {
+        name: {field: round(statistics.median(each[name][field] for each in rounds), 4) for field in fields}
+        for name, fields in wanted.items()
+    }
+    print(json.dumps(medians, indent=1))
+    how = {"machine": machine(), "rounds": given.rounds, "steps": given.steps}
+    given.out.write_text(json.dumps({**how, "median": medians, "each": rounds}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
