@@ -297,20 +297,25 @@ class Team:
 
 def check_team(recipe: Recipe, team: Team) -> None:
     """Raises RecipeError where `team` cannot train `recipe`."""
-    recipe.rule.check_workers(team.workers)
-    if team.slow:
-        from instep.clock.slow import parse_slow, slowness
-
-        slowness(parse_slow(team.slow), team.workers)
+    check_workers(recipe.rule, recipe.microbatches, team)
     if team.engine == "lockstep" and not recipe.rule.synchronous:
         raise RecipeError(
             f"team.engine 'lockstep' takes synchronous rules alone, and the rule is '{recipe.rule.name}'; set "
             f"team.engine to 'auto'."
         )
-    if recipe.rule.lockstep and team.workers > recipe.microbatches:
+
+
+def check_workers(rule: UpdateRule, microbatches: int, team: Team) -> None:
+    """Raises RecipeError where this team cannot have so many workers under the rule, or so few."""
+    rule.check_workers(team.workers)
+    if team.slow:
+        from instep.clock.slow import parse_slow, slowness
+
+        slowness(parse_slow(team.slow), team.workers)
+    if rule.lockstep and team.workers > microbatches:
         raise RecipeError(
-            f"{team.workers} workers are more than the {recipe.microbatches} microbatches of a step, which are never "
-            f"split; take at most {recipe.microbatches} workers, or raise recipe.microbatches."
+            f"{team.workers} workers are more than the {microbatches} microbatches of a step, which are never "
+            f"split; take at most {microbatches} workers, or raise recipe.microbatches."
         )
 
 

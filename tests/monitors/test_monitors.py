@@ -455,3 +455,13 @@ def test_for_whom_the_team_waits_is_no_matter_for_files_and_pipes() -> None:
     file = io.StringIO()
     held_up(file)
     assert "waiting" not in file.getvalue()
+
+
+def test_a_team_that_was_changed_says_who_asked_and_costs_no_restart() -> None:
+    asked = {"t_s": 3.0, "kind": "resized", "workers": 6, "before": 2, "by_whom": "ann, process 7"}
+    again = started(9, resumed=True)
+    again = {**again, "team": {**again["team"], "workers": 6}}
+    left = {"t_s": 11, "kind": "left", "worker": 1, "why": "worker 1 was killed."}
+    printed = plain([started(), asked, again, left, again])
+    assert "\n6 workers instead of 2 after step 0, as ann, process 7 asked\n" in printed
+    assert printed.endswith("worker 1 was killed.\nrestarted after step 0; restarts left: 2 of 3\n")

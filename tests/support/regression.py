@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from instep.randomness import key_of_step
 from instep.recipe import Recipe
 
 
@@ -48,3 +49,15 @@ def held(file: Path, after: int) -> Callable[..., Tensor]:
         return squares(model, batch)
 
     return waiting
+
+
+def waiting_in(step: int, microbatch: int, file: Path) -> Recipe:
+    """`regression` of 3 steps, of which one microbatch is not computed before there is the file."""
+    seed = key_of_step(0, step, microbatch, "compute")
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        while torch.initial_seed() == seed and not file.exists():
+            time.sleep(0.002)
+        return squares(model, batch)
+
+    return regression(steps=3, objective=objective)

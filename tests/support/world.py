@@ -8,6 +8,7 @@ from typing import Any
 from instep.errors import DataError, InstepError
 from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
 from instep.team.orders import (
+    AskToPause,
     AskToStop,
     CancelRun,
     EndEpoch,
@@ -23,6 +24,7 @@ from instep.team.orders import (
     NoteLoss,
     Order,
     Replace,
+    Resize,
     Resumed,
     RosterEvent,
     Said,
@@ -68,7 +70,8 @@ class World:
         self.ending: RosterEvent | None = None  # what the roster heard when it had an epoch ended, until that is gone
         self.last: RosterEvent | None = None
         self.final: Order | None = None
-        self.stopping = self.server_told = False
+        self.stopping = self.server_told = self.pausing = False
+        self.wanted = workers
         self.counted = 0
         self.losses: list[Member] = []  # which must be told of
         self.obey(self.roster.begin())
@@ -111,8 +114,9 @@ class World:
                     assert hosts.pop() == 0, "the server is where the roster is"
                 assert hosts == sorted(hosts), "workers of a host are neighbours"
                 assert set(hosts) <= self.here, "who is not there starts nothing"
+                assert len(hosts) == self.wanted, "so many workers as are wanted"
                 self.started = True
-                self.server_told = False
+                self.server_told = self.pausing = False
                 self.epochs.append(order.epoch)
                 self.stage.update(dict.fromkeys(order.members, "building"))
                 self.roster.hear(Resumed(order.epoch, (), self.unlooked and not order.looked))
@@ -151,6 +155,12 @@ class World:
                 assert epoch == self.roster.epoch
                 assert self.roster.going
                 assert self.orders.count(order) == 1, "asked twice"
+            case AskToPause(epoch=epoch):
+                assert epoch == self.roster.epoch
+                assert self.roster.going
+                assert not self.stopping
+                assert self.orders.count(order) == 1, "asked twice"
+                self.pausing = True
             case StopServer(server=server):
                 assert self.stage[server] == "working"
                 assert not self.server_told
@@ -250,7 +260,7 @@ class World:
 
     def end(self, member: Member, digest: str = "same") -> None:
         self.stage[member] = "done"
-        self.says(member, Ended({"version": 7}, digest, interrupted=self.stopping))
+        self.says(member, Ended({"version": 7}, digest, interrupted=self.stopping or self.pausing))
 
     def lose(self, member: Member, why: str = "it was killed.") -> None:
         self.stage[member] = "lost"
@@ -265,6 +275,10 @@ class World:
     def writes(self, member: Member, names: tuple[str, ...]) -> None:
         self.stage[member] = "done"
         self.says(member, FoundWritten(names, "step 3"))
+
+    def resize(self, workers: int) -> None:
+        self.wanted = workers
+        self.tell(Resize(workers))
 
     def stop(self, *, at_once: bool = False, within: bool = False) -> None:
         self.stopping = True
@@ -305,6 +319,8 @@ class World:
                 self.gone(NAMES[pick % 3 : pick % 2])
             case "save", False if self.roster.going:
                 self.saves()
+            case "resize", _:
+                self.resize(1 + pick % 4)
             case "stop", _:
                 self.stop(at_once=pick % 5 == 0, within=pick % 5 == 1)
             case _, True:

@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-from instep.randomness import key_of_step
-from instep.recipe import Recipe, Team
+from instep.recipe import Team
 from instep.team import hosts
 from instep.team.asking import standing_of
 from instep.team.messages import HeldUp
 from support.agents import meet_here, train_on
 from support.harness import Client, train_here
 from support.patience import LONG_S
-from support.regression import regression, squares
+from support.regression import regression, waiting_in
 
 pytestmark = pytest.mark.processes
 
@@ -57,18 +54,6 @@ class Asking:
 
     def __exit__(self, *_: object) -> None:
         self._thread.join()
-
-
-def waiting_in(step: int, microbatch: int, file: Path) -> Recipe:
-    """`regression` of 3 steps, of which one microbatch is not computed before there is the file."""
-    seed = key_of_step(0, step, microbatch, "compute")
-
-    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        while torch.initial_seed() == seed and not file.exists():
-            time.sleep(0.002)
-        return squares(model, batch)
-
-    return regression(steps=3, objective=objective)
 
 
 @pytest.fixture(scope="module")

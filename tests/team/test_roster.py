@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from instep.errors import DataError, InstepError, WorkerError
 from instep.ranges import share_out
-from instep.team.messages import Digest, StoppedAt
+from instep.team.messages import Digest, Ended, StoppedAt
 from instep.team.orders import (
+    AskToPause,
     AskToStop,
     CancelRun,
     EndEpoch,
@@ -39,7 +40,7 @@ pytestmark = pytest.mark.pure
 
 KINDS = (
     "build", "build", "build", "ready", "end", "lose", "lose", "raise", "write", "digest", "drift", "stop", "gone",
-    "gone", "old", "come", "come", "part", "save",
+    "gone", "old", "come", "come", "part", "save", "resize",
 )  # fmt: skip
 HISTORIES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 29)), max_size=60)
 AGENTS = st.sampled_from([(1,), (1,), (1, 1), (2, 1), (1, 1, 1)])
@@ -457,6 +458,57 @@ def test_a_stop_is_asked_for_once_and_the_run_ends_with_its_result() -> None:
     assert world.orders == [AskToStop(1)]
     world.run_out()
     assert isinstance(world.final, FinishRun)
+
+
+@pytest.mark.parametrize("serving", [False, True])
+def test_another_number_of_workers_has_the_team_save_and_start_anew_which_is_no_restart(serving: bool) -> None:
+    world = working(2, serving=serving)
+    world.resize(3)
+    world.resize(4)
+    assert world.orders == [AskToPause(1)]
+    for one in world.living():
+        world.end(one)
+    assert world.orders[1:] == [EndEpoch(1)]
+    world.gone()
+    assert [len(order.members) for order in world.orders if isinstance(order, Start)] == [4 + serving]
+    assert (world.roster.restarts, world.roster.leader.number) == (0, 4 * serving)
+    world.run_out()
+    assert isinstance(world.final, FinishRun)
+
+
+def test_another_number_of_workers_before_the_team_goes_starts_so_many_at_once() -> None:
+    world = World(2)
+    world.resize(3)
+    assert world.orders[1:] == [EndEpoch(1)]
+    world.gone()
+    assert len(world.living()) == 3
+
+
+def test_a_run_that_ends_before_its_team_is_changed_has_ended() -> None:
+    world = working(2)
+    for one in world.living():
+        world.stage[one] = "done"
+        world.says(one, Ended({"version": 7}, "same"))
+        if world.final is None:
+            world.resize(3)
+    assert isinstance(world.final, FinishRun)
+
+
+def test_a_stop_goes_before_another_number_of_workers() -> None:
+    world = working(2)
+    world.resize(3)
+    world.stop()
+    assert world.orders == [AskToPause(1), AskToStop(1)]
+    world.run_out()
+    assert isinstance(world.final, FinishRun)
+
+
+def test_a_death_while_a_team_is_to_change_is_a_restart_with_the_new_number() -> None:
+    world = working(2)
+    world.resize(3)
+    world.lose(member(1))
+    world.gone()
+    assert (world.roster.restarts, len(world.living())) == (1, 3)
 
 
 def test_a_stop_that_one_of_its_own_asked_for_is_known_to_the_team() -> None:

@@ -13,9 +13,11 @@ from cyclopts import App
 
 from instep.cli.flags import Settings, UsageError, refuse, whole_number
 from instep.cli.helping import COMMANDS
+from instep.errors import RecordError
 from instep.monitors.progress import clock, duration, rate
+from instep.recipe import MOST_WORKERS
 from instep.record.files import json_text
-from instep.team.asking import stacks_of, standing_of
+from instep.team.asking import resized, stacks_of, standing_of
 
 LOOK_S = 0.5
 """Seconds between two looks of a terminal."""
@@ -42,13 +44,24 @@ def declare(app: App, settings: Settings) -> None:
     """Adds the command to `app`."""
 
     @app.command(help=f"{COMMANDS['team']}\n\n{_HELP}")
-    def team(run: Path, /, *, stacks: bool = False, worker: str | None = None, json: bool = False) -> None:
+    def team(
+        run: Path,
+        /,
+        *,
+        workers: str | None = None,
+        stacks: bool = False,
+        worker: str | None = None,
+        json: bool = False,
+    ) -> None:
         """Team.
 
         Parameters
         ----------
         run
             The folder of a run.
+        workers
+            Lets the run go on with so many: after the present step it is saved, and the team starts anew. The result
+            is the same.
         stacks
             Once, with the Python stacks of the workers that are stuck: of those that are stopped, or at one thing for
             more than a second. By py-spy where it is there, else the worker shows it itself, in about a millisecond.
@@ -60,7 +73,11 @@ def declare(app: App, settings: Settings) -> None:
         refuse(settings)
         if worker is not None and not stacks:
             raise UsageError("--worker says whose stack is shown; it goes with --stacks.")
-        if stacks:
+        if workers is not None:
+            if stacks or json:
+                raise UsageError("--workers changes the team, and shows nothing; give it alone.")
+            print(_resized(run, whole_number(workers, "--workers")))
+        elif stacks:
             found = stacks_of(run, None if worker is None else whole_number(worker, "--worker"))
             print(json_text(found) if json else "\n".join((*lines(found), *stack_lines(found))))
         elif json:
@@ -69,6 +86,19 @@ def declare(app: App, settings: Settings) -> None:
             _watch(run)
         else:
             print("\n".join(lines(standing_of(run))))
+
+
+def _resized(run: Path, workers: int) -> str:
+    """Has the run go on with so many workers, and says so. Raises UsageError where it cannot."""
+    if not 1 <= workers <= MOST_WORKERS:
+        raise UsageError(f"--workers is {workers}; a team has from 1 to {MOST_WORKERS}. Ctrl-C ends a run, saved.")
+    try:
+        answer = resized(run, workers)
+    except RecordError as error:
+        raise UsageError(error.message) from None
+    if answer["before"] == workers:
+        return f"{run} has {workers} workers already."
+    return f"{run} goes on with {workers} workers instead of {answer['before']} after the present step."
 
 
 def _watch(run: Path) -> None:

@@ -53,6 +53,7 @@ class Console(Closing):
         self._rule: UpdateRule | None = None
         self._recipe: Mapping[str, Any] = {}
         self._losses = 0  # each of which costs a restart: of the team, or of the worker alone
+        self._resized: Mapping[str, Any] | None = None  # what somebody has asked for, until the team starts anew
         self._broken = False
 
     def __enter__(self) -> Self:
@@ -66,6 +67,8 @@ class Console(Closing):
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Shows `event`. Kinds that it does not know are passed over; ``failed`` is left to who catches the error."""
         self._progress.see(event)
+        if event["kind"] == "resized":
+            self._resized = event
         show = {
             "run_started": self._begin,
             "left": self._left,
@@ -99,6 +102,11 @@ class Console(Closing):
     def _begin(self, event: Mapping[str, Any]) -> None:
         recipe, team = event["recipe"], event["team"]
         self._recipe = recipe
+        if self._started and self._resized is not None:
+            asked, self._resized = self._resized, None
+            numbers = f"{team['workers']} workers instead of {asked['before']}"
+            self._screen.say(f"{numbers} after step {event['step']:,}, as {asked['by_whom']} asked", "yellow")
+            return
         if self._started:
             left = max(0, team["restarts"] - self._losses)
             at = f"restarted after step {event['step']:,}"

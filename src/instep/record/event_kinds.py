@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
+from msgspec import Meta
+
 from instep.record.events import (
     BlockEvent,
     CheckpointedEvent,
@@ -54,10 +56,21 @@ class RangesMovedEvent(Event, frozen=True, kw_only=True, gc=False):
     microbatch_s: Annotated[list[Seconds], _is("what one is taken to need at each worker")]
 
 
+class ResizedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """The run's owner has asked for another number of workers, from the next start of the team on."""
+
+    kind = "resized"
+    by = "lockstep, server"
+
+    workers: Annotated[int, Meta(ge=1, le=1 << 24), _is("that the team is to have")]
+    before: Annotated[int, Meta(ge=1, le=1 << 24), _is("that it has")]
+    by_whom: Annotated[str, _is("the user and process that asked")]
+
+
 TYPES: tuple[type[Event], ...] = (
     RunStartedEvent, JoinedEvent, ReleasedEvent, RangesMovedEvent, ComputedEvent, PushedEvent, PushedToServerEvent,
     MergedEvent, MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent,
-    EvaluatedEvent, CheckpointedEvent, LeftEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent, RunEndedEvent,
-    BlockEvent,
+    EvaluatedEvent, CheckpointedEvent, LeftEvent, ResizedEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent,
+    RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""

@@ -18,12 +18,13 @@ from typing import Any, assert_never
 from instep.descendants import adopting_orphans, children, orphaned
 from instep.errors import InstepError, RecipeError, RecordError
 from instep.record import best, checkpoint
+from instep.record.event_kinds import ResizedEvent
 from instep.record.events import CheckpointedEvent, Event, FailedEvent, LeftEvent
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape
 from instep.team import messages, orders
-from instep.team.answers import Answers
+from instep.team.answers import Answers, why_not
 from instep.team.channel import Channel
 from instep.team.crew import Crew, Heard, LocalCrew
 from instep.team.hosts import Hosts
@@ -85,7 +86,7 @@ class Agent:
             self._journal = Journal(self._folder, tape, self._client, run.began)
             answers = self._answers = Answers(
                 lambda: time.monotonic() - run.began, lambda: self._crews, lambda: self.roster.restarts,
-                self._journal.tell, run.team.workers if run.engine == "server" else None,
+                self._journal.tell, self._resize, serving=run.engine == "server",
             )  # fmt: skip
             self._journal.note = answers.note
             try:
@@ -253,6 +254,16 @@ class Agent:
             for order in self.roster.hear(waiting.popleft()):
                 waiting.extend(self._obey(order))
 
+    def _resize(self, workers: int, by: str) -> tuple[int, str]:
+        """Has the team go on with so many workers, as somebody asks. How many it was to have, and why not, if so."""
+        run, before = self._run, self.roster.wanted
+        why = why_not(run.rule, run.recipe_table["microbatches"], run.team, workers)
+        why = "the run is about to end, as it was asked to." if self._local.stop_wanted() else why
+        if not why and workers != before:
+            self._journal.record(ResizedEvent(workers=workers, before=before, by_whom=by))
+            self._hear(orders.Resize(workers))
+        return before, why
+
     # What it does
 
     def _obey(self, order: orders.Order) -> list[orders.RosterEvent]:
@@ -273,6 +284,8 @@ class Agent:
                     crew.prepare(self._facts)
             case orders.AskToStop():
                 self._local.ask_to_stop()
+            case orders.AskToPause():
+                self._local.ask_to_pause()
             case orders.StopServer(server):
                 self._local.send(server, messages.StopRun())
             case orders.EndEpoch(epoch):
@@ -303,6 +316,9 @@ class Agent:
         self._held.check()
         meta = checkpoint.read_manifest(self._resume_from).meta if self._resume_from is not None else {}
         self.roster.hear(orders.Resumed(order.epoch, tuple(meta.get("written", ())), bool(meta.get("unlooked"))))
+        count = len(order.members) - (self._run.engine == "server")
+        self._run = replace(self._run, team=replace(self._run.team, workers=count))
+        self._answers.begin(count)
         self._ended.clear()
         self._parted.clear()
         self._looked = time.monotonic()

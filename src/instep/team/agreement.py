@@ -1,8 +1,8 @@
-"""What the processes of a team must have in common before they begin."""
+"""What the processes of a team must have in common, and sentences on what they have not."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from instep.sources import first_difference
@@ -29,3 +29,28 @@ def difference(
                 f"must depend on its arguments and the seed alone{samples}{files}."
             )
     return ""
+
+
+def first_written(names: Sequence[str], where: str) -> str:
+    """A sentence on parameters that forwards were found to write, of which nobody knew."""
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"a forward wrote parameter '{names[0]}'{others} for the first time in {where}; the team goes back "
+        f"to its last checkpoint, each worker with a copy of its own of what is written, as if so from the start."
+    )
+
+
+def known_written(names: Sequence[str], where: str) -> str:
+    """A sentence on parameters that were found again."""
+    return (
+        f"a forward wrote parameter '{names[0]}' in {where}, which was known to be written; this is a fault of Instep, "
+        f"please report it."
+    )
+
+
+def drifted(who: str, other: str, version: int) -> str:
+    """A sentence on a worker in lockstep that has other weights than another one."""
+    return (
+        f"{who} has other weights than {other} at version {version}, which lockstep rules out: some code depends on "
+        f"more than the batch and the seed (a clock, a set's order, threads), or the machine is faulty."
+    )

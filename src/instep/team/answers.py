@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
+from instep.errors import RecipeError
+from instep.recipe import Team, check_workers
 from instep.record.events import Event, MergedEvent
-from instep.team.control import Asked, AskStacks, AskTeam, Control
+from instep.rules import UpdateRule
+from instep.team.control import Asked, AskStacks, AskTeam, AskWorkers, Control
 from instep.team.crew import Crew, LocalCrew
 from instep.team.messages import HeldUp
 from instep.team.standing import WAITS_S, TeamStanding
@@ -21,9 +25,21 @@ TELL_S = 1.0
 """Seconds between two words on who holds the others up."""
 
 
+def why_not(rule: UpdateRule, microbatches: int, team: Team, workers: int) -> str:
+    """Why the team cannot go on with so many workers; "" if it can."""
+    if team.device == "cuda":
+        return "each worker has a GPU of its own; end the run, and resume it with --workers."
+    try:
+        check_workers(rule, microbatches, replace(team, workers=workers))
+    except RecipeError as error:
+        return error.message
+    return ""
+
+
 class Answers:
     """For one run. clock: seconds since its start. crews: of all hosts, this one's first. restarts: so far. tell: sends
-    the client a word, which is for no tape. server: its number, where there is one.
+    the client a word, which is for no tape. resize: has the team go on with so many workers, as somebody of this name
+    asks; gives how many it was to have, and why it cannot be, if so. serving: whether there is a server.
     """
 
     def __init__(
@@ -32,10 +48,12 @@ class Answers:
         crews: Callable[[], Sequence[Crew]],
         restarts: Callable[[], int],
         tell: Callable[[HeldUp], None],
-        server: int | None,
+        resize: Callable[[int, str], tuple[int, str]],
+        *,
+        serving: bool,
     ):
         self._clock, self._crews, self._restarts, self._tell = clock, crews, restarts, tell
-        self._standing = TeamStanding(server)
+        self._resize, self._standing = resize, TeamStanding(serving=serving)
         self._control: Control | None = None
         self._stacks: tuple[Asked, set[int], float] | None = (
             None  # who asks, for whose, and until when they are awaited
@@ -70,6 +88,10 @@ class Answers:
         """What is open here that no worker needs."""
         return self._control.opened if self._control is not None else []
 
+    def begin(self, workers: int) -> None:
+        """A team of so many starts."""
+        self._standing.begin(workers)
+
     def note(self, event: Event) -> None:
         """What has happened, as the tape tells it."""
         self._standing.note(event)
@@ -97,6 +119,9 @@ class Answers:
                 self._stacks = asked, set(numbers), time.monotonic() + STACKS_S
                 for crew in self._crews():
                     crew.ask_for_stacks(numbers)
+            case AskWorkers(workers):
+                before, why = self._resize(workers, asked.caller.name)
+                asked.answer({"error": why} if why else {"workers": workers, "before": before})
             case AskStacks():
                 asked.answer({"error": "somebody else asks for stacks at this moment; ask again."})
 

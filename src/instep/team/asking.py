@@ -17,7 +17,7 @@ import msgspec
 from instep.errors import RecordError, WorkerError, cut
 from instep.record.folder import CONTROL, RunFolder
 from instep.record.tape import read as read_tape
-from instep.team.control import PATIENCE_S, AskStacks, AskTeam, Question, connected, process_of
+from instep.team.control import PATIENCE_S, AskStacks, AskTeam, AskWorkers, Question, connected, process_of
 from instep.team.standing import ended
 
 ANSWER_BYTES = 64 << 20
@@ -40,6 +40,21 @@ def standing_of(path: Path) -> dict[str, Any]:
         result = folder.read_result() if folder.result_path.exists() else None
         answer = ended(read_tape(folder.tape_path) if folder.tape_path.exists() else (), result)
     return {**answer, "run": str(path)}
+
+
+def resized(path: Path, workers: int) -> dict[str, Any]:
+    """Has the run at `path` go on with so many workers: `workers`, and how many it was to have `before`.
+
+    Raises RecordError where it is no run, another user's, does not go on or cannot have so many, and WorkerError where
+    its agent does not answer.
+    """
+    folder = RunFolder.open(path)
+    answer = ask(folder, AskWorkers(workers))
+    if answer is None:
+        raise RecordError(
+            f"{path} does not go on, so its team cannot change; resume it with {workers} workers, or start it again."
+        )
+    return answer
 
 
 def stacks_of(path: Path, worker: int | None = None) -> dict[str, Any]:

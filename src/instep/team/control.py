@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import socket
 import stat
 import struct
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from instep.recipe import MOST_WORKERS
 from instep.record.files import json_text
 from instep.record.folder import CONTROL
 
@@ -49,7 +51,13 @@ class AskStacks(msgspec.Struct, frozen=True, tag_field="ask", tag="stacks", forb
     numbers: Annotated[list[int], msgspec.Meta(max_length=1 << 16)]
 
 
-Question = AskTeam | AskStacks
+class AskWorkers(msgspec.Struct, frozen=True, tag_field="ask", tag="workers", forbid_unknown_fields=True):
+    """Let the team go on with so many workers."""
+
+    workers: Annotated[int, msgspec.Meta(ge=1, le=MOST_WORKERS)]
+
+
+Question = AskTeam | AskStacks | AskWorkers
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,15 @@ class Caller:
     def fileno(self) -> int:
         """Its descriptor."""
         return self._socket.fileno()
+
+    @property
+    def name(self) -> str:
+        """Who it is: user and process."""
+        try:
+            user = pwd.getpwuid(_user(self._socket)).pw_name
+        except KeyError:  # who has no name here
+            user = str(_user(self._socket))
+        return f"{user}, process {process_of(self._socket)}"
 
     @property
     def wants_write(self) -> bool:

@@ -124,6 +124,7 @@ class LocalCrew:
         self._workers: list[int] = []  # of this host, by number
 
     def start(self, members: Collection[Member], assignment: Assignment) -> None:
+        self._team = assignment.team
         workers, here = self._team.workers, [member.number for member in members if member.host == self._host]
         lines = len(here) - 1 if workers in here else 0  # the server is here
         self._processes = processes = MemberProcesses(workers, self._others, serving=self._serving, lines=lines)
@@ -227,6 +228,10 @@ class LocalCrew:
     def ask_to_stop(self) -> None:
         """Asks for an end after the present step, with a checkpoint."""
         self.processes.board.ask_to_stop()
+
+    def ask_to_pause(self) -> None:
+        """The same, for a team that is to start anew."""
+        self.processes.board.ask_to_pause()
 
     def stop_wanted(self) -> bool:
         """Whether that was asked for, by one of the members too."""

@@ -17,6 +17,8 @@ from instep.descendants import die_with_parent
 from instep.team.doing import DoingBoard
 from instep.transport.meter import METER
 
+_PAUSE = 2
+
 BEAT_S = 0.25
 """Seconds between two beats of a worker."""
 
@@ -38,8 +40,16 @@ class HeartbeatBoard:
         """Asks the team to end after the present step, with a checkpoint."""
         self._stop[0] = 1
 
+    def ask_to_pause(self) -> None:
+        """The same, for a team that is to start anew."""
+        self._stop[0] = self._stop[0] or _PAUSE
+
     def stop_wanted(self) -> bool:
         """Whether `ask_to_stop` was called."""
+        return bool(self._stop[0] == 1)
+
+    def end_wanted(self) -> bool:
+        """Whether the team is to end after the present step, for good or to start anew."""
         return bool(self._stop[0])
 
 
@@ -68,8 +78,8 @@ class Heartbeat:
         self._board.doing.write(self._worker, what)
 
     def stop_wanted(self) -> bool:
-        """Whether the run was asked to end after the present step."""
-        return self._board.stop_wanted()
+        """Whether the team was asked to end after the present step."""
+        return self._board.end_wanted()
 
     def count_bytes(self) -> None:
         """Notes what this process has sent to and received from other hosts by now; each beat does."""

@@ -97,7 +97,17 @@ class Saved:
     epoch: int
 
 
-RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | HostCame | HostLost | Saved
+@dataclass(frozen=True)
+class Resize:
+    """The run's owner wants so many workers from the next step on."""
+
+    workers: int
+
+
+RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | HostCame | HostLost | Saved | Resize
+
+Ending = Lost | FoundWritten | Saved | Resize
+"""Why an epoch ends before the run."""
 
 # Orders
 
@@ -150,6 +160,13 @@ class StartMore:
 @dataclass(frozen=True)
 class AskToStop:
     """Have the team end after the present step, with a checkpoint."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class AskToPause:
+    """As `AskToStop`, for a team that is to start anew."""
 
     epoch: int
 
@@ -210,6 +227,7 @@ Order = (
     | Replace
     | StartMore
     | AskToStop
+    | AskToPause
     | StopServer
     | EndEpoch
     | NoteLoss

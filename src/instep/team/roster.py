@@ -16,6 +16,7 @@ of events:
   that comes while a team trains is taken in once that has saved a checkpoint, which counts as no restart either. Under
   a server nobody waits for a host that was lost, and one that comes has its workers join those that go on.
 - What comes of another epoch, or of a process that was replaced or has done its part, changes nothing.
+- For another number of workers the team saves after the present step and starts anew, which counts as no restart.
 - After a stop no process starts, and once those that live have ended or are lost the run is over. In lockstep, who is
   lost on another host, or once the leader has ended, keeps that from neither saving nor ending.
 """
@@ -30,7 +31,7 @@ from typing import Any
 from instep.errors import InstepError, WorkerError, with_saved
 from instep.ranges import share_out
 from instep.team import orders
-from instep.team.agreement import difference
+from instep.team.agreement import difference, drifted, first_written, known_written
 from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
 from instep.team.orders import Member, Order
 
@@ -67,8 +68,9 @@ class Roster:
         agents: Sequence[int] = (1,),
         patient: bool = False,
     ):
-        self._workers, self._allowed, self._folder, self._serving = workers, restarts, folder, serving
-        self._leader = workers if serving else 0
+        self.wanted = self._workers = workers
+        """How many workers the team is to have from its next start on."""
+        self._allowed, self._folder, self._serving = restarts, folder, serving
         self.epoch = 0
         """The number of the present start of the team, from 1."""
         self.restarts = 0
@@ -83,10 +85,10 @@ class Roster:
         self._here = {0} if self._agents[0] == 1 else set()  # hosts all of whose agents are there
         self._names: dict[int, str] = {}
         self._needed: frozenset[int] = frozenset()  # hosts without which no team starts; none while one has
-        self._places: list[_Place] = []
-        self._unlooked = self._looked = False
+        self._leader, self._places = workers * serving, list[_Place]()
+        self._unlooked = self._looked = self._pausing = False
         self._digests: dict[int, dict[int, str]] = {}  # by version and number
-        self._ending: orders.Lost | FoundWritten | orders.Saved | None = None  # why the epoch ends, until it is gone
+        self._ending: orders.Ending | None = None  # why the epoch ends, until it is gone
         self._stopping = False
         self._raised: InstepError | None = None  # by a worker of the server engine, while the server saves
 
@@ -113,6 +115,8 @@ class Roster:
         if isinstance(event, orders.HostLost):
             self._here.discard(event.host)
             return self._lose_all_of(event.host, event.why)
+        if isinstance(event, orders.Resize):
+            return self._resize(event)
         if isinstance(event, orders.Saved):
             return self._end(event) if event.epoch == self.epoch and self._newcomers() else []
         if event.member not in self.active:
@@ -227,12 +231,22 @@ class Roster:
         then = [host for host, count in enumerate(self._shares()) if count]
         return [host for host in then if host not in now] if len(then) > len(now) else []
 
+    def _resize(self, event: orders.Resize) -> list[Order]:
+        self.wanted = event.workers
+        if self._stopping or self._ending is not None or self.awaited:
+            return []  # the next start has so many, if one comes
+        if not self.going:  # nothing is lost
+            return self._end(event)
+        known, self._pausing = self._pausing, True
+        return [] if known else [orders.AskToPause(self.epoch)]
+
     def _start(self, *, looked: bool = False) -> orders.Start:
         self.epoch += 1
+        self._workers, self._leader = self.wanted, self.wanted * self._serving
         hosts = [host for host, count in enumerate(self._shares()) for _ in range(count)] + [0] * self._serving
         members = tuple(Member(self.epoch, number, host=host) for number, host in enumerate(hosts))
         self._places = [_Place(member) for member in members]
-        self._digests, self._unlooked, self.going = {}, False, False
+        self._digests, self._unlooked, self.going, self._pausing = {}, False, False, False
         self._ending = self._raised = None
         return orders.Start(self.epoch, members, looked)
 
@@ -266,11 +280,7 @@ class Roster:
         digests[number] = own.digest
         first = next(iter(digests))
         if own.digest != digests[first]:
-            return self._fault(
-                f"{self.name(number)} has other weights than {self.name(first)} at version {own.version}, which "
-                f"lockstep rules out: some code depends on more than the batch and the seed (a clock, a set's order, "
-                f"threads), or the machine is faulty."
-            )
+            return self._fault(drifted(self.name(number), self.name(first), own.version))
         if len(digests) == len(self._places):
             del self._digests[own.version]
         return []
@@ -285,6 +295,9 @@ class Roster:
             own = Digest(place.ended.progress["version"], place.ended.digest)
             if different := self._compare(place.member.number, own):
                 return different
+        ended = self._places[self._leader].ended
+        if self._pausing and not self._stopping and ended is not None and ended.interrupted:
+            return self._end(orders.Resize(self.wanted))
         return self._over(orders.FinishRun(self.leader))
 
     def _failed(self, error: InstepError, place: _Place) -> list[Order]:
@@ -336,7 +349,7 @@ class Roster:
             return self._over(orders.CancelRun())
         return [] if known else [orders.AskToStop(self.epoch)]
 
-    def _end(self, why: orders.Lost | FoundWritten | orders.Saved) -> list[Order]:
+    def _end(self, why: orders.Ending) -> list[Order]:
         self._ending = why
         return [orders.EndEpoch(self.epoch)]
 
@@ -349,7 +362,7 @@ class Roster:
             return [*noted, *self._over(orders.CancelRun())]
         if isinstance(why, FoundWritten):
             return self._go_back(why, gone.written)
-        if isinstance(why, orders.Saved):
+        if isinstance(why, orders.Saved | orders.Resize):
             return self._start_again()
         if (too_often := self._count_restart(why)) is not None:
             return [*noted, *self._over(orders.FailRun(too_often))]
@@ -359,17 +372,9 @@ class Roster:
         """A new start with what was found to be written. It is no fault of a worker's, so it counts as no restart."""
         new = sorted({*found.names, *more} - self.written)
         if not new:
-            return self._fault(
-                f"a forward wrote parameter '{found.names[0]}' in {found.where}, which was known to be written; this "
-                f"is a fault of Instep, please report it."
-            )
+            return self._fault(known_written(found.names, found.where))
         self.written.update(new)
-        others = f" and {len(new) - 1} more" if len(new) > 1 else ""
-        why = (
-            f"a forward wrote parameter '{new[0]}'{others} for the first time in {found.where}; the team goes back "
-            f"to its last checkpoint, each worker with a copy of its own of what is written, as if so from the start."
-        )
-        return [orders.Warn(why), *self._start_again(looked=True)]
+        return [orders.Warn(first_written(new, found.where)), *self._start_again(looked=True)]
 
     def _start_again(self, *, looked: bool = False) -> list[Order]:
         self._looked = looked

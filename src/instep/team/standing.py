@@ -31,10 +31,11 @@ WAITS_S = 1.0
 
 
 class TeamStanding:
-    """Of one run, over all starts of its team. server: the number that the server has, None in lockstep."""
+    """Of one run, over all starts of its team. serving: whether it has a server, whose number is the last."""
 
-    def __init__(self, server: int | None):
-        self._server = server
+    def __init__(self, *, serving: bool):
+        self._serving = serving
+        self._server: int | None = None
         self._started: RunStartedEvent | None = None
         self._version = self._step = 0
         self._left: deque[dict[str, Any]] = deque(maxlen=MOST_LEFT)
@@ -60,6 +61,10 @@ class TeamStanding:
                     self._joined[event.worker] = event.host
             case LeftEvent():
                 self._left.append({"worker": event.worker, "t_s": event.t_s, "why": event.why})
+
+    def begin(self, workers: int) -> None:
+        """A team of so many starts."""
+        self._server = workers if self._serving else None
 
     def table(self, shown: Sequence[Shown], now_s: float, restarts: int) -> dict[str, Any]:
         """The document that `instep team --json` prints of a run that goes on. shown: of all hosts."""

@@ -1,0 +1,122 @@
+"""More or fewer workers while a run goes on, as its owner asks: the same digest, no restart, no step twice."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instep.cli import main
+from instep.errors import RecordError
+from instep.recipe import Team
+from instep.team import hosts
+from instep.team.asking import resized, standing_of
+from support.agents import meet_here, train_on
+from support.harness import Outcome, train_here
+from support.patience import LONG_S
+from support.regression import regression, waiting_in
+from support.threads import meanwhile
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of `regression` undisturbed."""
+    return train_here(regression(steps=3), Team(), tmp_path_factory.mktemp("alone") / "run").digest
+
+
+def when_going(path: Path) -> None:
+    """Returns once somebody waits in step 2."""
+    until = time.monotonic() + LONG_S
+    while time.monotonic() < until:
+        try:
+            if any(each["doing"] == "computing step 2, microbatch 0" for each in standing_of(path)["members"]):
+                return
+        except Exception:  # it is not there yet
+            pass
+        time.sleep(0.02)
+
+
+def of_kind(run: Outcome, kind: str) -> list[dict[str, Any]]:
+    return [event for event in run.events if event["kind"] == kind]
+
+
+def check_changed_in_step_2(run: Outcome, before: int, after: int) -> None:
+    """The team was changed then, and nothing else happened."""
+    (event,) = of_kind(run, "resized")
+    assert (event["before"], event["workers"]) == (before, after)
+    assert ", process " in event["by_whom"]
+    starts = [(each["version"], each["team"]["workers"]) for each in of_kind(run, "run_started")]
+    assert starts == [(0, before), (2, after)]
+    assert [each["version"] for each in of_kind(run, "merged")] == [1, 2, 3], "no step is done twice"
+    assert (run.result["restarts"], of_kind(run, "left"), run.result["workers"]) == (0, [], after)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 4)])
+@pytest.mark.parametrize("engine", ["lockstep", "server"])
+def test_a_team_that_is_changed_in_a_step_goes_on_after_it_with_the_same_digest(
+    engine: Any, before: int, after: int, tmp_path: Path, alone: str
+) -> None:
+    path, file = tmp_path / "run", tmp_path / "go on"
+
+    def ask() -> None:
+        when_going(path)
+        assert resized(path, after)["before"] == before
+        assert resized(path, after)["before"] == after, "which changes nothing more"
+
+    with meanwhile(ask, file.touch):
+        run = train_here(waiting_in(1, 0, file), Team(workers=before, engine=engine), path)
+    assert run.digest == alone
+    check_changed_in_step_2(run, before, after)
+
+
+def test_hosts_share_the_workers_anew(tmp_path: Path, alone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    meet_here(monkeypatch, tmp_path)
+    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
+    path, file = tmp_path / "run", tmp_path / "go on"
+
+    def ask() -> None:
+        when_going(path)
+        resized(path, 4)
+
+    with meanwhile(ask, file.touch):
+        run, _ = train_on((1, 1), waiting_in(1, 0, file), Team(workers=2, lease_s=60.0), path)
+    assert run.digest == alone
+    check_changed_in_step_2(run, 2, 4)
+    assert [host["workers"] for host in of_kind(run, "run_started")[-1]["hosts"]] == [2, 2]
+
+
+def test_what_a_team_cannot_be_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, file = tmp_path / "run", tmp_path / "go on"
+    said: list[str] = []
+
+    def command(workers: int) -> None:
+        assert main(["team", str(path), "--workers", str(workers)]) == 2
+        said.append(capsys.readouterr().err)
+
+    def ask() -> None:
+        when_going(path)
+        for workers in (0, 5):
+            command(workers)
+        with pytest.raises(RecordError):
+            resized(path, 5)
+        assert main(["team", str(path), "--workers", "2"]) == 0
+        said.append(capsys.readouterr().out)
+
+    with meanwhile(ask, file.touch):
+        run = train_here(waiting_in(1, 0, file), Team(workers=2), path)
+    command(3)
+    zero, five, same, ended = said
+    assert zero.startswith("instep: --workers is 0; a team has from 1 to ")
+    assert five == (
+        f"instep: {path}: 5 workers are more than the 4 microbatches of a step, which are never split; take at most 4 "
+        f"workers, or raise recipe.microbatches.\n"
+    )
+    assert same == f"{path} has 2 workers already.\n"
+    assert ended == (
+        f"instep: {path} does not go on, so its team cannot change; resume it with 3 workers, or start it again.\n"
+    )
+    assert not of_kind(run, "resized")
