@@ -48,8 +48,7 @@ sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in bench
 sys.path.append(str(ROOT / "tests"))
 
 from benchmarks.gate import Team  # noqa: E402
-from benchmarks.lockstep import DDP_OPTIONS, INSTEP, THREADS, TORCH, machine  # noqa: E402
-from benchmarks.lockstep import WARM_UP as LEAST_WARM_UP  # noqa: E402
+from benchmarks.lockstep import DDP_OPTIONS, INSTEP, THREADS, TORCH, WARM_UP, machine  # noqa: E402
 from benchmarks.versions import ratio  # noqa: E402
 from benchmarks.work import CONTEXT, MODEL, SAMPLES, Options  # noqa: E402
 from instep.engines.trial import TRIED  # noqa: E402
@@ -57,9 +56,6 @@ from instep.rules import parse  # noqa: E402
 from support.hosts import WORK, Hosts  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "machines.json"
-
-WARM_UP = max(LEAST_WARM_UP, TRIED + 2)
-"""Steps of each contender before the first round: in the first ones lockstep finds out how to use the link."""
 
 BUCKETS_MB = (1, 5, 25)
 """Sizes of DDP's buckets that are tried."""
@@ -83,6 +79,11 @@ class Contender:
         if self.bucket_mb:
             return f"DDP, buckets of {self.bucket_mb} MB"
         return "Instep" if self.rule == "synchronous" else f"Instep, {self.rule}"
+
+    @property
+    def warm_up(self) -> int:
+        """Steps before the first round; in them lockstep finds out how to use the link."""
+        return WARM_UP if self.bucket_mb else max(WARM_UP, TRIED + 2)
 
     @property
     def name(self) -> str:
@@ -180,18 +181,18 @@ def measure(part: Part, rounds: int, steps: int) -> dict[str, Any]:
     wanted = Counter[str]()
     for contender, block in blocks.items():
         wanted[contender.program] += rounds * (block + 1)
+    programs = {contender.program: contender for contender in part.contenders}
     with ExitStack() as stack:
         hosts, place = on_hosts(part.hosts, stack)
         teams: dict[str, Team] = {}
-        for contender in part.contenders:
-            if contender.program not in teams:
-                steps = WARM_UP + wanted[contender.program] + 1
-                teams[contender.program] = begin(contender, part, hosts, place, steps, len(teams), stack)
+        for program, contender in programs.items():
+            steps = contender.warm_up + wanted[program] + 1
+            teams[program] = begin(contender, part, hosts, place, steps, len(teams), stack)
         for host in hosts if part.rate else ():
             hosts.shape(host.number, part.rate)
-        for team in teams.values():
+        for program, team in teams.items():
             team.admit()
-            team.work(WARM_UP)
+            team.work(programs[program].warm_up)
         names = [contender.name for contender in part.contenders]
         found: dict[str, Any] = {kind: {name: [] for name in names} for kind in ("step_s", "sent_bytes", "cpu_s")}
         order = random.Random(0)
