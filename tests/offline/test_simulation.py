@@ -131,6 +131,11 @@ def test_buffers_are_means_with_more_workers_than_microbatches_too(tmp_path: Pat
         ({"times": 0.1}, "'cluster.times' is 0.1; give instep.clock.times.WorkerTimes"),
         ({"merge_s": -1.0}, "'cluster.merge_s' is -1.0; it must be a finite time from 0"),
         ({"slow": "1:5x"}, "'cluster.slow' is '1:5x', and 'cluster.times' name other workers"),
+        ({"slow": "2:5x", "times": None}, "'2:5x' names no worker of a team of 2"),
+        (
+            {"slow": "1:5x@1..9", "times": None},
+            "'1:5x@1..9' names steps, which workers on a virtual clock are not slow by",
+        ),
     ],
 )
 def test_a_cluster_that_cannot_be_is_refused(fields: dict[str, Any], sentence: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from instep.clock.network import Network
-from instep.clock.slow import parse_slow
+from instep.clock.slow import parse_slow, slow_factors
 from instep.clock.times import RecordedTimes, WorkerTimes
 from instep.clock.units import number
 from instep.errors import RecipeError, shown
@@ -45,6 +45,8 @@ class Cluster:
             )
         if self.merge_s is not None and not 0 <= number(self.merge_s) < math.inf:
             raise RecipeError(f"'cluster.merge_s' is {_shown(self.merge_s)}; it must be a finite time from 0, or None.")
+        if self.slow:
+            slow_factors(parse_slow(self.slow), self.workers)
         if self.slow and isinstance(self.times, WorkerTimes) and self.times.slow != parse_slow(self.slow):
             raise RecipeError(
                 f"'cluster.slow' is {shown(self.slow)}, and 'cluster.times' name other workers as slow, or none; where "
