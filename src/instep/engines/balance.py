@@ -124,27 +124,30 @@ class Balance:
 
     def _move(self, *, at_once: bool) -> None:
         """Takes other counts where they promise enough."""
-        best = soonest(self.seconds, sum(self._counts))
-        now_s, best_s = self._end_s(self._counts), self._end_s(best)
-        gain_s = now_s - best_s
-        promising = gain_s > max(GAIN * now_s, GAIN_S)
+        now_s = self._end_s(self._counts)
+        enough_s = now_s - max(GAIN * now_s, GAIN_S)
+        promising, best = False, self._counts
+        if sum(self._counts) < enough_s * sum([1 / each for each in self.seconds]):  # else not even parts of them would
+            best = soonest(self.seconds, sum(self._counts))
+            promising = self._end_s(best) < enough_s
         self._steady = self._steady + 1 if promising else 0
         if promising and (at_once or self._steady >= STEADY_STEPS) and self._fits(best):
             self._counts, self._steady = best, 0
 
     def _with_a_look(self) -> list[int]:
         """The counts, or for one step such that somebody who computes nothing takes one microbatch."""
-        looks = [0] * len(self._counts)
+        if all(self._counts):
+            return self._counts
+        looks, end_s = [0] * len(self._counts), self._end_s(self._counts)
         for worker, count in enumerate(self._counts):
-            cost_s = self.seconds[worker] - self._end_s(self._counts)
-            wait = max(LOOK_STEPS, cost_s / (LOOK_SHARE * self._end_s(self._counts)))
+            wait = max(LOOK_STEPS, (self.seconds[worker] - end_s) / (LOOK_SHARE * end_s))
             if not count and self._unseen[worker] >= wait:
                 looks[worker], self._unseen[worker] = 1, 0
         looked = soonest(self.seconds, sum(self._counts), looks) if any(looks) else self._counts
         return looked if self._fits(looked) else self._counts
 
     def _end_s(self, counts: Sequence[int]) -> float:
-        return max(count * seconds for count, seconds in zip(counts, self.seconds, strict=True))
+        return max([count * seconds for count, seconds in zip(counts, self.seconds, strict=True)])
 
 
 def _jumps(now: float, before: float) -> bool:

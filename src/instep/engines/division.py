@@ -43,6 +43,7 @@ class Division:
         self._later, self._first, self._machines = self._next, self.ways, machines
         self._known = {tuple(first.ranges): self.ways}
         self._balances: list[Balance] = []
+        self._counts = [stop - start for start, stop in first.ranges]
         self.moves = 0
         """How often ranges have moved."""
         self.bytes_sent = 0
@@ -81,7 +82,8 @@ class Division:
         for workers, balance in zip(self._machines, self._balances, strict=True) if self._balances else ():
             counts += balance.decide(seconds[start : start + workers])
             start += workers
-        if counts:
+        if counts and counts != self._counts:
+            self._counts = counts
             self._later = self._of(ranges_of(counts)), [s for balance in self._balances for s in balance.seconds]
 
     def count(self, size: int) -> None:
