@@ -71,7 +71,7 @@ def train_recipe(
         if place.agent == 0:
             print(f"instep: {place.agents} workers, one for each agent; --workers takes others.", file=sys.stderr)
     if place is not None and place.agent > 0:  # the first has the run folder, and shows the run
-        with _telling_of_an_end():
+        with _telling_of_an_end(place):
             train(recipe, team=team, resume=resume, import_paths=paths, skip_samples=skipped)
         return
     with interrupting(), contextlib.ExitStack() as stack:
@@ -114,12 +114,12 @@ def _join(place: Place, settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def _telling_of_an_end() -> Iterator[None]:
-    """In the block, an interrupt is told in its words, which else only who calls `instep.train` would see."""
+def _telling_of_an_end(place: Place) -> Iterator[None]:
+    """In the block, an interrupt is told in its words, once on each host whose terminal does not show the run."""
     try:
         yield
     except KeyboardInterrupt as ended:
-        if str(ended):
+        if str(ended) and place.launcher == "torchrun" and place.host > 0 and place.local == 0:
             print(f"instep: {ended}", file=sys.stderr)
         raise
 
