@@ -15,6 +15,7 @@ from instep.team.asking import standing_of
 from instep.team.messages import HeldUp
 from support.agents import meet_here, train_on
 from support.harness import Client, train_here
+from support.kinds import quick
 from support.patience import LONG_S
 from support.regression import regression, waiting_in
 
@@ -92,7 +93,7 @@ def test_under_a_server_who_waits_waits_for_it_and_it_for_who_computes(tmp_path:
     assert run.digest == alone
 
 
-@pytest.mark.parametrize("microbatch", [0, 2])
+@pytest.mark.parametrize("microbatch", quick([0, 2], 2))
 def test_workers_of_other_hosts_are_shown_and_named_too(
     microbatch: int, tmp_path: Path, alone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import stat
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,11 +103,14 @@ def test_a_caller_of_another_user_is_refused_even_where_the_file_lets_it_in(
 
 @pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_another_user_is_told_so(folder: RunFolder) -> None:
-    for each in [folder.path, *folder.path.parents]:
-        with contextlib.suppress(PermissionError):
-            each.chmod(0o755)
-    (folder.path / "recipe.toml").chmod(0o644)
+def test_another_user_is_told_so() -> None:
+    with tempfile.TemporaryDirectory() as name:  # whose parents all may enter, unlike those of pytest's
+        os.chmod(name, 0o755)
+        folder = RunFolder.create(Path(name) / "run", "seed = 1\n", About())
+        _told_to_another_user(folder)
+
+
+def _told_to_another_user(folder: RunFolder) -> None:
     with served(folder):
         read, write = os.pipe()
         pid = os.fork()
@@ -159,7 +163,10 @@ def test_callers_without_end_keep_nobody_from_asking_later(folder: RunFolder) ->
         assert state(folder) == "training"
 
 
-def test_a_caller_is_not_heard_without_a_pause_however_much_it_asks(folder: RunFolder) -> None:
+def test_a_caller_is_not_heard_without_a_pause_however_much_it_asks(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "PAUSE_S", LONG_S)
     with folder.locked() as held:
         one = Control(held.descriptor)
         with calling(folder) as caller:
