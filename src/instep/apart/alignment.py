@@ -44,8 +44,8 @@ def first_place(one: Mapping[int, Sequence[Made]], other: Mapping[int, Sequence[
 
 
 def _aligned(microbatch: int, one: Sequence[Made], other: Sequence[Made]) -> PartingPlace | None:
-    """The first operation that both do and that gives something else, or what it is given from operations that one does
-    and the other does not; None where all that both do gives the same.
+    """From the first operation that both do and that gives something else back to those whose answer the other has
+    nowhere, though it has all that goes into them. None where all that both do gives the same.
     """
     first = 0
     while (
@@ -54,29 +54,36 @@ def _aligned(microbatch: int, one: Sequence[Made], other: Sequence[Made]) -> Par
         first += 1
     names = [[made.name for made in each[first : first + _MOST]] for each in (one, other)]
     blocks = SequenceMatcher(a=names[0], b=names[1], autojunk=False).get_matching_blocks()
-    pairs = {first + b.a + k: first + b.b + k for b in blocks for k in range(b.size)}
-    both = set(pairs.values())
-    for a, b in pairs.items():
-        if _alike(one, other, a, b):
-            continue
-        if one[a].inputs == other[b].inputs:
-            kind = "number" if one[a].plain != other[b].plain else "draw" if one[a].random else "kernel"
-            texts = first_other(one[a].plain, other[b].plain) if kind == "number" else ("", "")
-            return PartingPlace(microbatch, a, b, one[a], kind, *texts)
-        for mine, theirs in zip(one[a].inputs, other[b].inputs, strict=False):
-            if mine == theirs:
-                continue
-            here, there = _maker(one, a, mine), _maker(other, b, theirs)
-            alone = [
-                each[at]
-                for each, at, known in ((one, here, pairs.keys()), (other, there, both))
-                if at is not None and at not in known
-            ]  # what only one of them does
-            if alone:
-                shown = [each[at].name if at is not None else "none" for each, at in ((one, here), (other, there))]
-                return PartingPlace(microbatch, here, there, alone[0], "path", *shown)
-        return PartingPlace(microbatch, a, b, one[a], "tensor")
-    return None
+    pairs = [(first + block.a + k, first + block.b + k) for block in blocks for k in range(block.size)]
+    parted = next(((a, b) for a, b in pairs if not _alike(one, other, a, b)), None)
+    if parted is None:
+        return None
+    here, there = _root(one, parted[0], _tensors(other)), _root(other, parted[1], _tensors(one))
+    mine, theirs = one[here], other[there]
+    found = mine if here != parted[0] or there == parted[1] else theirs
+    if mine.name != theirs.name:
+        return PartingPlace(microbatch, here, there, found, "path", mine.name, theirs.name)
+    if mine.inputs == theirs.inputs:
+        kind = "number" if mine.plain != theirs.plain else "draw" if mine.random else "kernel"
+        texts = first_other(mine.plain, theirs.plain) if kind == "number" else ("", "")
+        return PartingPlace(microbatch, here, there, found, kind, *texts)
+    return PartingPlace(
+        microbatch, here, there, found, "order" if _tensors(other).issuperset(mine.inputs) else "tensor"
+    )
+
+
+def _tensors(made: Sequence[Made]) -> set[str]:
+    return {tensor for each in made for tensor in (*each.inputs, *each.outputs)}
+
+
+def _root(made: Sequence[Made], at: int, known: set[str]) -> int:
+    """The place of the operation that has made what the one at `at` is given and the other list does not know."""
+    while True:
+        makers = [_maker(made, at, tensor) for tensor in made[at].inputs if tensor not in known]
+        found = next((place for place in makers if place is not None), None)
+        if found is None:
+            return at
+        at = found
 
 
 def _alike(one: Sequence[Made], other: Sequence[Made], a: int, b: int) -> bool:
@@ -84,5 +91,6 @@ def _alike(one: Sequence[Made], other: Sequence[Made], a: int, b: int) -> bool:
 
 
 def _maker(made: Sequence[Made], before: int, tensor: str) -> int | None:
-    """The place of the last operation before that has made the tensor."""
-    return next((place for place in range(before - 1, -1, -1) if tensor in made[place].outputs), None)
+    """The place of the last operation before that has made the tensor, and not only handed it on."""
+    places = range(before - 1, -1, -1)
+    return next((at for at in places if tensor in made[at].outputs and tensor not in made[at].inputs), None)

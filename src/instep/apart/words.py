@@ -12,6 +12,7 @@ _KINDS = {
     "path": "The one goes another way than the other: {one} in A, and {other} in B.",
     "number": "A number of the operation is {one} in A and {other} in B.",
     "tensor": "The operation is given another tensor, which is neither parameter, buffer, batch nor made before.",
+    "order": "What is given to it are tensors that the other run has too, in another order or grouping.",
     "draw": "Other random numbers are drawn.",
     "kernel": "It gives another result for the same inputs: another kernel, or other code that it calls.",
 }
@@ -29,14 +30,19 @@ _PLACES = {
 def how_apart(found: Diffed, again: FoundAgain) -> str:
     """How two runs part that both come to what their tapes tell."""
     if again.how is not None:
-        how = _KINDS[again.how.kind].format(one=cut(again.how.one), other=cut(again.how.other))
+        one, other = (cut(text) if text else "not given" for text in (again.how.one, again.how.other))
+        how = _KINDS[again.how.kind].format(one=one, other=other)
         return f"In the optimizer's step: {how[0].lower()}{how[1:]}" if again.how.update else how
     if again.apart == 0:
         return _PLACES["start"]
     if again.kind:
         return _PLACES.get(again.kind, UNKNOWN)
+    if found.b is not None and found.b.rule != found.a.rule:
+        return "They are updated by other rules, so no single operation is looked for."
     if found.seen is not None and "order of arrival" in found.seen.what:
         return f"Contributions came in another order, which under rule '{found.a.rule}' decides."
+    if found.a.rule != "synchronous":
+        return f"{UNKNOWN} Under a rule that no lockstep keeps, an update is not looked at by operation."
     return UNKNOWN
 
 

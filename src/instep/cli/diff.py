@@ -142,7 +142,7 @@ class _Progress:
 
 def _to_compute(updates: Sequence[int], start: Sequence[int]) -> str:
     parts = [
-        f"{count:,} update{'' if count == 1 else 's'} of {name}, from version {first:,}"
+        f"{count:,} update{'' if count == 1 else 's'} of {name} (from version {first:,})"
         for name, count, first in zip("AB", updates, start, strict=False)
     ]
     if len(parts) == 1:
@@ -167,7 +167,7 @@ def lines(found: Diffed) -> str:
         rows.append(_row("tensors", f"{versions}{state or ': the same'}"))
     else:
         rows.append(_row("tensors", "no version yet of which both tapes have checksums"))
-    what = f"; {seen.first:,} has another {' and '.join(seen.what)}" if seen.first is not None and seen.what else ""
+    what = f"; the last of these has another {', '.join(seen.what)}" if seen.what else ""
     rows.append(_row("updates", f"{seen.updates:,}{what or ': the same'}"))
     if seen.digests:
         rows.append(_row("digests", f"{seen.digests:,}{': the same' if 'digest' not in seen.what else ''}"))
