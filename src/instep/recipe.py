@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from instep import buffer_modes
-from instep.budget import parse_budget
+from instep.budget import parse_budget, parse_share
 from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.differences import differences, flat, without_contents
@@ -235,6 +235,8 @@ class Team:
         again in backward (gradient checkpointing). "" recomputes nothing.
     slow: workers to slow down, by sleeping, for comparing rules: "1:4x" makes worker 1 take 4 times as long,
         "1:4x@100..200" from step 100, counted from 0, up to step 200.
+    audit: in lockstep, the share of its microbatches that of each worker another one computes again, to compare their
+        bits, as "1%"; "" compares none.
     answer_timeout_s: seconds without a sign of life after which a worker counts as stopped.
     stall_timeout_s: seconds in which a worker that answers may finish no microbatch.
     launcher: who has started this agent of several: ``torchrun``, ``srun``, or nobody (``local``); ``auto`` looks. With
@@ -258,6 +260,7 @@ class Team:
     engine: Literal["auto", "lockstep", "server"] = "auto"
     memory: str = ""
     slow: str = ""
+    audit: str = field(default="", metadata={"also": float})
     answer_timeout_s: float = 4.0
     stall_timeout_s: float = 600.0
     launcher: Literal["auto", "local", "torchrun", "srun", "ray"] = "auto"
@@ -274,6 +277,8 @@ class Team:
         _at_most("team.workers", self.workers, MOST_WORKERS)
         if self.memory:
             parse_budget(self.memory, "'team.memory'")
+        if self.audit:
+            parse_share(self.audit, "'team.audit'")
         _at_least("team.checkpoint_every", self.checkpoint_every, 1)
         _at_least("team.restarts", self.restarts, 0)
         if isinstance(self.keep, int):
@@ -298,6 +303,11 @@ class Team:
 def check_team(recipe: Recipe, team: Team) -> None:
     """Raises RecipeError where `team` cannot train `recipe`."""
     check_workers(recipe.rule, recipe.microbatches, team)
+    if team.audit and engine_of(recipe, team) != "lockstep":
+        raise RecipeError(
+            f"'team.audit' is for workers in lockstep, without a server, and the rule is '{recipe.rule.name}'; leave "
+            f"it out, and verify the run afterwards (instep verify)."
+        )
     if team.engine == "lockstep" and not recipe.rule.synchronous:
         raise RecipeError(
             f"team.engine 'lockstep' takes synchronous rules alone, and the rule is '{recipe.rule.name}'; set "
@@ -312,6 +322,11 @@ def check_workers(rule: UpdateRule, microbatches: int, team: Team) -> None:
         from instep.clock.slow import parse_slow, slowness
 
         slowness(parse_slow(team.slow), team.workers)
+    if team.audit and team.workers == 1:
+        raise RecipeError(
+            "'team.audit' has workers compute microbatches of each other's again, and there is 1 worker; take at least "
+            "2, or leave it out and verify the run afterwards (instep verify)."
+        )
     if rule.lockstep and team.workers > microbatches:
         raise RecipeError(
             f"{team.workers} workers are more than the {microbatches} microbatches of a step, which are never "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from instep.errors import DataError, InstepError
-from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
+from instep.team.messages import Digest, Ended, Failed, FoundWritten, FoundWrong, Ready, StoppedAt
 from instep.team.orders import (
     AskToPause,
     AskToStop,
@@ -248,7 +248,8 @@ class World:
         self.tell(Saved(self.roster.epoch))
 
     def gone(self, written: tuple[str, ...] = ()) -> None:
-        lost = isinstance(self.ending, Lost | HostLost | HostCame)
+        wrong = isinstance(self.ending, Said) and isinstance(self.ending.message, FoundWrong)
+        lost = wrong or isinstance(self.ending, Lost | HostLost | HostCame)
         self.counted += lost and not self.stopping and self.counted < self.allowed
         self.started, self.ending = False, None
         self.stage.update({m: "dead" for m, stage in self.stage.items() if stage != "lost"})

@@ -46,6 +46,8 @@ MESSAGES = [
     m.Sync(),
     m.Synced(),
     m.FoundWritten(["w"], "a first forward"),
+    m.FoundWrong(1, 7, 2, 6, 5, "worker 0 and worker 2"),
+    m.HeldUp("worker 1", "computing step 3", 1.5),
     m.PeersLost("rank 1 of 2 has lost another one"),
     m.KeepState(),
     m.KeepingState(),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from instep.errors import DataError, InstepError, WorkerError
 from instep.ranges import share_out
-from instep.team.messages import Digest, Ended, StoppedAt
+from instep.team.messages import Digest, Ended, FoundWrong, StoppedAt
 from instep.team.orders import (
     AskToPause,
     AskToStop,
@@ -32,6 +32,7 @@ from instep.team.orders import (
     StopServer,
     Warn,
 )
+from instep.team.refuting import refuted
 from instep.team.roster import Roster
 from support.world import FINAL, World
 
@@ -171,6 +172,19 @@ def test_a_death_before_the_team_goes_starts_all_of_it_again_under_the_server_to
     world.ready(member(0))
     world.lose(member(0))
     assert world.orders[1:] == [EndEpoch(1)]
+
+
+def test_a_worker_that_an_audit_has_found_to_be_wrong_is_lost_by_the_word_of_any_of_them() -> None:
+    world = working(3)
+    found = FoundWrong(1, version=7, microbatch=2, since=6, back=5, by="worker 0 and worker 2")
+    world.says(member(2), found)
+    world.says(member(0), found)
+    world.gone()
+    assert world.orders[:2] == [EndEpoch(1), NoteLoss(member(1), refuted(found))]
+    assert refuted(found).startswith(
+        "worker 1 computed microbatch 2 of step 8 wrong: worker 0 and worker 2 both came to"
+    )
+    assert world.roster.restarts == 1
 
 
 def test_a_worker_of_the_server_is_replaced_and_joins_alone() -> None:

@@ -70,6 +70,7 @@ def app(settings: Settings) -> App:
         rule: str | None = None,
         slow: str | None = None,
         memory: str | None = None,
+        audit: str | None = None,
         out: Path | None = None,
         resume: Path | None = None,
         tensorboard: bool | None = None,
@@ -97,6 +98,8 @@ def app(settings: Settings) -> App:
         memory
             Of activations, for each worker: 512MiB, or a share such as 70%. What does not fit is computed again in
             backward, with the same result; 'instep memory' shows the trade.
+        audit
+            A share of the microbatches that another worker computes again, to compare their bits: 1%.
         out
             The run folder to make; by default runs/NAME.
         resume
@@ -116,6 +119,7 @@ def app(settings: Settings) -> App:
             ("rule", "recipe.rule", rule),
             ("slow", "team.slow", slow),
             ("memory", "team.memory", memory),
+            ("audit", "team.audit", audit),
         )
         train_recipe(recipe, with_short(settings, short), out, resume, tensorboard, indices(skip_samples), track)
 

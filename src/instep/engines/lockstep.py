@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from instep.engines.audits import Audit
 from instep.engines.division import Division, Stopwatch, most_nodes
 from instep.engines.merged_events import MergedEvents
 from instep.engines.seat import Seat
@@ -96,6 +97,8 @@ class Lockstep:
         self.terms: list[str] = []
         self.slowness: Callable[[int], float] = lambda step: 1.0
         """By step, how many times as long as it needs the worker is to take for its computing."""
+        self.audit: Audit | None = None
+        """What compares microbatches with another worker's, where that is asked for."""
         self._seat: Seat
         self._group: Group
         self._usual: tuple[list[int], bool] = [], False  # the buffers that the last step changed; whether it wrote
@@ -124,7 +127,8 @@ class Lockstep:
         share = max(1, -(-len(self._held_out) // self.workers))
         self._evaluations = Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
         most = most_nodes(reduction.microbatches) if self._moves and not limited() else 0
-        longest = max(self._seat.nbytes(most), self._evaluations.nbytes)
+        audited = self.audit.nbytes if self.audit is not None else 0
+        longest = max(self._seat.nbytes(most), self._evaluations.nbytes, audited)
         rows, sums, width = tuple(reduction.rows), tuple(reduction.sums), self._layout.size
         common, spare = self.placement.weight_bytes, self.placement.state_bytes
         return Sizes(reduction.levels, rows, sums, width, longest, common, spare, most)
@@ -189,6 +193,8 @@ class Lockstep:
             seat.load_ahead(step + 1)
 
         own_norms = self._total.add().cpu().numpy()
+        if self.audit is not None:
+            self.audit.compare(step, group)
         left = seat.post_left(*self._usual)
         left.own["norms"][: len(own_norms)] = own_norms
         stop = self.worker == 0 and self._heartbeat.stop_wanted()
@@ -234,6 +240,8 @@ class Lockstep:
         self._seat.check_loaded()
         if not objective.has_items(totals) and not self.updates.watcher.skips:
             self.updates.watcher.left_out(Verdict(), [objective.no_items(step)], update=True)
+        if self.audit is not None:
+            self.audit.begin(step, totals, self.reduction.ranges)
         # Gradients that travel early may be on their way already.
         due = not self._early and (step + 1) % self.replica.recipe.checksum_every == 0
         self._seat.compute(step, totals, self.slowness(step), checksums=due)
@@ -310,6 +318,10 @@ class Lockstep:
             return None
         training = self.placement.training_state(machine)
         return None if training is None else (training, self._merged.remembered())
+
+    def told_of_audits(self) -> dict[str, Any]:
+        """What `result.json` says of them, if there were any."""
+        return {} if self.audit is None else {"audit": self.audit.summary()}
 
     @property
     def busy_s(self) -> float:

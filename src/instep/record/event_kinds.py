@@ -29,7 +29,7 @@ from instep.record.events import (
     RunStartedEvent,
     WarnedEvent,
 )
-from instep.record.fields import Base, Bytes, Seconds, Span, Worker
+from instep.record.fields import Base, Bytes, Count, Seconds, Span, Worker
 from instep.record.fields import is_ as _is
 
 
@@ -67,10 +67,38 @@ class ResizedEvent(Event, frozen=True, kw_only=True, gc=False):
     by_whom: Annotated[str, _is("the user and process that asked")]
 
 
+class AuditedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A worker has computed microbatches of another's again, and they are the same (`team.audit`)."""
+
+    kind = "audited"
+    by = "lockstep"
+
+    worker: Worker
+    version: Base
+    owner: Annotated[Count, _is("the worker whose microbatches they are")]
+    looked_at: Annotated[list[int], _is("microbatches of the global batch")]
+    took_s: Annotated[Seconds, _is("computed in addition in this step, for this and for own ones that were looked at")]
+
+
+class RefutedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A worker has computed a microbatch wrong. The team goes back behind what is uncertain since."""
+
+    kind = "refuted"
+    by = "lockstep"
+
+    worker: Worker
+    version: Base
+    microbatch: Annotated[Count, _is("of the global batch")]
+    by_whom: Annotated[str, _is("who has computed it otherwise, and alike")]
+    since: Annotated[Count, _is("that of its last good audit, or that it began with; later weights were uncertain")]
+    removed: Annotated[list[int], _is("versions of the checkpoints that are not kept for it")]
+
+
 TYPES: tuple[type[Event], ...] = (
     RunStartedEvent, JoinedEvent, ReleasedEvent, RangesMovedEvent, ComputedEvent, PushedEvent, PushedToServerEvent,
-    MergedEvent, MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent,
-    EvaluatedEvent, CheckpointedEvent, LeftEvent, ResizedEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent,
+    MergedEvent, MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent, AuditedEvent,
+    RefutedEvent, EvaluatedEvent, CheckpointedEvent, LeftEvent, ResizedEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent,
+    FailedEvent,
     RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""

@@ -369,7 +369,9 @@ class BlockEvent(Event, frozen=True, kw_only=True, gc=False):
     bytes: Bytes
 
 
-QUIET = frozenset({"released", "ranges_moved", "computed", "pushed", "merged", "dropped", "grace_ended", "checksummed"})
+QUIET = frozenset(
+    {"released", "ranges_moved", "computed", "pushed", "merged", "dropped", "grace_ended", "checksummed", "audited"}
+)
 """Kinds that come with contributions, so that they may wait for others before they are handed on.
 
 A tape that lacks the last of them is as good as one of a run that was killed before: what a resume and its replay

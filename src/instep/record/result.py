@@ -73,6 +73,7 @@ class Result:
     data_digest: str | UnsetType = UNSET
     sample: str | UnsetType | None = UNSET
     artifacts: Mapping[str, Any] | UnsetType | None = UNSET
+    audit: Mapping[str, Any] | UnsetType = UNSET
     simulated_in_s: float | UnsetType = UNSET
     scheduled_in_s: float | UnsetType = UNSET
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Fold:
         self.assign(nodes, slots)
         self._scratch: list[tuple[Tensor, list[Tensor]]] = []
         self._stack: list[tuple[Tensor, list[Tensor]]] = []
+        self._spare: tuple[Tensor, list[Tensor]] | None = None
+        self._device = parameters[0].device
         self._next = 0
         self._add = False
         self._parts = [0] * len(parameters)  # of the present microbatch
@@ -90,6 +93,26 @@ class Fold:
         self._parts = [0] * len(self._parts)
         if not leaf.add:
             self._stack.append(self._buffer(slot, len(self._stack)))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """In the block, before a step, there is one leaf alone, whose pieces nobody is told of: in the first vector, or
+        where there is none in one of its own.
+        """
+        slots, plan, pieces = self._slots, self._plan, self._pieces
+        self._slots = slots or [self._spare_vector()]
+        self._plan, self._pieces = [(0, Leaf(add=False, merges=0))], ()
+        self.begin()
+        try:
+            yield
+        finally:
+            self._slots, self._plan, self._pieces = slots, plan, pieces
+
+    def _spare_vector(self) -> tuple[Tensor, list[Tensor]]:
+        if self._spare is None:
+            flat = torch.zeros(self._layout.size, device=self._device)
+            self._spare = flat, self._layout.views(flat)
+        return self._spare
 
     def end_leaf(self) -> None:
         """After the backward, or instead of it for a microbatch without samples."""

@@ -1,8 +1,7 @@
 """The first agent: forks the workers, watches them, writes the tape, and does what the roster orders.
 
-Users know it as the supervisor of the run. It imports torch once, before it forks, so that a team starts, and starts
-again, in a moment. It runs none of the user's code, has one thread, and ends with its client: no process of a run
-outlives another.
+Users know it as the supervisor of the run. It imports torch once, before it forks, so that a team starts in a moment.
+It runs none of the user's code, has one thread, and ends with its client: no process of a run outlives another.
 """
 
 from __future__ import annotations
@@ -199,6 +198,8 @@ class Agent:
                 self._facts = facts
             case messages.Ended():
                 self._ended[heard.member.number] = heard.message
+            case messages.FoundWrong():
+                self._journal.refuted(heard.message, self.roster.epoch)
             case messages.PeersLost():
                 self._parted.note(heard.member, heard.message)
                 return
@@ -391,8 +392,8 @@ class Agent:
         for crew in self._crews:
             crew.leave()
         costs = [each.costs for _, each in sorted(self._ended.items()) if each.costs]
-        counts = self.roster.restarts, self._journal.wire_bytes()
-        result = result_of(self._run, self._facts, self._ended[leader.number], costs, *counts)
+        told = costs, self.roster.restarts, self._journal.wire_bytes(), self._journal.wrong
+        result = result_of(self._run, self._facts, self._ended[leader.number], *told)
         self._held.check()
         self._folder.write_result(result)
         self._journal.record(end_of(result))

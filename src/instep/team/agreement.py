@@ -6,6 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from instep.sources import first_difference
+from instep.team.messages import FoundWritten, FoundWrong
+from instep.team.orders import Lost, Member
+from instep.team.refuting import refuted
 
 
 def difference(
@@ -54,3 +57,8 @@ def drifted(who: str, other: str, version: int) -> str:
         f"{who} has other weights than {other} at version {version}, which lockstep rules out: some code depends on "
         f"more than the batch and the seed (a clock, a set's order, threads), or the machine is faulty."
     )
+
+
+def cause_of(found: FoundWritten | FoundWrong, members: Sequence[Member]) -> FoundWritten | Lost:
+    """Why an epoch ends in which a process has found this: a worker that was wrong is lost."""
+    return found if isinstance(found, FoundWritten) else Lost(members[found.worker], refuted(found))

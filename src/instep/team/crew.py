@@ -18,6 +18,7 @@ from instep.team.messages import (
     Ended,
     Failed,
     FoundWritten,
+    FoundWrong,
     Ready,
     StoppedAt,
     SupervisorToWorker,
@@ -186,7 +187,7 @@ class LocalCrew:
                     return
                 if isinstance(message, Ready):
                     process.ready = message
-                elif isinstance(message, Ended | Failed | FoundWritten | StoppedAt):
+                elif isinstance(message, Ended | Failed | FoundWritten | FoundWrong | StoppedAt):
                     self._done.add(member)
                 yield Heard(member, message)
         except EOFError:

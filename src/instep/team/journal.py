@@ -14,12 +14,13 @@ from msgspec.structs import replace
 
 from instep.errors import CheckpointError
 from instep.record import checkpoint
+from instep.record.event_kinds import RefutedEvent
 from instep.record.events import CheckpointedEvent, Event, RunStartedEvent, WarnedEvent, plain
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape, ToldCheckpoints, last_update, told
 from instep.record.team import BytesOfHost
 from instep.team.channel import Channel
-from instep.team.messages import Events, FoundWritten, HeldUp, PlainEvents, WorkerToSupervisor
+from instep.team.messages import Events, FoundWritten, FoundWrong, HeldUp, PlainEvents, WorkerToSupervisor
 
 
 class ClientGone(Exception):
@@ -39,6 +40,9 @@ class Journal:
         """What the hosts have exchanged by now, where there are several agents."""
         self.note: Callable[[Event], None] = lambda event: None
         """Is told of all that happens."""
+        self.wrong: list[dict[str, Any]] = []
+        """What audits have found, for the result."""
+        self._refuted_in = 0
         self._told = ToldCheckpoints()
         self._early: list[dict[str, Any]] = []
 
@@ -148,6 +152,26 @@ class Journal:
                 detail="\n".join(problems),
             )
         return path
+
+    def refuted(self, found: FoundWrong, epoch: int) -> None:
+        """Notes that a worker has computed a microbatch wrong, and removes the checkpoints that are uncertain for it.
+
+        All workers of an epoch tell of it; it is noted once.
+        """
+        if epoch == self._refuted_in:
+            return
+        self._refuted_in = epoch
+        removed = []
+        for path in checkpoint.all_in(self._folder.checkpoints):
+            if (version := int(path.name.rpartition("-")[2])) > found.back:
+                shutil.rmtree(path, ignore_errors=True)
+                removed.append(version)
+        event = RefutedEvent(
+            worker=found.worker, version=found.version, microbatch=found.microbatch, by_whom=found.by,
+            since=found.since, removed=removed,
+        )  # fmt: skip
+        self.record(event)
+        self.wrong.append({name: getattr(event, name) for name in ("worker", "version", "microbatch", "since")})
 
     def remove_unlooked(self) -> None:
         """Removes checkpoints of stops: forwards may have written into their weights past autograd, unseen."""

@@ -223,6 +223,20 @@ class FoundWritten:
 
 
 @dataclass(frozen=True, slots=True)
+class FoundWrong:
+    """Worker number `worker` has computed a microbatch of the step from `version` wrong, as `by` show. since: the
+    version after which the weights are uncertain; back: the newest that the team is to begin again from.
+    """
+
+    worker: int
+    version: int
+    microbatch: int
+    since: int
+    back: int
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class PeersLost:
     """A worker cannot reach the others any more, one of whom may have died; it waits for its end.
 
@@ -289,7 +303,18 @@ class Left:
 
 SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState
 WorkerToSupervisor = (
-    Events | Ready | Digest | Sync | FoundWritten | PeersLost | KeepingState | StateKept | StoppedAt | Failed | Ended
+    Events
+    | Ready
+    | Digest
+    | Sync
+    | FoundWritten
+    | FoundWrong
+    | PeersLost
+    | KeepingState
+    | StateKept
+    | StoppedAt
+    | Failed
+    | Ended
 )
 
 # --------------------------------------------------------------------------------------- server and worker, on a line

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from instep.errors import InstepError
-from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
+from instep.team.messages import Digest, Ended, Failed, FoundWritten, FoundWrong, Ready, StoppedAt
 
 
 @dataclass(frozen=True, order=True)
@@ -19,6 +19,9 @@ class Member:
     incarnation: int = 0
     host: int = 0
 
+
+Word = Ready | Digest | FoundWritten | FoundWrong | StoppedAt | Failed | Ended
+"""What of a process's messages means something for the team."""
 
 # Events
 
@@ -40,7 +43,7 @@ class Said:
     """What a process has sent."""
 
     member: Member
-    message: Ready | Digest | FoundWritten | StoppedAt | Failed | Ended
+    message: Word
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,10 @@ def result_of(
     costs: Sequence[Costs],
     restarts: int,
     wire_bytes: Sequence[BytesOfHost] | UnsetType,
+    wrong: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The fields of ``result.json``. `leader`: what it has told at its end; `costs`: what each member has that counts
-    them; `wire_bytes`: of each host, where there are several agents.
+    them; `wire_bytes`: of each host, where there are several agents; `wrong`: what audits have found.
     """
     progress, left = leader.progress, leader.left
     return Result.of(
@@ -83,6 +84,7 @@ def result_of(
         data_digest=facts["data"],
         sample=left.get("sample"),
         artifacts=left.get("artifacts"),
+        audit={**left["audit"], "wrong": list(wrong)} if "audit" in left else UNSET,
     ).table()
 
 

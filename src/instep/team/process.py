@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from instep.budget import parse_share
 from instep.descendants import take_care_of_helpers
 from instep.engines import server
+from instep.engines.audits import Audit, WrongWorker
 from instep.engines.contribute import contribute, slowness_of
 from instep.engines.lockstep import Lockstep
 from instep.errors import InstepError, described, place, with_saved
@@ -32,8 +34,9 @@ from instep.team.far_server import FarServer
 from instep.team.far_workers import FarWorkers
 from instep.team.groups import Reach
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
+from instep.team.judging import third_result
 from instep.team.kept_state import keep_state, wait_for_the_end
-from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten
+from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten, FoundWrong
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
@@ -68,6 +71,9 @@ def main(
             contribute(session, descriptor, _far_server(assignment, number, descriptor))
     except (PeerRaised, PeerLost) as error:
         wait_for_the_end(session, error)
+    except WrongWorker as found:
+        session.send_events()
+        pipe.send(FoundWrong(found.worker, found.step, found.microbatch, found.since, found.back, found.by))
     except FirstWrite as found:
         session.send_events()
         pipe.send(FoundWritten(found.names, found.where))
@@ -110,7 +116,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         replica.load(saved.model_state, saved.training_state)
         progress = session.progress_of(saved)
     reach = Reach(session)
-    engine = _engine(session, replica, reach.machines)
+    engine = _engine(session, replica, reach.machines, progress.version)
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version)
@@ -135,6 +141,8 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         if not keeper.saved_without_others(reach.machine):
             return wait_for_the_end(session, lost, partial(keep_state, session, engine, reach.machine, progress))
         interrupted, ended_s, digest = True, session.clock(), digest_of_state(replica.saved_state())
+    except WrongWorker:
+        raise  # all have found it, and the weights are uncertain
     except BaseException as error:
         session.send_events()
         doing = replica.doing
@@ -145,7 +153,7 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
             )  # fmt: skip
         replica.doing = doing
         raise
-    left = session.leave() if worker == 0 and not interrupted else {}
+    left = {**(session.leave() if worker == 0 and not interrupted else {}), **engine.told_of_audits()}
     session.tell_gpu_memory()
     session.send_events()
     costs = Costs(
@@ -169,10 +177,15 @@ def _facts(session: Session, engine: Lockstep, progress: Progress) -> dict[str, 
     )
 
 
-def _engine(session: Session, replica: Replica, machines: Sequence[int]) -> Lockstep:
+def _engine(session: Session, replica: Replica, machines: Sequence[int], version: int) -> Lockstep:
     team, emit, clock = session.assignment.team, session.emit, session.clock
     of_run = session.number, machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard, team.balance
-    return Lockstep(replica, *of_run)
+    engine = Lockstep(replica, *of_run)
+    if team.audit:
+        share, judge = parse_share(team.audit, "'team.audit'"), partial(third_result, session.recipe, replica)
+        of_team = session.number, team.workers, share, version
+        engine.audit = Audit(replica, engine.gradients, *of_team, emit, judge)
+    return engine
 
 
 class _Keeper:

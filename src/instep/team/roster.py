@@ -31,8 +31,8 @@ from typing import Any
 from instep.errors import InstepError, WorkerError, with_saved
 from instep.ranges import share_out
 from instep.team import orders
-from instep.team.agreement import difference, drifted, first_written, known_written
-from instep.team.messages import Digest, Ended, Failed, FoundWritten, Ready, StoppedAt
+from instep.team.agreement import cause_of, difference, drifted, first_written, known_written
+from instep.team.messages import Digest, Ended, Failed, FoundWritten, FoundWrong, Ready, StoppedAt
 from instep.team.orders import Member, Order
 
 _LASTING = ("data", "samples", "parameters")
@@ -145,7 +145,7 @@ class Roster:
 
     # What follows from an event
 
-    def _said(self, message: Ready | Digest | FoundWritten | StoppedAt | Failed | Ended, place: _Place) -> list[Order]:
+    def _said(self, message: orders.Word, place: _Place) -> list[Order]:
         match message:
             case Ready():
                 place.facts = message.facts
@@ -155,8 +155,8 @@ class Roster:
             case Ended():
                 place.ended, place.done = message, True
                 return self._finish()
-            case FoundWritten():
-                return self._end(message)
+            case FoundWritten() | FoundWrong():
+                return self._end(cause_of(message, [place.member for place in self._places]))
             case Failed():
                 return self._failed(message.error(), place)
             case StoppedAt():

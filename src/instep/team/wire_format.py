@@ -40,6 +40,7 @@ _FIELDS: Mapping[type, tuple[Any, ...]] = {
     m.Agreed: (Table, _NONE),
     m.Digest: (Count, Name),
     m.FoundWritten: (Names, str),
+    m.FoundWrong: (Count, Count, Count, Count, Count, Name),
     m.StoppedAt: (Count,),
     m.Ended: (Table, Name, bool, Table, Costs | None),
     m.Left: (Count, str),

@@ -61,6 +61,8 @@ class Gradients:
         """Whether in the last batch all weights were read, to see whether a forward writes them."""
         self._first = True
         self._fold: Fold | None = None
+        self.of_one = replica.compute
+        """What computes one microbatch: as `Replica.compute`."""
 
     def assign(self, nodes: Sequence[Node], rows: Sequence[Tensor]) -> None:
         """From the next batch on, folds these nodes, from left to right, into `rows` ([layout.size] float32 each)."""
@@ -88,7 +90,7 @@ class Gradients:
         """
         assert self._fold is not None, "assign comes first"
         replica, fold = self._replica, self._fold
-        self.looked = self._first or self._milestones.may_save(batch)
+        self.looked = self._looks(batch)
         self._first = False
         fold.begin()
         self.buffers.begin()
@@ -98,7 +100,7 @@ class Gradients:
             for microbatch, some in samples.items():
                 fold.begin_leaf()
                 if some is not None:
-                    found[microbatch] = replica.compute(batch, microbatch, some, totals)
+                    found[microbatch] = self.of_one(batch, microbatch, some, totals)
                 fold.end_leaf()
                 self.buffers.leave(filled=some is not None)
                 replica.written.leave()
@@ -109,3 +111,28 @@ class Gradients:
         sums = {place: {name: float(value) for name, value in each.items()} for place, each in found.items()}
         ends = self.buffers.ends() if batch == 0 else {}
         return Computed(sums, fold.touched, self.buffers.changed(), replica.trainable.ended, ends)
+
+    def alone(self, batch: int, microbatch: int, samples: Any, totals: Mapping[str, int]) -> dict[str, Tensor]:
+        """The sums of one microbatch, of any worker's, before `compute` is called for its batch, which finds no trace
+        of it: its gradient lies in the first row until then, to be seen by hooks. Raises FirstWrite.
+        """
+        assert self._fold is not None, "assign comes first"
+        replica, fold, checks = self._replica, self._fold, self._replica.checks
+        self.buffers.begin()
+        replica.trainable.begin()
+        replica.checks = None
+        try:
+            with replica.written.kept(f"{self._what} {batch + 1}", closely=self._looks(batch)), fold.aside():
+                fold.begin_leaf()
+                sums = replica.compute(batch, microbatch, samples, totals)
+                fold.end_leaf()
+                self.buffers.leave(filled=True)
+                replica.written.leave()
+                replica.trainable.leave(batch)
+        finally:
+            replica.checks = checks
+        self._advance()
+        return sums
+
+    def _looks(self, batch: int) -> bool:
+        return self._first or self._milestones.may_save(batch)
