@@ -209,6 +209,7 @@ def test_ranges_that_move_in_every_step_change_no_bit(
     assert any(each != first for each in others)
     for each in (first, *others):
         assert sorted(m for own in each.values() for m in own) == list(range(recipe.microbatches))
+        assert all(each.values()), "who computes none says nothing"
 
 
 def computed_by(run: Outcome) -> list[dict[int, list[int]]]:
