@@ -61,7 +61,7 @@ class Gradients:
         """Whether in the last batch all weights were read, to see whether a forward writes them."""
         self._first = True
         self._fold: Fold | None = None
-        self.of_one = replica.compute
+        self.of_one: Callable[..., dict[str, Tensor]] = lambda *given: replica.compute(*given)  # noqa: PLW0108  # by then
         """What computes one microbatch: as `Replica.compute`."""
 
     def assign(self, nodes: Sequence[Node], rows: Sequence[Tensor]) -> None:
