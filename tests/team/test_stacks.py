@@ -118,7 +118,8 @@ def until_stuck(path: Path) -> None:
     def stuck() -> bool:
         with contextlib.suppress(Exception):  # it is not there yet
             found = standing_of(path)["members"]
-            return any(m["doing"] == "loading step 2, microbatch 2" and m["doing_for_s"] > 1 for m in found)
+            stuck = any(m["doing"] == "loading step 2, microbatch 2" and m["doing_for_s"] > 1 for m in found)
+            return stuck and any(m["waits_for"] for m in found)
         return False
 
     wait_until(stuck, LONG_S, "a worker that is stuck")
