@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from instep.apart.told import Told, take
 from instep.cli import main
 from support.runs import ended, event, folder, joined, merged, started
 from support.sentences import one_sentence
@@ -118,3 +119,16 @@ def test_a_field_that_decides_nothing_is_said_to(tmp_path: Path, capsys: pytest.
     status, out, _ = shown(capsys, str(a), str(b))
     assert status == 0
     assert "recipe.checksum_every: 50 in A, 7 in B (decides nothing)" in out
+
+
+def test_contributions_that_a_later_start_took_back_are_none_of_the_update() -> None:
+    def pushed(worker: int, version: int) -> dict[str, Any]:
+        return event("pushed", 1.0, worker=worker, version=version, bytes=4, items=1, checksum=["0" * 8])
+
+    found = Told("run")
+    take(
+        found,
+        [started(), pushed(0, 0), pushed(1, 0), merged(1, 1.0, 1.0), pushed(0, 1), pushed(1, 1), merged(2, 2.0, 1.0)],
+    )
+    take(found, [started(version=1), pushed(0, 1), merged(2, 3.0, 1.0)])
+    assert {version: sorted(workers) for version, workers in found.pushed.items()} == {1: [0, 1], 2: [0]}

@@ -105,6 +105,7 @@ def take(found: Told, events: Iterable[Mapping[str, Any]]) -> None:
         match event["kind"]:
             case "run_started":
                 _back_to(found, event["version"])
+                found.pushed = {at: sums for at, sums in found.pushed.items() if at <= event["version"]}
                 found.starts = [start for start in found.starts if start["version"] < event["version"]] + [event]
                 found.workers[event["team"].get("workers", 1)] = None
                 if event.get("digest"):
