@@ -100,7 +100,7 @@ def _named(found: inspect.Type) -> str:
         case inspect.UnionType():
             return f"{_named(found.types[0])} or null"
         case inspect.ListType():
-            return "[start, stop]" if found.max_length == 2 else f"list of {_named(found.item_type)}s"
+            return "[start, stop]" if found.max_length == 2 else f"list of {_named(found.item_type).removesuffix('s')}s"
         case inspect.DictType() if not isinstance(found.value_type, inspect.AnyType):
             return f"table of {_named(found.value_type).replace('number', 'numbers')}"
         case inspect.LiteralType():
