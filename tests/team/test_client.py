@@ -48,7 +48,7 @@ class Supervisor:
 
 
 class Interrupting:
-    """Raises Ctrl-C before the nth line that is run of what hands events to monitors, and in what that calls."""
+    """Raises Ctrl-C before the nth line that is run of what hands events to monitors."""
 
     def __init__(self, nth: int):
         self._left, self.where = nth, ""
