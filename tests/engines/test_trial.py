@@ -44,3 +44,13 @@ def test_a_link_that_has_changed_is_tried_again() -> None:
     assert found[EVERY - 1]
     assert not any(found[EVERY + TRIED :])
     assert found[EVERY : EVERY + TRIED] == [False, True] * (TRIED // 2)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_of_steps_that_are_of_no_trial_nothing_is_kept(asked: bool) -> None:
+    """As of all of them where there is one machine, and nobody asks."""
+    trial, took_s = Trial(), [float(step) for step in range(3 * EVERY)]
+    for each in took_s:
+        early = asked and trial.next()
+        trial.ended(early=early, took_s=each)
+        assert sum(map(len, trial._took_s.values())) < TRIED

@@ -25,8 +25,8 @@ class Trial:
         self._early = False
 
     def ended(self, *, early: bool, took_s: float) -> None:
-        """A step has taken so many seconds."""
-        if self._step % EVERY < TRIED:
+        """A step has taken so many seconds. Nothing is kept of those that are of no trial."""
+        if 0 < self._step % EVERY < TRIED:
             self._took_s[early].append(took_s)
 
     def next(self) -> bool:
