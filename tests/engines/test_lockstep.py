@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from instep.engines import division, total
+from instep.engines import division, lockstep, total
 from instep.engines.division import Division
 from instep.engines.lockstep import Lockstep
 from instep.engines.total import Total
@@ -249,6 +249,25 @@ def test_ranges_that_move_within_machines_give_the_same_digest(
     check(made, [kind], "Sharded")
     check(made, [kind], "Replicated", shard="none")
     assert len(moves.read_text().split()) == 2 * sum(machines) * (made.steps - 2)
+
+
+class AllToTheFirst:
+    """In place of `instep.engines.balance.Balance`: the first worker gets all, where there is memory for it."""
+
+    def __init__(self, counts: Sequence[int], fits: Callable[[Sequence[int]], bool]):
+        self.seconds = [1.0] * len(counts)
+        self._counts = [sum(counts), *[0] * (len(counts) - 1)]
+        assert fits(self._counts), "the whole tree is one node"
+
+    def decide(self, seconds: Sequence[float]) -> list[int]:
+        return self._counts
+
+
+def test_ranges_that_move_where_the_system_bounds_memory_give_the_same_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none for more nodes then, and what a worker tells of more microbatches takes more room all the same."""
+    monkeypatch.setattr(lockstep, "limited", lambda: True)
+    monkeypatch.setattr(division, "Balance", AllToTheFirst)
+    check(workloads.gpt(steps=4, batch=32, microbatches=16, checksum_every=2), [Kind("2 in memory", (2,))], "Sharded")
 
 
 class OwnAdamW(torch.optim.AdamW):

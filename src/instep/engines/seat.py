@@ -63,9 +63,11 @@ class Seat:
         return self._division.now
 
     def nbytes(self, most_nodes: int) -> int:
-        """Of the longest fact that it tells in a step. most_nodes: that one may come to have, 0 where none move."""
-        facts = self.facts.nbytes_of(self._reduction.microbatches) if most_nodes else self.facts.nbytes
+        """Of the longest fact that it tells in a step, whose microbatches may all be its own. most_nodes: that one may
+        come to have; 0 where there is memory for no more than its first.
+        """
         nodes = max(most_nodes, *self._reduction.rows)
+        facts = self.facts.nbytes_of(self._reduction.microbatches)
         return facts + self._left(buffers=True, written=True, nodes=nodes).nbytes
 
     def load(self, step: int, own: range) -> None:
