@@ -308,6 +308,11 @@ def check_team(recipe: Recipe, team: Team) -> None:
             f"'team.audit' is for workers in lockstep, without a server, and the rule is '{recipe.rule.name}'; leave "
             f"it out, and verify the run afterwards (instep verify)."
         )
+    if team.audit and (team.mixed_processors or not team.deterministic):
+        why = "'team.mixed_processors'" if team.mixed_processors else "'team.deterministic' false"
+        raise RecipeError(
+            f"'team.audit' compares bits, and with {why} sound workers may come to others; leave one of the two out."
+        )
     if team.engine == "lockstep" and not recipe.rule.synchronous:
         raise RecipeError(
             f"team.engine 'lockstep' takes synchronous rules alone, and the rule is '{recipe.rule.name}'; set "

@@ -252,6 +252,8 @@ def test_three_different_results_name_nobody(tmp_path: Path) -> None:
         ({"workers": 1, "audit": "1%"}, {}, "'team.audit' has workers compute microbatches of each other's again, and"),
         ({"workers": 2, "audit": 0.01}, {"rule": "asynchronous"}, "'team.audit' is for workers in lockstep, without a"),
         ({"workers": 2, "audit": "1%", "engine": "server"}, {}, "'team.audit' is for workers in lockstep, without a"),
+        ({"workers": 2, "audit": "1%", "deterministic": False}, {}, "'team.audit' compares bits, and with 'team.det"),
+        ({"workers": 2, "audit": "1%", "mixed_processors": True}, {}, "'team.audit' compares bits, and with 'team.m"),
         ({"workers": 2, "audit": "0%"}, {}, "'team.audit' is '0%'; write a share above 0 % and at most 100 %, such as"),
         ({"workers": 2, "audit": "often"}, {}, "'team.audit' is 'often'; write a share above 0 % and at most 100 %,"),
     ],
