@@ -199,7 +199,7 @@ class Agent:
             case messages.Ended():
                 self._ended[heard.member.number] = heard.message
             case messages.FoundWrong():
-                self._journal.refuted(heard.message, self.roster.epoch)
+                self._journal.refuted(heard.message, heard.member.epoch)
             case messages.PeersLost():
                 self._parted.note(heard.member, heard.message)
                 return

@@ -158,7 +158,7 @@ class Journal:
 
         All workers of an epoch tell of it; it is noted once.
         """
-        if epoch == self._refuted_in:
+        if epoch <= self._refuted_in:
             return
         self._refuted_in = epoch
         removed = []
