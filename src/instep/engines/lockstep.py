@@ -130,8 +130,7 @@ class Lockstep:
         audited = self.audit.nbytes if self.audit is not None else 0
         longest = max(self._seat.nbytes(most), self._evaluations.nbytes, audited)
         rows, sums, width = tuple(reduction.rows), tuple(reduction.sums), self._layout.size
-        common, spare = self.placement.weight_bytes, self.placement.state_bytes
-        return Sizes(reduction.levels, rows, sums, width, longest, common, spare, most)
+        return Sizes(reduction.levels, rows, sums, width, longest, self.placement.weight_bytes, most)
 
     def join(self, group: Group) -> None:
         """Takes the team's group into use."""

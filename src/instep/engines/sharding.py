@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import optimizer as torch_optimizer
 
-from instep.engines.shared_state import SharedState
 from instep.ranges import owners
 from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
 from instep.reduce.reduction import Reduction, clip
 from instep.transport.group import Group
-from instep.transport.shared_memory import SharedMemoryGroup
 from instep.worker.optimizer import BY_PARAMETER
 from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import Checksums, own_checksums, together
@@ -35,8 +33,6 @@ class Placement(ABC):
 
     weight_bytes: int
     """Of the memory for weights that the workers of a machine share."""
-    state_bytes = 0
-    """Of that for the optimizers' state, most of which nobody writes, and which takes no room then."""
     shared: bool
     """Whether they share the sum of the gradients, too."""
     gradients: list[Tensor]
@@ -129,8 +125,6 @@ class Sharded(Placement):
         super().__init__(replica, reduction, worker)
         whose = owners([parameter.numel() for parameter in replica.parameters], len(machine))
         self._own = [machine[owner] == worker for owner in whose]
-        self._state = SharedState(replica) if len(machine) > 1 and len(reduction.levels) == 1 else None
-        self.state_bytes = self._state.nbytes if self._state is not None else 0
         self._leads = 0 in machine  # the other machines hold the same
         self._offsets, self.weight_bytes = placed([parameter.nbytes for parameter in replica.parameters], ALIGN_BYTES)
 
@@ -144,9 +138,6 @@ class Sharded(Placement):
             parameter.data = shared
             for state in [] if own else states:
                 state.pop(parameter, None)
-        if self._state is not None and isinstance(group, SharedMemoryGroup):
-            self._state.attach(group.spare)
-            self._state.keep([index for index, own in enumerate(self._own) if own])
 
     def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
         known = zip(self.gradients, touched, self._own, strict=True)
@@ -154,10 +145,7 @@ class Sharded(Placement):
         for gradient in gradients:
             if gradient is not None:
                 clip(gradient, norm, self._replica.recipe.clip_norm)
-        rate = self._replica.update(step, gradients)
-        if self._state is not None:
-            self._state.grow()
-        return rate
+        return self._replica.update(step, gradients)
 
     def settle(self) -> None:
         self._group.meet()

@@ -30,7 +30,6 @@ def regions(sizes: Sizes) -> dict[str, Region]:
         "rows": Region((sum(sizes.rows), sizes.width), "float32"),
         "common": Region((sizes.common_bytes,), "uint8"),
         "rooms": Region((size, ROOM), "uint8", reserve=False),
-        "spare": Region((sizes.spare_bytes,), "uint8", reserve=False),
         "more_rows": Region((sum(_more(sizes)), sizes.width), "float32", reserve=False),
     }
 
@@ -67,8 +66,6 @@ class SharedMemoryGroup:
         self.rows = self._of_each[rank]
         self.arrange(sizes.rows)
         self.common = torch.from_numpy(arrays["common"])
-        self.spare = torch.from_numpy(arrays["spare"])
-        """[spare_bytes] uint8, as `common`, of pages that come when they are first written."""
         self._rooms = arrays["rooms"]
         self._turn, self._interrupted, self._pieces = 0, 0, 0
 
@@ -119,7 +116,7 @@ class SharedMemoryGroup:
 
     def close(self) -> None:
         self.rows, self._all, self._homes, self._of_each = [], [], [], []
-        self.common = self.spare = self._facts = torch.empty(0)
+        self.common = self._facts = torch.empty(0)
         self._turns, self._interrupts, self._begun, self._rooms = (np.zeros(0, np.int64) for _ in range(4))
 
     def _wait(self, marks: NDArray[np.int64], value: int) -> None:
