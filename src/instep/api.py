@@ -225,7 +225,7 @@ def verify(
     monitors: called with a `verified` event for each span. Raises NotComparableError where none of it can be compared
     here, RecordError for a run without checkpoints, or that is being written, and InstepError as the run would.
     """
-    parse_share(str(sample), "'sample'")
+    sample = parse_share(str(sample), "'sample'")
     folder = RunFolder.open(Path(run))
     if is_simulation(folder):
         raise RecordError(

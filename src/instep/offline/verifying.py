@@ -20,7 +20,7 @@ from instep.offline.stretches import ToldEvent
 from instep.offline.tape_replay import Playback
 from instep.recipe import Recipe
 from instep.record import checkpoint
-from instep.record.computed_by import libraries, made_otherwise, processor
+from instep.record.computed_by import libraries, made_otherwise, processor, unrepeatable
 from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
 from instep.record.receipt import SpanVerified, Verified
@@ -102,20 +102,10 @@ def _not_comparable(span: RunSpan, events: Events) -> str:
     for started in (events[span.started], *starts):
         if unlike := made_otherwise(started):
             return f"the run was made with {unlike}; verify it where these are the same"
-        if why := _no_promise(started["team"], started["recipe"]):
-            return why
-    return ""
-
-
-def _no_promise(team: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
-    """Why equal runs of this team need not have equal bits, or cannot be computed here, as a clause, or ""."""
-    on_gpu = team.get("device", "cpu") != "cpu"
-    if on_gpu and not torch.cuda.is_available():
-        return "the run was computed on a GPU, and here is none that torch can use; take a machine with one"
-    if team.get("mixed_processors"):
-        return "the run was computed by processors of several kinds (team.mixed_processors)"
-    if team.get("deterministic") is False and (on_gpu or recipe.get("threads", 1) > 1):
-        return "the run was computed by kernels that need not repeat (team.deterministic is false)"
+        if started["team"].get("device", "cpu") != "cpu" and not torch.cuda.is_available():
+            return "the run was computed on a GPU, and here is none that torch can use; take a machine with one"
+        if varies := unrepeatable(started):
+            return f"the run was computed by {varies}"
     return ""
 
 
@@ -131,6 +121,8 @@ class _Verifying:
         span, stop = part.span, part.end.version
         try:
             why = self._begin(span) or self._go_on(part)
+            if why and "processor" not in self._events[span.started]:
+                why += " Its tape does not tell on which kind of processor it was made, and others give other bits."
         except CheckpointError as error:
             why = error.message
         except FirstWrite as wrote:

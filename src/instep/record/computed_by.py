@@ -40,6 +40,17 @@ def processor() -> str:
     return f"{vendor} {torch.backends.cpu.get_cpu_capability()}"
 
 
+def unrepeatable(started: Mapping[str, Any]) -> str:
+    """A clause on what made this session so that equal runs need not have equal bits; "" where they have."""
+    team, recipe = started["team"], started["recipe"]
+    if team.get("mixed_processors"):
+        return "processors of several kinds (team.mixed_processors)"
+    several = team.get("device", "cpu") != "cpu" or recipe.get("threads", 1) > 1
+    if team.get("deterministic") is False and several:
+        return "kernels that need not repeat (team.deterministic is false)"
+    return ""
+
+
 def made_otherwise(started: Mapping[str, Any]) -> str:
     """A clause on what made the session that this ``run_started`` begins and is not here; "" where all is the same."""
     there, here = started["libraries"], libraries()
