@@ -38,7 +38,7 @@ def test_runs_by_other_teams_are_the_same_with_a_count(tmp_path: Path) -> None:
 def test_a_run_is_what_its_recipe_comes_to(tmp_path: Path) -> None:
     one = recipe()
     found = instep.diff(trained(one, tmp_path / "a").path, recipes=(one, None))
-    assert found.sentence == "The run is what its recipe comes to here: 32 tensors in 9 versions compared."
+    assert found.sentence == "The run is what its recipe comes to here: 32 tensors in 2 versions, 8 updates compared."
     assert found.again is not None
     assert found.again.updates == (8,)
 
@@ -121,6 +121,24 @@ def test_between_checksums_a_fault_is_known_to_lie_there(tmp_path: Path) -> None
     assert found.departed is not None
     assert found.departed.since == 4
     assert 5 <= found.departed.update <= 8
+
+
+def test_a_run_that_departs_from_its_own_tape_is_named_beside_a_file_too(tmp_path: Path) -> None:
+    one = recipe()
+    a, b = trained(one, tmp_path / "a", workers=1).path, trained(one, tmp_path / "b", workers=1).path
+    export(b, tmp_path / "file", recipe=one)
+    parted.changed_checksum(a, 4, "first.weight")
+    found = instep.diff(a, tmp_path / "file", recipes=(one, None))
+    assert found.verdict == "not reproducible"
+    assert found.departed is not None
+    assert (found.departed.run, found.departed.update) == ("A", 4)
+
+
+def test_what_cannot_be_saved_does_not_lose_what_was_found(tmp_path: Path) -> None:
+    found = of_two(recipe(), recipe({"activation": F.relu}), tmp_path, save=tmp_path / "none" / "file")
+    assert found.place is not None
+    assert (found.place.operation, found.saved) == ("aten.gelu.default", "")
+    assert "cannot be saved" in found.remarks[-1]
 
 
 def test_a_run_of_another_machine_is_compared_by_a_file_from_there(tmp_path: Path) -> None:

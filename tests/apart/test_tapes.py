@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from instep.apart.told import Told, take
+from instep.apart.levels import fields_apart, seen_apart
+from instep.apart.told import Told, take, told
 from instep.cli import main
+from instep.recipe import Recipe
+from instep.tables import as_saved
 from support.runs import ended, event, folder, joined, merged, started
 from support.sentences import one_sentence
 
 pytestmark = pytest.mark.pure
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "folders"
 
 
 def run(path: Path, *, sums: dict[int, str], objective: float = 1.0, tail: str = "", **start: Any) -> Path:
@@ -89,6 +96,49 @@ def test_a_tape_that_is_still_written_is_compared_as_far_as_it_goes(
     assert status == 0
     assert "B " in out
     assert "not ended" in out
+
+
+def test_of_runs_of_two_lengths_the_sentence_says_up_to_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = run(tmp_path / "a", sums=SAME), run(tmp_path / "b", sums=SAME)
+    lines = (b / "tape.jsonl").read_text().splitlines()
+    kept = [line for line in lines if '"version": 4' not in line and "run_ended" not in line]
+    (b / "tape.jsonl").write_text("\n".join(kept) + "\n")
+    status, out, _ = shown(capsys, str(a), str(b))
+    assert status == 0
+    assert "The runs are the same up to version 3, the last that both have: 1 tensor" in " ".join(out.split())
+
+
+def test_a_tape_of_before_lacks_fields_and_is_of_the_same_recipe(tmp_path: Path) -> None:
+    old = told(GOLDEN / "lockstep")
+    new = copy.deepcopy(old)
+    new.starts = [{**start, "recipe": as_saved(Recipe, start["recipe"])} for start in new.starts]
+    assert new.start["recipe"] != old.start["recipe"]
+    assert fields_apart(old, new) == []
+
+
+@pytest.mark.parametrize(("name", "decides"), [("synchronous", False), ("asynchronous", True)])
+def test_who_sent_what_parts_no_runs_whose_updates_it_does_not_decide(name: str, decides: bool) -> None:
+    one = told(GOLDEN / name)
+    other = copy.deepcopy(one)
+    other.arrivals = {version: [(9, *rest) for _, *rest in found] for version, found in one.arrivals.items()}
+    assert (seen_apart(one, other).first is not None) == decides
+
+
+def test_one_run_alone_has_no_other_tape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = shown(capsys, str(run(tmp_path / "a", sums=SAME)), "--tapes")
+    assert (status, out) == (2, "")
+    assert one_sentence(err.strip())
+
+
+def test_a_file_that_was_changed_is_refused_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, file = run(tmp_path / "a", sums=SAME), tmp_path / "file"
+    table = asdict(told(a)) | {"starts": [{"recipe": {}}]}
+    file.write_text(json.dumps({"kind": "a run for instep diff", "schema": 1, "told": table}))
+    status, _, err = shown(capsys, str(a), str(file))
+    assert status == 1
+    assert one_sentence(err.strip())
 
 
 @pytest.mark.parametrize("place", ["none", "empty", "file"])

@@ -14,6 +14,7 @@ import torch
 
 from instep.errors import RecordError
 from instep.offline.past import Past
+from instep.offline.stretches import stretch_to
 from instep.recipe import Recipe, Team
 from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
@@ -102,6 +103,17 @@ def test_a_servers_run_that_was_resumed_is_taken_up_there(tmp_path: Path) -> Non
     assert past.to(begun - 1).start == 0
     for version in (before, after, last):
         assert digest_at(run, version) == digests[version], version
+
+
+def test_what_a_later_session_went_back_behind_is_not_computed(tmp_path: Path) -> None:
+    def event(kind: str, version: int, **more: Any) -> dict[str, Any]:
+        return {"kind": kind, "version": version, **more}
+
+    begin, saved = event("run_started", 0, engine="server"), event("checkpointed", 2, digest="")
+    again = event("run_started", 2, engine="server")
+    first, second = [[event("merged", version) for version in versions] for versions in ((1, 2), (3, 4, 5))]
+    events = [begin, *first, saved, *second, again, *second]
+    assert stretch_to(RunFolder(tmp_path), events, 4, 0).events == (begin, *first, saved, again, *second[:2])
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from instep.offline.again import played
 from instep.offline.tape_replay import Playback
 from instep.recipe import Recipe
 from instep.record import checkpoint
-from instep.record.files import synced_file
+from instep.record.files import disk_error, synced_file
 from instep.record.weights import write_weights
 from instep.worker.optimizer_state import copied
 from instep.worker.tensor_checksums import checksums_of
@@ -60,11 +61,11 @@ def compute_again(
 
     def answer(asked: list[_At]) -> bool:
         version = asked[0].version
-        found.last, found.compared = version, found.compared + 1
+        found.last = version
+        _count(found, sides, asked)
         tell({"kind": "computed_again", "version": version})
         for place, at in enumerate(asked):
             found.sums[place][version] = dict(at.sums)
-            found.tensors = max(found.tensors, len(at.sums))
             gone = _away(sides[place], place, at, known)
             found.away = found.away or gone
         if len(asked) > 1 and (names := differing(asked[0].sums, asked[1].sums)):
@@ -82,6 +83,16 @@ def compute_again(
     if looks and len(sides) > 1 and found.away is None and found.apart:
         _look(sides, found, folder, into)
     return found
+
+
+def _count(found: FoundAgain, sides: Sequence[Side], asked: Sequence[_At]) -> None:
+    """What of a version is compared: with one another, or of one side with what is told."""
+    version, told = asked[0].version, sides[0].sums.get(asked[0].version) or sides[0].merged.get(asked[0].version)
+    names = len(asked[0].sums) if len(sides) > 1 else len(told or ())
+    found.compared += bool(names)
+    found.tensors = max(found.tensors, names)
+    pairs = zip(sides, asked, strict=True)
+    found.figures += any(at.figures is not None and version in side.updates for side, at in pairs)
 
 
 def _away(side: Side, place: int, at: _At, known: list[int]) -> Away | None:
@@ -197,9 +208,13 @@ def _keep(sides: Sequence[Side], setups: Sequence[Setup], found: FoundAgain, pla
         kept.append(_steps(side, replace(setup, keep=keep), found.apart).kept if keep else {})
     if any(kept):
         found.place = replace(found.place, ulps=_distance(kept, found.place.ulps))
-        with suppress(RecordError):  # of a type that no such file holds
+        try:
             _write(kept, into)
             found.saved = True
+        except RecordError:  # of a type that no such file holds
+            pass
+        except OSError as error:
+            found.unsaved = disk_error(f"the tensors of that operation cannot be saved in {into}", error).message
 
 
 def _steps(side: Side, setup: Setup, version: int) -> Steps:
@@ -218,5 +233,11 @@ def _distance(kept: Sequence[Mapping[str, Tensor]], otherwise: float | None) -> 
 def _write(kept: Sequence[Mapping[str, Tensor]], into: Path) -> None:
     """All tensors of the operation, those of the first side under "a." and those of the second under "b."."""
     sides = zip("ab", kept, strict=True)
-    with synced_file(into) as file:
-        write_weights(file, {f"{side}.{name}": tensor for side, each in sides for name, tensor in each.items()})
+    aside = into.with_name(f".{into.name}.new")
+    try:
+        with synced_file(aside) as file:
+            write_weights(file, {f"{side}.{name}": tensor for side, each in sides for name, tensor in each.items()})
+        os.replace(aside, into)
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)

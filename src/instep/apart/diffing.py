@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +13,16 @@ from typing import Any
 from instep.apart import exported
 from instep.apart.found import Again, Departed, Diffed, RunOf, Verdict
 from instep.apart.levels import fields_apart, listed, made_apart, seen_apart
-from instep.apart.sides import FoundAgain, Side
+from instep.apart.sides import Away, FoundAgain, Side
 from instep.apart.told import Told, told
 from instep.apart.words import how_apart, how_away
 from instep.api import monitors_of
 from instep.equivalences.found import Where
-from instep.errors import cut
 from instep.monitors import Monitor
 from instep.offline.past import Past
 from instep.offline.stretches import Stretch
 from instep.recipe import Recipe
-from instep.record.computed_by import made_otherwise
+from instep.record.computed_by import made_otherwise, unrepeatable
 from instep.team.client import computed
 from instep.team.signals import interrupting
 
@@ -87,8 +87,14 @@ class _Side:
         return Past.of(self.path, self.recipe, f"diff({str(self.path)!r}, recipes=[recipe])")
 
     def unlike(self) -> str:
-        """What made it and is not here, as a clause."""
-        return next(filter(None, map(made_otherwise, self.told.starts)), "")
+        """What made it and is not here, or does not repeat, as a clause."""
+        return next(filter(None, (made_otherwise(each) or unrepeatable(each) for each in self.told.starts)), "")
+
+    @property
+    def untold(self) -> str:
+        """What made it, where nobody knows whether it is here: runs of before do not tell the processor."""
+        told = all("processor" in start for start in self.told.starts)
+        return "" if told else "a kind of processor that its tape does not tell"
 
     @property
     def computable(self) -> bool:
@@ -112,7 +118,7 @@ def _from_tapes(sides: Sequence[_Side]) -> Diffed:
     data = one.start["data_digest"] == other.start["data_digest"]
     verdict: Verdict = "the same" if seen.first is None else "undecided"
     if not seen.updates and not seen.digests and verdict == "the same":
-        verdict, remarks = "undecided", (*remarks, "There is no version yet that both tapes tell of.")
+        verdict, remarks = "undecided", (*remarks, "There is no update or digest yet that both tapes tell of.")
     if any(field.decides for field in fields) or not data:
         verdict = "the recipes differ"
     return Diffed(sides[0].about, sides[1].about, verdict, fields, data, made, seen, remarks=remarks)
@@ -148,10 +154,15 @@ def _computed(sides: Sequence[_Side], found: Diffed, into: Path | None, monitors
     starts = [stretch.start for stretch in stretches]
     _tell(monitors, {"kind": "computing", "updates": counts, "start": starts, "stop": stop})
     again = _again(pasts[0], _to_send(sides, pasts, stretches), after, into, monitors)
-    compared = again.compared
-    done = Again(tuple(again.last - start for start in starts), tuple(starts), compared, again.tensors)
-    found = replace(found, again=done)
+    found = replace(found, again=_done(again, starts))
+    if again.unsaved:
+        found = replace(found, remarks=(*found.remarks, again.unsaved))
     return _concluded(sides, found, again, starts, into, unlike[0] if len(sides) == 1 else "")
+
+
+def _done(again: FoundAgain, starts: Sequence[int]) -> Again:
+    updates = tuple(again.last - start for start in starts)
+    return Again(updates, tuple(starts), again.compared, again.tensors, again.figures)
 
 
 def _to_send(sides: Sequence[_Side], pasts: Sequence[Past], stretches: Sequence[Stretch]) -> list[Side]:
@@ -171,10 +182,9 @@ def _concluded(
     """The verdict on what computing has shown."""
     gone = again.away
     if gone is not None:
-        run, path = "AB"[gone.side], str(sides[gone.side].path)
-        how = how_away(gone, starts[gone.side], unlike)
-        departed = Departed(run, path, gone.version, gone.since, gone.tensors, gone.worker, how)
-        return replace(found, verdict="undecided" if unlike else "not reproducible", departed=departed, why=how)
+        return _departed(sides[gone.side], "AB"[gone.side], found, gone, starts[gone.side], unlike)
+    if len(sides) == 1 and not (again.compared or again.figures):
+        return replace(found, why="The tape tells of nothing yet that could be compared.")
     if len(sides) == 1:
         return replace(found, verdict="the same")
     if again.apart is None:
@@ -186,15 +196,25 @@ def _concluded(
     return replace(found, verdict=verdict, place=place, why=how_apart(found, again), saved=saved)
 
 
+def _departed(side: _Side, run: str, found: Diffed, gone: Away, start: int, unlike: str) -> Diffed:
+    """One comes to something else than its own tape tells, here where there is what made it, but for `unlike`."""
+    unlike = unlike or side.untold
+    how = how_away(gone, start, unlike)
+    departed = Departed(run, str(side.path), gone.version, gone.since, gone.tensors, gone.worker, how)
+    return replace(found, verdict="undecided" if unlike else "not reproducible", departed=departed, why=how)
+
+
 def _elsewhere(sides: Sequence[_Side], found: Diffed, unlike: Sequence[str]) -> Diffed:
     """Where one of two was made by what is not here: what computing it here would show is not what it was."""
     place = unlike.index(next(filter(None, unlike)))
     run, path = "AB"[place], sides[place].path
     why = f"Run {run} was made with {unlike[place]}, which may give other bits, so it is not computed again here."
-    there, here = cut(path), cut(sides[1 - place].path)
+    there, here = shlex.quote(str(path)), shlex.quote(str(sides[1 - place].path))
     seen = found.seen
     assert seen is not None
-    updates = f"{(seen.alike or 0) + 1}:{seen.first}"
+    if not any(map(made_otherwise, sides[place].told.starts)):
+        return replace(found, why=why)  # nor does it repeat where it was made
+    updates = f"{(seen.alike or 0) + 1}:{seen.first or 1}"
     goes_on = f"instep diff {there} --export FILE --updates {updates}, where it was made; here instep diff {here} FILE"
     return replace(found, why=why, goes_on=goes_on)
 
@@ -209,26 +229,36 @@ def _against_file(sides: Sequence[_Side], found: Diffed, monitors: Sequence[Moni
         )
     if unlike := own.unlike():
         run = "AB"[1 - there]
-        return replace(found, why=f"Run {run} was made with {unlike}; compare them on the machine that made it.")
+        why = f"Run {run} was made with {unlike}, which may give other bits, so it is not computed again here."
+        return replace(found, why=why)
     past, after = own.past(), seen.alike or 0
     stretch = past.to(seen.first, after)
     _tell(monitors, {"kind": "computing", "updates": [stretch.updates], "start": [stretch.start], "stop": seen.first})
     side = Side(past.recipe, stretch, past.import_paths, sides[there].told.sums)
     again = _again(past, [side], after, None, monitors)
-    done = Again((again.last - stretch.start,), (stretch.start,), again.compared, again.tensors)
-    gone = again.away
+    done, gone = _done(again, [stretch.start]), again.away
+    if gone is None and not done.compared:
+        wanted = f"{after + 1}:{seen.first or 1}"
+        why = f"The file has no checksums of where the tapes part; export it with --updates {wanted}."
+        return replace(found, again=done, why=why)
     if gone is None:
         return replace(found, again=done, why="Computed again here, it comes to all that the file has checksums of.")
+    if gone.sentence:  # of its own tape
+        away = replace(gone, since=after, tensors=(), figures=())
+        return _departed(own, "AB"[1 - there], replace(found, again=done), away, stretch.start, "")
     place = Where(gone.version, tensor=gone.tensors[0] if gone.tensors else "")
     made = f" Run {'AB'[there]} was computed where it was made."
-    why = f"Up to version {gone.since:,} all tensors are the same; then {listed(gone.tensors)} differ.{made}"
+    since = f"In version {gone.version:,}"
+    if gone.since < gone.version:
+        since = f"Up to version {gone.since:,} all tensors are the same; then"
+    why = f"{since} {listed(gone.tensors)} differ.{made}"
     verdict: Verdict = "the recipes differ" if found.verdict == "the recipes differ" else "reproducibly different"
     return replace(found, verdict=verdict, again=done, place=place, why=why)
 
 
 def _again(past: Past, sides: list[Side], after: int, into: Path | None, monitors: Sequence[Monitor]) -> FoundAgain:
     """`instep.apart.again.compute_again`, in a process of its own."""
-    looks = all(side.recipe.rule.synchronous for side in sides)
+    looks = all(side.recipe.rule.synchronous and side.on_cpu for side in sides)
     with tempfile.TemporaryDirectory(prefix="instep-diff-", ignore_cleanup_errors=True) as place:
         found: FoundAgain = computed(
             "instep.apart.again:compute_again", past.recipe, (sides, after, looks, Path(place), into),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from instep.apart.sides import FoundAgain, Side
-from instep.apart.told import Told, told
+from instep.apart.told import FIGURES, Told, told
 from instep.api import monitors_of
 from instep.errors import RecordError, cut
 from instep.monitors import Monitor
@@ -19,10 +19,25 @@ from instep.offline.past import Past
 from instep.recipe import Recipe
 from instep.record.computed_by import libraries, made_otherwise, processor
 from instep.record.files import json_text, write_atomically
+from instep.record.shapes import ANY_TABLE, COUNT, TEXT, All, Each, Shape, Table, misfit
 from instep.team.client import computed
 from instep.team.signals import interrupting
 
 _KIND, _SCHEMA = "a run for instep diff", 1
+
+_START: dict[str, Shape] = {
+    "recipe": ANY_TABLE, "team": ANY_TABLE, "libraries": All(TEXT), "processor": TEXT, "version": COUNT, "cut": COUNT,
+    **dict.fromkeys(("engine", "fingerprint", "data_digest"), TEXT),
+}  # fmt: skip
+_TOLD = Table(
+    {
+        "path": TEXT, "ended": TEXT, "torn": TEXT, "last": COUNT, "sums": All(All(TEXT)), "digests": All(TEXT),
+        "starts": Each(Table(_START, needed=tuple(set(_START) - {"processor"}))), "workers": ANY_TABLE,
+        "updates": All(Table(needed=tuple(FIGURES))), "contributions": All(Each(Each(TEXT))),
+    },
+    needed=("path", "starts", "last"),
+)  # fmt: skip
+"""What is read of such a file, as `Told` has it."""
 
 
 @interrupting()
@@ -78,6 +93,8 @@ def read(file: str | os.PathLike[str]) -> Told:
         document = json.loads(Path(file).read_bytes())
         if document["kind"] != _KIND or document["schema"] != _SCHEMA:
             raise KeyError
+        if misfit(document["told"], _TOLD) is not None or not document["told"]["starts"]:
+            raise ValueError
         return _told(document["told"])
     except OSError as error:
         raise RecordError(f"{cut(file)} cannot be read: {error.strerror}; check the path.") from None

@@ -31,13 +31,15 @@ class RunOf:
 class Again:
     """What was computed again: `updates` of each run, each from its version of `start`.
 
-    compared: versions that were, with so many different tensors each.
+    compared: versions whose tensors were compared, with so many different ones each. figures: updates whose figures
+    were, with those that the tape tells.
     """
 
     updates: tuple[int, ...]
     start: tuple[int, ...]
     compared: int
     tensors: int
+    figures: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ class Diffed:
 
 def _same(found: Diffed) -> str:
     whose = "The runs are the same" if found.b is not None else "The run is what its recipe comes to here"
+    if found.b is not None and found.a.versions != found.b.versions:
+        whose += f" up to version {min(found.a.versions, found.b.versions):,}, the last that both have"
     return f"{whose}: {counted(found)}."
 
 
@@ -118,7 +122,10 @@ def counted(found: Diffed) -> str:
     """How much was compared."""
     parts = []
     if found.again is not None:
-        parts.append(f"{_count(found.again.tensors, 'tensor')} in {_count(found.again.compared, 'version')}")
+        if found.again.compared:
+            parts.append(f"{_count(found.again.tensors, 'tensor')} in {_count(found.again.compared, 'version')}")
+        if found.again.figures:
+            parts.append(_count(found.again.figures, "update"))
     elif found.seen is not None:
         if found.seen.sums:
             parts.append(f"{_count(found.seen.names, 'tensor')} in {_count(len(found.seen.sums), 'version')}")
@@ -132,7 +139,9 @@ def _where(found: Diffed) -> str:
     if found.place is not None and str(found.place):
         return f"they part in {str(found.place).replace('step', 'update', 1)}"
     seen = found.seen
-    if seen is None or seen.first is None:
+    if seen is None:
+        return "nothing was computed again"
+    if seen.first is None:
         return "no update of the runs is seen to differ"
     what = [listed(seen.tensors)] if seen.tensors else []
     what += [f"the {what}" for what in seen.what]
@@ -171,6 +180,9 @@ def _departed(found: Diffed) -> str:
 
 
 def _undecided(found: Diffed) -> str:
+    if found.departed is not None:
+        whose = f"run {found.departed.run}, " if found.b is not None else ""
+        return f"Undecided: {whose}{found.why[0].lower()}{found.why[1:]}"
     return f"Undecided: {_where(found)}.{_more(found)}"
 
 

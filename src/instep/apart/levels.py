@@ -43,7 +43,7 @@ class Seen:
 
 def fields_apart(a: Told, b: Told) -> list[Field]:
     """The recipes' fields that differ, those that decide the result first."""
-    tables = [dict(each.start["recipe"]) for each in (a, b)]
+    tables = [each.recipe for each in (a, b)]
     decisive = [set(flat(result_part(table))) for table in tables]
     one, other = (flat(table) for table in tables)
     found = []
@@ -77,12 +77,16 @@ def seen_apart(a: Told, b: Told) -> Seen:
     updates = digests = 0
     sums: list[int] = []
     names: set[str] = set()
+    decides = a.arrival_decides or b.arrival_decides
     for version in range(min(a.last, b.last) + 1):
         what, tensors = list[str](), list[str]()
         if version in a.updates and version in b.updates:
             updates += 1
             what += [shown for name, shown in FIGURES.items() if a.updates[version][name] != b.updates[version][name]]
-        if version in a.arrivals and version in b.arrivals:
+        if version in a.arrivals and version in b.arrivals and not decides:
+            parted = a.contributions[version][-1] != b.contributions[version][-1]
+            what += ["checksum of the weights"] if parted else []
+        elif version in a.arrivals and version in b.arrivals:
             what += ["order of arrival"] if a.arrivals[version] != b.arrivals[version] else []
             if not what and a.contributions[version] != b.contributions[version]:
                 what.append("contributions")

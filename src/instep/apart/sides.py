@@ -30,6 +30,12 @@ class Side:
     pushed: Mapping[int, Mapping[int, Sequence[str]]] = field(default_factory=dict)
     shared: bool = False
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether no part of it was computed on a GPU."""
+        starts = (event for event in self.stretch.events if event["kind"] == "run_started")
+        return all(start["team"].get("device", "cpu") == "cpu" for start in starts)
+
     def start_of(self, version: int) -> Mapping[str, Any]:
         """The start of the session that made this version."""
         starts = [event for event in self.stretch.events if event["kind"] == "run_started"]
@@ -74,13 +80,16 @@ class How:
 
 @dataclass
 class FoundAgain:
-    """What computing came to. last: the version up to which both were computed. apart: where the sides part, and in
-    which tensors; away: where one parts from its own tape. sums: by side and version.
+    """What computing came to. last: the version up to which both were computed. compared: versions whose tensors were,
+    with so many at most; figures: updates whose figures were, with the tape. apart: where the sides part, and in which
+    tensors; away: where one parts from its own tape. unsaved: why the file could not be written, a sentence. sums: by
+    side and version.
     """
 
     last: int = 0
     compared: int = 0
     tensors: int = 0
+    figures: int = 0
     apart: int | None = None
     names: tuple[str, ...] = ()
     away: Away | None = None
@@ -88,4 +97,5 @@ class FoundAgain:
     how: How | None = None
     kind: str = ""
     saved: bool = False
+    unsaved: str = ""
     sums: list[dict[int, dict[str, str]]] = field(default_factory=list)

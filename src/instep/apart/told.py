@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from instep.errors import RecordError
+from instep.recipe import Recipe
 from instep.record import tape
 from instep.record.folder import RunFolder
+from instep.tables import as_saved
 
 FIGURES = {"objective": "objective", "terms": "terms", "items": "items", "lr": "learning rate", "grad_norm": "gradient"}
 """What is told of every update and depends on no clock, with its name for sentences."""
@@ -60,6 +62,18 @@ class Told:
         return all(start["engine"] == "lockstep" for start in self.starts)
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe's table, with the fields that were added since."""
+        return as_saved(Recipe, self.start["recipe"])
+
+    @property
+    def arrival_decides(self) -> bool:
+        """Whether an update hangs on who sent what, and when: not in lockstep, nor on a server that adds as it does."""
+        rule = self.recipe["rule"]
+        in_step = (rule.get("order"), rule.get("max_lead"), rule.get("outer")) == ("round", 0, "none")
+        return not in_step or any(start["cut"] > self.recipe["microbatches"] for start in self.starts)
+
+    @property
     def shared(self) -> bool:
         """Whether the workers, of one machine, each updated a share of the parameters."""
         team = self.start["team"]
@@ -105,7 +119,7 @@ def take(found: Told, events: Iterable[Mapping[str, Any]]) -> None:
         match event["kind"]:
             case "run_started":
                 _back_to(found, event["version"])
-                found.pushed = {at: sums for at, sums in found.pushed.items() if at <= event["version"]}
+                found.pushed = {made: by for made, by in found.pushed.items() if made <= event["version"]}
                 found.starts = [start for start in found.starts if start["version"] < event["version"]] + [event]
                 found.workers[event["team"].get("workers", 1)] = None
                 if event.get("digest"):
@@ -133,7 +147,8 @@ def take(found: Told, events: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _merged(found: Told, event: Mapping[str, Any], sent: Mapping[int, list[str]]) -> None:
-    found.updates[event["version"]] = {name: event.get(name) for name in FIGURES}
+    if "objective" in event:  # not in a simulation without gradients
+        found.updates[event["version"]] = {name: event.get(name) for name in FIGURES}
     found.train_s = event.get("train_s", found.train_s)
     if found.starts and found.starts[-1]["engine"] == "lockstep":
         parts = [each for each in event["contributions"] if "microbatches" in each]

@@ -32,8 +32,9 @@ def with_worker(side: Side, away: Away, before: Path) -> Away:
         found: tuple[dict[int, list[str]], dict[str, int]] = alone(_Contributions(side, away.version, before, ranges))
     own, shares = found
     wrong = [worker for worker in sorted(told) if worker in own and list(told[worker]) != own[worker]]
+    known = away.since == away.version - 1  # else the weights before may be others too, and so all contributions
     if wrong:
-        return replace(away, worker=wrong[0])
+        return replace(away, worker=wrong[0]) if known or len(wrong) < len(told) else away
     whose = {shares[name] for tensor in away.tensors for name in shares if f"{tensor}.".startswith(f"{name}.")}
     if side.shared and len(whose) == 1 and own.keys() == told.keys():
         return replace(away, worker=whose.pop(), owner=True)

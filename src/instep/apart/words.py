@@ -50,10 +50,10 @@ def how_away(away: Away, start: int, unlike: str) -> str:
     """How a run parts from its own recipe, computed again here from version `start`."""
     what = [listed(away.tensors)] if away.tensors else []
     what += [f"the {figure}" for figure in away.figures[:3]]
-    seen = f"{', '.join(what)} of version {away.version:,} on the tape" if what else away.sentence.rstrip(".")
+    seen = f"version {away.version:,} is another in {', '.join(what)}" if what else away.sentence.rstrip(".")
     again = f"computed again from version {start:,}" if start else "computed again from its start"
     if unlike:
-        return f"Made with {unlike} and {again} here, {seen} differs: so far the libraries or the processor decide."
+        return f"Made with {unlike} and {again} here, {seen}; that alone may be the cause."
     worker = " Which worker it was, the tape does not tell."
     if away.worker is not None:
         whose = (
@@ -63,6 +63,6 @@ def how_away(away: Away, start: int, unlike: str) -> str:
         )
         worker = f" Of worker {away.worker}, {whose}."
     return (
-        f"Differing is {seen}, {again} with the same libraries on the same kind of processor: a fault of memory, "
-        f"processor or disk that does not repeat, or a changed file.{worker}"
+        f"{again[0].upper()}{again[1:]} with the same libraries on the same kind of processor, {seen}: a fault of "
+        f"memory, processor or disk that does not repeat, or a changed file.{worker}"
     )

@@ -67,6 +67,8 @@ def declare(app: App, settings: Settings) -> None:
             return
         if updates:
             raise UsageError("--updates goes with --export.")
+        if tapes and b is None:
+            raise UsageError("--tapes compares two runs; one alone is compared with what it comes to, computed again.")
         show_diff(a, b, tapes, save, json)
 
 
@@ -104,7 +106,10 @@ def show_diff(a: Path, b: Path | None, tapes: bool, save: Path | None, as_json: 
             print(wrapped(f"To go on: {found.goes_on}"))
     sys.stdout.flush()
     if not found.same:
-        raise _Differs(f"{'the runs differ' if found.b is not None else 'the run differs'}; see above.")
+        seen, one = found.seen, found.b is None
+        if found.verdict == "undecided" and (seen is None or seen.first is None):
+            raise _Differs(f"whether the {'run differs' if one else 'runs differ'} is not decided; see above.")
+        raise _Differs(f"{'the run differs' if one else 'the runs differ'}; see above.")
 
 
 class _Differs(InstepError):
@@ -156,9 +161,10 @@ def lines(found: Diffed) -> str:
     if found.b is None or found.seen is None:
         return "\n".join(rows)
     rows += [_row("B", _run(found.b)), ""]
-    rows += [_row("recipe", text) for text in _fields("recipe.", found.fields)] or [_row("recipe", "the same")]
-    rows.append(_row("data", "the same" if found.data else "other training data"))
-    rows += [_row("made with", text) for text in _fields("", found.made)] or [_row("made with", "the same")]
+    rows += [_row("recipe", text) for text in _fields("recipe.", found.fields)] or [_row("recipe", "the same fields")]
+    rows.append(_row("data", "the same digest" if found.data else "other training data"))
+    made = [_row("made with", text) for text in _fields("", found.made)]
+    rows += made or [_row("made with", "the same, as far as both tell")]
     seen = found.seen
     if seen.sums:
         versions = f"{seen.names:,}, in {len(seen.sums):,} version{'' if len(seen.sums) == 1 else 's'}"

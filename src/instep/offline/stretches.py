@@ -169,8 +169,14 @@ def _beginnings(events: Sequence[Event], starts: Sequence[int]) -> dict[int, int
 
 
 def _served(events: Iterable[Event], stop: int) -> Iterator[Event]:
-    """Up to the last update that made version `stop`."""
-    several = list(events)
+    """Up to the last update that made version `stop`, without what a later session went back behind."""
+    several: list[Event] = []
+    for event in events:
+        if event["kind"] == "run_started":
+            begins = ("checkpointed", event["version"])
+            saved = [place for place, e in enumerate(several) if (e["kind"], e.get("version")) == begins]
+            del several[saved[-1] + 1 if saved else len(several) :]
+        several.append(event)
     merges = [place for place, e in enumerate(several) if e["kind"] == "merged" and e["version"] == stop]
     for event in several[: merges[-1] + 1 if merges else 1]:
         if event["kind"] not in ("computed", "evaluated"):
