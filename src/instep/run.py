@@ -121,18 +121,20 @@ class Run:
         It is computed again, by a process of its own, from the nearest kept checkpoint before (under rules that no
         lockstep keeps, before which the run was resumed), or from the run's start; what the tape tells of the updates
         on the way is compared, which are objectives, gradients' items and the checksums of tensors. Where the run was
-        made with other libraries or on another kind of processor it warns that bits may differ.
+        made with other libraries or on another kind of processor, or by what need not repeat, it warns that bits may
+        differ.
 
         version: updates that the weights have had, from 0. Raises RecordError where the run has no such version, or
         what is computed is not what the tape tells of, CheckpointError, and InstepError as the run would.
         """
         from instep.offline.past import Past
-        from instep.record.computed_by import made_otherwise
+        from instep.record.computed_by import made_otherwise, unrepeatable
         from instep.team.client import computed
 
         past = Past.of(self.path, self.recipe, f"Run.at({version!r})")
         stretch = past.to(version)
-        unlike = next(filter(None, (made_otherwise(e) for e in stretch.events if e["kind"] == "run_started")), "")
+        starts = [event for event in stretch.events if event["kind"] == "run_started"]
+        unlike = next(filter(None, (made_otherwise(start) or unrepeatable(start) for start in starts)), "")
         if unlike:
             warnings.warn(
                 f"{self.path} was made with {unlike}: the bits of version {version:,} may differ; its checksums are "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -103,6 +104,17 @@ def test_a_servers_run_that_was_resumed_is_taken_up_there(tmp_path: Path) -> Non
     assert past.to(begun - 1).start == 0
     for version in (before, after, last):
         assert digest_at(run, version) == digests[version], version
+
+
+def test_a_run_on_a_server_that_went_on_in_lockstep_is_computed_from_before_that(tmp_path: Path) -> None:
+    recipe, path = regression(steps=6), tmp_path / "run"
+    first = train_here(recipe, Team(engine="server", checkpoint_every=1, keep=99), path, client=stopping_at(3))
+    second = train_here(recipe, Team(checkpoint_every=1, keep=99), path, resume=True)
+    last = first.events[-1]["version"]
+    for saved_at in (path / "checkpoints").iterdir():
+        if int(saved_at.name[-8:]) <= last + 1:
+            shutil.rmtree(saved_at)
+    assert digest_at(Run(path, second.result, recipe), last + 1) == second.digests[last + 1]
 
 
 def test_what_a_later_session_went_back_behind_is_not_computed(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What of a run must be computed again to know one of its versions: from which checkpoint, by which events. No torch.
 
-In lockstep any checkpoint will do. A server's run is taken up where a session of it began, or at its start: what its
-workers had in hand at other checkpoints came from weights that no checkpoint holds.
+In lockstep any checkpoint will do, where all since was in lockstep. A server's run is taken up where a session of it
+began, or at its start: what its workers had in hand at other checkpoints came from weights that no checkpoint holds.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ def stretch_to(folder: RunFolder, events: Sequence[Event], stop: int, most: int 
     if _started(events, stop)["engine"] == "lockstep":
         found = _kept(folder, told, lambda version: version <= most)
         start = _version_of(found)
-        return Stretch(start, stop, found, tuple(_in_lockstep(events, start, stop)))
+        several = tuple(_in_lockstep(events, start, stop))
+        if all(event["engine"] == "lockstep" for event in several if event["kind"] == "run_started"):
+            return Stretch(start, stop, found, several)
     last = max(place for place in starts if events[place]["version"] < stop or not events[place]["version"])
     begins = _beginnings(events, [place for place in starts if place <= last])
     found = _kept(folder, told, lambda version: version <= most and version in begins)

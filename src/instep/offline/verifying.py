@@ -120,8 +120,9 @@ class _Verifying:
         """What it comes to."""
         span, stop = part.span, part.end.version
         try:
-            why = self._begin(span) or self._go_on(part)
-            if why and "processor" not in self._events[span.started]:
+            why = changed = self._begin(span)
+            why = why or self._go_on(part)
+            if why and not changed and "processor" not in self._events[span.started]:
                 why += " Its tape does not tell on which kind of processor it was made, and others give other bits."
         except CheckpointError as error:
             why = error.message
