@@ -16,6 +16,7 @@ import torch
 from instep.errors import RecordError
 from instep.offline.past import Past
 from instep.offline.stretches import stretch_to
+from instep.offline.tape_replay import replay
 from instep.recipe import Recipe, Team
 from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
@@ -115,6 +116,22 @@ def test_a_run_on_a_server_that_went_on_in_lockstep_is_computed_from_before_that
         if int(saved_at.name[-8:]) <= last + 1:
             shutil.rmtree(saved_at)
     assert digest_at(Run(path, second.result, recipe), last + 1) == second.digests[last + 1]
+
+
+def test_what_an_audit_has_refuted_is_not_replayed(tmp_path: Path) -> None:
+    """As on the tape of a run that went back from version 4 to 2: what it told of 3 and 4 in between was wrong."""
+    recipe = regression()
+    events = train_here(recipe, Team(checkpoint_every=2, keep=99), tmp_path / "run").events
+    place = next(n for n, event in enumerate(events) if (event["kind"], event.get("version")) == ("checkpointed", 2))
+    until = next(n for n, event in enumerate(events) if (event["kind"], event.get("version")) == ("checkpointed", 4))
+    changed = {"merged": "objective", "checkpointed": "digest"}
+    wrong = [{**e, changed.get(e["kind"], "t_s"): 0.5} for e in events[place + 1 : until + 1]]
+    told = {"worker": 1, "version": 4, "microbatch": 0, "by_whom": "", "since": 2, "removed": [4]}
+    refuted = {**events[place], "kind": "refuted", **told}
+    again = {**events[0], "version": 2, "step": 2, "digest": events[place]["digest"]}
+    whole = [*events[: place + 1], *wrong, refuted, again, *events[place + 1 :]]
+    assert replay(recipe, whole).same
+    assert not replay(recipe, [event for event in whole if event is not refuted]).same
 
 
 def test_what_a_later_session_went_back_behind_is_not_computed(tmp_path: Path) -> None:

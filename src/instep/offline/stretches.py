@@ -109,6 +109,20 @@ def that_count(events: Iterable[Event], known: Collection[str]) -> Iterator[Even
         )
 
 
+def not_refuted(events: Iterable[Event]) -> list[Event]:
+    """The events without what an audit has found to be uncertain: the run knows, and has computed it again."""
+    kept: list[Event] = []
+    begun = 0
+    for event in events:
+        if event["kind"] == "run_started":
+            begun = len(kept)
+        if event["kind"] == "refuted":
+            since, told = event["since"], ("merged", "checksummed", "checkpointed")
+            kept[begun:] = [e for e in kept[begun:] if e["kind"] not in told or e["version"] <= since]
+        kept.append(event)
+    return kept
+
+
 def _check(folder: RunFolder, events: Sequence[Event], stop: Any) -> None:
     if not events:
         raise RecordError(f"the tape of {folder.path} holds no start of a run; there is nothing to compute again.")
