@@ -366,6 +366,12 @@ def test_the_fields_of_the_document_are_as_documented() -> None:
 
 
 @pytest.mark.pure
+def test_a_receipt_says_how_much_of_the_run_is_comparable_where_not_all_is() -> None:
+    assert "comparable" not in str(receipt())
+    assert "comparable   4 of 10 steps here; the others" in str(receipt(comparable=4))
+
+
+@pytest.mark.pure
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [

@@ -22,7 +22,7 @@ from instep.monitors import Monitor
 from instep.offline.past import Past
 from instep.offline.stretches import Stretch
 from instep.recipe import Recipe
-from instep.record.computed_by import made_otherwise, unrepeatable
+from instep.record.computed_by import made_otherwise, unrepeatable, untold
 from instep.team.client import computed
 from instep.team.signals import interrupting
 
@@ -92,9 +92,8 @@ class _Side:
 
     @property
     def untold(self) -> str:
-        """What made it, where nobody knows whether it is here: runs of before do not tell the processor."""
-        told = all("processor" in start for start in self.told.starts)
-        return "" if told else "a kind of processor that its tape does not tell"
+        """What made it, where nobody knows whether it is here, as a clause."""
+        return next(filter(None, map(untold, self.told.starts)), "")
 
     @property
     def computable(self) -> bool:

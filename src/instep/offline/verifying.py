@@ -20,7 +20,7 @@ from instep.offline.stretches import ToldEvent
 from instep.offline.tape_replay import Playback
 from instep.recipe import Recipe
 from instep.record import checkpoint
-from instep.record.computed_by import libraries, made_otherwise, processor, unrepeatable
+from instep.record.computed_by import libraries, made_otherwise, processor, unrepeatable, untold
 from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
 from instep.record.receipt import SpanVerified, Verified
@@ -122,8 +122,8 @@ class _Verifying:
         try:
             why = changed = self._begin(span)
             why = why or self._go_on(part)
-            if why and not changed and "processor" not in self._events[span.started]:
-                why += " Its tape does not tell on which kind of processor it was made, and others give other bits."
+            if why and not changed and (unknown := untold(self._events[span.started])):
+                why += f" It was made with {unknown}, and others give other bits."
         except CheckpointError as error:
             why = error.message
         except FirstWrite as wrote:

@@ -51,6 +51,13 @@ def unrepeatable(started: Mapping[str, Any]) -> str:
     return ""
 
 
+def untold(started: Mapping[str, Any]) -> str:
+    """A clause on what made this session, of which nobody knows whether it is here; "" where all is told."""
+    if started["team"].get("device", "cpu") != "cpu":
+        return "a kind of GPU that its tape does not tell"
+    return "" if started.get("processor") else "a kind of processor that its tape does not tell"
+
+
 def made_otherwise(started: Mapping[str, Any]) -> str:
     """A clause on what made the session that this ``run_started`` begins and is not here; "" where all is the same."""
     there, here = started["libraries"], libraries()

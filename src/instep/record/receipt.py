@@ -80,12 +80,15 @@ class Verified:
         spans = [
             f"versions {each.start:,} to {each.stop:,}: {each.why or f'the same, {each.proof}'}" for each in self.spans
         ]
+        others = "the others were made by what is not here, or need not repeat"
+        partly = [f"comparable   {self.comparable:,} of {self.steps:,} steps here; {others}"]
         return "\n".join([
             f"run          {self.run or 'without an id'}",
             f"recipe       {self.recipe}, {self.fingerprint}",
             f"seed         {self.seed}",
             *(f"span         {each}" for each in spans),
             *(f"checkpoint   {each}" for each in self.problems),
+            *(partly if self.comparable < self.steps else []),
             f"computed     {self.computed:,} of {self.steps:,} steps again, {self.share:.3%}, with {self.processor}",
             f"digest       {self.digest or 'none, for the run has not ended'}",
             f"verdict      {self.verdict}",
