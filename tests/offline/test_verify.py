@@ -231,6 +231,15 @@ def test_another_state_of_the_optimizer_is_found(run: tuple[Recipe, Path]) -> No
 
 
 @pytest.mark.processes
+def test_a_checkpoint_without_the_optimizers_state_is_found(run: tuple[Recipe, Path]) -> None:
+    recipe, path = run
+    forged(path, 6, lambda model, training: training.pop("optimizer"))
+    found = verified(recipe, path)
+    assert [(span.start, span.stop) for span in found.wrong] == [(4, 6)]
+    assert "lacks the state of the optimizer" in found.wrong[0].why
+
+
+@pytest.mark.processes
 def test_a_damaged_checkpoint_is_found(run: tuple[Recipe, Path]) -> None:
     recipe, path = run
     file = checkpoint.path_of(path / "checkpoints", 4) / "training.pt"

@@ -192,6 +192,8 @@ class _Verifying:
         saved = checkpoint.load(path)
         held = {"model": saved.model_state, **saved.training_state}
         computed = {**playback.training_state(), "model": playback.replica.saved_state()}
+        if "optimizer" not in held:  # nothing could go on from it
+            return f"the checkpoint {path} lacks the state of the optimizer."
         for part in ("model", *_COMPARED):
             if part in held and part in computed:
                 where = difference(on_cpu(held[part]), on_cpu(computed[part]))
