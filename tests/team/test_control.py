@@ -129,8 +129,12 @@ def _told_to_another_user(folder: RunFolder) -> None:
 
 @pytest.mark.parametrize(
     "sent",
-    [b"what?\n", b'{"ask": "nothing"}\n', b'{"ask": "team", "more": 1}\n', b"\x80\x04\x95.\n", b"[" * 4000 + b"\n"],
-)
+    [
+        b"what?\n", b'{"ask": "nothing"}\n', b'{"ask": "team", "more": 1}\n', b"\x80\x04\x95.\n", b"[" * 4000 + b"\n",
+        b'{"ask": "\xff"}\n', b'{"more": ' + b"[" * 50000 + b"\n",
+    ],
+    ids=lambda sent: repr(sent[:20]),
+)  # fmt: skip
 def test_what_is_no_question_is_answered_with_an_error_and_harms_nobody(sent: bytes, folder: RunFolder) -> None:
     with served(folder):
         with calling(folder) as stranger:

@@ -103,7 +103,9 @@ class Caller:
         return bool(self._waits)
 
     def receive(self) -> Question | None:
-        """The question, once it is there. Raises OSError, EOFError, and msgspec's errors where it is none."""
+        """The question, once it is there. Raises OSError, EOFError, and where it is none what msgspec raises: its own
+        errors, UnicodeDecodeError and RecursionError.
+        """
         self.paused_until = time.monotonic() + PAUSE_S
         if not self.wants_write:
             with contextlib.suppress(BlockingIOError):
@@ -154,9 +156,7 @@ class Control:
         self._paused_until = 0.0
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # of an agent that was killed: who is here holds the run's lock
+            with contextlib.suppress(FileNotFoundError):  # of a killed agent: who is here holds the run's lock
                 os.unlink(SOCKET, dir_fd=self._folder)
             self._listener.bind(_path(self._folder))
             os.chmod(SOCKET, 0o600, dir_fd=self._folder)
@@ -193,7 +193,7 @@ class Control:
                 over = now - caller.heard_s > PATIENCE_S
             except (OSError, EOFError):
                 over = True
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 caller.send({"error": f"that is no question that this version of Instep answers: {error}."})
                 over = True
             if over:
@@ -204,7 +204,10 @@ class Control:
         for _ in range(CALLERS):
             try:
                 end, _ = self._listener.accept()
-            except OSError:  # nobody more; or no descriptor is left, and whoever it is will try again
+            except BlockingIOError:  # nobody more
+                return
+            except OSError:  # no descriptor is left, say: whoever it is waits
+                self._paused_until = time.monotonic() + PAUSE_S
                 return
             caller = Caller(end)
             stranger = _user(end) != os.geteuid()
