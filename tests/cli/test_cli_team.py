@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from instep.cli import main, team
+from instep.errors import WorkerError
 from instep.record.folder import About, RunFolder
 from instep.record.tape import Tape
 
@@ -56,6 +57,27 @@ def test_hosts_are_shown_where_there_are_several_and_a_server_by_its_name() -> N
         "server     0     1000     1:01      1,234  done",
         "host 1 is node1",
     ]
+
+
+def test_a_terminal_that_asks_while_the_run_ends_asks_again_and_shows_how_it_has_ended(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Any] = [table(member(0)), WorkerError("it has hung up"), table(state="ended", step=300)]
+
+    def standing_of(_: Path) -> dict[str, Any]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return dict(answer)
+
+    monkeypatch.setattr(team, "standing_of", standing_of)
+    monkeypatch.setattr(team, "LOOK_S", 0.0)
+    team._watch(Path("runs/gpt"))
+    assert capsys.readouterr().out.endswith("runs/gpt: ended, step 300 of 300, version 41, 1:02\n")
+    answers += [table(), WorkerError("it has hung up")]
+    monkeypatch.setattr(team, "SILENT_S", 0.0)
+    with pytest.raises(WorkerError):
+        team._watch(Path("runs/gpt"))
 
 
 def made(path: Path, *events: dict[str, Any]) -> Path:

@@ -13,7 +13,7 @@ from cyclopts import App
 
 from instep.cli.flags import Settings, UsageError, refuse, whole_number
 from instep.cli.helping import COMMANDS
-from instep.errors import RecordError
+from instep.errors import RecordError, WorkerError
 from instep.monitors.progress import clock, duration, rate
 from instep.recipe import MOST_WORKERS
 from instep.record.files import json_text
@@ -21,6 +21,9 @@ from instep.team.asking import resized, stacks_of, standing_of
 
 LOOK_S = 0.5
 """Seconds between two looks of a terminal."""
+
+SILENT_S = 60.0
+"""Seconds without an answer that a terminal waits for the next one."""
 
 LEFT = 5
 """Of those who have left, how many are shown, the last ones."""
@@ -108,12 +111,18 @@ def _watch(run: Path) -> None:
     from rich.text import Text
 
     console = Console(highlight=False, markup=False, emoji=False)
+    found, heard_s = standing_of(run), time.monotonic()
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        while (found := standing_of(run))["state"] in ("starting", "training"):
+        while found["state"] in ("starting", "training"):
             shown = list(lines(found))[: max(1, console.height - 1)]
             text = Text("\n".join(shown), no_wrap=True, overflow="crop")
             live.update(text, refresh=True)
             time.sleep(LOOK_S)
+            try:
+                found, heard_s = standing_of(run), time.monotonic()
+            except WorkerError:  # who ends, or starts the team anew, answers nobody
+                if time.monotonic() - heard_s > SILENT_S:
+                    raise
     print("\n".join(lines(found)))
 
 
