@@ -16,7 +16,7 @@ from instep.recipe import Team
 from instep.record.folder import RunFolder
 from instep.team import client
 from instep.team.channel import Channel
-from instep.team.messages import Finished, PlainEvents, Request, StopRun
+from instep.team.messages import Finished, HeldUp, PlainEvents, Request, StopRun
 from support import workloads
 from support.agents import request_of
 
@@ -84,3 +84,19 @@ def test_wherever_ctrl_c_comes_the_run_is_asked_to_end_and_its_result_is_heard(
         finally:
             sys.settrace(None)
         assert result == RESULT
+
+
+def test_a_monitor_that_raises_as_it_is_told_for_whom_the_others_wait_hears_no_more_and_the_run_ends_saved() -> None:
+    class Raising:
+        def __call__(self, event: dict[str, Any]) -> None:
+            pytest.fail("it hears no more")
+
+        def held_up(self, who: str, doing: str, seconds: float) -> None:
+            raise ValueError("a pity")
+
+    told: list[dict[str, Any]] = []
+    watching = client._Watching([Raising(), told.append])
+    watching.held_up(HeldUp("worker 1", "computing step 2", 2.0))
+    watching.see({"kind": "merged"})
+    assert isinstance(watching.failed, ValueError), "for which the supervisor is asked to end the run"
+    assert told == [{"kind": "merged"}]

@@ -11,7 +11,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Protocol, assert_never
 
 from instep.descendants import Stopped
@@ -255,16 +255,16 @@ class _Watching:
 
     def held_up(self, word: HeldUp) -> None:
         """Hands it to those who show it."""
-        monitors: list[Any] = self._monitors
-        for monitor in monitors:
-            if isinstance(monitor, ShowsWaits):
-                monitor.held_up(word.who, word.doing, word.seconds)
+        self._hand(lambda one: one.held_up(word.who, word.doing, word.seconds) if isinstance(one, ShowsWaits) else None)
 
     def see(self, event: dict[str, Any]) -> None:
         """Hands it to each."""
+        self._hand(lambda monitor: monitor(event))
+
+    def _hand(self, call: Callable[[Any], None]) -> None:
         for place, monitor in enumerate(self._monitors):
             try:
-                monitor(event)
+                call(monitor)
             except Exception as error:
                 self._monitors[place] = lambda event: None
                 self.failed = self.failed or error
