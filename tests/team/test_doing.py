@@ -34,6 +34,12 @@ def test_a_long_word_is_cut_between_characters() -> None:
     assert board.read(0)[0] == "o" + "ö" * ((TEXT_BYTES - 1) // 2)
 
 
+def test_a_word_with_a_path_that_is_no_text_harms_nobody() -> None:
+    board = DoingBoard(1)
+    board.write(0, os.fsdecode(b"loading runs/\xff"))
+    assert board.read(0)[0] == "loading runs/?"
+
+
 @pytest.mark.processes
 def test_what_another_process_writes_meanwhile_is_read_whole() -> None:
     board, texts = DoingBoard(1), ["a" * 100, "b" * 37, "c" * 120]

@@ -27,7 +27,7 @@ class DoingBoard:
         start = process * _SLOT
         count = _COUNT.unpack_from(self._memory, start)[0] + 1
         place = start + 2 * _COUNT.size + count % 2 * _WORDS.size
-        _WORDS.pack_into(self._memory, place, time.monotonic_ns(), text.encode()[:TEXT_BYTES])
+        _WORDS.pack_into(self._memory, place, time.monotonic_ns(), text.encode(errors="replace")[:TEXT_BYTES])
         _COUNT.pack_into(self._memory, start, count)
 
     def read(self, process: int) -> tuple[str, int]:
