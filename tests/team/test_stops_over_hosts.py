@@ -12,7 +12,7 @@ import pytest
 
 from instep.objectives.language import NextToken
 from instep.recipe import Recipe, Team
-from instep.team import agent, hosts, process
+from instep.team import hosts, parted, process
 from instep.team.signals import Interrupted
 from support import workloads
 from support.agents import Followers, meet_here, train_on
@@ -113,7 +113,7 @@ def test_a_team_that_cannot_save_any_more_ends_all_the_same_and_says_what_is_los
         return False
 
     monkeypatch.setattr(process._Keeper, "saved_without_others", tries)
-    monkeypatch.setattr(agent, "BEREFT_S", 0.5 if hangs else 600.0)
+    monkeypatch.setattr(parted, "BEREFT_S", 0.5 if hangs else 600.0)
     ending = Ending(signal.SIGKILL, "agent", tmp_path, (2, 1))
     with pytest.raises(Interrupted):
         ending.run()

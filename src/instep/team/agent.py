@@ -44,9 +44,6 @@ PATIENCE_S = 1.0
 LOOK_S = 0.2
 """Seconds between two looks at the workers."""
 
-BEREFT_S = 10.0
-"""Seconds that workers who were asked to end, and have lost others meanwhile, have to save and end."""
-
 
 class Agent:
     """One run, over all starts of its team."""
@@ -71,7 +68,7 @@ class Agent:
         self._ended: dict[int, messages.Ended] = {}
         self._resume_from: Path | None = None
         self._found: list[str] = []  # parameters that processes told of at their end
-        self._looked = self._bereft_since = 0.0
+        self._looked = 0.0
         self._result: dict[str, Any] | None = None
 
     def supervise(self) -> dict[str, Any]:
@@ -198,12 +195,16 @@ class Agent:
                 self._facts = facts
             case messages.Ended():
                 self._ended[heard.member.number] = heard.message
+                self._parted.saves = self._parted.saves and heard.member != self.roster.leader
             case messages.FoundWrong():
                 self._journal.refuted(heard.message, heard.member.epoch)
             case messages.PeersLost():
                 self._parted.note(heard.member, heard.message)
                 return
-            case messages.KeepingState() | messages.StateKept():
+            case messages.KeepingState():
+                self._parted.saves = True
+                return
+            case messages.StateKept():
                 return  # which only an agent that follows asks for
         self._hear(orders.Said(heard.member, heard.message))
 
@@ -218,13 +219,8 @@ class Agent:
         if os.getppid() != self._parent:  # whoever it was that held the client's end of the pipe open
             raise ClientGone
         lost: orders.RosterEvent | None
-        if self._hosts is not None:
-            lost = self._parted.look(self.roster.active, self._hosts, self.roster.name)
-            self._bereft_since = self._bereft_since if self.roster.bereft else self._looked
-            if self.roster.bereft and (lost is not None or self._looked - self._bereft_since >= BEREFT_S):
-                lost = orders.StopAsked(at_once=True)  # they could not save, or wait for those who are lost
-            if lost is not None:
-                self._hear(lost)
+        if self._hosts is not None and (lost := self._parted.look(self.roster, self._hosts)) is not None:
+            self._hear(lost)
         for crew in self._crews:
             if (lost := crew.look()) is not None and self._result is None:
                 self._hear(lost)

@@ -1,13 +1,22 @@
-"""Workers that have lost each other while all hosts answer: agent 0 finds out whose link it is. No torch."""
+"""Workers that have lost each other: agent 0 finds out whose link it is where all hosts answer, and has a team that was
+asked to end do so without those who are lost. No torch.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
 
+from instep.team import orders
 from instep.team.hosts import Hosts
 from instep.team.messages import PeersLost
 from instep.team.orders import Lost, Member
+from instep.team.roster import Roster
+
+BEREFT_S = 10.0
+"""Seconds that workers who were asked to end, and have lost others meanwhile, have to agree on what is to be saved, and
+to end once it is. To write it may take as long as any checkpoint may.
+"""
 
 PARTED_S = 1.0
 """Seconds after which it would be known of a worker that died, or of a host."""
@@ -19,6 +28,9 @@ class Parted:
     def __init__(self) -> None:
         self._lost: dict[Member, PeersLost] = {}
         self._since = 0.0
+        self._bereft_since = time.monotonic()
+        self.saves = False
+        """Whether those who were asked to end, and have lost others, are writing what they have."""
 
     def note(self, member: Member, lost: PeersLost) -> None:
         """What a member has told."""
@@ -28,8 +40,20 @@ class Parted:
     def clear(self) -> None:
         """Another epoch begins."""
         self._lost.clear()
+        self.saves = False
 
-    def look(self, active: Collection[Member], hosts: Hosts, name: Callable[[int], str]) -> Lost | None:
+    def look(self, roster: Roster, hosts: Hosts) -> orders.RosterEvent | None:
+        """Who counts as lost, if nobody died; or that a team which is to end without some cannot save, or hangs."""
+        lost, now = self._cut_off(roster.active, hosts, roster.name), time.monotonic()
+        if not roster.bereft or self.saves:
+            self._bereft_since = now
+        if roster.bereft and lost is not None and lost.member.host != roster.leader.host:
+            return orders.HostLost(lost.member.host, lost.why)  # those beside the leader save without it
+        if roster.bereft and (lost is not None or now - self._bereft_since >= BEREFT_S):
+            return orders.StopAsked(at_once=True)
+        return lost
+
+    def _cut_off(self, active: Collection[Member], hosts: Hosts, name: Callable[[int], str]) -> Lost | None:
         """Who counts as lost, if nobody died. Where two hosts that do not reach each other both reach agent 0, the last
         of them is set aside, as `hosts` then tell.
         """
@@ -40,7 +64,7 @@ class Parted:
         other = hosts.at(lost[member].silent)
         if hosts.silent(member.host) or hosts.silent(other):
             return None  # its lease will tell
-        self.clear()
+        del self._lost[member]
         if other is not None and 0 < other != member.host > 0:
             hosts.set_aside(*sorted((member.host, other)), why=lost[member].why)
             return None

@@ -36,7 +36,7 @@ from instep.team.groups import Reach
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
 from instep.team.judging import third_result
 from instep.team.kept_state import keep_state, wait_for_the_end
-from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten, FoundWrong
+from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten, FoundWrong, KeepingState
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
@@ -248,6 +248,7 @@ class _Keeper:
             return True
         kept = engine.kept(version, machine)
         if kept is not None:
+            session.pipe.send(KeepingState())
             self.save_at_stop(kept[0])
         return kept is not None or session.number > 0
 

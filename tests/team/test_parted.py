@@ -1,0 +1,74 @@
+"""Who counts as lost where workers have lost each other, of a team that was asked to end above all."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from instep.team import parted
+from instep.team.messages import PeersLost
+from instep.team.orders import FinishRun, HostLost, StopAsked
+from instep.team.parted import BEREFT_S, PARTED_S, Parted
+from support.world import World
+
+pytestmark = pytest.mark.pure
+
+HOSTS: Any = SimpleNamespace(at=lambda address: None, silent=lambda host: False)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(parted, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def bereft(workers: int, agents: tuple[int, ...]) -> World:
+    """A team that was asked to end, and has lost host 1 then."""
+    world = World(workers, restarts=0, agents=agents)
+    for host in range(1, len(agents)):
+        world.comes(host)
+    world.build()
+    world.stop()
+    world.loses(1)
+    assert world.roster.bereft
+    return world
+
+
+def test_who_is_cut_off_on_other_hosts_does_not_keep_the_leader_from_saving(clock: list[float]) -> None:
+    world, looks = bereft(5, (1, 1, 1, 1)), Parted()
+    leader, *others = world.roster.active
+    for each in others:
+        looks.note(each, PeersLost("the connection has ended"))
+    clock[0] += PARTED_S
+    for host in (2, 3):
+        event = looks.look(world.roster, HOSTS)
+        assert isinstance(event, HostLost)
+        assert event.host == host
+        world.loses(host)
+    assert looks.look(world.roster, HOSTS) is None
+    world.end(leader)
+    assert world.final == FinishRun(leader)
+
+
+def test_a_bereft_team_has_some_time_but_as_much_as_it_takes_to_write(clock: list[float]) -> None:
+    world, looks = bereft(2, (1, 1)), Parted()
+    clock[0] += BEREFT_S / 2
+    assert looks.look(world.roster, HOSTS) is None
+    looks.saves = True
+    clock[0] += 100 * BEREFT_S
+    assert looks.look(world.roster, HOSTS) is None
+    looks.saves = False
+    clock[0] += BEREFT_S / 2
+    assert looks.look(world.roster, HOSTS) is None
+    clock[0] += BEREFT_S / 2
+    assert looks.look(world.roster, HOSTS) == StopAsked(at_once=True)
+
+
+def test_who_is_beside_the_leader_and_could_not_save_ends_the_run_at_once(clock: list[float]) -> None:
+    world, looks = bereft(2, (1, 1)), Parted()
+    looks.note(world.roster.leader, PeersLost("the connection has ended"))
+    clock[0] += PARTED_S
+    assert looks.look(world.roster, HOSTS) == StopAsked(at_once=True)
