@@ -101,6 +101,23 @@ def test_a_caller_of_another_user_is_refused_even_where_the_file_lets_it_in(
             ask(folder, AskTeam())
 
 
+def test_a_caller_that_hangs_up_in_the_midst_of_an_answer_is_let_go(folder: RunFolder) -> None:
+    """And not waited for, with a socket that is ready all the time."""
+    with folder.locked() as held:
+        one = Control(held.descriptor)
+        with calling(folder) as caller:
+            caller.sendall(b'{"ask": "team"}\n')
+            while not (asked := list(one.hear(ready_of(one.sources(), one.senders(), 0.1)))):
+                pass
+            asked[0].answer({"text": "x" * (4 << 20)})
+            assert one.senders(), "it is not taken whole"
+        ready_of([], one.senders(), LONG_S)
+        assert not one.senders()
+        while one.opened != [one._listener]:
+            list(one.hear(ready_of(one.sources(), one.senders(), 0.1)))
+        one.close()
+
+
 @pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_another_user_is_told_so() -> None:

@@ -137,6 +137,9 @@ class Caller:
                 count = self._socket.send(self._waits, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 return
+            except OSError:  # there is nobody to take it: the next look at it finds the end
+                self._waits = b""
+                raise
             self.heard_s = time.monotonic()
             self._waits = self._waits[count:]
 
