@@ -102,8 +102,8 @@ class Console(Closing):
     def _begin(self, event: Mapping[str, Any]) -> None:
         recipe, team = event["recipe"], event["team"]
         self._recipe = recipe
-        if self._started and self._resized is not None:
-            asked, self._resized = self._resized, None
+        asked, self._resized = self._resized, None
+        if self._started and asked is not None:
             numbers = f"{team['workers']} workers instead of {asked['before']}"
             self._screen.say(f"{numbers} after step {event['step']:,}, as {asked['by_whom']} asked", "yellow")
             return
