@@ -130,8 +130,8 @@ class Journal:
         """The run ends without a result: warns of updates that no checkpoint holds."""
         if not self.started:
             return
-        path, _ = self._folder.newest_checkpoint(self._told)
-        done, saved = self.last_update(), checkpoint.read_manifest(path).version if path is not None else 0
+        names = [path.name for path in checkpoint.all_in(self._folder.checkpoints)]  # none is read: this is the end
+        done, saved = self.last_update(), int(names[-1].rpartition("-")[2]) if names else 0
         if done > saved:
             how = f"goes on from there with {self._folder.how_to_resume()}" if saved else "is to be started again"
             lost = f"version {done:,}" if done == saved + 1 else f"versions {saved + 1:,} to {done:,}"
