@@ -352,9 +352,8 @@ class Agent:
         """All workers have built the recipe, which is the run's from here on: gives them memory, lets them start."""
         for crew in self._crews:
             crew.prepare(self._facts)
-        if not self._journal.started:  # a recipe that is refused leaves no trace
+        if not (again := self._journal.started):  # a recipe that is refused leaves no trace
             write_atomically(self._folder.recipe_path, self._run.recipe_file.encode())
-        again = order.epoch > 1
         resumed = self._journal.begun or again
         hosts = self._hosts.described(order.members[: self._run.team.workers]) if self._hosts is not None else None
         self._journal.record(start_of(self._run, self._run_id, self._facts, resumed=resumed, hosts=hosts))
