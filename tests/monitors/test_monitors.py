@@ -465,3 +465,6 @@ def test_a_team_that_was_changed_says_who_asked_and_costs_no_restart() -> None:
     printed = plain([started(), asked, again, left, again])
     assert "\n6 workers instead of 2 after step 0, as ann, process 7 asked\n" in printed
     assert printed.endswith("worker 1 was killed.\nrestarted after step 0; restarts left: 2 of 3\n")
+    printed = plain([asked, started(), left, again])
+    assert "instead of" not in printed, "it was asked for before the run began"
+    assert printed.endswith("worker 1 was killed.\nrestarted after step 0; restarts left: 2 of 3\n")
