@@ -126,8 +126,7 @@ class RemoteCrew:
         assert network is not None, "it has workers here and there"
         self._epoch, self._ended = min(self._members).epoch, set()
         if path is not None and path.name not in self._sent:
-            self._orders.append(parts_of(path))
-            self._sent = {path.name}
+            self._orders.append(self._given_whole(path))
         self._order(
             StartMembers(
                 epoch=self._epoch,
@@ -143,6 +142,12 @@ class RemoteCrew:
                 folder=str(assignment.folder),
             )
         )
+
+    def _given_whole(self, path: Path) -> Iterator[CheckpointPart]:
+        """A checkpoint's parts. Its host has it with the last: an epoch may be ended before that."""
+        self._sent = set()
+        yield from parts_of(path)
+        self._sent = {path.name}
 
     def prepare(self, facts: Mapping[str, Any]) -> None:
         self._facts = facts

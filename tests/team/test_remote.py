@@ -1,0 +1,58 @@
+"""Another host's members, as agent 0 sees them: what is ordered comes there whole, in order, or anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from instep.recipe import Team
+from instep.record.folder import RunFolder
+from instep.team import remote
+from instep.team.orders import Member
+from instep.team.remote import RemoteCrew
+from instep.team.wire_messages import CheckpointPart, EndMembers, StartMembers
+
+pytestmark = pytest.mark.pure
+
+
+class Link:
+    """Takes so many messages."""
+
+    def __init__(self, room: int):
+        self.room, self.sent = room, list[Any]()
+
+    @property
+    def wants_write(self) -> bool:
+        return len(self.sent) >= self.room
+
+    def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+
+def test_a_checkpoint_that_was_on_its_way_when_the_team_was_ended_is_sent_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that has come whole is not."""
+    monkeypatch.setattr(remote, "PART_BYTES", 4)
+    path = tmp_path / "step-00000003"
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(b"0123456789")
+    link, hello = Link(1), SimpleNamespace(host=1, name="b")
+    crew = RemoteCrew(link, hello, RunFolder(tmp_path), lambda: 0.0, 5.0, None, None)  # type: ignore[arg-type]
+    network = SimpleNamespace(workers=(1, 1), store=("here", 1), name="a")
+    assignment: Any = SimpleNamespace(
+        network=network, serving=False, resume_from=path, team=Team(), first=False, run_id=None, written=(), folder=path
+    )
+    for epoch in (1, 2, 3):
+        crew.start([Member(epoch, 1, host=1)], assignment)
+        crew.pump()
+        link.room = 100  # it takes more from here on
+        crew.end()
+    kinds = [type(each) for each in link.sent]
+    assert kinds == [
+        CheckpointPart, EndMembers, *3 * [CheckpointPart], StartMembers, EndMembers, StartMembers, EndMembers,
+    ]  # fmt: skip
+    assert [each.offset for each in link.sent if isinstance(each, CheckpointPart)] == [0, 0, 4, 8]
