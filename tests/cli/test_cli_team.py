@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,17 @@ def test_a_terminal_that_asks_while_the_run_ends_asks_again_and_shows_how_it_has
     monkeypatch.setattr(team, "SILENT_S", 0.0)
     with pytest.raises(WorkerError):
         team._watch(Path("runs/gpt"))
+
+
+def test_what_others_have_written_is_nothing_that_a_terminal_obeys(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = table(member(0, doing="\x1b]0;title\x07"), run=os.fsdecode(b"runs/\xff"))
+    monkeypatch.setattr(team, "standing_of", lambda run: odd)
+    assert main(["team", "runs/gpt"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 3
+    assert printed.replace("\n", "").isprintable()
 
 
 def made(path: Path, *events: dict[str, Any]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from cyclopts import App
 
 from instep.cli.flags import Settings, UsageError, refuse, whole_number
 from instep.cli.helping import COMMANDS
-from instep.errors import RecordError, WorkerError
+from instep.errors import RecordError, WorkerError, clean
 from instep.monitors.progress import clock, duration, rate
 from instep.recipe import MOST_WORKERS
 from instep.record.files import json_text
@@ -79,16 +79,16 @@ def declare(app: App, settings: Settings) -> None:
         if workers is not None:
             if stacks or json:
                 raise UsageError("--workers changes the team, and shows nothing; give it alone.")
-            print(_resized(run, whole_number(workers, "--workers")))
+            print(_text([_resized(run, whole_number(workers, "--workers"))]))
         elif stacks:
             found = stacks_of(run, None if worker is None else whole_number(worker, "--worker"))
-            print(json_text(found) if json else "\n".join((*lines(found), *stack_lines(found))))
+            print(json_text(found) if json else _text([*lines(found), *stack_lines(found)]))
         elif json:
             print(json_text(standing_of(run)))
         elif sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
             _watch(run)
         else:
-            print("\n".join(lines(standing_of(run))))
+            print(_text(lines(standing_of(run))))
 
 
 def _resized(run: Path, workers: int) -> str:
@@ -115,15 +115,19 @@ def _watch(run: Path) -> None:
     with Live(console=console, auto_refresh=False, transient=True) as live:
         while found["state"] in ("starting", "training"):
             shown = list(lines(found))[: max(1, console.height - 1)]
-            text = Text("\n".join(shown), no_wrap=True, overflow="crop")
-            live.update(text, refresh=True)
+            live.update(Text(_text(shown), no_wrap=True, overflow="crop"), refresh=True)
             time.sleep(LOOK_S)
             try:
                 found, heard_s = standing_of(run), time.monotonic()
             except WorkerError:  # who ends, or starts the team anew, answers nobody
                 if time.monotonic() - heard_s > SILENT_S:
                     raise
-    print("\n".join(lines(found)))
+    print(_text(lines(found)))
+
+
+def _text(shown: Iterable[str]) -> str:
+    """These lines, without what a terminal would obey: others have written some of it."""
+    return clean("\n".join(shown), keep="\n")
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
