@@ -134,13 +134,12 @@ def logged(self: Any, x: Tensor) -> Tensor:
     return x / max(self.history, default=1.0)
 
 
-@torch.library.custom_op(":".join(("broken", "", "unrepeatable")), mutates_args=())
-def unrepeatable(x: Tensor) -> Tensor:
-    """A kernel that does not repeat."""
-    return x * (1 + time.perf_counter_ns() % 9973 * 1e-6)
-
-
-unrepeatable.register_autograd(lambda ctx, grad: grad)
+_kernels = torch.library.Library("broken", "DEF")
+_kernels.define("unrepeatable(Tensor x) -> Tensor")
+_kernels.impl("unrepeatable", lambda x: x * (1 + time.perf_counter_ns() % 9973 * 1e-6), "CompositeExplicitAutograd")
+unrepeatable = torch.ops.broken.unrepeatable
+"""A kernel that does not repeat."""
+torch.library.register_autograd(unrepeatable.default, lambda ctx, grad: grad, lib=_kernels)
 
 
 class Untied(Net):
