@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from instep.errors import DataError, InstepError, WorkerError
 from instep.ranges import share_out
+from instep.team.agreement import refuted
 from instep.team.messages import Digest, Ended, FoundWrong, StoppedAt
 from instep.team.orders import (
     AskToPause,
@@ -32,7 +33,6 @@ from instep.team.orders import (
     StopServer,
     Warn,
 )
-from instep.team.refuting import refuted
 from instep.team.roster import Roster
 from support.world import FINAL, World
 

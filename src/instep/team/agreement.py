@@ -8,7 +8,6 @@ from typing import Any
 from instep.sources import first_difference
 from instep.team.messages import FoundWritten, FoundWrong
 from instep.team.orders import Lost, Member
-from instep.team.refuting import refuted
 
 
 def difference(
@@ -56,6 +55,15 @@ def drifted(who: str, other: str, version: int) -> str:
     return (
         f"{who} has other weights than {other} at version {version}, which lockstep rules out: some code depends on "
         f"more than the batch and the seed (a clock, a set's order, threads), or the machine is faulty."
+    )
+
+
+def refuted(found: FoundWrong) -> str:
+    """A sentence on a worker that has computed a microbatch wrong, as an audit has found: why it ends."""
+    return (
+        f"worker {found.worker} computed microbatch {found.microbatch} of step {found.version + 1} wrong: {found.by} "
+        f"both came to another result; the weights after version {found.since}, when it was last seen to be right or "
+        f"began, are uncertain, and are computed again."
     )
 
 
