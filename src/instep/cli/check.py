@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from instep.cli.flags import Settings, UsageError, import_paths, parsed
 from instep.cli.helping import COMMANDS, wrapped
 from instep.equivalences.found import Checked, Equivalence
 from instep.errors import InstepError, RecipeError
+from instep.monitors.terminal import MovingLine
 from instep.record.files import json_text
 
 _HELP = """\
@@ -64,33 +64,21 @@ def check_recipe(given: str, settings: Settings, only: str, as_json: bool) -> No
         raise InstepError(f"of recipe {recipe.name} is refuted: {broken}; see above.")
 
 
-class _Progress:
+class _Progress(MovingLine):
     """Shows on stderr what is being checked: a line that moves on a terminal, lines elsewhere."""
 
     def __init__(self, total: int) -> None:
+        super().__init__()
         self._total, self._done = total, 0
-        self._live = sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._clear()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         if event["kind"] == "checking":
             text = f"checking {self._done + 1} of {self._total}: {event['claim']}"
-            if self._live:
-                self._clear()
-                print(text, end="", file=sys.stderr, flush=True)
-            else:
+            self.show(text)
+            if not self.moves:
                 print(text, file=sys.stderr, flush=True)
         elif event["kind"] == "checked":
             self._done += 1
-
-    def _clear(self) -> None:
-        if self._live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def show(found: Checked) -> None:

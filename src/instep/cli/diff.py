@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from instep.apart.levels import Field, listed
 from instep.cli.flags import Settings, UsageError, check_new_file, refuse, whole_number
 from instep.cli.helping import COMMANDS, wrapped
 from instep.errors import InstepError, cut, shown
+from instep.monitors.terminal import MovingLine
 from instep.record.files import json_text
 
 _HELP = """\
@@ -116,18 +116,12 @@ class _Differs(InstepError):
     """Something differs, as was shown."""
 
 
-class _Progress:
+class _Progress(MovingLine):
     """Shows what the tapes say as soon as it is known, how much will be computed, and on a terminal how far that is."""
 
     def __init__(self, out: Any) -> None:
+        super().__init__()
         self._out, self._stop = out, 0
-        self._live = sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._clear()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         match event["kind"]:
@@ -136,13 +130,8 @@ class _Progress:
             case "computing":
                 self._stop = event["stop"]
                 print(f"\n{wrapped(_to_compute(event['updates'], event['start']))}", file=self._out, flush=True)
-            case "computed_again" if self._live:
-                self._clear()
-                print(f"version {event['version']:,} of {self._stop:,}", end="", file=sys.stderr, flush=True)
-
-    def _clear(self) -> None:
-        if self._live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            case "computed_again":
+                self.show(f"version {event['version']:,} of {self._stop:,}")
 
 
 def _to_compute(updates: Sequence[int], start: Sequence[int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from instep.cli.flags import Settings, UsageError, refuse, whole_number
 from instep.cli.helping import COMMANDS
 from instep.errors import RecordError, WorkerError, clean
 from instep.monitors.progress import clock, duration, rate
+from instep.monitors.terminal import is_live
 from instep.recipe import MOST_WORKERS
 from instep.record.files import json_text
 from instep.team.asking import resized, stacks_of, standing_of
@@ -85,7 +85,7 @@ def declare(app: App, settings: Settings) -> None:
             print(json_text(found) if json else _text([*lines(found), *stack_lines(found)]))
         elif json:
             print(json_text(standing_of(run)))
-        elif sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        elif is_live(sys.stdout):
             _watch(run)
         else:
             print(_text(lines(standing_of(run))))

@@ -16,6 +16,7 @@ from instep.budget import as_size
 from instep.differences import without_address
 from instep.monitors import Closing
 from instep.monitors.progress import ProgressDisplay, clock, duration, fit, nbytes, number, rate
+from instep.monitors.terminal import is_live
 from instep.rules.presets import text_of
 from instep.rules.rule import UpdateRule
 from instep.schedule import what_changed
@@ -44,8 +45,7 @@ class Console(Closing):
         self, file: TextIO | None = None, *, path: Path | str | None = None, every_s: float = 5.0, brief: str = ""
     ) -> None:
         file = (sys.stdout or open(os.devnull, "w")) if file is None else file  # noqa: SIM115
-        live = file.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
-        self._screen: _Plain | _Terminal = _Terminal(file) if live else _Plain(file, every_s)
+        self._screen: _Plain | _Terminal = _Terminal(file) if is_live(file) else _Plain(file, every_s)
         self._path = path
         self._brief = brief
         self._progress = ProgressDisplay()
