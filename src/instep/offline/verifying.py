@@ -79,8 +79,7 @@ def _kept(folder: RunFolder, recipe: Recipe, events: Events) -> tuple[dict[int, 
             starts = {version for version in starts if version <= event["version"]} | {event["version"]}
     check, fingerprints = folder.own_check(told), recipe.fingerprints()
     kept, problems = dict[int, Path](), []
-    for path in checkpoint.all_in(folder.checkpoints):
-        version = int(path.name.rpartition("-")[2])
+    for version, path in checkpoint.by_version(folder.checkpoints).items():
         if version not in told.digests and version not in starts:
             continue
         try:

@@ -203,7 +203,7 @@ def put_in_place(aside: Path, final: Path) -> None:
 def _remove_old(folder: Path, version: int, keep: int | Literal["thinned"]) -> None:
     """Of what is not newer than `version` removes all but what is to be kept, and the best. Errors are passed over."""
     with contextlib.suppress(OSError):
-        paths = {v: path for v, path in sorted(_versions(folder).items()) if v <= version}
+        paths = {v: path for v, path in by_version(folder).items() if v <= version}
         try:
             kept = best.read(folder)
         except RecordError:
@@ -236,22 +236,22 @@ def _name(version: int) -> str:
 
 def all_in(folder: Path) -> list[Path]:
     """All checkpoints in `folder`, sound or not, by version."""
-    return [path for _, path in sorted(_versions(folder).items())]
+    return list(by_version(folder).values())
 
 
-def _versions(folder: Path) -> dict[int, Path]:
-    """Every checkpoint in `folder` by version, sound or not; a replaced one only if its successor is missing."""
+def by_version(folder: Path) -> dict[int, Path]:
+    """Every checkpoint in `folder` by rising version, sound or not; a replaced one only if its successor is missing."""
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ():
         match = _NAME.fullmatch(path.name)
         if match and path.is_dir():
             found.setdefault(int(match[2]), path)  # "step-" sorts after ".replaced-", so in reverse it comes first
-    return found
+    return dict(sorted(found.items()))
 
 
 def _what_is_kept(folder: Path) -> str:
     with contextlib.suppress(OSError):
-        versions = _versions(folder)
+        versions = by_version(folder)
         if versions:
             return f"{versions[max(versions)].name} is kept"
     return "there was no checkpoint before it"
@@ -323,12 +323,12 @@ def newest_sound(
     """
     problems: list[str] = []
     try:
-        versions = _versions(folder)
+        versions = by_version(folder)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoints in {folder} cannot be listed: {error.strerror}; check its rights."
         ) from error
-    for _, path in sorted(((v, path) for v, path in versions.items() if among(v)), reverse=True):
+    for path in [path for version, path in reversed(versions.items()) if among(version)]:
         try:
             check(path, verify(path))
         except CheckpointError as error:

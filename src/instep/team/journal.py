@@ -130,8 +130,8 @@ class Journal:
         """The run ends without a result: warns of updates that no checkpoint holds."""
         if not self.started:
             return
-        names = [path.name for path in checkpoint.all_in(self._folder.checkpoints)]  # none is read: this is the end
-        done, saved = self.last_update(), int(names[-1].rpartition("-")[2]) if names else 0
+        saved = max(checkpoint.by_version(self._folder.checkpoints), default=0)  # none is read: this is the end
+        done = self.last_update()
         if done > saved:
             how = f"goes on from there with {self._folder.how_to_resume()}" if saved else "is to be started again"
             lost = f"version {done:,}" if done == saved + 1 else f"versions {saved + 1:,} to {done:,}"
@@ -162,8 +162,8 @@ class Journal:
             return
         self._refuted_in = epoch
         removed = []
-        for path in checkpoint.all_in(self._folder.checkpoints):
-            if (version := int(path.name.rpartition("-")[2])) > found.back:
+        for version, path in checkpoint.by_version(self._folder.checkpoints).items():
+            if version > found.back:
                 shutil.rmtree(path, ignore_errors=True)
                 removed.append(version)
         event = RefutedEvent(
