@@ -119,7 +119,7 @@ def take(found: Told, events: Iterable[Mapping[str, Any]]) -> None:
         match event["kind"]:
             case "run_started":
                 _back_to(found, event["version"])
-                found.pushed = {made: by for made, by in found.pushed.items() if made <= event["version"]}
+                tape.take_back(found.pushed, event["version"])
                 found.starts = [start for start in found.starts if start["version"] < event["version"]] + [event]
                 found.workers[event["team"].get("workers", 1)] = None
                 if event.get("digest"):
@@ -165,5 +165,4 @@ def _back_to(found: Told, version: int) -> None:
     """Takes back what was told of later versions."""
     found.last = version
     for by_version in (found.updates, found.sums, found.digests, found.arrivals, found.contributions, found.ranges):
-        for later in [known for known in by_version if known > version]:
-            del by_version[later]
+        tape.take_back(by_version, version)

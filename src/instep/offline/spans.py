@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from instep.randomness import key
+from instep.record.tape import take_back
 from instep.rules import UpdateRule
 
 Events = Sequence[Mapping[str, Any]]
@@ -114,8 +115,7 @@ class _History:
     def _start(self, place: int, event: Mapping[str, Any]) -> None:
         version = event["version"]
         for known in (self.starts, self.ends):
-            for later in [each for each in known if each > version]:
-                del known[later]
+            take_back(known, version)
         self._started, self._step = place, event["step"]
         self._serving = event["engine"] != "lockstep"
         self._in_hand, self._waiting = set(), set()

@@ -15,6 +15,7 @@ from instep.offline.stretches import ToldEvent, not_refuted, that_count
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
 from instep.record.result import Proof, Replayed
+from instep.record.tape import take_back
 from instep.reduce.written import FirstWrite
 from instep.worker.optimizer_state import copied
 from instep.worker.tensor_checksums import checksums_of
@@ -118,9 +119,8 @@ class Playback:
     def start(self, event: Mapping[str, Any]) -> None:
         """The run starts, or starts again from a checkpoint: later updates than that never were."""
         version = event["version"]
-        for later in [kept for kept in self._kept if kept > version]:
-            del self._kept[later]  # of a history that was taken back
-        self._told = {told: event for told, event in self._told.items() if told <= version}
+        take_back(self._kept, version)
+        take_back(self._told, version)
         self._alike = min(version, self._alike)
         if version not in self._kept:
             self._make_up_for(version)

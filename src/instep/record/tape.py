@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -177,6 +177,12 @@ def latest(events: Iterable[Mapping[str, Any]], kind: str = "merged") -> list[di
     return list(kept.values())
 
 
+def take_back(known: MutableMapping[int, Any], version: int) -> None:
+    """Removes what is known of later versions: what went back to this one has superseded it."""
+    for later in [each for each in known if each > version]:
+        del known[later]
+
+
 @dataclass
 class ToldCheckpoints:
     """What a tape tells of its run's checkpoints: the run's id, if it has one, and the digest of each version's."""
@@ -190,8 +196,7 @@ class ToldCheckpoints:
             case {"kind": "run_started", "version": int(version)}:
                 if isinstance(event.get("run"), str):
                     self.run = event["run"]
-                for later in [known for known in self.digests if known > version]:
-                    del self.digests[later]
+                take_back(self.digests, version)
             case {"kind": "checkpointed", "version": int(version), "digest": str(digest)}:
                 self.digests[version] = digest
 

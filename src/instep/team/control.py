@@ -78,7 +78,7 @@ class Caller:
     def __init__(self, end: socket.socket):
         end.setblocking(False)
         self._socket = end
-        self._read, self._waits = bytearray(), b""
+        self._read, self._waits = bytearray(), bytearray()
         self.heard_s = time.monotonic()
         """When something went over the connection last."""
         self.paused_until = 0.0
@@ -138,10 +138,10 @@ class Caller:
             except BlockingIOError:
                 return
             except OSError:  # there is nobody to take it: the next look at it finds the end
-                self._waits = b""
+                self._waits.clear()
                 raise
             self.heard_s = time.monotonic()
-            self._waits = self._waits[count:]
+            del self._waits[:count]
 
     def close(self) -> None:
         """Ends the connection here."""
