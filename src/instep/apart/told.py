@@ -126,7 +126,8 @@ def take(found: Told, events: Iterable[Mapping[str, Any]]) -> None:
                     found.digests[event["version"]] = event["digest"]
                 found.ended = "not ended"
             case "merged":
-                _back_to(found, event["version"] - 1)
+                if event["version"] <= found.last:
+                    _back_to(found, event["version"] - 1)
                 found.last = event["version"]
                 _merged(found, event, sent)
             case "pushed" if "seq" in event:
