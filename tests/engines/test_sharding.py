@@ -18,11 +18,14 @@ from torch import Tensor, nn, optim
 from torch.utils.data import TensorDataset
 
 from instep.engines.sharding import BY_PARAMETER, Placement, Replicated, Sharded, choose, owners
+from instep.engines.shared_state import SharedState
 from instep.errors import WorkerError
 from instep.recipe import Recipe, Team, Watch
 from instep.record import checkpoint
+from instep.record.digest import digest_of_state
 from instep.reduce.layout import Layout
 from instep.reduce.reduction import Reduction
+from instep.worker.optimizer_state import copied
 from instep.worker.replica import Replica
 from support import workloads
 from support.harness import Client, Outcome, train_here
@@ -385,3 +388,40 @@ def test_a_team_that_does_not_agree_where_its_weights_lie_does_not_start(
     monkeypatch.setattr(CHOOSE, differing)
     with pytest.raises(WorkerError, match="worker 1 starts from other shared_weight_bytes than worker 0"):
         train_here(recipe_with(sgd), Team(workers=2), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_an_optimizer_keeps_of_a_parameter_stays_in_the_memory_that_the_workers_share(name: str) -> None:
+    """Another takes it over as it is after the last update, and goes on with the same bits."""
+
+    def built() -> tuple[Replica, SharedState]:
+        replica = Replica(recipe_with(OPTIMIZERS[name]), "cpu")
+        return replica, SharedState(replica)
+
+    def step(replica: Replica, number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        gradients = [torch.randn(p.shape, generator=generator) for p in replica.parameters]
+        gradients[-1 - number % 2] = None  # type: ignore[call-overload]  # the last one has none at first
+        replica.update(number, gradients)
+
+    (replica, state), (other, others) = built(), built()
+    memory, everything = torch.zeros(state.nbytes, dtype=torch.uint8), range(len(replica.parameters))
+    state.attach(memory)
+    state.keep(everything)
+    others.attach(memory)
+    for number in range(4):
+        step(replica, number)
+        state.grow()
+    assert state.whole
+    other.module.load_state_dict(replica.module.state_dict())
+    others.take_over(everything)
+    assert_same(other.training_state(), replica.training_state())
+    kept = copied(replica.training_state())
+    step(other, 4)
+    again, _ = built()
+    again.load(replica.saved_state(), kept)
+    step(again, 4)
+    assert_same(other.training_state(), again.training_state())
+    assert digest_of_state(other.saved_state()) == digest_of_state(again.saved_state())
+    others.give_back(everything)
+    assert not [one.of_torch.state for one in other.optimizer.each if one.of_torch.state]

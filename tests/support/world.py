@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from instep.errors import DataError, InstepError
-from instep.team.messages import Digest, Ended, Failed, FoundWritten, FoundWrong, Ready, StoppedAt
+from instep.team.messages import (
+    Digest,
+    Ended,
+    Failed,
+    FoundWritten,
+    FoundWrong,
+    HandedOver,
+    NotStoodIn,
+    Ready,
+    StoppedAt,
+)
 from instep.team.orders import (
     AskToPause,
     AskToStop,
@@ -16,6 +28,7 @@ from instep.team.orders import (
     FailRun,
     FinishRun,
     Go,
+    HandOver,
     HostCame,
     HostLost,
     Join,
@@ -38,14 +51,16 @@ from instep.team.roster import Roster
 
 NAMES = ("a", "b", "c")
 FINAL = (FinishRun, FailRun, CancelRun)
+IN_LIFE = ("building", "ready", "waiting", "working")
 OF_AN_EPOCH = (EpochEnded, Resumed, Saved)
 
 
 class World:
     """Processes that obey a roster, and what happens to them. Every promise is looked at with every order and event.
 
-    `stage`: of all that were ever started: building, ready, working, done; "lost" once the roster knows of it, and
-    "dead" if it was ended. `said`: what a process has told the roster so far.
+    `stage`: of all that were ever started: building, ready, waiting for a place, working, done; "lost" once the roster
+    knows of it, and "dead" if it was ended. `holders`: who holds the place of whom. `said`: what a process has told the
+    roster so far.
     """
 
     def __init__(
@@ -57,9 +72,13 @@ class World:
         unlooked: bool = False,
         agents: tuple[int, ...] = (1,),
         patient: bool = False,
+        stands_in: bool = False,
+        begun: bool = False,
     ):
         self.roster = Roster(workers, restarts, Path("run"), serving=serving, agents=agents, patient=patient)
         self.hosts, self.patient = len(agents), patient
+        self.facts = {"weights": "alike", "stands_in": stands_in and not serving and agents == (1,)}
+        self.holders: dict[Member, Member] = {}
         self.here = {0} if agents[0] == 1 else set()
         self.started = False  # whether the present epoch has not ended
         self.allowed, self.serving, self.unlooked = restarts, serving, unlooked
@@ -75,6 +94,8 @@ class World:
         self.counted = 0
         self.losses: list[Member] = []  # which must be told of
         self.obey(self.roster.begin())
+        if begun:
+            self.build()
 
     # What is ordered
 
@@ -126,20 +147,25 @@ class World:
             case Join(member=member):
                 assert "working" in map(self.stage.get, self.present()), "there is nobody to join"
                 self.go((member,))
-            case Replace(member=old, successor=new):
-                assert self.serving or (self.stopping and new is None), (
-                    "in lockstep nobody goes on alone, but to the end"
-                )
+                self.stage[member] = "waiting" if member in self.holders else "working"
+            case HandOver(member=member):
+                assert self.stage[member] == "waiting"
+                assert self.last == Said(self.holders.pop(member), HandedOver(member.number, member.incarnation, b""))
+                self.stage[member] = "working"
+            case Replace(member=old, successor=new, holders=holders):
+                assert self.serving or holders or (self.stopping and new is None), "in lockstep nobody goes on alone"
                 assert self.roster.going
                 assert self.stage[old] == "lost"
                 self.stage[old] = "dead"
-                assert old != self.roster.leader
+                assert old.number != self.roster.leader.number or holders
                 if new is not None:
                     assert not self.stopping, "nothing starts after a stop"
                     assert new == Member(old.epoch, old.number, old.incarnation + 1, old.host)
                     assert new not in self.stage
                     self.stage[new] = "building"
                     self.counted += 1
+                if holders:
+                    self.check_holders(old, holders)
             case StartMore(members=members):
                 assert self.serving, "in lockstep nobody goes on alone"
                 assert self.roster.going
@@ -193,6 +219,17 @@ class World:
             assert self.stage[member] == "ready", f"{member} was let go, but is {self.stage[member]}"
             self.stage[member] = "working"
 
+    def check_holders(self, lost: Member, holders: Mapping[Member, Member]) -> None:
+        """The places of all that are not there are held by who is, and those of others by nobody."""
+        assert not self.stopping, "nothing starts after a stop"
+        self.holders.pop(lost, None)
+        self.holders.update(holders)
+        vacant = [m for m in self.present() if self.stage[m] in ("building", "ready", "waiting")]
+        assert set(vacant) == self.holders.keys(), "places of all that are not there are held"
+        assert all(self.stage[holder] == "working" for holder in self.holders.values())
+        load = Counter(self.holders.values())
+        assert max(load.values()) <= min(load[m] for m in self.living("working")) + len(self.holders)
+
     # What happens
 
     def tell(self, event: RosterEvent) -> None:
@@ -209,7 +246,7 @@ class World:
         return list(found.values())
 
     def living(self, *stages: str) -> list[Member]:
-        return [m for m, stage in self.stage.items() if stage in (stages or ("building", "ready", "working"))]
+        return [m for m, stage in self.stage.items() if stage in (stages or IN_LIFE)]
 
     def comes(self, host: int) -> None:
         self.goes_on_without(host)
@@ -252,12 +289,19 @@ class World:
         lost = wrong or isinstance(self.ending, Lost | HostLost | HostCame)
         self.counted += lost and not self.stopping and self.counted < self.allowed
         self.started, self.ending = False, None
+        self.holders.clear()
         self.stage.update({m: "dead" for m, stage in self.stage.items() if stage != "lost"})
         self.tell(EpochEnded(self.roster.epoch, written))
 
     def ready(self, member: Member, **facts: Any) -> None:
         self.stage[member] = "ready"
         self.says(member, Ready(facts, {}))
+
+    def hands_over(self, member: Member) -> None:
+        self.says(self.holders[member], HandedOver(member.number, member.incarnation, b""))
+
+    def cannot(self, member: Member) -> None:
+        self.says(self.holders[member], NotStoodIn(member.number, "worker 1 died while it saved."))
 
     def end(self, member: Member, digest: str = "same") -> None:
         self.stage[member] = "done"
@@ -327,13 +371,11 @@ class World:
             case _, True:
                 return
         stages = {
-            "build": ("building",),
-            "ready": ("building",),
-            "end": ("working",),
-            "digest": ("working",),
-            "drift": ("working",),
-        }
-        able = self.living(*stages.get(kind, ()))
+            "build": ("building",), "ready": ("building",), "end": ("working",), "hand": ("waiting",),
+            "digest": ("working",), "drift": ("working",),
+        }  # fmt: skip
+        able = list(self.holders) if kind == "cannot" else self.living(*stages.get(kind, ()))
+        able = [] if kind == "end" and self.holders else able
         if self.final is not None or self.ending is not None or not able:
             return
         member = able[pick % len(able)]
@@ -341,7 +383,11 @@ class World:
             case "build":
                 self.build()
             case "ready":
-                self.ready(member, weights="alike", written=NAMES[: pick % 2])
+                self.ready(member, **self.facts, written=NAMES[: pick % 2])
+            case "hand":
+                self.hands_over(member)
+            case "cannot":
+                self.cannot(member)
             case "end":
                 self.end(member)
             case "digest" | "drift":
@@ -358,7 +404,7 @@ class World:
         """All who are not ready are."""
         for each in self.living("building"):
             if self.final is None and self.ending is None:
-                self.ready(each, weights="alike")
+                self.ready(each, **self.facts)
 
     def run_out(self) -> None:
         """Nothing more befalls the team: it must come to its end."""
@@ -372,6 +418,8 @@ class World:
                 self.comes(min(self.awaited()))
             elif self.living("building"):
                 self.build()
+            elif self.living("waiting"):
+                self.hands_over(self.living("waiting")[0])
             elif self.server_told:
                 self.says(self.roster.leader, StoppedAt(5))
             else:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from instep.errors import DataError, InstepError, WorkerError
 from instep.ranges import share_out
 from instep.team.agreement import refuted
-from instep.team.messages import Digest, Ended, FoundWrong, StoppedAt
+from instep.team.messages import Digest, Ended, FoundWrong, HandedOver, StoppedAt
 from instep.team.orders import (
     AskToPause,
     AskToStop,
@@ -20,6 +20,7 @@ from instep.team.orders import (
     FailRun,
     FinishRun,
     Go,
+    HandOver,
     HostCame,
     Join,
     Lost,
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.pure
 
 KINDS = (
     "build", "build", "build", "ready", "end", "lose", "lose", "raise", "write", "digest", "drift", "stop", "gone",
-    "gone", "old", "come", "come", "part", "save", "resize",
+    "gone", "old", "come", "come", "part", "save", "resize", "hand", "cannot",
 )  # fmt: skip
 HISTORIES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 29)), max_size=60)
 AGENTS = st.sampled_from([(1,), (1,), (1, 1), (2, 1), (1, 1, 1)])
@@ -49,6 +50,7 @@ WORLDS = st.builds(
     World, st.integers(1, 4), st.integers(0, 3), serving=st.booleans(), unlooked=st.booleans(), agents=AGENTS,
     patient=st.booleans(),
 )  # fmt: skip
+STANDING_IN = st.builds(World, st.integers(2, 4), st.integers(1, 3), stands_in=st.just(True), begun=st.just(True))
 
 
 def keeps_every_promise(world: World, history: list[tuple[str, int]]) -> None:
@@ -69,7 +71,7 @@ def keeps_every_promise(world: World, history: list[tuple[str, int]]) -> None:
         world.hear_old(event)
 
 
-IN_ANY_HISTORY = given(WORLDS, HISTORIES)
+IN_ANY_HISTORY = given(WORLDS | STANDING_IN, HISTORIES)
 test_every_promise_holds_in_any_history = settings(max_examples=250)(IN_ANY_HISTORY(keeps_every_promise))
 test_every_promise_holds_in_many_histories = pytest.mark.slow(
     settings(max_examples=5000)(IN_ANY_HISTORY(keeps_every_promise))
@@ -82,6 +84,8 @@ def test_random_histories_come_everywhere() -> None:
 
     @settings(max_examples=1200, database=None)
     @given(WORLDS, HISTORIES)
+    @example(World(3, stands_in=True, begun=True), [("lose", 0)])  # few of the histories come so far
+    @example(World(restarts=2, begun=True), [(kind, 0) for kind in ("lose", "gone", "build", "lose", "gone")])
     @example(World(serving=True, agents=(1, 1)), [("come", 1), ("build", 0), ("part", 1), ("come", 1)])  # seldom
     def look(world: World, history: list[tuple[str, int]]) -> None:
         for kind, pick in history:
@@ -100,11 +104,11 @@ def test_random_histories_come_everywhere() -> None:
 # ---------------------------------------------------------------------------------------- what each event means alone
 
 
-def working(workers: int = 2, restarts: int = 1, *, serving: bool = False) -> World:
+def working(workers: int = 2, restarts: int = 1, *, serving: bool = False, stands_in: bool = False) -> World:
     """A team in the midst of training; orders of before are forgotten."""
-    world = World(workers, restarts, serving=serving)
+    world = World(workers, restarts, serving=serving, stands_in=stands_in)
     for member in world.living():
-        world.ready(member, weights="alike", data="these")
+        world.ready(member, **world.facts, data="these")
     assert world.orders[-1] == Go(1, tuple(world.present()))
     world.orders.clear()
     return world
@@ -137,6 +141,49 @@ def test_a_death_in_lockstep_starts_the_whole_team_again() -> None:
         NoteLoss(member(1), "worker 1 was killed."),
         Start(2, (member(0, epoch=2), member(1, epoch=2), member(2, epoch=2))),
     ]
+
+
+def test_a_worker_in_lockstep_that_is_lost_is_stood_in_for_until_its_successor_has_its_place() -> None:
+    world = working(3, restarts=2, stands_in=True)
+    world.lose(member(0), "worker 0 was killed.")
+    assert world.orders == [Replace(member(0), member(0, 1), "worker 0 was killed.", {member(0, 1): member(1)})]
+    assert world.roster.stood_in == world.roster.restarts == 1
+    world.ready(member(0, 1), data="these")
+    assert world.orders[-1] == Join(member(0, 1))
+    world.says(member(1), HandedOver(0, 0, b"for one of before"))
+    assert world.orders[-1] == Join(member(0, 1))
+    world.hands_over(member(0, 1))
+    assert world.orders[-1] == HandOver(member(0, 1), b"")
+    world.lose(member(1), "worker 1 was killed.")
+    assert world.orders[-1] == Replace(member(1), member(1, 1), "worker 1 was killed.", {member(1, 1): member(0, 1)})
+
+
+def test_who_stands_in_and_dies_leaves_all_its_places_to_the_others_evenly() -> None:
+    world = working(4, restarts=3, stands_in=True)
+    world.lose(member(3))
+    world.lose(member(2))
+    world.lose(member(0))
+    assert isinstance(replaced := world.orders[-1], Replace)
+    assert replaced.holders == {member(number, 1): member(1) for number in (0, 3)}
+    world.lose(member(3, 1), "its successor was killed.")
+    assert isinstance(world.final, FailRun), "each of them counts"
+
+
+def test_the_last_of_a_team_has_nobody_to_stand_in_for_it_and_who_cannot_stand_in_ends_the_epoch_uncounted() -> None:
+    world = working(2, restarts=2, stands_in=True)
+    world.lose(member(1), "worker 1 was killed.")
+    world.cannot(member(1, 1))
+    assert [type(order) for order in world.orders] == [Replace, Warn, EndEpoch]
+    world.gone()
+    assert isinstance(world.orders[-1], Start)
+    assert world.roster.restarts == 1
+    for each in world.living():
+        world.ready(each, **world.facts)
+    world.lose(member(0, epoch=2), "worker 0 was killed.")
+    world.lose(member(1, epoch=2), "worker 1 was killed too.")
+    assert world.orders[-1] == EndEpoch(2)
+    world.gone()
+    assert "worker 1 was killed too" in str(error_of(world)), "the third loss"
 
 
 def test_a_host_that_comes_back_takes_part_once_a_checkpoint_is_saved_and_no_restart_is_counted() -> None:
@@ -174,8 +221,10 @@ def test_a_death_before_the_team_goes_starts_all_of_it_again_under_the_server_to
     assert world.orders[1:] == [EndEpoch(1)]
 
 
-def test_a_worker_that_an_audit_has_found_to_be_wrong_is_lost_by_the_word_of_any_of_them() -> None:
-    world = working(3)
+@pytest.mark.parametrize("stands_in", [False, True])
+def test_a_worker_that_an_audit_has_found_to_be_wrong_is_lost_by_the_word_of_any_of_them(stands_in: bool) -> None:
+    """And nobody stands in for it: what it has had a part in is uncertain."""
+    world = working(3, stands_in=stands_in)
     found = FoundWrong(1, version=7, microbatch=2, since=6, back=5, by="worker 0 and worker 2")
     world.says(member(2), found)
     world.says(member(0), found)

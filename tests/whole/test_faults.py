@@ -45,7 +45,7 @@ pytestmark = pytest.mark.processes
 # ------------------------------------------------------------------------------------------------- workers that fail
 
 
-def test_a_killed_worker_is_named_and_the_team_starts_again(tmp_path: Path) -> None:
+def test_a_killed_worker_is_named_and_another_stands_in_for_it_or_the_team_starts_again(tmp_path: Path) -> None:
     when: list[float] = []
 
     def kill(pid: int) -> None:
@@ -66,9 +66,8 @@ def test_a_killed_worker_is_named_and_the_team_starts_again(tmp_path: Path) -> N
     assert "worker 1 (pid " in left["why"]
     assert "SIGKILL" in left["why"]
     assert named[0] - when[0] < 60
-    first, second = [e["version"] for e in run.events if e["kind"] == "run_started"]
-    assert first == 0
-    assert second == 2, "the last checkpoint"
+    started = [e["version"] for e in run.events if e["kind"] == "run_started"]
+    assert started == ([0] if run.result.get("stood_in") else [0, 2]), "back where it was changing something just then"
     assert run.result["restarts"] == 1
 
 

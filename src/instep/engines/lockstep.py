@@ -16,49 +16,40 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
+from msgspec import UNSET
 from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.engines.audits import Audit
 from instep.engines.division import Division, Stopwatch, most_nodes
-from instep.engines.merged_events import MergedEvents
+from instep.engines.merged_events import REMEMBERED, MergedEvents
 from instep.engines.seat import Seat
 from instep.engines.sharding import Placement, choose
+from instep.engines.shared_evaluation import SharedEvaluation
+from instep.engines.signs_of_life import SignsOfLife
+from instep.engines.standing_in import ADDED, ADDING, COMPUTING, Alone, Handed, OthersParts, StandIn, Successors
 from instep.engines.total import Total, in_pieces
 from instep.engines.trial import Trial
 from instep.record import events
-from instep.record.event_kinds import RangesMovedEvent
+from instep.record.event_kinds import RangesMovedEvent, StoodInEvent
 from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
-from instep.reduce.tree import worker_ranges
-from instep.transport.group import Fields, Group, Sizes, as_rows
+from instep.transport.group import Group, Sizes, as_rows
 from instep.transport.memory import limited, rows_to_spare
-from instep.worker.evaluation import Evaluation, batches_held_out, evaluate, packed, unpacked
+from instep.transport.shared_memory import SharedMemoryGroup
+from instep.worker.evaluation import Evaluation, batches_held_out
 from instep.worker.first_look import look_at_data, look_at_objective
 from instep.worker.gradients import Gradients
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict
-from instep.worker.tensor_checksums import checksum_when_due
-from instep.worker.updates import Added, Update, Updates, wrong_in_step
-
-
-class SignsOfLife(Protocol):
-    """How a worker shows that it lives and gets on."""
-
-    def advance(self) -> None:
-        """A piece of work is finished."""
-
-    def waiting(self, flag: bool) -> None:
-        """Whether the worker waits for others."""
-
-    def stop_wanted(self) -> bool:
-        """Whether the run was asked to end after the present step."""
+from instep.worker.tensor_checksums import checksum_when_due, checksums_are_due
+from instep.worker.updates import Added, Updates, wrong_in_step
 
 
 class Lockstep:
@@ -66,7 +57,8 @@ class Lockstep:
 
     machines: how many workers each machine has; those of one are neighbours, and share memory. `emit(event)` writes to
     the tape; `clock()` is seconds since the run's start. shard, balance: as in `Team`. Raises FirstWrite while a
-    forward writes parameters that were not known to be written.
+    forward writes parameters that were not known to be written. successors: of workers that die and are stood in for;
+    None where none can be. handed: what this one goes on with, if it is such a successor.
     """
 
     def __init__(
@@ -80,6 +72,8 @@ class Lockstep:
         checkpoint_every: int = 0,
         shard: str = "optimizer",
         balance: str = "off",
+        successors: Successors | None = None,
+        handed: Handed | None = None,
     ):
         recipe = replica.recipe
         self.replica, self.worker, self.workers = replica, worker, sum(machines)
@@ -90,59 +84,92 @@ class Lockstep:
         self.updates = Updates(replica, self._buffers)
         self.reduction = whole = Reduction(self._layout, recipe.microbatches, levels_of(machines))
         early = in_pieces(whole, recipe.microbatches, replica.device.type) if len(machines) > 1 else None
-        self.division, self._machine = Division(whole, early, machines), machine_of(worker, machines)
+        self.division = Division(whole, early, machines) if handed is None else handed.division
+        self._machine = machine_of(worker, machines)
         self._moves = balance == "auto" and max(machines) > 1 and replica.device.type == "cpu"
         self._shard = shard
-        self._held_out = batches_held_out(replica)
-        self.terms: list[str] = []
+        batches_held_out(replica)  # or it is said now that there are none
         self.slowness: Callable[[int], float] = lambda step: 1.0
         """By step, how many times as long as it needs the worker is to take for its computing."""
         self.audit: Audit | None = None
         """What compares microbatches with another worker's, where that is asked for."""
         self._seat: Seat
+        self._successors = successors
+        self._others: OthersParts
+        self._handed = handed
         self._group: Group
         self._usual: tuple[list[int], bool] = [], False  # the buffers that the last step changed; whether it wrote
         self._whole: Tensor | None = None  # where the group puts the sum together
-        self._evaluated = -1  # at which version last
         self._remembers = worker == self._machine.start > 0
-        self._merged = MergedEvents(checkpoint_every + 1 if self._remembers else 0)
+        remembered = REMEMBERED if successors is not None else checkpoint_every + 1 if self._remembers else 0
+        self._merged = MergedEvents(remembered, emit, clock)
 
-    def prepare(self, version: int) -> None:
-        """Loads the first batches and learns the objective's terms."""
+    def prepare(self, version: int, *, looks: bool = True) -> None:
+        """Loads the first batches and learns the objective's terms; looks: at what worker 0 looks in a new run."""
         self.replica.enter(version)
-        looks = version == 0 and self.worker == 0
+        looks = looks and version == 0 and self.worker == 0
         first = look_at_data(self.replica, lambda why: self._emit(events.WarnedEvent(why=why))) if looks else None
         probe = self.replica.learn_terms(version, first)
-        self.terms = list(self.replica.objective.terms or ())
         if looks:
             look_at_objective(self.replica, probe)
 
     def sizes(self) -> Sizes:
         """Decides where the weights are to lie, and what a worker tells the others. The sizes of the group."""
-        replica, reduction, terms = self.replica, self.reduction, len(self.terms)
-        blocks = max(max(map(each.blocks_of, range(self.workers))) for each in self.division.ways if each)
-        own = self.division, self._stopwatch, self._emit, self._clock
-        self._seat = Seat(self.worker, replica, self.gradients, *own, blocks=blocks)
+        replica, reduction = self.replica, self.reduction
+        self._seat = self._seat_of(self.worker)
         self.placement: Placement = choose(replica, reduction, self.worker, self._machine, self._shard)
-        share = max(1, -(-len(self._held_out) // self.workers))
-        self._evaluations = Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
+        self._evaluation = SharedEvaluation(replica, self.worker, self._machine, self.workers, self._heartbeat.advance)
         most = most_nodes(reduction.microbatches) if self._moves and not limited() else 0
         audited = self.audit.nbytes if self.audit is not None else 0
-        longest = max(self._seat.nbytes(most), self._evaluations.nbytes, audited)
+        longest = max(self._seat.nbytes(most), self._evaluation.nbytes, audited)
         rows, sums, width = tuple(reduction.rows), tuple(reduction.sums), self._layout.size
-        return Sizes(reduction.levels, rows, sums, width, longest, self.placement.weight_bytes, most)
+        common, spare = self.placement.weight_bytes, self.placement.state_bytes
+        return Sizes(reduction.levels, rows, sums, width, longest, common, spare, most)
+
+    @property
+    def terms(self) -> list[str]:
+        """The objective's terms, once they are learnt."""
+        return list(self.replica.objective.terms or ())
+
+    @property
+    def can_stand_in(self) -> bool:
+        """Whether workers can stand in for each other, as all know alike. An audit shows what one process computed."""
+        several = 1 < self.workers == len(self._machine) and self.replica.device.type == "cpu"
+        hindered = self.audit is not None or bool(self.replica.written.names)
+        return self._successors is not None and several and not hindered
 
     def join(self, group: Group) -> None:
-        """Takes the team's group into use."""
+        """Takes the team's group into use; as a successor, where who stood in for the one before has left it."""
         self._group = group
-        self.placement.attach(group)
-        if self._moves:
+        handed = self._handed
+        self.placement.attach(group, succeeds=handed is not None)
+        if self._moves and handed is None:
             room = len(self.reduction.nodes_of(self.worker))
             room += 0 if limited() else rows_to_spare(self._layout.size, len(self._machine))
             self.division.follow(group.gather(torch.tensor([room])).flatten().tolist())
         self._take_ranges()
-        self._total = Total(*self.division.ways, self.worker, group, self.gradients, shared=self.placement.shared)
+        self._others = Alone(self.placement)
+        if self._successors is not None and self.can_stand_in:
+            assert isinstance(group, SharedMemoryGroup), "the workers of a machine share memory"
+            make, stop = self._seat_of, self._heartbeat.stop_wanted
+            args = self.placement, group, self._successors, make, self._tell_stood_in, stop
+            self._others = StandIn(self.worker, self.division, self.gradients, *args)
+            if handed is not None:
+                group.take_place(*handed.place)
+                self._usual, self._evaluation.version = handed.usual, handed.evaluated
+        late, early = self.division.ways
+        shared = self.placement.shared
+        self._total = Total(late, early, self.worker, group, self.gradients, self._adds, shared=shared)
         self._early, self._trial = False, Trial()
+
+    def _seat_of(self, worker: int) -> Seat:
+        blocks = max(max(map(each.blocks_of, range(self.workers))) for each in self.division.ways if each)
+        own = self.division, self._stopwatch, self._emit, self._clock
+        return Seat(worker, self.replica, self.gradients, *own, blocks=blocks)
+
+    def _tell_stood_in(self, worker: int, version: int, again: range | None) -> None:
+        microbatches = UNSET if again is None else [again.start, again.stop]
+        self._emit(StoodInEvent(worker=worker, by_worker=self.worker, version=version, microbatches=microbatches))
 
     def _take_ranges(self) -> None:
         """Takes the step's ranges into use."""
@@ -157,25 +184,42 @@ class Lockstep:
         if self.division.begin():
             self._take_ranges()
             self._total.take(*self.division.ways)
-            if self.worker == 0:
+            if self.worker == 0 or 0 in self._others.holds:
                 ranges, seconds = [list(each) for each in self.reduction.ranges], self.division.seconds
                 self._emit(RangesMovedEvent(version=step, ranges=ranges, microbatch_s=seconds))
         self.division.count(self.replica.size)
 
-    def run(self, progress: Progress, after_step: Callable[[Progress, bool], None], steps: int) -> bool:
-        """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
+    def run(
+        self,
+        progress: Progress,
+        after_step: Callable[[Progress, bool], None],
+        steps: int,
+        due: Callable[[Progress, bool], bool] = lambda progress, last: True,
+    ) -> bool:
+        """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update, and does
+        something with others only if `due`, which is given the same.
 
         Returns whether the run was asked to stop before; the watch may end it before as well, see `progress.stopped`.
         Raises ObjectiveError or NonFiniteError before the update that it would have spoilt.
         """
-        self._seat.load(progress.version, self._seat.own)
-        totals = self._seat.facts.gather(self._group).totals
-        while progress.version < steps:
-            totals, stopped = self._step(progress, totals, steps)
+        made, totals = None, dict[str, int]()
+        if self._handed is None:
+            self._seat.load(progress.version, self._seat.own)
+            totals = self._seat.facts.gather(self._group).totals
+        else:
+            made = self._handed.totals, self._handed.stopped
+            if progress.version < steps:
+                self._seat.load_ahead(progress.version)
+        while made is not None or progress.version < steps:
+            totals, stopped = made or self._step(progress, totals, steps)
+            made = None
             progress.checksum_s += self._seat.checksum_s
+            last = stopped or bool(progress.stopped) or progress.version == steps
+            state = partial(self._state, progress, totals, stopped)
+            self._others.between(state, due=checksums_are_due(self.replica, progress) or due(progress, last))
             checksum_when_due(self.replica, progress, self._emit, self.placement.checksums)
             stopped = stopped or bool(progress.stopped)
-            after_step(progress, stopped or progress.version == steps)
+            after_step(progress, last)
             if stopped or progress.stopped:
                 return progress.version < steps and not progress.stopped
         return False
@@ -184,6 +228,8 @@ class Lockstep:
         group, replica, seat, step, early = self._group, self.replica, self._seat, progress.version, self._early
         began = time.monotonic()
         replica.enter(step)
+        self._at = step
+        self._others.note(step, COMPUTING)
         self._divide(step)
         self._total.begin(early=early)
         self._compute(step, totals)
@@ -191,9 +237,11 @@ class Lockstep:
         if step + 1 < steps:
             seat.load_ahead(step + 1)
 
+        self._others.until_rows(step, totals)
         own_norms = self._total.add().cpu().numpy()
         if self.audit is not None:
             self.audit.compare(step, group)
+        self._others.until_facts(step, totals, self._usual, last=step + 1 == steps)
         left = seat.post_left(*self._usual)
         left.own["norms"][: len(own_norms)] = own_norms
         stop = self.worker == 0 and self._heartbeat.stop_wanted()
@@ -205,6 +253,7 @@ class Lockstep:
         assert found is not None
         self._take(self._total.wait())
         norms, reduction = found["norms"].tolist(), self._total.reduction
+        self._others.until_left(step, totals, changed)
         if (changed, wrote) != self._usual:
             found, self._usual = seat.post_left(changed, wrote).gather(group), (changed, wrote)
             if len(group.levels) > 1:
@@ -220,7 +269,8 @@ class Lockstep:
             off=off if off or replica.trainable.off else None,
             ends=told.ends if step == 0 else (),
         )  # fmt: skip
-        update = self.updates.make(step, added, self.placement, partial(self._take_buffers, step, changed, found))
+        self._others.until_settled()
+        update = self.updates.make(step, added, self._others, partial(self._take_buffers, step, changed, found))
         progress.merged(version=step + 1, steps=step + 1, items=update.items, objective=update.objective)
         self._heartbeat.advance()
         update.verdict.note(progress)
@@ -228,10 +278,23 @@ class Lockstep:
         self._trial.ended(early=early, took_s=took_s)
         progress.train_s += took_s
         if self.worker == 0:
-            self._emit_merged(step, update, progress.train_s)
-        elif self._remembers:
-            self._merged.remember(step, update, self.reduction.ranges, progress.train_s, self._clock())
+            self._merged.tell(step, update, self.reduction.ranges, progress.train_s)
+        else:
+            self._merged.remember(step, update, self.reduction.ranges, progress.train_s)
+        if self._successors is not None and 0 in self._others.holds:
+            self._merged.catch_up(self._successors.told)
         return told.totals, told.stop
+
+    def _adds(self, done: bool) -> None:
+        self._others.note(self._at, ADDED if done else ADDING)
+
+    def _state(self, progress: Progress, totals: dict[str, int], stopped: bool) -> Handed:
+        """What the successor of a worker needs to go on from here."""
+        assert isinstance(self._group, SharedMemoryGroup), "where others can stand in"
+        watch, usual = self.updates.watcher.state(), self._usual
+        place, evaluated = self._group.place, self._evaluation.version
+        parts = self.division, place, asdict(progress), watch, totals, stopped, usual, evaluated
+        return Handed(*parts, **self.placement.handed())
 
     def _compute(self, step: int, totals: dict[str, int]) -> None:
         """Computes the worker's microbatches, and posts what they came to."""
@@ -241,9 +304,7 @@ class Lockstep:
             self.updates.watcher.left_out(Verdict(), [objective.no_items(step)], update=True)
         if self.audit is not None:
             self.audit.begin(step, totals, self.reduction.ranges)
-        # Gradients that travel early may be on their way already.
-        due = not self._early and (step + 1) % self.replica.recipe.checksum_every == 0
-        self._seat.compute(step, totals, self.slowness(step), checksums=due)
+        self._seat.compute(step, totals, self.slowness(step), early=self._early)
 
     def _take(self, whole: Tensor) -> None:
         """Has the placement take the gradient from there."""
@@ -292,6 +353,7 @@ class Lockstep:
         try:
             sound = version + 1 if self.updates.sound and not written else 0
             self._buffers.put_back()
+            self._others.until_stopped()
             self._group.interrupt()
             states = self._group.gather(torch.tensor([sound]))  # all have stopped: what they have is known
             save_it, saved = self.agree(lead and needed and bool((states == version + 1).all()), saved)
@@ -327,35 +389,6 @@ class Lockstep:
         """Seconds the worker has computed, slowness included."""
         return self._seat.busy_s
 
-    def _emit_merged(self, step: int, update: Update, train_s: float) -> None:
-        if why := update.verdict.why:
-            self._emit(events.WarnedEvent(why=why, version=step + 1))
-        self._emit(self._merged.of(step, update, self.reduction.ranges, train_s))
-        for why in update.doubts:
-            self._emit(events.WarnedEvent(why=why, version=step + 1))
-
     def evaluate(self, version: int) -> Evaluation | None:
-        """The objective on the held-out data, each with its share: for the first worker of each machine, or all where
-        it may end the run."""
-        replica = self.replica
-        if not self._held_out or version == self._evaluated:  # worker 0, which notes it, does not ask again
-            return None
-        self._evaluated = version
-        replica.doing = f"evaluating version {version}"
-        shares = worker_ranges(len(self._held_out), self.workers)
-        own, outputs = shares[self.worker], []
-        for found in evaluate(replica, self._held_out, range(*own), self._heartbeat.advance):
-            self._evaluations.own["counts"][found.place - own[0]] = found.counts
-            self._evaluations.own["sums"][found.place - own[0]] = found.sums
-            outputs.append(found.outputs)
-        if replica.objective.gathers and self.workers > 1:
-            blobs = self._group.share(packed(outputs), to=0)
-            outputs = [each for blob in blobs for each in unpacked(blob)]
-        gathered = self._evaluations.gather(self._group)
-        if self.worker and not self._remembers and replica.watch.patience is None:
-            return None
-        counts, sums = (
-            np.concatenate([gathered[name][w, : stop - start] for w, (start, stop) in enumerate(shares)])
-            for name in ("counts", "sums")
-        )
-        return Evaluation.of(replica, counts, sums, [] if self.worker else outputs)
+        """The objective on the held-out data, see `SharedEvaluation`."""
+        return self._evaluation.of(version, self._group)

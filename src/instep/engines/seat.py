@@ -94,10 +94,11 @@ class Seat:
             self._replica.doing, error = self._late
             raise error
 
-    def compute(self, step: int, totals: Mapping[str, int], slowness: float = 1.0, *, checksums: bool = False) -> None:
+    def compute(self, step: int, totals: Mapping[str, int], slowness: float = 1.0, *, early: bool = False) -> None:
         """Computes the worker's microbatches, as `Gradients` was assigned to, and notes what they came to.
 
-        slowness: how many times as long as it needs it is to take. checksums: whether the tape gets those of the nodes.
+        slowness: how many times as long as it needs it is to take. early: whether gradients travel early, and so may be
+        on their way already when the tape would get checksums of them.
         """
         if not self._replica.objective.has_items(totals):
             self._samples = dict.fromkeys(self.own)  # nothing is computed: the update will be left out
@@ -112,8 +113,9 @@ class Seat:
             time.sleep((slowness - 1) * (self._clock() - from_s))
         to_s = self._clock()
         self.busy_s += to_s - from_s
-        sums = self._gradients.checksum() if checksums else []
-        self.checksum_s = self._clock() - to_s if checksums else 0.0
+        due = not early and (step + 1) % self._replica.recipe.checksum_every == 0
+        sums = self._gradients.checksum() if due else []
+        self.checksum_s = self._clock() - to_s if due else 0.0
         if self.own:
             self._report(step, totals, from_s, to_s, sums)
 

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import optimizer as torch_optimizer
 
+from instep.engines.shared_state import SharedState
 from instep.ranges import owners
 from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
 from instep.reduce.reduction import Reduction, clip
 from instep.transport.group import Group
+from instep.transport.shared_memory import SharedMemoryGroup
 from instep.worker.optimizer import BY_PARAMETER
 from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import Checksums, own_checksums, together
@@ -33,6 +35,8 @@ class Placement(ABC):
 
     weight_bytes: int
     """Of the memory for weights that the workers of a machine share."""
+    state_bytes = 0
+    """Of that for the optimizers' state, most of which nobody writes, and which takes no room then."""
     shared: bool
     """Whether they share the sum of the gradients, too."""
     gradients: list[Tensor]
@@ -43,8 +47,11 @@ class Placement(ABC):
     def __init__(self, replica: Replica, reduction: Reduction, worker: int):
         self._replica, self._reduction, self._worker = replica, reduction, worker
 
-    def attach(self, group: Group) -> None:
-        """Takes the team's group into use. A gather must follow before the weights are read."""
+    def attach(self, group: Group, *, succeeds: bool = False) -> None:
+        """Takes the team's group into use. A gather must follow before the weights are read.
+
+        succeeds: another had this place in it before, who has died.
+        """
         self._group = group
 
     def take(self, whole: Tensor) -> None:
@@ -57,6 +64,20 @@ class Placement(ABC):
 
         touched[i]: whether parameter i has a gradient. Returns the learning rate, the first one, if there is any.
         """
+
+    @abstractmethod
+    def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool]) -> None:
+        """The part of another worker of this machine, which has died, of the update of which `update` has made this
+        one's."""
+
+    @abstractmethod
+    def give_back(self, worker: int) -> None:
+        """A worker for which this one has made updates has a successor."""
+
+    @abstractmethod
+    def handed(self) -> dict[str, Any]:
+        """What the successor of a worker of this machine needs beside what they share: the "model", as in a state_dict,
+        and the "training" state."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -97,6 +118,15 @@ class Replicated(Placement):
     def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
         return clipped_step(self._replica, step, self._sum, self.gradients, norm, touched)
 
+    def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool]) -> None:
+        pass  # each makes the whole
+
+    def give_back(self, worker: int) -> None:
+        pass
+
+    def handed(self) -> dict[str, Any]:
+        return {"model": self._replica.saved_state(), "training": self._replica.training_state()}
+
     def settle(self) -> None:
         pass
 
@@ -124,28 +154,66 @@ class Sharded(Placement):
     def __init__(self, replica: Replica, reduction: Reduction, worker: int, machine: range):
         super().__init__(replica, reduction, worker)
         whose = owners([parameter.numel() for parameter in replica.parameters], len(machine))
-        self._own = [machine[owner] == worker for owner in whose]
+        self._of = {each: [machine[owner] == each for owner in whose] for each in machine}
+        self._own = self._of[worker]
+        self._others: set[int] = set()  # for whom this worker has made updates
+        self._state = SharedState(replica) if len(machine) > 1 and len(reduction.levels) == 1 else None
+        self.state_bytes = self._state.nbytes if self._state is not None else 0
         self._leads = 0 in machine  # the other machines hold the same
         self._offsets, self.weight_bytes = placed([parameter.nbytes for parameter in replica.parameters], ALIGN_BYTES)
 
-    def attach(self, group: Group) -> None:
+    def attach(self, group: Group, *, succeeds: bool = False) -> None:
         super().attach(group)
         states = [one.of_torch.state for one in self._replica.optimizer.each]
         for parameter, offset, own in zip(self._replica.parameters, self._offsets, self._own, strict=True):
             part = torch.from_numpy(group.common.numpy()[offset : offset + parameter.nbytes])
             shared = part.view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
-            shared.copy_(parameter.detach())  # all workers write the same
+            if not succeeds:
+                shared.copy_(parameter.detach())  # all workers write the same
             parameter.data = shared
             for state in [] if own else states:
                 state.pop(parameter, None)
+        if self._state is not None and isinstance(group, SharedMemoryGroup):
+            self._state.attach(group.spare)
+            (self._state.take_over if succeeds else self._state.keep)(self._indices(self._worker))
 
     def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
-        known = zip(self.gradients, touched, self._own, strict=True)
+        return self._update(self._own, step, norm, touched)
+
+    def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool]) -> None:
+        if worker not in self._others and self._state is not None:
+            self._others.add(worker)
+            self._state.take_over(self._indices(worker))
+        self._update(self._of[worker], step, norm, touched)
+
+    def give_back(self, worker: int) -> None:
+        if worker in self._others and self._state is not None:
+            self._others.remove(worker)
+            self._state.give_back(self._indices(worker))
+
+    def handed(self) -> dict[str, Any]:
+        module, training = self._replica.module, self._replica.training_state()
+        parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        own = training["optimizer"]
+        wholes = own.get("several", [own])
+        without = [{**whole, "state": {}} for whole in wholes]
+        optimizer = {"several": without} if "several" in own else without[0]
+        model = {name: value for name, value in module.state_dict().items() if name not in parameters}
+        return {"model": model, "training": {**training, "optimizer": optimizer}}
+
+    def _indices(self, worker: int) -> list[int]:
+        return [index for index, own in enumerate(self._of[worker]) if own]
+
+    def _update(self, of: Sequence[bool], step: int, norm: float, touched: Sequence[bool]) -> float | None:
+        known = zip(self.gradients, touched, of, strict=True)
         gradients = [view if seen and own else None for view, seen, own in known]
         for gradient in gradients:
             if gradient is not None:
                 clip(gradient, norm, self._replica.recipe.clip_norm)
-        return self._replica.update(step, gradients)
+        rate = self._replica.update(step, gradients)
+        if self._state is not None:
+            self._state.grow()
+        return rate
 
     def settle(self) -> None:
         self._group.meet()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from instep.reduce.buffers import APART
 from instep.reduce.layout import ALIGN_BYTES
@@ -96,13 +97,10 @@ class StepFacts:
         self, group: Group, beside: Fields | None = None, *, stop: bool = False, early: bool = False
     ) -> TeamFacts:
         """A barrier: what all tell; of `stop` and `early` what worker 0 says. beside: what else each tells."""
-        own = (*self._sums, *self.counts, self._seconds, self._flags, self._ends, stop, early)
-        rows: list[Any] = [own]
+        rows: list[Any] = [self._told(stop=stop, early=early)]
         found = None if beside is None else beside.read(beside.raw[None])
         if group.size > 1:
-            packed = bytearray(self._layout.pack(*own).ljust(self.nbytes, b"\0"))
-            fact = torch.frombuffer(packed, dtype=torch.uint8)
-            gathered = group.gather(fact if beside is None else torch.cat([fact, beside.raw]))
+            gathered = group.gather(self.packed(beside, stop=stop, early=early))
             rows = [self._layout.unpack_from(row) for row in gathered.numpy()]
             found = None if beside is None else beside.read(gathered[:, self.nbytes :])
         sums = [value for row, count in zip(rows, self._of_each, strict=True) for value in row[:count]]
@@ -112,6 +110,16 @@ class StepFacts:
         stop, early = rows[0][-2:]
         seconds, ends = [row[-5] for row in rows], [_ends(row[-3]) for row in rows]
         return TeamFacts(seconds, sums, totals, flags, ends, stop, early, found)
+
+    def packed(self, beside: Fields | None, *, stop: bool, early: bool = False) -> Tensor:
+        """What this worker tells, as `gather` sends it."""
+        told = self._told(stop=stop, early=early)
+        packed = bytearray(self._layout.pack(*told).ljust(self.nbytes, b"\0"))
+        fact = torch.frombuffer(packed, dtype=torch.uint8)
+        return fact if beside is None else torch.cat([fact, beside.raw])
+
+    def _told(self, *, stop: bool, early: bool) -> tuple[Any, ...]:
+        return (*self._sums, *self.counts, self._seconds, self._flags, self._ends, stop, early)
 
 
 @lru_cache(maxsize=1)  # they are seldom others than in the step before

@@ -7,7 +7,7 @@ moment to look. What others send of any piece is taken from the beginning of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def in_pieces(whole: Reduction, microbatches: int, device: str) -> Reduction:
 
 class Total:
     """One worker's side of it. late, early: the reductions for steps whose gradients travel so; None where none does.
-    shared: see `Group.assemble`."""
+    shared: see `Group.assemble`. `adds(done)` is called before and after the last of a cut is added up, in place."""
 
     def __init__(
         self,
@@ -44,12 +44,13 @@ class Total:
         worker: int,
         group: Group,
         gradients: Gradients,
+        adds: Callable[[bool], None] = lambda done: None,
         *,
         shared: bool,
     ):
         self.reduction = late
         """That of the present step."""
-        self._late, self._early = late, early
+        self._late, self._early, self._adds = late, early, adds
         self._worker, self._group, self._gradients, self._shared = worker, group, gradients, shared
         self._rows: list[Pending] = []  # by piece, at the first of two levels
         self._sums: list[Pending] = []
@@ -128,8 +129,11 @@ class Total:
 
     def _assemble(self, piece: int) -> None:
         sums, level = self._sums[piece], len(self._group.levels) - 1
-        (part,) = self.reduction.add(self._worker, sums.wait(), level, sums.home)
+        rows = sums.wait()
+        self._adds(False)
+        (part,) = self.reduction.add(self._worker, rows, level, sums.home)
         self._whole.append(self._group.assemble(part, self.reduction.pieces[piece], shared=self._shared))
+        self._adds(True)
         self._norms.append(self.reduction.norms(part))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from msgspec import Meta
+from msgspec import UNSET, Meta
 
 from instep.record.events import (
     BlockEvent,
@@ -29,8 +29,9 @@ from instep.record.events import (
     RunStartedEvent,
     WarnedEvent,
 )
-from instep.record.fields import Base, Bytes, Count, Seconds, Span, Worker
+from instep.record.fields import Base, Bytes, Count, Maybe, Microbatches, Seconds, Span, Worker
 from instep.record.fields import is_ as _is
+from instep.record.fields import where_ as _where
 
 
 class GpuMemoryEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -94,11 +95,22 @@ class RefutedEvent(Event, frozen=True, kw_only=True, gc=False):
     removed: Annotated[list[int], _is("versions of the checkpoints that are not kept for it")]
 
 
+class StoodInEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A worker that died has another do its part of a step, and of those that follow, until its successor is there."""
+
+    kind = "stood_in"
+    by = "lockstep"
+
+    worker: Worker
+    by_worker: Annotated[Worker, _is("the number of the one that does it")]
+    version: Base
+    microbatches: Maybe[Annotated[Microbatches, _where("where they were computed again")]] = UNSET
+
+
 TYPES: tuple[type[Event], ...] = (
     RunStartedEvent, JoinedEvent, ReleasedEvent, RangesMovedEvent, ComputedEvent, PushedEvent, PushedToServerEvent,
     MergedEvent, MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent, AuditedEvent,
-    RefutedEvent, EvaluatedEvent, CheckpointedEvent, LeftEvent, ResizedEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent,
-    FailedEvent,
-    RunEndedEvent, BlockEvent,
+    RefutedEvent, EvaluatedEvent, CheckpointedEvent, LeftEvent, ResizedEvent, StoodInEvent, PlannedEvent, WarnedEvent,
+    GpuMemoryEvent, FailedEvent, RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""

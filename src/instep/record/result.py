@@ -56,6 +56,7 @@ class Result:
     wall_s: float
     checksum_s: float | UnsetType = UNSET
     restarts: int
+    stood_in: int | UnsetType = UNSET
     bytes_sent: int
     staleness_mean: float
     staleness_max: int

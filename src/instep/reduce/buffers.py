@@ -29,6 +29,10 @@ APART = -1
 _MEAN, _MAX = Mode("mean"), Mode("max")
 
 
+Left = tuple[list[list[Tensor | None]], list[bool]]
+"""What the microbatches of a step have left: by microbatch and buffer; and which of them had samples."""
+
+
 class Buffers:
     """One worker's buffers and what its microbatches left in them.
 
@@ -108,6 +112,12 @@ class Buffers:
         """Starts a step."""
         self._left = []
         self._filled = []
+
+    def swap(self, left: Left | None = None) -> Left:
+        """Has what another's microbatches have left, or nothing, in place of what is returned."""
+        before = self._left, self._filled
+        self._left, self._filled = ([], []) if left is None else left
+        return before
 
     def leave(self, *, filled: bool) -> None:
         """After a microbatch (`filled`: it had samples): notes what it changed, and sets the buffers back."""

@@ -28,7 +28,6 @@ from instep.team.channel import Channel
 from instep.team.crew import Crew, Heard, LocalCrew
 from instep.team.hosts import Hosts
 from instep.team.journal import ClientGone, Journal
-from instep.team.messages import Request
 from instep.team.network import network_of
 from instep.team.orders import Member
 from instep.team.outcome import end_of, result_of, start_of
@@ -48,7 +47,7 @@ LOOK_S = 0.2
 class Agent:
     """One run, over all starts of its team."""
 
-    def __init__(self, run: Request, client: Channel, requests: Requests | None = None):
+    def __init__(self, run: messages.Request, client: Channel, requests: Requests | None = None):
         self._run, self._client, self._requests = run, client, requests or Requests()
         self._folder, self._parent = RunFolder(run.folder), os.getppid()
         self._hosts: Hosts | None = None  # where there are other agents
@@ -261,8 +260,6 @@ class Agent:
             self._hear(orders.Resize(workers))
         return before, why
 
-    # What it does
-
     def _obey(self, order: orders.Order) -> list[orders.RosterEvent]:
         """Does it. Returns what the roster is to know of it. Raises the run's error, or Interrupted."""
         match order:
@@ -275,9 +272,11 @@ class Agent:
                     crew.join(member)
             case orders.Replace():
                 self._replace(order)
+            case orders.HandOver(member, state):
+                self._local.send(member, messages.SeatHanded(state))
             case orders.StartMore(members):
                 for crew in self._crew_of(members[0]):
-                    crew.start(members, self._assignment(first=False))
+                    crew.start(members, self._assignment(late=True))
                     crew.prepare(self._facts)
             case orders.AskToStop():
                 self._local.ask_to_stop()
@@ -319,7 +318,7 @@ class Agent:
         self._ended.clear()
         self._parted.clear()
         self._looked = time.monotonic()
-        assignment = self._assignment(first=self._resume_from is None and order.epoch == 1)
+        assignment = self._assignment()
         workers, hosts, run = order.members[: self._run.team.workers], self._hosts, self._run
         address, key = (hosts.address, hosts.server_key) if hosts is not None else ("127.0.0.1", b"")
         needed = run.team.by_nccl and run.engine == "lockstep"
@@ -327,7 +326,7 @@ class Agent:
             for crew in self._crews:
                 crew.start(order.members, replace(assignment, network=self._network))
 
-    def _assignment(self, *, first: bool) -> messages.Assignment:
+    def _assignment(self, *, late: bool = False) -> messages.Assignment:
         run = self._run
         return messages.Assignment(
             recipe=run.recipe,
@@ -337,7 +336,7 @@ class Agent:
             resume_from=self._resume_from,
             serving=run.engine == "server",
             began=run.began,
-            first=first,
+            first=self._resume_from is None and self.roster.epoch == 1 and not (late and run.engine == "server"),
             run_id=self._run_id,
             identity=self._held.identity,
             network=self._network,
@@ -367,13 +366,14 @@ class Agent:
         crews = self._crew_of(order.member)
         for crew in crews:
             self._found += self._journal.pass_on_the_rest(crew.take_out(order.member))
+        self._local.hold(order.holders, self._journal.merged)
         if self._run.engine == "server":
             self._local.send(self.roster.leader, messages.Left(order.member.number, order.why))
         else:
             self._journal.record(LeftEvent(worker=order.member.number, why=order.why))
         if order.successor is not None:
             for crew in crews:
-                crew.succeed(order.successor, replace(self._assignment(first=False), resume_from=None))
+                crew.succeed(order.successor, replace(self._assignment(late=True), resume_from=None))
 
     def _end(self) -> None:
         """Ends what lives of the team, and reads the last words."""
@@ -387,8 +387,8 @@ class Agent:
         for crew in self._crews:
             crew.leave()
         costs = [each.costs for _, each in sorted(self._ended.items()) if each.costs]
-        told = costs, self.roster.restarts, self._journal.wire_bytes(), self._journal.wrong
-        result = result_of(self._run, self._facts, self._ended[leader.number], *told)
+        counts = self.roster.restarts, self.roster.stood_in, self._journal.wire_bytes(), self._journal.wrong
+        result = result_of(self._run, self._facts, self._ended[leader.number], costs, *counts)
         self._held.check()
         self._folder.write_result(result)
         self._journal.record(end_of(result))

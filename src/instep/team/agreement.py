@@ -1,13 +1,32 @@
-"""What the processes of a team must have in common, and sentences on what they have not."""
+"""What the processes of a team must have in common, and sentences on what they have not, and of the roster."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from instep.sources import first_difference
 from instep.team.messages import FoundWritten, FoundWrong
 from instep.team.orders import Lost, Member
+
+
+@dataclass
+class Digests:
+    """The digests of workers' weights, by version, until all have told theirs."""
+
+    _told: dict[int, dict[int, str]] = field(default_factory=dict)
+
+    def compare(self, number: int, version: int, digest: str, workers: int) -> int | None:
+        """Notes a worker's; the number of one that has told another of this version, None where there is none."""
+        told = self._told.setdefault(version, {})
+        told[number] = digest
+        first = next(iter(told))
+        if digest != told[first]:
+            return first
+        if len(told) == workers:
+            del self._told[version]
+        return None
 
 
 def difference(
@@ -70,3 +89,13 @@ def refuted(found: FoundWrong) -> str:
 def cause_of(found: FoundWritten | FoundWrong, members: Sequence[Member]) -> FoundWritten | Lost:
     """Why an epoch ends in which a process has found this: a worker that was wrong is lost."""
     return found if isinstance(found, FoundWritten) else Lost(members[found.worker], refuted(found))
+
+
+def too_often(why: str, restarts: int) -> str:
+    """What is said of the loss of a process, by the sentence `why`, where no restart is allowed any more."""
+    return f"{why.rstrip('.')}; the team has started again {restarts} times, as often as team.restarts allows."
+
+
+def no_stand_in(why: str) -> str:
+    """What is said where nobody can do the part of a worker that died."""
+    return f"{why}, so that the team goes back to its last checkpoint."

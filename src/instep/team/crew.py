@@ -288,6 +288,12 @@ class LocalCrew:
         old.close()
         return words
 
+    def hold(self, holders: Mapping[Member, Member], told: int) -> None:
+        """Tells members whose places they hold, by successor. told: the last update that the tape has."""
+        if not holders:
+            return
+        self.processes.board.hold({s.number: (h.number, s.incarnation) for s, h in holders.items()}, told)
+
     def succeed(self, successor: Member, assignment: Assignment) -> None:
         self._fork(successor, assignment)
         self._liveness.renew(successor.number, self.processes[successor].handle.pid)

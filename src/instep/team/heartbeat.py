@@ -18,6 +18,8 @@ from instep.team.doing import DoingBoard
 from instep.transport.meter import METER
 
 _PAUSE = 2
+_HOLDERS = 1 << 25
+"""Above the number of any worker."""
 
 BEAT_S = 0.25
 """Seconds between two beats of a worker."""
@@ -27,14 +29,43 @@ class HeartbeatBoard:
     """The signs of life of all workers, in memory that forked processes share. [W] arrays of int64."""
 
     def __init__(self, workers: int):
-        memory = mmap.mmap(-1, 8 * (6 * workers + 1))
+        memory = mmap.mmap(-1, 8 * (8 * workers + 3))
         table = np.frombuffer(memory, np.int64)
-        self.beats, self.progress, self.waits, self.sent, self.received, self.answers = table[:-1].reshape(6, workers)
+        self.beats, self.progress, self.waits, self.sent, self.received, self.answers = table[: 6 * workers].reshape(
+            6, workers
+        )
         """Beats so far; pieces of work finished; since when the worker waits for others, in ns of the monotonic clock,
         0 where it does not; bytes to and from other hosts, of all processes that have had the worker's place; 1 where
         it may be asked for its stack."""
-        self._stop = table[-1:]
         self.doing = DoingBoard(workers)
+        self.holders, self.successors = table[6 * workers : -3].reshape(2, workers)
+        """Of each worker that has died in lockstep: who holds its place, as `hold` writes it; and the incarnation of
+        its successor that can take it."""
+        self._stop, self._told, self._changes = table[-3:].reshape(3, 1)
+
+    def hold(self, holders: Mapping[int, tuple[int, int]], told: int) -> None:
+        """Has workers hold the places of others, which are dead: by its number, who does, and the incarnation of its
+        successor. told: the last update that the tape has.
+        """
+        self._told[0] = told
+        for worker, (holder, incarnation) in holders.items():
+            self.holders[worker] = incarnation * _HOLDERS + holder
+        self._changes[0] += 1
+
+    def held_by(self, holder: int) -> dict[int, int]:
+        """The workers whose places it was told to hold, each with the incarnation of its successor."""
+        words = enumerate(self.holders.tolist())
+        return {worker: word // _HOLDERS for worker, word in words if word and word % _HOLDERS == holder}
+
+    @property
+    def changes(self) -> int:
+        """How often `hold` was called."""
+        return int(self._changes[0])
+
+    @property
+    def told(self) -> int:
+        """The last update that the tape had then."""
+        return int(self._told[0])
 
     def ask_to_stop(self) -> None:
         """Asks the team to end after the present step, with a checkpoint."""

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from instep.errors import CheckpointError
 from instep.record import checkpoint
 from instep.record.event_kinds import RefutedEvent
-from instep.record.events import CheckpointedEvent, Event, RunStartedEvent, WarnedEvent, plain
+from instep.record.events import CheckpointedEvent, Event, MergedEvent, RunStartedEvent, WarnedEvent, plain
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape, ToldCheckpoints, last_update, told
 from instep.record.team import BytesOfHost
@@ -36,6 +36,8 @@ class Journal:
         """Whether the tape had the run's beginning already, whatever the client takes it for."""
         self.started = False
         """Whether a team of this process has: what is told before waits for it, or is not written."""
+        self.merged = 0
+        """The last update that was told of."""
         self.wire_bytes: Callable[[], Sequence[BytesOfHost] | UnsetType] = lambda: UNSET
         """What the hosts have exchanged by now, where there are several agents."""
         self.note: Callable[[Event], None] = lambda event: None
@@ -73,6 +75,7 @@ class Journal:
         """Notes what has happened. On the tape, ``run_started`` comes first; of a start that comes to nothing it holds
         none.
         """
+        self.merged = next((e.version for e in reversed(happened) if isinstance(e, MergedEvent)), self.merged)
         events = [plain(self._counted(event)) for event in happened]
         self._early += events
         for event in events:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 
 from instep.engines.lockstep import Lockstep
+from instep.engines.standing_in import SeatLost
 from instep.errors import InstepError, described
 from instep.team.messages import KeepingState, KeepState, PeersLost, StateKept
 from instep.team.session import Session
@@ -18,7 +19,9 @@ from instep.transport.group import Group, PeerLost, PeerRaised
 from instep.worker.milestones import Progress
 
 
-def wait_for_the_end(session: Session, error: PeerLost | PeerRaised, keep: Callable[[], StateKept] = StateKept) -> None:
+def wait_for_the_end(
+    session: Session, error: PeerLost | PeerRaised | SeatLost, keep: Callable[[], StateKept] = StateKept
+) -> None:
     """Until the agent, which hears from another what has happened, ends this process. `keep` is called when asked."""
     session.send_events()
     if isinstance(error, PeerLost):

@@ -271,6 +271,32 @@ class StateKept:
 
 
 @dataclass(frozen=True, slots=True)
+class HandedOver:
+    """From who holds the place of a worker that died in lockstep: what its successor, of this incarnation, goes on
+    with, pickled. The place is not held there any more.
+    """
+
+    worker: int
+    incarnation: int
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class NotStoodIn:
+    """Nobody can do what this worker, which died, was doing; who tells it waits for its end."""
+
+    worker: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class SeatHanded:
+    """For a successor: the state with which it takes its place, pickled."""
+
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StoppedAt:
     """The server has stopped, as it was told to; the newest version that it has saved."""
 
@@ -301,21 +327,11 @@ class Left:
     why: str
 
 
-SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState
+SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState | SeatHanded
 WorkerToSupervisor = (
-    Events
-    | Ready
-    | Digest
-    | Sync
-    | FoundWritten
-    | FoundWrong
-    | PeersLost
-    | KeepingState
-    | StateKept
-    | StoppedAt
-    | Failed
-    | Ended
-)
+    Events | Ready | Digest | Sync | FoundWritten | FoundWrong | PeersLost | KeepingState | StateKept | HandedOver
+    | NotStoodIn | StoppedAt | Failed | Ended
+)  # fmt: skip
 
 # --------------------------------------------------------------------------------------- server and worker, on a line
 #

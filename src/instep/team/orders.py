@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from instep.errors import InstepError
-from instep.team.messages import Digest, Ended, Failed, FoundWritten, FoundWrong, Ready, StoppedAt
+from instep.team.messages import (
+    Digest,
+    Ended,
+    Failed,
+    FoundWritten,
+    FoundWrong,
+    HandedOver,
+    NotStoodIn,
+    Ready,
+    StoppedAt,
+)
 
 
 @dataclass(frozen=True, order=True)
@@ -20,7 +31,7 @@ class Member:
     host: int = 0
 
 
-Word = Ready | Digest | FoundWritten | FoundWrong | StoppedAt | Failed | Ended
+Word = Ready | Digest | FoundWritten | FoundWrong | HandedOver | NotStoodIn | StoppedAt | Failed | Ended
 """What of a process's messages means something for the team."""
 
 # Events
@@ -144,13 +155,24 @@ class Join:
 
 @dataclass(frozen=True)
 class Replace:
-    """End what is left of a member that was lost, tell the server, or else the tape, `why`, and start its successor if
-    there is one.
+    """End what is left of a member that was lost, tell the server or, in lockstep, the tape `why`, and start its
+    successor if there is one.
+
+    holders: in lockstep, who holds its place from then on, and the places that it has held itself: by successor.
     """
 
     member: Member
     successor: Member | None
     why: str
+    holders: Mapping[Member, Member] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """Give a successor its place, with the `state` that who held it has told."""
+
+    member: Member
+    state: bytes
 
 
 @dataclass(frozen=True)
@@ -228,6 +250,7 @@ Order = (
     | Go
     | Join
     | Replace
+    | HandOver
     | StartMore
     | AskToStop
     | AskToPause

@@ -54,11 +54,13 @@ def result_of(
     leader: Ended,
     costs: Sequence[Costs],
     restarts: int,
+    stood_in: int,
     wire_bytes: Sequence[BytesOfHost] | UnsetType,
     wrong: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The fields of ``result.json``. `leader`: what it has told at its end; `costs`: what each member has that counts
-    them; `wire_bytes`: of each host, where there are several agents; `wrong`: what audits have found.
+    them; `stood_in`: of the restarts, those of workers whose part others did; `wire_bytes`: of each host, where there
+    are several agents; `wrong`: what audits have found.
     """
     progress, left = leader.progress, leader.left
     return Result.of(
@@ -78,6 +80,7 @@ def result_of(
         wall_s=round(time.monotonic() - run.began, 3),
         checksum_s=round(progress["checksum_s"], 6),
         restarts=restarts,
+        stood_in=stood_in or UNSET,
         wire_bytes=wire_bytes,
         interrupted=leader.interrupted,
         stopped=progress["stopped"] or None,

@@ -23,6 +23,7 @@ from instep.engines import server
 from instep.engines.audits import Audit, WrongWorker
 from instep.engines.contribute import contribute, slowness_of
 from instep.engines.lockstep import Lockstep
+from instep.engines.standing_in import Handed, SeatLost
 from instep.errors import InstepError, described, place, with_saved
 from instep.record.digest import digest_of_state
 from instep.record.events import JoinedEvent
@@ -36,10 +37,11 @@ from instep.team.groups import Reach
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
 from instep.team.judging import third_result
 from instep.team.kept_state import keep_state, wait_for_the_end
-from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten, FoundWrong, KeepingState
+from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten, FoundWrong, KeepingState, NotStoodIn
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
+from instep.team.successors import PlacesHeld, handed_over
 from instep.transport.group import Group, PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
 from instep.worker.device import not_deterministic
@@ -64,7 +66,7 @@ def main(
     session = Session(assignment, number, pipe, heartbeat)
     try:
         if not assignment.serving:
-            _in_lockstep(session, descriptor)
+            _in_lockstep(session, board, descriptor)
         elif session.leads:
             server.serve(session, descriptor, _far_workers(assignment))
         else:
@@ -74,6 +76,9 @@ def main(
     except WrongWorker as found:
         session.send_events()
         pipe.send(FoundWrong(found.worker, found.step, found.microbatch, found.since, found.back, found.by))
+    except SeatLost as lost:
+        pipe.send(NotStoodIn(lost.worker, str(lost)))
+        wait_for_the_end(session, lost)
     except FirstWrite as found:
         session.send_events()
         pipe.send(FoundWritten(found.names, found.where))
@@ -105,33 +110,36 @@ def _far_server(assignment: Assignment, number: int, descriptor: int) -> Any:
     return partial(FarServer, assignment.network, number, assignment.incarnation, descriptor, assignment.place[1])
 
 
-def _in_lockstep(session: Session, descriptor: int) -> None:
-    """The life of a worker of the lockstep engine."""
+def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> None:
+    """The life of a worker of the lockstep engine; if it is a successor, from the place on that it gets."""
     team, worker = session.assignment.team, session.number
     session.emit(JoinedEvent(worker=worker, pid=os.getpid(), host=socket.gethostname()))
     replica = session.build()
-    progress = Progress()
-    saved = session.saved()
+    progress, saved = Progress(), session.saved()
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
         progress = session.progress_of(saved)
     reach = Reach(session)
-    engine = _engine(session, replica, reach.machines, progress.version)
+    held = PlacesHeld(session, board) if session.assignment.network is None else None
+    engine, succeeds = _engine(session, replica, reach.machines, progress, held), session.assignment.incarnation > 0
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
-    engine.prepare(progress.version)
+    engine.prepare(progress.version, looks=not succeeds)
     fit_memory(replica, team, session.emit if worker == 0 else None, workers=team.workers)
     sizes = engine.sizes()
     session.ready(_facts(session, engine, progress), reach.memory(sizes))
-    engine.join(reach.group(sizes, descriptor))
+    group = reach.group(sizes, descriptor)
+    if succeeds:
+        engine, progress = _successor(session, replica, reach.machines, held, handed_over(session, board))
+    engine.join(group)
     engine.slowness = slowness_of(session)
-    recipe, began = session.recipe, session.clock()
-    keeper = _Keeper(session, engine, progress)
+    recipe, began, keeper = session.recipe, session.clock(), _Keeper(session, engine, progress)
 
     try:
-        if progress.unevaluated:
+        if progress.unevaluated and not succeeds:
             keeper.after_step(progress, False)
-        interrupted = engine.run(progress, keeper.after_step, progress.version if progress.stopped else recipe.steps)
+        steps = progress.version if progress.stopped else recipe.steps
+        interrupted = engine.run(progress, keeper.after_step, steps, keeper.due)
         ended_s = session.clock()
         if not interrupted:
             keeper.milestones.ended(progress, keeper.evaluate, lambda: session.mark_best(progress))
@@ -141,8 +149,8 @@ def _in_lockstep(session: Session, descriptor: int) -> None:
         if not keeper.saved_without_others(reach.machine):
             return wait_for_the_end(session, lost, partial(keep_state, session, engine, reach.machine, progress))
         interrupted, ended_s, digest = True, session.clock(), digest_of_state(replica.saved_state())
-    except WrongWorker:
-        raise  # all have found it, and the weights are uncertain
+    except (SeatLost, WrongWorker):
+        raise  # the weights are uncertain
     except BaseException as error:
         session.send_events()
         doing = replica.doing
@@ -174,18 +182,38 @@ def _facts(session: Session, engine: Lockstep, progress: Progress) -> dict[str, 
         shared_weight_bytes=placement.weight_bytes,
         whole_update=placement.why_whole,
         written=list(replica.written.names),
+        stands_in=engine.can_stand_in,
     )
 
 
-def _engine(session: Session, replica: Replica, machines: Sequence[int], version: int) -> Lockstep:
+def _engine(
+    session: Session,
+    replica: Replica,
+    machines: Sequence[int],
+    progress: Progress,
+    held: PlacesHeld | None,
+    handed: Handed | None = None,
+) -> Lockstep:
     team, emit, clock = session.assignment.team, session.emit, session.clock
     of_run = session.number, machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard, team.balance
-    engine = Lockstep(replica, *of_run)
+    engine = Lockstep(replica, *of_run, held, handed)
     if team.audit:
         share, judge = parse_share(team.audit, "'team.audit'"), partial(third_result, session.recipe, replica)
-        of_team = session.number, team.workers, share, version
+        of_team = session.number, team.workers, share, progress.version
         engine.audit = Audit(replica, engine.gradients, *of_team, emit, judge)
     return engine
+
+
+def _successor(
+    session: Session, replica: Replica, machines: Sequence[int], held: PlacesHeld | None, handed: Handed
+) -> tuple[Lockstep, Progress]:
+    """The engine of a worker that takes the place of one that died, and where the run stands."""
+    replica.load({**replica.module.state_dict(), **handed.model}, handed.training)
+    progress = Progress(**handed.progress)
+    engine = _engine(session, replica, machines, progress, held, handed)
+    engine.updates.watcher.load(handed.watch)
+    engine.sizes()
+    return engine, progress
 
 
 class _Keeper:
@@ -196,6 +224,12 @@ class _Keeper:
         self._session, self._engine, self._progress, self._replica = session, engine, progress, session.replica
         recipe, every = session.recipe, session.assignment.team.checkpoint_every
         self.milestones = Milestones(recipe.steps, recipe.evaluate_every, every)
+
+    def due(self, progress: Progress, last: bool) -> bool:
+        """Whether `after_step` has more to do than to send events."""
+        version, milestones = progress.version, self.milestones
+        due = milestones.evaluates(version - 1, version) or milestones.saves(version - 1, version)
+        return last or due or progress.unevaluated or self._session.tries_checkpoint(version)
 
     def after_step(self, progress: Progress, last: bool) -> None:
         """After an update; `last`: the run ends with it."""

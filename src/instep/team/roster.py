@@ -8,7 +8,7 @@ of events:
   of `FinishRun`, `FailRun` and `CancelRun`, after which no order comes.
 - Orders name processes that have started and were not lost, and `Go` those of them alone that are ready.
 - Nobody waits for the dead: of a process that is lost comes a successor, a new epoch, the end of the run, or, where the
-  others can end without it, nothing at all.
+  others can end without it, nothing at all. In lockstep a successor comes where another holds the place until then.
 - A restart is counted once, whichever way the death was noticed, and no more of them come than are allowed. To go back
   for parameters that forwards write is none: what was found then is known later, so that it comes to an end.
 - A team starts with the workers of all hosts that are there, and waits for the others where it must: for all at first,
@@ -23,30 +23,17 @@ of events:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from instep.errors import InstepError, WorkerError, with_saved
 from instep.ranges import share_out
-from instep.team import orders
-from instep.team.agreement import cause_of, difference, drifted, first_written, known_written
-from instep.team.messages import Digest, Ended, Failed, FoundWritten, FoundWrong, Ready, StoppedAt
+from instep.team import agreement, messages, orders
 from instep.team.orders import Member, Order
+from instep.team.seats import PlaceInTeam, can_stand_in, handed_over, newcomers, stand_in, successor_of
 
 _LASTING = ("data", "samples", "parameters")
 """What a process that joins others has in common with them; its weights they give it."""
-
-
-@dataclass(slots=True)
-class _Place:
-    """Who has a place in the team. `done`: it is not waited for any more."""
-
-    member: Member
-    facts: Mapping[str, Any] | None = None
-    ended: Ended | None = None
-    done: bool = False
 
 
 class Roster:
@@ -75,6 +62,8 @@ class Roster:
         """The number of the present start of the team, from 1."""
         self.restarts = 0
         """Restarts so far, of the team or of a worker."""
+        self.stood_in = 0
+        """Those of workers in lockstep, whose part others did."""
         self.written: set[str] = set()
         """The parameters that forwards are known to write."""
         self.going = False
@@ -85,11 +74,11 @@ class Roster:
         self._here = {0} if self._agents[0] == 1 else set()  # hosts all of whose agents are there
         self._names: dict[int, str] = {}
         self._needed: frozenset[int] = frozenset()  # hosts without which no team starts; none while one has
-        self._leader, self._places = workers * serving, list[_Place]()
+        self._leader, self._places = workers * serving, list[PlaceInTeam]()
         self._unlooked = self._looked = self._pausing = False
-        self._digests: dict[int, dict[int, str]] = {}  # by version and number
+        self._digests = agreement.Digests()
         self._ending: orders.Ending | None = None  # why the epoch ends, until it is gone
-        self._stopping = False
+        self._stopping = self._stands_in = self._told_of = False  # told of: the loss for which an epoch ends
         self._raised: InstepError | None = None  # by a worker of the server engine, while the server saves
 
     def begin(self) -> list[Order]:
@@ -145,21 +134,26 @@ class Roster:
 
     # What follows from an event
 
-    def _said(self, message: orders.Word, place: _Place) -> list[Order]:
+    def _said(self, message: orders.Word, place: PlaceInTeam) -> list[Order]:
         match message:
-            case Ready():
+            case messages.Ready():
                 place.facts = message.facts
                 return self._join(place) if self.going else self._go()
-            case Digest():
+            case messages.Digest():
                 return self._compare(place.member.number, message)
-            case Ended():
+            case messages.Ended():
                 place.ended, place.done = message, True
                 return self._finish()
-            case FoundWritten() | FoundWrong():
-                return self._end(cause_of(message, [place.member for place in self._places]))
-            case Failed():
+            case messages.FoundWritten() | messages.FoundWrong():
+                return self._end(agreement.cause_of(message, [place.member for place in self._places]))
+            case messages.HandedOver():
+                given = handed_over(self._places, message, place)
+                return [] if given is None else [orders.HandOver(given.member, message.state)]
+            case messages.NotStoodIn():
+                return self._cannot_stand_in(message)
+            case messages.Failed():
                 return self._failed(message.error(), place)
-            case StoppedAt():
+            case messages.StoppedAt():
                 assert self._raised is not None, "the server was told to stop"
                 sentence = with_saved(self._raised.message, message.version, self._folder)
                 return self._over(orders.FailRun(type(self._raised)(sentence, detail=self._raised.detail)))
@@ -196,8 +190,8 @@ class Roster:
             self._places[member.number].done = True
         if self._raised is not None:
             return []
-        if not self._stopping and (too_often := self._count_restart(lost)) is not None:
-            return [orders.NoteLoss(lost.member, lost.why), *self._over(orders.FailRun(too_often))]
+        if not self._stopping and (once_too_often := self._count_restart(lost)) is not None:
+            return [orders.NoteLoss(lost.member, lost.why), *self._over(orders.FailRun(once_too_often))]
         return [*(orders.Replace(member, None, lost.why) for member in members), *self._finish()]
 
     def _start_there(self, host: int) -> list[Order]:
@@ -205,9 +199,9 @@ class Roster:
         if not (self._serving and self.going) or self._stopping or self.over or self._raised is not None:
             return []
         there = [place.member for place in self._places if place.member.host == host]
-        successors = tuple(Member(self.epoch, m.number, m.incarnation + 1, host) for m in there)
+        successors = tuple(map(successor_of, there))
         for successor in successors:
-            self._places[successor.number] = _Place(successor)
+            self._places[successor.number] = PlaceInTeam(successor)
         return [orders.StartMore(successors)] if successors else []
 
     def _start_if_all_are_there(self) -> list[Order]:
@@ -227,9 +221,7 @@ class Roster:
         going = self.going and self._ending is None and not any(place.done for place in self._places)
         if not going or self._stopping or self._serving:
             return []
-        now = {place.member.host for place in self._places}
-        then = [host for host, count in enumerate(self._shares()) if count]
-        return [host for host in then if host not in now] if len(then) > len(now) else []
+        return newcomers(self._places, self._shares())
 
     def _resize(self, event: orders.Resize) -> list[Order]:
         self.wanted = event.workers
@@ -245,9 +237,9 @@ class Roster:
         self._workers, self._leader = self.wanted, self.wanted * self._serving
         hosts = [host for host, count in enumerate(self._shares()) for _ in range(count)] + [0] * self._serving
         members = tuple(Member(self.epoch, number, host=host) for number, host in enumerate(hosts))
-        self._places = [_Place(member) for member in members]
-        self._digests, self._unlooked, self.going, self._pausing = {}, False, False, False
-        self._ending = self._raised = None
+        self._places = [PlaceInTeam(member) for member in members]
+        self._unlooked = self._told_of = self.going = self._pausing = self._stands_in = False
+        self._digests, self._ending, self._raised = agreement.Digests(), None, None
         return orders.Start(self.epoch, members, looked)
 
     def _go(self) -> list[Order]:
@@ -260,39 +252,33 @@ class Roster:
                 return self._fault(different)
         new = tuple(sorted({*facts.get("written", ())} - self.written))
         if new and self._unlooked:  # before the checkpoint that the team starts from, say
-            return self._end(FoundWritten(new, "a first forward after a stop"))
-        self.going = True
+            return self._end(messages.FoundWritten(new, "a first forward after a stop"))
+        self.going, self._stands_in = True, bool(facts.get("stands_in"))
         return [orders.Go(self.epoch, tuple(place.member for place in self._places))]
 
-    def _join(self, place: _Place) -> list[Order]:
+    def _join(self, place: PlaceInTeam) -> list[Order]:
         """Lets one begin with those that go on, if it agrees with the leader."""
         if different := self._different(place, _LASTING):
             return self._failed(WorkerError(different), place)
         return [orders.Join(place.member)]
 
-    def _different(self, place: _Place, names: Collection[str] | None = None) -> str:
+    def _different(self, place: PlaceInTeam, names: Collection[str] | None = None) -> str:
         """A sentence on what it starts from and the leader does not; "" if there is nothing."""
         named = self.name(place.member.number), self.name(self._leader)
-        return difference(place.facts or {}, self._places[self._leader].facts or {}, *named, names)
+        return agreement.difference(place.facts or {}, self._places[self._leader].facts or {}, *named, names)
 
-    def _compare(self, number: int, own: Digest) -> list[Order]:
-        digests = self._digests.setdefault(own.version, {})
-        digests[number] = own.digest
-        first = next(iter(digests))
-        if own.digest != digests[first]:
-            return self._fault(drifted(self.name(number), self.name(first), own.version))
-        if len(digests) == len(self._places):
-            del self._digests[own.version]
-        return []
+    def _compare(self, number: int, own: messages.Digest) -> list[Order]:
+        other = self._digests.compare(number, own.version, own.digest, len(self._places))
+        return [] if other is None else self._fault(agreement.drifted(self.name(number), self.name(other), own.version))
 
     def _finish(self) -> list[Order]:
         """Ends the run with the server, or else with the last worker."""
         if not (self._places[self._leader].done if self._serving else all(place.done for place in self._places)):
             return []
-        self._digests.clear()
+        self._digests = agreement.Digests()
         for place in [] if self._serving else [each for each in self._places if each.ended is not None]:
             assert place.ended is not None, "all have but who was lost, see `_ends_without`"
-            own = Digest(place.ended.progress["version"], place.ended.digest)
+            own = messages.Digest(place.ended.progress["version"], place.ended.digest)
             if different := self._compare(place.member.number, own):
                 return different
         ended = self._places[self._leader].ended
@@ -300,7 +286,7 @@ class Roster:
             return self._end(orders.Resize(self.wanted))
         return self._over(orders.FinishRun(self.leader))
 
-    def _failed(self, error: InstepError, place: _Place) -> list[Order]:
+    def _failed(self, error: InstepError, place: PlaceInTeam) -> list[Order]:
         """What a process's code raised ends the run; in lockstep, and at the server, it is saved by then."""
         if not self._can_do_without(place.member):
             return self._over(orders.FailRun(self._raised or error))
@@ -310,19 +296,34 @@ class Roster:
         self._raised = error
         return [orders.StopServer(self.leader, place.member.number)]
 
-    def _lost(self, event: orders.Lost, place: _Place) -> list[Order]:
+    def _lost(self, event: orders.Lost, place: PlaceInTeam) -> list[Order]:
         member = event.member
         if self._raised is not None:  # the first error is the one to tell of
             return self._failed(self._raised, place)
         if not (self._can_do_without(member) or self._ends_without(member)):
-            return self._end(event)
+            return self._stand_in(event, place)
         if self._stopping:
             return self._go_on_without([member], event)
-        if (too_often := self._count_restart(event)) is not None:
-            return [orders.NoteLoss(member, event.why), *self._over(orders.FailRun(too_often))]
-        successor = Member(self.epoch, member.number, member.incarnation + 1, member.host)
-        self._places[member.number] = _Place(successor)
+        if (once_too_often := self._count_restart(event)) is not None:
+            return [orders.NoteLoss(member, event.why), *self._over(orders.FailRun(once_too_often))]
+        self._places[member.number] = PlaceInTeam(successor := successor_of(member))
         return [orders.Replace(member, successor, event.why)]
+
+    def _stand_in(self, lost: orders.Lost, place: PlaceInTeam) -> list[Order]:
+        """A worker in lockstep is lost: others that can hold its place, and those that it has held, for successors."""
+        if self._stopping or self._pausing or not (self._stands_in and can_stand_in(self._places, place)):
+            return self._end(lost)
+        if (once_too_often := self._count_restart(lost)) is not None:
+            return [orders.NoteLoss(lost.member, lost.why), *self._over(orders.FailRun(once_too_often))]
+        self.stood_in += place.holder is None
+        holders = stand_in(self._places, lost)
+        return [orders.Replace(lost.member, successor_of(lost.member), lost.why, holders)]
+
+    def _cannot_stand_in(self, message: messages.NotStoodIn) -> list[Order]:
+        """The epoch ends for a loss that was told of and counted when it came."""
+        place, self._told_of, self.stood_in = self._places[message.worker], True, self.stood_in - 1
+        warned = orders.Warn(agreement.no_stand_in(message.why))
+        return [warned, *self._end(place.lost or orders.Lost(place.member, message.why))]
 
     def _can_do_without(self, member: Member) -> bool:
         """Whether the others go on when it is lost."""
@@ -357,24 +358,25 @@ class Roster:
         """An epoch has ended before its time: what comes now."""
         why = self._ending
         assert why is not None
-        noted: list[Order] = [orders.NoteLoss(why.member, why.why)] if isinstance(why, orders.Lost) else []
+        lost = why if isinstance(why, orders.Lost) and not self._told_of else None
+        noted: list[Order] = [orders.NoteLoss(lost.member, lost.why)] if lost else []
         if self._stopping:
             return [*noted, *self._over(orders.CancelRun())]
-        if isinstance(why, FoundWritten):
+        if isinstance(why, messages.FoundWritten):
             return self._go_back(why, gone.written)
         if isinstance(why, orders.Saved | orders.Resize):
             return self._start_again()
-        if (too_often := self._count_restart(why)) is not None:
-            return [*noted, *self._over(orders.FailRun(too_often))]
+        if lost and (once_too_often := self._count_restart(lost)) is not None:
+            return [*noted, *self._over(orders.FailRun(once_too_often))]
         return [*noted, *self._start_again()]
 
-    def _go_back(self, found: FoundWritten, more: Sequence[str]) -> list[Order]:
+    def _go_back(self, found: messages.FoundWritten, more: Sequence[str]) -> list[Order]:
         """A new start with what was found to be written. It is no fault of a worker's, so it counts as no restart."""
         new = sorted({*found.names, *more} - self.written)
         if not new:
-            return self._fault(known_written(found.names, found.where))
+            return self._fault(agreement.known_written(found.names, found.where))
         self.written.update(new)
-        return [orders.Warn(first_written(new, found.where)), *self._start_again(looked=True)]
+        return [orders.Warn(agreement.first_written(new, found.where)), *self._start_again(looked=True)]
 
     def _start_again(self, *, looked: bool = False) -> list[Order]:
         self._looked = looked
@@ -384,11 +386,7 @@ class Roster:
     def _count_restart(self, lost: orders.Lost) -> WorkerError | None:
         """Counts a worker, or a team, that starts again; the error where that would be once too often."""
         if self.restarts == self._allowed:
-            return WorkerError(
-                f"{lost.why.rstrip('.')}; the team has started again {self.restarts} times, as often as "
-                f"team.restarts allows.",
-                detail=lost.detail,
-            )
+            return WorkerError(agreement.too_often(lost.why, self.restarts), detail=lost.detail)
         self.restarts += 1
         return None
 

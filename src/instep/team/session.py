@@ -88,7 +88,7 @@ class Session:
 
     def _try_optimizer(self, build: Callable[[], Replica]) -> None:
         """Tries it once in a run, see `instep.worker.trial`. Raises InstepError."""
-        if not (self.assignment.first and self.leads):
+        if not (self.assignment.first and self.leads) or self.assignment.incarnation:
             return
         if (why := try_optimizer(build, resume=not self.assignment.team.memory)) is not None:
             self.emit(WarnedEvent(why=why))

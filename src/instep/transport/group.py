@@ -41,8 +41,9 @@ class Sizes:
     """What a group is made for; the same at all ranks.
 
     rows: how many rows, of `width` float32, each rank writes. sums: with two levels, how many rows each machine's come
-    to at the first. fact_bytes: of the longest fact. common_bytes: of `Group.common`. most_rows: that a rank may come
-    to write, see `Group.arrange`; those beyond `rows` take room where they are written alone.
+    to at the first. fact_bytes: of the longest fact. common_bytes: of `Group.common`. spare_bytes: of what the ranks of
+    one machine share besides, which takes room where it is written alone. most_rows: that a rank may come to write, see
+    `Group.arrange`; those beyond `rows` take room where they are written alone.
     """
 
     levels: Levels
@@ -51,6 +52,7 @@ class Sizes:
     width: int
     fact_bytes: int = 0
     common_bytes: int = 0
+    spare_bytes: int = 0
     most_rows: int = 0
 
 

@@ -10,7 +10,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +86,15 @@ def mark(marks: NDArray[np.int64], worker: int, value: int) -> None:
     futex.wake(marks, worker)
 
 
-def wait_for(marks: NDArray[np.int64], value: int, raised: NDArray[np.int64] | None = None, level: int = 1) -> bool:
-    """Returns when every mark is at least `value`: True; or, False, once one of `raised` is at least `level`.
+def wait_for(
+    marks: NDArray[np.int64],
+    value: int,
+    raised: NDArray[np.int64] | None = None,
+    level: int = 1,
+    broken_off: Callable[[], bool] = lambda: False,
+) -> bool | None:
+    """Returns when every mark is at least `value`: True; or, False, once one of `raised` is at least `level`; or, None,
+    soon after `broken_off` holds.
 
     It sleeps until a mark is set or, where the system has no such thing, between looks, after a while ever longer, so
     that workers without a core of their own don't hold up the others. There is no time limit here: who waits is not at
@@ -97,6 +104,8 @@ def wait_for(marks: NDArray[np.int64], value: int, raised: NDArray[np.int64] | N
     while int(marks.min()) < value:  # never by one mark alone: another may be the lowest once that one has risen
         if raised is not None and int(raised.max()) >= level:
             return False
+        if broken_off():
+            return None
         last = int(marks.argmin())
         if (seen := int(marks[last])) >= value or futex.sleep_while(marks, last, seen):
             continue

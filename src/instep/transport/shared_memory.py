@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,10 +29,12 @@ def regions(sizes: Sizes) -> dict[str, Region]:
         "turns": Region((2, size), "int64"),
         "interrupts": Region((size,), "int64"),
         "begun": Region((size,), "int64"),
+        "stages": Region((size,), "int64"),
         "facts": Region((4, size, fact_bytes), "uint8", reserve=False),
         "rows": Region((sum(sizes.rows), sizes.width), "float32"),
         "common": Region((sizes.common_bytes,), "uint8"),
         "rooms": Region((size, ROOM), "uint8", reserve=False),
+        "spare": Region((sizes.spare_bytes,), "uint8", reserve=False),
         "more_rows": Region((sum(_more(sizes)), sizes.width), "float32", reserve=False),
     }
 
@@ -39,11 +44,21 @@ def _more(sizes: Sizes) -> list[int]:
     return [max(0, sizes.most_rows - rows) for rows in sizes.rows]
 
 
+class Vacancies(Protocol):
+    """Which ranks have died and are this one's to stand in for, as whoever started the ranks says."""
+
+    def changes(self) -> int:
+        """How often that has changed, for any rank."""
+
+    def held(self) -> Collection[int]:
+        """Those that are this one's, at present."""
+
+
 class SharedMemoryGroup:
     """One rank of it. `descriptor` is of a file that was reserved for the `regions` of these sizes, all of it 0.
 
-    There is no time limit: who waits is not at fault, and whoever started the ranks ends them all when one dies. So
-    PeerLost is never raised here.
+    There is no time limit: who waits is not at fault, and whoever started the ranks ends them all when one dies, or has
+    another stand in for it, see `stand_in`. So PeerLost is never raised here.
     """
 
     def __init__(self, descriptor: int, sizes: Sizes, rank: int, waiting: Waiting = lambda flag: None):
@@ -62,12 +77,47 @@ class SharedMemoryGroup:
         self._of_each: list[list[Tensor]] = [
             [*islice(first, rows), *islice(more, others)] for rows, others in zip(sizes.rows, _more(sizes), strict=True)
         ]
+        self.stages = arrays["stages"].view(np.int64)
+        """[W] how far each rank says it is, in whatever words the ranks have for it; at first 0."""
         self._homes: list[Tensor] = [rows[0] for rows in self._of_each]
         self.rows = self._of_each[rank]
         self.arrange(sizes.rows)
         self.common = torch.from_numpy(arrays["common"])
+        self.spare = torch.from_numpy(arrays["spare"])
+        """[spare_bytes] uint8, as `common`, of pages that come when they are first written."""
         self._rooms = arrays["rooms"]
         self._turn, self._interrupted, self._pieces = 0, 0, 0
+        self._vacancies: Vacancies | None = None
+        self._part: Callable[[int], Tensor | None] = lambda rank: None
+
+    def stand_in(self, vacancies: Vacancies, part: Callable[[int], Tensor | None]) -> None:
+        """From now on, does the part of ranks that have died too, wherever this one waits for them.
+
+        `part(rank)` does what such a rank lacks before the barrier at which this one is; its fact, if that is a gather.
+        """
+        self._vacancies, self._part = vacancies, part
+
+    def as_rank(self, rank: int, *, again: bool = False) -> SharedMemoryGroup:
+        """The same memory as a rank that has died had it, for `exchange` and `assemble` alone. again: its last piece is
+        written, and is exchanged once more.
+        """
+        other = copy.copy(self)
+        other.rank, other.rows, other._vacancies = rank, self._of_each[rank], None
+        other._pieces = int(self._begun[rank]) - again
+        return other
+
+    def sum_of(self, rank: int, piece: Piece) -> Tensor:
+        """What a rank has assembled of a piece: it lies at the first rank, whether it is one for all or not."""
+        return self._homes[0][piece[rank]]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How many gathers and pieces there were, for who takes the place of a rank between two steps."""
+        return self._turn, self._pieces
+
+    def take_place(self, turn: int, pieces: int) -> None:
+        """Goes on where a rank was that has died."""
+        self._turn, self._pieces = turn, pieces
 
     def gather(self, fact: Tensor) -> Tensor:
         self._turn += 1
@@ -75,7 +125,7 @@ class SharedMemoryGroup:
         facts, turns = self._facts[self._turn % 2 + 2 * anew], self._turns[anew]
         facts[self.rank, : fact.nbytes] = as_bytes(fact)
         mark(turns, self.rank, self._turn)
-        self._wait(turns, self._turn)
+        self._wait(turns, self._turn, facts)
         return facts[:, : fact.nbytes].view(fact.dtype)
 
     def meet(self) -> None:
@@ -116,15 +166,37 @@ class SharedMemoryGroup:
 
     def close(self) -> None:
         self.rows, self._all, self._homes, self._of_each = [], [], [], []
-        self.common = self._facts = torch.empty(0)
-        self._turns, self._interrupts, self._begun, self._rooms = (np.zeros(0, np.int64) for _ in range(4))
+        self.common = self.spare = self._facts = torch.empty(0)
+        nothing = np.zeros(0, np.int64)
+        self._turns = self._interrupts = self._begun = self._rooms = self.stages = nothing
 
-    def _wait(self, marks: NDArray[np.int64], value: int) -> None:
-        self._waiting(True)
-        came = wait_for(marks, value, self._interrupts, self._interrupted + 1)
-        self._waiting(False)
+    def _wait(self, marks: NDArray[np.int64], value: int, facts: Tensor | None = None) -> None:
+        came: bool | None = None
+        while came is None:
+            changes = self._do_others_parts(marks, value, facts)
+            self._waiting(True)
+            came = wait_for(marks, value, self._interrupts, self._interrupted + 1, partial(self._changed, changes))
+            self._waiting(False)
         if not came:
             raise PeerRaised("another worker has raised.")
+
+    def _changed(self, since: int) -> bool:
+        return self._changes() != since
+
+    def _changes(self) -> int:
+        return 0 if self._vacancies is None else self._vacancies.changes()
+
+    def _do_others_parts(self, marks: NDArray[np.int64], value: int, facts: Tensor | None) -> int:
+        """Of all that have died and are this rank's. The changes of the vacancies that it has seen."""
+        changes = self._changes()
+        if changes and self._vacancies is not None:
+            for rank in sorted(self._vacancies.held()):
+                if int(marks[rank]) < value:
+                    fact = self._part(rank)
+                    if facts is not None and fact is not None:
+                        facts[rank, : fact.nbytes] = as_bytes(fact)
+                    mark(marks, rank, value)
+        return changes
 
 
 class _Rows:

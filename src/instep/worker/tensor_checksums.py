@@ -29,6 +29,12 @@ class Checksums(TypedDict):
     optimizer: Mapping[str, str]
 
 
+def checksums_are_due(replica: Replica, progress: Progress) -> bool:
+    """Whether `checksum_when_due` takes them."""
+    recipe = replica.recipe
+    return recipe.rule.synchronous and not progress.version % recipe.checksum_every
+
+
 def checksum_when_due(
     replica: Replica,
     progress: Progress,
@@ -39,8 +45,7 @@ def checksum_when_due(
 
     take: gives them, or None where another process does, which emits them. Their seconds count as those of steps.
     """
-    recipe = replica.recipe
-    if not recipe.rule.synchronous or progress.version % recipe.checksum_every:
+    if not checksums_are_due(replica, progress):
         return
     replica.doing = f"taking checksums of version {progress.version}"
     began = time.monotonic()

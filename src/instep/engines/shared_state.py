@@ -1,0 +1,129 @@
+"""The state of optimizers in memory that the workers of a machine share: what a worker that dies has kept of its share
+of the parameters, another has at once.
+
+Each parameter has a part of the memory: first a word on what lies there, then its state's tensors, one after the other.
+They get there once the optimizer has made them, and stay: the optimizers of `BY_PARAMETER` change them in place.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
+from instep.worker.replica import Replica
+
+_WORD = 1024
+"""Bytes of the word on what lies in a part; its length comes first."""
+
+_COPIES = 3
+"""Of a parameter's size: the most that an optimizer of torch keeps of it. Pages that nobody writes take no memory."""
+
+_NUMBERS = 8
+"""Tensors of a few bytes that it keeps besides."""
+
+
+class SharedState:
+    """One worker's side of it. `nbytes`: of the memory for all parameters."""
+
+    def __init__(self, replica: Replica):
+        self._parameters = replica.parameters
+        owners = {
+            id(p): one.of_torch
+            for one in replica.optimizer.each
+            for group in one.of_torch.param_groups
+            for p in group["params"]
+        }
+        self._optimizers = [owners.get(id(parameter)) for parameter in self._parameters]
+        sizes = [
+            _WORD + _COPIES * (-(-p.nbytes // ALIGN_BYTES) * ALIGN_BYTES) + _NUMBERS * ALIGN_BYTES
+            for p in self._parameters
+        ]
+        self._offsets, self.nbytes = placed(sizes, ALIGN_BYTES)
+        self._ends = [offset + size for offset, size in zip(self._offsets, sizes, strict=True)]
+        self._open: list[int] = []  # parameters whose state may still get tensors
+        self._told: dict[int, list[Any]] = {}
+        self.whole = True
+        """Whether all state of this worker's share lies there."""
+
+    def attach(self, memory: Tensor) -> None:
+        """Takes the memory into use: [nbytes], uint8, at first 0."""
+        self._memory = memory.numpy()
+
+    def keep(self, own: Collection[int]) -> None:
+        """From now on the state of the parameters `own` lies there: what there is of it, and what `grow` finds."""
+        self._open = list(own)
+        self.grow()
+
+    def grow(self) -> None:
+        """After an update: has tensors that it has made lie there. It costs next to nothing once all do."""
+        if self._open:
+            self._open = [index for index in self._open if not self._moved(index)]
+
+    def take_over(self, which: Collection[int]) -> None:
+        """Gives this worker's optimizers the state of these parameters, as its owner has left it."""
+        self._open += which
+        for index in which:
+            length = int.from_bytes(self._memory[self._offsets[index] :][:8].tobytes(), "little")
+            optimizer, parameter = self._optimizers[index], self._parameters[index]
+            if optimizer is None or not length:
+                continue
+            told = pickle.loads(self._memory[self._offsets[index] + 8 :][:length].tobytes())
+            optimizer.state[parameter] = {name: what and self._view(*what) for name, what in told}
+            self._told[index] = [(name, what is None) for name, what in told]
+
+    def give_back(self, which: Collection[int]) -> None:
+        """Has this worker's optimizers forget the state of these parameters, which lies there."""
+        self._open = [index for index in self._open if index not in which]
+        for index in which:
+            self._told.pop(index, None)
+            optimizer = self._optimizers[index]
+            if optimizer is not None:
+                optimizer.state.pop(self._parameters[index], None)
+
+    def _moved(self, index: int) -> bool:
+        """Moves the parameter's state there, if it is not there yet. Whether nothing can be added to it."""
+        optimizer, parameter = self._optimizers[index], self._parameters[index]
+        state = None if optimizer is None else optimizer.state.get(parameter)
+        if state is None:
+            return False
+        known = self._told.get(index)
+        if known is not None and [(name, value is None) for name, value in state.items()] == known:
+            return bool(state) and not any(none for _, none in known)
+        place, told = self._offsets[index] + _WORD, list[tuple[str, Any]]()
+        for name, value in state.items():
+            if value is None:
+                told.append((name, None))
+                continue
+            if not isinstance(value, Tensor) or value.device.type != "cpu" or not is_dense(value):
+                self.whole = False
+                return True
+            what = (place, value.dtype, tuple(value.shape), tuple(value.stride()))
+            place += -(-value.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+            if place > self._ends[index]:
+                self.whole = False
+                return True
+            view = self._view(*what)
+            view.copy_(value)
+            state[name] = view
+            told.append((name, what))
+        word = pickle.dumps(told)
+        if len(word) > _WORD - 8:
+            self.whole = False
+            return True
+        start = self._offsets[index]
+        self._memory[start : start + 8 + len(word)] = list(len(word).to_bytes(8, "little") + word)
+        self._told[index] = [(name, value is None) for name, value in state.items()]
+        return bool(state) and all(value is not None for value in state.values())
+
+    def _view(self, place: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+        count = 1
+        for size in shape:
+            count *= size
+        part = torch.from_numpy(self._memory[place : place + count * dtype.itemsize])
+        view: Tensor = part.view(dtype).as_strided(shape, stride)
+        return view

@@ -1,0 +1,18 @@
+"""What a worker in lockstep shows of itself."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class SignsOfLife(Protocol):
+    """How a worker shows that it lives and gets on."""
+
+    def advance(self) -> None:
+        """A piece of work is finished."""
+
+    def waiting(self, flag: bool) -> None:
+        """Whether the worker waits for others."""
+
+    def stop_wanted(self) -> bool:
+        """Whether the run was asked to end after the present step."""

@@ -1,0 +1,345 @@
+"""Standing in: what a worker in lockstep does in the place of another of its machine that has died, until a successor
+takes it.
+
+A step is a few parts between barriers, and each part of a worker hangs on the recipe and on shared memory alone. So
+whoever waits at a barrier for a worker that has died does what that worker lacked before it, and the step ends with the
+same bits. What the worker had begun to change in place, and nobody can tell how far (`SeatLost`), is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from instep.engines.division import Division
+from instep.engines.seat import Seat
+from instep.engines.sharding import Placement
+from instep.reduce.buffers import Left
+from instep.reduce.reduction import Reduction
+from instep.transport.group import Pending
+from instep.transport.shared_memory import SharedMemoryGroup
+from instep.worker.gradients import Gradients
+
+COMPUTING, ADDING, ADDED, UPDATING = range(4)
+"""How far a worker is in a step: it may compute, has begun to add its cut, has added it, or has begun to make its part
+of the update."""
+
+_STAGES = 4
+
+Part = Callable[["Vacant"], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What the successor of a worker goes on with, after a step and before all else that is due then.
+
+    division: as it follows the workers' speed. place: of the group. progress: `Progress` by field. watch: as in a
+    checkpoint; so are `model`, where it is not shared, and `training`. totals, stopped: what the step gave. usual,
+    evaluated: of the engine.
+    """
+
+    division: Division
+    place: tuple[int, int]
+    progress: dict[str, Any]
+    watch: Any
+    totals: dict[str, int]
+    stopped: bool
+    usual: tuple[list[int], bool]
+    evaluated: int
+    model: dict[str, Any]
+    training: dict[str, Any]
+
+
+class Successors(Protocol):
+    """Vacancies, and who is to take them."""
+
+    @property
+    def told(self) -> int:
+        """Up to which version the tape tells of updates, where the place of worker 0 is held here."""
+
+    def changes(self) -> int:
+        """See `Vacancies`."""
+
+    def held(self) -> Collection[int]:
+        """See `Vacancies`."""
+
+    def ready(self, worker: int) -> bool:
+        """Whether the successor of a worker whose place is held here can take it."""
+
+    def hand_over(self, worker: int, state: Handed) -> None:
+        """Gives it to its successor: it is not held here any more."""
+
+    def wait(self) -> None:
+        """Waits a moment for a successor."""
+
+
+class OthersParts(Protocol):
+    """What a worker's step tells of where it is, so that others' parts can be done there."""
+
+    @property
+    def holds(self) -> Collection[int]:
+        """The workers whose places this one holds."""
+
+    def note(self, step: int, stage: int) -> None:
+        """How far this worker is in a step."""
+
+    def until_rows(self, step: int, totals: dict[str, int]) -> None:
+        """At the next barrier all have computed their microbatches."""
+
+    def until_facts(self, step: int, totals: dict[str, int], usual: tuple[list[int], bool], *, last: bool) -> None:
+        """At the next one all have added their cuts, and tell what they know. last: nothing is loaded ahead."""
+
+    def until_left(self, step: int, totals: dict[str, int], changed: list[int]) -> None:
+        """At the next one all tell what their microbatches left in these buffers."""
+
+    def until_settled(self) -> None:
+        """At the next one all have made their part of the update, if any is made."""
+
+    def until_stopped(self) -> None:
+        """At the next ones all tell that they stop."""
+
+    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
+        """This worker's part of an update, as `Placement.update`."""
+
+    def settle(self) -> None:
+        """As `Placement.settle`."""
+
+    def between(self, state: Callable[[], Handed], *, due: bool) -> None:
+        """Between two steps: gives places to successors that are there; all, if more is `due` than the next step, which
+        only who has the whole of a worker's life can do. `state()` is what they need.
+        """
+
+
+class Alone:
+    """Where nobody can stand in for another."""
+
+    holds: Collection[int] = ()
+
+    def __init__(self, placement: Placement):
+        self._placement = placement
+
+    def note(self, step: int, stage: int) -> None:
+        pass
+
+    def until_rows(self, step: int, totals: dict[str, int]) -> None:
+        pass
+
+    def until_facts(self, step: int, totals: dict[str, int], usual: tuple[list[int], bool], *, last: bool) -> None:
+        pass
+
+    def until_left(self, step: int, totals: dict[str, int], changed: list[int]) -> None:
+        pass
+
+    def until_settled(self) -> None:
+        pass
+
+    def until_stopped(self) -> None:
+        pass
+
+    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
+        return self._placement.update(step, norm, touched)
+
+    def settle(self) -> None:
+        self._placement.settle()
+
+    def between(self, state: Callable[[], Handed], *, due: bool) -> None:
+        pass
+
+
+class SeatLost(Exception):
+    """What a worker that died was doing cannot be done again in its place. `worker`: its number."""
+
+    def __init__(self, worker: int, doing: str):
+        super().__init__(f"worker {worker} died while {doing}")
+        self.worker = worker
+
+
+class Vacant:
+    """The place of a worker that has died, at the one that stands in for it."""
+
+    def __init__(self, seat: Seat):
+        self.seat, self.loaded, self.computed = seat, -1, -1
+        self.handle: SharedMemoryGroup
+        self.rows: Pending
+        self.left: Left = [], []
+
+
+class StandIn:
+    """One worker's side. `make_seat(worker)` gives the seat of another; `told(worker, version, microbatches)` is called
+    when this one first does its part; `stop_wanted` is for worker 0's.
+    """
+
+    def __init__(
+        self,
+        own: int,
+        division: Division,
+        gradients: Gradients,
+        placement: Placement,
+        group: SharedMemoryGroup,
+        successors: Successors,
+        make_seat: Callable[[int], Seat],
+        told: Callable[[int, int, range | None], None],
+        stop_wanted: Callable[[], bool],
+    ):
+        self._own, self._division, self._gradients, self._placement = own, division, gradients, placement
+        self._group, self._successors, self._make_seat, self._told = group, successors, make_seat, told
+        self._stop_wanted = stop_wanted
+        self._vacant: dict[int, Vacant] = {}
+        self._part: Part | None = None
+        self._resting = True  # whether there was more to do before this step than steps
+        group.stand_in(successors, self._do)
+
+    @property
+    def holds(self) -> Collection[int]:
+        return self._successors.held() if self._successors.changes() else ()
+
+    def note(self, step: int, stage: int) -> None:
+        self._group.stages[self._own] = _STAGES * step + stage
+
+    def until_rows(self, step: int, totals: dict[str, int]) -> None:
+        self._part = partial(self._rows, step, totals)
+
+    def until_facts(self, step: int, totals: dict[str, int], usual: tuple[list[int], bool], *, last: bool) -> None:
+        self._part = partial(self._facts, step, totals, usual, last)
+
+    def until_left(self, step: int, totals: dict[str, int], changed: list[int]) -> None:
+        self._part = partial(self._buffers, step, totals, changed)
+
+    def until_settled(self) -> None:
+        self._part = lambda vacant: torch.empty(0)
+
+    def until_stopped(self) -> None:
+        self._part = lambda vacant: torch.zeros(2, dtype=torch.int64)  # it has nothing that is sound, nor saved
+
+    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
+        self.note(step, UPDATING)
+        rate = self._placement.update(step, norm, touched)
+        self._part = partial(self._update, step, norm, touched)
+        return rate
+
+    def settle(self) -> None:
+        self._placement.settle()
+
+    def between(self, state: Callable[[], Handed], *, due: bool) -> None:
+        self._part, self._resting = None, due
+        while held := [each for each in self.holds if due or self._successors.ready(each)]:
+            for worker in held:
+                if self._successors.ready(worker):
+                    self._placement.give_back(worker)
+                    self._vacant.pop(worker, None)
+                    self._successors.hand_over(worker, state())
+            if due and self.holds:
+                self._successors.wait()
+
+    # What others lack
+
+    def _do(self, worker: int) -> Tensor | None:
+        if self._part is None:
+            raise SeatLost(worker, "all did more than a step")
+        if worker not in self._vacant:
+            self._vacant[worker] = Vacant(self._make_seat(worker))
+            self._told(worker, *self._before(worker))
+        return self._part(self._vacant[worker])
+
+    def _before(self, worker: int) -> tuple[int, range | None]:
+        """In which step it died, and which microbatches may have been computed already."""
+        step, stage = divmod(int(self._group.stages[worker]), _STAGES)
+        return step, range(*self._reduction.ranges[worker]) if stage == COMPUTING else None
+
+    @property
+    def _reduction(self) -> Reduction:
+        return self._division.now
+
+    def _stage(self, worker: int, step: int) -> int:
+        """How far a worker was in this step; -1 before it."""
+        return int(self._group.stages[worker]) - _STAGES * step
+
+    def _rows(self, step: int, totals: dict[str, int], vacant: Vacant) -> None:
+        worker = vacant.seat.worker
+        if self._resting and self._stage(worker, step) < COMPUTING:
+            raise SeatLost(worker, f"it evaluated or saved version {step}")
+        self._group.stages[worker] = _STAGES * step + COMPUTING
+        vacant.handle = self._group.as_rank(worker)
+        self._compute(step, totals, vacant, vacant.handle.rows)
+        vacant.rows = vacant.handle.exchange(self._reduction.pieces[0])
+
+    def _add(self, step: int, vacant: Vacant) -> Tensor:
+        """Adds the worker's cut, whose rows all have written; the norms of its blocks."""
+        worker, reduction, rows = vacant.seat.worker, self._reduction, vacant.rows.wait()
+        self._group.stages[worker] = _STAGES * step + ADDING
+        (part,) = reduction.add(worker, rows, home=vacant.rows.home)
+        vacant.handle.assemble(part, reduction.pieces[0], shared=self._placement.shared)
+        self._group.stages[worker] = _STAGES * step + ADDED
+        return reduction.norms(part)
+
+    def _compute(self, step: int, totals: dict[str, int], vacant: Vacant, rows: Sequence[Tensor]) -> None:
+        seat, reduction, buffers = vacant.seat, self._reduction, self._gradients.buffers
+        seat.facts.take(reduction.ranges)
+        if vacant.loaded != step:
+            seat.load(step, seat.own)
+        seat.check_loaded()
+        own = buffers.swap()
+        nodes, own_nodes = reduction.nodes_of(seat.worker), reduction.nodes_of(self._own)
+        self._gradients.assign(nodes, rows[: len(nodes)])
+        try:
+            seat.compute(step, totals)
+        finally:
+            self._gradients.assign(own_nodes, self._group.rows[: len(own_nodes)])
+            vacant.left = buffers.swap(own)
+        vacant.computed = step
+
+    def _compute_aside(self, step: int, totals: dict[str, int], vacant: Vacant) -> None:
+        """Once more, where the rows are there and others may be adding them: for what is known beside."""
+        if vacant.computed != step:
+            count = len(self._reduction.nodes_of(vacant.seat.worker))
+            rows = [torch.zeros_like(row) for row in self._group.as_rank(vacant.seat.worker).rows[:count]]
+            self._compute(step, totals, vacant, rows)
+
+    def _facts(
+        self, step: int, totals: dict[str, int], usual: tuple[list[int], bool], last: bool, vacant: Vacant
+    ) -> Tensor:
+        seat = vacant.seat
+        if vacant.computed != step:  # else this worker does all of it
+            if self._stage(seat.worker, step) == ADDING:
+                raise SeatLost(seat.worker, "it added its part of the gradient")
+            self._compute_aside(step, totals, vacant)
+            vacant.handle = self._group.as_rank(seat.worker, again=True)
+            vacant.rows = vacant.handle.exchange(self._reduction.pieces[0])
+        if not last:
+            seat.load_ahead(step + 1)
+            vacant.loaded = step + 1
+        if self._stage(seat.worker, step) < ADDED:
+            norms = self._add(step, vacant).numpy()
+        else:
+            norms = self._reduction.norms(self._group.sum_of(seat.worker, self._reduction.pieces[0])).numpy()
+        with self._left_by(vacant):
+            left = seat.post_left(*usual)
+        left.own["norms"][: len(norms)] = norms
+        return seat.facts.packed(left, stop=seat.worker == 0 and self._stop_wanted())
+
+    def _buffers(self, step: int, totals: dict[str, int], changed: list[int], vacant: Vacant) -> Tensor:
+        self._compute_aside(step, totals, vacant)
+        with self._left_by(vacant):
+            return vacant.seat.post_left(changed, False).raw
+
+    @contextmanager
+    def _left_by(self, vacant: Vacant) -> Iterator[None]:
+        own = self._gradients.buffers.swap(vacant.left)
+        try:
+            yield
+        finally:
+            self._gradients.buffers.swap(own)
+
+    def _update(self, step: int, norm: float, touched: Sequence[bool], vacant: Vacant) -> Tensor:
+        worker = vacant.seat.worker
+        if self._stage(worker, step) >= UPDATING:
+            raise SeatLost(worker, "it updated its part of the weights")
+        self._group.stages[worker] = _STAGES * step + UPDATING
+        self._placement.update_for(worker, step, norm, touched)
+        return torch.empty(0)

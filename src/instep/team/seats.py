@@ -1,0 +1,71 @@
+"""Who has which place in a team, and who holds one whose process was lost, until its successor is there. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from instep.team.messages import Ended, HandedOver
+from instep.team.orders import Lost, Member
+
+
+@dataclass(slots=True)
+class PlaceInTeam:
+    """Who has a place in the team. `done`: it is not waited for any more. `holder`: the number of the worker that holds
+    the place until it is there, after another was `lost`.
+    """
+
+    member: Member
+    facts: Mapping[str, Any] | None = None
+    ended: Ended | None = None
+    done: bool = False
+    holder: int | None = None
+    lost: Lost | None = None
+
+
+def successor_of(member: Member) -> Member:
+    """The next process in its place."""
+    return Member(member.epoch, member.number, member.incarnation + 1, member.host)
+
+
+def seated(seats: list[PlaceInTeam], but: PlaceInTeam) -> list[PlaceInTeam]:
+    """Those but one whose processes are there and have their places."""
+    return [seat for seat in seats if seat.holder is None and seat is not but]
+
+
+def stand_in(seats: list[PlaceInTeam], lost: Lost) -> dict[Member, Member]:
+    """Puts a successor in the place of a member that was lost, and has others hold this place and those that it has
+    held, spread evenly. Who holds which from then on, by successor; another must be `seated`.
+    """
+    number = lost.member.number
+    before, others = seats[number], seated(seats, seats[number])
+    seats[number] = new = PlaceInTeam(successor_of(lost.member), holder=before.holder, lost=lost)
+    told = [each for each in seats if each is new or each.holder == number]
+    load = {each.member.number: sum(seat.holder == each.member.number for seat in seats) for each in others}
+    for each in told:
+        if each.holder is None or each.holder == number:
+            each.holder = min(load, key=lambda worker: (load[worker], worker))
+            load[each.holder] += 1
+    return {each.member: seats[each.holder].member for each in told if each.holder is not None}
+
+
+def can_stand_in(seats: list[PlaceInTeam], but: PlaceInTeam) -> bool:
+    """Whether there is another than this one who can, and all have something to do."""
+    return bool(seated(seats, but)) and not any(seat.done for seat in seats)
+
+
+def handed_over(seats: list[PlaceInTeam], message: HandedOver, by: PlaceInTeam) -> PlaceInTeam | None:
+    """Gives a place to its successor, if it is the one that is waited for; the place."""
+    seat = seats[message.worker]
+    if (seat.holder, seat.member.incarnation) != (by.member.number, message.incarnation):
+        return None
+    seat.holder = None
+    return seat
+
+
+def newcomers(seats: list[PlaceInTeam], shares: Sequence[int]) -> list[int]:
+    """The hosts that have no workers and would get some, by these shares, if workers were on more hosts then."""
+    now = {seat.member.host for seat in seats}
+    then = [host for host, count in enumerate(shares) if count]
+    return [host for host in then if host not in now] if len(then) > len(now) else []

@@ -1,0 +1,58 @@
+"""A worker's word with its agent about others in lockstep that have died: whose places it holds, and who takes them."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Collection
+
+from instep.engines.standing_in import Handed
+from instep.team.heartbeat import HeartbeatBoard
+from instep.team.messages import HandedOver, SeatHanded
+from instep.team.session import Session
+
+LOOK_S = 0.002
+"""Seconds between two looks for a successor that is waited for."""
+
+
+class PlacesHeld:
+    """The places of others that this worker holds: `instep.engines.standing_in.Successors`."""
+
+    def __init__(self, session: Session, board: HeartbeatBoard):
+        self._session, self._board = session, board
+        self._given: dict[int, int] = {}  # the incarnation of the successor that has taken a place
+
+    def changes(self) -> int:
+        return self._board.changes
+
+    def held(self) -> Collection[int]:
+        held = self._board.held_by(self._session.number)
+        return [worker for worker, incarnation in held.items() if incarnation > self._given.get(worker, 0)]
+
+    @property
+    def told(self) -> int:
+        return self._board.told
+
+    def ready(self, worker: int) -> bool:
+        return int(self._board.successors[worker]) == self._board.held_by(self._session.number).get(worker)
+
+    def hand_over(self, worker: int, state: Handed) -> None:
+        incarnation = self._board.held_by(self._session.number)[worker]
+        self._session.send_events()
+        self._session.pipe.send(HandedOver(worker, incarnation, pickle.dumps(state)))
+        self._given[worker] = incarnation
+
+    def wait(self) -> None:
+        self._session.heartbeat.waiting(True)
+        time.sleep(LOOK_S)
+        self._session.heartbeat.waiting(False)
+
+
+def handed_over(session: Session, board: HeartbeatBoard) -> Handed:
+    """Says that this process, the successor of a worker that died, can take its place, and waits until it gets it."""
+    board.successors[session.number] = session.assignment.incarnation
+    session.heartbeat.waiting(True)
+    message: SeatHanded = session.pipe.recv()
+    session.heartbeat.waiting(False)
+    handed: Handed = pickle.loads(message.state)
+    return handed
