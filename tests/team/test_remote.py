@@ -13,7 +13,7 @@ from instep.record.folder import RunFolder
 from instep.team import remote
 from instep.team.orders import Member
 from instep.team.remote import RemoteCrew
-from instep.team.wire_messages import CheckpointPart, EndMembers, StartMembers
+from instep.team.wire_messages import CheckpointPart, EndMembers, MembersShown, StartMembers
 
 pytestmark = pytest.mark.pure
 
@@ -56,3 +56,14 @@ def test_a_checkpoint_that_was_on_its_way_when_the_team_was_ended_is_sent_anew(
         CheckpointPart, EndMembers, *3 * [CheckpointPart], StartMembers, EndMembers, StartMembers, EndMembers,
     ]  # fmt: skip
     assert [each.offset for each in link.sent if isinstance(each, CheckpointPart)] == [0, 0, 4, 8]
+
+
+def test_stacks_come_one_after_the_other_and_those_of_an_earlier_question_count_no_more(tmp_path: Path) -> None:
+    link: Any = Link(100)
+    crew = RemoteCrew(link, SimpleNamespace(host=1, name="b"), RunFolder(tmp_path), lambda: 0.0, 5.0, None, None)  # type: ignore[arg-type]
+    for asked in (1, 2):
+        crew.ask_for_stacks([0, 1])
+        words = [(asked - 1, {"0": "old"}), (asked, {"0": f"zero {asked}"}), (asked, {"1": f"one {asked}"})]
+        link.receive = lambda words=words: [MembersShown((), *word) for word in words]
+        list(crew.hear([link]))
+        assert crew.stacks() == {0: f"zero {asked}", 1: f"one {asked}"}

@@ -46,6 +46,7 @@ from instep.team.orders import Lost
 from instep.team.received import Received
 from instep.team.remote import Silence
 from instep.team.run_clock import Clock
+from instep.team.showing import Showing
 from instep.team.signals import Interrupted, Requests
 from instep.team.telling import tell
 from instep.team.waiting import ready_of
@@ -59,7 +60,6 @@ from instep.team.wire_messages import (
     GoMembers,
     HelloAgent,
     MemberLost,
-    MembersShown,
     StacksWanted,
     StartMembers,
     StartSuccessor,
@@ -74,9 +74,6 @@ LOOK_S = 0.2
 
 TRY_S = 0.5
 """Seconds of a try to reach agent 0, and between two."""
-
-SHOW_S = 1.0
-"""Seconds between two words on what the workers do."""
 
 
 class Follower:
@@ -100,7 +97,7 @@ class Follower:
         self._asked = False  # whether agent 0 was told to stop
         self._leader = ""  # agent 0's host
         self._logs = Logs(self._scratch.logs)
-        self._showed, self._stacks_asked = 0.0, 0  # when the workers were shown last; the last question for stacks
+        self._showing = Showing()
 
     def follow(self) -> dict[str, Any]:
         """Does what agent 0 orders until the run ends. Returns the result.
@@ -276,10 +273,8 @@ class Follower:
         self._logs.send(self._tell)
         if self._crew is not None and (lost := self._crew.look()) is not None:
             self._hear_member(lost)
-        if self._crew is not None and now - self._showed >= SHOW_S:
-            self._showed = now
-            stacks = {str(number): text for number, text in self._crew.stacks().items()}
-            self._tell(MembersShown(self._crew.shown(), self._stacks_asked, stacks))
+        if self._crew is not None and (word := self._showing.word(self._crew)) is not None:
+            self._tell(word)
 
     def _tell_beat(self) -> None:
         carried = self._crew.carried() if self._crew is not None else METER.look()
@@ -322,9 +317,8 @@ class Follower:
             case ToMember(member, told) if self._is_at(member.epoch):
                 assert self._crew is not None
                 self._crew.send(member, told)
-            case StacksWanted(asked, numbers) if self._crew is not None:
-                self._stacks_asked = asked
-                self._crew.ask_for_stacks(numbers)
+            case StacksWanted() if self._crew is not None:
+                self._showing.ask(message, self._crew)
             case TakeOut(member) if self._is_at(member.epoch):
                 assert self._crew is not None
                 for word in self._crew.take_out(member):

@@ -108,7 +108,7 @@ class RemoteCrew:
         self._facts: Mapping[str, Any] = {}
         self._shown: tuple[Shown, ...] = ()  # as it was told last
         self._asked = 0  # how often for stacks
-        self._stacks: Mapping[int, str] = {}
+        self._stacks: dict[int, str] = {}
         self._orders: deque[Iterator[Any]] = deque()  # to be sent as the link takes them
         self._silence = Silence()
 
@@ -240,7 +240,9 @@ class RemoteCrew:
                 case MembersShown(shown, asked, stacks):
                     self._shown = shown
                     if asked == self._asked:
-                        self._stacks = {int(number): str(text) for number, text in stacks.items() if number.isdecimal()}
+                        self._stacks |= {
+                            int(number): str(text) for number, text in stacks.items() if number.isdecimal()
+                        }
                 case LogPart(name, content):
                     self._log(name, content)
                 case CheckpointPart() | KeptGiven():

@@ -134,8 +134,8 @@ class Shown:
 
 @dataclass(frozen=True)
 class MembersShown:
-    """What the processes of its host do, about every second; and the stacks, by number in text, that answer the last
-    `StacksWanted`, of this count.
+    """What the processes of its host do, about every second; and more of the stacks, by number in text, that answer the
+    last `StacksWanted`, of this count.
     """
 
     shown: tuple[Shown, ...]
