@@ -151,6 +151,7 @@ def test_figures_are_those_of_the_tapes_by_plain_loops(tmp_path: Path) -> None:
         assert (run["digest"], run["updates"]) == (result["digest"], result["versions"])
         assert run["items"] == result["items"]
         evaluated = {event["version"]: event["objective"] for event in events if event["kind"] == "evaluated"}
+        assert all(0 < event["took_s"] < event["t_s"] for event in events if event["kind"] == "evaluated")
         assert {point["version"]: point["objective"] for point in run["held_out"]} == evaluated
         reached = next(version for version, objective in sorted(evaluated.items()) if objective <= target)
         assert row["time_to_target_s"]["mean"] == pytest.approx(merges[reached]["t_s"] - begin)

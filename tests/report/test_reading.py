@@ -122,3 +122,37 @@ def test_windows_hold_the_mean_by_items_and_leave_out_what_is_not_finite(tmp_pat
     assert [point.objective for point in found] == [1.5, 4.0, 5.5, 7.5, 9.5]
     assert [point.items for point in found] == [16, 32, 48, 64, 80]
     assert all(math.isfinite(point.objective) for point in found)
+
+
+@pytest.mark.pure
+def test_in_lockstep_all_evaluate_and_do_not_wait_meanwhile(tmp_path: Path) -> None:
+    events = [
+        runs.started(), *runs.joined(2.0, 0, 1), *runs.step(1, 2.0, 3.0),
+        runs.event("evaluated", 2.65, version=1, objective=2.0, terms={}, items=5, took_s=0.4),
+        *runs.step(2, 2.75, 2.5),
+    ]  # fmt: skip
+    found = read(runs.folder(tmp_path / "run", events))
+    for strip in found.strips.values():
+        assert list(strip.evaluating) == pytest.approx([0.25, 0.65])
+        assert list(strip.evaluating_version) == [1]
+        assert list(strip.communicating) == pytest.approx([0.1, 0.15, 0.85, 0.9])
+
+
+@pytest.mark.pure
+def test_while_a_server_evaluates_only_who_does_nothing_else_waits_for_it(tmp_path: Path) -> None:
+    piece = {"batch": 0, "local_steps": 1, "microbatches": [0, 2]}
+    events = [
+        runs.started(rule="asynchronous"), *runs.joined(2.0, 0, 1),
+        runs.event("computed", 2.1, worker=0, version=0, from_s=2.0, to_s=2.1, **piece),
+        runs.event("pushed", 2.1, worker=0, version=0, bytes=40, items=8),
+        runs.merged(1, 2.1, 3.0, staleness=(0,)),
+        runs.event("evaluated", 2.6, version=1, objective=2.0, terms={}, items=5, took_s=0.5),
+        runs.event("released", 2.6, worker=0, version=1, piece=2),
+        runs.event("computed", 2.7, worker=1, version=0, from_s=2.0, to_s=2.4, **piece),
+        runs.event("pushed", 2.7, worker=1, version=0, bytes=40, items=8),
+        runs.merged(2, 2.8, 3.0, staleness=(1,)),
+    ]  # fmt: skip
+    found = read(runs.folder(tmp_path / "run", events))
+    assert list(found.strips[0].evaluating) == pytest.approx([0.1, 0.6])
+    assert list(found.strips[1].evaluating) == pytest.approx([0.4, 0.6])
+    assert list(found.strips[1].communicating) == pytest.approx([0.6, 0.7])

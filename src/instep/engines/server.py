@@ -341,8 +341,9 @@ class _Server:
     def _evaluate(self) -> bool:
         """Evaluates; whether this version is to be saved as the best."""
         self._replica.doing = f"evaluating version {self._progress.version}"
+        began_s = self._session.clock()
         found = evaluate_alone(self._replica, self._held_out, self._session.heartbeat.advance)
-        return self._session.evaluated(self._progress, found)
+        return self._session.evaluated(self._progress, found, began_s)
 
     def _sync_tape(self) -> None:
         """Whoever is killed now, no checkpoint holds updates that the tape lacks: no replay could make them."""

@@ -288,6 +288,7 @@ class EvaluatedEvent(Event, frozen=True, kw_only=True, gc=False):
     items: Items
     gathered: Maybe[Gathered] = UNSET
     bits_per_byte: Maybe[BitsPerByte] = UNSET
+    took_s: Maybe[Annotated[Seconds, _is("until `t_s`", where="not in a simulation")]] = UNSET
 
 
 class CheckpointedEvent(Event, frozen=True, kw_only=True, gc=False):

@@ -153,6 +153,7 @@ def _slices(strip: Strip) -> Iterator[tuple[str, float, float, int | None]]:
     for name, spans, versions in (
         ("computing", strip.computing, strip.computing_version),
         ("communicating", strip.communicating, strip.communicating_version),
+        ("evaluating", strip.evaluating, strip.evaluating_version),
     ):
         busy += [(begin, end, name, version) for (begin, end), version in zip(_pairs(spans), versions, strict=True)]
     busy.sort()

@@ -25,7 +25,7 @@ _MOST_BARS = 60
 _MOST_EVENTS = 200
 """Joins and losses that are marked."""
 
-STATES = ("computing", "communicating", "waiting")
+STATES = ("computing", "communicating", "evaluating", "waiting")
 
 
 def data(found: Comparison) -> dict[str, Any]:
@@ -89,17 +89,23 @@ def _cells(strip: Strip, edges: NDArray[np.float64]) -> tuple[NDArray[np.int8], 
     """By cell: the place in `STATES` of what the worker mostly did, -1 where it was not there; and the version."""
     cell_s = edges[1]
     present = _covered(strip.there, edges)
-    computing, communicating = _covered(strip.computing, edges), _covered(strip.communicating, edges)
-    waiting = np.maximum(present - computing - communicating, 0)
-    state = np.argmax([computing, communicating, waiting], axis=0).astype(np.int8)
-    state[np.maximum(present, computing) < cell_s / 2] = -1
-    begins = np.frombuffer(strip.computing)[::2]
+    busy = [_covered(spans, edges) for spans in (strip.computing, strip.communicating, strip.evaluating)]
+    waiting = np.maximum(present - sum(busy), 0)
+    state = np.argmax([*busy, waiting], axis=0).astype(np.int8)
+    state[np.maximum(present, busy[0]) < cell_s / 2] = -1
+    version = _latest(strip.computing, strip.computing_version, edges)
+    evaluated = _latest(strip.evaluating, strip.evaluating_version, edges)
+    return state, np.where(state == STATES.index("evaluating"), evaluated, version)
+
+
+def _latest(spans: array[float], versions: array[int], edges: NDArray[np.float64]) -> NDArray[np.float64]:
+    """By cell: the version of the last of `spans` that begins before its end, or of the first; 0 without any."""
+    if not versions:
+        return np.zeros(len(edges) - 1)
+    begins = np.frombuffer(spans)[::2]
     order = np.argsort(begins, kind="stable")
-    worked_on = np.frombuffer(strip.computing_version, dtype=np.int64)[order]
-    if not len(worked_on):
-        return state, np.zeros(len(edges) - 1)
     at = np.searchsorted(begins[order], edges[1:], side="left") - 1
-    return state, worked_on[np.clip(at, 0, None)].astype(np.float64)
+    return np.frombuffer(versions, dtype=np.int64)[order][np.clip(at, 0, None)].astype(np.float64)
 
 
 def _covered(spans: array[float], edges: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -61,13 +61,16 @@ class Curve:
 class Strip:
     """What one worker did: intervals [from, to) in seconds with the version that it worked on; when it came and went.
 
-    computing, communicating: each a flat array from, to, from, to, ...
+    computing, communicating, evaluating: each a flat array from, to, from, to, ... `evaluating` is where it did nothing
+    else while held-out data were looked at: by it in lockstep, else by the server.
     """
 
     computing: array[float] = field(default_factory=lambda: array("d"))
     computing_version: array[int] = field(default_factory=lambda: array("q"))
     communicating: array[float] = field(default_factory=lambda: array("d"))
     communicating_version: array[int] = field(default_factory=lambda: array("q"))
+    evaluating: array[float] = field(default_factory=lambda: array("d"))
+    evaluating_version: array[int] = field(default_factory=lambda: array("q"))
     there: array[float] = field(default_factory=lambda: array("d"))
     """from, to, ..."""
     events: list[tuple[float, str]] = field(default_factory=list)

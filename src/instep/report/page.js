@@ -57,7 +57,7 @@
   }
   function escaped(text) { return text.replace(/&/g, "&amp;").replace(/</g, "&lt;"); }
 
-  const states = [["computing", "--computing"], ["communicating", "--communicating"], ["waiting", "--waiting"]];
+  const states = [["computing", "--computing"], ["communicating", "--communicating"], ["evaluating", "--evaluating"], ["waiting", "--waiting"]];
   data.strips.forEach((strip, place) => {
     draw(`strip-${place}`, () => [
       ...states.map(([state, name], number) => ({

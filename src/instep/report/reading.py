@@ -15,6 +15,7 @@ from instep.ranges import equal_ranges
 from instep.record import tape
 from instep.record.folder import RunFolder
 from instep.report.history import Curve, History, Point, Strip
+from instep.report.spans import Spans, tell_evaluations
 
 MOST_STRIPS = 16
 """Workers whose time is drawn; of more of them, as many, evenly spaced."""
@@ -52,6 +53,7 @@ class _Reader:
         self._curve = Curve()
         self._held_out: list[tuple[int, float, float]] = []
         """(version, seconds, objective)"""
+        self._evaluations = Spans()
         self._strips: dict[int, Strip] = {}
         self._busy_s, self._there_s = defaultdict[int, float](float), defaultdict[int, float](float)
         self._since_s: dict[int, float] = {}
@@ -212,6 +214,8 @@ class _Reader:
 
     def _evaluated(self, event: Mapping[str, Any]) -> None:
         version, objective = event["version"], event["objective"]
+        if event.get("took_s"):
+            self._evaluations.add(self._at(event) - event["took_s"], self._at(event), version)
         if objective is not None and not (self._held_out and self._held_out[-1][0] >= version):
             self._held_out.append((version, self._at(event), objective))
 
@@ -233,6 +237,8 @@ class _Reader:
         assert self.start is not None
         self._leave_all(self._train_end_s or self._last_s)
         self._tell_exchanges()
+        for strip in self._strips.values():
+            tell_evaluations(strip, self._evaluations)
         self._count_collectives()
         return History(
             path=self._path, start=self.start, curve=self._curve, held_out=list(map(self._point, self._held_out)),

@@ -239,7 +239,8 @@ class _Keeper:
 
     def evaluate(self) -> bool:
         """Evaluates; whether this version is to be saved as the best, as far as this worker knows."""
-        return self._session.evaluated(self._progress, self._engine.evaluate(self._progress.version))
+        began_s = self._session.clock()
+        return self._session.evaluated(self._progress, self._engine.evaluate(self._progress.version), began_s)
 
     def _keep(self, last: bool, due: bool, best: bool) -> None:
         session, engine, version = self._session, self._engine, self._progress.version

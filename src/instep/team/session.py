@@ -282,15 +282,17 @@ class Session:
         """Whether a checkpoint of `version` is worth a try: there is something to save, and the disk did not refuse."""
         return 0 < version not in (self.saved_version, self._tried_version)
 
-    def evaluated(self, progress: Progress, found: Evaluation | None) -> bool:
-        """Notes the objective on held-out data. Returns whether this version is to be saved as the best."""
+    def evaluated(self, progress: Progress, found: Evaluation | None, began_s: float) -> bool:
+        """Notes the objective on held-out data, looked at since `began_s`, by `clock`. Returns whether this version is
+        to be saved as the best.
+        """
         if found is None or self.replica is None:
             return False
         facts = found.facts(progress.version, self.replica)
         progress.evaluated(facts, self.recipe.steps, self.replica.watch.patience)
         if not self.leads:
             return False
-        self.emit(EvaluatedEvent(**progress.held_out))
+        self.emit(EvaluatedEvent(**progress.held_out, took_s=round(self.clock() - began_s, 6)))
         for why in filter(None, (found.problem(progress.version), *found.doubts)):
             self.emit(WarnedEvent(why=why, version=progress.version))
         return self.assignment.team.keep_best and best.is_best(self._checkpoints, progress.version, found.objective)
