@@ -15,7 +15,7 @@ NEEDS := pyproject.toml constraints.txt
 
 help:
 	@echo 'make train      train a small GPT with 2 workers in step; ARGS="--steps 20" changes it'
-	@echo 'make compare    train it under four update rules, a slow worker among two, and make the page of who wins'
+	@echo 'make compare    train it under four update rules, a slow worker among two, and make the page'
 	@echo 'make test       run the quick tests, about five minutes on 2 cores; ARGS="-k digest" picks tests'
 	@echo 'make test-all   run these and then the slow tests'
 	@echo 'make prove      run campaigns over several hosts, as root; what they find goes to benchmarks/results'
@@ -28,7 +28,7 @@ train: .venv/.runtime
 	$(BIN)/instep train gpt $(ARGS)
 
 compare: .venv/.dev
-	$(BIN)/instep compare gpt --steps 120 --workers 2 --slow 1:4x --rules synchronous,bounded_staleness:4,asynchronous,diloco:5 $(ARGS)
+	$(BIN)/instep compare gpt --steps 120 --workers 2 --slow 1:4x --rules synchronous,synchronous,team.balance=off,bounded_staleness:4,asynchronous,diloco:5 $(ARGS)
 
 test: .venv/.dev
 	$(BIN)/pytest -n $(JOBS) $(ARGS)

@@ -10,7 +10,7 @@ import pytest
 
 from instep import api
 from instep.cli import main
-from instep.cli.compare import rules_of
+from instep.cli.compare import Entry, entries_of
 from instep.recipe import Recipe, Team
 from instep.rules import parse
 from support import runs
@@ -97,9 +97,27 @@ def test_held_out_data_are_looked_at_twelve_times_unless_it_is_said(
 
 
 def test_a_field_of_a_rule_belongs_to_the_rule_before_it() -> None:
-    assert rules_of("synchronous,diloco:20,outer_lr=0.5,wire=int4,asynchronous") == [
-        parse("synchronous"), parse("diloco:20,outer_lr=0.5,wire=int4"), parse("asynchronous"),
+    assert entries_of("synchronous,diloco:20,outer_lr=0.5,wire=int4,asynchronous") == [
+        Entry(parse("synchronous")), Entry(parse("diloco:20,outer_lr=0.5,wire=int4")), Entry(parse("asynchronous")),
     ]  # fmt: skip
+
+
+def test_a_field_of_the_team_belongs_to_the_rule_before_it(
+    trained: Trained, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str, int]] = []
+    stand_in = api.train
+    monkeypatch.setattr(
+        api,
+        "train",
+        lambda recipe, team, **rest: (
+            seen.append((rest["out"].name, team.balance, team.workers)) or stand_in(recipe, team=team, **rest)  # type: ignore[func-returns-value]
+        ),
+    )
+    trained += [("the second, which alone is broken off", 0, False)] * 2
+    line = ["compare", "my.toml", "--rules", "synchronous,team.balance=off,synchronous", "--workers", "3"]
+    assert main(line) == 0
+    assert seen == [("synchronous-team.balance=off-seed0", "off", 3), ("synchronous-seed0", "auto", 3)]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +125,12 @@ def test_a_field_of_a_rule_belongs_to_the_rule_before_it() -> None:
     [
         ("--rules sinchronous", "did you mean"),
         ("--rules synchronous,synchronous", "--rules has 'synchronous' twice; give it once, and more --seeds."),
+        ("--rules synchronous,team.balence=off", "there is no flag --team.balence; did you mean --team.balance?"),
+        ("--rules team.balance=off,synchronous", "'team.balance=off'"),
+        (
+            "--rules synchronous,team.balance=off,synchronous,team.balance=off",
+            "--rules has 'synchronous,team.balance=off' twice",
+        ),
         ("--seeds 0,x", "--seeds is '0,x'; give different whole numbers from 0, such as 0,1,2."),
         ("--seeds 1,1", "--seeds is '1,1'; give different whole numbers"),
         ("--recipe.rule diloco:20", "--recipe.rule goes with 'instep train'; give --rules."),

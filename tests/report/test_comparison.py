@@ -126,3 +126,20 @@ def test_the_document_has_every_run_in_full(tmp_path: Path) -> None:
     (run,) = told["rules"][0]["runs"]
     assert (run["updates"], run["items"], run["state"], run["staleness"]) == (25, 200, "ended", {"0": 25})
     assert [point["objective"] for point in run["held_out"]] == FALLING
+
+
+def test_synchronous_with_ranges_that_follow_speed_and_held_equal_are_told_apart(tmp_path: Path) -> None:
+    team = {"workers": 2, "device": "cpu", "restarts": 3, "slow": "1:4x"}
+    moved = runs.curve(tmp_path / "m", "synchronous", FALLING, step_s=0.2, team=team | {"balance": "auto"})
+    equal = runs.curve(tmp_path / "e", "synchronous", FALLING, step_s=0.4, team=team | {"balance": "off"})
+    free = runs.curve(tmp_path / "a", "asynchronous", FALLING, step_s=0.3, team=team | {"balance": "auto"})
+    found = found_of(moved, equal, free, target=2.0)
+    labels = ["synchronous, ranges balanced", "synchronous, ranges equal", "asynchronous"]
+    assert [group.label for group in found.groups] == labels
+    assert verdict(found).startswith(
+        "synchronous, ranges balanced wins: it reached a held-out objective of 2.0000 first, after 2.0 s; asynchronous "
+        "took 1.5 times as long, 3.0 s."
+    )
+    told = verdict(found_of(equal, free, target=2.0))
+    assert "asynchronous reached a held-out objective of 2.0000 first, after 3.0 s; synchronous took 1.3 times" in told
+    assert not [doubt for doubt in doubts(found) if "differ in more" in doubt]

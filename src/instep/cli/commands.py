@@ -265,7 +265,8 @@ def app(settings: Settings) -> App:
         recipe
             A built-in name or a TOML file.
         rules
-            Who waits for whom, as for train, one after another: synchronous,diloco:20,outer_lr=0.5,asynchronous.
+            Who waits for whom, as for train, one after another: synchronous,diloco:20,outer_lr=0.5,asynchronous. A
+            part such as team.balance=off is of the team of the rule before it.
         seeds
             Each rule trains once with each: 0,1,2. By default the recipe's own.
         workers

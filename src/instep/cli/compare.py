@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,19 @@ EVALUATIONS = 12
 
 
 @dataclass(frozen=True)
+class Entry:
+    """One of the compared: a rule, and what its team has beside what all have, as flags name it."""
+
+    rule: UpdateRule
+    team: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def text(self) -> str:
+        """As a person writes it."""
+        return ",".join([text_of(self.rule), *(f"{name}={value}" for name, value in self.team)])
+
+
+@dataclass(frozen=True)
 class _Planned:
     """A run of the comparison."""
 
@@ -46,12 +59,14 @@ def compare_rules(
     for name, flag in (("recipe.rule", "--rules"), ("recipe.seed", "--seeds")):
         if any(setting == name or setting.startswith(f"{name}.") for setting, _ in settings):
             raise UsageError(f"--{name} goes with 'instep train'; give {flag}.")
-    recipe, team = parsed(given, settings)
+    recipe, _ = parsed(given, settings)
     if not any(name == "recipe.evaluate_every" for name, _ in settings):
         recipe = replace(recipe, evaluate_every=max(1, recipe.steps // EVALUATIONS))
     folder = out or Path("runs") / f"compare-{recipe.name}"
     wanted = None if target is None else number_of(target)
-    planned = _plan(recipe, team, rules_of(rules), seeds_of(seeds, recipe.seed), folder)
+    entries = entries_of(rules)
+    teams = {each: parsed(given, list({**dict(settings), **dict(each.team)}.items()))[1] for each in entries}
+    planned = _plan(recipe, teams, seeds_of(seeds, recipe.seed), folder)
     if not as_json:
         folder.mkdir(parents=True, exist_ok=True)
         check_out(folder / "report.html")
@@ -64,18 +79,25 @@ def compare_rules(
     tell(compare(read_all([run.folder for run in planned]), wanted), folder / "report.html", as_json)
 
 
-def rules_of(text: str) -> list[UpdateRule]:
-    """The rules of ``--rules``: a part with an equals sign belongs to the rule before it. Raises RecipeError."""
+def entries_of(text: str) -> list[Entry]:
+    """Those of ``--rules``: a part with an equals sign belongs to the rule before it, or to the team of its runs where
+    it begins with ``team.``. Raises RecipeError and UsageError.
+    """
     rules: list[str] = []
+    teams: list[dict[str, str]] = []
     for part in text.split(","):
-        if "=" in part and rules:
+        name, equals, value = part.strip().partition("=")
+        if rules and equals and name.startswith("team."):
+            teams[-1][name] = value
+        elif rules and equals:
             rules[-1] += f",{part}"
         else:
             rules.append(part)
-    found = [parse(rule.strip()) for rule in rules]
-    for place, rule in enumerate(found):
-        if rule in found[:place]:
-            raise UsageError(f"--rules has {shown(text_of(rule))} twice; give it once, and more --seeds.")
+            teams.append({})
+    found = [Entry(parse(rule.strip()), tuple(team.items())) for rule, team in zip(rules, teams, strict=True)]
+    for place, each in enumerate(found):
+        if each in found[:place]:
+            raise UsageError(f"--rules has {shown(each.text)} twice; give it once, and more --seeds.")
     return found
 
 
@@ -87,18 +109,15 @@ def seeds_of(text: str, own: int) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _plan(
-    recipe: Recipe, team: Team, rules: Sequence[UpdateRule], seeds: Sequence[int], folder: Path
-) -> list[_Planned]:
+def _plan(recipe: Recipe, teams: Mapping[Entry, Team], seeds: Sequence[int], folder: Path) -> list[_Planned]:
     """Seed by seed, so that what is there after an interruption compares all rules."""
     planned = []
     for seed in seeds:
-        for rule in rules:
-            own = replace(recipe, rule=rule, seed=seed)
+        for entry, team in teams.items():
+            own = replace(recipe, rule=entry.rule, seed=seed)
             check_team(own, team)
-            text = text_of(rule)
-            name = re.sub(r"[^\w.=+-]+", "-", text)
-            label = f"{text}, seed {seed}" if len(seeds) > 1 else text
+            name = re.sub(r"[^\w.=+-]+", "-", entry.text)
+            label = f"{entry.text}, seed {seed}" if len(seeds) > 1 else entry.text
             planned.append(_Planned(label, own, team, folder / f"{name}-seed{seed}"))
     return planned
 

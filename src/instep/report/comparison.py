@@ -196,6 +196,8 @@ def _told(run: History) -> dict[str, Any]:
     recipe = {key: value for key, value in run.recipe.items() if key not in ("seed", "rule")}
     team = run.start["team"]
     found = {"workers": run.workers, "slow": team.get("slow", ""), "clock": run.start["clock"]}
+    if run.start["engine"] == "lockstep" and run.workers > 1:  # older tapes know no other ranges
+        found["ranges"] = "equal" if team.get("balance", "off") == "off" else "balanced"
     return {**flat(recipe), **found}
 
 
@@ -241,16 +243,19 @@ def _first(found: Comparison, reached: Mapping[RuleRuns, Range]) -> str:
     said = (
         f"{first.label} reached a {found.what} of {number(found.target)} first, after {duration(reached[first].mean)}"
     )
-    if first.label == "synchronous":
-        said = f"synchronous wins: it{said.removeprefix('synchronous')}"
+    if _synchronous(first):
+        said = f"{first.label} wins: it{said.removeprefix(first.label)}"
     others = [group for group in reached if group is not first]
     if not others:
         return f"{said}; no other rule did."
-    other = next((group for group in others if group.label == "synchronous"), None)
-    other = other or min(others, key=lambda group: reached[group].mean)
+    other = min(others, key=lambda group: (_synchronous(first) or not _synchronous(group), reached[group].mean))
     times = reached[other].mean / reached[first].mean
     near = ", which these seeds do not tell apart" if reached[other].meets(reached[first]) else ""
     return f"{said}; {other.label} took {times:.2g} times as long, {duration(reached[other].mean)}{near}."
+
+
+def _synchronous(group: RuleRuns) -> bool:
+    return group.runs[0].rule == "synchronous"
 
 
 def _fewest(found: Comparison) -> str:
