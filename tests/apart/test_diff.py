@@ -141,6 +141,35 @@ def test_what_cannot_be_saved_does_not_lose_what_was_found(tmp_path: Path) -> No
     assert "cannot be saved" in found.remarks[-1]
 
 
+def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
+    """One that is named is refused before anything is computed; beside it another name is taken."""
+    one, other = recipe(), recipe({"activation": F.relu})
+    mine = tmp_path / "a-b.safetensors"
+    mine.write_text("mine")
+    found = of_two(one, other, tmp_path)
+    assert found.saved == str(tmp_path / "a-b-1.safetensors")
+    with pytest.raises(RecordError, match="is there already, and nothing is written over it"):
+        instep.diff(tmp_path / "a", tmp_path / "b", recipes=(one, other), save=mine)
+    assert mine.read_text() == "mine"
+
+
+def test_of_tensors_that_nobody_asked_for_so_many_bytes_are_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = recipe(), recipe({"activation": F.relu})
+    monkeypatch.setattr("instep.apart.diffing._MOST_SAVED", 100)
+    found = of_two(one, other, tmp_path)
+    assert found.place is not None
+    assert (found.place.operation, found.saved) == ("aten.gelu.default", "")
+    assert found.remarks[-1] == (
+        "The tensors of that operation have 768 bytes, and unless a file is named for them (--save FILE) at most 100 "
+        "are saved."
+    )
+    assert not list(tmp_path.glob("*.safetensors"))
+    found = instep.diff(tmp_path / "a", tmp_path / "b", recipes=(one, other), save=tmp_path / "named")
+    assert found.saved == str(tmp_path / "named")
+
+
 def test_a_run_of_another_machine_is_compared_by_a_file_from_there(tmp_path: Path) -> None:
     """To the update and the tensor; without the file it says how to come by it."""
     one, other = recipe(), recipe({"activation": F.relu})

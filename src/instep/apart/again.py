@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from instep.apart.alignment import PartingPlace, first_place
 from instep.apart.levels import differing
-from instep.apart.sides import Away, Figures, FoundAgain, How, Side
+from instep.apart.sides import Away, Figures, FoundAgain, How, Into, Side
 from instep.apart.told import FIGURES
 from instep.apart.whose import with_worker
 from instep.components import importable
@@ -49,7 +49,7 @@ class _At:
 
 
 def compute_again(
-    recipe: Recipe, sides: Sequence[Side], after: int, looks: bool, folder: Path, into: Path | None, tell: Tell
+    recipe: Recipe, sides: Sequence[Side], after: int, looks: bool, folder: Path, into: Into | None, tell: Tell
 ) -> FoundAgain:
     """Computes the sides again, compared from version `after` on, until they part or one parts from its tape.
 
@@ -168,7 +168,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _look(sides: Sequence[Side], found: FoundAgain, folder: Path, into: Path | None) -> None:
+def _look(sides: Sequence[Side], found: FoundAgain, folder: Path, into: Into | None) -> None:
     """Finds the operation of the update at which they part, each computed from its weights before it."""
     assert found.apart is not None
     saved = [checkpoint.all_in(folder / str(place)) for place in range(len(sides))]
@@ -198,7 +198,7 @@ def _look(sides: Sequence[Side], found: FoundAgain, folder: Path, into: Path | N
         _keep(sides, setups, found, place, into)
 
 
-def _keep(sides: Sequence[Side], setups: Sequence[Setup], found: FoundAgain, place: PartingPlace, into: Path) -> None:
+def _keep(sides: Sequence[Side], setups: Sequence[Setup], found: FoundAgain, place: PartingPlace, into: Into) -> None:
     """Saves what goes into the operation and comes out of it, and measures how far the results are apart."""
     assert found.apart is not None
     assert found.place is not None
@@ -208,13 +208,8 @@ def _keep(sides: Sequence[Side], setups: Sequence[Setup], found: FoundAgain, pla
         kept.append(_steps(side, replace(setup, keep=keep), found.apart).kept if keep else {})
     if any(kept):
         found.place = replace(found.place, ulps=_distance(kept, found.place.ulps))
-        try:
-            _write(kept, into)
-            found.saved = True
-        except RecordError:  # of a type that no such file holds
-            pass
-        except OSError as error:
-            found.unsaved = disk_error(f"the tensors of that operation cannot be saved in {into}", error).message
+        found.unsaved = _unsaved(kept, into)
+        found.saved = not found.unsaved
 
 
 def _steps(side: Side, setup: Setup, version: int) -> Steps:
@@ -228,6 +223,23 @@ def _distance(kept: Sequence[Mapping[str, Tensor]], otherwise: float | None) -> 
     if one is None or other is None or one.shape != other.shape or not one.is_floating_point():
         return otherwise
     return ulps(one, other)
+
+
+def _unsaved(kept: Sequence[Mapping[str, Tensor]], into: Into) -> str:
+    """Writes them; why they are not written, as a sentence, "" where they are."""
+    size = sum(tensor.nbytes for each in kept for tensor in each.values())
+    if into.most is not None and size > into.most:
+        return (
+            f"The tensors of that operation have {size:,} bytes, and unless a file is named for them (--save FILE) at "
+            f"most {into.most:,} are saved."
+        )
+    try:
+        _write(kept, into.path)
+    except RecordError as error:  # of a type that no such file holds
+        return error.message
+    except OSError as error:
+        return disk_error(f"the tensors of that operation cannot be saved in {into.path}", error).message
+    return ""
 
 
 def _write(kept: Sequence[Mapping[str, Tensor]], into: Path) -> None:

@@ -7,26 +7,31 @@ import shlex
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from instep.apart import exported
 from instep.apart.found import Again, Departed, Diffed, RunOf, Verdict
-from instep.apart.levels import fields_apart, listed, made_apart, seen_apart
-from instep.apart.sides import Away, FoundAgain, Side
+from instep.apart.levels import Field, fields_apart, listed, seen_apart
+from instep.apart.sides import Away, FoundAgain, Into, Side
 from instep.apart.told import Told, told
 from instep.apart.words import how_apart, how_away
 from instep.api import monitors_of
 from instep.equivalences.found import Where
+from instep.errors import RecordError, cut
 from instep.monitors import Monitor
 from instep.offline.past import Past
 from instep.offline.stretches import Stretch
 from instep.recipe import Recipe
-from instep.record.computed_by import made_otherwise, unrepeatable, untold
+from instep.record.computed_by import made_apart, made_otherwise, unrepeatable, untold
 from instep.team.client import computed
 from instep.team.signals import interrupting
 
 Path_ = str | os.PathLike[str]
+
+_MOST_SAVED = 1 << 30
+"""Bytes of an operation's tensors that are saved in a file that nobody named."""
 
 _MEMORY = "it takes the memory of one worker for each run, under local steps of all: try it where there is more"
 
@@ -53,13 +58,18 @@ def diff(
 
     a, b: run folders, or files that `instep.apart.exported.export` has written on the machine that made the run.
     recipes: those of `a` and `b`, where the saved ones hold objects without an address. tapes_only: computes nothing.
-    save: the file for what goes into the operation at which they part, and comes out of it; by default beside `a`.
+    save: a new file for what goes into the operation at which they part, and comes out of it; by default one beside `a`
+    of at most 1 GiB.
     monitors: called with ``{"kind": "told", ...}`` once the tapes are compared, ``{"kind": "computing", ...}`` with the
     updates that will be, and ``{"kind": "computed_again", "version": ...}`` after each.
 
-    Raises RecordError where there is no run or its tape is damaged from the start, RecipeError where a recipe is
-    needed, and InstepError as the runs would.
+    Raises RecordError where there is no run, its tape is damaged from the start or `save` exists, RecipeError where a
+    recipe is needed, and InstepError as the runs would.
     """
+    if save is not None and os.path.lexists(save):
+        raise RecordError(
+            f"{cut(save)} is there already, and nothing is written over it; name another file to save in."
+        )
     watching = monitors_of(monitors)
     sides = [_Side(a, recipes[0], _read(a))]
     if b is not None:
@@ -113,7 +123,8 @@ def _from_tapes(sides: Sequence[_Side]) -> Diffed:
     if len(sides) == 1:
         return Diffed(sides[0].about, None, "undecided", remarks=remarks)
     other = sides[1].told
-    fields, made, seen = tuple(fields_apart(one, other)), tuple(made_apart(one, other)), seen_apart(one, other)
+    fields, seen = tuple(fields_apart(one, other)), seen_apart(one, other)
+    made = tuple(Field(*each) for each in made_apart(one.start, other.start))
     data = one.start["data_digest"] == other.start["data_digest"]
     verdict: Verdict = "the same" if seen.first is None else "undecided"
     if not seen.updates and not seen.digests and verdict == "the same":
@@ -127,16 +138,17 @@ def _to_compute(sides: Sequence[_Side], found: Diffed) -> bool:
     return (found.seen is None or found.seen.first is not None) and all(each.computable for each in sides)
 
 
-def _file(sides: Sequence[_Side], given: Path_ | None) -> Path | None:
+def _file(sides: Sequence[_Side], given: Path_ | None) -> Into | None:
     if given is not None:
-        return Path(given).absolute()
+        return Into(Path(given).absolute(), None)
     if len(sides) == 1:
         return None
     one, other = (Path(each.path).absolute() for each in sides)
-    return one.with_name(f"{one.name}-{other.name}.safetensors")
+    names = (f"{one.name}-{other.name}{f'-{number}' if number else ''}.safetensors" for number in count())
+    return Into(next(path for path in map(one.with_name, names) if not os.path.lexists(path)), _MOST_SAVED)
 
 
-def _computed(sides: Sequence[_Side], found: Diffed, into: Path | None, monitors: Sequence[Monitor]) -> Diffed:
+def _computed(sides: Sequence[_Side], found: Diffed, into: Into | None, monitors: Sequence[Monitor]) -> Diffed:
     """The second level."""
     if any(each.told.exported for each in sides):
         return _against_file(sides, found, monitors)
@@ -176,7 +188,7 @@ def _to_send(sides: Sequence[_Side], pasts: Sequence[Past], stretches: Sequence[
 
 
 def _concluded(
-    sides: Sequence[_Side], found: Diffed, again: FoundAgain, starts: Sequence[int], into: Path | None, unlike: str
+    sides: Sequence[_Side], found: Diffed, again: FoundAgain, starts: Sequence[int], into: Into | None, unlike: str
 ) -> Diffed:
     """The verdict on what computing has shown."""
     gone = again.away
@@ -191,7 +203,7 @@ def _concluded(
         return replace(found, verdict="undecided", why=why)
     verdict: Verdict = "the recipes differ" if found.verdict == "the recipes differ" else "reproducibly different"
     place = again.place or Where(again.apart, tensor=again.names[0])
-    saved = str(into) if again.saved else ""
+    saved = str(into.path) if into is not None and again.saved else ""
     return replace(found, verdict=verdict, place=place, why=how_apart(found, again), saved=saved)
 
 
@@ -255,7 +267,7 @@ def _against_file(sides: Sequence[_Side], found: Diffed, monitors: Sequence[Moni
     return replace(found, verdict=verdict, again=done, place=place, why=why)
 
 
-def _again(past: Past, sides: list[Side], after: int, into: Path | None, monitors: Sequence[Monitor]) -> FoundAgain:
+def _again(past: Past, sides: list[Side], after: int, into: Into | None, monitors: Sequence[Monitor]) -> FoundAgain:
     """`instep.apart.again.compute_again`, in a process of its own."""
     looks = all(side.recipe.rule.synchronous and side.on_cpu for side in sides)
     with tempfile.TemporaryDirectory(prefix="instep-diff-", ignore_cleanup_errors=True) as place:

@@ -58,19 +58,6 @@ def _follows_steps(table: Mapping[str, Any]) -> bool:
     return bool(table.get("schedule", {}).get("kind", "constant") != "constant")
 
 
-def made_apart(a: Told, b: Told) -> list[Field]:
-    """Libraries and processors that made them, where both tell and differ."""
-    found = []
-    versions = [each.start.get("libraries", {}) for each in (a, b)]
-    for name in versions[0]:
-        if name in versions[1] and versions[0][name] != versions[1][name] and name != "python":
-            found.append(Field(name, versions[0][name], versions[1][name]))
-    kinds = [each.start.get("processor") for each in (a, b)]
-    if all(kinds) and kinds[0] != kinds[1]:
-        found.append(Field("processor", kinds[0], kinds[1]))
-    return found
-
-
 def seen_apart(a: Told, b: Told) -> Seen:
     """Where they part, version by version, of what both tell."""
     alike: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from instep.equivalences.found import Where
@@ -49,6 +50,14 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Into:
+    """The file for what goes into the operation at which two sides part. most: bytes, None for any number."""
+
+    path: Path
+    most: int | None
+
+
+@dataclass(frozen=True)
 class Away:
     """One side comes to something else than its tape tells: at this version, in these tensors, or figures.
 
@@ -82,7 +91,7 @@ class How:
 class FoundAgain:
     """What computing came to. last: the version up to which both were computed. compared: versions whose tensors were,
     with so many at most; figures: updates whose figures were, with the tape. apart: where the sides part, and in which
-    tensors; away: where one parts from its own tape. unsaved: why the file could not be written, a sentence. sums: by
+    tensors; away: where one parts from its own tape. unsaved: why there is no file, a sentence. sums: by
     side and version.
     """
 

@@ -49,7 +49,8 @@ def declare(app: App, settings: Settings) -> None:
         tapes
             Compares the tapes, and computes nothing.
         save
-            The file for both inputs of the operation at which they part; by default beside the first run.
+            A new file for both inputs of the operation at which they part; by default one of at most 1 GiB beside the
+            first run.
         export
             Compares nothing: writes what run A comes to here into this file, for a comparison on another machine, where
             it would come to something else.

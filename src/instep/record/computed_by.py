@@ -58,13 +58,21 @@ def untold(started: Mapping[str, Any]) -> str:
     return "" if started.get("processor") else "a kind of processor that its tape does not tell"
 
 
+def made_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name and both values of what decides the bits and differs, of two ``run_started``, where both tell it."""
+    tables = [
+        {**{name: each.get("libraries", {}).get(name) for name in _OF_BITS}, "processor": each.get("processor")}
+        for each in (one, other)
+    ]
+    pairs = [(name, a, tables[1][name]) for name, a in tables[0].items()]
+    return [(name, a, b) for name, a, b in pairs if a and b and a != b]
+
+
 def made_otherwise(started: Mapping[str, Any]) -> str:
     """A clause on what made the session that this ``run_started`` begins and is not here; "" where all is the same."""
-    there, here = started["libraries"], libraries()
+    here = {"libraries": libraries(), "processor": processor()}
     parts = [
-        f"{name} {there[name]} (here {here[name]})" for name in _OF_BITS if there.get(name, here[name]) != here[name]
+        f"{'a processor' if name == 'processor' else name} {there} (here {own})"
+        for name, there, own in made_apart(started, here)
     ]
-    own = started.get("processor", "")
-    if own and own != processor():
-        parts.append(f"a processor {own} (here {processor()})")
     return " and ".join(parts)
