@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import tempfile
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,10 @@ from instep.ranges import equal_ranges
 from instep.recipe import Recipe, Team, check_team, parse
 from instep.recipe_files import read
 from instep.record import checkpoint
+from instep.team import judging
+from instep.worker.gradients import Gradients
+from instep.worker.noting import noted_alone
+from instep.worker.standalone import replica_before
 from support import workloads, writers
 from support.agents import meet_here, train_on
 from support.harness import Outcome, train_here
@@ -144,8 +149,6 @@ def test_no_recipe_gives_a_false_alarm(name: str, tmp_path: Path) -> None:
 
 @cache
 def undisturbed() -> str:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as place:
         return train_here(regression(steps=STEPS), Team(workers=1), Path(place) / "run").digest
 
@@ -196,6 +199,31 @@ def test_so_is_one_on_another_host(agents: tuple[int, ...], tmp_path: Path, monk
     assert [wrong["worker"] for wrong in run.result["audit"]["wrong"]] == [workers - 1]
     assert run.result["restarts"] == 1
     assert run.digest == undisturbed()
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("forked_pythons")
+def test_a_third_computation_says_what_the_others_wait_for_and_has_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a kill would leave behind."""
+    recipe, seen = regression(), list[str]()
+    replica = replica_before(0, recipe, "cpu", (), lambda replica: None)
+    totals = {"objective": recipe.batch}
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def looked(*given: Any, **by_name: Any) -> Any:
+        assert list(tmp_path.iterdir()) == []
+        seen.append(replica.doing)
+        return answer(*given, **by_name)
+
+    answer = judging.computed
+    monkeypatch.setattr(judging, "computed", looked)
+    found = judging.third_result(recipe, replica, 0, 1, totals)
+    assert seen == ["having a process of its own compute step 1, microbatch 1 again"]
+    gradients = Gradients(replica)
+    gradients.assign_own([(1, 2)])
+    assert found == noted_alone(replica, gradients, 0, 1, totals)
 
 
 @pytest.mark.processes

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from instep.apart.sides import Away, Side
 from instep.components import importable
 from instep.equivalences.forks import Body, Say, alone
@@ -16,6 +14,7 @@ from instep.record import checkpoint
 from instep.reduce.tree import maximal_nodes
 from instep.worker.gradients import Gradients
 from instep.worker.replica import Replica
+from instep.worker.standalone import replica_before
 
 
 def with_worker(side: Side, away: Away, before: Path) -> Away:
@@ -51,11 +50,12 @@ class _Contributions(Body):
         side, step = self._side, self._version - 1
         saved = checkpoint.load(self._before)
         session = side.start_of(self._version)
-        written = session.get("written", ())
-        replica = self.replica = Replica(side.recipe_at(self._version), "cpu", written=written)
-        replica.load(saved.model_state, saved.training_state)
-        replica.enter(step)
-        replica.learn_terms(step)
+
+        def load(replica: Replica) -> None:
+            self.replica = replica
+            replica.load(saved.model_state, saved.training_state)
+
+        replica = replica_before(step, side.recipe_at(self._version), "cpu", session.get("written", ()), load)
         gradients, microbatches = Gradients(replica), replica.recipe.microbatches
         batches = {m: replica.batch(step, m) for m in range(microbatches)}
         counts = [replica.objective.counts(batch) for batch in batches.values() if batch is not None]
@@ -63,7 +63,7 @@ class _Contributions(Body):
         found: dict[int, list[str]] = {}
         for worker, (start, stop) in self._ranges.items():
             nodes = maximal_nodes(start, stop, microbatches)
-            gradients.assign(nodes, [torch.zeros(gradients.layout.size) for _ in nodes])
+            gradients.assign_own(nodes)
             gradients.compute(step, {m: batches[m] for m in range(start, stop)}, totals)
             found[worker] = gradients.checksum()
         whose = owners([parameter.numel() for parameter in replica.parameters], session["team"].get("workers", 1))

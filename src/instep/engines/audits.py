@@ -25,7 +25,7 @@ from instep.record.event_kinds import AuditedEvent
 from instep.record.events import Event
 from instep.reduce.tree import Node
 from instep.transport.group import Group
-from instep.worker.gradients import Gradients
+from instep.worker.gradients import Around, Gradients
 from instep.worker.noting import NBYTES, NOTHING, NotedGradients, noted_alone
 from instep.worker.replica import Replica
 
@@ -87,7 +87,7 @@ class Audit:
         judge: Judge,
     ):
         self._replica, self._gradients, self._worker, self._workers = replica, gradients, worker, workers
-        self._share, self._emit, self._judge, self._compute = share, emit, judge, gradients.of_one
+        self._share, self._emit, self._judge = share, emit, judge
         self._good = [(version, version)] * workers  # by worker, see `WrongWorker`: since, back
         self._looked: list[Looked] = []  # in the present step
         self._idle: list[int] = []  # workers without microbatches of their own in the present step
@@ -103,35 +103,34 @@ class Audit:
         most = math.floor(self._share * self._replica.recipe.microbatches) + 1
         return 8 + 2 * NBYTES * most
 
-    def begin(self, step: int, totals: Mapping[str, int], ranges: Sequence[Node]) -> None:
-        """Before a step's own microbatches: computes those of others that it is to look at, and has noted what its own
-        come to.
+    def begin(self, step: int, totals: Mapping[str, int], ranges: Sequence[Node]) -> Around | None:
+        """Before a step's own microbatches: computes those of others that it is to look at. What is to be around its
+        own, and notes what they come to; None where nothing is looked at.
         """
         self._idle = [worker for worker, (start, stop) in enumerate(ranges) if start == stop]
         self._looked = looked_at(self._replica.recipe.seed, self._share, step, ranges)
         if not self._looked or not self._replica.objective.has_items(totals):
             self._looked = []
-            return
+            return None
         self._totals, began = totals, time.monotonic()
         mine = [each.microbatch for each in self._looked if each.auditor == self._worker]
         self._others = {microbatch: self._again(step, microbatch) for microbatch in mine}
         self._took_s = time.monotonic() - began
         self._own = {each.microbatch: NOTHING for each in self._looked if each.owner == self._worker}
-        self._gradients.of_one = self._noted
+        return self._noted
 
     def _again(self, step: int, microbatch: int) -> bytes:
         """What another's microbatch comes to here."""
         return noted_alone(self._replica, self._gradients, step, microbatch, self._totals)
 
-    def _noted(self, step: int, microbatch: int, batch: Any, totals: Mapping[str, int]) -> dict[str, Tensor]:
+    def _noted(self, microbatch: int, batch: Any, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Computes one of its own microbatches."""
-        replica = self._replica
         if microbatch not in self._own:
-            return self._compute(step, microbatch, batch, totals)
-        with NotedGradients(replica.parameters) as noted:
-            sums = self._compute(step, microbatch, batch, totals)
+            return compute()
+        with NotedGradients(self._replica.parameters) as noted:
+            sums = compute()
         began = time.monotonic()
-        self._own[microbatch] = noted.digest(sums, replica.objective.counts(batch))
+        self._own[microbatch] = noted.digest(sums, self._replica.objective.counts(batch))
         self._took_s += noted.took_s + time.monotonic() - began
         return sums
 
@@ -144,7 +143,6 @@ class Audit:
                 self._good[worker] = (step + 1, step)
 
     def _meet(self, step: int, group: Group) -> None:
-        self._gradients.of_one = self._compute
         most = max(sum(each.owner == worker for each in self._looked) for worker in range(self._workers))
         both = b"".join(self._own.values()), b"".join(self._others.values())
         told = b"".join(each.ljust(most * NBYTES, b"\0") for each in both)

@@ -302,9 +302,10 @@ class Lockstep:
         self._seat.check_loaded()
         if not objective.has_items(totals) and not self.updates.watcher.skips:
             self.updates.watcher.left_out(Verdict(), [objective.no_items(step)], update=True)
+        around = None
         if self.audit is not None:
-            self.audit.begin(step, totals, self.reduction.ranges)
-        self._seat.compute(step, totals, self.slowness(step), early=self._early)
+            around = self.audit.begin(step, totals, self.reduction.ranges)
+        self._seat.compute(step, totals, self.slowness(step), early=self._early, around=around)
 
     def _take(self, whole: Tensor) -> None:
         """Has the placement take the gradient from there."""

@@ -14,7 +14,7 @@ from instep.engines.step_facts import StepFacts
 from instep.record import events
 from instep.reduce.reduction import Reduction
 from instep.transport.group import Fields, as_rows
-from instep.worker.gradients import Gradients
+from instep.worker.gradients import Around, Gradients
 from instep.worker.replica import Replica
 
 
@@ -94,17 +94,25 @@ class Seat:
             self._replica.doing, error = self._late
             raise error
 
-    def compute(self, step: int, totals: Mapping[str, int], slowness: float = 1.0, *, early: bool = False) -> None:
+    def compute(
+        self,
+        step: int,
+        totals: Mapping[str, int],
+        slowness: float = 1.0,
+        *,
+        early: bool = False,
+        around: Around | None = None,
+    ) -> None:
         """Computes the worker's microbatches, as `Gradients` was assigned to, and notes what they came to.
 
         slowness: how many times as long as it needs it is to take. early: whether gradients travel early, and so may be
-        on their way already when the tape would get checksums of them.
+        on their way already when the tape would get checksums of them. around: as `Gradients.compute` says.
         """
         if not self._replica.objective.has_items(totals):
             self._samples = dict.fromkeys(self.own)  # nothing is computed: the update will be left out
         from_s, filled = self._clock(), [samples is not None for samples in self._samples.values()]
         self._stopwatch.begin()
-        computed = self._gradients.compute(step, self._samples, totals)
+        computed = self._gradients.compute(step, self._samples, totals, around)
         self._samples = {}
         usual = self._replica.cursor.size(step) == self._replica.recipe.batch  # else a microbatch may be a small one
         seconds = slowness * self._stopwatch.seconds(filled) if usual else 0.0

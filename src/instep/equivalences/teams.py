@@ -192,7 +192,7 @@ class _Worker(Body):
     def _watch(self, engine: Lockstep) -> None:
         """Has what is loaded, computed and updated noted on its way."""
         replica, placement, look, trace = engine.replica, engine.placement, self._setup.look, self._trace
-        load, compute_one, update = replica.batch, engine.gradients.of_one, placement.update
+        load, compute_one, update = replica.batch, replica.compute, placement.update
 
         def batch(step: int, microbatch: int) -> Any:
             samples = load(step, microbatch)
@@ -221,7 +221,7 @@ class _Worker(Body):
                 trace.values["weights"] = {name: p.detach().clone() for name, p, mine in named if mine}
             return rate
 
-        for owner, name, noting in ((replica, "batch", batch), (engine.gradients, "of_one", computed)):
+        for owner, name, noting in ((replica, "batch", batch), (replica, "compute", computed)):
             setattr(owner, name, noting)
         setattr(placement, "update", updated)  # noqa: B010  # a method, for this object alone
 

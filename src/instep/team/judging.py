@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from instep.recipe import Recipe
 from instep.team.client import computed
@@ -17,15 +13,14 @@ from instep.worker.replica import Replica
 
 def third_result(recipe: Recipe, replica: Replica, step: int, microbatch: int, totals: Mapping[str, int]) -> bytes:
     """What the microbatch comes to in a new Python, from the weights of `replica`. Raises InstepError."""
-    with tempfile.TemporaryDirectory(prefix="instep-audit-") as place:
-        file = Path(place) / "state.pt"
-        torch.save(state_of(replica), file)
-        arguments: tuple[Any, ...] = (
-            str(replica.device), str(file), (step, microbatch), dict(totals), list(replica.written.names),
-            sorted(replica.trainable.off),
-        )  # fmt: skip
-        found: bytes = computed(
-            "instep.worker.noting:computed_alone", recipe, arguments, (), (),
-            if_killed="a third computation of an audit takes the memory of one more worker",
-        )  # fmt: skip
+    arguments: tuple[Any, ...] = (
+        str(replica.device), state_of(replica), (step, microbatch), dict(totals), list(replica.written.names),
+        sorted(replica.trainable.off),
+    )  # fmt: skip
+    # It counts as busy: the others wait for it, and are told for what.
+    replica.doing = f"having a process of its own compute step {step + 1}, microbatch {microbatch} again"
+    found: bytes = computed(
+        "instep.worker.noting:computed_alone", recipe, arguments, (), (),
+        if_killed="a third computation of an audit takes the memory of one more worker",
+    )  # fmt: skip
     return found

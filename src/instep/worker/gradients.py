@@ -7,8 +7,10 @@ Every engine computes gradients by `Gradients`, and no other way: the workers of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from instep.reduce.buffers import Buffers
@@ -18,6 +20,9 @@ from instep.reduce.layout import BLOCK, Layout
 from instep.reduce.tree import Node
 from instep.worker.milestones import Milestones
 from instep.worker.replica import Replica
+
+Around = Callable[[int, Any, Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
+"""Is called with a microbatch, its samples and what computes it, and gives what that gives."""
 
 
 class Computed(NamedTuple):
@@ -61,8 +66,6 @@ class Gradients:
         """Whether in the last batch all weights were read, to see whether a forward writes them."""
         self._first = True
         self._fold: Fold | None = None
-        self.of_one: Callable[..., dict[str, Tensor]] = lambda *given: replica.compute(*given)  # noqa: PLW0108  # by then
-        """What computes one microbatch: as `Replica.compute`."""
 
     def assign(self, nodes: Sequence[Node], rows: Sequence[Tensor]) -> None:
         """From the next batch on, folds these nodes, from left to right, into `rows` ([layout.size] float32 each)."""
@@ -70,6 +73,10 @@ class Gradients:
             self._fold = Fold(self.layout, self._replica.parameters, nodes, rows)
         else:
             self._fold.assign(nodes, rows)
+
+    def assign_own(self, nodes: Sequence[Node]) -> None:
+        """The same, into rows that nobody else has."""
+        self.assign(nodes, [torch.zeros(self.layout.size, device=self._replica.device) for _ in nodes])
 
     def checksum(self) -> list[str]:
         """Of the vectors of the nodes assigned, once a batch is computed and before anything is added to them."""
@@ -81,12 +88,18 @@ class Gradients:
         assert self._fold is not None, "assign comes first"
         self._fold.tell(pieces, reached)
 
-    def compute(self, batch: int, samples: Mapping[int, Any], totals: Mapping[str, int]) -> Computed:
+    def compute(
+        self,
+        batch: int,
+        samples: Mapping[int, Any],
+        totals: Mapping[str, int],
+        around: Around | None = None,
+    ) -> Computed:
         """The gradients of a batch's microbatches, those of the nodes assigned; None for one without samples.
 
-        totals: items by term that the sums are divided by. What microbatches left in buffers and parameters waits in
-        `buffers` and in the replica's `written` and `trainable`. Raises FirstWrite while a forward writes parameters
-        that were not known to be written.
+        totals: items by term that the sums are divided by. around: sees each of them. What microbatches left in
+        buffers and parameters waits in `buffers` and in the replica's `written` and `trainable`. Raises FirstWrite
+        while a forward writes parameters that were not known to be written.
         """
         assert self._fold is not None, "assign comes first"
         replica, fold = self._replica, self._fold
@@ -100,7 +113,8 @@ class Gradients:
             for microbatch, some in samples.items():
                 fold.begin_leaf()
                 if some is not None:
-                    found[microbatch] = self.of_one(batch, microbatch, some, totals)
+                    compute = partial(replica.compute, batch, microbatch, some, totals)
+                    found[microbatch] = compute() if around is None else around(microbatch, some, compute)
                 fold.end_leaf()
                 self.buffers.leave(filled=some is not None)
                 replica.written.leave()

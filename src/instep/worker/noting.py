@@ -15,6 +15,7 @@ from instep.recipe import Recipe
 from instep.reduce.checksums import checksum
 from instep.worker.gradients import Gradients
 from instep.worker.replica import Replica
+from instep.worker.standalone import replica_before
 
 NBYTES = 32
 """Of what is noted."""
@@ -68,27 +69,28 @@ def state_of(replica: Replica) -> dict[str, Tensor]:
 def computed_alone(
     recipe: Recipe,
     device: str,
-    state: str,
+    state: Mapping[str, Tensor],
     place: tuple[int, int],
     totals: Mapping[str, int],
     written: Sequence[str],
     off: Sequence[int],
     tell: Callable[[dict[str, Any]], None],
 ) -> bytes:
-    """What the microbatch at `place`, (step, microbatch), comes to in a process of its own, from the weights in a file
-    of `state_of`. off: see `Trainable`.
+    """What the microbatch at `place`, (step, microbatch), comes to in a process of its own, from the weights of another
+    one's `state_of`. off: see `Trainable`.
     """
-    replica = Replica(recipe, device, written=written)
     step, microbatch = place
-    replica.enter(step)
-    replica.learn_terms(step)
-    named = dict([*replica.module.named_parameters(), *replica.module.named_buffers()])
-    with torch.no_grad():
-        for name, tensor in torch.load(state, weights_only=True).items():
-            named[name].copy_(tensor)
-    replica.trainable.take(off)
+
+    def load(replica: Replica) -> None:
+        named = dict([*replica.module.named_parameters(), *replica.module.named_buffers()])
+        with torch.no_grad():
+            for name, tensor in state.items():
+                named[name].copy_(tensor)
+        replica.trainable.take(off)
+
+    replica = replica_before(step, recipe, device, written, load)
     gradients = Gradients(replica)
-    gradients.assign([(microbatch, microbatch + 1)], [torch.zeros(gradients.layout.size, device=replica.device)])
+    gradients.assign_own([(microbatch, microbatch + 1)])
     return noted_alone(replica, gradients, step, microbatch, totals)
 
 
