@@ -227,6 +227,8 @@ class Team:
         speed asks for; ``off``: each has as many as the others.
     restarts: how often the team may start again from its last checkpoint after a worker failed.
     checkpoint_every: steps between checkpoints; one is always written at the end.
+    remember: with one worker in lockstep, how many steps it does again at most where it dies: a copy of its training
+        state is kept in memory, twice over, and made anew every so many steps; 0 keeps none.
     keep: how many checkpoints are kept, the last ones; 0 keeps all. With ``thinned``, the last three and one or two for
         each power of two of versions back.
     keep_best: also save, and keep, the checkpoint with the best held-out objective.
@@ -255,6 +257,7 @@ class Team:
     balance: Literal["auto", "off"] = "auto"
     restarts: int = 3
     checkpoint_every: int = 100
+    remember: int = 20
     keep: int | Literal["thinned"] = 3
     keep_best: bool = True
     engine: Literal["auto", "lockstep", "server"] = "auto"
@@ -281,6 +284,7 @@ class Team:
             parse_share(self.audit, "'team.audit'")
         _at_least("team.checkpoint_every", self.checkpoint_every, 1)
         _at_least("team.restarts", self.restarts, 0)
+        _at_least("team.remember", self.remember, 0)
         if isinstance(self.keep, int):
             _at_least("team.keep", self.keep, 0)
         for key in ("answer_timeout_s", "stall_timeout_s", "join_timeout_s", "lease_s", "give_up_s"):

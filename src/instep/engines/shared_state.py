@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
+from instep.reduce.layout import ALIGN_BYTES, is_dense, placed, tensor_at
 from instep.worker.replica import Replica
 
 _WORD = 1024
@@ -121,9 +121,4 @@ class SharedState:
         return bool(state) and all(value is not None for value in state.values())
 
     def _view(self, place: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-        count = 1
-        for size in shape:
-            count *= size
-        part = torch.from_numpy(self._memory[place : place + count * dtype.itemsize])
-        view: Tensor = part.view(dtype).as_strided(shape, stride)
-        return view
+        return tensor_at(self._memory, place, dtype, shape, stride)

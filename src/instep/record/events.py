@@ -79,6 +79,9 @@ class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
     step: Annotated[Count, _is("global batches done")]
     steps: Annotated[Counted, _is("global batches of the run")]
     resumed: Annotated[bool, _is("whether anything was done before")]
+    remembered: Maybe[
+        Annotated[bool, _is("true: it goes on from a copy in memory", where="where it loads no checkpoint")]
+    ] = UNSET
     libraries: Annotated[dict[str, str], _is("versions by name")]
     processor: Maybe[Annotated[str, _is("its kind, as far as bits hang on it", where="not in a simulation")]] = UNSET
     import_paths: Annotated[list[str], _is("folders where the recipe's modules are looked for")]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +92,13 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         step *= tensor.shape[dim]
     return True
+
+
+def tensor_at(memory: Any, place: int, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """A dense tensor as a view of `memory`, an array of uint8, from the byte `place` on."""
+    part = torch.from_numpy(memory[place : place + math.prod(shape) * dtype.itemsize])
+    view: Tensor = part.view(dtype).as_strided(shape, stride)
+    return view
 
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:

@@ -32,6 +32,7 @@ from instep.team.network import network_of
 from instep.team.orders import Member
 from instep.team.outcome import end_of, result_of, start_of
 from instep.team.parted import Parted
+from instep.team.remembered import KeptCopies
 from instep.team.roster import Roster
 from instep.team.signals import Interrupted, Requests
 from instep.team.taking_up import TakingUp
@@ -77,6 +78,7 @@ class Agent:
             adopting_orphans(),
             self._folder.locked(PATIENCE_S) as self._held,
             Tape(self._folder.tape_path, append=True) as tape,
+            KeptCopies() as self._copies,
         ):
             self._journal = Journal(self._folder, tape, self._client, run.began)
             answers = self._answers = Answers(
@@ -311,7 +313,8 @@ class Agent:
             self._resume_from = self._taking_up.end() or self._resume_from
         self._held.check()
         meta = checkpoint.read_manifest(self._resume_from).meta if self._resume_from is not None else {}
-        self.roster.hear(orders.Resumed(order.epoch, tuple(meta.get("written", ())), bool(meta.get("unlooked"))))
+        unlooked = self._copies.begin(self._run, order, self._resume_from) or bool(meta.get("unlooked"))
+        self.roster.hear(orders.Resumed(order.epoch, tuple(meta.get("written", ())), unlooked))
         count = len(order.members) - (self._run.engine == "server")
         self._run = replace(self._run, team=replace(self._run.team, workers=count))
         self._answers.begin(count)
@@ -341,6 +344,7 @@ class Agent:
             identity=self._held.identity,
             network=self._network,
             written=tuple(sorted(self.roster.written)),
+            remembered=self._copies.now,
         )
 
     @property

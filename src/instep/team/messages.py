@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from instep.team.channel import Line
     from instep.team.pickling import Pickled
     from instep.team.place import Place
+    from instep.team.remembered import Remembered
     from instep.transport.memory import Region
     from instep.worker.contribution import Facts
 
@@ -159,7 +160,7 @@ class Assignment:
     `run_id` is kept in checkpoints; `identity` is that of the run folder. `written`: the parameters that forwards are
     known to write. `network`: None where the workers of one host need none. `place`: of this worker among those of its
     host, from 0, and how many these are. `scratch`: has the logs where the host lacks the run
-    folder.
+    folder. `remembered`: where a worker that is alone keeps copies of its state; what it goes on from, if there is one.
     """
 
     recipe: Pickled
@@ -178,6 +179,7 @@ class Assignment:
     network: HostNetwork | None = None
     place: tuple[int, int] = (0, 1)
     scratch: Path | None = None
+    remembered: Remembered | None = None
 
 
 @dataclass(frozen=True, slots=True)

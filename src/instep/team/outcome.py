@@ -38,6 +38,7 @@ def start_of(
         step=facts.get("step", facts["version"]),
         steps=run.recipe_table["steps"],
         resumed=resumed,
+        remembered=facts.get("remembered", UNSET),
         libraries=libraries(),
         processor=processor(),
         import_paths=list(run.import_paths),

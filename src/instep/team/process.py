@@ -26,7 +26,7 @@ from instep.engines.lockstep import Lockstep
 from instep.engines.standing_in import Handed, SeatLost
 from instep.errors import InstepError, described, place, with_saved
 from instep.record.digest import digest_of_state
-from instep.record.events import JoinedEvent
+from instep.record.events import JoinedEvent, WarnedEvent
 from instep.record.folder import RunFolder
 from instep.record.result import Costs
 from instep.reduce.written import FirstWrite
@@ -224,6 +224,7 @@ class _Keeper:
         self._session, self._engine, self._progress, self._replica = session, engine, progress, session.replica
         recipe, every = session.recipe, session.assignment.team.checkpoint_every
         self.milestones = Milestones(recipe.steps, recipe.evaluate_every, every)
+        self.remember()  # a checkpoint that it goes on from, so that it is read once
 
     def due(self, progress: Progress, last: bool) -> bool:
         """Whether `after_step` has more to do than to send events."""
@@ -236,6 +237,20 @@ class _Keeper:
         keep = partial(self._keep, last)
         evaluate = self._engine.placement.agree
         self.milestones.reached(progress, progress.version - 1, lambda: evaluate(self.evaluate()), keep)
+        self.remember()
+
+    def remember(self) -> None:
+        """Where the worker is alone, copies its state, when it is time to."""
+        session, version = self._session, self._progress.version
+        remembering = session.remembering
+        if remembering is None or not remembering.due(version, session.saved_version):
+            return
+        training = {**self._replica.training_state(), "watch": self._engine.updates.watcher.state()}
+        meta = {"progress": asdict(self._progress), "saved": session.saved_version}
+        if why := remembering.copy(version, self._replica.module.state_dict(), training, **meta):
+            session.remembering = None
+            how = "where the worker dies, the run goes back to its last checkpoint"
+            session.emit(WarnedEvent(why=f"nothing is remembered from here on (team.remember), for {why}; {how}."))
 
     def evaluate(self) -> bool:
         """Evaluates; whether this version is to be saved as the best, as far as this worker knows."""

@@ -30,6 +30,7 @@ from instep.sources import sources
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
 from instep.team.messages import Agreed, Assignment, Events, Ready
+from instep.team.remembered import Remembering
 from instep.transport.memory import Region
 from instep.worker.device import check_nccl, own_device, peak_bytes
 from instep.worker.evaluation import Evaluation
@@ -52,6 +53,10 @@ class Session:
         self._events: list[Event] = []
         self._sent_s = 0.0
         self._told: set[str] = set()
+        kept = assignment.remembered
+        self._recalls = kept is not None and kept.mark > 0
+        self.remembering = None if kept is None else Remembering(kept, assignment.team.remember)
+        """What copies the state of a worker that is alone, where that is wanted."""
         self.saved_version = 0
         """The version of the newest checkpoint that this process has written, or found at the start."""
         self._tried_version = 0
@@ -115,7 +120,14 @@ class Session:
             self.emit(GpuMemoryEvent(worker=self.number, gpu=name, peak_bytes=peak[0], reserved_bytes=peak[1]))
 
     def saved(self) -> checkpoint.Loaded | None:
-        """The checkpoint to go on from, if there is one. Raises CheckpointError if it is of other data or recipe."""
+        """The checkpoint to go on from, or what is remembered, if there is one.
+
+        Raises CheckpointError if it is of other data or recipe.
+        """
+        if self._recalls and self.remembering is not None:
+            recalled = self.remembering.recall()
+            self.saved_version = recalled.meta["saved"]
+            return recalled
         path = self.assignment.resume_from
         if path is None:
             return None
@@ -181,6 +193,7 @@ class Session:
             "samples": self.data_facts()["samples"],
             "parameters": self.replica.size,
             "optimizers": [one.what_it_trains for one in self.replica.optimizer.each],
+            **({"remembered": True} if self._recalls else {}),
             **({"sources": self._sources()} if self.assignment.network is not None else {}),
             **more,
         }

@@ -1,0 +1,188 @@
+"""What a worker that is alone remembers: its training state of a few steps before, in memory that outlives it.
+
+No other could stand in for it. Where it dies, its successor goes on from there, without a checkpoint, and does at most
+so many steps again as `Team.remember` says. The state is copied into two files of memory by turns, each with a mark
+that says when it is whole, so that one of them is whole whenever the worker dies, in the midst of a copy too.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from instep.errors import ResourceError, described
+from instep.memory_file import memory_file
+from instep.record.checkpoint import Loaded
+from instep.reduce.layout import ALIGN_BYTES, is_dense, tensor_at
+from instep.team.messages import Request
+from instep.team.orders import Start
+from instep.transport.memory import PAGE, Region, attach, reserve
+
+_HEAD = struct.Struct("<4q")
+"""What a file begins with: the copy's mark, its version, and where its pickled part begins and ends.
+
+Marks count the copies; 0 is that of a copy that is not whole.
+"""
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Both files, as descriptors, and the newest copy that is whole: its mark, 0 for none, and its version."""
+
+    files: tuple[int, int]
+    mark: int = 0
+    version: int = 0
+
+
+class KeptCopies:
+    """The agent's side: holds the files while it lives. `now`: for the present start, None where nothing is kept."""
+
+    def __init__(self) -> None:
+        self._files: tuple[int, int] | None = None
+        self.now: Remembered | None = None
+
+    def __enter__(self) -> KeptCopies:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self._files or ():
+            os.close(file)
+        self._files = self.now = None
+
+    def begin(self, run: Request, start: Start, newest: Path | None) -> bool:
+        """For a start of the team, whether it goes on from what is remembered, and not from the `newest` checkpoint.
+
+        Not where that is newer, nor where the team goes back for what forwards were found to write.
+        """
+        if run.engine != "lockstep" or run.place is not None or len(start.members) > 1 or not run.team.remember:
+            self.__exit__()
+            return False
+        try:
+            self._files = self._files or (memory_file(), memory_file())
+        except OSError:  # no more files may be open
+            return False
+        heads = [os.pread(file, _HEAD.size, 0).ljust(_HEAD.size, b"\0") for file in self._files]
+        mark, version, *_ = max(map(_HEAD.unpack, heads))
+        if start.looked or (newest is not None and version < int(newest.name.rpartition("-")[2])):
+            for file in self._files:
+                os.ftruncate(file, 0)
+            mark = version = 0
+        self.now = Remembered(self._files, mark, version)
+        return bool(mark)
+
+
+class Remembering:
+    """The worker's side: copies its state every so many steps."""
+
+    def __init__(self, remembered: Remembered, every: int):
+        self._files, self._mark, self._every = remembered.files, remembered.mark, every
+        self._last = remembered.version if remembered.mark else 0
+        self._memory: list[Any] = [None, None]
+        self._views: list[tuple[Any, list[Tensor]]] = [((), []), ((), [])]
+
+    def due(self, version: int, saved: int) -> bool:
+        """Whether this version is to be copied. saved: that of the newest checkpoint, behind which none goes back."""
+        return version - self._last >= self._every or self._last < saved == version
+
+    def copy(
+        self, version: int, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any], **meta: Any
+    ) -> str:
+        """Copies them. Why it cannot be done, as a clause; "" where it is done."""
+        tensors = _Tensors()
+        try:
+            pickled = tensors.pickled((dict(model_state), dict(training_state), meta))
+            turn = (self._mark + 1) % 2
+            end = tensors.end + len(pickled)
+            memory = self._room(turn, end)
+            memory[: _HEAD.size].view("int64")[0] = 0  # not whole
+            self._put(turn, tensors)
+            memory[tensors.end : end] = memoryview(pickled)
+        except ResourceError:
+            return f"memory for a copy of its state, {end / 2**20:,.0f} MiB, cannot be had"
+        except Exception as error:
+            return f"its state cannot be copied ({described(error)})"
+        head = memory[: _HEAD.size].view("int64")
+        head[1:] = version, tensors.end, end
+        head[0] = self._mark = self._mark + 1
+        self._last = version
+        return ""
+
+    def recall(self) -> Loaded:
+        """What the files hold, where that is anything, as a checkpoint."""
+        file = self._files[self._mark % 2]
+        (memory,) = attach(file, {"state": Region((os.fstat(file).st_size,), "uint8")}).values()
+        _, version, start, end = _HEAD.unpack(memory[: _HEAD.size].tobytes())
+        model, training, meta = _Found(memory, start, end).load()
+        return Loaded(version, model, training, meta, "", "")
+
+    def _room(self, turn: int, nbytes: int) -> Any:
+        """The memory of a file, which holds so many bytes."""
+        if self._memory[turn] is None or self._memory[turn].nbytes < nbytes:
+            file, nbytes = self._files[turn], -(-nbytes // PAGE) * PAGE
+            if (there := os.fstat(file).st_size) < nbytes:
+                reserve(file, {"state": Region((nbytes,), "uint8")})
+            room = {"state": Region((max(there, nbytes),), "uint8")}
+            (self._memory[turn],) = attach(file, room).values()
+            self._views[turn] = (), []
+        return self._memory[turn]
+
+    def _put(self, turn: int, tensors: _Tensors) -> None:
+        known, views = self._views[turn]
+        if known != tensors.places:
+            views = [tensor_at(self._memory[turn], *place) for place in tensors.places]
+            self._views[turn] = tensors.places, views
+        with torch.no_grad():
+            torch._foreach_copy_(views, tensors.found)
+
+
+class _Tensors:
+    """The tensors of a state, which are copied beside what is pickled of it. `places`: of each, as for `tensor_at`."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+        self.places: list[tuple[int, torch.dtype, torch.Size, tuple[int, ...]]] = []
+        self.end = ALIGN_BYTES
+
+    def pickled(self, state: Any) -> bytes:
+        """The rest of it."""
+        file = io.BytesIO()
+        _Pickler(file, self._place).dump(state)
+        return file.getvalue()
+
+    def _place(self, value: Any) -> Any:
+        if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or not is_dense(value):
+            return None
+        place = (self.end, value.dtype, value.shape, value.stride())
+        self.found.append(value)
+        self.places.append(place)
+        self.end += -(-value.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+        return place
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, place: Callable[[Any], Any]):
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._place = place
+
+    def persistent_id(self, value: Any) -> Any:
+        return self._place(value)
+
+
+class _Found(pickle.Unpickler):
+    """A state, with tensors of its own."""
+
+    def __init__(self, memory: Any, start: int, end: int):
+        super().__init__(io.BytesIO(memory[start:end].tobytes()))
+        self._memory = memory
+
+    def persistent_load(self, place: Any) -> Tensor:
+        return tensor_at(self._memory, *place).clone()
