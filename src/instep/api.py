@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from instep.bounds import room_here
 from instep.budget import parse_share
 from instep.clock.times import RecordedTimes
 from instep.errors import CheckpointError, RecipeError, RecordError, shown
 from instep.monitors import Monitor
 from instep.offline.cluster import Cluster
 from instep.offline.past import Past
-from instep.recipe import Recipe, Team, check_team, dumps, engine_of
+from instep.recipe import Recipe, Team, dumps, engine_of
 from instep.record import tape
 from instep.record.folder import About, RunFolder, check_path, remove
 from instep.record.held import identity_of
@@ -38,6 +39,7 @@ from instep.team.place import Place, begun_before, launch, place_of
 from instep.team.ray_nodes import RayNodes, RayRun, ray_nodes
 from instep.team.signals import interrupting
 from instep.team.telling import met, telling_the_others
+from instep.team_checks import check_team, with_room
 
 
 @interrupting()
@@ -149,6 +151,13 @@ def _request(
     """What the supervisor is asked for, and the folder, which is made for a new run."""
     recipe, team, folder = wanted.recipe, wanted.team, wanted.folder
     place = nodes.place if nodes is not None else place_of(team.launcher)
+    if nodes is not None:
+        team = dataclasses.replace(team, workers=nodes.workers)
+    elif place is None:
+        team = with_room(team, room_here(recipe.threads))
+    elif (limits := team.limits) is not None:
+        there = limits.within(place.agents)  # until it is known what the hosts have room for
+        team = dataclasses.replace(team, workers=there)
     sent, recipe_file = pickled(recipe), dumps(recipe, team)
     if place is not None and place.agent > 0:
         folder = RunFolder(Path(tempfile.mkdtemp(prefix="instep-")))

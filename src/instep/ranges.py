@@ -39,3 +39,19 @@ def share_out(workers: int, agents: Sequence[int]) -> list[int]:
     sizes = [stop - start for start, stop in equal_ranges(workers, parts)]
     ends = [min(sum(agents[: host + 1]), parts) for host in range(len(agents))]
     return [sum(sizes[start:stop]) for start, stop in pairwise([0, *ends])]
+
+
+def fill(workers: int, rooms: Sequence[int]) -> list[int]:
+    """How many of the workers each host has, by the room that it has: as equally as there is room for, the first ones
+    more. There is room for all.
+
+    >>> fill(8, [2, 8]), fill(8, [8, 8]), fill(5, [1, 8, 8]), fill(1, [4, 4])
+    ([2, 6], [4, 4], [1, 2, 2], [1, 0])
+    """
+    found = [0] * len(rooms)
+    while (left := workers - sum(found)) > 0:
+        able = [host for host, room in enumerate(rooms) if found[host] < room]
+        each = max(1, min([left // len(able), *(rooms[host] - found[host] for host in able)]))
+        for host in able[:left]:
+            found[host] += each
+    return found

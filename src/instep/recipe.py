@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from instep import buffer_modes
+from instep.bounds import Bounds, parse_bounds
 from instep.budget import parse_budget, parse_share
 from instep.by_pattern import ByPattern
 from instep.components import Component
@@ -218,6 +219,8 @@ class Team:
     Fields
     ------
     workers: processes, W, from 1 to the recipe's microbatches.
+    bounds: as many workers as there is room for within these, as "2..8", instead of `workers`: one for each processor,
+        or agent; over several hosts as these come and go. "" leaves it at `workers`.
     device: ``cpu``; ``cuda``, a GPU for each worker of a host; or ``cuda:N``, one that all workers of a host share.
     deterministic: kernels that add in the same order each time; False takes others, which may be faster, and does
         without the promise of the same bits.
@@ -251,6 +254,7 @@ class Team:
     """
 
     workers: int = 1
+    bounds: str = ""
     device: str = "cpu"
     deterministic: bool = True
     shard: Literal["optimizer", "none"] = "optimizer"
@@ -278,6 +282,7 @@ class Team:
         check_types(self, "team")
         _at_least("team.workers", self.workers, 1)
         _at_most("team.workers", self.workers, MOST_WORKERS)
+        _ = self.limits  # which raises where it is none
         if self.memory:
             parse_budget(self.memory, "'team.memory'")
         if self.audit:
@@ -299,48 +304,14 @@ class Team:
             )
 
     @property
+    def limits(self) -> Bounds | None:
+        """`bounds`, read; None where the number of workers follows nothing."""
+        return parse_bounds(self.bounds, "'team.bounds'", MOST_WORKERS) if self.bounds else None
+
+    @property
     def by_nccl(self) -> bool:
         """Whether each of several workers has a GPU, so that gradients go from GPU to GPU in lockstep."""
         return self.device == "cuda" and self.workers > 1
-
-
-def check_team(recipe: Recipe, team: Team) -> None:
-    """Raises RecipeError where `team` cannot train `recipe`."""
-    check_workers(recipe.rule, recipe.microbatches, team)
-    if team.audit and engine_of(recipe, team) != "lockstep":
-        raise RecipeError(
-            f"'team.audit' is for workers in lockstep, without a server, and the rule is '{recipe.rule.name}'; leave "
-            f"it out, and verify the run afterwards (instep verify)."
-        )
-    if team.audit and (team.mixed_processors or not team.deterministic):
-        why = "'team.mixed_processors'" if team.mixed_processors else "'team.deterministic' false"
-        raise RecipeError(
-            f"'team.audit' compares bits, and with {why} sound workers may come to others; leave one of the two out."
-        )
-    if team.engine == "lockstep" and not recipe.rule.synchronous:
-        raise RecipeError(
-            f"team.engine 'lockstep' takes synchronous rules alone, and the rule is '{recipe.rule.name}'; set "
-            f"team.engine to 'auto'."
-        )
-
-
-def check_workers(rule: UpdateRule, microbatches: int, team: Team) -> None:
-    """Raises RecipeError where this team cannot have so many workers under the rule, or so few."""
-    rule.check_workers(team.workers)
-    if team.slow:
-        from instep.clock.slow import parse_slow, slowness
-
-        slowness(parse_slow(team.slow), team.workers)
-    if team.audit and team.workers == 1:
-        raise RecipeError(
-            "'team.audit' has workers compute microbatches of each other's again, and there is 1 worker; take at least "
-            "2, or leave it out and verify the run afterwards (instep verify)."
-        )
-    if rule.lockstep and team.workers > microbatches:
-        raise RecipeError(
-            f"{team.workers} workers are more than the {microbatches} microbatches of a step, which are never "
-            f"split; take at most {microbatches} workers, or raise recipe.microbatches."
-        )
 
 
 def engine_of(recipe: Recipe, team: Team) -> str:

@@ -21,10 +21,11 @@ from instep.engines.audits import looked_at
 from instep.engines.balance import Balance
 from instep.errors import RecipeError, WorkerError
 from instep.ranges import equal_ranges
-from instep.recipe import Recipe, Team, check_team, parse
+from instep.recipe import Recipe, Team, parse
 from instep.recipe_files import read
 from instep.record import checkpoint
 from instep.team import judging
+from instep.team_checks import check_team
 from instep.worker.gradients import Gradients
 from instep.worker.noting import noted_alone
 from instep.worker.standalone import replica_before

@@ -15,11 +15,12 @@ from instep.api import train
 from instep.errors import RecipeError
 from instep.offline.cluster import Cluster
 from instep.offline.simulation import simulate
-from instep.recipe import Team, check_team
+from instep.recipe import Team
 from instep.record import tape
 from instep.reduce.layout import Pack
 from instep.rules import UpdateRule
 from instep.rules import presets as p
+from instep.team_checks import check_team
 from support import workloads
 from support.harness import Client, Outcome, train_here
 from support.regression import numbers, regression, squares

@@ -18,7 +18,6 @@ from instep.recipe import (
     Recipe,
     Schedule,
     Team,
-    check_team,
     dumps,
     parse,
     table_differences,
@@ -26,6 +25,7 @@ from instep.recipe import (
 from instep.recipe_files import path_of, read, read_saved
 from instep.schedule import Change
 from instep.tables import added, as_before, as_saved
+from instep.team_checks import check_team
 from instep.watch import Watch
 
 pytestmark = pytest.mark.pure

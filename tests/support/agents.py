@@ -41,16 +41,25 @@ class Followers:
     """All agents but the first, each a process. `agents`: how many each host has.
 
     again: who can be started once more; those processes are there from the start, for what this process starts later
-    counts as the run's.
+    counts as the run's. late: who of them is started by that alone.
     """
 
-    def __init__(self, recipe: Recipe, team: Team, agents: Sequence[int], folder: Path, *, again: Sequence[int] = ()):
+    def __init__(
+        self,
+        recipe: Recipe,
+        team: Team,
+        agents: Sequence[int],
+        folder: Path,
+        *,
+        again: Sequence[int] = (),
+        late: Sequence[int] = (),
+    ):
         self.places = places(agents)
         self._recipe, self._team, self._folder = recipe, team, folder
         self.processes: dict[int, Any] = {}
         self._pipes: dict[int, Connection] = {}
         self._spare: dict[int, tuple[Any, Connection]] = {}
-        for place in self.places[1:]:
+        for place in [place for place in self.places[1:] if place.agent not in late]:
             self.processes[place.agent], self._pipes[place.agent] = self._forked(place.agent)
             self._pipes[place.agent].send("go")
         for agent in again:

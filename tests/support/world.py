@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from instep.bounds import Bounds
 from instep.errors import DataError, InstepError
+from instep.team.hosts_there import HostsThere
 from instep.team.messages import (
     Digest,
     Ended,
@@ -32,9 +34,11 @@ from instep.team.orders import (
     HostCame,
     HostLost,
     Join,
+    LongAwaited,
     Lost,
     Member,
     NoteLoss,
+    NoteResize,
     Order,
     Replace,
     Resize,
@@ -50,6 +54,9 @@ from instep.team.orders import (
 from instep.team.roster import Roster
 
 NAMES = ("a", "b", "c")
+ROOMS = (2, 1, 2)
+"""For how many workers each host has room, where their number follows that."""
+
 FINAL = (FinishRun, FailRun, CancelRun)
 IN_LIFE = ("building", "ready", "waiting", "working")
 OF_AN_EPOCH = (EpochEnded, Resumed, Saved)
@@ -74,8 +81,11 @@ class World:
         patient: bool = False,
         stands_in: bool = False,
         begun: bool = False,
+        bounds: Bounds | None = None,
     ):
-        self.roster = Roster(workers, restarts, Path("run"), serving=serving, agents=agents, patient=patient)
+        hosts = HostsThere(workers, agents, patient=patient, bounds=bounds, room=ROOMS[0])
+        self.bounds, self.needed = bounds, set(range(len(agents)))
+        self.roster = Roster(hosts, restarts, Path("run"), serving=serving)
         self.hosts, self.patient = len(agents), patient
         self.facts = {"weights": "alike", "stands_in": stands_in and not serving and agents == (1,)}
         self.holders: dict[Member, Member] = {}
@@ -119,8 +129,16 @@ class World:
 
     def awaited(self) -> set[int]:
         """The hosts without which no team may start now."""
-        needed = set(range(self.hosts)) if self.patient or not self.epochs else set()
-        return set() if self.started else needed - self.here
+        return set() if self.started else (set(range(self.hosts)) if self.few else self.needed) - self.here
+
+    @property
+    def room(self) -> int:
+        return sum(ROOMS[host] for host in self.here)
+
+    @property
+    def few(self) -> bool:
+        """Whether there is too little room for the team."""
+        return self.bounds is not None and self.room < self.bounds.least
 
     def obey_one(self, order: Order) -> None:
         match order:
@@ -135,7 +153,12 @@ class World:
                     assert hosts.pop() == 0, "the server is where the roster is"
                 assert hosts == sorted(hosts), "workers of a host are neighbours"
                 assert set(hosts) <= self.here, "who is not there starts nothing"
+                if self.bounds is not None:
+                    self.wanted = min(self.bounds.most, self.room)
+                    assert self.wanted >= self.bounds.least
+                    assert all(hosts.count(host) <= ROOMS[host] for host in hosts), "no more than there is room for"
                 assert len(hosts) == self.wanted, "so many workers as are wanted"
+                self.needed = set()
                 self.started = True
                 self.server_told = self.pausing = False
                 self.epochs.append(order.epoch)
@@ -177,6 +200,10 @@ class World:
                     assert Member(new.epoch, new.number, new.incarnation - 1, host) in self.stage
                     assert new not in self.stage
                     self.stage[new] = "building"
+            case NoteResize(workers=workers, before=before):
+                assert self.bounds is not None, "what a person asks for is noted by who hears it"
+                assert self.epochs, "there was no other number before"
+                assert workers == self.bounds.within(self.room) != before
             case AskToStop(epoch=epoch):
                 assert epoch == self.roster.epoch
                 assert self.roster.going
@@ -204,7 +231,8 @@ class World:
                 if isinstance(self.last, HostLost | HostCame):
                     lost = [m for m in self.living() if m.host == self.last.host]
                     self.stage.update(dict.fromkeys(lost, "lost"))
-                    self.losses.append(lost[0])
+                    self.losses += lost[:1]
+                    assert lost or (self.bounds is not None and not self.roster.going), "it is taken in"
             case NoteLoss(member=member):
                 assert self.stage[member] in ("lost", "dead")
                 assert [type(o) for o in self.orders if getattr(o, "member", None) == member].count(NoteLoss) == 1
@@ -249,9 +277,9 @@ class World:
         return [m for m, stage in self.stage.items() if stage in (stages or IN_LIFE)]
 
     def comes(self, host: int) -> None:
-        self.goes_on_without(host)
         self.here.add(host)
-        self.tell(HostCame(host, "b"))
+        self.goes_on_without(host)
+        self.tell(HostCame(host, "b", room=ROOMS[host]))
 
     def ends_without(self, members: list[Member]) -> bool:
         """Whether a team in lockstep that was asked to end does so though these are lost."""
@@ -269,16 +297,21 @@ class World:
             return
         if not (self.serving and self.roster.going and there) or self.ending is not None:
             return
+        if self.few and not self.stopping and not self.server_told:
+            return
         self.stage.update(dict.fromkeys(there, "lost"))
         if self.server_told:
+            return
+        if self.bounds is not None:
+            self.losses += there
             return
         too_often = self.counted == self.allowed and not self.stopping
         self.losses += there[:1] if too_often else there
         self.counted += not self.stopping and not too_often
 
     def loses(self, host: int) -> None:
-        self.goes_on_without(host)
         self.here.discard(host)
+        self.goes_on_without(host)
         self.tell(HostLost(host, "host 1 (b) is lost."))
 
     def saves(self) -> None:
@@ -286,9 +319,11 @@ class World:
 
     def gone(self, written: tuple[str, ...] = ()) -> None:
         wrong = isinstance(self.ending, Said) and isinstance(self.ending.message, FoundWrong)
-        lost = wrong or isinstance(self.ending, Lost | HostLost | HostCame)
+        lost = wrong or isinstance(self.ending, Lost)
+        lost |= isinstance(self.ending, HostLost | HostCame) and self.bounds is None
         self.counted += lost and not self.stopping and self.counted < self.allowed
         self.started, self.ending = False, None
+        self.needed = set(range(self.hosts)) if self.patient else set()
         self.holders.clear()
         self.stage.update({m: "dead" for m, stage in self.stage.items() if stage != "lost"})
         self.tell(EpochEnded(self.roster.epoch, written))
@@ -322,8 +357,13 @@ class World:
         self.says(member, FoundWritten(names, "step 3"))
 
     def resize(self, workers: int) -> None:
-        self.wanted = workers
+        self.wanted, self.bounds = workers, None
         self.tell(Resize(workers))
+
+    def waits_long(self) -> None:
+        if self.bounds is not None:
+            self.needed &= {0}
+        self.tell(LongAwaited())
 
     def stop(self, *, at_once: bool = False, within: bool = False) -> None:
         self.stopping = True
@@ -366,6 +406,8 @@ class World:
                 self.saves()
             case "resize", _:
                 self.resize(1 + pick % 4)
+            case "late", _:
+                self.waits_long()
             case "stop", _:
                 self.stop(at_once=pick % 5 == 0, within=pick % 5 == 1)
             case _, True:

@@ -17,7 +17,7 @@ from instep.recipe import Recipe
 from instep.team import meeting, ray_nodes
 from instep.team.messages import Failed
 from instep.team.place import Place, place_of
-from instep.team.ray_cluster import Node, bundles_for, connected
+from instep.team.ray_cluster import Node, bundles_for, connected, most_bundles
 from instep.team.ray_nodes import RayNodes, RayRun
 
 pytestmark = pytest.mark.pure
@@ -45,6 +45,14 @@ def test_workers_go_to_as_many_of_rays_nodes_as_have_processors_for_their_part(
     workers: int, processors: tuple[float, ...], shares: list[int]
 ) -> None:
     assert bundles_for(replace(RAY, workers=workers), nodes(*processors)) == [{"CPU": share} for share in shares]
+
+
+def test_a_team_with_bounds_has_as_many_workers_as_rays_nodes_have_processors_for_nearly_equal_parts_of() -> None:
+    team = replace(RAY, bounds="2..8")
+    for processors, shares in [((8, 8), [4, 4]), ((2, 3), [2, 3]), ((1, 4), [1, 2]), ((3,), [3]), ((1, 1), [1, 1])]:
+        assert most_bundles(team, nodes(*processors)) == [{"CPU": share} for share in shares]
+    with pytest.raises(ResourceError, match="2 workers need a processor each"):
+        most_bundles(team, nodes(1))
 
 
 def test_each_worker_on_cuda_has_a_gpu_of_rays() -> None:
@@ -161,7 +169,7 @@ def test_an_agent_that_ends_before_the_run_begins_ends_it_unless_the_first_knows
     now, library = [100.0], RayOf(None)
     monkeypatch.setattr(ray_nodes, "ray", lambda: library)
     monkeypatch.setattr(ray_nodes, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    run = RayRun(RayNodes(None, {}, ["10.0.0.0", "10.0.0.1"], [], None), None, None, ["of agent 1"])  # type: ignore[arg-type]
+    run = RayRun(RayNodes(None, [1, 1], {}, ["10.0.0.0", "10.0.0.1"], [], None), None, None, ["of agent 1"])  # type: ignore[arg-type]
     run.look()
     library.said, now[0] = said, 200.0
     run.look()

@@ -18,9 +18,11 @@ import torch
 from instep.errors import InstepError, RecipeError, ResourceError
 from instep.recipe import Team
 from instep.record.folder import RunFolder
+from instep.team import hello as of_hello
 from instep.team import hosts as of_hosts
 from instep.team import meeting
-from instep.team.hosts import Hosts, hello_of
+from instep.team.hello import hello_of
+from instep.team.hosts import Hosts
 from instep.team.link import AgentLink, connect
 from instep.team.messages import Failed, Request
 from instep.team.orders import HostCame
@@ -40,9 +42,9 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def elsewhere(monkeypatch: pytest.MonkeyPatch, name: str, other: Any) -> None:
-    """Has what `hosts` finds out about its machine be another in other processes than this one."""
-    own, parent = getattr(of_hosts, name), os.getpid()
-    monkeypatch.setattr(of_hosts, name, lambda: own() if os.getpid() == parent else other(own()))
+    """Has what `hello` finds out about its machine be another in other processes than this one."""
+    own, parent = getattr(of_hello, name), os.getpid()
+    monkeypatch.setattr(of_hello, name, lambda: own() if os.getpid() == parent else other(own()))
 
 
 def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str, **team: Any) -> None:
@@ -146,7 +148,7 @@ def test_an_agent_that_was_replaced_ends_when_it_comes_back(met: Met) -> None:
     stale, _ = met.hello(session=hello.session)
     refused = met.answers(stale)
     assert refused == Failed("WorkerError", "agent 1 was started again while this one was away; it ends.")
-    assert met.events == [HostCame(1, hello.name, 2)] * 2
+    assert met.events == [HostCame(1, hello.name, 2, hello.room)] * 2
     for link in (standby, first, second, stale):
         link.close()
 
@@ -162,7 +164,7 @@ def test_an_agent_without_workers_is_answered_and_may_come_and_go(met: Met) -> N
         assert isinstance(answer, Beat)
         assert (answer.seq, answer.sent_s) == (3, 1.5)
         standby.close()
-    assert met.events == [HostCame(1, hello.name, 2)], "its host lost nothing by that"
+    assert met.events == [HostCame(1, hello.name, 2, hello.room)], "its host lost nothing by that"
     first.close()
 
 
@@ -171,7 +173,7 @@ def test_the_first_host_is_there_when_its_other_agents_are(tmp_path: Path) -> No
     met = Met(tmp_path / "run", (2, 1))
     link, hello = met.hello(host=0, local=1)
     assert isinstance(met.answers(link), Welcome)
-    assert met.events == [HostCame(0, hello.name, 2)]
+    assert met.events == [HostCame(0, hello.name, 2, hello.room)]
     for each in (link, *met.hosts.opened):
         each.close()
 

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from instep.bounds import Bounds
 from instep.errors import DataError, InstepError, WorkerError
 from instep.ranges import share_out
 from instep.team.agreement import refuted
+from instep.team.hosts_there import HostsThere
 from instep.team.messages import Digest, Ended, FoundWrong, HandedOver, StoppedAt
 from instep.team.orders import (
     AskToPause,
@@ -26,6 +28,7 @@ from instep.team.orders import (
     Lost,
     Member,
     NoteLoss,
+    NoteResize,
     Order,
     Replace,
     Resumed,
@@ -42,13 +45,17 @@ pytestmark = pytest.mark.pure
 
 KINDS = (
     "build", "build", "build", "ready", "end", "lose", "lose", "raise", "write", "digest", "drift", "stop", "gone",
-    "gone", "old", "come", "come", "part", "save", "resize", "hand", "cannot",
+    "gone", "old", "come", "come", "part", "save", "resize", "hand", "cannot", "late",
 )  # fmt: skip
 HISTORIES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 29)), max_size=60)
 AGENTS = st.sampled_from([(1,), (1,), (1, 1), (2, 1), (1, 1, 1)])
 WORLDS = st.builds(
     World, st.integers(1, 4), st.integers(0, 3), serving=st.booleans(), unlooked=st.booleans(), agents=AGENTS,
     patient=st.booleans(),
+)  # fmt: skip
+FOLLOWING = st.builds(
+    World, st.integers(1, 4), st.integers(0, 1), serving=st.booleans(), agents=AGENTS,
+    bounds=st.builds(lambda least, more: Bounds(least, least + more), st.integers(1, 4), st.integers(0, 4)),
 )  # fmt: skip
 STANDING_IN = st.builds(World, st.integers(2, 4), st.integers(1, 3), stands_in=st.just(True), begun=st.just(True))
 
@@ -71,7 +78,7 @@ def keeps_every_promise(world: World, history: list[tuple[str, int]]) -> None:
         world.hear_old(event)
 
 
-IN_ANY_HISTORY = given(WORLDS | STANDING_IN, HISTORIES)
+IN_ANY_HISTORY = given(WORLDS | FOLLOWING | STANDING_IN, HISTORIES)
 test_every_promise_holds_in_any_history = settings(max_examples=250)(IN_ANY_HISTORY(keeps_every_promise))
 test_every_promise_holds_in_many_histories = pytest.mark.slow(
     settings(max_examples=5000)(IN_ANY_HISTORY(keeps_every_promise))
@@ -87,6 +94,8 @@ def test_random_histories_come_everywhere() -> None:
     @example(World(3, stands_in=True, begun=True), [("lose", 0)])  # few of the histories come so far
     @example(World(restarts=2, begun=True), [(kind, 0) for kind in ("lose", "gone", "build", "lose", "gone")])
     @example(World(serving=True, agents=(1, 1)), [("come", 1), ("build", 0), ("part", 1), ("come", 1)])  # seldom
+    @example(World(serving=True, begun=True), [("raise", 0)])
+    @example(World(agents=(1, 1), bounds=Bounds(1, 4)), [("late", 0), ("build", 0), ("come", 1)])
     def look(world: World, history: list[tuple[str, int]]) -> None:
         for kind, pick in history:
             world.happens(kind, pick)
@@ -245,8 +254,9 @@ def test_a_worker_of_the_server_is_replaced_and_joins_alone() -> None:
 
 
 def test_members_are_called_by_what_they_do() -> None:
-    assert [Roster(2, 0, Path("run"), serving=True).name(n) for n in range(3)] == ["worker 0", "worker 1", "the server"]
-    assert Roster(3, 0, Path("run"), serving=False).name(2) == "worker 2"
+    served = Roster(HostsThere(2), 0, Path("run"), serving=True)
+    assert [served.name(n) for n in range(3)] == ["worker 0", "worker 1", "the server"]
+    assert Roster(HostsThere(3), 0, Path("run"), serving=False).name(2) == "worker 2"
 
 
 def test_a_lost_host_leaves_its_workers_to_the_others_or_is_waited_for() -> None:
@@ -302,7 +312,7 @@ def test_an_agent_that_comes_anew_has_no_workers() -> None:
 
 
 def test_workers_are_shared_out_by_the_agents_that_hosts_tell_of_as_they_come() -> None:
-    roster = Roster(6, 0, Path("run"), serving=False, agents=(2, 0, 0))
+    roster = Roster(HostsThere(6, (2, 0, 0)), 0, Path("run"), serving=False)
     assert roster.begin() == []
     for host, agents in ((2, 3), (0, 2), (1, 1)):
         orders = roster.hear(HostCame(host, "n", agents))
@@ -654,3 +664,85 @@ def test_a_worker_of_the_server_that_dies_while_a_stop_is_awaited_has_no_success
     assert world.orders[1:] == [Replace(member(0), None, "it died.")]
     world.run_out()
     assert isinstance(world.final, FinishRun)
+
+
+# ----------------------------------------------------------------------- a number of workers that follows what is there
+
+
+def following(least: int, most: int, hosts: int = 2, *, serving: bool = False) -> World:
+    """A team in the midst of training, on host 0 with room for 2; host 1 has room for 1 and host 2 for 2."""
+    world = World(agents=(1,) * hosts, restarts=0, bounds=Bounds(least, most), serving=serving)
+    world.waits_long()
+    world.build()
+    assert len(world.present()) == 2 + serving
+    world.orders.clear()
+    return world
+
+
+def numbers_on_hosts(world: World) -> list[int]:
+    return [each.host for each in world.present()]
+
+
+def test_a_host_that_comes_is_taken_in_after_the_present_step_and_one_that_goes_is_no_restart() -> None:
+    world = following(1, 8)
+    world.comes(1)
+    assert world.orders == [NoteResize(3, 2, "host 1 (b), which has come"), AskToPause(1)]
+    for each in world.present():
+        world.end(each)
+    world.gone()
+    assert numbers_on_hosts(world) == [0, 0, 1]
+    world.build()
+    world.loses(1)
+    world.gone()
+    assert numbers_on_hosts(world) == [0, 0]
+    assert NoteResize(2, 3, "hosts that have come or gone") in world.orders
+    assert world.roster.restarts == 0
+
+
+def test_no_more_workers_start_than_the_most_and_hosts_have_nearly_equal_parts() -> None:
+    world = following(1, 3, hosts=3)
+    for host in (1, 2):
+        world.comes(host)
+        for each in world.present():
+            world.end(each)
+        world.gone()
+        world.build()
+    assert numbers_on_hosts(world) == [0, 1, 2]
+    assert world.roster.wanted == 3
+
+
+@pytest.mark.parametrize("serving", [False, True])
+def test_a_team_that_is_too_small_waits_for_hosts_and_goes_on_with_who_comes(serving: bool) -> None:
+    world = World(agents=(1, 1, 1), restarts=0, bounds=Bounds(3, 8), serving=serving)
+    world.waits_long()
+    assert world.roster.awaited == [1, 2], "any of whom makes room enough"
+    world.comes(2)
+    world.build()
+    assert numbers_on_hosts(world)[: 4 + serving] == [0, 0, 2, 2] + [0] * serving
+    world.loses(2)
+    world.gone()
+    assert world.roster.awaited == [1, 2]
+    world.comes(1)
+    assert len(world.present()) == 3 + serving
+    assert world.roster.restarts == 0
+
+
+def test_bounds_that_all_hosts_together_cannot_keep_are_one_sentence() -> None:
+    world = World(agents=(1, 1), restarts=0, bounds=Bounds(4, 8))
+    world.comes(1)
+    assert str(error_of(world)) == (
+        "'team.bounds' asks for at least 4 workers, and all 2 hosts together have room for 3; lower the least, give a "
+        "number of workers, or take more hosts."
+    )
+
+
+def test_a_number_that_somebody_asks_for_ends_the_following() -> None:
+    world = following(1, 8)
+    world.resize(1)
+    for each in world.present():
+        world.end(each)
+    world.gone()
+    world.build()
+    world.comes(1)
+    assert AskToPause(2) not in world.orders
+    assert not [order for order in world.orders if isinstance(order, NoteResize)]

@@ -84,7 +84,7 @@ def app(settings: Settings) -> App:
         recipe
             A built-in name or a TOML file. Not needed with --resume.
         workers
-            How many train. They change only the time.
+            How many train. They change only the time. As 2..8: as many, within these, as there is room for.
         steps
             Global batches. Under the synchronous rule each is one update of the weights.
         seed

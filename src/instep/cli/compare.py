@@ -12,7 +12,7 @@ from instep.cli.flags import Settings, UsageError, import_paths, merge, parsed
 from instep.cli.report import check_out, number_of, tell
 from instep.errors import RecordError, shown
 from instep.monitors.console import Console
-from instep.recipe import Recipe, Team, check_team
+from instep.recipe import Recipe, Team
 from instep.recipe_files import read_saved
 from instep.record.folder import RunFolder
 from instep.record.resuming import resume_differences
@@ -21,6 +21,7 @@ from instep.report.reading import read, read_all
 from instep.rules.presets import parse, text_of
 from instep.rules.rule import UpdateRule
 from instep.team.signals import interrupting
+from instep.team_checks import check_team
 
 EVALUATIONS = 12
 """Of a run, unless the person says how often."""

@@ -81,6 +81,10 @@ def merge(table: dict[str, Any], settings: Settings) -> dict[str, Any]:
     Raises UsageError for a name that no field has, and RecipeError where the table has no room for it.
     """
     settings = [(f"recipe.{name}" if name.startswith("rule.") else name, text) for name, text in settings]
+    if "team.workers" in dict(settings):  # a number, which a recipe's bounds are not to outlast
+        if "team.bounds" in dict(settings):
+            raise UsageError("--team.workers and --team.bounds both say how many workers there are; give one of them.")
+        _room(table, "team", "team").pop("bounds", None)
     ordered = sorted(settings, key=lambda setting: setting[0].count("."))  # a whole before its parts
     patterns = [setting for setting in settings if setting[0].startswith(_PATTERNS)]
     # Of patterns the first that matches decides: each goes before those that are there, the last of all first.
@@ -98,10 +102,16 @@ def merge(table: dict[str, Any], settings: Settings) -> dict[str, Any]:
 def with_short(settings: Settings, short: Iterable[tuple[str, str, object]]) -> Settings:
     """`settings` and the short flags that were given: (flag, the name with dots that it stands for, value)."""
     given = [(name, dotted, str(value)) for name, dotted, value in short if value is not None]
+    given = [(name, "team.bounds" if _are_bounds(dotted, value) else dotted, value) for name, dotted, value in given]
     for name, dotted, _ in given:
         if dotted in dict(settings):
             raise UsageError(f"--{name} and --{dotted} set the same field; give one of them.")
     return [*settings, *((dotted, value) for _, dotted, value in given)]
+
+
+def _are_bounds(name: str, text: str) -> bool:
+    """Whether the number of workers is given as "2..8"."""
+    return name == "team.workers" and ".." in text
 
 
 def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: str) -> None:

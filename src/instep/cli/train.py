@@ -15,7 +15,7 @@ from instep.errors import RecipeError, RecordError, shown
 from instep.monitors.console import Console
 from instep.monitors.tensorboard import TensorBoard
 from instep.monitors.trackers import tracker
-from instep.recipe import Recipe, Team, check_team, parse
+from instep.recipe import Recipe, Team, parse
 from instep.recipe_files import read_saved
 from instep.record.folder import RunFolder
 from instep.record.resuming import as_last_changed, resume_differences
@@ -25,6 +25,7 @@ from instep.team.place import Place, begun_before, place_of
 from instep.team.ray_cluster import connected, count_of_workers
 from instep.team.signals import interrupting
 from instep.team.telling import telling_the_others
+from instep.team_checks import check_team
 
 
 def train_recipe(
@@ -60,7 +61,7 @@ def train_recipe(
     from instep.api import train
     from instep.monitors import Monitor
 
-    own_workers = any(name == "team.workers" for name, _ in settings)
+    own_workers = any(name in ("team.workers", "team.bounds") for name, _ in settings) or bool(team.bounds)
     if team.launcher == "ray" and not own_workers:
         with interrupting(), connected(team):
             team = replace(team, workers=count_of_workers(team))

@@ -58,14 +58,14 @@ class RangesMovedEvent(Event, frozen=True, kw_only=True, gc=False):
 
 
 class ResizedEvent(Event, frozen=True, kw_only=True, gc=False):
-    """The run's owner has asked for another number of workers, from the next start of the team on."""
+    """Another number of workers is to train, from the next start of the team on, as somebody or something asks."""
 
     kind = "resized"
     by = "lockstep, server"
 
     workers: Annotated[int, Meta(ge=1, le=1 << 24), _is("that the team is to have")]
     before: Annotated[int, Meta(ge=1, le=1 << 24), _is("that it has")]
-    by_whom: Annotated[str, _is("the user and process that asked")]
+    by_whom: Annotated[str, _is("the user and process that asked, or what has come or gone")]
 
 
 class AuditedEvent(Event, frozen=True, kw_only=True, gc=False):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from instep.descendants import adopting_orphans, children, orphaned
-from instep.errors import InstepError, RecipeError, RecordError
+from instep.errors import InstepError, RecordError
 from instep.record import best, checkpoint
 from instep.record.event_kinds import ResizedEvent
 from instep.record.events import CheckpointedEvent, Event, FailedEvent, LeftEvent
@@ -27,10 +27,11 @@ from instep.team.answers import Answers, why_not
 from instep.team.channel import Channel
 from instep.team.crew import Crew, Heard, LocalCrew
 from instep.team.hosts import Hosts
+from instep.team.hosts_there import hosts_of
 from instep.team.journal import ClientGone, Journal
 from instep.team.network import network_of
 from instep.team.orders import Member
-from instep.team.outcome import end_of, result_of, start_of
+from instep.team.outcome import check_steps, end_of, result_of, start_of
 from instep.team.parted import Parted
 from instep.team.remembered import KeptCopies
 from instep.team.roster import Roster
@@ -55,9 +56,7 @@ class Agent:
         self._taking_up: TakingUp | None = None
         self._parted = Parted()
         serving, team = run.engine == "server", run.team
-        agents = run.place.agents_by_host if run.place is not None else (1,)
-        patient = team.when_lost == "wait"
-        self.roster = Roster(team.workers, team.restarts, run.folder, serving=serving, agents=agents, patient=patient)
+        self.roster = Roster(hosts_of(run), team.restarts, run.folder, serving=serving)
         others = children()  # which are not this run's: none, unless a program supervises by itself
         name = self.roster.name
         self._local = LocalCrew(
@@ -91,7 +90,7 @@ class Agent:
                 self._about = self._folder.about()
                 best.read(self._folder.checkpoints)  # a damaged one is told of now, not in the midst of training
                 self._resume_from = self._journal.newest_checkpoint(resumed=self._run.resumed)
-                self._check_steps()
+                check_steps(self._run, self._resume_from)
                 with answers.listening(self._held.descriptor):
                     return self._train() if self._run.place is None else self._train_with_others()
             except InstepError as error:
@@ -120,14 +119,6 @@ class Agent:
         except RecordError as gone:
             return gone
         return error
-
-    def _check_steps(self) -> None:
-        steps = self._run.recipe_table["steps"]
-        done = checkpoint.steps_done(self._resume_from) if self._resume_from is not None else 0
-        if done > steps:
-            raise RecipeError(
-                f"{self._run.folder} has done {done} steps already, and 'recipe.steps' is {steps}; give {done} or more."
-            )
 
     # What it hears
 
@@ -166,6 +157,8 @@ class Agent:
                 self._hear(event)
             if line := hosts.awaiting(self.roster.awaited):
                 self._journal.say(line)
+            if hosts.long_awaited:
+                self._hear(orders.LongAwaited())
         if time.monotonic() - self._looked >= LOOK_S:
             self._look()
 
@@ -289,6 +282,8 @@ class Agent:
             case orders.EndEpoch(epoch):
                 self._end()
                 return [orders.EpochEnded(epoch, tuple(self._found))]
+            case orders.NoteResize(workers, before, by):
+                self._journal.record(ResizedEvent(workers=workers, before=before, by_whom=by))
             case orders.NoteLoss(member, why):
                 self._journal.record(LeftEvent(worker=member.number, why=why))
             case orders.Warn(why):

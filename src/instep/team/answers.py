@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 from instep.errors import RecipeError
-from instep.recipe import Team, check_workers
+from instep.recipe import Team
 from instep.record.events import Event, MergedEvent
 from instep.rules import UpdateRule
 from instep.team.control import Asked, AskStacks, AskTeam, AskWorkers, Control
@@ -17,6 +17,7 @@ from instep.team.crew import Crew, LocalCrew
 from instep.team.messages import HeldUp
 from instep.team.standing import WAITS_S, TeamStanding
 from instep.team.wire_messages import Shown
+from instep.team_checks import check_workers
 
 STACKS_S = 5.0
 """Seconds that stacks are awaited; other hosts tell theirs once a second."""

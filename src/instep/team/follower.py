@@ -23,7 +23,7 @@ from instep.tables import from_table
 from instep.team import meeting
 from instep.team.channel import Channel
 from instep.team.crew import Heard, LocalCrew
-from instep.team.hosts import hello_of
+from instep.team.hello import hello_of
 from instep.team.journal import ClientGone
 from instep.team.keeping import Keeping
 from instep.team.letters import key_of_server

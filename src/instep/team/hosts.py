@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -16,12 +14,12 @@ from msgspec import UNSET, UnsetType
 from instep.descendants import orphaned
 from instep.differences import differences, without_contents
 from instep.errors import InstepError, RecipeError, ResourceError, WorkerError
-from instep.record.computed_by import libraries, processor
 from instep.record.folder import RunFolder
 from instep.record.team import BytesOfHost, HostInTeam
 from instep.team import meeting
 from instep.team.agents_by_host import AgentsByHost
 from instep.team.carried import Carried
+from instep.team.hello import hello_of
 from instep.team.journal import ClientGone
 from instep.team.letters import key_of_server
 from instep.team.link import AgentLink, Listener
@@ -38,6 +36,9 @@ from instep.transport.meter import METER
 
 HELLO_S = 5.0
 """Seconds that an agent has to say who it is, once it has shown that it knows the secret."""
+
+GATHER_S = 10.0
+"""Seconds after which a team whose size follows what is there starts without who has not come, if there are enough."""
 
 ASIDE_LEASES = 6
 """Times `team.lease_s` that a host is left out which another one does not reach."""
@@ -246,7 +247,7 @@ class Hosts:
         if self._taking_up.busy:
             return  # told of once what it has kept is here
         self._told_of[host] = hello
-        yield HostCame(host, hello.name, hello.here)
+        yield HostCame(host, hello.name, hello.here, hello.room)
 
     def at(self, address: str) -> int | None:
         """The host that has this address, as far as is known."""
@@ -316,6 +317,11 @@ class Hosts:
         here = {0, *self._standby, *(crew.hello.agent for crew in self.crews if crew.lost is None)}
         return [agent for agent in self._agents.of(host) or () if agent not in here]
 
+    @property
+    def long_awaited(self) -> bool:
+        """Whether some are, who have had time to come."""
+        return time.monotonic() - self._began >= GATHER_S
+
     def awaiting(self, hosts: Collection[int]) -> str:
         """A line on who of these `hosts` is awaited, every `SAY_S`, or cannot come; "" else. WorkerError in the end."""
         if self._not_coming:
@@ -373,23 +379,3 @@ class Hosts:
         except (EOFError, OSError):
             return True
         return False
-
-
-def hello_of(run: Request, address: str) -> HelloAgent:
-    """What this agent has to agree on with the others, and who it is."""
-    assert run.place is not None, "there are several agents"
-    place = run.place
-    return HelloAgent(
-        agent=place.agent,
-        host=place.host,
-        local=place.local,
-        here=place.here,
-        name=socket.gethostname(),
-        session=uuid.uuid4().hex,
-        pid=os.getpid(),
-        versions=libraries(),
-        processor=processor(),
-        fingerprint=run.fingerprint,
-        recipe=dict(run.recipe_table),
-        address=address,
-    )

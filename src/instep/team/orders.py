@@ -59,11 +59,14 @@ class Said:
 
 @dataclass(frozen=True)
 class Lost:
-    """It died, does not answer, or gets nowhere, as the sentence `why` says. detail: what it printed last."""
+    """It died, does not answer, or gets nowhere, as the sentence `why` says. detail: what it printed last. whole_host:
+    it is one of those of a host that is gone.
+    """
 
     member: Member
     why: str
     detail: str = ""
+    whole_host: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,18 @@ class EpochEnded:
 @dataclass(frozen=True)
 class HostCame:
     """A host, called `name`, is there to take workers: the first time, or again. agents: how many it has, if that is
-    news.
+    news. room: for how many workers it has room, where their number follows that.
     """
 
     host: int
     name: str = ""
     agents: int = 0
+    room: int = 0
+
+
+@dataclass(frozen=True)
+class LongAwaited:
+    """Those that are waited for have had time to come."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Resize:
     workers: int
 
 
-RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | HostCame | HostLost | Saved | Resize
+RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | HostCame | HostLost | LongAwaited | Saved | Resize
 
 Ending = Lost | FoundWritten | Saved | Resize
 """Why an epoch ends before the run."""
@@ -220,6 +229,15 @@ class NoteLoss:
 
 
 @dataclass(frozen=True)
+class NoteResize:
+    """Put on the tape that the team is to have so many workers, as somebody or something asks for."""
+
+    workers: int
+    before: int
+    by: str
+
+
+@dataclass(frozen=True)
 class Warn:
     """Put a warning on the tape."""
 
@@ -257,6 +275,7 @@ Order = (
     | StopServer
     | EndEpoch
     | NoteLoss
+    | NoteResize
     | Warn
     | FinishRun
     | FailRun

@@ -1,20 +1,33 @@
-"""What the tape tells of a team's start, and what a run came to: ``run_started`` and the fields of ``result.json``."""
+"""Whether a run can begin, what the tape tells of a team's start, and what a run came to: ``result.json``."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from msgspec import UNSET, UnsetType
 
+from instep.errors import RecipeError
+from instep.record import checkpoint
 from instep.record.computed_by import libraries, processor
 from instep.record.events import SCHEMA, RunEndedEvent, RunStartedEvent
 from instep.record.result import Costs, Result
 from instep.record.team import BytesOfHost, HostInTeam
 from instep.tables import to_table
 from instep.team.messages import Ended, Request
+
+
+def check_steps(run: Request, resume_from: Path | None) -> None:
+    """Raises RecipeError where the run has done more steps than it is to have."""
+    steps = run.recipe_table["steps"]
+    done = checkpoint.steps_done(resume_from) if resume_from is not None else 0
+    if done > steps:
+        raise RecipeError(
+            f"{run.folder} has done {done} steps already, and 'recipe.steps' is {steps}; give {done} or more."
+        )
 
 
 def start_of(

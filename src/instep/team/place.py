@@ -49,6 +49,8 @@ class Place:
     """Names of the other hosts, where the launcher tells them."""
     port: int = 0
     secret: bytes = field(default=b"", repr=False)
+    room: int = 0
+    """For how many workers its host has room, where the launcher tells that."""
 
     @property
     def here(self) -> int:

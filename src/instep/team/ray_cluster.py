@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from instep.errors import RecipeError, ResourceError, described, shown
@@ -193,6 +193,16 @@ def bundles_for(team: Team, nodes: Sequence[Node]) -> list[dict[str, float]]:
         f"node of Ray's, and what the nodes have is too little: {have}, the first being that of this command; take "
         f"fewer workers, or give Ray more (ray start --num-cpus)."
     )
+
+
+def most_bundles(team: Team, nodes: Sequence[Node]) -> list[dict[str, float]]:
+    """As `bundles_for`, with as many workers as the nodes have room for where the team has bounds."""
+    if (limits := team.limits) is None:
+        return bundles_for(team, nodes)
+    for workers in range(min(limits.most, sum(int(node.cpus) for node in nodes)), limits.least, -1):
+        with contextlib.suppress(ResourceError):
+            return bundles_for(replace(team, workers=workers), nodes)
+    return bundles_for(replace(team, workers=limits.least), nodes)
 
 
 def _bundle(device: str, workers: int) -> dict[str, float]:

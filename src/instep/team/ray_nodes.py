@@ -25,7 +25,7 @@ from instep.team.messages import Failed, Request
 from instep.team.pickling import pack
 from instep.team.place import Place
 from instep.team.ray_agent import AgentOrder, RayAgent
-from instep.team.ray_cluster import Node, bundles_for, connected, nodes_here, ray
+from instep.team.ray_cluster import Node, connected, most_bundles, nodes_here, ray
 
 LOOK_S = 0.5
 """Seconds between two looks at what the actors have come to."""
@@ -42,15 +42,22 @@ PORTS = range(20000, 32768)
 
 @dataclass(frozen=True)
 class RayNodes:
-    """The nodes of a run, reserved for it. `place`: agent 0's; None where it is the only one. `environment`: variables
-    for it. `actors`: those of the other agents; `keeper`: one that has agent 0's GPUs meanwhile, where it needs some.
+    """The nodes of a run, reserved for it. `place`: agent 0's; None where it is the only one. `rooms`: for how many
+    workers each node has room. `environment`: variables for agent 0. `actors`: those of the other agents; `keeper`: one
+    that has agent 0's GPUs meanwhile, where it needs some.
     """
 
     place: Place | None
+    rooms: Sequence[int]
     environment: Mapping[str, str]
     addresses: Sequence[str]
     actors: Sequence[Any]
     keeper: Any
+
+    @property
+    def workers(self) -> int:
+        """How many they have room for."""
+        return sum(self.rooms)
 
 
 class RayRun:
@@ -74,7 +81,8 @@ class RayRun:
             packed = library.put(pack(self._recipe))
             for agent, actor in enumerate(self._nodes.actors, 1):
                 others = tuple(address for number, address in enumerate(self._nodes.addresses) if number != agent)
-                place = replace(self._nodes.place, agent=agent, host=agent, others=others)
+                room = self._nodes.rooms[agent]
+                place = replace(self._nodes.place, agent=agent, host=agent, others=others, room=room)
                 order = AgentOrder(plain, place, self._recipe.threads, folder)
                 self._answers.append(actor.follow.remote(order, packed))
         except library.exceptions.RayError as error:
@@ -133,7 +141,7 @@ def ray_nodes(team: Team) -> Iterator[RayNodes | None]:
         return
     with connected(team, team.workers), contextlib.ExitStack() as stack:
         nodes = nodes_here()
-        wanted = bundles_for(team, nodes)
+        wanted = most_bundles(team, nodes)
         group = _reserve(wanted, nodes, team.join_timeout_s)
         stack.callback(_remove, group)
         yield _on(group, wanted, nodes, team)
@@ -196,8 +204,9 @@ def _on(group: Any, wanted: Sequence[Mapping[str, float]], nodes: Sequence[Node]
     by_id = {node.id: node.address for node in nodes}
     on = util.placement_group_table(group)["bundles_to_node_id"]
     addresses = [by_id[on[bundle]] for bundle in range(len(wanted))]
-    place = _first_place(addresses, team.interface) if len(wanted) > 1 else None
-    return RayNodes(place, environment, addresses, [actor(bundle) for bundle in range(1, len(wanted))], keeper)
+    rooms = [int(bundle["CPU"]) for bundle in wanted]
+    place = replace(_first_place(addresses, team.interface), room=rooms[0]) if len(wanted) > 1 else None
+    return RayNodes(place, rooms, environment, addresses, [actor(bundle) for bundle in range(1, len(wanted))], keeper)
 
 
 def _first_place(addresses: Sequence[str], interface: str) -> Place:

@@ -27,8 +27,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from instep.errors import InstepError, WorkerError, with_saved
-from instep.ranges import share_out
 from instep.team import agreement, messages, orders
+from instep.team.hosts_there import HostsThere
 from instep.team.orders import Member, Order
 from instep.team.seats import PlaceInTeam, can_stand_in, handed_over, newcomers, stand_in, successor_of
 
@@ -41,22 +41,17 @@ class Roster:
 
     serving: under the server engine, where a worker can be replaced while the others go on, and the run ends with the
     server; in lockstep all have the same weights, and one is nothing without the others. restarts: so many are allowed.
-    folder: the run folder, for sentences. agents: how many each host has, which share the workers, 0 where that is told
-    when it comes; patient: whether a host that was lost is waited for.
+    folder: the run folder, for sentences. hosts: which share the workers.
     """
 
     def __init__(
         self,
-        workers: int,
+        hosts: HostsThere,
         restarts: int,
         folder: Path,
         *,
         serving: bool,
-        agents: Sequence[int] = (1,),
-        patient: bool = False,
     ):
-        self.wanted = self._workers = workers
-        """How many workers the team is to have from its next start on."""
         self._allowed, self._folder, self._serving = restarts, folder, serving
         self.epoch = 0
         """The number of the present start of the team, from 1."""
@@ -70,11 +65,7 @@ class Roster:
         """Whether the team of this epoch has begun."""
         self.over = False
         """Whether the run has."""
-        self._agents, self._patient = list(agents), patient
-        self._here = {0} if self._agents[0] == 1 else set()  # hosts all of whose agents are there
-        self._names: dict[int, str] = {}
-        self._needed: frozenset[int] = frozenset()  # hosts without which no team starts; none while one has
-        self._leader, self._places = workers * serving, list[PlaceInTeam]()
+        self._hosts, self._leader, self._places = hosts, hosts.wanted * serving, list[PlaceInTeam]()
         self._unlooked = self._looked = self._pausing = False
         self._digests = agreement.Digests()
         self._ending: orders.Ending | None = None  # why the epoch ends, until it is gone
@@ -83,8 +74,12 @@ class Roster:
 
     def begin(self) -> list[Order]:
         """Starts the team for the first time."""
-        self._needed = frozenset(range(len(self._agents)))
         return self._start_if_all_are_there()
+
+    @property
+    def wanted(self) -> int:
+        """How many workers the team is to have from its next start on."""
+        return self._hosts.wanted
 
     def hear(self, event: orders.RosterEvent) -> list[Order]:
         """What is to be done after `event`, in this order."""
@@ -102,10 +97,13 @@ class Roster:
         if isinstance(event, orders.HostCame):
             return self._came(event)
         if isinstance(event, orders.HostLost):
-            self._here.discard(event.host)
+            self._hosts.left(event.host)
             return self._lose_all_of(event.host, event.why)
         if isinstance(event, orders.Resize):
-            return self._resize(event)
+            self._hosts.fix(event.workers)
+            return self._start_if_all_are_there() if self._hosts.waiting else self._pause()
+        if isinstance(event, orders.LongAwaited):
+            return self._start_if_all_are_there() if self._hosts.need_no_more() else []
         if isinstance(event, orders.Saved):
             return self._end(event) if event.epoch == self.epoch and self._newcomers() else []
         if event.member not in self.active:
@@ -130,7 +128,7 @@ class Roster:
         if self._serving and number == self._leader:
             return "the server"
         host = self._places[number].member.host if number < len(self._places) else 0
-        return f"worker {number} on host {host} ({self._names[host]})" if host else f"worker {number}"
+        return f"worker {number} on host {host} ({self._hosts.names[host]})" if host else f"worker {number}"
 
     # What follows from an event
 
@@ -161,27 +159,30 @@ class Roster:
     @property
     def awaited(self) -> list[int]:
         """The hosts that a team waits for before it starts. Where there are some, none of its processes lives."""
-        return sorted(self._needed - self._here)
+        return self._hosts.awaited
 
     def _came(self, came: orders.HostCame) -> list[Order]:
-        waiting, host = bool(self.awaited), came.host
-        self._here.add(host)
-        self._names[host] = came.name
-        self._agents[host] = came.agents or self._agents[host]
-        if waiting:
+        self._hosts.came(came)
+        if self._hosts.waiting:
             return self._start_if_all_are_there()
         # One that was lost takes part again at once under a server; else once a checkpoint is saved, or when the team
-        # next starts.
-        lost = self._lose_all_of(host, f"host {host} ({came.name}) has come anew, without its workers.")
-        return [*lost, *self._start_there(host)]
+        # next starts. A team that follows what is there takes in who is new after the present step.
+        who = f"host {came.host} ({came.name})"
+        lost = self._lose_all_of(came.host, f"{who} has come anew, without its workers.")
+        started = [*lost, *self._start_there(came.host)]
+        if started or not self._hosts.follows or self._stopping or self._ending is not None:
+            return started
+        noted = self._hosts.fit(f"{who}, which has come")
+        return [*noted, *self._pause()] if noted or newcomers(self._places, self._hosts.shares()) else []
 
     def _lose_all_of(self, host: int, why: str) -> list[Order]:
         """All workers of a host are lost at once."""
         there = [member for member in self.active if member.host == host]
         if not there:
             return []
-        lost = orders.Lost(there[0], why)
-        without = self._can_do_without(there[0]) or self._ends_without(there[0])
+        lost = orders.Lost(there[0], why, whole_host=True)
+        few = self._hosts.few and not self._stopping and self._raised is None
+        without = (self._can_do_without(there[0]) and not few) or self._ends_without(there[0])
         return self._go_on_without(there, lost) if without else self._end(lost)
 
     def _go_on_without(self, members: Sequence[Member], lost: orders.Lost) -> list[Order]:
@@ -190,52 +191,47 @@ class Roster:
             self._places[member.number].done = True
         if self._raised is not None:
             return []
-        if not self._stopping and (once_too_often := self._count_restart(lost)) is not None:
-            return [orders.NoteLoss(lost.member, lost.why), *self._over(orders.FailRun(once_too_often))]
+        if not self._stopping and (once_too_often := self._count_restart(lost)):
+            return once_too_often
         return [*(orders.Replace(member, None, lost.why) for member in members), *self._finish()]
 
     def _start_there(self, host: int) -> list[Order]:
         """The workers of a host that was lost start there again, while the others go on."""
         if not (self._serving and self.going) or self._stopping or self.over or self._raised is not None:
             return []
-        there = [place.member for place in self._places if place.member.host == host]
-        successors = tuple(map(successor_of, there))
+        successors = tuple(successor_of(place.member) for place in self._places if place.member.host == host)
         for successor in successors:
             self._places[successor.number] = PlaceInTeam(successor)
         return [orders.StartMore(successors)] if successors else []
 
     def _start_if_all_are_there(self) -> list[Order]:
-        if self.awaited:
+        if self._hosts.too_few:
+            return self._fault(self._hosts.too_few)
+        if not self._hosts.look():
             self._places, self._ending, self.going = [], None, False
             return []
-        self._needed = frozenset()
+        noted = self._hosts.fit("hosts that have come or gone")
         looked, self._looked = self._looked, False
-        return [self._start(looked=looked)]
-
-    def _shares(self) -> list[int]:
-        """How many workers each host would get now."""
-        return share_out(self._workers, [n if host in self._here else 0 for host, n in enumerate(self._agents)])
+        return [*(noted if self.epoch else ()), self._start(looked=looked)]
 
     def _newcomers(self) -> list[int]:
         """The hosts that a new start would take in, where it may come and would have workers on more hosts than now."""
         going = self.going and self._ending is None and not any(place.done for place in self._places)
-        if not going or self._stopping or self._serving:
-            return []
-        return newcomers(self._places, self._shares())
+        return newcomers(self._places, self._hosts.shares()) if going and not (self._stopping or self._serving) else []
 
-    def _resize(self, event: orders.Resize) -> list[Order]:
-        self.wanted = event.workers
-        if self._stopping or self._ending is not None or self.awaited:
+    def _pause(self) -> list[Order]:
+        """The team is to start anew after the present step."""
+        if self._stopping or self._ending is not None:
             return []  # the next start has so many, if one comes
         if not self.going:  # nothing is lost
-            return self._end(event)
+            return self._end(orders.Resize(self.wanted))
         known, self._pausing = self._pausing, True
         return [] if known else [orders.AskToPause(self.epoch)]
 
     def _start(self, *, looked: bool = False) -> orders.Start:
         self.epoch += 1
-        self._workers, self._leader = self.wanted, self.wanted * self._serving
-        hosts = [host for host, count in enumerate(self._shares()) for _ in range(count)] + [0] * self._serving
+        self._leader = self.wanted * self._serving
+        hosts = [host for host, count in enumerate(self._hosts.shares()) for _ in range(count)] + [0] * self._serving
         members = tuple(Member(self.epoch, number, host=host) for number, host in enumerate(hosts))
         self._places = [PlaceInTeam(member) for member in members]
         self._unlooked = self._told_of = self.going = self._pausing = self._stands_in = False
@@ -304,8 +300,8 @@ class Roster:
             return self._stand_in(event, place)
         if self._stopping:
             return self._go_on_without([member], event)
-        if (once_too_often := self._count_restart(event)) is not None:
-            return [orders.NoteLoss(member, event.why), *self._over(orders.FailRun(once_too_often))]
+        if once_too_often := self._count_restart(event):
+            return once_too_often
         self._places[member.number] = PlaceInTeam(successor := successor_of(member))
         return [orders.Replace(member, successor, event.why)]
 
@@ -313,8 +309,8 @@ class Roster:
         """A worker in lockstep is lost: others that can hold its place, and those that it has held, for successors."""
         if self._stopping or self._pausing or not (self._stands_in and can_stand_in(self._places, place)):
             return self._end(lost)
-        if (once_too_often := self._count_restart(lost)) is not None:
-            return [orders.NoteLoss(lost.member, lost.why), *self._over(orders.FailRun(once_too_often))]
+        if once_too_often := self._count_restart(lost):
+            return once_too_often
         self.stood_in += place.holder is None
         holders = stand_in(self._places, lost)
         return [orders.Replace(lost.member, successor_of(lost.member), lost.why, holders)]
@@ -342,7 +338,7 @@ class Roster:
 
     def _stop(self, event: orders.StopAsked) -> list[Order]:
         known, self._stopping = self._stopping, True
-        if event.at_once or self.awaited:
+        if event.at_once or self._hosts.waiting:
             return self._over(orders.CancelRun())
         if event.within or self._ending is not None:
             return []
@@ -366,8 +362,8 @@ class Roster:
             return self._go_back(why, gone.written)
         if isinstance(why, orders.Saved | orders.Resize):
             return self._start_again()
-        if lost and (once_too_often := self._count_restart(lost)) is not None:
-            return [*noted, *self._over(orders.FailRun(once_too_often))]
+        if lost and (once_too_often := self._count_restart(lost)):
+            return once_too_often
         return [*noted, *self._start_again()]
 
     def _go_back(self, found: messages.FoundWritten, more: Sequence[str]) -> list[Order]:
@@ -380,15 +376,20 @@ class Roster:
 
     def _start_again(self, *, looked: bool = False) -> list[Order]:
         self._looked = looked
-        self._needed = frozenset(range(len(self._agents)) if self._patient else ())
+        self._hosts.begin_anew()
         return self._start_if_all_are_there()
 
-    def _count_restart(self, lost: orders.Lost) -> WorkerError | None:
-        """Counts a worker, or a team, that starts again; the error where that would be once too often."""
+    def _count_restart(self, lost: orders.Lost) -> list[Order]:
+        """Counts a worker, or a team, that starts again; the run's end where that would be once too often. It is none
+        where a host is gone and the team follows what is there.
+        """
+        if lost.whole_host and self._hosts.follows:
+            return []
         if self.restarts == self._allowed:
-            return WorkerError(agreement.too_often(lost.why, self.restarts), detail=lost.detail)
+            error = WorkerError(agreement.too_often(lost.why, self.restarts), detail=lost.detail)
+            return [orders.NoteLoss(lost.member, lost.why), *self._over(orders.FailRun(error))]
         self.restarts += 1
-        return None
+        return []
 
     def _fault(self, sentence: str) -> list[Order]:
         return self._over(orders.FailRun(WorkerError(sentence)))

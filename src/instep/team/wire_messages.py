@@ -56,6 +56,7 @@ class HelloAgent:
 
     here: how many agents its host has. name: its host's. session: a word that it alone has, drawn as it starts. recipe:
     the table that `fingerprint` is of. address: of its own interface on the way to agent 0. kept: if it has something.
+    room: for how many workers its host has room.
     """
 
     agent: Count
@@ -71,6 +72,7 @@ class HelloAgent:
     recipe: Table
     address: Name
     kept: Kept | None = None
+    room: Count = 0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""A team whose number of workers follows what is there, within bounds: the same digest, whatever comes or goes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import instep
+from instep import api, bounds
+from instep.bounds import Bounds, parse_bounds, room_here
+from instep.cli import main
+from instep.errors import RecipeError
+from instep.randomness import key_of_step
+from instep.ranges import fill
+from instep.recipe import Recipe, Team
+from instep.team import hosts, hosts_there
+from support.agents import Followers, meet_here, train_on
+from support.harness import Client, train_here
+from support.patience import LONG_S
+from support.processes import wait_until
+from support.regression import regression, squares
+from support.threads import meanwhile
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("8..2", "'team.bounds' is '8..2', whose least is above its most; write '2..8'."),
+        ("0..4", "'team.bounds' is '0..4'; the least is 1, as a team has at least one worker."),
+        ("2..", "'team.bounds' is '2..'; write the least and the most workers, such as '2..8'."),
+        ("..8", "'team.bounds' is '..8'; write the least and the most workers, such as '2..8'."),
+        ("1..2..3", "'team.bounds' is '1..2..3'; write the least and the most workers, such as '2..8'."),
+        ("2..9999999", "'team.bounds' is '2..9999999'; the most must be at most 1048576."),
+        (
+            "2..17",
+            "17 workers are more than the 16 microbatches of a step, which are never split; take at most 16 workers, "
+            "or raise recipe.microbatches.",
+        ),
+        ("1..4 --audit 1%", "'team.audit' has workers compute microbatches of each other's again, and there is 1 wor"),
+        ("1..4 --slow 3:4x", "'3:4x' names no worker of a team of worker 0 alone; name one that is there"),
+        ("1..4 --team.workers 2", "--team.workers and --team.bounds both say how many workers there are; give one of"),
+        ("1..4 --team.device cuda", "'team.bounds' has the number of workers follow what is there, and 'team.device'"),
+        ("1..4 --team.when-lost wait", "'team.bounds' has the number of workers follow what is there, and 'team.when"),
+    ],
+)
+def test_bounds_that_no_team_can_have_are_one_sentence(
+    text: str, why: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["train", "gpt", "--recipe.microbatches", "16", "--recipe.batch", "16", "--out", str(tmp_path / "run")]
+    assert main([*words, "--workers", *text.split()]) in (1, 2)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("instep: ")
+    assert why in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.pure
+def test_a_machine_with_too_little_room_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(api, "room_here", lambda threads: 1)
+    with pytest.raises(RecipeError, match="is '2..4', and this machine has room for 1, one worker for each processor"):
+        instep.train(regression(), team=Team(bounds="2..4"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.pure
+def test_a_machine_has_room_for_a_worker_for_each_processor_that_it_may_use_and_its_threads(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bounds.os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(bounds, "_quotas", lambda: [100.0, 6.5])
+    assert [room_here(threads) for threads in (1, 2, 4, 8)] == [6, 3, 1, 1]
+    file = tmp_path / "cpu.max"
+    for text, processors in [("250000 100000", 2.5), ("50000 100000", 1.0), ("max 100000", 1 << 20), ("", 1 << 20)]:
+        file.write_text(f"{text}\n")
+        assert bounds._quota_of(file) == processors
+    assert bounds._quota_of(tmp_path / "none") == 1 << 20
+
+
+@pytest.mark.pure
+def test_workers_are_shared_as_equally_as_there_is_room_for() -> None:
+    for rooms in [(3,), (1, 5), (4, 0, 2), (2, 2, 2, 9)]:
+        for workers in range(1, sum(rooms) + 1):
+            found = fill(workers, rooms)
+            assert sum(found) == workers
+            assert all(0 <= count <= room for count, room in zip(found, rooms, strict=True))
+            free = [count for count, room in zip(found, rooms, strict=True) if count < room]
+            assert max(found) <= min(free, default=max(found)) + 1, "who has room has nearly as many as the others"
+    assert [Bounds(2, 8).within(room) for room in (1, 2, 5, 8, 9)] == [2, 2, 5, 8, 8]
+    assert parse_bounds(" 2 .. 8 ", "it", 8) == Bounds(2, 8)
+
+
+@pytest.mark.processes
+def test_a_machine_gives_what_it_has_room_for_and_a_resume_or_a_number_of_workers_counts_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    alone = train_here(regression(steps=2), Team(), tmp_path / "alone").digest
+    monkeypatch.setattr(api, "room_here", lambda threads: 2)
+    run = instep.train(regression(steps=1), team=Team(bounds="1..4"), out=tmp_path / "run")
+    assert run.result["workers"] == 2
+    monkeypatch.setattr(api, "room_here", lambda threads: 3)
+    run = instep.train(regression(steps=2), resume=tmp_path / "run")
+    assert (run.result["workers"], run.digest) == (3, alone)
+
+
+def until(*held: tuple[int, Path]) -> Recipe:
+    """`regression` of 3 steps; one microbatch of each of these steps is not computed before there is the file."""
+    seeds = {key_of_step(0, step, 0, "compute"): file for step, file in held}
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        file = seeds.get(torch.initial_seed())
+        while file is not None and not file.exists():
+            time.sleep(0.002)
+        return squares(model, batch)
+
+    return regression(steps=3, objective=objective)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("engine", ["lockstep", pytest.param("server", marks=pytest.mark.slow)])
+def test_hosts_that_come_and_go_change_the_number_of_workers_and_no_bit(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    meet_here(monkeypatch, tmp_path)
+    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
+    monkeypatch.setattr(hosts, "GATHER_S", 0.0)
+    monkeypatch.setattr(hosts_there, "room_here", lambda threads: 1)
+    come, gone, client = tmp_path / "come", tmp_path / "gone", Client()
+    recipe = until((1, come), (2, gone))
+    team = Team(bounds="1..4", engine=engine, checkpoint_every=1, restarts=0, lease_s=LONG_S)
+    followers = Followers(recipe, team, (1, 1), tmp_path, again=[1], late=[1])
+
+    def of_kind(kind: str) -> list[dict[str, Any]]:
+        return [event for event in client.events if event["kind"] == kind]
+
+    def act() -> None:
+        wait_until(lambda: bool(of_kind("run_started")), LONG_S, "a start without host 1")
+        followers.start_again(1)
+        wait_until(lambda: bool(of_kind("resized")), LONG_S, "host 1")
+        come.touch()
+        wait_until(lambda: len(of_kind("run_started")) == 2, LONG_S, "a start with host 1")
+        wait_until(lambda: any(each["version"] == 2 for each in of_kind("merged")), LONG_S, "step 2")
+        followers.kill(1)
+        wait_until(lambda: bool(of_kind("left")), LONG_S, "a loss")
+
+    def go_on() -> None:
+        come.touch()
+        gone.touch()
+
+    with meanwhile(act, go_on):
+        run, _ = train_on((1, 1), recipe, team, tmp_path / "run", client=client, followers=followers, told_s=0.0)
+    assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
+    assert run.result["restarts"] == 0
+    told = [(each["before"], each["workers"], each["by_whom"]) for each in of_kind("resized")]
+    assert told[0][:2] == (1, 2)
+    assert told[0][2].startswith("host 1 (")
+    after = [(2, 1, "hosts that have come or gone")] if engine == "lockstep" else []
+    assert told[1:] == after, "under a server the others go on as they are"
+    assert [each["team"]["workers"] for each in of_kind("run_started")] == [1, 2, *(now for _, now, _ in after)]
