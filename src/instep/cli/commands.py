@@ -12,6 +12,7 @@ from instep.cli.cluster import cluster_of, refuse_team, steps_for
 from instep.cli.diff import declare as declare_diff
 from instep.cli.flags import Settings, UsageError, import_paths, parsed, refuse, share, whole_number, with_short
 from instep.cli.helping import ABOUT, COMMANDS, Formatter, table
+from instep.cli.plan import declare as declare_plan
 from instep.cli.replay import declare as declare_replay
 from instep.cli.team import declare as declare_team
 from instep.cli.train import indices, train_recipe
@@ -224,7 +225,7 @@ def app(settings: Settings) -> App:
         """
         _memory(recipe, settings, budget, plot)
 
-    for declare in (declare_replay, declare_check, declare_diff, declare_verify, declare_team):
+    for declare in (declare_replay, declare_check, declare_diff, declare_verify, declare_team, declare_plan):
         declare(app, settings)
 
     @app.command(help=COMMANDS["recipes"])

@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "Prove or refute, on a recipe, what Instep promises of any.",
     "diff": "Find where two runs part, or a run and its recipe.",
     "compare": "Train a recipe under several update rules, and show what each gains and costs.",
+    "plan": "Find the update rule and the workers for a cluster.",
     "report": "Make a page of one run, or of several side by side.",
     "team": "Show who trains in a run, what each does, and who waits for whom.",
     "recipes": "List the built-in recipes.",

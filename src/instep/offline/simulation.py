@@ -18,7 +18,7 @@ from msgspec import UNSET
 from msgspec.structs import replace
 
 from instep.clock.slow import parse_slow
-from instep.clock.times import WorkerTimes
+from instep.clock.times import RecordedTimes, WorkerTimes
 from instep.data import digest
 from instep.errors import RecipeError
 from instep.offline.cluster import Cluster
@@ -43,6 +43,7 @@ from instep.worker.evaluation import batches_held_out, evaluate_alone
 from instep.worker.milestones import Milestones, Progress
 from instep.worker.tensor_checksums import checksum_when_due
 from instep.worker.trial import try_optimizer
+from instep.worker.updates import Merger
 from instep.worker.wire import vector_bytes
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def simulate(recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | N
         stack.enter_context(older_kept())
         while True:
             try:
-                with contextlib.closing(_Simulation(recipe, cluster, gradients, held, tell, written)) as simulation:
+                with contextlib.closing(VirtualRun(recipe, cluster, gradients, held, tell, written)) as simulation:
                     return simulation.run(began)
             except FirstWrite as found:  # there is no checkpoint to go back to, so it begins anew
                 written |= set(found.names)
@@ -83,7 +84,19 @@ def simulate(recipe: Recipe, cluster: Cluster, gradients: bool, folder: Path | N
                     RunFolder(held.path).tape_path.unlink(missing_ok=True)
 
 
-class _Simulation:
+def sizes_of(merger: Merger) -> dict[str, Any]:
+    """The sizes of messages, as the schedule takes them."""
+    fragments, parameters, wire = merger.fragments.all, merger.replica.parameters, merger.rule.wire
+    return {
+        "contribution_bytes": [vector_bytes(wire, parameters, which) for which in fragments],
+        "weights_bytes": [(merger.way_down or merger.pack).change_bytes(which) for which in fragments],
+        "first_bytes": merger.pack.size_bytes,
+    }
+
+
+class VirtualRun:
+    """One simulation, whose schedule is laid out whole and then lived event by event."""
+
     def __init__(
         self, recipe: Recipe, cluster: Cluster, gradients: bool, held: Held | None, tell: Tell, written: Collection[str]
     ):
@@ -106,8 +119,8 @@ class _Simulation:
         if isinstance(self._tape, Tape) and not gradients:  # which would take longer than all that is written
             self._tape = BlockTape(self._tape, self._pieces, self._tell_of)
         self._replica = self._replayer.merger.replica
-        self._progress, self._milestones = Progress(), Milestones(recipe.steps, recipe.evaluate_every)
-        self._events: list[events.Event] = []
+        self.progress, self._milestones = Progress(), Milestones(recipe.steps, recipe.evaluate_every)
+        self.events: list[events.Event] = []
 
     def run(self, began: float) -> dict[str, Any]:
         recipe, cluster = self._recipe, self._cluster
@@ -116,37 +129,37 @@ class _Simulation:
         doubts = [] if doubt is None else [doubt]
         if self._gradients:
             self._replayer.look(doubts.append)
-        microbatch_s, merge_s = self._measured()
+        microbatch_s, merge_s = self.measured()
         slow = parse_slow(cluster.slow) if cluster.slow else ()
         times = cluster.times or WorkerTimes.constant(microbatch_s, slow=slow, seed=recipe.seed)
-        merger = self._replayer.merger
-        fragments, parameters = merger.fragments.all, self._replica.parameters
         self._start(microbatch_s)
         for why in [*doubts, *(self._replica.doubts() if self._gradients else ())]:
             self._emit(events.WarnedEvent(clock="virtual", why=why))
+        found = self.lay_out(times, merge_s)
+        scheduled_s = time.monotonic() - began
+        for event in self.events:
+            self.live(event)
+        return self._end(found, scheduled_s, time.monotonic() - began)
+
+    def lay_out(self, times: WorkerTimes | RecordedTimes, merge_s: float) -> SimulatedRun:
+        """Finds who does what when. With gradients, `events` then has what is to be lived."""
+        recipe, cluster, merger = self._recipe, self._cluster, self._replayer.merger
         listener: Listener | None = self._tape if isinstance(self._tape, BlockTape) else None
         if self._gradients:
             listener = EventListener(self._pieces, self._note)
-        found = schedule(
+        return schedule(
             recipe.rule, self._pieces,
             times,  # type: ignore[arg-type]  # recorded ones have its methods
-            cluster.network,
-            contribution_bytes=[vector_bytes(recipe.rule.wire, parameters, which) for which in fragments],
-            weights_bytes=[(merger.way_down or merger.pack).change_bytes(which) for which in fragments],
-            first_bytes=merger.pack.size_bytes,
+            cluster.network, **sizes_of(merger),
             merge_s=merge_s if cluster.merge_s is None else cluster.merge_s, collective=cluster.collective,
             items_of=self._replayer.items if self._gradients else None, listener=listener,
         )  # fmt: skip
-        scheduled_s = time.monotonic() - began
-        for event in self._events:
-            self._live(event)
-        return self._end(found, scheduled_s, time.monotonic() - began)
 
     def close(self) -> None:
         if self._tape is not None:
             self._tape.close()
 
-    def _measured(self) -> tuple[float, float]:
+    def measured(self) -> tuple[float, float]:
         """Seconds of a microbatch and of an update on this machine; 0 for what is given."""
         if self._cluster.times is not None and self._cluster.merge_s is not None:
             return 0.0, self._cluster.merge_s
@@ -162,19 +175,19 @@ class _Simulation:
 
     def _note(self, event: events.Event) -> None:
         if event.kind != "computed" or self._tape is not None:
-            self._events.append(event)
+            self.events.append(event)
 
-    def _live(self, event: events.Event) -> None:
+    def live(self, event: events.Event) -> None:
         """Computes what an event stands for, if gradients are wanted, and hands it on."""
-        before = self._progress.steps
+        before = self.progress.steps
         self._emit(self._computed(event) if self._gradients else event)
         if self._gradients and self._tape is not None and isinstance(event, events.MergedOnClockEvent):
             checksum_when_due(
-                self._replica, self._progress,
+                self._replica, self.progress,
                 lambda found: self._emit(replace(found, t_s=event.t_s, clock="virtual", took_s=UNSET)),
             )  # fmt: skip
-        if self._milestones.evaluates(before, self._progress.steps):
-            self._evaluate(self._progress.version, event.t_s)
+        if self._milestones.evaluates(before, self.progress.steps):
+            self.evaluate(self.progress.version, event.t_s)
 
     def _computed(self, event: events.Event) -> events.Event:
         """The event with what its gradients tell."""
@@ -206,20 +219,20 @@ class _Simulation:
         done = self._replayer.merger.microbatches // self._pieces.microbatches
         for why in filter(None, (update.verdict.why, *update.doubts)):
             self._emit(events.WarnedEvent(t_s=event.t_s, clock="virtual", why=why))
-        self._progress.merged(version=event.version, steps=done, items=update.items, objective=update.objective)
-        update.verdict.note(self._progress)
+        self.progress.merged(version=event.version, steps=done, items=update.items, objective=update.objective)
+        update.verdict.note(self.progress)
         return events.MergedByServerEvent(
             t_s=event.t_s, clock="virtual", version=event.version, step=done, contributions=event.contributions,
             weights=weights, staleness=staleness, **update.facts(),
             checksum=UNSET if self._tape is None else self._replayer.merger.checksum(),
         )  # fmt: skip
 
-    def _evaluate(self, version: int, t_s: float) -> None:
+    def evaluate(self, version: int, t_s: float) -> None:
         found = evaluate_alone(self._replica, batches_held_out(self._replica))
         if found is None:
             return
-        self._progress.held_out = found.facts(version, self._replica)
-        self._emit(events.EvaluatedEvent(t_s=t_s, clock="virtual", **self._progress.held_out))
+        self.progress.held_out = found.facts(version, self._replica)
+        self._emit(events.EvaluatedEvent(t_s=t_s, clock="virtual", **self.progress.held_out))
         for why in filter(None, (found.problem(version), *found.doubts)):
             self._emit(events.WarnedEvent(t_s=t_s, clock="virtual", why=why))
 
@@ -244,12 +257,12 @@ class _Simulation:
             self._emit(events.WarnedEvent(clock="virtual", why=why))
 
     def _end(self, found: SimulatedRun, scheduled_s: float, took_s: float) -> dict[str, Any]:
-        digest, progress = None, self._progress
+        digest, progress = None, self.progress
         if self._held is not None:
             self._held.check()
         items = progress.items if self._gradients else None
         if self._gradients:
-            self._evaluate(found.versions, found.wall_s)
+            self.evaluate(found.versions, found.wall_s)
             state = self._replica.saved_state()
             digest = digest_of_state(state)
             if self._folder is not None:

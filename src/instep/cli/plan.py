@@ -1,0 +1,208 @@
+"""``instep plan``: its flags, and what it shows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from cyclopts import App
+
+from instep.budget import parse_share
+from instep.cli.cluster import refuse_team
+from instep.cli.compare import entries_of, seeds_of
+from instep.cli.flags import Settings, UsageError, import_paths, parsed, with_short
+from instep.cli.helping import COMMANDS, wrapped
+from instep.cli.report import number_of
+from instep.errors import RecipeError, cut, shown
+from instep.monitors.progress import duration, nbytes, number
+from instep.monitors.terminal import MovingLine
+from instep.planning.found import By, Planned, Way
+from instep.record.files import json_text
+from instep.report.comparison import Range
+from instep.rules.rule import UpdateRule
+from instep.team.signals import interrupting
+
+_HELP = """\
+Which update rule, how many workers and how often a checkpoint, for a cluster that a file describes. Timing without \
+gradients first, then real gradients on the virtual clock: all ways a little, the better half on, up to a budget of \
+work. What the budget cannot decide is told as undecided. Fields of the recipe are set as for train."""
+
+_STATES = {
+    "reached": "reached it", "beaten": "costs more", "slower": "slower by timing alone",
+    "behind": "expected to cost more", "open": "undecided", "never": "never reached it", "refused": "cannot be",
+}  # fmt: skip
+
+
+def declare(app: App, settings: Settings) -> None:
+    """Adds the command to `app`."""
+
+    @app.command(help=f"{COMMANDS['plan']}\n\n{_HELP}")
+    def plan(
+        recipe: str,
+        /,
+        *,
+        cluster: Path,
+        target: str,
+        by: str = "time",
+        rules: str = "",
+        workers: str = "",
+        seeds: str = "",
+        steps: str | None = None,
+        budget: str = "25%",
+        json: bool = False,
+    ) -> None:
+        """Plan.
+
+        Parameters
+        ----------
+        recipe
+            A built-in name or a TOML file.
+        cluster
+            A TOML file that describes the cluster, see docs/plan.md: workers, microbatch, speeds, failures, bandwidth.
+        target
+            The held-out objective to reach, such as 1.6.
+        by
+            time or bytes: what is to be least until then.
+        rules
+            Those to choose from: synchronous,diloco:20,outer_lr=0.5. By default a dozen, with local steps by the length
+            of the recipe.
+        workers
+            Numbers of workers to choose from, the fastest of the cluster: 4,8. By default all, all but slow ones, half.
+        seeds
+            0,1,2: the first decides who is computed on, the others tell how far chance goes. By default the recipe's
+            own and the two after it.
+        steps
+            Global batches.
+        budget
+            Of the work of trying all ways to their ends: 25%.
+        json
+            Prints one JSON document at the end.
+        """
+        if by not in ("time", "bytes"):
+            raise UsageError(f"--by is {shown(by)}; it must be time or bytes.")
+        settled = with_short(settings, (("steps", "recipe.steps", steps),))
+        _plan(recipe, settled, cluster, number_of(target), cast(By, by), rules, workers, seeds, budget, json)
+
+
+def _plan(
+    given: str, settings: Settings, cluster: Path, target: float, by: By, rules: str, workers: str, seeds: str,
+    budget: str, as_json: bool,
+) -> None:  # fmt: skip
+    from instep.planning.described import read
+    from instep.planning.planning import plan
+
+    refuse_team(settings, "the cluster's file describes the workers: leave it out")
+    if any(name.startswith("recipe.rule") for name, _ in settings):
+        raise UsageError("the rule is what a plan chooses; give --rules.")
+    recipe, _ = parsed(given, settings)
+    described = read(cluster)
+    try:
+        share = parse_share(budget, "--budget")
+        chosen = _rules(rules) if rules else []
+    except RecipeError as error:
+        raise UsageError(error.message) from None
+    with interrupting(), _Progress() as progress:
+        found = plan(
+            recipe, described, target=target, by=by, rules=chosen, workers=_counts(workers, described.workers),
+            seeds=seeds_of(seeds, recipe.seed) if seeds else (), budget=share, given=given, monitors=[progress],
+            import_paths=import_paths(given),
+        )  # fmt: skip
+    if as_json:
+        print(json_text(found.document()))
+    else:
+        show(found)
+    sys.stdout.flush()
+
+
+def _rules(text: str) -> list[UpdateRule]:
+    entries = entries_of(text)
+    for name, _ in (pair for entry in entries for pair in entry.team):
+        raise UsageError(f"--rules sets {cut(name)}, a field of a real team; the cluster's file describes the workers.")
+    return [entry.rule for entry in entries]
+
+
+def _counts(text: str, most: int) -> list[int]:
+    parts = [part.strip() for part in text.split(",")] if text else []
+    if not all(part.isdecimal() and 1 <= int(part) <= most for part in parts) or len(set(parts)) < len(parts):
+        raise UsageError(f"--workers is {shown(text)}; give different whole numbers from 1 to the cluster's {most}.")
+    return [int(part) for part in parts]
+
+
+class _Progress(MovingLine):
+    """Shows on stderr what is being computed."""
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "planning":
+            self.show(event["what"])
+
+
+def show(found: Planned) -> None:
+    """The ways, the Pareto front, the verdict and the command."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    table = Table(box=None, pad_edge=False)
+    for head in ("rule", "W", "to target", "bytes", "objective", "steps"):
+        table.add_column(head, no_wrap=True, justify="left" if head == "rule" else "right")
+    table.add_column("")
+    for way in _in_order(found):
+        table.add_row(*_row(way, found))
+    console.print(table)
+    console.print()
+    for label, text in _said(found):
+        console.print(wrapped(text, "  ", f"{label}: "), soft_wrap=True)
+    if found.command:
+        console.print(f"Run: {found.command}", soft_wrap=True)
+
+
+def _said(found: Planned) -> list[tuple[str, str]]:
+    work = found.work
+    share = f"{100 * work.made / work.all:.3g} %" if work.all else "none"
+    said = [
+        (
+            "Work", f"{work.made:,} global batches with gradients, {share} of the {work.all:,} of trying all, after "
+            f"{work.timed} simulations without; {duration(work.cpu_s)} of the processor.",
+        ),
+    ]  # fmt: skip
+    if found.pareto:
+        labels = "; ".join(way.label for way in found.pareto)
+        said.append(("Pareto", f"of those that reached it, no other beats in time, bytes and objective: {labels}."))
+    if found.checkpoints is not None:
+        said.append(("Checkpoints", found.checkpoints.why))
+    said.append(("Verdict", found.verdict))
+    return said
+
+
+def _in_order(found: Planned) -> list[Way]:
+    """By what they cost until the target, then by their state."""
+    what = "seconds" if found.by == "time" else "bytes"
+
+    def key(way: Way) -> tuple[bool, float, int, float]:
+        cost = way.over_seeds(what)
+        state = list(_STATES).index(way.state) if way.state in _STATES else len(_STATES)
+        return cost is None, cost.mean if cost else 0.0, state, way.seconds_all or 0.0
+
+    return sorted(found.ways, key=key)
+
+
+def _row(way: Way, found: Planned) -> list[str]:
+    seconds, sent, objective = (way.over_seeds(what) for what in ("seconds", "bytes", "objective"))
+    said = "the pick" if way is found.pick else "undecided" if way in found.undecided else _STATES[way.state]
+    return [
+        way.rule, str(way.workers), "" if seconds is None else _between(seconds), "" if sent is None else _bytes(sent),
+        number(objective.mean) if objective else (f"({number(way.lowest)})" if way.lowest is not None else ""),
+        str(way.computed), f"{said}: {way.why}" if way.why else said,
+    ]  # fmt: skip
+
+
+def _between(each: Range) -> str:
+    if each.low == each.high:
+        return duration(each.mean)
+    return f"{duration(each.mean)} ({duration(each.low)} to {duration(each.high)})"
+
+
+def _bytes(each: Range) -> str:
+    return nbytes(round(each.mean))

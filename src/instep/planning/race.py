@@ -1,0 +1,304 @@
+"""Which of several ways reaches a target at the lowest cost, with no more work than is allowed. Pure.
+
+What a way costs until so many steps are made is known beforehand, from a simulation without gradients. How far the
+objective is then is not: each step of it has to be computed. The race is computed in rungs, after each of which the
+better half goes on (successive halving: Jamieson and Talwalkar, AISTATS 2016, arXiv:1502.07943); what is left of the
+work then goes to whoever may still be the cheapest. Two things are exact: nobody is computed beyond the cost at which
+another one has reached the target, and ways whose updates are the same, bit for bit, are computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+SLOWEST = 4.0
+"""A way that takes so many times as long for all steps as the fastest one is not computed: it would need a quarter of
+its steps."""
+
+RUNGS = 2
+
+_CHUNKS = 20
+"""Parts of a run, in which those that may still be the cheapest are computed on."""
+
+ALIKE = 0.25
+"""Two curves are alike where the multiple of steps that one needs varies by less than about so much."""
+
+_LONGEST = 50.0
+
+State = Literal["reached", "beaten", "slower", "behind", "open", "never"]
+"""reached: the target. beaten: it costs more without having reached it. slower: by timing alone. behind: in predicted
+cost. open: the work did not suffice. never: it ended before."""
+
+
+class CurvePoint(NamedTuple):
+    """The held-out objective after so many steps."""
+
+    step: int
+    objective: float
+
+
+class SoFar(NamedTuple):
+    """How far a run is computed. points: by rising step. ended: there is no more to compute. work: steps just made."""
+
+    step: int
+    points: tuple[CurvePoint, ...]
+    ended: bool
+    work: int
+
+
+@dataclass(frozen=True, eq=False)
+class Entrant:
+    """A way to train. curve: those of one curve have the same objective after the same steps. cost: until so many
+    steps are made; it never falls. every: the steps until a curve's next point, at most.
+    """
+
+    label: str
+    curve: str
+    cost: Callable[[int], float]
+    every: int = 1
+
+
+@dataclass
+class Ranked:
+    """How an entrant ended. step: at which it reached the target. cost: until then. predicted: where it did not reach
+    it, from its curve beside the leading one's; None where nothing of it was computed.
+    """
+
+    entrant: Entrant
+    state: State = "open"
+    step: int | None = None
+    cost: float | None = None
+    predicted: float | None = None
+
+
+@dataclass
+class Outcome:
+    """best: whoever reached the target at the lowest cost; None where nobody did. rivals: those that the work did not
+    suffice to tell from it, or from each other.
+    """
+
+    standings: list[Ranked]
+    spent: int
+    best: Ranked | None = None
+    rivals: list[Ranked] = field(default_factory=list)
+
+    @property
+    def decided(self) -> bool:
+        """Whether there is one best, and nobody who may be better."""
+        return self.best is not None and not self.rivals
+
+
+Compute = Callable[[str, int], SoFar]
+"""Computes a curve on to its first point at or after a step, or to its end."""
+
+
+def race(entrants: Sequence[Entrant], compute: Compute, *, target: float, steps: int, budget: int) -> Outcome:
+    """compute: is asked for no more than `budget` steps in all."""
+    return _Race(entrants, compute, target, steps, budget).run()
+
+
+def slower_by_timing(entrants: Sequence[Entrant], steps: int) -> set[int]:
+    """Places of those that need not be computed: of one curve all but the cheapest, and who is far slower."""
+    costs = [entrant.cost(steps) for entrant in entrants]
+    out = {place for place, cost in enumerate(costs) if cost > SLOWEST * min(costs)}
+    for place, one in enumerate(entrants):
+        for other_place, other in enumerate(entrants):
+            if one.curve == other.curve and (costs[other_place], other_place) < (costs[place], place):
+                out.add(place)
+    return out
+
+
+def reached_at(points: Sequence[CurvePoint], target: float) -> int | None:
+    """The step of the first point at or below the target."""
+    return next((point.step for point in points if point.objective <= target), None)
+
+
+def steps_to(points: Sequence[CurvePoint], level: float) -> float:
+    """The steps until the lowest objective so far is `level`, between points as a straight line; infinite if it never
+    is.
+    """
+    before: CurvePoint | None = None
+    for point in points:
+        if point.objective <= level:
+            if before is None or before.objective <= level:
+                return float(point.step)
+            share = (before.objective - level) / (before.objective - point.objective)
+            return before.step + share * (point.step - before.step)
+        if math.isfinite(point.objective) and (before is None or point.objective < before.objective):
+            before = point
+    return math.inf
+
+
+def extrapolated(points: Sequence[CurvePoint], target: float, *, times: float = 1.0) -> float:
+    """The steps at which a curve reaches `target`, if it goes on to fall as it did lately with the logarithm of steps,
+    or so many `times` as fast.
+    """
+    last = points[-1].step
+    late = [point for point in points if 2 * point.step >= last and math.isfinite(point.objective)]
+    if len(late) < 2:
+        late = [point for point in points[-2:] if math.isfinite(point.objective)]
+    if len(late) < 2:
+        return math.inf
+    slope = _slope([math.log(point.step) for point in late], [point.objective for point in late])
+    over = min(point.objective for point in late) - target
+    if over <= 0:
+        return float(last)
+    return last * math.exp(min(_LONGEST, over / (-times * slope))) if slope < 0 else math.inf
+
+
+def likeness(points: Sequence[CurvePoint], other: Sequence[CurvePoint]) -> tuple[float, float]:
+    """How many times as many steps as `other` a curve needs to the levels of its later half: at the last of them, and
+    how much that varies from level to level, as the difference of logarithms.
+    """
+    logs = []
+    lowest = math.inf
+    for point in points:
+        if point.objective < lowest:
+            lowest = point.objective
+            there = steps_to(other, lowest)
+            if not math.isfinite(there):
+                return 1.0, math.inf
+            if 2 * point.step >= points[-1].step and lowest <= other[0].objective:
+                logs.append(math.log(point.step / there))
+    if len(logs) < 2:
+        return 1.0, math.inf
+    return math.exp(logs[-1]), max(logs) - min(logs)
+
+
+def predicted(
+    points: Sequence[CurvePoint], others: Sequence[Sequence[CurvePoint]], target: float
+) -> tuple[float, float]:
+    """In how few steps a curve may reach `target`, and in how many it is expected to.
+
+    That is told by the curve most like it of those that were computed further, or else by how it falls itself.
+    """
+    if not points:
+        return 0.0, 0.0
+    step = float(points[-1].step)
+    found = []
+    for other in others:
+        if other and other[-1].step > 1.2 * step:
+            times, varies = likeness(points, other)
+            if varies <= ALIKE:
+                goal = steps_to(other, target)
+                goal = goal if math.isfinite(goal) else extrapolated(other, target)
+                found.append((varies, max(step, times * goal), max(step, times * math.exp(-varies) * goal)))
+    if found:
+        _, likely, least = min(found)
+        return least, likely
+    return max(step, extrapolated(points, target, times=2.0)), max(step, extrapolated(points, target))
+
+
+def _slope(at: Sequence[float], values: Sequence[float]) -> float:
+    """Of the line nearest to the values, by least squares."""
+    middle, mean = math.fsum(at) / len(at), math.fsum(values) / len(values)
+    spread = math.fsum((each - middle) ** 2 for each in at)
+    return math.fsum((x - middle) * (y - mean) for x, y in zip(at, values, strict=True)) / spread if spread else 0.0
+
+
+class _Race:
+    def __init__(self, entrants: Sequence[Entrant], compute: Compute, target: float, steps: int, budget: int):
+        self._compute, self._target, self._steps, self._budget = compute, target, steps, budget
+        self._standings = [Ranked(entrant) for entrant in entrants]
+        self._curves: dict[str, SoFar] = {}
+        self._spent = 0
+        self._best: Ranked | None = None
+
+    def run(self) -> Outcome:
+        out = slower_by_timing([standing.entrant for standing in self._standings], self._steps)
+        for place in out:
+            self._standings[place].state = "slower"
+        self._halve([standing for place, standing in enumerate(self._standings) if place not in out])
+        self._look_on()
+        return self._outcome()
+
+    def _halve(self, going: list[Ranked]) -> None:
+        """Rungs: the first takes half of the work for all, each further one half as much for half as many."""
+        each = self._budget / 2 / max(1, len(going))
+        for rung in range(RUNGS):
+            for standing in sorted(going, key=lambda one: one.entrant.cost(self._steps)):
+                self._on(standing, max(1, round(each * (rung + 1))))
+            going = sorted(self._unsettled(going), key=self._expected)[: -(-len(going) // 2)]
+
+    def _look_on(self) -> None:
+        """The rest of the work, for whoever may be the cheapest."""
+        while open_ := list(filter(self._affords, self._unsettled(self._standings))):
+            bound = math.inf if self._best is None or self._best.cost is None else self._best.cost
+            some = [standing for standing in open_ if self._least(standing) < bound]
+            standing = min(some, key=self._expected) if some else min(open_, key=self._least)
+            self._on(standing, self._step_of(standing) + max(1, self._steps // _CHUNKS))
+
+    def _unsettled(self, standings: Sequence[Ranked]) -> list[Ranked]:
+        """Those that have neither reached the target nor been beaten."""
+        for standing in standings:
+            if standing.state == "open" and self._best is not None:
+                assert self._best.cost is not None
+                if standing.entrant.cost(self._step_of(standing) + 1) >= self._best.cost:
+                    standing.state = "beaten"
+        return [standing for standing in standings if standing.state == "open"]
+
+    def _on(self, standing: Ranked, step: int) -> None:
+        """Computes on to `step`, but no further than where it would be beaten."""
+        entrant = standing.entrant
+        while standing.state == "open" and self._step_of(standing) < min(step, self._steps):
+            if not self._unsettled([standing]) or not self._affords(standing):
+                return
+            computed = self._compute(entrant.curve, self._step_of(standing) + 1)
+            self._curves[entrant.curve] = computed
+            self._spent += computed.work
+            self._note(standing, computed)
+
+    def _note(self, standing: Ranked, computed: SoFar) -> None:
+        reached = reached_at(computed.points, self._target)
+        if reached is not None:
+            standing.state, standing.step, standing.cost = "reached", reached, standing.entrant.cost(reached)
+            if self._best is None or self._best.cost is None or standing.cost < self._best.cost:
+                self._best = standing
+        elif computed.ended:
+            standing.state = "never"
+
+    def _affords(self, standing: Ranked) -> bool:
+        """Whether the work suffices for its next point, if it has one."""
+        left = self._steps - self._step_of(standing)
+        return self._spent + min(standing.entrant.every, left) <= self._budget
+
+    def _step_of(self, standing: Ranked) -> int:
+        computed = self._curves.get(standing.entrant.curve)
+        return 0 if computed is None else computed.step
+
+    # What is expected
+
+    def _range(self, standing: Ranked) -> tuple[float, float]:
+        """The least and what it is expected to cost; nothing where nothing of it is computed."""
+        own = self._curves.get(standing.entrant.curve)
+        others = [each.points for curve, each in self._curves.items() if curve != standing.entrant.curve]
+        least, likely = predicted(own.points if own else (), others, self._target)
+        return self._cost(standing.entrant, least), self._cost(standing.entrant, likely)
+
+    def _cost(self, entrant: Entrant, steps: float) -> float:
+        if not math.isfinite(steps):
+            return math.inf
+        return entrant.cost(math.ceil(steps)) * max(1.0, steps / self._steps)
+
+    def _expected(self, standing: Ranked) -> float:
+        return self._range(standing)[1]
+
+    def _least(self, standing: Ranked) -> float:
+        return self._range(standing)[0]
+
+    def _outcome(self) -> Outcome:
+        self._unsettled(self._standings)
+        bound = math.inf if self._best is None or self._best.cost is None else self._best.cost
+        rivals = []
+        for standing in self._standings:
+            if standing.state != "open":
+                continue
+            standing.predicted = self._expected(standing)
+            if standing.predicted < bound:
+                rivals.append(standing)
+            else:
+                standing.state = "behind"
+        return Outcome(self._standings, self._spent, self._best, sorted(rivals, key=self._expected))
