@@ -120,7 +120,8 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
         replica.load(saved.model_state, saved.training_state)
         progress = session.progress_of(saved)
     reach = Reach(session)
-    held = PlacesHeld(session, board) if session.assignment.network is None else None
+    in_place = session.assignment.network is None and team.device == "cpu"
+    held = PlacesHeld(session, board) if in_place else None
     engine, succeeds = _engine(session, replica, reach.machines, progress, held), session.assignment.incarnation > 0
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
