@@ -74,6 +74,7 @@ class Recipe:
     ragged: how that smaller batch is cut: "even" into as few microbatches as hold it at their usual size,
         batch / microbatches, or one sample less; "spread" over all, however small they become.
     microbatches: pieces, M, that each batch is cut into; a worker computes whole pieces. `batch` is a multiple of it.
+    order: of an epoch's samples: "keyed" computes it place by place; "permutation" holds 8 bytes a sample for it.
     steps: global batches. Under a synchronous rule each is one update of the weights.
     seed: keys every random number.
     clip_norm: largest global L2 norm of the gradient; None does not clip.
@@ -109,6 +110,7 @@ class Recipe:
     microbatches: int = 8
     drop_last: bool = added(before=False, default=False)
     ragged: Literal["even", "spread"] = added(before="spread", default="even")
+    order: Literal["keyed", "permutation"] = added(before="permutation", default="keyed")
     steps: int = 100
     seed: int = 0
     clip_norm: float | None = None

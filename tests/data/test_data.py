@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import instep.data as data_module
 from instep.components import Component
-from instep.data import Data, as_data, digest
-from instep.data.cursor import Cursor, _order, held_out_batches, load, rows_of
+from instep.data import Data, as_data, digest, order
+from instep.data.cursor import Cursor, held_out_batches, load, rows_of
 from instep.data.text import Bytes, Windows, stdlib_text, text_files
 from instep.errors import ComponentError, DataError, RecipeError
 from instep.randomness import seed_all
@@ -36,8 +36,14 @@ pytestmark = pytest.mark.pure
 def cursors(draw, **fixed):
     microbatches = draw(st.integers(1, 9))
     batch = microbatches * draw(st.integers(1, 5))
-    fields = {"ragged": draw(st.sampled_from(["even", "spread"])), "drop_last": draw(st.booleans()), **fixed}
+    fields = {"ragged": draw(st.sampled_from(["even", "spread"])), "drop_last": draw(st.booleans())}
+    fields |= {"order": draw(st.sampled_from(["keyed", "permutation"])), **fixed}
     return Cursor(draw(st.integers(batch, 5 * batch + 3)), batch, microbatches, draw(st.integers(0, 2**40)), **fields)
+
+
+def forget_orders():
+    for known in (order._block, order._keys, order._permutation):
+        known.cache_clear()
 
 
 def microbatches_of(cursor, step):
@@ -116,7 +122,7 @@ def test_an_address_means_the_same_whatever_was_asked_before(cursor, asked):
     for step, index in asked:
         cursor.microbatch(step, index % cursor.microbatches)
     fresh = dataclasses.replace(cursor)
-    _order.cache_clear()
+    forget_orders()
     assert [fresh.indices(step) for step in range(12)] == [cursor.indices(step) for step in range(12)]
 
 
@@ -125,7 +131,7 @@ def test_orders_depend_on_seed_and_epoch_and_on_nothing_else():
     orders = {(seed, epoch): tuple(Cursor(64, 64, 1, seed).indices(epoch)) for seed in range(3) for epoch in range(3)}
     assert len(set(orders.values())) == 9
     torch.manual_seed(2)
-    _order.cache_clear()
+    forget_orders()
     assert tuple(Cursor(64, 64, 1, 2).indices(2)) == orders[2, 2]
     assert [Cursor(64, 8, 8, 2).indices(step) for step in range(16, 18)] == [
         list(orders[2, 2][:8]),
@@ -135,11 +141,12 @@ def test_orders_depend_on_seed_and_epoch_and_on_nothing_else():
 
 def test_the_order_of_samples_is_what_it_was():
     """A change here changes the digest of every run."""
-    assert Cursor(10, 4, 2, 0).indices(0) == Cursor(10, 10, 2, 0).indices(0)[:4]
+    ten = Cursor(10, 10, 2, 0, order="permutation")
+    assert dataclasses.replace(ten, batch=4).indices(0) == ten.indices(0)[:4]
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(b"7/3/order").digest()[:8], "little") >> 1,
     )
-    assert Cursor(10, 10, 2, 7).indices(3) == torch.randperm(10, generator=generator).tolist()
+    assert Cursor(10, 10, 2, 7, order="permutation").indices(3) == torch.randperm(10, generator=generator).tolist()
 
 
 def test_a_ragged_batch_may_leave_microbatches_empty():

@@ -76,13 +76,13 @@ def test_the_cut_and_the_left_out_batch_are_what_the_digest_depends_on(tmp_path:
 
 
 def test_saved_recipes_of_before_keep_their_cut_and_their_fingerprint() -> None:
-    now = workloads.convnet(ragged="spread")
+    now = workloads.convnet(ragged="spread", order="permutation")
     added = {field.name for field in dataclasses.fields(Recipe) if "before" in field.metadata}
     saved = {name: value for name, value in now.to_table().items() if name not in added}
     known = as_saved(Recipe, saved)
-    assert (known["ragged"], known["drop_last"]) == ("spread", False)
+    assert (known["ragged"], known["drop_last"], known["order"]) == ("spread", False, "permutation")
     assert as_before(Recipe, now.to_table()) == as_before(Recipe, saved)
-    assert normed(64).ragged == "even"
+    assert (normed(64).ragged, normed(64).order) == ("even", "keyed")
 
 
 class Net(nn.Module):

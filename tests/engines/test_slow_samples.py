@@ -40,7 +40,7 @@ def loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def test_slow_samples_are_dropped_once_and_merged_in_the_middle_of_their_epoch(rule: str, tmp_path: Path) -> None:
     recipe = Recipe(
         model=lambda: torch.nn.Linear(8, 4), objective=loss, data=Slow(), batch=8, microbatches=8, steps=8,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), rule=rule,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), rule=rule, order="permutation",
     )  # fmt: skip
     run = train_here(recipe, Team(workers=4), tmp_path / "run")
     pieces = {event["seq"]: event["piece"] for event in run.events if event["kind"] == "pushed"}

@@ -198,6 +198,7 @@ DECISIVE: dict[str, Any] = {
     "microbatches": 4,
     "drop_last": True,
     "ragged": "spread",
+    "order": "permutation",
     "buffers": {"*.count": "sum"},
     "seed": 1,
     "clip_norm": 1.0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset, default_collate
 
 from instep.data import Collate, MapStyle, failed, sample
+from instep.data.order import OrderKind, take
 from instep.errors import DataError, cut, told
-from instep.randomness import key
 
 SHOWN_SAMPLES = 16
 """Indices of samples that a message names at most."""
@@ -38,6 +38,7 @@ class Cursor:
         however small the pieces become.
     drop_last: leaves the last, smaller batch of each epoch out.
     skipped: samples that are left out, wherever they come. Their batches are smaller; all others are as they were.
+    order: of an epoch's samples, see `instep.data.order`.
 
     Raises DataError for a data set that is empty or smaller than a batch.
     """
@@ -49,6 +50,7 @@ class Cursor:
     ragged: Literal["even", "spread"] = "even"
     drop_last: bool = False
     skipped: frozenset[int] = frozenset()
+    order: OrderKind = "keyed"
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -111,18 +113,12 @@ class Cursor:
         return whole[~torch.isin(whole, torch.tensor(sorted(self.skipped)))] if self.skipped else whole
 
     def _take(self, step: int, span: range) -> Tensor:
-        return _order(self.samples, self.seed, self.epoch(step)).narrow(0, span.start, len(span))
+        return take(self.order, self.samples, self.seed, self.epoch(step), span)
 
 
 def _listed(indices: Tensor) -> list[int]:
     found: list[int] = indices.tolist()
     return found
-
-
-@lru_cache(maxsize=1)  # of the current epoch: 8 bytes a sample
-def _order(samples: int, seed: int, epoch: int) -> Tensor:
-    generator = torch.Generator().manual_seed(key(seed, epoch, "order"))
-    return torch.randperm(samples, generator=generator)
 
 
 def samples_in_words(indices: Sequence[int]) -> str:

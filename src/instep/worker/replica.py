@@ -60,7 +60,7 @@ class Replica:
         self.reader = SampleReader(self.data.collate, retries)
         self.cursor = Cursor(
             samples=len(self.data.train), batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed,
-            ragged=recipe.ragged, drop_last=recipe.drop_last,
+            ragged=recipe.ragged, drop_last=recipe.drop_last, order=recipe.order,
         )  # fmt: skip
         self.objective = objectives.bind(objectives.from_component(recipe.objective))
         if self.objective.shares and not recipe.rule.synchronous:

@@ -1,0 +1,88 @@
+"""In which order the samples of an epoch come: a function of (seed, epoch, place), computed where it is asked for."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from instep.randomness import key
+
+OrderKind = Literal["keyed", "permutation"]
+
+BLOCK = 4096
+"""Places of an epoch whose samples are computed together."""
+
+_ROUNDS = 8
+"""With fewer, some orders of 5 samples come more often than others."""
+
+
+def take(kind: OrderKind, samples: int, seed: int, epoch: int, places: range) -> Tensor:
+    """Indices of the samples at these `places` of an epoch ([places], int64); of all places, each of 0 to `samples` - 1
+    once.
+
+    "permutation" holds the epoch, 8 bytes a sample, drawn by `torch.randperm`; "keyed" computes each place, and holds
+    a few blocks.
+    """
+    if kind == "permutation":
+        return _permutation(samples, seed, epoch)[places.start : places.stop]
+    if not places:
+        return torch.empty(0, dtype=torch.int64)
+    first, last = places.start // BLOCK, (places.stop - 1) // BLOCK
+    blocks = [_block(samples, seed, epoch, block) for block in range(first, last + 1)]
+    whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return whole[places.start - first * BLOCK : places.stop - first * BLOCK]
+
+
+@lru_cache(maxsize=1)  # of the current epoch
+def _permutation(samples: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(key(seed, epoch, "order"))
+    return torch.randperm(samples, generator=generator)
+
+
+@lru_cache(maxsize=4)  # of a step, and of the next one, which is loaded ahead
+def _block(samples: int, seed: int, epoch: int, block: int) -> Tensor:
+    places = np.arange(block * BLOCK, min((block + 1) * BLOCK, samples))
+    return torch.from_numpy(permuted(places, samples, _keys(seed, epoch)))
+
+
+@lru_cache(maxsize=4)
+def _keys(seed: int, epoch: int) -> tuple[tuple[np.uint64, np.uint64], ...]:
+    return tuple(
+        (np.uint64(key(seed, epoch, "order", each, "low")), np.uint64(key(seed, epoch, "order", each, "high")))
+        for each in range(_ROUNDS)
+    )
+
+
+def permuted(
+    places: NDArray[np.int64], samples: int, keys: tuple[tuple[np.uint64, np.uint64], ...]
+) -> NDArray[np.int64]:
+    """A permutation of 0 to `samples` - 1, at these places.
+
+    A Feistel network permutes the numbers of so many bits, and what falls outside goes through it again until it is
+    inside (cycle walking; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Its halves differ by a bit
+    where the bits are odd, so that at most every second number is outside. The round function is SplitMix64's (Steele,
+    Lea and Flood, 2014).
+    """
+    bits = max(2, (samples - 1).bit_length())
+    shift = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << bits - bits // 2) - 1)
+    found, outside = places.astype(np.uint64), np.arange(len(places))
+    while len(outside):
+        low, high = found[outside] & low_mask, found[outside] >> shift
+        for low_key, high_key in keys:
+            low ^= _mixed(high + low_key) & low_mask
+            high ^= _mixed(low + high_key) & high_mask
+        found[outside] = high << shift | low
+        outside = outside[found[outside] >= samples]
+    return found.astype(np.int64)
+
+
+def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    numbers = (numbers ^ numbers >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ numbers >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ numbers >> np.uint64(31)
