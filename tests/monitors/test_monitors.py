@@ -457,6 +457,13 @@ def test_for_whom_the_team_waits_is_no_matter_for_files_and_pipes() -> None:
     assert "waiting" not in file.getvalue()
 
 
+def test_a_death_that_another_worker_makes_good_is_told_in_two_lines() -> None:
+    left = {"t_s": 1, "kind": "left", "worker": 1, "why": "worker 1 was killed."}
+    stood_in = {"t_s": 1, "kind": "stood_in", "worker": 1, "by_worker": 0, "version": 1041, "microbatches": [4, 8]}
+    says = "worker 0 does the part of worker 1 from step 1,042 on, until another process can"
+    assert plain([started(), left, stood_in]).endswith(f"worker 1 was killed.\n{says}\n")
+
+
 def test_a_team_that_was_changed_says_who_asked_and_costs_no_restart() -> None:
     asked = {"t_s": 3.0, "kind": "resized", "workers": 6, "before": 2, "by_whom": "ann, process 7"}
     again = started(9, resumed=True)

@@ -72,6 +72,7 @@ class Console(Closing):
         show = {
             "run_started": self._begin,
             "left": self._left,
+            "stood_in": self._stood_in,
             "warned": self._warned,
             "planned": self._planned,
             "run_ended": self._end,
@@ -143,6 +144,10 @@ class Console(Closing):
         worker, why = event["worker"], str(event["why"])
         self._losses += 1
         self._screen.say(why if f"worker {worker}" in why else f"worker {worker}: {why}", "red")
+
+    def _stood_in(self, event: Mapping[str, Any]) -> None:
+        part = f"worker {event['by_worker']} does the part of worker {event['worker']}"
+        self._screen.say(f"{part} from step {event['version'] + 1:,} on, until another process can", "yellow")
 
     def _warned(self, event: Mapping[str, Any]) -> None:
         self._screen.say(f"warning: {event['why']}", "yellow")
