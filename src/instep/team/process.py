@@ -41,7 +41,7 @@ from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
-from instep.team.successors import PlacesHeld, handed_over
+from instep.team.successors import PlacesHeld, handed_over, places_held
 from instep.transport.group import Group, PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
 from instep.worker.device import not_deterministic
@@ -120,8 +120,7 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
         replica.load(saved.model_state, saved.training_state)
         progress = session.progress_of(saved)
     reach = Reach(session)
-    in_place = session.assignment.network is None and team.device == "cpu"
-    held = PlacesHeld(session, board) if in_place else None
+    held = places_held(session, board)
     engine, succeeds = _engine(session, replica, reach.machines, progress, held), session.assignment.incarnation > 0
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))

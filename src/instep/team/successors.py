@@ -48,6 +48,12 @@ class PlacesHeld:
         self._session.heartbeat.waiting(False)
 
 
+def places_held(session: Session, board: HeartbeatBoard) -> PlacesHeld | None:
+    """Of a worker; None where none is ever held: over several machines, and on GPUs."""
+    in_place = session.assignment.network is None and session.assignment.team.device == "cpu"
+    return PlacesHeld(session, board) if in_place else None
+
+
 def handed_over(session: Session, board: HeartbeatBoard) -> Handed:
     """Says that this process, the successor of a worker that died, can take its place, and waits until it gets it."""
     board.successors[session.number] = session.assignment.incarnation
