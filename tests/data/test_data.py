@@ -42,7 +42,7 @@ def cursors(draw, **fixed):
 
 
 def forget_orders():
-    for known in (order._block, order._keys, order._permutation):
+    for known in (order._block, order.keys, order._permutation):
         known.cache_clear()
 
 

@@ -103,9 +103,12 @@ def from_component(component: Component) -> Data:
     Raises ComponentError and DataError.
     """
     target = component.load()
-    if component.args or inspect.isclass(target) or (callable(target) and not _indexed(target)):
-        target = component.built()
-    return as_data(target)
+    return as_data(component.built() if component.args or makes_data(target) else target)
+
+
+def makes_data(target: Any) -> bool:
+    """Whether it is to be called for a data set, and is none."""
+    return inspect.isclass(target) or (callable(target) and not indexed(target))
 
 
 def digest(data: Data) -> str:
@@ -124,6 +127,11 @@ def digest_without(data: Data, left_out: Collection[int]) -> tuple[str, list[int
         if samples is not None:
             sha.update(f"{name} {len(samples)} {_digest(samples, may_fail, unread)}\n".encode())
     return sha.hexdigest(), unread
+
+
+def fingerprint(samples: MapStyle) -> str:
+    """Of a data set, as `digest` has it."""
+    return _digest(samples, (), [])
 
 
 def _digest(samples: MapStyle, may_fail: Collection[int], unread: list[int]) -> str:
@@ -180,7 +188,7 @@ def failed(samples: MapStyle, what: str, error: Exception) -> DataError:
 def _check(value: Any, name: str) -> None:
     if isinstance(value, DataLoader):
         raise DataError(f"the {name} data is a DataLoader; give its data set, since Instep makes the batches itself.")
-    if isinstance(value, IterableDataset) or not _indexed(value) or not isinstance(value, Sized):
+    if isinstance(value, IterableDataset) or not indexed(value) or not isinstance(value, Sized):
         raise DataError(
             f"the {name} data is of type {type(value).__name__}, which has no length or no samples by index; "
             f"give a map-style data set, with __len__ and __getitem__."
@@ -195,5 +203,6 @@ def _check(value: Any, name: str) -> None:
         )
 
 
-def _indexed(value: Any) -> bool:
+def indexed(value: Any) -> bool:
+    """Whether it may be a data set."""
     return hasattr(value, "__getitem__") and not inspect.isclass(value) and not isinstance(value, (str, bytes))

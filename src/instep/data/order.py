@@ -14,6 +14,8 @@ from instep.randomness import key
 
 OrderKind = Literal["keyed", "permutation"]
 
+Keys = tuple[tuple[np.uint64, np.uint64], ...]
+
 BLOCK = 4096
 """Places of an epoch whose samples are computed together."""
 
@@ -47,20 +49,19 @@ def _permutation(samples: int, seed: int, epoch: int) -> Tensor:
 @lru_cache(maxsize=4)  # of a step, and of the next one, which is loaded ahead
 def _block(samples: int, seed: int, epoch: int, block: int) -> Tensor:
     places = np.arange(block * BLOCK, min((block + 1) * BLOCK, samples))
-    return torch.from_numpy(permuted(places, samples, _keys(seed, epoch)))
+    return torch.from_numpy(permuted(places, samples, keys(seed, epoch, "order")))
 
 
-@lru_cache(maxsize=4)
-def _keys(seed: int, epoch: int) -> tuple[tuple[np.uint64, np.uint64], ...]:
+@lru_cache(maxsize=8)
+def keys(seed: int, number: int, what: str) -> Keys:
+    """For `permuted`: one permutation for each seed and number of `what`."""
     return tuple(
-        (np.uint64(key(seed, epoch, "order", each, "low")), np.uint64(key(seed, epoch, "order", each, "high")))
+        (np.uint64(key(seed, number, what, each, "low")), np.uint64(key(seed, number, what, each, "high")))
         for each in range(_ROUNDS)
     )
 
 
-def permuted(
-    places: NDArray[np.int64], samples: int, keys: tuple[tuple[np.uint64, np.uint64], ...]
-) -> NDArray[np.int64]:
+def permuted(places: NDArray[np.int64], samples: int, keys: Keys) -> NDArray[np.int64]:
     """A permutation of 0 to `samples` - 1, at these places.
 
     A Feistel network permutes the numbers of so many bits, and what falls outside goes through it again until it is

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from instep import data, objectives
-from instep.data.cursor import Cursor, rows_of, samples_in_words, take_rows
+from instep.data.cursor import rows_of, samples_in_words, take_rows
+from instep.data.mixture import cursor_over
 from instep.errors import CheckpointError, DataError, NonFiniteError, RecipeError, RecomputeError
 from instep.randomness import key, key_of_step, seed_all
 from instep.recipe import Recipe
@@ -58,8 +59,8 @@ class Replica:
         seed_all(key(recipe.seed, "data"))
         self.data: data.Data = data.from_component(recipe.data) if like is None else like.data
         self.reader = SampleReader(self.data.collate, retries)
-        self.cursor = Cursor(
-            samples=len(self.data.train), batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed,
+        self.cursor = cursor_over(
+            self.data.train, batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed,
             ragged=recipe.ragged, drop_last=recipe.drop_last, order=recipe.order,
         )  # fmt: skip
         self.objective = objectives.bind(objectives.from_component(recipe.objective))
