@@ -231,6 +231,7 @@ def test_a_successor_goes_on_with_ranges_that_move(
     recipe = gpt(checksum_every=2)  # for which all wait until the successor has its place, in time for some steps
     outcome = run(recipe, 2, tmp_path / "it", MOMENTS["before it computes"](1))
     came_through(outcome, undisturbed(gpt()), 1)
+    assert [event["worker"] for event in told(outcome, "took_place")] == [1]
     moved = {event["version"]: event["ranges"] for event in told(outcome, "ranges_moved")}
     assert moved == {at: [[0, first := counts[(at - 1) % 3][0]], [first, 8]] for at in range(2, STEPS)}
     own = {event["version"]: event["microbatches"] for event in told(outcome, "computed") if event["worker"] == 1}

@@ -107,10 +107,20 @@ class StoodInEvent(Event, frozen=True, kw_only=True, gc=False):
     microbatches: Maybe[Annotated[Microbatches, _where("where they were computed again")]] = UNSET
 
 
+class TookPlaceEvent(Event, frozen=True, kw_only=True, gc=False):
+    """The successor of a worker that died has its place: nobody does its part any more."""
+
+    kind = "took_place"
+    by = "lockstep"
+
+    worker: Worker
+    version: Base
+
+
 TYPES: tuple[type[Event], ...] = (
     RunStartedEvent, JoinedEvent, ReleasedEvent, RangesMovedEvent, ComputedEvent, PushedEvent, PushedToServerEvent,
     MergedEvent, MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent, AuditedEvent,
-    RefutedEvent, EvaluatedEvent, CheckpointedEvent, LeftEvent, ResizedEvent, StoodInEvent, PlannedEvent, WarnedEvent,
-    GpuMemoryEvent, FailedEvent, RunEndedEvent, BlockEvent,
+    RefutedEvent, EvaluatedEvent, CheckpointedEvent, LeftEvent, ResizedEvent, StoodInEvent, TookPlaceEvent,
+    PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent, RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""

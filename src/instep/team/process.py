@@ -26,6 +26,7 @@ from instep.engines.lockstep import Lockstep
 from instep.engines.standing_in import Handed, SeatLost
 from instep.errors import InstepError, described, place, with_saved
 from instep.record.digest import digest_of_state
+from instep.record.event_kinds import TookPlaceEvent
 from instep.record.events import JoinedEvent, WarnedEvent
 from instep.record.folder import RunFolder
 from instep.record.result import Costs
@@ -213,6 +214,7 @@ def _successor(
     engine = _engine(session, replica, machines, progress, held, handed)
     engine.updates.watcher.load(handed.watch)
     engine.sizes()
+    session.emit(TookPlaceEvent(worker=session.number, version=progress.version))
     return engine, progress
 
 
