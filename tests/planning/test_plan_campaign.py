@@ -29,8 +29,8 @@ REAL = (
     ("2 that sleep, one 4 times slower", "synchronous"), ("2 that sleep, one 4 times slower", "asynchronous"),
     ("4 that sleep, one 3 times slower", "local_sgd:4"), ("4 that sleep, one 3 times slower", "bounded_staleness:4"),
 )  # fmt: skip
-SLEEP_S = 0.022
-"""Of 25 ms that a microbatch takes in these clusters; the rest is computing, or nearly."""
+SLEEP_S = 0.1
+"""Of a microbatch, beside which its computing is short; in these clusters one takes 25 ms, so times are scaled."""
 
 WITHIN = 0.25
 """Of the predicted time the real one, on a machine with much else to do."""
@@ -103,8 +103,8 @@ def for_real(name: str, rule: str, truths: Truths, truth: Truth, alone_s: float,
     return {
         "cluster": name, "rule": rule, "step": step, "real_s": round(to_s - from_s, 2),
         "predicted_s": round(predicted_s, 2), "error": round(error, 4),
-        "held_out_real": run.result["held_out"]["objective"], "held_out_predicted": last,
-        "held": abs(error) <= WITHIN and abs(run.result["held_out"]["objective"] / last - 1) <= 0.02,
+        "held_out_real": run.result["held_out"], "held_out_predicted": last,
+        "held": abs(error) <= WITHIN and abs(run.result["held_out"] / last - 1) <= 0.02,
     }  # fmt: skip
 
 

@@ -161,8 +161,8 @@ def test_runs_of_one_order_have_one_curve_whatever_the_cluster(tmp_path: Path) -
     assert order_of(recipe, quick.cluster((0, 1, 2), 0.0, 0.0, 1)) == ""
 
 
-def plan(tmp_path: Path, *arguments: str) -> int:
-    described(tmp_path)
+def plan(tmp_path: Path, *arguments: str, cluster: str = CLUSTER) -> int:
+    described(tmp_path, cluster)
     (tmp_path / "tiny.toml").write_text(TINY.replace("text.txt", str(tmp_path / "text.txt")))
     (tmp_path / "text.txt").write_text("in step and out of step, " * 200)
     return main(["plan", str(tmp_path / "tiny.toml"), "--cluster", str(tmp_path / "cluster.toml"), *arguments])
@@ -187,10 +187,31 @@ def test_the_command_tells_what_to_run_within_its_budget(tmp_path: Path, capsys:
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize(
+    ("rules", "more", "told"),
+    [
+        ("backup_workers:3", "", "there is no way to train on this cluster: 'rule.quorum' is 'all-3'"),
+        ("local_sgd:2", "--recipe.data=planless:data", "nothing held out"),
+        ("local_sgd:2", "--recipe.watch.spike=stop", "no way can be computed"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rules: str, more: str, told: str
+) -> None:
+    (tmp_path / "planless.py").write_text("def data():\n    return [[1] * 16] * 64\n")
+    flags = ("--target", "1", "--workers", "3", "--rules", rules, *filter(None, [more]))
+    assert plan(tmp_path, *flags) == 1
+    shown = capsys.readouterr().err
+    assert told in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.processes
 def test_a_target_that_nothing_reaches_is_told_in_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan(tmp_path, "--target", "0.01", "--rules", "synchronous,asynchronous", "--workers", "2") == 0
+    flags = ("--target", "0.01", "--rules", "synchronous,asynchronous", "--workers", "2")
+    assert plan(tmp_path, *flags, cluster="workers = 3") == 0  # times are measured here
     shown = " ".join(capsys.readouterr().out.split())
     assert "No way reached a held-out objective of 0.0100 within the budget; the lowest was" in shown
     assert "Run:" not in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -104,6 +105,13 @@ def test_ways_whose_updates_are_the_same_are_computed_once_and_the_cheapest_of_t
     found = race([slow, points, quick], known.compute, target=TARGET, steps=STEPS, budget=3 * STEPS)
     assert [each.state for each in found.standings] == ["slower", "slower", "reached"]
     assert found.spent == reached_at(known.points["0"], TARGET)
+
+
+def test_of_one_rule_numbers_of_workers_that_are_slower_are_not_computed_and_of_others_they_are() -> None:
+    known = Known([(1.0, (3.0, 1.0, 0.0, 0, 2)), (0.7, (3.0, 1.1, 0.0, 0, 2)), (0.7, (3.0, 1.1, 0.0, 0, 2))])
+    rules = ("diloco:2", "diloco:2", "asynchronous")
+    entrants = [dataclasses.replace(each, rule=rule) for each, rule in zip(known.entrants, rules, strict=True)]
+    assert slower_by_timing(entrants, STEPS) == {1}
 
 
 def test_what_is_far_slower_by_timing_alone_is_not_computed() -> None:

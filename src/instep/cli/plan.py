@@ -29,10 +29,8 @@ Which update rule, how many workers and how often a checkpoint, for a cluster th
 gradients first, then real gradients on the virtual clock: all ways a little, the better half on, up to a budget of \
 work. What the budget cannot decide is told as undecided. Fields of the recipe are set as for train."""
 
-_STATES = {
-    "reached": "reached it", "beaten": "costs more", "slower": "slower by timing alone",
-    "behind": "expected to cost more", "open": "undecided", "never": "never reached it", "refused": "cannot be",
-}  # fmt: skip
+_STATES = ("reached", "open", "beaten", "behind", "slower", "never", "refused")
+"""In the order of their lines."""
 
 
 def declare(app: App, settings: Settings) -> None:
@@ -145,10 +143,9 @@ def show(found: Planned) -> None:
 
     console = Console(highlight=False, markup=False)
     table = Table(box=None, pad_edge=False)
-    for head in ("rule", "W", "to target", "bytes", "objective", "steps"):
-        table.add_column(head, no_wrap=True, justify="left" if head == "rule" else "right")
-    table.add_column("")
-    for way in _in_order(found):
+    for head in ("rule", "W", "", "to target", "bytes", "objective", "steps"):
+        table.add_column(head, no_wrap=head != "rule", justify="left" if head in ("rule", "") else "right")
+    for way in filter(_told, _in_order(found)):
         table.add_row(*_row(way, found))
     console.print(table)
     console.print()
@@ -167,6 +164,10 @@ def _said(found: Planned) -> list[tuple[str, str]]:
             f"{work.timed} simulations without; {duration(work.cpu_s)} of the processor.",
         ),
     ]  # fmt: skip
+    said += [(way.label, way.why) for way in found.ways if way.why]
+    if left := sorted({way.workers for way in found.ways if not _told(way)}):
+        names = {count: [way.rule for way in found.ways if way.workers == count and not _told(way)] for count in left}
+        said.append(("Slower by timing alone", "; ".join(f"W = {n}: {', '.join(names[n])}" for n in left) + "."))
     if found.pareto:
         labels = "; ".join(way.label for way in found.pareto)
         said.append(("Pareto", f"of those that reached it, no other beats in time, bytes and objective: {labels}."))
@@ -176,25 +177,30 @@ def _said(found: Planned) -> list[tuple[str, str]]:
     return said
 
 
+def _told(way: Way) -> bool:
+    """Whether it has a line of its own."""
+    return way.state != "slower" or bool(way.reached)
+
+
 def _in_order(found: Planned) -> list[Way]:
     """By what they cost until the target, then by their state."""
     what = "seconds" if found.by == "time" else "bytes"
 
     def key(way: Way) -> tuple[bool, float, int, float]:
         cost = way.over_seeds(what)
-        state = list(_STATES).index(way.state) if way.state in _STATES else len(_STATES)
-        return cost is None, cost.mean if cost else 0.0, state, way.seconds_all or 0.0
+        return cost is None, cost.mean if cost else 0.0, _STATES.index(way.state), way.seconds_all or 0.0
 
     return sorted(found.ways, key=key)
 
 
 def _row(way: Way, found: Planned) -> list[str]:
     seconds, sent, objective = (way.over_seeds(what) for what in ("seconds", "bytes", "objective"))
-    said = "the pick" if way is found.pick else "undecided" if way in found.undecided else _STATES[way.state]
+    said = "pick" if way is found.pick else "undecided" if way in found.undecided else way.state
     return [
-        way.rule, str(way.workers), "" if seconds is None else _between(seconds), "" if sent is None else _bytes(sent),
+        way.rule, str(way.workers), said, "" if seconds is None else _between(seconds),
+        "" if sent is None else _bytes(sent),
         number(objective.mean) if objective else (f"({number(way.lowest)})" if way.lowest is not None else ""),
-        str(way.computed), f"{said}: {way.why}" if way.why else said,
+        str(way.computed),
     ]  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from instep.planning.found import By, ToTarget, Way
 from instep.planning.race import CurvePoint, Entrant, Outcome, SoFar, race, reached_at
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
+from instep.reduce.written import FirstWrite
+from instep.rules.presets import text_of
 from instep.rules.rule import UpdateRule
 from instep.team_checks import check_team
 from instep.worker.replica import Replica
@@ -33,7 +35,7 @@ POINTS = 50
 _FINALISTS, _NEAR = 3, 1.25
 """So many at most, that cost no more than so many times the best, are computed with the other seeds."""
 
-_FIRST_SEED = 0.6
+_FIRST_SEED = 0.75
 """The share of the budget for the race, where there are other seeds."""
 
 
@@ -44,7 +46,8 @@ def compute(recipe: Recipe, asked: PlanAsked, tell: Tell) -> Computation:
 
 def entrant(label: str, curve: str, found: CourseTimes, rule: UpdateRule, recipe: Recipe, by: By) -> Entrant:
     """A way as it goes into the race."""
-    return Entrant(label, curve, found.seconds if by == "time" else found.bytes, recipe.evaluate_every + rule.stride)
+    cost, every = found.seconds if by == "time" else found.bytes, recipe.evaluate_every + rule.stride
+    return Entrant(label, curve, cost, every, text_of(rule))
 
 
 class _Computing:
@@ -58,7 +61,8 @@ class _Computing:
                 "a plan's target is of the held-out objective, and the recipe's data have nothing held out; give a "
                 "pair (training, held out)."
             )
-        self._recipe, self._measured_s = recipe, self._measured()
+        self._recipe = recipe
+        self._measured_s = self._measured()
         self._ways: list[Way] = []
         self._timed = 0
         self._courses: dict[tuple[int, str], Course] = {}
@@ -77,7 +81,10 @@ class _Computing:
         everything = steps * len(curves)
         allowed = math.floor(asked.share * everything * (1 if len(asked.seeds) == 1 else _FIRST_SEED))
         outcome = self._race(known, asked.by, allowed)
-        spent, places = outcome.spent, list(known)
+        spent, places, whole = outcome.spent, list(known), math.floor(asked.share * everything)
+        if outcome.best is None and allowed < whole:  # there is nobody to compute with other seeds
+            outcome = self._race(known, asked.by, whole - spent)
+            spent, allowed = spent + outcome.spent, whole
         for place, standing in zip(places, outcome.standings, strict=True):
             way, predicted = self._ways[place], standing.predicted
             way.state, way.predicted = standing.state, None if predicted == math.inf else predicted
@@ -86,7 +93,6 @@ class _Computing:
         other: By = "bytes" if asked.by == "time" else "time"
         spent += self._race(known, other, allowed - spent).spent
         self._note(known, first)
-        whole = math.floor(asked.share * everything)
         finalists = self._finalists(outcome, places)
         spent += self._other_seeds(finalists, whole - spent)
         rivals = [places[outcome.standings.index(each)] for each in outcome.rivals]
@@ -99,10 +105,13 @@ class _Computing:
         """Seconds of a microbatch and of an update, where one of them is not described."""
         if self._asked.described.microbatch and self._asked.described.update:
             return 0.0, 0.0
-        simulation = VirtualRun(
-            self._shared(self._recipe.seed), Cluster(workers=1), False, None, lambda event: None, ()
-        )
-        return simulation.measured()
+        written: set[str] = set()
+        while True:
+            try:
+                recipe = self._shared(self._recipe.seed)
+                return VirtualRun(recipe, Cluster(workers=1), False, None, lambda event: None, written).measured()
+            except FirstWrite as found:
+                written |= set(found.names)
 
     def _shared(self, seed: int) -> Recipe:
         """The recipe with a seed; with its own, the data are those that were built already."""
@@ -139,14 +148,16 @@ class _Computing:
     def _race(self, known: Mapping[int, CourseTimes], by: By, budget: int) -> Outcome:
         entrants = []
         at: dict[str, int] = {}
+        steps = self._recipe.steps
         for place, found in known.items():
             curve = self._curve(place)
-            at.setdefault(curve, place)
+            if curve not in at or found.seconds(steps) < known[at[curve]].seconds(steps):
+                at[curve] = place
             rule = self._asked.rules[self._ways[place].rule]
             entrants.append(entrant(self._ways[place].label, curve, found, rule, self._recipe, by))
         return race(
             entrants, lambda curve, step: self._computed(at[curve], curve, self._asked.seeds[0], step),
-            target=self._asked.target, steps=self._recipe.steps, budget=max(0, budget),
+            target=self._asked.target, steps=steps, budget=max(0, budget),
         )  # fmt: skip
 
     def _computed(self, place: int, curve: str, seed: int, step: int) -> SoFar:

@@ -89,10 +89,15 @@ class Course:
     def _begin(self) -> None:
         self.points: list[tuple[int, float]] = []
         """The held-out objective after so many global batches."""
-        self._simulation = VirtualRun(self._recipe, self._cluster, True, None, self._hear, self._written)
         assert self._cluster.times is not None
         assert self._cluster.merge_s is not None
-        self._simulation.lay_out(self._cluster.times, self._cluster.merge_s)
+        while True:
+            try:
+                self._simulation = VirtualRun(self._recipe, self._cluster, True, None, self._hear, self._written)
+                self._simulation.lay_out(self._cluster.times, self._cluster.merge_s)
+                break
+            except FirstWrite as found:
+                self._written |= set(found.names)
         self._next, self._evaluated = 0, -1
 
     @property

@@ -12,6 +12,9 @@ from instep.report.comparison import Range
 SCHEMA = 1
 """The version of the document."""
 
+_LISTED = 4
+"""Ways in a sentence."""
+
 By = Literal["time", "bytes"]
 
 
@@ -120,15 +123,15 @@ class Planned:
         assert cost is not None, "it reached the target"
         said = f"{self._cost(cost)} to a held-out objective of {number(self.target)}"
         if self.undecided:
-            names = " and ".join([self.pick.label, *(way.label for way in self.undecided)])
-            return f"Undecided between {names}: {self.pick.label} took {said}, and the budget does not tell them apart."
+            among = _listed([self.pick, *self.undecided])
+            return f"Undecided between {among}: {self.pick.label} took {said}, and the budget does not tell them apart."
         return f"{self.pick.label}: {said}."
 
     def _nobody(self) -> str:
         computed = [way for way in self.ways if way.lowest is not None]
         lowest = min(computed, key=lambda way: way.lowest or 0.0, default=None)
         near = f"; the lowest was {number(lowest.lowest)}, of {lowest.label}" if lowest and lowest.lowest else ""
-        more = f" Undecided between {' and '.join(way.label for way in self.undecided)}." if self.undecided else ""
+        more = f" Undecided between {_listed(self.undecided)}." if self.undecided else ""
         return (
             f"No way reached a held-out objective of {number(self.target)} within the budget{near}; raise --budget, "
             f"--target or --steps.{more}"
@@ -150,6 +153,13 @@ class Planned:
             "checkpoints": None if self.checkpoints is None else asdict(self.checkpoints),
             "ways": [{"label": way.label, **asdict(way)} for way in self.ways],
         }  # fmt: skip
+
+
+def _listed(ways: Sequence[Way]) -> str:
+    """The first few, those that are expected to cost least."""
+    names = [way.label for way in ways[:_LISTED]]
+    names += [f"{len(ways) - _LISTED} more"] if len(ways) > _LISTED else []
+    return "; ".join(names[:-1]) + (" and " if len(names) > 1 else "") + names[-1]
 
 
 def pareto(ways: Sequence[Way], by: By) -> tuple[Way, ...]:

@@ -18,6 +18,9 @@ SLOWEST = 4.0
 """A way that takes so many times as long for all steps as the fastest one is not computed: it would need a quarter of
 its steps."""
 
+ONE_RULE = 1.25
+"""Of one rule, numbers of workers that take so many times as long as the best one are not computed."""
+
 RUNGS = 2
 
 _CHUNKS = 20
@@ -52,13 +55,15 @@ class SoFar(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Entrant:
     """A way to train. curve: those of one curve have the same objective after the same steps. cost: until so many
-    steps are made; it never falls. every: the steps until a curve's next point, at most.
+    steps are made; it never falls. every: the steps until a curve's next point, at most. rule: what those have in
+    common that differ in their workers alone.
     """
 
     label: str
     curve: str
     cost: Callable[[int], float]
     every: int = 1
+    rule: str = ""
 
 
 @dataclass
@@ -106,6 +111,8 @@ def slower_by_timing(entrants: Sequence[Entrant], steps: int) -> set[int]:
     out = {place for place, cost in enumerate(costs) if cost > SLOWEST * min(costs)}
     for place, one in enumerate(entrants):
         for other_place, other in enumerate(entrants):
+            if one.rule and one.rule == other.rule and costs[place] > ONE_RULE * costs[other_place]:
+                out.add(place)
             if one.curve == other.curve and (costs[other_place], other_place) < (costs[place], place):
                 out.add(place)
     return out
