@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from instep.bounds import Bounds
-from instep.errors import DataError, InstepError
+from instep.errors import DataError, InstepError, ResourceError
 from instep.team.hosts_there import HostsThere
 from instep.team.messages import (
     Digest,
@@ -25,6 +25,7 @@ from instep.team.orders import (
     AskToPause,
     AskToStop,
     CancelRun,
+    CannotStart,
     EndEpoch,
     EpochEnded,
     FailRun,
@@ -99,7 +100,8 @@ class World:
         self.ending: RosterEvent | None = None  # what the roster heard when it had an epoch ended, until that is gone
         self.last: RosterEvent | None = None
         self.final: Order | None = None
-        self.stopping = self.server_told = self.pausing = False
+        self.stopping = self.server_told = self.pausing = self.undone = False
+        self.proved = 0  # with how many workers the team has done a step last
         self.wanted = workers
         self.counted = 0
         self.losses: list[Member] = []  # which must be told of
@@ -119,7 +121,7 @@ class World:
         if self.final is None and self.ending is None:
             active = self.roster.active
             assert set(active) <= set(self.living()), "it waits for the dead"
-            assert set(self.roster.awaited) == self.awaited()
+            assert set(self.roster.hosts.awaited) == self.awaited()
             if self.awaited():
                 assert not active
                 assert not self.living(), "a process lives, and its team waits for a host"
@@ -200,6 +202,10 @@ class World:
                     assert Member(new.epoch, new.number, new.incarnation - 1, host) in self.stage
                     assert new not in self.stage
                     self.stage[new] = "building"
+            case NoteResize(workers=workers, before=before) if isinstance(self.last, Lost | Said | CannotStart):
+                assert self.proved == workers < before == len(self.of_workers()), "it has grown, and done no step"
+                self.wanted, self.bounds, self.undone = workers, None, True
+                self.losses = self.losses[:-1] if isinstance(self.last, Lost) else self.losses
             case NoteResize(workers=workers, before=before):
                 assert self.bounds is not None, "what a person asks for is noted by who hears it"
                 assert self.epochs, "there was no other number before"
@@ -321,8 +327,9 @@ class World:
         wrong = isinstance(self.ending, Said) and isinstance(self.ending.message, FoundWrong)
         lost = wrong or isinstance(self.ending, Lost)
         lost |= isinstance(self.ending, HostLost | HostCame) and self.bounds is None
+        lost &= not self.undone
         self.counted += lost and not self.stopping and self.counted < self.allowed
-        self.started, self.ending = False, None
+        self.started, self.ending, self.undone = False, None, False
         self.needed = set(range(self.hosts)) if self.patient else set()
         self.holders.clear()
         self.stage.update({m: "dead" for m, stage in self.stage.items() if stage != "lost"})
@@ -365,6 +372,14 @@ class World:
             self.needed &= {0}
         self.tell(LongAwaited())
 
+    def of_workers(self) -> list[Member]:
+        """Those present but the server."""
+        return self.present()[: -1 if self.serving else None]
+
+    def does_a_step(self) -> None:
+        self.proved = len(self.of_workers())
+        self.roster.hosts.proved()
+
     def stop(self, *, at_once: bool = False, within: bool = False) -> None:
         self.stopping = True
         self.tell(StopAsked(at_once, within))
@@ -406,6 +421,10 @@ class World:
                 self.saves()
             case "resize", _:
                 self.resize(1 + pick % 4)
+            case "prove", False if self.roster.going:
+                self.does_a_step()
+            case "room", False if self.started and not self.roster.going:
+                self.tell(CannotStart(ResourceError("there is no room.")))
             case "late", _:
                 self.waits_long()
             case "stop", _:

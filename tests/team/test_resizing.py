@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from instep.cli import main
-from instep.errors import RecordError
+from instep.errors import RecordError, ResourceError
 from instep.recipe import Team
-from instep.team import hosts
+from instep.team import crew, hosts
 from instep.team.asking import resized, standing_of
+from instep.transport.memory import reserve as transport_reserve
 from support.agents import meet_here, train_on
 from support.harness import Outcome, train_here
 from support.kinds import quick
@@ -126,3 +132,48 @@ def test_what_a_team_cannot_be_is_one_sentence(tmp_path: Path, capsys: pytest.Ca
         f"instep: {path} does not go on, so its team cannot change; resume it with 3 workers, or start it again.\n"
     )
     assert not of_kind(run, "resized")
+
+
+@pytest.mark.parametrize("way", quick(["no room", "killed at its start", "killed in its first step"], "no room"))
+def test_a_number_that_there_is_no_room_for_is_undone_with_a_sentence_and_the_run_goes_on(
+    way: str, tmp_path: Path, alone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, file, calls = tmp_path / "run", tmp_path / "go on", list[int]()
+
+    def reserve(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ResourceError("the team needs 9 MiB of shared memory, and 1 MiB is free.")
+        transport_reserve(*args)
+
+    def killed_if_fourth(what: Any) -> Any:
+        def call(*args: Any) -> Any:
+            if multiprocessing.current_process().name == "worker-3":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return what(*args)
+
+        return call
+
+    recipe, why = waiting_in(1, 0, file), ") was killed by SIGKILL"
+    if way == "no room":
+        monkeypatch.setattr(crew, "reserve", reserve)
+        why = "the team needs 9 MiB of shared memory"
+    elif way == "killed at its start":
+        recipe = replace(recipe, model=killed_if_fourth(lambda: nn.Linear(3, 1)))
+    else:
+        recipe = replace(recipe, objective=killed_if_fourth(recipe.objective.use))
+
+    def ask() -> None:
+        when_going(path)
+        resized(path, 4)
+
+    with meanwhile(ask, file.touch):
+        run = train_here(recipe, Team(workers=2, restarts=0), path)
+    assert run.digest == alone
+    assert [(each["before"], each["workers"]) for each in of_kind(run, "resized")] == [(2, 4), (4, 2)]
+    warned = [each["why"] for each in of_kind(run, "warned")]
+    assert len(warned) == 1
+    assert warned[0].startswith("the team cannot have 4 workers, and goes on with 2: ")
+    assert why in warned[0]
+    assert (run.result["restarts"], run.result["workers"]) == (0, 2)
+    assert [each["version"] for each in of_kind(run, "merged")] == [1, 2, 3], "no step is done twice"

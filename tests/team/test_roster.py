@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from instep.bounds import Bounds
-from instep.errors import DataError, InstepError, WorkerError
+from instep.errors import DataError, InstepError, ResourceError, WorkerError
 from instep.ranges import share_out
 from instep.team.agreement import refuted
 from instep.team.hosts_there import HostsThere
@@ -18,6 +18,7 @@ from instep.team.orders import (
     AskToPause,
     AskToStop,
     CancelRun,
+    CannotStart,
     EndEpoch,
     FailRun,
     FinishRun,
@@ -45,7 +46,7 @@ pytestmark = pytest.mark.pure
 
 KINDS = (
     "build", "build", "build", "ready", "end", "lose", "lose", "raise", "write", "digest", "drift", "stop", "gone",
-    "gone", "old", "come", "come", "part", "save", "resize", "hand", "cannot", "late",
+    "gone", "old", "come", "come", "part", "save", "resize", "hand", "cannot", "late", "prove", "room",
 )  # fmt: skip
 HISTORIES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 29)), max_size=60)
 AGENTS = st.sampled_from([(1,), (1,), (1, 1), (2, 1), (1, 1, 1)])
@@ -95,6 +96,8 @@ def test_random_histories_come_everywhere() -> None:
     @example(World(restarts=2, begun=True), [(kind, 0) for kind in ("lose", "gone", "build", "lose", "gone")])
     @example(World(serving=True, agents=(1, 1)), [("come", 1), ("build", 0), ("part", 1), ("come", 1)])  # seldom
     @example(World(serving=True, begun=True), [("raise", 0)])
+    @example(World(begun=True), [("write", 0), ("gone", 1), ("build", 0), ("stop", 2)])
+    @example(World(begun=True), [("stop", 0)])
     @example(World(agents=(1, 1), bounds=Bounds(1, 4)), [("late", 0), ("build", 0), ("come", 1)])
     def look(world: World, history: list[tuple[str, int]]) -> None:
         for kind, pick in history:
@@ -262,7 +265,7 @@ def test_members_are_called_by_what_they_do() -> None:
 def test_a_lost_host_leaves_its_workers_to_the_others_or_is_waited_for() -> None:
     for patient in (False, True):
         world = World(3, agents=(1, 1), patient=patient)
-        assert world.roster.awaited == [1]
+        assert world.roster.hosts.awaited == [1]
         world.comes(1)
         assert [each.host for each in world.present()] == [0, 1, 1]
         world.build()
@@ -708,20 +711,20 @@ def test_no_more_workers_start_than_the_most_and_hosts_have_nearly_equal_parts()
         world.gone()
         world.build()
     assert numbers_on_hosts(world) == [0, 1, 2]
-    assert world.roster.wanted == 3
+    assert world.roster.hosts.wanted == 3
 
 
 @pytest.mark.parametrize("serving", [False, True])
 def test_a_team_that_is_too_small_waits_for_hosts_and_goes_on_with_who_comes(serving: bool) -> None:
     world = World(agents=(1, 1, 1), restarts=0, bounds=Bounds(3, 8), serving=serving)
     world.waits_long()
-    assert world.roster.awaited == [1, 2], "any of whom makes room enough"
+    assert world.roster.hosts.awaited == [1, 2], "any of whom makes room enough"
     world.comes(2)
     world.build()
     assert numbers_on_hosts(world)[: 4 + serving] == [0, 0, 2, 2] + [0] * serving
     world.loses(2)
     world.gone()
-    assert world.roster.awaited == [1, 2]
+    assert world.roster.hosts.awaited == [1, 2]
     world.comes(1)
     assert len(world.present()) == 3 + serving
     assert world.roster.restarts == 0
@@ -746,3 +749,65 @@ def test_a_number_that_somebody_asks_for_ends_the_following() -> None:
     world.comes(1)
     assert AskToPause(2) not in world.orders
     assert not [order for order in world.orders if isinstance(order, NoteResize)]
+
+
+# ------------------------------------------------------------------------------------ a team that has grown beyond room
+
+
+def grown(*, serving: bool = False) -> World:
+    """A team of 2 that has trained, and has started anew with 4."""
+    world = working(2, restarts=0, serving=serving)
+    world.does_a_step()
+    world.resize(4)
+    if serving:
+        world.end(world.roster.leader)
+    else:
+        for each in world.present():
+            world.end(each)
+    world.gone()
+    assert len(world.present()) == 4 + serving
+    world.orders.clear()
+    return world
+
+
+WAYS = ["lost", "lost later", "raised", "no room"]
+
+
+@pytest.mark.parametrize("serving", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_team_that_cannot_grow_goes_on_as_it_was(way: str, serving: bool) -> None:
+    world = grown(serving=serving)
+    if way == "lost later":
+        world.build()
+        world.orders.clear()
+    if way.startswith("lost"):
+        world.lose(member(3, epoch=2), "it was killed.")
+    elif way == "raised":
+        world.raises(member(3, epoch=2), WorkerError("it was killed."))
+    else:
+        world.tell(CannotStart(ResourceError("it was killed.")))
+    world.gone()
+    warned, noted, ended, start = world.orders
+    assert warned == Warn("the team cannot have 4 workers, and goes on with 2: it was killed.")
+    assert (noted, ended) == (NoteResize(2, 4, "it was killed."), EndEpoch(2))
+    assert isinstance(start, Start)
+    assert len(start.members) == 2 + serving
+    assert world.roster.restarts == 0, "which nobody counts"
+    world.build()
+    world.lose(member(0, epoch=3))
+    assert not [order for order in world.orders[5:] if isinstance(order, NoteResize)], "it was as large before"
+
+
+def test_a_team_that_has_done_a_step_with_more_is_not_taken_back() -> None:
+    world = grown()
+    world.build()
+    world.does_a_step()
+    world.orders.clear()
+    world.lose(member(3, epoch=2))
+    assert world.orders == [EndEpoch(2)]
+
+
+def test_what_cannot_start_at_first_ends_the_run() -> None:
+    world = World(2)
+    world.tell(CannotStart(ResourceError("there is no memory.")))
+    assert str(error_of(world)) == "there is no memory."

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from instep.descendants import adopting_orphans, children, orphaned
-from instep.errors import InstepError, RecordError
+from instep.errors import InstepError, ResourceError
 from instep.record import best, checkpoint
 from instep.record.event_kinds import ResizedEvent
-from instep.record.events import CheckpointedEvent, Event, FailedEvent, LeftEvent
+from instep.record.events import FailedEvent, LeftEvent, MergedByServerEvent, MergedEvent
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.tape import Tape
@@ -31,7 +31,7 @@ from instep.team.hosts_there import hosts_of
 from instep.team.journal import ClientGone, Journal
 from instep.team.network import network_of
 from instep.team.orders import Member
-from instep.team.outcome import check_steps, end_of, result_of, start_of
+from instep.team.outcome import cause_of, check_steps, end_of, result_of, saved_amid, start_of
 from instep.team.parted import Parted
 from instep.team.remembered import KeptCopies
 from instep.team.roster import Roster
@@ -94,7 +94,7 @@ class Agent:
                 with answers.listening(self._held.descriptor):
                     return self._train() if self._run.place is None else self._train_with_others()
             except InstepError as error:
-                why = self._cause(error)
+                why = cause_of(error, self._held)
                 self._journal.record(FailedEvent(why=why.message))
                 raise why from error.__cause__
 
@@ -111,14 +111,6 @@ class Agent:
     def met(self) -> bool:
         """Whether other agents have been let in, who are told of errors."""
         return self._hosts is not None
-
-    def _cause(self, error: InstepError) -> InstepError:
-        """What is to be told: where the run folder is gone, that is why something else failed."""
-        try:
-            self._held.check()
-        except RecordError as gone:
-            return gone
-        return error
 
     # What it hears
 
@@ -155,7 +147,7 @@ class Agent:
         if hosts is not None:
             for event in hosts.hear(ready, begun=self.roster.epoch > 0):
                 self._hear(event)
-            if line := hosts.awaiting(self.roster.awaited):
+            if line := hosts.awaiting(self.roster.hosts.awaited):
                 self._journal.say(line)
             if hosts.long_awaited:
                 self._hear(orders.LongAwaited())
@@ -178,7 +170,9 @@ class Agent:
         match heard.message:
             case messages.Events(events):
                 self._journal.pass_on(events)
-                if self._hosts is not None and any(self._saved_amid(event) for event in events):
+                if self.roster.hosts.unproved and any(isinstance(e, MergedEvent | MergedByServerEvent) for e in events):
+                    self.roster.hosts.proved()
+                if self._hosts is not None and any(saved_amid(event, self._run) for event in events):
                     self._hear(orders.Saved(heard.member.epoch))
                 return
             case messages.Sync():
@@ -201,10 +195,6 @@ class Agent:
             case messages.StateKept():
                 return  # which only an agent that follows asks for
         self._hear(orders.Said(heard.member, heard.message))
-
-    def _saved_amid(self, event: Event) -> bool:
-        """Whether it tells of a checkpoint after which there is more to train."""
-        return isinstance(event, CheckpointedEvent) and event.version < self._run.recipe_table["steps"]
 
     def _look(self) -> None:
         """What no message tells."""
@@ -243,11 +233,16 @@ class Agent:
             waiting.appendleft(orders.StopAsked(within=True))
         while waiting:
             for order in self.roster.hear(waiting.popleft()):
-                waiting.extend(self._obey(order))
+                try:
+                    waiting.extend(self._obey(order))
+                except ResourceError as error:
+                    if self.roster.over:
+                        raise
+                    waiting.append(orders.CannotStart(error))
 
     def _resize(self, workers: int, by: str) -> tuple[int, str]:
         """Has the team go on with so many workers, as somebody asks. How many it was to have, and why not, if so."""
-        run, before = self._run, self.roster.wanted
+        run, before = self._run, self.roster.hosts.wanted
         why = why_not(run.rule, run.recipe_table["microbatches"], run.team, workers)
         why = "the run is about to end, as it was asked to." if self._local.stop_wanted() else why
         if not why and workers != before:

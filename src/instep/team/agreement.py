@@ -96,6 +96,11 @@ def too_often(why: str, restarts: int) -> str:
     return f"{why.rstrip('.')}; the team has started again {restarts} times, as often as team.restarts allows."
 
 
+def too_large(workers: int, why: str, before: int) -> str:
+    """What is said of a team that was to have so many workers and has `before` again, by the sentence `why`."""
+    return f"the team cannot have {workers} workers, and goes on with {before}: {why}"
+
+
 def no_stand_in(why: str) -> str:
     """What is said where nobody can do the part of a worker that died."""
     return f"{why}, so that the team goes back to its last checkpoint."

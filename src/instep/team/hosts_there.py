@@ -54,6 +54,7 @@ class HostsThere:
         self.names: dict[int, str] = {}
         self.waiting = False
         """Whether a team waits for some before it starts."""
+        self._started = self._proved = 0  # how many workers it has now, and had when it last did a step
         self._agents, self._bounds, self._rooms = list(agents), bounds, [room, *[0] * (len(agents) - 1)]
         self._here = {0} if agents[0] == 1 else set[int]()
         self._patient, self._needed = patient, frozenset(range(len(agents)))  # without which no team starts
@@ -123,6 +124,31 @@ class HostsThere:
     def fix(self, workers: int) -> None:
         """The team is to have so many, whatever comes or goes."""
         self.wanted, self._bounds = workers, None
+
+    def started(self) -> list[int]:
+        """A team of as many as are wanted starts: how many workers each host gets."""
+        self._started = self.wanted
+        return self.shares()
+
+    @property
+    def unproved(self) -> bool:
+        """Whether it has done no step with so many."""
+        return self._started != self._proved
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether it has grown since it last did a step."""
+        return 0 < self._proved < self._started
+
+    def proved(self) -> None:
+        """It has done a step."""
+        self._proved = self._started
+
+    def undo(self, why: str) -> NoteResize:
+        """It is to have as many as it last did a step with, whatever comes or goes."""
+        before = self._started
+        self.fix(self._proved)
+        return NoteResize(self.wanted, before, why)
 
     def fit(self, by: str) -> list[Order]:
         """Has the team take the room that there is, as `by` asks for; what is to be told of that, if it is news."""

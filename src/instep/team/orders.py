@@ -127,7 +127,15 @@ class Resize:
     workers: int
 
 
-RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | HostCame | HostLost | LongAwaited | Saved | Resize
+@dataclass(frozen=True)
+class CannotStart:
+    """What was ordered last for a start of the team could not be done."""
+
+    error: InstepError
+
+
+OfHosts = HostCame | HostLost | LongAwaited
+RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | OfHosts | Saved | Resize | CannotStart
 
 Ending = Lost | FoundWritten | Saved | Resize
 """Why an epoch ends before the run."""

@@ -10,10 +10,11 @@ from typing import Any
 
 from msgspec import UNSET, UnsetType
 
-from instep.errors import RecipeError
+from instep.errors import InstepError, RecipeError, RecordError
 from instep.record import checkpoint
 from instep.record.computed_by import libraries, processor
-from instep.record.events import SCHEMA, RunEndedEvent, RunStartedEvent
+from instep.record.events import SCHEMA, CheckpointedEvent, Event, RunEndedEvent, RunStartedEvent
+from instep.record.held import Held
 from instep.record.result import Costs, Result
 from instep.record.team import BytesOfHost, HostInTeam
 from instep.tables import to_table
@@ -28,6 +29,20 @@ def check_steps(run: Request, resume_from: Path | None) -> None:
         raise RecipeError(
             f"{run.folder} has done {done} steps already, and 'recipe.steps' is {steps}; give {done} or more."
         )
+
+
+def cause_of(error: InstepError, held: Held) -> InstepError:
+    """What is to be told: where the run folder is gone, that is why something else failed."""
+    try:
+        held.check()
+    except RecordError as gone:
+        return gone
+    return error
+
+
+def saved_amid(event: Event, run: Request) -> bool:
+    """Whether it tells of a checkpoint after which there is more to train."""
+    return isinstance(event, CheckpointedEvent) and event.version < run.recipe_table["steps"]
 
 
 def start_of(

@@ -41,7 +41,7 @@ class Roster:
 
     serving: under the server engine, where a worker can be replaced while the others go on, and the run ends with the
     server; in lockstep all have the same weights, and one is nothing without the others. restarts: so many are allowed.
-    folder: the run folder, for sentences. hosts: which share the workers.
+    folder: the run folder, for sentences. hosts: which share the workers. Where some are awaited no process lives.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Roster:
         """Whether the team of this epoch has begun."""
         self.over = False
         """Whether the run has."""
-        self._hosts, self._leader, self._places = hosts, hosts.wanted * serving, list[PlaceInTeam]()
+        self.hosts, self._leader, self._places = hosts, hosts.wanted * serving, list[PlaceInTeam]()
         self._unlooked = self._looked = self._pausing = False
         self._digests = agreement.Digests()
         self._ending: orders.Ending | None = None  # why the epoch ends, until it is gone
@@ -75,11 +75,6 @@ class Roster:
     def begin(self) -> list[Order]:
         """Starts the team for the first time."""
         return self._start_if_all_are_there()
-
-    @property
-    def wanted(self) -> int:
-        """How many workers the team is to have from its next start on."""
-        return self._hosts.wanted
 
     def hear(self, event: orders.RosterEvent) -> list[Order]:
         """What is to be done after `event`, in this order."""
@@ -97,19 +92,23 @@ class Roster:
         if isinstance(event, orders.HostCame):
             return self._came(event)
         if isinstance(event, orders.HostLost):
-            self._hosts.left(event.host)
+            self.hosts.left(event.host)
             return self._lose_all_of(event.host, event.why)
         if isinstance(event, orders.Resize):
-            self._hosts.fix(event.workers)
-            return self._start_if_all_are_there() if self._hosts.waiting else self._pause()
+            self.hosts.fix(event.workers)
+            return self._start_if_all_are_there() if self.hosts.waiting else self._pause()
         if isinstance(event, orders.LongAwaited):
-            return self._start_if_all_are_there() if self._hosts.need_no_more() else []
+            return self._start_if_all_are_there() if self.hosts.need_no_more() else []
+        if isinstance(event, orders.CannotStart):
+            return self._undo(event.error.message) or self._over(orders.FailRun(event.error))
         if isinstance(event, orders.Saved):
             return self._end(event) if event.epoch == self.epoch and self._newcomers() else []
         if event.member not in self.active:
             return []
         place = self._places[event.member.number]
-        return self._lost(event, place) if isinstance(event, orders.Lost) else self._said(event.message, place)
+        if isinstance(event, orders.Lost):
+            return self._undo(event.why) or self._lost(event, place)
+        return self._said(event.message, place)
 
     @property
     def active(self) -> list[Member]:
@@ -128,7 +127,7 @@ class Roster:
         if self._serving and number == self._leader:
             return "the server"
         host = self._places[number].member.host if number < len(self._places) else 0
-        return f"worker {number} on host {host} ({self._hosts.names[host]})" if host else f"worker {number}"
+        return f"worker {number} on host {host} ({self.hosts.names[host]})" if host else f"worker {number}"
 
     # What follows from an event
 
@@ -150,30 +149,25 @@ class Roster:
             case messages.NotStoodIn():
                 return self._cannot_stand_in(message)
             case messages.Failed():
-                return self._failed(message.error(), place)
+                return self._undo(message.sentence) or self._failed(message.error(), place)
             case messages.StoppedAt():
                 assert self._raised is not None, "the server was told to stop"
                 sentence = with_saved(self._raised.message, message.version, self._folder)
                 return self._over(orders.FailRun(type(self._raised)(sentence, detail=self._raised.detail)))
 
-    @property
-    def awaited(self) -> list[int]:
-        """The hosts that a team waits for before it starts. Where there are some, none of its processes lives."""
-        return self._hosts.awaited
-
     def _came(self, came: orders.HostCame) -> list[Order]:
-        self._hosts.came(came)
-        if self._hosts.waiting:
+        self.hosts.came(came)
+        if self.hosts.waiting:
             return self._start_if_all_are_there()
         # One that was lost takes part again at once under a server; else once a checkpoint is saved, or when the team
         # next starts. A team that follows what is there takes in who is new after the present step.
         who = f"host {came.host} ({came.name})"
         lost = self._lose_all_of(came.host, f"{who} has come anew, without its workers.")
         started = [*lost, *self._start_there(came.host)]
-        if started or not self._hosts.follows or self._stopping or self._ending is not None:
+        if started or not self.hosts.follows or self._stopping or self._ending is not None:
             return started
-        noted = self._hosts.fit(f"{who}, which has come")
-        return [*noted, *self._pause()] if noted or newcomers(self._places, self._hosts.shares()) else []
+        noted = self.hosts.fit(f"{who}, which has come")
+        return [*noted, *self._pause()] if noted or newcomers(self._places, self.hosts.shares()) else []
 
     def _lose_all_of(self, host: int, why: str) -> list[Order]:
         """All workers of a host are lost at once."""
@@ -181,7 +175,7 @@ class Roster:
         if not there:
             return []
         lost = orders.Lost(there[0], why, whole_host=True)
-        few = self._hosts.few and not self._stopping and self._raised is None
+        few = self.hosts.few and not self._stopping and self._raised is None
         without = (self._can_do_without(there[0]) and not few) or self._ends_without(there[0])
         return self._go_on_without(there, lost) if without else self._end(lost)
 
@@ -205,33 +199,41 @@ class Roster:
         return [orders.StartMore(successors)] if successors else []
 
     def _start_if_all_are_there(self) -> list[Order]:
-        if self._hosts.too_few:
-            return self._fault(self._hosts.too_few)
-        if not self._hosts.look():
+        if self.hosts.too_few:
+            return self._fault(self.hosts.too_few)
+        if not self.hosts.look():
             self._places, self._ending, self.going = [], None, False
             return []
-        noted = self._hosts.fit("hosts that have come or gone")
+        noted = self.hosts.fit("hosts that have come or gone")
         looked, self._looked = self._looked, False
         return [*(noted if self.epoch else ()), self._start(looked=looked)]
 
     def _newcomers(self) -> list[int]:
         """The hosts that a new start would take in, where it may come and would have workers on more hosts than now."""
         going = self.going and self._ending is None and not any(place.done for place in self._places)
-        return newcomers(self._places, self._hosts.shares()) if going and not (self._stopping or self._serving) else []
+        return newcomers(self._places, self.hosts.shares()) if going and not (self._stopping or self._serving) else []
+
+    def _undo(self, why: str) -> list[Order]:
+        """A team that has grown, and has done no step since, goes on as it was before; nothing for any other."""
+        if self._stopping or not self.hosts.on_trial:
+            return []
+        resized = self.hosts.undo(why)
+        told = orders.Warn(agreement.too_large(resized.before, why, resized.workers))
+        return [told, resized, *self._end(orders.Resize(resized.workers))]
 
     def _pause(self) -> list[Order]:
         """The team is to start anew after the present step."""
         if self._stopping or self._ending is not None:
             return []  # the next start has so many, if one comes
         if not self.going:  # nothing is lost
-            return self._end(orders.Resize(self.wanted))
+            return self._end(orders.Resize(self.hosts.wanted))
         known, self._pausing = self._pausing, True
         return [] if known else [orders.AskToPause(self.epoch)]
 
     def _start(self, *, looked: bool = False) -> orders.Start:
         self.epoch += 1
-        self._leader = self.wanted * self._serving
-        hosts = [host for host, count in enumerate(self._hosts.shares()) for _ in range(count)] + [0] * self._serving
+        self._leader = self.hosts.wanted * self._serving
+        hosts = [host for host, count in enumerate(self.hosts.started()) for _ in range(count)] + [0] * self._serving
         members = tuple(Member(self.epoch, number, host=host) for number, host in enumerate(hosts))
         self._places = [PlaceInTeam(member) for member in members]
         self._unlooked = self._told_of = self.going = self._pausing = self._stands_in = False
@@ -279,7 +281,7 @@ class Roster:
                 return different
         ended = self._places[self._leader].ended
         if self._pausing and not self._stopping and ended is not None and ended.interrupted:
-            return self._end(orders.Resize(self.wanted))
+            return self._end(orders.Resize(self.hosts.wanted))
         return self._over(orders.FinishRun(self.leader))
 
     def _failed(self, error: InstepError, place: PlaceInTeam) -> list[Order]:
@@ -338,7 +340,7 @@ class Roster:
 
     def _stop(self, event: orders.StopAsked) -> list[Order]:
         known, self._stopping = self._stopping, True
-        if event.at_once or self._hosts.waiting:
+        if event.at_once or self.hosts.waiting:
             return self._over(orders.CancelRun())
         if event.within or self._ending is not None:
             return []
@@ -376,14 +378,12 @@ class Roster:
 
     def _start_again(self, *, looked: bool = False) -> list[Order]:
         self._looked = looked
-        self._hosts.begin_anew()
+        self.hosts.begin_anew()
         return self._start_if_all_are_there()
 
     def _count_restart(self, lost: orders.Lost) -> list[Order]:
-        """Counts a worker, or a team, that starts again; the run's end where that would be once too often. It is none
-        where a host is gone and the team follows what is there.
-        """
-        if lost.whole_host and self._hosts.follows:
+        """Counts a restart, but for a host where the team follows what is there; the end where it is one too many."""
+        if lost.whole_host and self.hosts.follows:
             return []
         if self.restarts == self._allowed:
             error = WorkerError(agreement.too_often(lost.why, self.restarts), detail=lost.detail)
