@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from instep.data import Data
+from instep.data.files import unreadable
 from instep.errors import DataError, RecipeError
 
 LEFT_OUT = frozenset(
@@ -140,4 +141,4 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}); make it readable or leave it out.") from None
+        raise unreadable(path, error) from None

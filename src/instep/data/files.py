@@ -1,0 +1,105 @@
+"""Files of a data set: found by pattern, known by a digest, read at any place without being held or mapped."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from instep.errors import DataError
+from instep.randomness import key
+
+PIECES, PIECE_BYTES = 256, 4096
+"""What of a file its digest covers."""
+
+
+def found(pattern: str | Sequence[str]) -> list[Path]:
+    """The files that a glob names, or several do (``**`` for any folders), each once, in order of their paths, in which
+    numbers count as such: ``shard-2`` comes before ``shard-10``. Raises DataError where there are none.
+    """
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    paths = {Path(name) for each in patterns for name in glob.glob(os.path.expanduser(each), recursive=True)}
+    files = sorted((path for path in paths if path.is_file()), key=_by_numbers)
+    if not files:
+        raise DataError(f"no file is there for {', '.join(patterns)} (from {os.getcwd()}); check the pattern.")
+    return files
+
+
+def _by_numbers(path: Path) -> list[tuple[int, int, str]]:
+    parts = re.split(r"([0-9]+)", path.as_posix())
+    return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts]
+
+
+class ReadAt:
+    """A file that is read at any place. It is opened when it is first read, in each process anew, and pickled by path.
+
+    Its size and time of change are those of when it was made: another file in its place is an error. (A copy of it that
+    was pickled knows the size alone, since it may be read on another machine.) Nothing is mapped, so that a process
+    does not grow by what it has read. Raises DataError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._descriptor = path, -1
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise unreadable(path, error) from None
+        self.size, self._changed_ns = status.st_size, status.st_mtime_ns
+
+    def read(self, start: int, count: int) -> bytes:
+        """So many bytes from byte `start` on, all of them."""
+        try:
+            if self._descriptor < 0:
+                self._open()
+            read = os.pread(self._descriptor, count, start)
+            while len(read) < count and (more := os.pread(self._descriptor, count - len(read), start + len(read))):
+                read += more
+        except OSError as error:
+            raise unreadable(self.path, error) from None
+        if len(read) < count:
+            raise DataError(
+                f"{self.path} ends after {start + len(read):,} bytes, and had {self.size:,} when the run began; put "
+                f"the whole file back."
+            )
+        return read
+
+    def digest(self, *, full: bool = False) -> str:
+        """SHA-256, in hexadecimal, of its size and 256 pieces of 4 KiB spread over it, at places keyed by the size; of
+        all its bytes where it has no more than these pieces, or `full`.
+        """
+        sha = hashlib.sha256(f"{self.size}\n".encode())
+        if full or self.size <= PIECES * PIECE_BYTES:
+            for start in range(0, self.size, 1 << 24):
+                sha.update(self.read(start, min(1 << 24, self.size - start)))
+            return sha.hexdigest()
+        part = self.size // PIECES
+        for piece in range(PIECES):
+            start = piece * part + key(self.size, piece, "probe") % (part - PIECE_BYTES + 1)
+            sha.update(self.read(start, PIECE_BYTES))
+        return sha.hexdigest()
+
+    def _open(self) -> None:
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        status = os.fstat(descriptor)
+        if status.st_size != self.size or self._changed_ns not in (0, status.st_mtime_ns):
+            os.close(descriptor)
+            raise DataError(
+                f"{self.path} has changed since the run began; put the file back as it was, or begin a new run."
+            )
+        self._descriptor = descriptor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": -1, "_changed_ns": 0}
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            os.close(self._descriptor)
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error for a file that cannot be read."""
+    return DataError(f"cannot read {path} ({error.strerror}); make it readable or leave it out.")

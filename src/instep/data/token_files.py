@@ -1,0 +1,184 @@
+"""Files of tokens, as nanoGPT, llm.c and Megatron write them, in windows, whatever their size."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import struct
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from instep.data import Data
+from instep.data.files import ReadAt, found
+from instep.data.order import keys, permuted
+from instep.errors import DataError, RecipeError
+
+_LLM_C = {20240520: ("uint16", 1), 20240801: ("uint32", 7)}
+"""By the number that a file of llm.c begins with: the type of its tokens, and the version of the format."""
+
+_LLM_C_HEADER = 1024
+
+_MEGATRON = b"MMIDIDX\x00\x00"
+_MEGATRON_HEADER = struct.Struct("<9sQBQQ")
+_MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+
+TokenType = Literal["uint8", "uint16", "uint32", "int32", "int64"]
+
+
+class TokenFile:
+    """The tokens of one file, in a row. `start` is the byte of the first, `count` their number.
+
+    A file of llm.c is known by its header (its magic number, version and count of tokens), one of Megatron by the
+    ``.idx`` beside it, which says the type; any other holds tokens of `dtype` and nothing else, as nanoGPT's. All are
+    little-endian. Raises DataError where header and file disagree.
+    """
+
+    def __init__(self, path: Path, dtype: TokenType = "uint16") -> None:
+        self.path, self._file = path, ReadAt(path)
+        index = path.with_suffix(".idx")
+        self.start, kind, count = 0, str(dtype), -1
+        if index.exists():
+            kind, count = _megatron(index)
+        elif self._file.size >= _LLM_C_HEADER:
+            magic, version, tokens = struct.unpack("<3i", self._file.read(0, 12))
+            if magic in _LLM_C and _LLM_C[magic][1] == version:
+                self.start, kind, count = _LLM_C_HEADER, _LLM_C[magic][0], tokens
+        self.dtype = np.dtype(kind).newbyteorder("<")
+        size = self._file.size - self.start
+        self.count = size // self.dtype.itemsize if count < 0 else count
+        if self.count * self.dtype.itemsize != size:
+            said = "its size is no multiple of that" if count < 0 else f"there should be {count:,} of them"
+            raise DataError(
+                f"{path} has {size:,} bytes of tokens of {self.dtype.itemsize} each ({kind}), and {said}: the file is "
+                f"cut, or of another 'dtype'; write it anew, or say its type."
+            )
+
+    def tokens(self, start: int, stop: int) -> NDArray[np.integer]:
+        """Tokens from `start` up to `stop`. Raises DataError where the file is not what it was."""
+        each = self.dtype.itemsize
+        return np.frombuffer(self._file.read(self.start + start * each, (stop - start) * each), self.dtype)
+
+    def digest(self, *, full: bool = False) -> str:
+        """See `ReadAt.digest`."""
+        return self._file.digest(full=full)
+
+
+def _megatron(index: Path) -> tuple[str, int]:
+    """The type and number of tokens of the file beside an index."""
+    header = ReadAt(index)
+    if header.size < _MEGATRON_HEADER.size:
+        raise DataError(f"{index} is too short for an index of Megatron's; write it anew.")
+    magic, version, code, sequences, documents = _MEGATRON_HEADER.unpack(header.read(0, _MEGATRON_HEADER.size))
+    if magic != _MEGATRON or version != 1 or code not in _MEGATRON_TYPES:
+        raise DataError(
+            f"{index} is no index of whole tokens as Megatron writes it (version 1); give files whose index is, or "
+            f"move it away from beside the tokens."
+        )
+    if header.size < _MEGATRON_HEADER.size + 12 * sequences + 8 * documents:
+        raise DataError(f"{index} is cut: it says {sequences:,} sequences, and ends before; write it anew.")
+    total = 0
+    for first in range(0, sequences, 1 << 20):
+        sizes = header.read(_MEGATRON_HEADER.size + 4 * first, 4 * min(1 << 20, sequences - first))
+        total += int(np.frombuffer(sizes, "<i4").sum(dtype=np.int64))
+    return _MEGATRON_TYPES[code], total
+
+
+class TokenWindows(Dataset[Tensor]):
+    """Windows of ``context + 1`` tokens, [context + 1], int64, each starting `context` tokens after the one before.
+
+    So every token of a file but the first is a target once; the last ones, where they fill no window, are left out, and
+    no window spans two files. windows: those of all that are meant; None for all of them. mixed: they come in an order
+    at random, always the same, so that the first few are a fair sample. vocabulary: tokens must be below it; 0 does not
+    look. full_digest: covers all bytes. Raises DataError, RecipeError.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[TokenFile],
+        context: int,
+        *,
+        windows: range | None = None,
+        mixed: bool = False,
+        vocabulary: int = 0,
+        full_digest: bool = False,
+    ) -> None:
+        if context < 1:
+            raise RecipeError(f"'context' is {context}; it must be at least 1 token.")
+        self.files, self.context, self.vocabulary = list(files), context, vocabulary
+        self._ends = list(itertools.accumulate(max(0, (file.count - 1) // context) for file in files))
+        self.windows = range(self._ends[-1]) if windows is None else windows
+        self._mixed, self._full = mixed, full_digest
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the files' digests and which windows are meant."""
+        files = " ".join(file.digest(full=self._full) for file in self.files)
+        return hashlib.sha256(f"{files} {self.context} {self.windows} {self._mixed}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} is not from 0 to {len(self) - 1}")
+        if self._mixed:
+            index = int(permuted(np.array([index]), len(self), keys(0, 0, "held out"))[0])
+        window = self.windows[index]
+        place = bisect.bisect_right(self._ends, window)
+        file, start = self.files[place], (window - (self._ends[place - 1] if place else 0)) * self.context
+        tokens = torch.from_numpy(file.tokens(start, start + self.context + 1).astype(np.int64))
+        if self.vocabulary and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary:
+            other = int(tokens.max()) if int(tokens.max()) >= self.vocabulary else int(tokens.min())
+            raise DataError(
+                f"sample {index} has the token {other}, after token {start:,} of {file.path}, and the vocabulary is "
+                f"{self.vocabulary}: the file is of another tokenizer, or of another 'dtype' than "
+                f"{file.dtype.name}; say the right one."
+            )
+        return tokens
+
+
+def token_files(
+    pattern: str | Sequence[str],
+    context: int,
+    held_out: float | str = 0.01,
+    *,
+    dtype: TokenType = "uint16",
+    vocabulary: int = 0,
+    full_digest: bool = False,
+) -> Data:
+    """Token files in windows: those that `pattern` names, one glob or several, see `TokenFile` and `TokenWindows`.
+
+    held_out: a share of the windows, the last ones; or a pattern of the files that are held out. Raises DataError where
+    a file is none, is cut, or there are too few tokens, RecipeError for a bad share.
+    """
+    if not isinstance(held_out, str) and not 0 < held_out < 1:
+        raise RecipeError(f"'held_out' is {held_out}; it is a share of the windows, above 0 and below 1, or a pattern.")
+    files = [TokenFile(path, dtype) for path in found(pattern)]
+    every = TokenWindows(files, context, vocabulary=vocabulary, full_digest=full_digest)
+    if isinstance(held_out, str):
+        train, others = every, [TokenFile(path, dtype) for path in found(held_out)]
+        rest = TokenWindows(others, context, mixed=True, vocabulary=vocabulary, full_digest=full_digest)
+    else:
+        cut = len(every) - max(1, int(len(every) * held_out))
+        parts = every.windows[: max(0, cut)], every.windows[max(0, cut) :]
+        train, rest = (
+            TokenWindows(files, context, windows=part, mixed=mixed, vocabulary=vocabulary, full_digest=full_digest)
+            for part, mixed in zip(parts, (False, True), strict=True)
+        )
+    for part, name in ((train, "training"), (rest, "held-out")):
+        if not len(part):
+            tokens = sum(file.count for file in part.files)
+            raise DataError(
+                f"the {name} tokens are too few: {tokens:,} in {len(part.files)} files leave no window of "
+                f"{context + 1}; give more, or a smaller 'context'."
+            )
+    return Data(train, rest)
