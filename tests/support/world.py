@@ -55,7 +55,7 @@ from instep.team.orders import (
 from instep.team.roster import Roster
 
 NAMES = ("a", "b", "c")
-ROOMS = (2, 1, 2)
+ROOMS = (2, 1, 2, 1)
 """For how many workers each host has room, where their number follows that."""
 
 FINAL = (FinishRun, FailRun, CancelRun)
