@@ -9,7 +9,7 @@ import pytest
 
 from instep.team import parted
 from instep.team.messages import PeersLost
-from instep.team.orders import FinishRun, HostLost, StopAsked
+from instep.team.orders import FinishRun, HostLost, Lost, StopAsked
 from instep.team.parted import BEREFT_S, PARTED_S, Parted
 from support.world import World
 
@@ -72,3 +72,27 @@ def test_who_is_beside_the_leader_and_could_not_save_ends_the_run_at_once(clock:
     looks.note(world.roster.leader, PeersLost("the connection has ended"))
     clock[0] += PARTED_S
     assert looks.look(world.roster, HOSTS) == StopAsked(at_once=True)
+
+
+def test_who_saves_after_it_has_told_of_its_loss_is_let_save(clock: list[float]) -> None:
+    """The loss was noticed by all before the run was asked to end."""
+    world, looks = bereft(2, (1, 1)), Parted()
+    looks.note(world.roster.leader, PeersLost("the connection has ended"))
+    looks.keeps(world.roster.leader)
+    clock[0] += 10 * PARTED_S
+    assert looks.look(world.roster, HOSTS) is None
+
+
+def test_who_does_not_end_once_the_leader_has_saved_is_ended_without(clock: list[float]) -> None:
+    world, looks = bereft(4, (1, 1, 1)), Parted()
+    leader, *others = world.roster.active
+    world.end(leader)
+    assert looks.look(world.roster, HOSTS) is None
+    while world.final is None:
+        clock[0] += BEREFT_S
+        event = looks.look(world.roster, HOSTS)
+        assert isinstance(event, Lost)
+        assert event.member in others
+        assert event.why.endswith(" has not ended 10 s after the run was saved.")
+        world.lose(event.member)
+    assert world.final == FinishRun(leader)

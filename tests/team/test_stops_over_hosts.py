@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from instep.team.signals import Interrupted
 from support import workloads
 from support.agents import Followers, meet_here, train_on
 from support.harness import Client, stopping_at, train_here
+from support.patience import LONG_S
+from support.processes import wait_until
+from support.threads import meanwhile
 
 pytestmark = pytest.mark.processes
 
@@ -120,3 +124,41 @@ def test_a_team_that_cannot_save_any_more_ends_all_the_same_and_says_what_is_los
     assert not (tmp_path / "run" / "result.json").exists()
     (told,) = (event["why"] for event in ending.client.events if "without having saved" in event.get("why", ""))
     assert told.startswith("the run ends without having saved version 4; its last checkpoint is version 3: it goes on")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_end_after_its_workers_have_noticed_a_loss_and_before_others_have_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: str
+) -> None:
+    """The agent of the host that was lost is stopped, so that its lease alone tells."""
+    noticed, wait = tmp_path / "noticed", process.wait_for_the_end
+
+    def waiting(*arguments: Any) -> bool:
+        noticed.touch()
+        return wait(*arguments)
+
+    monkeypatch.setattr(process, "wait_for_the_end", waiting)
+    recipe, who = stands_still(), Team(workers=3, checkpoint_every=3, keep=0, lease_s=5.0)
+    pids: dict[int, int] = {}
+    last = threading.Event()
+
+    def see(event: dict[str, Any]) -> None:
+        if event["kind"] == "joined":
+            pids[event["worker"]] = event["pid"]
+        if event["kind"] == "merged" and event["version"] == LAST:
+            last.set()
+
+    client = Client(see)
+    followers = Followers(recipe, who, (2, 1), tmp_path)
+
+    def act() -> None:
+        assert last.wait(LONG_S)
+        followers.kill(2, signal.SIGSTOP)
+        os.kill(pids[2], signal.SIGKILL)
+        wait_until(noticed.exists, LONG_S, "the loss to be noticed")
+        client.ask_to_stop()
+
+    with meanwhile(act, lambda: None):
+        run, _ = train_on((2, 1), recipe, who, tmp_path / "run", client=client, followers=followers, told_s=0.0)
+    assert run.result["interrupted"]
+    assert (run.result["steps"], run.digest, run.result["restarts"]) == (LAST, alone, 0)

@@ -190,7 +190,7 @@ class Agent:
                 self._parted.note(heard.member, heard.message)
                 return
             case messages.KeepingState():
-                self._parted.saves = True
+                self._parted.keeps(heard.member)
                 return
             case messages.StateKept():
                 return  # which only an agent that follows asks for

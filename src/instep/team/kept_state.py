@@ -18,18 +18,35 @@ from instep.team.session import Session
 from instep.transport.group import Group, PeerLost, PeerRaised
 from instep.worker.milestones import Progress
 
+LOOK_S = 0.1
+"""Seconds between two looks of a worker that waits for its end, whether the run is to end."""
+
 
 def wait_for_the_end(
-    session: Session, error: PeerLost | PeerRaised | SeatLost, keep: Callable[[], StateKept] = StateKept
-) -> None:
-    """Until the agent, which hears from another what has happened, ends this process. `keep` is called when asked."""
+    session: Session,
+    error: PeerLost | PeerRaised | SeatLost,
+    keep: Callable[[], StateKept] = StateKept,
+    save: Callable[[], bool] | None = None,
+) -> bool:
+    """Until the agent, which hears from another what has happened, ends this process. `keep` is called when asked.
+
+    save: is called once, where the run is asked to end meanwhile; whether that has saved it, so that this process ends.
+    """
     session.send_events()
     if isinstance(error, PeerLost):
         session.pipe.send(PeersLost(str(error).rstrip("."), error.silent))
     sys.stdout.flush()
     with contextlib.suppress(EOFError):
-        while isinstance(session.pipe.recv(), KeepState):
-            session.pipe.send(keep())
+        while True:
+            if save is not None and session.heartbeat.stop_wanted():
+                if save():
+                    return True
+                save = None
+            if session.pipe.poll(LOOK_S):
+                if not isinstance(session.pipe.recv(), KeepState):
+                    break
+                session.pipe.send(keep())
+    return False
 
 
 def keep_state(session: Session, engine: Lockstep, machine: Group | None, progress: Progress) -> StateKept:

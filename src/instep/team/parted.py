@@ -37,6 +37,11 @@ class Parted:
         self._since = self._since if self._lost else time.monotonic()
         self._lost[member] = lost
 
+    def keeps(self, member: Member) -> None:
+        """A member has told that the workers of its host write what they have."""
+        self.saves = True
+        self._lost = {each: told for each, told in self._lost.items() if each.host != member.host}
+
     def clear(self) -> None:
         """Another epoch begins."""
         self._lost.clear()
@@ -49,6 +54,9 @@ class Parted:
             self._bereft_since = now
         if roster.bereft and lost is not None and lost.member.host != roster.leader.host:
             return orders.HostLost(lost.member.host, lost.why)  # those beside the leader save without it
+        if roster.bereft and roster.leader not in roster.active and now - self._bereft_since >= BEREFT_S:
+            left = roster.active[0]  # all is saved
+            return Lost(left, f"{roster.name(left.number)} has not ended {BEREFT_S:g} s after the run was saved.")
         if roster.bereft and (lost is not None or now - self._bereft_since >= BEREFT_S):
             return orders.StopAsked(at_once=True)
         return lost

@@ -147,8 +147,8 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
         digest = digest_of_state(replica.saved_state())
         engine.agree()  # nobody reads weights any more: what the recipe shows them to may change them; nobody raises
     except PeerLost as lost:  # it is of no use any more to do things together, but with those of this host
-        if not keeper.saved_without_others(reach.machine):
-            return wait_for_the_end(session, lost, partial(keep_state, session, engine, reach.machine, progress))
+        if not keeper.saved_after(lost, reach.machine):
+            return
         interrupted, ended_s, digest = True, session.clock(), digest_of_state(replica.saved_state())
     except (SeatLost, WrongWorker):
         raise  # the weights are uncertain
@@ -286,6 +286,13 @@ class _Keeper:
         """Saves weights that are sound, where code has raised."""
         self._save(self._replica.saved_state(), training, None, False)
         self._session.send_events()
+
+    def saved_after(self, lost: PeerLost, machine: Group | None) -> bool:
+        """As `saved_without_others`; if not, it waits for its end, and saves where the run is to end meanwhile."""
+        save = partial(self.saved_without_others, machine)
+        late = None if self._session.heartbeat.stop_wanted() else save
+        keep = partial(keep_state, self._session, self._engine, machine, self._progress)
+        return save() or wait_for_the_end(self._session, lost, keep, late)
 
     def saved_without_others(self, machine: Group | None) -> bool:
         """Workers of other hosts are lost: whether the run was asked to end, and is saved then, by those of this host.
