@@ -99,7 +99,7 @@ def trained(
     found = list[Any]()
 
     def after_step(progress: Progress, last: bool) -> None:
-        if progress.version % 2 == 0 and (evaluation := engine.evaluate(progress.version)) is not None:
+        if progress.version % 2 == 0 and (evaluation := engine.between.evaluate(progress.version)) is not None:
             found.append(evaluation.objective)
 
     engine.run(Progress(), after_step, recipe.steps)
@@ -111,7 +111,7 @@ def trained(
     torch.save(training, saved)
     found += [(e.version, e.weights, e.optimizer) for e in events if isinstance(e, ChecksummedEvent)]
     kind = type(engine.placement).__name__
-    return digest, found, saved.getvalue() if rank == 0 else kind, sum(engine.placement.share)
+    return digest, found, saved.getvalue() if rank == 0 else kind, sum(engine.placement.share(rank))
 
 
 def of_team(recipe: Recipe, kind: Kind, shard: str = "optimizer") -> list[Any]:

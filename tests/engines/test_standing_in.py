@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,114 +12,27 @@ import pytest
 from instep.engines.balance import Balance
 from instep.engines.seat import Seat
 from instep.engines.sharding import Sharded
-from instep.engines.shared_evaluation import SharedEvaluation
 from instep.engines.standing_in import StandIn
-from instep.recipe import Recipe, Team
+from instep.recipe import Recipe
 from instep.reduce.reduction import Reduction
 from instep.team.session import Session
 from support import workloads
-from support.harness import Outcome, train_here
+from support.deaths import (
+    STEPS,
+    Deaths,
+    Hooks,
+    after,
+    all_of,
+    before,
+    came_through,
+    computed_again,
+    run,
+    told,
+    waiting_for_successors,
+)
+from support.harness import Outcome
 
 pytestmark = pytest.mark.processes
-
-STEPS = 8
-
-
-class Deaths:
-    """Kills processes at given calls: each once, by worker, incarnation and step, in whatever process that is."""
-
-    def __init__(self, folder: Path):
-        self._folder, self._me = folder, (-1, -1)
-
-    def born(self, worker: int, incarnation: int) -> None:
-        self._me = worker, incarnation
-
-    def at(self, worker: int, where: str, incarnation: int = 0) -> None:
-        """Ends this process for good, if it is that one and has not died there."""
-        if self._me == (worker, incarnation):
-            try:
-                os.close(os.open(self._folder / f"{worker} {incarnation} {where}", os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                return
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-Hooks = Callable[[Deaths], dict[Any, dict[str, Any]]]
-"""For some classes, what is to stand in for methods of theirs while the team is forked."""
-
-
-def run(recipe: Recipe, workers: int, folder: Path, hooks: Hooks = lambda deaths: {}, **team: Any) -> Outcome:
-    deaths, init = Deaths(folder), Session.__init__
-
-    def noted(session: Session, assignment: Any, number: int, *others: Any) -> None:
-        deaths.born(number, assignment.incarnation)
-        init(session, assignment, number, *others)
-
-    folder.mkdir()
-    with mock.patch.object(Session, "__init__", noted):
-        patches = [mock.patch.multiple(owner, **methods) for owner, methods in hooks(deaths).items()]
-        for patch in patches:
-            patch.start()
-        try:
-            return train_here(recipe, Team(workers=workers, **team), folder / "run")
-        finally:
-            for patch in patches:
-                patch.stop()
-
-
-def told(outcome: Outcome, kind: str) -> list[dict[str, Any]]:
-    return [event for event in outcome.events if event["kind"] == kind]
-
-
-def came_through(outcome: Outcome, undisturbed: Outcome, deaths: int) -> None:
-    """The digest, each update told of once and in order, and no checkpoint loaded."""
-    assert outcome.digest == undisturbed.digest
-    assert [event["version"] for event in told(outcome, "merged")] == list(range(1, STEPS + 1))
-    assert [event["version"] for event in told(outcome, "run_started")] == [0]
-    assert len(told(outcome, "left")) == outcome.result["restarts"] == outcome.result["stood_in"] == deaths
-    assert "stood_in" not in undisturbed.result
-
-
-def computed_again(outcome: Outcome) -> int:
-    """Microbatches that were computed once more, as far as the tape tells."""
-    return sum(stop - start for start, stop in (event["microbatches"] for event in told(outcome, "stood_in")))
-
-
-# In which method of which class a worker dies; with a step as the first argument there, in step 3.
-
-
-def before(owner: Any, name: str, worker: int, step: int = 3, *, calls: int = 0) -> Hooks:
-    """calls: which call it is, counted from 1, where the step is none of its arguments."""
-
-    def hooks(deaths: Deaths) -> dict[Any, dict[str, Any]]:
-        whole, made = getattr(owner, name), [0]
-
-        def dying(self: Any, *args: Any, **named: Any) -> Any:
-            made[0] += 1
-            if made[0] == calls if calls else args[0] == step:
-                deaths.at(worker, name)
-            return whole(self, *args, **named)
-
-        return {owner: {name: dying}}
-
-    return hooks
-
-
-def after(owner: Any, name: str, worker: int, step: int = 3, *, calls: int = 0) -> Hooks:
-    def hooks(deaths: Deaths) -> dict[Any, dict[str, Any]]:
-        whole, made = getattr(owner, name), [0]
-
-        def dying(self: Any, *args: Any, **named: Any) -> Any:
-            made[0] += 1
-            found = whole(self, *args, **named)
-            if made[0] == calls if calls else args[0] == step:
-                deaths.at(worker, name)
-            return found
-
-        return {owner: {name: dying}}
-
-    return hooks
-
 
 MOMENTS: dict[str, Callable[[int], Hooks]] = {
     "before it computes": lambda worker: before(Seat, "compute", worker),
@@ -164,20 +75,6 @@ def test_a_worker_that_dies_at_any_moment_of_a_step_is_stood_in_for(
 ) -> None:
     outcome = run(gpt(), 2, tmp_path / "it", MOMENTS[moment](worker))
     came_through(outcome, undisturbed(gpt()), 1)
-
-
-def all_of(*several: Hooks) -> Hooks:
-    """Of different methods."""
-
-    def hooks(deaths: Deaths) -> dict[Any, dict[str, Any]]:
-        found: dict[Any, dict[str, Any]] = {}
-        for each in several:
-            for owner, methods in each(deaths).items():
-                assert not found.get(owner, {}).keys() & methods.keys(), "of different methods"
-                found.setdefault(owner, {}).update(methods)
-        return found
-
-    return hooks
 
 
 def both(hooks: Callable[[int], Hooks], one: int, other: int) -> Hooks:
@@ -228,8 +125,7 @@ def test_a_successor_goes_on_with_ranges_that_move(
         return counts[self._steps % 3]
 
     monkeypatch.setattr(Balance, "decide", moving)
-    recipe = gpt(checksum_every=2)  # for which all wait until the successor has its place, in time for some steps
-    outcome = run(recipe, 2, tmp_path / "it", MOMENTS["before it computes"](1))
+    outcome = run(gpt(), 2, tmp_path / "it", all_of(MOMENTS["before it computes"](1), waiting_for_successors))
     came_through(outcome, undisturbed(gpt()), 1)
     assert [event["worker"] for event in told(outcome, "took_place")] == [1]
     moved = {event["version"]: event["ranges"] for event in told(outcome, "ranges_moved")}
@@ -268,8 +164,6 @@ def before_a_successor_is_ready(worker: int) -> Hooks:
 NOT_STOOD_IN = {
     "it added its part of the gradient": after(Reduction, "add", 1, calls=4),
     "it updated its part of the weights": before(Sharded, "update", 1),
-    "all did more than a step": before(SharedEvaluation, "of", 1, 4),
-    "it evaluated or saved version 4": before(Session, "save", 0, calls=2),
 }
 """Where nobody can tell how far it was."""
 

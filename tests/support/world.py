@@ -13,6 +13,7 @@ from instep.team.hosts_there import HostsThere
 from instep.team.messages import (
     Digest,
     Ended,
+    EndedFor,
     Failed,
     FoundWritten,
     FoundWrong,
@@ -26,6 +27,7 @@ from instep.team.orders import (
     AskToStop,
     CancelRun,
     CannotStart,
+    DropSuccessor,
     EndEpoch,
     EpochEnded,
     FailRun,
@@ -177,6 +179,11 @@ class World:
                 assert self.stage[member] == "waiting"
                 assert self.last == Said(self.holders.pop(member), HandedOver(member.number, member.incarnation, b""))
                 self.stage[member] = "working"
+            case DropSuccessor(member=member):
+                assert isinstance(self.last, Said)
+                assert isinstance(self.last.message, EndedFor)
+                assert self.last.member == self.holders.pop(member)
+                self.stage[member] = "done"
             case Replace(member=old, successor=new, holders=holders):
                 assert self.serving or holders or (self.stopping and new is None), "in lockstep nobody goes on alone"
                 assert self.roster.going
@@ -345,9 +352,13 @@ class World:
     def cannot(self, member: Member) -> None:
         self.says(self.holders[member], NotStoodIn(member.number, "worker 1 died while it saved."))
 
-    def end(self, member: Member, digest: str = "same") -> None:
+    def end(self, member: Member, digest: str = "same", *, leaves: bool = False) -> None:
+        """leaves: it doesn't know of the places that it holds."""
+        ended = Ended({"version": 7}, digest, interrupted=self.stopping or self.pausing)
+        for place in [] if leaves else [place for place, holder in self.holders.items() if holder == member]:
+            self.says(member, EndedFor(place.number, ended))
         self.stage[member] = "done"
-        self.says(member, Ended({"version": 7}, digest, interrupted=self.stopping or self.pausing))
+        self.says(member, ended)
 
     def lose(self, member: Member, why: str = "it was killed.") -> None:
         self.stage[member] = "lost"
@@ -436,7 +447,6 @@ class World:
             "digest": ("working",), "drift": ("working",),
         }  # fmt: skip
         able = list(self.holders) if kind == "cannot" else self.living(*stages.get(kind, ()))
-        able = [] if kind == "end" and self.holders else able
         if self.final is not None or self.ending is not None or not able:
             return
         member = able[pick % len(able)]
@@ -450,7 +460,7 @@ class World:
             case "cannot":
                 self.cannot(member)
             case "end":
-                self.end(member)
+                self.end(member, leaves=pick % 7 == 0)
             case "digest" | "drift":
                 if not self.serving:
                     self.says(member, Digest(pick, "same" if kind == "digest" else f"of {member}"))

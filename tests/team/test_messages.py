@@ -53,6 +53,7 @@ MESSAGES = [
     m.KeepingState(),
     m.StateKept(5, "step-00000005", "ab", (WarnedEvent(why="w"),)),
     m.HandedOver(1, 2, b"state"),
+    m.EndedFor(1, m.Ended({"version": 7}, "d", left={"sample": "to be"})),
     m.NotStoodIn(1, "worker 1 died while it saved"),
     m.SeatHanded(b"state"),
     m.StoppedAt(4),

@@ -19,6 +19,7 @@ from instep.team.orders import (
     AskToStop,
     CancelRun,
     CannotStart,
+    DropSuccessor,
     EndEpoch,
     FailRun,
     FinishRun,
@@ -92,7 +93,9 @@ def test_random_histories_come_everywhere() -> None:
 
     @settings(max_examples=1200, database=None)
     @given(WORLDS, HISTORIES)
-    @example(World(3, stands_in=True, begun=True), [("lose", 0)])  # few of the histories come so far
+    @example(World(3, stands_in=True, begun=True), [("lose", 0), ("end", 2)])  # few histories come so far
+    @example(World(3, stands_in=True, begun=True), [("lose", 0), ("build", 0), ("hand", 0)])
+    @example(World(serving=True, begun=True), [("raise", 0)])
     @example(World(restarts=2, begun=True), [(kind, 0) for kind in ("lose", "gone", "build", "lose", "gone")])
     @example(World(serving=True, agents=(1, 1)), [("come", 1), ("build", 0), ("part", 1), ("come", 1)])  # seldom
     @example(World(serving=True, begun=True), [("raise", 0)])
@@ -231,6 +234,26 @@ def test_a_death_before_the_team_goes_starts_all_of_it_again_under_the_server_to
     world.ready(member(0))
     world.lose(member(0))
     assert world.orders[1:] == [EndEpoch(1)]
+
+
+def test_who_has_ended_has_ended_for_those_whose_places_it_holds_and_their_successors_are_taken_out() -> None:
+    world = working(3, restarts=2, stands_in=True)
+    world.lose(member(0))
+    (successor,) = world.holders
+    world.end(member(1))
+    assert world.orders[-1] == DropSuccessor(successor)
+    world.end(member(2))
+    assert world.orders[-1] == FinishRun(successor)
+
+
+def test_who_dies_when_its_holder_has_done_all_sends_the_team_back_once() -> None:
+    world = working(2, restarts=2, stands_in=True)
+    world.lose(member(1))
+    world.end(member(0), leaves=True)
+    assert isinstance(world.orders[-1], EndEpoch)
+    world.gone()
+    assert [type(order) for order in world.orders[1:]] == [EndEpoch, Start], "it was told of and counted"
+    assert world.roster.restarts == 1
 
 
 @pytest.mark.parametrize("stands_in", [False, True])

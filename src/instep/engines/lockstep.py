@@ -26,13 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.engines.audits import Audit
+from instep.engines.between_steps import BetweenSteps
 from instep.engines.division import Division, Stopwatch, most_nodes
 from instep.engines.merged_events import REMEMBERED, MergedEvents
 from instep.engines.seat import Seat
 from instep.engines.sharding import Placement, choose
 from instep.engines.shared_evaluation import SharedEvaluation
 from instep.engines.signs_of_life import SignsOfLife
-from instep.engines.standing_in import ADDED, ADDING, COMPUTING, Alone, Handed, OthersParts, StandIn, Successors
+from instep.engines.standing_in import ADDED, ADDING, COMPUTING, JOINED, Alone, Handed, OthersParts, StandIn, Successors
 from instep.engines.total import Total, in_pieces
 from instep.engines.trial import Trial
 from instep.record import events
@@ -42,13 +43,12 @@ from instep.reduce.reduction import Reduction, total_norm
 from instep.transport.group import Group, Sizes, as_rows
 from instep.transport.memory import limited, rows_to_spare
 from instep.transport.shared_memory import SharedMemoryGroup
-from instep.worker.evaluation import Evaluation, batches_held_out
+from instep.worker.evaluation import batches_held_out
 from instep.worker.first_look import look_at_data, look_at_objective
 from instep.worker.gradients import Gradients
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.spikes import Verdict
-from instep.worker.tensor_checksums import checksum_when_due, checksums_are_due
 from instep.worker.updates import Added, Updates, wrong_in_step
 
 
@@ -98,15 +98,17 @@ class Lockstep:
         self._others: OthersParts
         self._handed = handed
         self._group: Group
+        self._at = handed.progress["version"] if handed is not None else 0
         self._usual: tuple[list[int], bool] = [], False  # the buffers that the last step changed; whether it wrote
         self._whole: Tensor | None = None  # where the group puts the sum together
-        self._remembers = worker == self._machine.start > 0
-        remembered = REMEMBERED if successors is not None else checkpoint_every + 1 if self._remembers else 0
+        first_of_others = worker == self._machine.start > 0
+        remembered = REMEMBERED if successors is not None else checkpoint_every + 1 if first_of_others else 0
         self._merged = MergedEvents(remembered, emit, clock)
 
     def prepare(self, version: int, *, looks: bool = True) -> None:
         """Loads the first batches and learns the objective's terms; looks: at what worker 0 looks in a new run."""
         self.replica.enter(version)
+        self._at = version
         looks = looks and version == 0 and self.worker == 0
         first = look_at_data(self.replica, lambda why: self._emit(events.WarnedEvent(why=why))) if looks else None
         probe = self.replica.learn_terms(version, first)
@@ -140,27 +142,40 @@ class Lockstep:
 
     def join(self, group: Group) -> None:
         """Takes the team's group into use; as a successor, where who stood in for the one before has left it."""
-        self._group = group
-        handed = self._handed
-        self.placement.attach(group, succeeds=handed is not None)
-        if self._moves and handed is None:
-            room = len(self.reduction.nodes_of(self.worker))
-            room += 0 if limited() else rows_to_spare(self._layout.size, len(self._machine))
-            self.division.follow(group.gather(torch.tensor([room])).flatten().tolist())
-        self._take_ranges()
+        self._group, handed = group, self._handed
         self._others = Alone(self.placement)
         if self._successors is not None and self.can_stand_in:
             assert isinstance(group, SharedMemoryGroup), "the workers of a machine share memory"
             make, stop = self._seat_of, self._heartbeat.stop_wanted
-            args = self.placement, group, self._successors, make, self._tell_stood_in, stop
+            args = self.placement, group, self._successors, make, self._tell_stood_in, stop, self._catch_up
             self._others = StandIn(self.worker, self.division, self.gradients, *args)
             if handed is not None:
                 group.take_place(*handed.place)
                 self._usual, self._evaluation.version = handed.usual, handed.evaluated
+                self._merged.take(handed.updates)
+        self.placement.attach(group, succeeds=handed is not None)
+        self._others.note(self._at, JOINED)
+        if self._moves and handed is None:
+            self._others.until_told(lambda worker: torch.tensor([self._room(worker)]))
+            self.division.follow(group.gather(torch.tensor([self._room(self.worker)])).flatten().tolist())
+        self._take_ranges()
+        of_all = self.placement, group, self._others, self._evaluation, self._say
+        self.between = BetweenSteps(self.replica, self.worker, *of_all)
         late, early = self.division.ways
         shared = self.placement.shared
         self._total = Total(late, early, self.worker, group, self.gradients, self._adds, shared=shared)
         self._early, self._trial = False, Trial()
+
+    def _room(self, worker: int) -> int:
+        more = 0 if limited() else rows_to_spare(self._layout.size, len(self._machine))
+        return len(self.reduction.nodes_of(worker)) + more
+
+    def _catch_up(self) -> None:
+        if self._successors is not None:
+            self._merged.catch_up(self._successors.told)
+
+    def _say(self, event: RangesMovedEvent | events.ChecksummedEvent) -> None:
+        self._merged.say(event, tell=self.worker == 0 or 0 in self._others.holds)
 
     def _seat_of(self, worker: int) -> Seat:
         blocks = max(max(map(each.blocks_of, range(self.workers))) for each in self.division.ways if each)
@@ -184,9 +199,8 @@ class Lockstep:
         if self.division.begin():
             self._take_ranges()
             self._total.take(*self.division.ways)
-            if self.worker == 0 or 0 in self._others.holds:
-                ranges, seconds = [list(each) for each in self.reduction.ranges], self.division.seconds
-                self._emit(RangesMovedEvent(version=step, ranges=ranges, microbatch_s=seconds))
+            ranges, seconds = [list(each) for each in self.reduction.ranges], self.division.seconds
+            self._say(RangesMovedEvent(version=step, ranges=ranges, microbatch_s=seconds))
         self.division.count(self.replica.size)
 
     def run(
@@ -194,10 +208,8 @@ class Lockstep:
         progress: Progress,
         after_step: Callable[[Progress, bool], None],
         steps: int,
-        due: Callable[[Progress, bool], bool] = lambda progress, last: True,
     ) -> bool:
-        """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update, and does
-        something with others only if `due`, which is given the same.
+        """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
 
         Returns whether the run was asked to stop before; the watch may end it before as well, see `progress.stopped`.
         Raises ObjectiveError or NonFiniteError before the update that it would have spoilt.
@@ -205,6 +217,7 @@ class Lockstep:
         made, totals = None, dict[str, int]()
         if self._handed is None:
             self._seat.load(progress.version, self._seat.own)
+            self._others.until_loaded(progress.version)
             totals = self._seat.facts.gather(self._group).totals
         else:
             made = self._handed.totals, self._handed.stopped
@@ -215,9 +228,8 @@ class Lockstep:
             made = None
             progress.checksum_s += self._seat.checksum_s
             last = stopped or bool(progress.stopped) or progress.version == steps
-            state = partial(self._state, progress, totals, stopped)
-            self._others.between(state, due=checksums_are_due(self.replica, progress) or due(progress, last))
-            checksum_when_due(self.replica, progress, self._emit, self.placement.checksums)
+            self._others.between(partial(self._state, progress, totals, stopped))
+            self.between.checksums(progress)
             stopped = stopped or bool(progress.stopped)
             after_step(progress, last)
             if stopped or progress.stopped:
@@ -277,12 +289,9 @@ class Lockstep:
         took_s = time.monotonic() - began
         self._trial.ended(early=early, took_s=took_s)
         progress.train_s += took_s
-        if self.worker == 0:
-            self._merged.tell(step, update, self.reduction.ranges, progress.train_s)
-        else:
-            self._merged.remember(step, update, self.reduction.ranges, progress.train_s)
-        if self._successors is not None and 0 in self._others.holds:
-            self._merged.catch_up(self._successors.told)
+        self._merged.made(step, update, self.reduction.ranges, progress.train_s, tell=self.worker == 0)
+        if 0 in self._others.holds:
+            self._catch_up()
         return told.totals, told.stop
 
     def _adds(self, done: bool) -> None:
@@ -293,7 +302,7 @@ class Lockstep:
         assert isinstance(self._group, SharedMemoryGroup), "where others can stand in"
         watch, usual = self.updates.watcher.state(), self._usual
         place, evaluated = self._group.place, self._evaluation.version
-        parts = self.division, place, asdict(progress), watch, totals, stopped, usual, evaluated
+        parts = self.division, place, asdict(progress), watch, totals, stopped, usual, evaluated, self._merged.last()
         return Handed(*parts, **self.placement.handed())
 
     def _compute(self, step: int, totals: dict[str, int]) -> None:
@@ -389,7 +398,3 @@ class Lockstep:
     def busy_s(self) -> float:
         """Seconds the worker has computed, slowness included."""
         return self._seat.busy_s
-
-    def evaluate(self, version: int) -> Evaluation | None:
-        """The objective on the held-out data, see `SharedEvaluation`."""
-        return self._evaluation.of(version, self._group)

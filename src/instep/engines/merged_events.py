@@ -7,12 +7,27 @@ from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
-from instep.record.events import Event, MergedContribution, MergedEvent, WarnedEvent
+from instep.record.event_kinds import RangesMovedEvent
+from instep.record.events import ChecksummedEvent, Event, MergedContribution, MergedEvent, WarnedEvent
 from instep.reduce.tree import Node
 from instep.worker.updates import Update
 
 REMEMBERED = 1000
 """Updates at most that a worker remembers."""
+
+HANDED_S = 2.0
+"""Seconds for which the tape may not tell of updates, and two at least it may not: events are sent after a tenth of a
+second, but no sooner than after the next step."""
+
+_Kept = tuple[tuple[int, Update, Sequence[Node], float], float]
+"""As `MergedEvents.of` takes them, and when they were made."""
+
+_Said = RangesMovedEvent | ChecksummedEvent
+"""What is told besides, of the versions between updates."""
+
+
+Last = tuple[list[_Kept], list[_Said]]
+"""The last updates, and what is told besides."""
 
 
 class MergedEvents:
@@ -23,8 +38,21 @@ class MergedEvents:
     def __init__(self, remembered: int, emit: Callable[[Event], None], clock: Callable[[], float]):
         self._emit, self._clock = emit, clock
         self._told = 0  # up to which version
-        self._last: deque[tuple[tuple[int, Update, Sequence[Node], float], float]]
-        self._last = deque(maxlen=min(remembered, REMEMBERED))
+        self._last: deque[_Kept] = deque(maxlen=min(remembered, REMEMBERED))
+        self._said: deque[_Said] = deque(maxlen=min(remembered, REMEMBERED))
+
+    def made(self, step: int, update: Update, ranges: Sequence[Node], train_s: float, *, tell: bool) -> None:
+        """Keeps an update, which is cheap, for no event is made of it yet; or, with `tell`, tells of it."""
+        self._last.append(((step, update, ranges, train_s), self._clock()))
+        if tell:
+            self.tell(step, update, ranges, train_s)
+
+    def say(self, event: _Said, *, tell: bool) -> None:
+        """Keeps what is told besides; or, with `tell`, tells it."""
+        if tell:
+            self._emit(event)
+        else:
+            self._said.append(event)
 
     def tell(self, step: int, update: Update, ranges: Sequence[Node], train_s: float) -> None:
         """Tells of an update, see `of`, and of what is to be said of it."""
@@ -47,15 +75,31 @@ class MergedEvents:
             staleness=[0] * len(contributions), train_s=round(train_s, 6), **update.facts(),
         )  # fmt: skip
 
-    def remember(self, step: int, update: Update, ranges: Sequence[Node], train_s: float) -> None:
-        """Keeps what another tells; it is cheap, for no event is made of it yet."""
-        self._last.append(((step, update, ranges, train_s), self._clock()))
-
     def catch_up(self, version: int) -> None:
-        """Tells, in the place of another, of those of the last updates that came after `version` and were not told."""
-        for update, _ in self._last:
+        """Tells, in the place of another, of those of the last updates that came after `version` and were not told, and
+        what was said since.
+        """
+        self._said = deque((event for event in self._said if event.version >= version), self._said.maxlen)
+        for update, _ in list(self._last):
             if update[0] >= max(version, self._told):
+                self._say_until(update[0])
                 self.tell(*update)
+        self._say_until(max(self._told, version))
+
+    def _say_until(self, version: int) -> None:
+        while self._said and self._said[0].version <= version:
+            self._emit(self._said.popleft())
+
+    def last(self) -> Last:
+        """Those of the last updates that the tape may not tell of yet, and what was said between them."""
+        last, since_s = list(self._last), self._clock() - HANDED_S
+        last = [each for place, each in enumerate(last, 2 - len(last)) if place >= 0 or each[1] >= since_s]
+        return last, [event for event in self._said if last and event.version >= last[0][0][0]]
+
+    def take(self, last: Last) -> None:
+        """Remembers them too, which others have made."""
+        self._last.extend(last[0])
+        self._said.extend(last[1])
 
     def remembered(self) -> list[MergedEvent]:
         """The events of the last updates, in order."""

@@ -94,15 +94,25 @@ class Placement(ABC):
         machine: a group of this machine's workers, who ask by themselves; the first of them gets it.
         """
 
-    @property
     @abstractmethod
-    def share(self) -> list[bool]:
+    def told_by(self, worker: int) -> bytes:
+        """What this worker, or one that has died, tells the first in `training_state`."""
+
+    @abstractmethod
+    def whole_state(self) -> dict[str, Any]:
+        """As `training_state` of worker 0, without others: where others can stand in."""
+
+    @abstractmethod
+    def share(self, worker: int) -> list[bool]:
         """By parameter, whether this worker is to read it and its optimizer's state where one worker is enough."""
 
-    def checksums(self) -> Checksums | None:
-        """As those of a replica alone, at worker 0; None at the others. All must ask at the same version."""
-        own = own_checksums(self._replica, self.share, self._worker, self._group.size)
-        shares = self._group.share(own, to=0)
+    def checksums_by(self, worker: int) -> bytes:
+        """What this worker, or one that has died, tells the others in `checksums`."""
+        return own_checksums(self._replica, self.share(worker), worker, self._group.size)
+
+    def checksums(self, to: int | None = 0) -> Checksums | None:
+        """As those of a replica alone, at worker `to`, or at all; None at others. All must ask at the same version."""
+        shares = self._group.share(self.checksums_by(self._worker), to)
         return together(shares) if shares else None
 
 
@@ -136,10 +146,15 @@ class Replicated(Placement):
     def training_state(self, machine: Group | None = None) -> dict[str, Any] | None:
         return None if (machine or self._group).rank else self._replica.training_state()
 
-    @property
-    def share(self) -> list[bool]:
+    def told_by(self, worker: int) -> bytes:
+        return b""  # each has all
+
+    def whole_state(self) -> dict[str, Any]:
+        return self._replica.training_state()
+
+    def share(self, worker: int) -> list[bool]:
         sizes = [parameter.numel() for parameter in self._replica.parameters]
-        return [owner == self._worker for owner in owners(sizes, self._group.size)]
+        return [owner == worker for owner in owners(sizes, self._group.size)]
 
 
 class Sharded(Placement):
@@ -181,10 +196,16 @@ class Sharded(Placement):
         return self._update(self._own, step, norm, touched)
 
     def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool]) -> None:
-        if worker not in self._others and self._state is not None:
+        self._hold(worker)
+        self._update(self._of[worker], step, norm, touched)
+
+    def _hold(self, worker: int) -> bool:
+        """Has the optimizers' state of another worker here. Whether that is new."""
+        new = worker not in self._others and worker != self._worker and self._state is not None
+        if new and self._state is not None:
             self._others.add(worker)
             self._state.take_over(self._indices(worker))
-        self._update(self._of[worker], step, norm, touched)
+        return new
 
     def give_back(self, worker: int) -> None:
         if worker in self._others and self._state is not None:
@@ -223,24 +244,48 @@ class Sharded(Placement):
 
     def training_state(self, machine: Group | None = None) -> dict[str, Any] | None:
         replica, group = self._replica, machine or self._group
-        own = io.BytesIO()
-        if group.rank and (machine is not None or self._leads):
-            torch.save([one.state()["state"] for one in replica.optimizer.each], own)
-        blobs = group.share(own.getvalue(), to=0)
+        own = self.told_by(self._worker) if group.rank and (machine is not None or self._leads) else b""
+        blobs = group.share(own, to=0)
         if group.rank:
             return None
         training = replica.training_state()
-        wholes = training["optimizer"].get("several", [training["optimizer"]])
         for blob in filter(None, blobs):
-            for whole, state in zip(wholes, torch.load(io.BytesIO(blob), weights_only=True), strict=True):
+            for whole, state in zip(_wholes(training), torch.load(io.BytesIO(blob), weights_only=True), strict=True):
                 whole["state"].update(state)
-        for whole in wholes:
-            whole["state"] = dict(sorted(whole["state"].items()))
+        return _in_order(training)
+
+    def told_by(self, worker: int) -> bytes:
+        self._hold(worker)
+        own = {id(p) for p, owns in zip(self._replica.parameters, self._of[worker], strict=True) if owns}
+        states, told = [], io.BytesIO()
+        for one in self._replica.optimizer.each:
+            held = [id(parameter) for group in one.of_torch.param_groups for parameter in group["params"]]
+            states.append({key: state for key, state in sorted(one.state()["state"].items()) if held[key] in own})
+        torch.save(states, told)
+        return told.getvalue()
+
+    def whole_state(self) -> dict[str, Any]:
+        borrowed = [worker for worker in self._of if self._hold(worker)]
+        training = _in_order(self._replica.training_state())
+        for worker in borrowed:
+            self.give_back(worker)
         return training
 
-    @property
-    def share(self) -> list[bool]:
-        return [own and self._leads for own in self._own]
+    def share(self, worker: int) -> list[bool]:
+        self._hold(worker)
+        return [own and self._leads for own in self._of[worker]]
+
+
+def _wholes(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of the optimizers in a training state."""
+    optimizer = training["optimizer"]
+    return list(optimizer.get("several", [optimizer]))
+
+
+def _in_order(training: dict[str, Any]) -> dict[str, Any]:
+    for whole in _wholes(training):
+        whole["state"] = dict(sorted(whole["state"].items()))
+    return training
 
 
 def choose(replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str = "optimizer") -> Placement:

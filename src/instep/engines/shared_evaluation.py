@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from instep.engines.standing_in import OthersParts
+from instep.objectives.gathers import Outputs
 from instep.reduce.tree import worker_ranges
 from instep.transport.group import Fields, Group
-from instep.worker.evaluation import Evaluation, batches_held_out, evaluate, packed, unpacked
+from instep.worker.evaluation import Evaluation, batches_held_out, evaluate, evaluate_alone, packed, unpacked
 from instep.worker.replica import Replica
 
 
@@ -20,34 +22,54 @@ class SharedEvaluation:
         self._tells = worker == machine.start  # or it is asked only where evaluations may end the run
         self._held_out = batches_held_out(replica)
         self._shares = worker_ranges(len(self._held_out), workers)
-        share, terms = max(1, -(-len(self._held_out) // workers)), len(replica.objective.terms or ())
-        self._fields = Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
-        self.nbytes = self._fields.nbytes
+        self.nbytes = self._made().nbytes
         """Of what each tells the others."""
         self.version = -1
         """Which was evaluated last."""
 
-    def of(self, version: int, group: Group) -> Evaluation | None:
+    def of(self, version: int, group: Group, others: OthersParts) -> Evaluation | None:
         """The objective on the held-out data, each with its share: for the first worker of each machine, or all where
-        it may end the run."""
+        it may end the run, or one may have to speak for worker 0. What is gathered has worker 0 alone.
+        """
         replica = self._replica
         if not self._held_out or version == self.version:  # worker 0, which notes it, does not ask again
             return None
         self.version = version
         replica.doing = f"evaluating version {version}"
-        own, outputs = self._shares[self._worker], []
-        for found in evaluate(replica, self._held_out, range(*own), self._advance):
-            self._fields.own["counts"][found.place - own[0]] = found.counts
-            self._fields.own["sums"][found.place - own[0]] = found.sums
-            outputs.append(found.outputs)
+        shares = {self._worker: self._evaluate(self._worker)}
+
+        def share(worker: int) -> tuple[Fields, list[Outputs]]:
+            shares[worker] = shares.get(worker) or self._evaluate(worker)
+            return shares[worker]
+
+        own, outputs = shares[self._worker]
         if replica.objective.gathers and group.size > 1:
+            others.until_told(lambda worker: packed(share(worker)[1]))
             blobs = group.share(packed(outputs), to=0)
             outputs = [each for blob in blobs for each in unpacked(blob)]
-        gathered = self._fields.gather(group)
-        if not self._tells and replica.watch.patience is None:
+        others.until_told(lambda worker: share(worker)[0].raw)
+        gathered = own.gather(group)
+        if not (self._tells or others.possible) and replica.watch.patience is None:
             return None
         counts, sums = (
             np.concatenate([gathered[name][w, : stop - start] for w, (start, stop) in enumerate(self._shares)])
             for name in ("counts", "sums")
         )
         return Evaluation.of(replica, counts, sums, [] if self._worker else outputs)
+
+    def alone(self) -> Evaluation | None:
+        """The same by this worker alone, with what is gathered."""
+        return evaluate_alone(self._replica, self._held_out, self._advance)
+
+    def _evaluate(self, worker: int) -> tuple[Fields, list[Outputs]]:
+        """A worker's share: what it tells, and its outputs."""
+        fields, outputs, own = self._made(), list[Outputs](), self._shares[worker]
+        for found in evaluate(self._replica, self._held_out, range(*own), self._advance):
+            fields.own["counts"][found.place - own[0]] = found.counts
+            fields.own["sums"][found.place - own[0]] = found.sums
+            outputs.append(found.outputs)
+        return fields, outputs
+
+    def _made(self) -> Fields:
+        share, terms = max(1, -(-len(self._held_out) // len(self._shares))), len(self._replica.objective.terms or ())
+        return Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))

@@ -8,6 +8,7 @@ They get there once the optimizer has made them, and stay: the optimizers of `BY
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -73,7 +74,8 @@ class SharedState:
             if optimizer is None or not length:
                 continue
             told = pickle.loads(self._memory[self._offsets[index] + 8 :][:length].tobytes())
-            optimizer.state[parameter] = {name: what and self._view(*what) for name, what in told}
+            # interned, as the names that the optimizer gives: pickled, the state takes as many bytes as its owner's
+            optimizer.state[parameter] = {sys.intern(name): what and self._view(*what) for name, what in told}
             self._told[index] = [(name, what is None) for name, what in told]
 
     def give_back(self, which: Collection[int]) -> None:

@@ -18,21 +18,22 @@ import torch
 from torch import Tensor
 
 from instep.engines.division import Division
+from instep.engines.merged_events import Last
 from instep.engines.seat import Seat
 from instep.engines.sharding import Placement
 from instep.reduce.buffers import Left
 from instep.reduce.reduction import Reduction
 from instep.transport.group import Pending
-from instep.transport.shared_memory import SharedMemoryGroup
+from instep.transport.shared_memory import Fact, SharedMemoryGroup
 from instep.worker.gradients import Gradients
 
-COMPUTING, ADDING, ADDED, UPDATING = range(4)
-"""How far a worker is in a step: it may compute, has begun to add its cut, has added it, or has begun to make its part
-of the update."""
+JOINING, JOINED, COMPUTING, ADDING, ADDED, UPDATING = range(6)
+"""How far a worker is in a step: it has nothing in the group's memory yet, has what it begins with there, may compute,
+has begun to add its cut, has added it, or has begun to make its part of the update."""
 
-_STAGES = 4
+_STAGES = 6
 
-Part = Callable[["Vacant"], Tensor | None]
+Part = Callable[["Vacant"], Fact | None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Handed:
 
     division: as it follows the workers' speed. place: of the group. progress: `Progress` by field. watch: as in a
     checkpoint; so are `model`, where it is not shared, and `training`. totals, stopped: what the step gave. usual,
-    evaluated: of the engine.
+    evaluated: of the engine. updates: that the tape may not tell of yet.
     """
 
     division: Division
@@ -52,6 +53,7 @@ class Handed:
     stopped: bool
     usual: tuple[list[int], bool]
     evaluated: int
+    updates: Last
     model: dict[str, Any]
     training: dict[str, Any]
 
@@ -75,9 +77,6 @@ class Successors(Protocol):
     def hand_over(self, worker: int, state: Handed) -> None:
         """Gives it to its successor: it is not held here any more."""
 
-    def wait(self) -> None:
-        """Waits a moment for a successor."""
-
 
 class OthersParts(Protocol):
     """What a worker's step tells of where it is, so that others' parts can be done there."""
@@ -86,8 +85,21 @@ class OthersParts(Protocol):
     def holds(self) -> Collection[int]:
         """The workers whose places this one holds."""
 
+    @property
+    def possible(self) -> bool:
+        """Whether this is more than nothing."""
+
     def note(self, step: int, stage: int) -> None:
         """How far this worker is in a step."""
+
+    def until_told(self, what: Callable[[int], Fact]) -> None:
+        """At the next ones, between two steps, all tell a fact or share bytes: this, by worker."""
+
+    def owes(self, duty: Callable[[], None]) -> None:
+        """Worker 0 does this before the next one."""
+
+    def until_loaded(self, step: int) -> None:
+        """At the next one all tell what they have loaded of the first step."""
 
     def until_rows(self, step: int, totals: dict[str, int]) -> None:
         """At the next barrier all have computed their microbatches."""
@@ -110,21 +122,29 @@ class OthersParts(Protocol):
     def settle(self) -> None:
         """As `Placement.settle`."""
 
-    def between(self, state: Callable[[], Handed], *, due: bool) -> None:
-        """Between two steps: gives places to successors that are there; all, if more is `due` than the next step, which
-        only who has the whole of a worker's life can do. `state()` is what they need.
-        """
+    def between(self, state: Callable[[], Handed]) -> None:
+        """Between two steps: gives places to successors that are there. `state()` is what they need."""
 
 
 class Alone:
     """Where nobody can stand in for another."""
 
     holds: Collection[int] = ()
+    possible = False
 
     def __init__(self, placement: Placement):
         self._placement = placement
 
     def note(self, step: int, stage: int) -> None:
+        pass
+
+    def until_told(self, what: Callable[[int], Fact]) -> None:
+        pass
+
+    def owes(self, duty: Callable[[], None]) -> None:
+        pass
+
+    def until_loaded(self, step: int) -> None:
         pass
 
     def until_rows(self, step: int, totals: dict[str, int]) -> None:
@@ -148,7 +168,7 @@ class Alone:
     def settle(self) -> None:
         self._placement.settle()
 
-    def between(self, state: Callable[[], Handed], *, due: bool) -> None:
+    def between(self, state: Callable[[], Handed]) -> None:
         pass
 
 
@@ -172,8 +192,11 @@ class Vacant:
 
 class StandIn:
     """One worker's side. `make_seat(worker)` gives the seat of another; `told(worker, version, microbatches)` is called
-    when this one first does its part; `stop_wanted` is for worker 0's.
+    when this one first does its part; `stop_wanted` is for worker 0's, and so is `leads`, before anything is done in
+    its place.
     """
+
+    possible = True
 
     def __init__(
         self,
@@ -186,13 +209,14 @@ class StandIn:
         make_seat: Callable[[int], Seat],
         told: Callable[[int, int, range | None], None],
         stop_wanted: Callable[[], bool],
+        leads: Callable[[], None],
     ):
         self._own, self._division, self._gradients, self._placement = own, division, gradients, placement
         self._group, self._successors, self._make_seat, self._told = group, successors, make_seat, told
-        self._stop_wanted = stop_wanted
+        self._stop_wanted, self._leads = stop_wanted, leads
         self._vacant: dict[int, Vacant] = {}
         self._part: Part | None = None
-        self._resting = True  # whether there was more to do before this step than steps
+        self._owed: tuple[Callable[[], None], int] = (lambda: None), -1  # and before which barrier
         group.stand_in(successors, self._do)
 
     @property
@@ -201,6 +225,15 @@ class StandIn:
 
     def note(self, step: int, stage: int) -> None:
         self._group.stages[self._own] = _STAGES * step + stage
+
+    def until_told(self, what: Callable[[int], Fact]) -> None:
+        self._part = lambda vacant: what(vacant.seat.worker)
+
+    def owes(self, duty: Callable[[], None]) -> None:
+        self._owed = duty, sum(self._group.place) + 1
+
+    def until_loaded(self, step: int) -> None:
+        self._part = partial(self._load, step)
 
     def until_rows(self, step: int, totals: dict[str, int]) -> None:
         self._part = partial(self._rows, step, totals)
@@ -226,26 +259,33 @@ class StandIn:
     def settle(self) -> None:
         self._placement.settle()
 
-    def between(self, state: Callable[[], Handed], *, due: bool) -> None:
-        self._part, self._resting = None, due
-        while held := [each for each in self.holds if due or self._successors.ready(each)]:
-            for worker in held:
-                if self._successors.ready(worker):
-                    self._placement.give_back(worker)
-                    self._vacant.pop(worker, None)
-                    self._successors.hand_over(worker, state())
-            if due and self.holds:
-                self._successors.wait()
+    def between(self, state: Callable[[], Handed]) -> None:
+        self._part = None
+        for worker in [each for each in self.holds if self._successors.ready(each)]:
+            self._placement.give_back(worker)
+            self._vacant.pop(worker, None)
+            self._successors.hand_over(worker, state())
 
     # What others lack
 
-    def _do(self, worker: int) -> Tensor | None:
+    def _do(self, worker: int, length: int | None) -> Fact | None:
+        """Before the barrier at which this one is. length: of the bytes that it is to give, if it has told that."""
+        if not self._group.stages[worker]:
+            raise SeatLost(worker, "it joined the others")
         if self._part is None:
             raise SeatLost(worker, "all did more than a step")
         if worker not in self._vacant:
             self._vacant[worker] = Vacant(self._make_seat(worker))
             self._told(worker, *self._before(worker))
-        return self._part(self._vacant[worker])
+        if worker == 0:
+            self._leads()
+            duty, barrier = self._owed
+            if sum(self._group.place) == barrier and int(self._group.stages[0]) % _STAGES != COMPUTING:
+                duty()
+        found = self._part(self._vacant[worker])
+        if isinstance(found, bytes) and length not in (None, len(found)):
+            raise SeatLost(worker, "it told the others something else than it would tell now")
+        return found
 
     def _before(self, worker: int) -> tuple[int, range | None]:
         """In which step it died, and which microbatches may have been computed already."""
@@ -260,10 +300,13 @@ class StandIn:
         """How far a worker was in this step; -1 before it."""
         return int(self._group.stages[worker]) - _STAGES * step
 
+    def _load(self, step: int, vacant: Vacant) -> Tensor:
+        vacant.seat.load(step, vacant.seat.own)
+        vacant.loaded = step
+        return vacant.seat.facts.packed(None, stop=False)
+
     def _rows(self, step: int, totals: dict[str, int], vacant: Vacant) -> None:
         worker = vacant.seat.worker
-        if self._resting and self._stage(worker, step) < COMPUTING:
-            raise SeatLost(worker, f"it evaluated or saved version {step}")
         self._group.stages[worker] = _STAGES * step + COMPUTING
         vacant.handle = self._group.as_rank(worker)
         self._compute(step, totals, vacant, vacant.handle.rows)

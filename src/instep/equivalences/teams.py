@@ -209,7 +209,7 @@ class _Worker(Body):
             return answer
 
         def updated(step: int, norm: float, touched: Sequence[bool]) -> float | None:
-            pairs = zip(replica.names, placement.gradients, placement.share, touched, strict=True)
+            pairs = zip(replica.names, placement.gradients, placement.share(engine.worker), touched, strict=True)
             own = {name: view for name, view, mine, seen in pairs if mine and seen}
             trace.gradients[step + 1] = dict(zip(own, checksum(own.values()), strict=True))
             if step == look:
@@ -217,7 +217,7 @@ class _Worker(Body):
             with self._noting(replica, step, UPDATE):
                 rate = update(step, norm, touched)
             if step == look:
-                named = zip(replica.names, replica.parameters, placement.share, strict=True)
+                named = zip(replica.names, replica.parameters, placement.share(engine.worker), strict=True)
                 trace.values["weights"] = {name: p.detach().clone() for name, p, mine in named if mine}
             return rate
 

@@ -186,6 +186,8 @@ class Agent:
                 self._parted.saves = self._parted.saves and heard.member != self.roster.leader
             case messages.FoundWrong():
                 self._journal.refuted(heard.message, heard.member.epoch)
+            case messages.EndedFor(worker, ended):
+                self._ended[worker] = ended
             case messages.PeersLost():
                 self._parted.note(heard.member, heard.message)
                 return
@@ -264,6 +266,8 @@ class Agent:
                 self._replace(order)
             case orders.HandOver(member, state):
                 self._local.send(member, messages.SeatHanded(state))
+            case orders.DropSuccessor(member):
+                self._found += self._journal.pass_on_the_rest(self._local.take_out(member))
             case orders.StartMore(members):
                 for crew in self._crew_of(members[0]):
                     crew.start(members, self._assignment(late=True))
@@ -360,6 +364,7 @@ class Agent:
         crews = self._crew_of(order.member)
         for crew in crews:
             self._found += self._journal.pass_on_the_rest(crew.take_out(order.member))
+        self._journal.retold.expected |= bool(order.holders)
         self._local.hold(order.holders, self._journal.merged)
         if self._run.engine == "server":
             self._local.send(self.roster.leader, messages.Left(order.member.number, order.why))

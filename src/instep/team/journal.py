@@ -21,6 +21,7 @@ from instep.record.tape import Tape, ToldCheckpoints, last_update, told
 from instep.record.team import BytesOfHost
 from instep.team.channel import Channel
 from instep.team.messages import Events, FoundWritten, FoundWrong, HeldUp, PlainEvents, WorkerToSupervisor
+from instep.team.retold import Retold
 
 
 class ClientGone(Exception):
@@ -47,6 +48,8 @@ class Journal:
         self._refuted_in = 0
         self._told = ToldCheckpoints()
         self._early: list[dict[str, Any]] = []
+        self.retold = Retold()
+        """What may be told twice, and is left out then."""
 
     def read(self) -> None:
         """Reads what the tape tells already."""
@@ -55,7 +58,9 @@ class Journal:
 
     def record(self, event: Event) -> None:
         """Notes an event of the agent's own, that happens now."""
-        self.pass_on([replace(event, t_s=round(time.monotonic() - self._began, 6))])
+        now = replace(event, t_s=round(time.monotonic() - self._began, 6))
+        self.retold.without([now])
+        self._pass_on([now])
 
     def warn(self, why: str) -> None:
         """Notes a warning of the agent's own."""
@@ -72,9 +77,12 @@ class Journal:
             self._client.send(word)
 
     def pass_on(self, happened: Sequence[Event]) -> None:
-        """Notes what has happened. On the tape, ``run_started`` comes first; of a start that comes to nothing it holds
-        none.
+        """Notes what has happened, as processes tell, but for what was told before. On the tape, ``run_started`` comes
+        first; of a start that comes to nothing it holds none.
         """
+        self._pass_on(self.retold.without(happened))
+
+    def _pass_on(self, happened: Sequence[Event]) -> None:
         self.merged = next((e.version for e in reversed(happened) if isinstance(e, MergedEvent)), self.merged)
         events = [plain(self._counted(event)) for event in happened]
         self._early += events

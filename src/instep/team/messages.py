@@ -227,8 +227,7 @@ class FoundWritten:
 @dataclass(frozen=True, slots=True)
 class FoundWrong:
     """Worker number `worker` has computed a microbatch of the step from `version` wrong, as `by` show. since: the
-    version after which the weights are uncertain; back: the newest that the team is to begin again from.
-    """
+    version after which the weights are uncertain; back: the newest that the team is to begin again from."""
 
     worker: int
     version: int
@@ -240,10 +239,8 @@ class FoundWrong:
 
 @dataclass(frozen=True, slots=True)
 class PeersLost:
-    """A worker cannot reach the others any more, one of whom may have died; it waits for its end.
-
-    silent: the address of one whose system does not answer, "" where that is not how it was noticed.
-    """
+    """A worker cannot reach the others any more, one of whom may have died; it waits for its end. silent: the address
+    of one whose system does not answer, "" where that is not how it was noticed."""
 
     why: str
     silent: str = ""
@@ -262,8 +259,7 @@ class KeepingState:
 @dataclass(frozen=True, slots=True)
 class StateKept:
     """The answer. Of the first worker of a host: what was kept of the run, as a checkpoint of this name, and the events
-    of the last updates. Of others, and where nothing can be kept: version 0, and why.
-    """
+    of the last updates. Of others, and where nothing can be kept: version 0, and why."""
 
     version: int = 0
     name: str = ""
@@ -275,12 +271,19 @@ class StateKept:
 @dataclass(frozen=True, slots=True)
 class HandedOver:
     """From who holds the place of a worker that died in lockstep: what its successor, of this incarnation, goes on
-    with, pickled. The place is not held there any more.
-    """
+    with, pickled. The place is not held there any more."""
 
     worker: int
     incarnation: int
     state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EndedFor:
+    """From who holds the place of a worker that died in lockstep, before its own end: what that would have told."""
+
+    worker: int
+    ended: Ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,12 +310,9 @@ class StoppedAt:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A process has done its part. `progress` is `instep.worker.evaluation.Progress`; `left`, what the run leaves
-    beside its weights; `costs`, of its rule: in lockstep each
-    worker tells its own idle share, and all the same bytes.
-
-    A worker of the server engine has nothing to tell but that.
-    """
+    """A process has done its part. `progress` is `instep.worker.milestones.Progress`; `left`, what the run leaves
+    beside its weights; `costs`, of its rule: in lockstep each worker tells its own idle share, and all the same bytes.
+    A worker of the server engine has nothing to tell but that."""
 
     progress: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
@@ -332,7 +332,7 @@ class Left:
 SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState | SeatHanded
 WorkerToSupervisor = (
     Events | Ready | Digest | Sync | FoundWritten | FoundWrong | PeersLost | KeepingState | StateKept | HandedOver
-    | NotStoodIn | StoppedAt | Failed | Ended
+    | EndedFor | NotStoodIn | StoppedAt | Failed | Ended
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------- server and worker, on a line

@@ -9,6 +9,7 @@ from instep.errors import InstepError
 from instep.team.messages import (
     Digest,
     Ended,
+    EndedFor,
     Failed,
     FoundWritten,
     FoundWrong,
@@ -31,7 +32,7 @@ class Member:
     host: int = 0
 
 
-Word = Ready | Digest | FoundWritten | FoundWrong | HandedOver | NotStoodIn | StoppedAt | Failed | Ended
+Word = Ready | Digest | FoundWritten | FoundWrong | HandedOver | EndedFor | NotStoodIn | StoppedAt | Failed | Ended
 """What of a process's messages means something for the team."""
 
 # Events
@@ -193,6 +194,13 @@ class HandOver:
 
 
 @dataclass(frozen=True)
+class DropSuccessor:
+    """End a process whose place in lockstep others have held until all was done."""
+
+    member: Member
+
+
+@dataclass(frozen=True)
 class StartMore:
     """Start these processes, of a host that has come while the others go on; each is to `Join` them."""
 
@@ -277,6 +285,7 @@ Order = (
     | Join
     | Replace
     | HandOver
+    | DropSuccessor
     | StartMore
     | AskToStop
     | AskToPause

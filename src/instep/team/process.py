@@ -38,7 +38,17 @@ from instep.team.groups import Reach
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
 from instep.team.judging import third_result
 from instep.team.kept_state import keep_state, wait_for_the_end
-from instep.team.messages import Assignment, Digest, Ended, Failed, FoundWritten, FoundWrong, KeepingState, NotStoodIn
+from instep.team.messages import (
+    Assignment,
+    Digest,
+    Ended,
+    EndedFor,
+    Failed,
+    FoundWritten,
+    FoundWrong,
+    KeepingState,
+    NotStoodIn,
+)
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
@@ -126,7 +136,8 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version, looks=not succeeds)
-    fit_memory(replica, team, session.emit if worker == 0 else None, workers=team.workers)
+    emit = session.emit if worker == 0 and not succeeds else None
+    fit_memory(replica, team, emit, workers=team.workers)
     sizes = engine.sizes()
     session.ready(_facts(session, engine, progress), reach.memory(sizes))
     group = reach.group(sizes, descriptor)
@@ -140,12 +151,13 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
         if progress.unevaluated and not succeeds:
             keeper.after_step(progress, False)
         steps = progress.version if progress.stopped else recipe.steps
-        interrupted = engine.run(progress, keeper.after_step, steps, keeper.due)
+        interrupted = engine.run(progress, keeper.after_step, steps)
         ended_s = session.clock()
         if not interrupted:
-            keeper.milestones.ended(progress, keeper.evaluate, lambda: session.mark_best(progress))
+            mark = partial(engine.between.lead, lambda: session.mark_best(progress))
+            keeper.milestones.ended(progress, keeper.evaluate, mark)
         digest = digest_of_state(replica.saved_state())
-        engine.agree()  # nobody reads weights any more: what the recipe shows them to may change them; nobody raises
+        engine.between.meet()  # nobody reads weights any more, or raises: what the recipe shows them to may change them
     except PeerLost as lost:  # it is of no use any more to do things together, but with those of this host
         if not keeper.saved_after(lost, reach.machine):
             return
@@ -162,15 +174,29 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
             )  # fmt: skip
         replica.doing = doing
         raise
-    left = {**(session.leave() if worker == 0 and not interrupted else {}), **engine.told_of_audits()}
+    _leave(session, engine, progress, digest, interrupted=interrupted, took_s=ended_s - began)
+
+
+def _leave(
+    session: Session, engine: Lockstep, progress: Progress, digest: str, *, interrupted: bool, took_s: float
+) -> None:
+    """When all weights are made, in `took_s`: the last words, for those that it stands in for too."""
+    left = dict[str, Any]()
+    if not interrupted:
+        engine.between.lead(lambda: left.update(session.leave()))
+    if engine.between.others_can_lead:
+        engine.between.meet()
     session.tell_gpu_memory()
     session.send_events()
     costs = Costs(
         bytes_sent=engine.division.bytes_sent,
-        idle_share=[round(max(0.0, 1 - engine.busy_s / (ended_s - began)), 4)],
+        idle_share=[round(max(0.0, 1 - engine.busy_s / took_s), 4)],
         **engine.division.told(),
     )
-    session.pipe.send(Ended(asdict(progress), digest, interrupted, left, costs))
+    ended = Ended(asdict(progress), digest, interrupted, {**left, **engine.told_of_audits()}, costs)
+    for each in engine.between.holds:
+        session.pipe.send(EndedFor(each, ended))
+    session.pipe.send(ended)
 
 
 def _facts(session: Session, engine: Lockstep, progress: Progress) -> dict[str, Any]:
@@ -228,17 +254,11 @@ class _Keeper:
         self.milestones = Milestones(recipe.steps, recipe.evaluate_every, every)
         self.remember()  # a checkpoint that it goes on from, so that it is read once
 
-    def due(self, progress: Progress, last: bool) -> bool:
-        """Whether `after_step` has more to do than to send events."""
-        version, milestones = progress.version, self.milestones
-        due = milestones.evaluates(version - 1, version) or milestones.saves(version - 1, version)
-        return last or due or progress.unevaluated or self._session.tries_checkpoint(version)
-
     def after_step(self, progress: Progress, last: bool) -> None:
         """After an update; `last`: the run ends with it."""
         keep = partial(self._keep, last)
-        evaluate = self._engine.placement.agree
-        self.milestones.reached(progress, progress.version - 1, lambda: evaluate(self.evaluate()), keep)
+        agree = self._engine.between.agree
+        self.milestones.reached(progress, progress.version - 1, lambda: agree(self.evaluate()), keep)
         self.remember()
 
     def remember(self) -> None:
@@ -256,8 +276,22 @@ class _Keeper:
 
     def evaluate(self) -> bool:
         """Evaluates; whether this version is to be saved as the best, as far as this worker knows."""
-        began_s = self._session.clock()
-        return self._session.evaluated(self._progress, self._engine.evaluate(self._progress.version), began_s)
+        session, between, progress = self._session, self._engine.between, self._progress
+        began_s, version = session.clock(), progress.version
+        found = between.evaluate(version)
+        if found is None:
+            return False
+
+        def look() -> tuple[dict[str, Any], bool]:
+            whole = found
+            if self._replica.objective.gathers and not session.leads and between.others_can_lead:
+                whole = between.evaluate_alone() or found  # in place of worker 0, which has had others' outputs
+            tell = session.leads or between.others_can_lead
+            return session.looked_at(version, whole, began_s, tell=tell)
+
+        facts, best = between.answer(look)
+        progress.evaluated(facts, session.recipe.steps, self._replica.watch.patience)
+        return best
 
     def _keep(self, last: bool, due: bool, best: bool) -> None:
         session, engine, version = self._session, self._engine, self._progress.version
@@ -272,15 +306,34 @@ class _Keeper:
         if due:
             session.pipe.send(Digest(version, digest_of_state(state)))
         sound = engine.unwritten(version)
-        training = engine.placement.training_state()
-        if training is None:
-            return
-        if trying:
-            session.try_checkpoint(version, state, training)
-        if due or best:
-            self._save(state, training, sound, engine.gradients.looked)
-        if best:
-            session.mark_best(self._progress)
+        training = engine.between.training_state()
+
+        def write(state: dict[str, Tensor], training: dict[str, Any], looked: bool) -> None:
+            if trying:
+                session.try_checkpoint(version, state, training)
+            if due or best:
+                self._save(state, training, sound, looked)
+            if best:
+                session.mark_best(self._progress)
+
+        if training is not None:
+            write(state, training, engine.gradients.looked)
+        elif engine.between.others_can_lead:
+            engine.between.lead(partial(self._write_for_another, last, write))
+            session.saved_version = version if due or best else session.saved_version
+
+    def _write_for_another(self, last: bool, write: Callable[[dict[str, Tensor], dict[str, Any], bool], None]) -> None:
+        """In place of worker 0: from what the workers share, which nobody changes before the next step is computed.
+        Others compute it already, and may write into the weights unseen; but after the last.
+        """
+        replica, engine, session = self._replica, self._engine, self._session
+        doing, entered = replica.doing, replica.enter(self._progress.version - 1)
+        replica.doing = f"saving version {self._progress.version}"
+        session.send_events()
+        write(replica.saved_state(), engine.placement.whole_state(), last and engine.gradients.looked)
+        if entered:
+            replica.enter(self._progress.version)
+        replica.doing = doing
 
     def save_at_stop(self, training: dict[str, Any]) -> None:
         """Saves weights that are sound, where code has raised."""

@@ -30,7 +30,7 @@ from instep.errors import InstepError, WorkerError, with_saved
 from instep.team import agreement, messages, orders
 from instep.team.hosts_there import HostsThere
 from instep.team.orders import Member, Order
-from instep.team.seats import PlaceInTeam, can_stand_in, handed_over, newcomers, stand_in, successor_of
+from instep.team.seats import PlaceInTeam, can_stand_in, left_by, newcomers, passed_on, stand_in, successor_of
 
 _LASTING = ("data", "samples", "parameters")
 """What a process that joins others has in common with them; its weights they give it."""
@@ -140,12 +140,12 @@ class Roster:
                 return self._compare(place.member.number, message)
             case messages.Ended():
                 place.ended, place.done = message, True
-                return self._finish()
+                left = left_by(self._places, place)
+                return self._finish() if left is None else self._end(left, told_of=True)
             case messages.FoundWritten() | messages.FoundWrong():
                 return self._end(agreement.cause_of(message, [place.member for place in self._places]))
-            case messages.HandedOver():
-                given = handed_over(self._places, message, place)
-                return [] if given is None else [orders.HandOver(given.member, message.state)]
+            case messages.HandedOver() | messages.EndedFor():
+                return passed_on(self._places, message, place)
             case messages.NotStoodIn():
                 return self._cannot_stand_in(message)
             case messages.Failed():
@@ -319,9 +319,9 @@ class Roster:
 
     def _cannot_stand_in(self, message: messages.NotStoodIn) -> list[Order]:
         """The epoch ends for a loss that was told of and counted when it came."""
-        place, self._told_of, self.stood_in = self._places[message.worker], True, self.stood_in - 1
+        place, self.stood_in = self._places[message.worker], self.stood_in - 1
         warned = orders.Warn(agreement.no_stand_in(message.why))
-        return [warned, *self._end(place.lost or orders.Lost(place.member, message.why))]
+        return [warned, *self._end(place.lost or orders.Lost(place.member, message.why), told_of=True)]
 
     def _can_do_without(self, member: Member) -> bool:
         """Whether the others go on when it is lost."""
@@ -348,8 +348,8 @@ class Roster:
             return self._over(orders.CancelRun())
         return [] if known else [orders.AskToStop(self.epoch)]
 
-    def _end(self, why: orders.Ending) -> list[Order]:
-        self._ending = why
+    def _end(self, why: orders.Ending, *, told_of: bool = False) -> list[Order]:
+        self._ending, self._told_of = why, told_of
         return [orders.EndEpoch(self.epoch)]
 
     def _again(self, gone: orders.EpochEnded) -> list[Order]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from instep.team.messages import Ended, HandedOver
-from instep.team.orders import Lost, Member
+from instep.team.messages import Ended, EndedFor, HandedOver
+from instep.team.orders import DropSuccessor, HandOver, Lost, Member, Order
 
 
 @dataclass(slots=True)
@@ -55,13 +55,26 @@ def can_stand_in(seats: list[PlaceInTeam], but: PlaceInTeam) -> bool:
     return bool(seated(seats, but)) and not any(seat.done for seat in seats)
 
 
-def handed_over(seats: list[PlaceInTeam], message: HandedOver, by: PlaceInTeam) -> PlaceInTeam | None:
-    """Gives a place to its successor, if it is the one that is waited for; the place."""
+def passed_on(seats: list[PlaceInTeam], message: HandedOver | EndedFor, by: PlaceInTeam) -> list[Order]:
+    """Gives a place to its successor, if it is the one that is waited for; or does not wait for one any more, since who
+    holds the place has done its part to the end.
+    """
     seat = seats[message.worker]
-    if (seat.holder, seat.member.incarnation) != (by.member.number, message.incarnation):
-        return None
+    if seat.holder != by.member.number or seat.done:
+        return []
+    if isinstance(message, EndedFor):
+        seat.ended, seat.done = message.ended, True
+        return [DropSuccessor(seat.member)]
+    if seat.member.incarnation != message.incarnation:
+        return []
     seat.holder = None
-    return seat
+    return [HandOver(seat.member, message.state)]
+
+
+def left_by(seats: list[PlaceInTeam], holder: PlaceInTeam) -> Lost | None:
+    """Of whom one that has ended came to hold the place when all was done, so that nobody ends for it."""
+    left = [seat for seat in seats if seat.holder == holder.member.number and not seat.done]
+    return next((seat.lost for seat in left), None)
 
 
 def newcomers(seats: list[PlaceInTeam], shares: Sequence[int]) -> list[int]:

@@ -296,19 +296,25 @@ class Session:
         return 0 < version not in (self.saved_version, self._tried_version)
 
     def evaluated(self, progress: Progress, found: Evaluation | None, began_s: float) -> bool:
-        """Notes the objective on held-out data, looked at since `began_s`, by `clock`. Returns whether this version is
-        to be saved as the best.
-        """
+        """Notes the objective on held-out data, found since `began_s`. Whether this version is to be saved as best."""
         if found is None or self.replica is None:
             return False
-        facts = found.facts(progress.version, self.replica)
+        facts, best_so_far = self.looked_at(progress.version, found, began_s, tell=self.leads)
         progress.evaluated(facts, self.recipe.steps, self.replica.watch.patience)
-        if not self.leads:
-            return False
-        self.emit(EvaluatedEvent(**progress.held_out, took_s=round(self.clock() - began_s, 6)))
-        for why in filter(None, (found.problem(progress.version), *found.doubts)):
-            self.emit(WarnedEvent(why=why, version=progress.version))
-        return self.assignment.team.keep_best and best.is_best(self._checkpoints, progress.version, found.objective)
+        return best_so_far
+
+    def looked_at(self, version: int, found: Evaluation, began_s: float, *, tell: bool) -> tuple[dict[str, Any], bool]:
+        """What `Progress` is to know of an evaluation. Who speaks for all is to `tell` the tape, too, and says whether
+        this version is to be saved as the best.
+        """
+        assert self.replica is not None
+        facts = found.facts(version, self.replica)
+        if not tell:
+            return facts, False
+        self.emit(EvaluatedEvent(**facts, took_s=round(self.clock() - began_s, 6)))
+        for why in filter(None, (found.problem(version), *found.doubts)):
+            self.emit(WarnedEvent(why=why, version=version))
+        return facts, self.assignment.team.keep_best and best.is_best(self._checkpoints, version, found.objective)
 
     def mark_best(self, progress: Progress) -> None:
         """Notes that the checkpoint of this version, which is saved, is the best so far. Raises ResourceError."""

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import pickle
-import time
 from collections.abc import Collection
 
 from instep.engines.standing_in import Handed
 from instep.team.heartbeat import HeartbeatBoard
 from instep.team.messages import HandedOver, SeatHanded
 from instep.team.session import Session
-
-LOOK_S = 0.002
-"""Seconds between two looks for a successor that is waited for."""
 
 
 class PlacesHeld:
@@ -41,11 +37,6 @@ class PlacesHeld:
         self._session.send_events()
         self._session.pipe.send(HandedOver(worker, incarnation, pickle.dumps(state)))
         self._given[worker] = incarnation
-
-    def wait(self) -> None:
-        self._session.heartbeat.waiting(True)
-        time.sleep(LOOK_S)
-        self._session.heartbeat.waiting(False)
 
 
 def places_held(session: Session, board: HeartbeatBoard) -> PlacesHeld | None:

@@ -20,6 +20,8 @@ from instep.transport.memory import Region, attach, mark, wait_for
 ROOM = 1 << 20
 """Bytes of a part of what is shared."""
 
+Fact = Tensor | bytes
+
 
 def regions(sizes: Sizes) -> dict[str, Region]:
     """What a file for a team of these sizes must hold, see `instep.transport.memory.reserve`."""
@@ -88,12 +90,13 @@ class SharedMemoryGroup:
         self._rooms = arrays["rooms"]
         self._turn, self._interrupted, self._pieces = 0, 0, 0
         self._vacancies: Vacancies | None = None
-        self._part: Callable[[int], Tensor | None] = lambda rank: None
+        self._part: Callable[[int, int | None], Fact | None] = lambda rank, length: None
 
-    def stand_in(self, vacancies: Vacancies, part: Callable[[int], Tensor | None]) -> None:
+    def stand_in(self, vacancies: Vacancies, part: Callable[[int, int | None], Fact | None]) -> None:
         """From now on, does the part of ranks that have died too, wherever this one waits for them.
 
-        `part(rank)` does what such a rank lacks before the barrier at which this one is; its fact, if that is a gather.
+        `part(rank, length)` does what such a rank lacks before the barrier at which this one is; its fact, if that is a
+        gather; its bytes, if that is the first of what `share` does, or a later one: then it has said how many.
         """
         self._vacancies, self._part = vacancies, part
 
@@ -120,12 +123,15 @@ class SharedMemoryGroup:
         self._turn, self._pieces = turn, pieces
 
     def gather(self, fact: Tensor) -> Tensor:
+        return self._gather(fact, lambda rank: self._part(rank, None))
+
+    def _gather(self, fact: Tensor, part: Callable[[int], Fact | None]) -> Tensor:
         self._turn += 1
         anew = min(self._interrupted, 1)
         facts, turns = self._facts[self._turn % 2 + 2 * anew], self._turns[anew]
         facts[self.rank, : fact.nbytes] = as_bytes(fact)
         mark(turns, self.rank, self._turn)
-        self._wait(turns, self._turn, facts)
+        self._wait(turns, self._turn, part, facts)
         return facts[:, : fact.nbytes].view(fact.dtype)
 
     def meet(self) -> None:
@@ -148,16 +154,26 @@ class SharedMemoryGroup:
         return Views([self._homes[0 if shared else self.rank]])
 
     def share(self, blob: bytes, to: int | None = None) -> list[bytes]:
-        lengths = self.gather(torch.tensor([len(blob)])).flatten().tolist()
+        others = dict[int, bytes]()  # of those that this one stands in for
+
+        def of(rank: int, length: int | None = None) -> bytes:
+            others[rank] = others[rank] if rank in others else bytes(self._part(rank, length) or b"")
+            return others[rank]
+
+        own = torch.tensor([len(blob)])
+        lengths = self._gather(own, lambda rank: torch.tensor([len(of(rank))])).flatten().tolist()
         reads, found = to in (None, self.rank), [bytearray() for _ in lengths]
         for start in range(0, max(lengths), ROOM):
-            part = blob[start : start + ROOM]
-            self._rooms[self.rank, : len(part)] = np.frombuffer(part, np.uint8)
-            self.meet()  # the parts are there
+            self._put(self.rank, blob[start : start + ROOM])
+            there = partial(lambda at, rank: self._put(rank, of(rank, lengths[rank])[at : at + ROOM]), start)
+            self._gather(torch.empty(0), there)
             for rank, length in enumerate(lengths) if reads else ():
                 found[rank] += self._rooms[rank, : max(0, length - start)].tobytes()
-            self.meet()  # and read
+            self._gather(torch.empty(0), lambda rank: None)  # and read
         return [bytes(each) for each in found] if reads else []
+
+    def _put(self, rank: int, part: bytes) -> None:
+        self._rooms[rank, : len(part)] = np.frombuffer(part, np.uint8)
 
     def interrupt(self) -> None:
         self._interrupted += 1
@@ -170,10 +186,16 @@ class SharedMemoryGroup:
         nothing = np.zeros(0, np.int64)
         self._turns = self._interrupts = self._begun = self._rooms = self.stages = nothing
 
-    def _wait(self, marks: NDArray[np.int64], value: int, facts: Tensor | None = None) -> None:
+    def _wait(
+        self,
+        marks: NDArray[np.int64],
+        value: int,
+        part: Callable[[int], Fact | None],
+        facts: Tensor | None = None,
+    ) -> None:
         came: bool | None = None
         while came is None:
-            changes = self._do_others_parts(marks, value, facts)
+            changes = self._do_others_parts(marks, value, part, facts)
             self._waiting(True)
             came = wait_for(marks, value, self._interrupts, self._interrupted + 1, partial(self._changed, changes))
             self._waiting(False)
@@ -186,14 +208,16 @@ class SharedMemoryGroup:
     def _changes(self) -> int:
         return 0 if self._vacancies is None else self._vacancies.changes()
 
-    def _do_others_parts(self, marks: NDArray[np.int64], value: int, facts: Tensor | None) -> int:
+    def _do_others_parts(
+        self, marks: NDArray[np.int64], value: int, part: Callable[[int], Fact | None], facts: Tensor | None
+    ) -> int:
         """Of all that have died and are this rank's. The changes of the vacancies that it has seen."""
         changes = self._changes()
         if changes and self._vacancies is not None:
             for rank in sorted(self._vacancies.held()):
                 if int(marks[rank]) < value:
-                    fact = self._part(rank)
-                    if facts is not None and fact is not None:
+                    fact = part(rank)
+                    if facts is not None and isinstance(fact, Tensor):
                         facts[rank, : fact.nbytes] = as_bytes(fact)
                     mark(marks, rank, value)
         return changes
@@ -211,5 +235,5 @@ class _Rows:
         return int(self._group._begun.min()) >= self._count
 
     def wait(self) -> list[Tensor]:
-        self._group._wait(self._group._begun, self._count)
+        self._group._wait(self._group._begun, self._count, lambda rank: self._group._part(rank, None))
         return self._rows
