@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,17 @@ from torch.utils import _pytree as pytree
 from instep.engines.between_steps import BetweenSteps
 from instep.engines.sharding import Placement, Sharded
 from instep.engines.shared_evaluation import SharedEvaluation
+from instep.engines.standing_in import StandIn
 from instep.engines.step_facts import StepFacts
-from instep.recipe import Recipe
+from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.record.events import ChecksummedEvent, EvaluatedEvent
+from instep.team.asking import resized
 from instep.team.session import Session
 from instep.transport.shared_memory import SharedMemoryGroup
 from support import workloads
-from support.deaths import STEPS, Deaths, Hooks, after, before, came_through, run, told
-from support.harness import Outcome
+from support.deaths import STEPS, Deaths, Hooks, after, all_of, before, came_through, run, told, waiting_for_successors
+from support.harness import Client, Outcome, stopping_at, train_here
 
 pytestmark = pytest.mark.processes
 
@@ -159,3 +163,86 @@ def test_a_worker_that_dies_between_two_steps_is_stood_in_for(
     outcome = run(RECIPES["gpt"](), 2, tmp_path / "it", hooks, **TEAM)
     came_through(outcome, undisturbed("gpt"), 1)
     same_record(outcome, undisturbed("gpt"))
+
+
+def once_it_is_to_end(worker: int) -> Hooks:
+    """It dies in step 3 when the team was asked to end after it."""
+
+    def hooks(deaths: Deaths) -> dict[Any, dict[str, Any]]:
+        until_rows = StandIn.until_rows
+
+        def dying(self: StandIn, step: int, totals: dict[str, int]) -> None:
+            while step == 3 and deaths.are_of(worker) and not self._stop_wanted():
+                time.sleep(0.001)
+            if step == 3:
+                deaths.at(worker, "to end")
+            until_rows(self, step, totals)
+
+        return {StandIn: {"until_rows": dying}}
+
+    return hooks
+
+
+@pytest.mark.parametrize("worker", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_that_is_to_stop_does_so_after_the_step_though_a_worker_dies(
+    worker: int, tmp_path: Path, undisturbed: Callable[[str], Outcome]
+) -> None:
+    recipe = RECIPES["gpt"]()
+    stopped = run(recipe, 2, tmp_path / "it", once_it_is_to_end(worker), stopping_at(3), restarts=0, **TEAM)
+    assert (stopped.result["interrupted"], stopped.result["versions"]) == (True, 4)
+    assert len(told(stopped, "left")) == len(told(stopped, "stood_in")) == 1
+    assert not any(event["worker"] == worker for event in told(stopped, "joined")[2:]), "no process starts after a stop"
+    assert checkpoint.verify(max(checkpoint.all_in(stopped.path / "checkpoints"))).version == 4
+    resumed = train_here(recipe, Team(workers=2, **TEAM), stopped.path, resume=True)
+    assert resumed.digest == undisturbed("gpt").digest
+
+
+@pytest.mark.parametrize("worker", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_team_that_is_to_have_another_size_gets_it_after_the_step_though_a_worker_dies(
+    worker: int, tmp_path: Path, undisturbed: Callable[[str], Outcome]
+) -> None:
+    asked = threading.Thread(target=lambda: resized(tmp_path / "it" / "run", 2))
+
+    def see(event: dict[str, Any]) -> None:
+        if (event["kind"], event.get("version")) == ("merged", 3):
+            asked.start()
+
+    outcome = run(RECIPES["gpt"](), 3, tmp_path / "it", once_it_is_to_end(worker), Client(see), **TEAM)
+    asked.join()
+    assert outcome.digest == undisturbed("gpt").digest
+    assert [(event["version"], event["team"]["workers"]) for event in told(outcome, "run_started")] == [(0, 3), (4, 2)]
+    assert [event["version"] for event in told(outcome, "merged")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["optimizer", "none"])
+@pytest.mark.parametrize("workers", [3, 5])
+def test_all_but_one_may_die_in_an_evaluation_with_buffers(
+    shard: str, workers: int, tmp_path: Path, undisturbed: Callable[[str], Outcome]
+) -> None:
+    def hooks(deaths: Deaths) -> dict[Any, dict[str, Any]]:
+        evaluate, made = SharedEvaluation._evaluate, [0]
+
+        def dying(self: SharedEvaluation, worker: int) -> Any:
+            made[0] += 1
+            for each in range(workers) if made[0] == 2 else ():
+                if each != 1:
+                    deaths.at(each, "evaluating")
+            return evaluate(self, worker)
+
+        return {SharedEvaluation: {"_evaluate": dying}}
+
+    outcome = run(RECIPES["convnet"](), workers, tmp_path / "it", hooks, restarts=workers, shard=shard, **TEAM)
+    came_through(outcome, undisturbed("convnet"), workers - 1)
+    same_record(outcome, undisturbed("convnet"))
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_a_successor_knows_all_that_evaluations_have_come_to(
+    worker: int, tmp_path: Path, undisturbed: Callable[[str], Outcome]
+) -> None:
+    dies = all_of(before(SharedEvaluation, "_evaluate", worker, calls=1), waiting_for_successors)
+    outcome = run(RECIPES["gpt"](), 2, tmp_path / "it", dies, **TEAM)
+    came_through(outcome, undisturbed("gpt"), 1)
+    same_record(outcome, undisturbed("gpt"))
+    assert [event["worker"] for event in told(outcome, "took_place")] == [worker]

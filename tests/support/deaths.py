@@ -13,7 +13,7 @@ from unittest import mock
 from instep.engines.standing_in import StandIn
 from instep.recipe import Recipe, Team
 from instep.team.session import Session
-from support.harness import Outcome, train_here
+from support.harness import Client, Outcome, train_here
 
 STEPS = 8
 
@@ -45,7 +45,14 @@ Hooks = Callable[[Deaths], dict[Any, dict[str, Any]]]
 """For some classes, what is to stand in for methods of theirs while the team is forked."""
 
 
-def run(recipe: Recipe, workers: int, folder: Path, hooks: Hooks = lambda deaths: {}, **team: Any) -> Outcome:
+def run(
+    recipe: Recipe,
+    workers: int,
+    folder: Path,
+    hooks: Hooks = lambda deaths: {},
+    client: Client | None = None,
+    **team: Any,
+) -> Outcome:
     deaths, init = Deaths(folder), Session.__init__
 
     def noted(session: Session, assignment: Any, number: int, *others: Any) -> None:
@@ -58,7 +65,7 @@ def run(recipe: Recipe, workers: int, folder: Path, hooks: Hooks = lambda deaths
         for patch in patches:
             patch.start()
         try:
-            return train_here(recipe, Team(workers=workers, **team), folder / "run")
+            return train_here(recipe, Team(workers=workers, **team), folder / "run", client=client)
         finally:
             for patch in patches:
                 patch.stop()

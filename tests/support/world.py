@@ -68,8 +68,9 @@ OF_AN_EPOCH = (EpochEnded, Resumed, Saved)
 class World:
     """Processes that obey a roster, and what happens to them. Every promise is looked at with every order and event.
 
-    `stage`: of all that were ever started: building, ready, waiting for a place, working, done; "lost" once the roster
-    knows of it, and "dead" if it was ended. `holders`: who holds the place of whom. `said`: what a process has told the
+    `stage`: of all that were ever started, and "empty" of a place to which nobody comes: building, ready, waiting for a
+    place, working, done; "lost" once the roster knows of it, and "dead" if it was ended. `holders`: who holds the place
+    of whom. `said`: what a process has told the
     roster so far.
     """
 
@@ -180,8 +181,9 @@ class World:
                 assert self.last == Said(self.holders.pop(member), HandedOver(member.number, member.incarnation, b""))
                 self.stage[member] = "working"
             case DropSuccessor(member=member):
-                assert isinstance(self.last, Said)
-                assert isinstance(self.last.message, EndedFor)
+                assert isinstance(self.last, Lost) or (
+                    isinstance(self.last, Said) and isinstance(self.last.message, EndedFor)
+                )
                 assert self.last.member == self.holders.pop(member)
                 self.stage[member] = "done"
             case Replace(member=old, successor=new, holders=holders):
@@ -196,7 +198,12 @@ class World:
                     assert new not in self.stage
                     self.stage[new] = "building"
                     self.counted += 1
+                for place in [] if holders else [m for m, holder in self.holders.items() if holder == old]:
+                    if self.stage[place] == "empty":
+                        self.holders.pop(place)
                 if holders:
+                    empty = Member(old.epoch, old.number, old.incarnation + 1, old.host)
+                    self.stage.update({empty: "empty"} if new is None else {})
                     self.check_holders(old, holders)
             case StartMore(members=members):
                 assert self.serving, "in lockstep nobody goes on alone"
@@ -262,10 +269,9 @@ class World:
 
     def check_holders(self, lost: Member, holders: Mapping[Member, Member]) -> None:
         """The places of all that are not there are held by who is, and those of others by nobody."""
-        assert not self.stopping, "nothing starts after a stop"
         self.holders.pop(lost, None)
         self.holders.update(holders)
-        vacant = [m for m in self.present() if self.stage[m] in ("building", "ready", "waiting")]
+        vacant = [m for m in self.present() if self.stage[m] in ("building", "ready", "waiting", "empty")]
         assert set(vacant) == self.holders.keys(), "places of all that are not there are held"
         assert all(self.stage[holder] == "working" for holder in self.holders.values())
         load = Counter(self.holders.values())
@@ -357,6 +363,9 @@ class World:
         ended = Ended({"version": 7}, digest, interrupted=self.stopping or self.pausing)
         for place in [] if leaves else [place for place, holder in self.holders.items() if holder == member]:
             self.says(member, EndedFor(place.number, ended))
+            if self.stage[place] == "empty":
+                del self.holders[place]
+                self.stage[place] = "done"
         self.stage[member] = "done"
         self.says(member, ended)
 

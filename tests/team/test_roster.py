@@ -95,7 +95,6 @@ def test_random_histories_come_everywhere() -> None:
     @given(WORLDS, HISTORIES)
     @example(World(3, stands_in=True, begun=True), [("lose", 0), ("end", 2)])  # few histories come so far
     @example(World(3, stands_in=True, begun=True), [("lose", 0), ("build", 0), ("hand", 0)])
-    @example(World(serving=True, begun=True), [("raise", 0)])
     @example(World(restarts=2, begun=True), [(kind, 0) for kind in ("lose", "gone", "build", "lose", "gone")])
     @example(World(serving=True, agents=(1, 1)), [("come", 1), ("build", 0), ("part", 1), ("come", 1)])  # seldom
     @example(World(serving=True, begun=True), [("raise", 0)])
@@ -244,6 +243,19 @@ def test_who_has_ended_has_ended_for_those_whose_places_it_holds_and_their_succe
     assert world.orders[-1] == DropSuccessor(successor)
     world.end(member(2))
     assert world.orders[-1] == FinishRun(successor)
+
+
+def test_after_a_stop_others_hold_the_places_of_the_dead_to_the_end_and_nothing_is_counted() -> None:
+    world = working(3, restarts=0, stands_in=True)
+    world.stop()
+    world.lose(member(0))
+    (replaced,) = world.orders[1:]
+    assert isinstance(replaced, Replace)
+    assert (replaced.successor, list(replaced.holders.values())) == (None, [member(1)])
+    world.lose(member(1))
+    world.end(member(2))
+    assert world.orders[-1] == FinishRun(world.roster.leader)
+    assert (world.roster.restarts, world.roster.stood_in) == (0, 0)
 
 
 def test_who_dies_when_its_holder_has_done_all_sends_the_team_back_once() -> None:

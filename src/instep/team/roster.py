@@ -30,7 +30,7 @@ from instep.errors import InstepError, WorkerError, with_saved
 from instep.team import agreement, messages, orders
 from instep.team.hosts_there import HostsThere
 from instep.team.orders import Member, Order
-from instep.team.seats import PlaceInTeam, can_stand_in, left_by, newcomers, passed_on, stand_in, successor_of
+from instep.team.seats import PlaceInTeam, can_stand_in, left_by, let_go, newcomers, passed_on, stand_in, successor_of
 
 _LASTING = ("data", "samples", "parameters")
 """What a process that joins others has in common with them; its weights they give it."""
@@ -115,7 +115,7 @@ class Roster:
         """Who is waited for: the present members but those that have done their part."""
         if self.over or self._ending is not None:
             return []
-        return [place.member for place in self._places if not place.done]
+        return [place.member for place in self._places if not (place.done or place.empty)]
 
     @property
     def leader(self) -> Member:
@@ -181,13 +181,12 @@ class Roster:
 
     def _go_on_without(self, members: Sequence[Member], lost: orders.Lost) -> list[Order]:
         """Members are lost, and have no successors, those of a host before it comes back."""
-        for member in members:
-            self._places[member.number].done = True
+        dropped = let_go(self._places, members)
         if self._raised is not None:
             return []
         if not self._stopping and (once_too_often := self._count_restart(lost)):
             return once_too_often
-        return [*(orders.Replace(member, None, lost.why) for member in members), *self._finish()]
+        return [*(orders.Replace(member, None, lost.why) for member in members), *dropped, *self._finish()]
 
     def _start_there(self, host: int) -> list[Order]:
         """The workers of a host that was lost start there again, while the others go on."""
@@ -309,17 +308,18 @@ class Roster:
 
     def _stand_in(self, lost: orders.Lost, place: PlaceInTeam) -> list[Order]:
         """A worker in lockstep is lost: others that can hold its place, and those that it has held, for successors."""
-        if self._stopping or self._pausing or not (self._stands_in and can_stand_in(self._places, place)):
+        if not (self._stands_in and can_stand_in(self._places, place)):
             return self._end(lost)
-        if once_too_often := self._count_restart(lost):
+        if not self._stopping and (once_too_often := self._count_restart(lost)):
             return once_too_often
-        self.stood_in += place.holder is None
-        holders = stand_in(self._places, lost)
-        return [orders.Replace(lost.member, successor_of(lost.member), lost.why, holders)]
+        self.stood_in += place.holder is None and not self._stopping
+        successor = None if self._stopping else successor_of(lost.member)
+        return [orders.Replace(lost.member, successor, lost.why, stand_in(self._places, lost, empty=self._stopping))]
 
     def _cannot_stand_in(self, message: messages.NotStoodIn) -> list[Order]:
         """The epoch ends for a loss that was told of and counted when it came."""
-        place, self.stood_in = self._places[message.worker], self.stood_in - 1
+        place = self._places[message.worker]
+        self.stood_in -= not place.empty
         warned = orders.Warn(agreement.no_stand_in(message.why))
         return [warned, *self._end(place.lost or orders.Lost(place.member, message.why), told_of=True)]
 

@@ -13,7 +13,7 @@ from instep.team.orders import DropSuccessor, HandOver, Lost, Member, Order
 @dataclass(slots=True)
 class PlaceInTeam:
     """Who has a place in the team. `done`: it is not waited for any more. `holder`: the number of the worker that holds
-    the place until it is there, after another was `lost`.
+    the place until it is there, after another was `lost`; or to the end where nobody comes: `empty`.
     """
 
     member: Member
@@ -22,6 +22,7 @@ class PlaceInTeam:
     done: bool = False
     holder: int | None = None
     lost: Lost | None = None
+    empty: bool = False
 
 
 def successor_of(member: Member) -> Member:
@@ -34,13 +35,14 @@ def seated(seats: list[PlaceInTeam], but: PlaceInTeam) -> list[PlaceInTeam]:
     return [seat for seat in seats if seat.holder is None and seat is not but]
 
 
-def stand_in(seats: list[PlaceInTeam], lost: Lost) -> dict[Member, Member]:
-    """Puts a successor in the place of a member that was lost, and has others hold this place and those that it has
-    held, spread evenly. Who holds which from then on, by successor; another must be `seated`.
+def stand_in(seats: list[PlaceInTeam], lost: Lost, *, empty: bool = False) -> dict[Member, Member]:
+    """Puts a successor in the place of a member that was lost, in name alone where that stays `empty`, and has others
+    hold this place and those that it has held, spread evenly. Who holds which from then on, by successor; another must
+    be `seated`.
     """
     number = lost.member.number
     before, others = seats[number], seated(seats, seats[number])
-    seats[number] = new = PlaceInTeam(successor_of(lost.member), holder=before.holder, lost=lost)
+    seats[number] = new = PlaceInTeam(successor_of(lost.member), holder=before.holder, lost=lost, empty=empty)
     told = [each for each in seats if each is new or each.holder == number]
     load = {each.member.number: sum(seat.holder == each.member.number for seat in seats) for each in others}
     for each in told:
@@ -64,11 +66,20 @@ def passed_on(seats: list[PlaceInTeam], message: HandedOver | EndedFor, by: Plac
         return []
     if isinstance(message, EndedFor):
         seat.ended, seat.done = message.ended, True
-        return [DropSuccessor(seat.member)]
+        return [] if seat.empty else [DropSuccessor(seat.member)]
     if seat.member.incarnation != message.incarnation:
         return []
     seat.holder = None
     return [HandOver(seat.member, message.state)]
+
+
+def let_go(seats: list[PlaceInTeam], members: Sequence[Member]) -> list[Order]:
+    """Members are lost, and nobody waits for them any more, nor for those whose places they held: all is done."""
+    numbers = {member.number for member in members}
+    gone = [seat for seat in seats if seat.holder in numbers and not seat.done]
+    for seat in (*gone, *(seats[number] for number in numbers)):
+        seat.done = True
+    return [DropSuccessor(seat.member) for seat in gone if not seat.empty]
 
 
 def left_by(seats: list[PlaceInTeam], holder: PlaceInTeam) -> Lost | None:
