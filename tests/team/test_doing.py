@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from instep.recipe import Team
 from instep.team.doing import TEXT_BYTES, DoingBoard
 from instep.worker.replica import Replica
+from support.harness import train_here
 from support.regression import regression
 
 
@@ -62,3 +67,23 @@ def test_a_replica_tells_what_it_does() -> None:
     assert told == ["building the data set", "building the model", "building the optimizer", "waiting for the team"]
     replica.batch(0, 1)
     assert told[-1] == replica.doing == "loading step 1, microbatch 1"
+
+
+@pytest.mark.processes
+def test_a_step_says_no_more_than_two_words_for_a_microbatch_and_one_for_the_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them costs about a microsecond."""
+    said, write = np.frombuffer(mmap.mmap(-1, 16), np.int64), DoingBoard.write  # in common with what is forked
+
+    def counted(board: DoingBoard, process: int, text: str) -> None:
+        said[process] += 1
+        write(board, process, text)
+
+    monkeypatch.setattr(DoingBoard, "write", counted)
+    counts = []
+    for steps in (4, 14):
+        said[:] = 0
+        train_here(regression(steps=steps), Team(workers=2, balance="off"), tmp_path / f"{steps}")
+        counts.append(said.copy())
+    assert (counts[1] - counts[0] <= 10 * (2 * 2 + 1)).all(), "of 4 microbatches each worker has 2"

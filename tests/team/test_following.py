@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from instep.errors import RecipeError
 from instep.randomness import key_of_step
 from instep.ranges import fill
 from instep.recipe import Recipe, Team
-from instep.team import hosts, hosts_there
+from instep.team import asking, hosts, hosts_there
 from support.agents import Followers, meet_here, train_on
 from support.harness import Client, train_here
 from support.patience import LONG_S
@@ -123,17 +124,25 @@ def until(*held: tuple[int, Path]) -> Recipe:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("engine", ["lockstep", pytest.param("server", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("engine", "fixed"),
+    [
+        ("lockstep", False),
+        pytest.param("lockstep", True, marks=pytest.mark.slow),
+        pytest.param("server", False, marks=pytest.mark.slow),
+    ],
+)
 def test_hosts_that_come_and_go_change_the_number_of_workers_and_no_bit(
-    engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    engine: Any, fixed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """fixed: somebody asks for the number that the team has with host 1, before that goes."""
     meet_here(monkeypatch, tmp_path)
     monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
     monkeypatch.setattr(hosts, "GATHER_S", 0.0)
     monkeypatch.setattr(hosts_there, "room_here", lambda threads: 1)
     come, gone, client = tmp_path / "come", tmp_path / "gone", Client()
     recipe = until((1, come), (2, gone))
-    team = Team(bounds="1..4", engine=engine, checkpoint_every=1, restarts=0, lease_s=LONG_S)
+    team = Team(bounds="1..4", engine=engine, checkpoint_every=1, restarts=int(fixed), lease_s=LONG_S)
     followers = Followers(recipe, team, (1, 1), tmp_path, again=[1], late=[1])
 
     def of_kind(kind: str) -> list[dict[str, Any]]:
@@ -146,6 +155,8 @@ def test_hosts_that_come_and_go_change_the_number_of_workers_and_no_bit(
         come.touch()
         wait_until(lambda: len(of_kind("run_started")) == 2, LONG_S, "a start with host 1")
         wait_until(lambda: any(each["version"] == 2 for each in of_kind("merged")), LONG_S, "step 2")
+        if fixed:
+            assert asking.resized(tmp_path / "run", 2) == {"workers": 2, "before": 2, "supervisor": os.getpid()}
         followers.kill(1)
         wait_until(lambda: bool(of_kind("left")), LONG_S, "a loss")
 
@@ -156,10 +167,11 @@ def test_hosts_that_come_and_go_change_the_number_of_workers_and_no_bit(
     with meanwhile(act, go_on):
         run, _ = train_on((1, 1), recipe, team, tmp_path / "run", client=client, followers=followers, told_s=0.0)
     assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
-    assert run.result["restarts"] == 0
+    assert run.result["restarts"] == int(fixed), "it is none where the number follows what is there"
     told = [(each["before"], each["workers"], each["by_whom"]) for each in of_kind("resized")]
     assert told[0][:2] == (1, 2)
     assert told[0][2].startswith("host 1 (")
-    after = [(2, 1, "hosts that have come or gone")] if engine == "lockstep" else []
+    after = [(2, 1, "hosts that have come or gone")] if engine == "lockstep" and not fixed else []
     assert told[1:] == after, "under a server the others go on as they are"
-    assert [each["team"]["workers"] for each in of_kind("run_started")] == [1, 2, *(now for _, now, _ in after)]
+    last = [] if engine == "server" else [2 if fixed else 1]
+    assert [each["team"]["workers"] for each in of_kind("run_started")] == [1, 2, *last]

@@ -249,7 +249,10 @@ class Agent:
         why = "the run is about to end, as it was asked to." if self._local.stop_wanted() else why
         if not why and workers != before:
             self._journal.record(ResizedEvent(workers=workers, before=before, by_whom=by))
+        if not why and (workers != before or self.roster.hosts.waiting):
             self._hear(orders.Resize(workers))
+        elif not why:
+            self.roster.hosts.fix(workers)  # it may have followed what is there
         return before, why
 
     def _obey(self, order: orders.Order) -> list[orders.RosterEvent]:
