@@ -147,3 +147,11 @@ def test_stacks_are_shown_by_whom_they_are_of_and_who_has_none_says_why(
     assert list(team.stack_lines(table())) == [], "of a run that does not go on"
     assert main(["team", "runs/gpt", "--worker", "1"]) == 2
     assert "it goes with --stacks." in capsys.readouterr().err
+
+
+def test_bounds_are_for_a_run_that_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["team", "runs/gpt", "--workers", "2..8"]) == 2
+    assert capsys.readouterr().err == (
+        "instep: --workers is '2..8'; a run that goes on is given a number, and bounds when it starts or is resumed "
+        "(instep train).\n"
+    )

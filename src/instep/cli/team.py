@@ -12,7 +12,7 @@ from cyclopts import App
 
 from instep.cli.flags import Settings, UsageError, refuse, whole_number
 from instep.cli.helping import COMMANDS
-from instep.errors import RecordError, WorkerError, clean
+from instep.errors import RecordError, WorkerError, clean, shown
 from instep.monitors.progress import clock, duration, rate
 from instep.monitors.terminal import is_live
 from instep.recipe import MOST_WORKERS
@@ -79,6 +79,11 @@ def declare(app: App, settings: Settings) -> None:
         if workers is not None:
             if stacks or json:
                 raise UsageError("--workers changes the team, and shows nothing; give it alone.")
+            if ".." in workers:
+                raise UsageError(
+                    f"--workers is {shown(workers)}; a run that goes on is given a number, and bounds when it starts "
+                    f"or is resumed (instep train)."
+                )
             print(_text([_resized(run, whole_number(workers, "--workers"))]))
         elif stacks:
             found = stacks_of(run, None if worker is None else whole_number(worker, "--worker"))
