@@ -113,7 +113,7 @@ def rank_of_ddp(rank: int, steps: int, slow: float, folder: Path) -> None:
     seed_all(key(made.seed, "model"))
     module = DistributedDataParallel(made.model.build())
     optimizer, samples = made.optimizer.build(module.parameters()), made.data.build().train
-    cursor = Cursor(samples=len(samples), batch=made.batch, microbatches=MICROBATCHES, seed=made.seed)
+    cursor = Cursor(len(samples), made.batch, MICROBATCHES, made.seed, order=made.order)
     own, stamps = range(rank * MICROBATCHES // 2, (rank + 1) * MICROBATCHES // 2), list[float]()
     for step in range(steps):
         stamps.append(time.monotonic())
