@@ -85,14 +85,14 @@ def test_with_the_work_of_trying_all_it_finds_what_trying_all_finds(drawn: list)
 def test_what_it_says_of_each_way_is_so(drawn: list, budget: int) -> None:
     known = Known(drawn)
     outcome, truth = known.race(budget), known.truth()
-    for standing, cost in zip(outcome.standings, truth, strict=True):
-        if standing.state == "reached":
-            assert standing.cost == cost
-        elif standing.state == "beaten":
+    for ranked, cost in zip(outcome.ranking, truth, strict=True):
+        if ranked.state == "reached":
+            assert ranked.cost == cost
+        elif ranked.state == "beaten":
             assert outcome.best is not None
             assert outcome.best.cost is not None
             assert cost >= outcome.best.cost
-        elif standing.state == "never":
+        elif ranked.state == "never":
             assert cost == math.inf
     assert {rival.state for rival in outcome.rivals} <= {"open"}
     assert outcome.decided == (outcome.best is not None and not outcome.rivals)
@@ -103,7 +103,7 @@ def test_ways_whose_updates_are_the_same_are_computed_once_and_the_cheapest_of_t
     points = known.entrants[0]
     slow, quick = Entrant("slow", "0", lambda step: 3.0 * step), Entrant("quick", "0", lambda step: 0.5 * step)
     found = race([slow, points, quick], known.compute, target=TARGET, steps=STEPS, budget=3 * STEPS)
-    assert [each.state for each in found.standings] == ["slower", "slower", "reached"]
+    assert [each.state for each in found.ranking] == ["slower", "slower", "reached"]
     assert found.spent == reached_at(known.points["0"], TARGET)
 
 

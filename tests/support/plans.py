@@ -28,30 +28,30 @@ RULES = (
 )  # fmt: skip
 
 CLUSTERS = {
-    "8 alike, 10 Gb/s": Description(workers=8, microbatch="100ms", bandwidth="10Gb/s", latency="100us", update="1ms"),
-    "8, one 4 times slower": Description(
-        workers=8, microbatch="lognormal:100ms,20ms", slow="7:4x", bandwidth="10Gb/s", latency="100us", update="1ms"
+    "4 alike, 10 Gb/s": Description(workers=4, microbatch="100ms", bandwidth="10Gb/s", latency="100us", update="1ms"),
+    "4, one 4 times slower": Description(
+        workers=4, microbatch="lognormal:100ms,20ms", slow="3:4x", bandwidth="10Gb/s", latency="100us", update="1ms"
     ),
-    "8 that vary much": Description(
-        workers=8, microbatch="lognormal:100ms,80ms", bandwidth="1Gb/s", latency="1ms", update="1ms"
+    "4 that vary much": Description(
+        workers=4, microbatch="lognormal:100ms,80ms", bandwidth="1Gb/s", latency="1ms", update="1ms"
     ),
     "4 unlike, 20 Mb/s": Description(
         workers=4, microbatch="lognormal:20ms,10ms", persistence=0.8, bandwidth="20Mb/s", latency="5ms", update="1ms"
     ),
-    "8, two of half the speed, 100 Mb/s": Description(
-        workers=8, microbatch="lognormal:100ms,30ms", slow="25%:2x", bandwidth="100Mb/s", latency="1ms", update="1ms"
+    "4, two of half the speed, 100 Mb/s": Description(
+        workers=4, microbatch="lognormal:100ms,30ms", slow="50%:2x", bandwidth="100Mb/s", latency="1ms", update="1ms"
     ),
     "2 that sleep, one 4 times slower": Description(workers=2, microbatch="25ms", slow="1:4x", update="0"),
-    "8 far apart, 10 Mb/s": Description(
-        workers=8, microbatch="lognormal:100ms,30ms", bandwidth="10Mb/s", latency="30ms", update="1ms"
+    "4 far apart, 10 Mb/s": Description(
+        workers=4, microbatch="lognormal:100ms,30ms", bandwidth="10Mb/s", latency="30ms", update="1ms"
     ),
-    "8 that fail": Description(
-        workers=8, microbatch="lognormal:100ms,30ms", failures="1min", restart="5s", bandwidth="1Gb/s", latency="1ms",
+    "4 that fail": Description(
+        workers=4, microbatch="lognormal:100ms,30ms", failures="20s", restart="2s", bandwidth="1Gb/s", latency="1ms",
         update="1ms",
     ),
-    "6 of three speeds, 200 Mb/s": Description(
-        workers=6, microbatch="lognormal:60ms,15ms", speeds=(1.0, 1.0, 1.0, 0.5, 0.5, 0.25), bandwidth="200Mb/s",
-        latency="1ms", update="2ms",
+    "3 of three speeds, 200 Mb/s": Description(
+        workers=3, microbatch="lognormal:60ms,15ms", speeds=(1.0, 0.5, 0.25), bandwidth="200Mb/s", latency="1ms",
+        update="2ms",
     ),
     "4 that sleep, one 3 times slower": Description(workers=4, microbatch="25ms", slow="3:3x", update="0"),
 }  # fmt: skip

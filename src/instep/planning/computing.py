@@ -85,9 +85,9 @@ class _Computing:
         if outcome.best is None and allowed < whole:  # there is nobody to compute with other seeds
             outcome = self._race(known, asked.by, whole - spent)
             spent, allowed = spent + outcome.spent, whole
-        for place, standing in zip(places, outcome.standings, strict=True):
-            way, predicted = self._ways[place], standing.predicted
-            way.state, way.predicted = standing.state, None if predicted == math.inf else predicted
+        for place, ranked in zip(places, outcome.ranking, strict=True):
+            way, predicted = self._ways[place], ranked.predicted
+            way.state, way.predicted = ranked.state, None if predicted == math.inf else predicted
         if all(self._failed(place) for place in known):
             raise RecipeError(f"no way can be computed: {self._failed(places[0])}")
         other: By = "bytes" if asked.by == "time" else "time"
@@ -95,7 +95,7 @@ class _Computing:
         self._note(known, first)
         finalists = self._finalists(outcome, places)
         spent += self._other_seeds(finalists, whole - spent)
-        rivals = [places[outcome.standings.index(each)] for each in outcome.rivals]
+        rivals = [places[outcome.ranking.index(each)] for each in outcome.rivals]
         return Computation(
             self._ways, outcome, finalists, rivals, spent, whole, everything, self._timed, self._checkpoint_s(),
             time.process_time() - self._began_s,

@@ -22,6 +22,7 @@ ONE_RULE = 1.25
 """Of one rule, numbers of workers that take so many times as long as the best one are not computed."""
 
 RUNGS = 2
+"""The first takes half of the work."""
 
 _CHUNKS = 20
 """Parts of a run, in which those that may still be the cheapest are computed on."""
@@ -30,6 +31,7 @@ ALIKE = 0.25
 """Two curves are alike where the multiple of steps that one needs varies by less than about so much."""
 
 _LONGEST = 50.0
+"""Of the logarithm of how many times as many steps are extrapolated to, so that it stays a number."""
 
 State = Literal["reached", "beaten", "slower", "behind", "open", "never"]
 """reached: the target. beaten: it costs more without having reached it. slower: by timing alone. behind: in predicted
@@ -85,7 +87,7 @@ class Outcome:
     suffice to tell from it, or from each other.
     """
 
-    standings: list[Ranked]
+    ranking: list[Ranked]
     spent: int
     best: Ranked | None = None
     rivals: list[Ranked] = field(default_factory=list)
@@ -209,16 +211,16 @@ def _slope(at: Sequence[float], values: Sequence[float]) -> float:
 class _Race:
     def __init__(self, entrants: Sequence[Entrant], compute: Compute, target: float, steps: int, budget: int):
         self._compute, self._target, self._steps, self._budget = compute, target, steps, budget
-        self._standings = [Ranked(entrant) for entrant in entrants]
+        self._ranking = [Ranked(entrant) for entrant in entrants]
         self._curves: dict[str, SoFar] = {}
         self._spent = 0
         self._best: Ranked | None = None
 
     def run(self) -> Outcome:
-        out = slower_by_timing([standing.entrant for standing in self._standings], self._steps)
+        out = slower_by_timing([ranked.entrant for ranked in self._ranking], self._steps)
         for place in out:
-            self._standings[place].state = "slower"
-        self._halve([standing for place, standing in enumerate(self._standings) if place not in out])
+            self._ranking[place].state = "slower"
+        self._halve([ranked for place, ranked in enumerate(self._ranking) if place not in out])
         self._look_on()
         return self._outcome()
 
@@ -226,86 +228,84 @@ class _Race:
         """Rungs: the first takes half of the work for all, each further one half as much for half as many."""
         each = self._budget / 2 / max(1, len(going))
         for rung in range(RUNGS):
-            for standing in sorted(going, key=lambda one: one.entrant.cost(self._steps)):
-                self._on(standing, max(1, round(each * (rung + 1))))
+            for ranked in sorted(going, key=lambda one: one.entrant.cost(self._steps)):
+                self._on(ranked, max(1, round(each * (rung + 1))))
             going = sorted(self._unsettled(going), key=self._expected)[: -(-len(going) // 2)]
 
     def _look_on(self) -> None:
         """The rest of the work, for whoever may be the cheapest."""
-        while open_ := list(filter(self._affords, self._unsettled(self._standings))):
+        while open_ := list(filter(self._affords, self._unsettled(self._ranking))):
             bound = math.inf if self._best is None or self._best.cost is None else self._best.cost
-            some = [standing for standing in open_ if self._least(standing) < bound]
-            standing = min(some, key=self._expected) if some else min(open_, key=self._least)
-            self._on(standing, self._step_of(standing) + max(1, self._steps // _CHUNKS))
+            some = [ranked for ranked in open_ if self._least(ranked) < bound]
+            ranked = min(some, key=self._expected) if some else min(open_, key=self._least)
+            self._on(ranked, self._step_of(ranked) + max(1, self._steps // _CHUNKS))
 
-    def _unsettled(self, standings: Sequence[Ranked]) -> list[Ranked]:
+    def _unsettled(self, ranking: Sequence[Ranked]) -> list[Ranked]:
         """Those that have neither reached the target nor been beaten."""
-        for standing in standings:
-            if standing.state == "open" and self._best is not None:
+        for ranked in ranking:
+            if ranked.state == "open" and self._best is not None:
                 assert self._best.cost is not None
-                if standing.entrant.cost(self._step_of(standing) + 1) >= self._best.cost:
-                    standing.state = "beaten"
-        return [standing for standing in standings if standing.state == "open"]
+                if ranked.entrant.cost(self._step_of(ranked) + 1) >= self._best.cost:
+                    ranked.state = "beaten"
+        return [ranked for ranked in ranking if ranked.state == "open"]
 
-    def _on(self, standing: Ranked, step: int) -> None:
+    def _on(self, ranked: Ranked, step: int) -> None:
         """Computes on to `step`, but no further than where it would be beaten."""
-        entrant = standing.entrant
-        while standing.state == "open" and self._step_of(standing) < min(step, self._steps):
-            if not self._unsettled([standing]) or not self._affords(standing):
+        entrant = ranked.entrant
+        while ranked.state == "open" and self._step_of(ranked) < min(step, self._steps):
+            if not self._unsettled([ranked]) or not self._affords(ranked):
                 return
-            computed = self._compute(entrant.curve, self._step_of(standing) + 1)
+            computed = self._compute(entrant.curve, self._step_of(ranked) + 1)
             self._curves[entrant.curve] = computed
             self._spent += computed.work
-            self._note(standing, computed)
+            self._note(ranked, computed)
 
-    def _note(self, standing: Ranked, computed: SoFar) -> None:
+    def _note(self, ranked: Ranked, computed: SoFar) -> None:
         reached = reached_at(computed.points, self._target)
         if reached is not None:
-            standing.state, standing.step, standing.cost = "reached", reached, standing.entrant.cost(reached)
-            if self._best is None or self._best.cost is None or standing.cost < self._best.cost:
-                self._best = standing
+            ranked.state, ranked.step, ranked.cost = "reached", reached, ranked.entrant.cost(reached)
+            if self._best is None or self._best.cost is None or ranked.cost < self._best.cost:
+                self._best = ranked
         elif computed.ended:
-            standing.state = "never"
+            ranked.state = "never"
 
-    def _affords(self, standing: Ranked) -> bool:
+    def _affords(self, ranked: Ranked) -> bool:
         """Whether the work suffices for its next point, if it has one."""
-        left = self._steps - self._step_of(standing)
-        return self._spent + min(standing.entrant.every, left) <= self._budget
+        left = self._steps - self._step_of(ranked)
+        return self._spent + min(ranked.entrant.every, left) <= self._budget
 
-    def _step_of(self, standing: Ranked) -> int:
-        computed = self._curves.get(standing.entrant.curve)
+    def _step_of(self, ranked: Ranked) -> int:
+        computed = self._curves.get(ranked.entrant.curve)
         return 0 if computed is None else computed.step
 
     # What is expected
 
-    def _range(self, standing: Ranked) -> tuple[float, float]:
-        """The least and what it is expected to cost; nothing where nothing of it is computed."""
-        own = self._curves.get(standing.entrant.curve)
-        others = [each.points for curve, each in self._curves.items() if curve != standing.entrant.curve]
-        least, likely = predicted(own.points if own else (), others, self._target)
-        return self._cost(standing.entrant, least), self._cost(standing.entrant, likely)
+    def _predicted(self, ranked: Ranked) -> tuple[float, float]:
+        """The fewest steps to the target, and how many are expected; none where nothing of it is computed."""
+        own = self._curves.get(ranked.entrant.curve)
+        others = [each.points for curve, each in self._curves.items() if curve != ranked.entrant.curve]
+        return predicted(own.points if own else (), others, self._target)
 
     def _cost(self, entrant: Entrant, steps: float) -> float:
         if not math.isfinite(steps):
             return math.inf
         return entrant.cost(math.ceil(steps)) * max(1.0, steps / self._steps)
 
-    def _expected(self, standing: Ranked) -> float:
-        return self._range(standing)[1]
+    def _expected(self, ranked: Ranked) -> float:
+        return self._cost(ranked.entrant, self._predicted(ranked)[1])
 
-    def _least(self, standing: Ranked) -> float:
-        return self._range(standing)[0]
+    def _least(self, ranked: Ranked) -> float:
+        return self._cost(ranked.entrant, self._predicted(ranked)[0])
 
     def _outcome(self) -> Outcome:
-        self._unsettled(self._standings)
-        bound = math.inf if self._best is None or self._best.cost is None else self._best.cost
-        rivals = []
-        for standing in self._standings:
-            if standing.state != "open":
-                continue
-            standing.predicted = self._expected(standing)
-            if standing.predicted < bound:
-                rivals.append(standing)
-            else:
-                standing.state = "behind"
-        return Outcome(self._standings, self._spent, self._best, sorted(rivals, key=self._expected))
+        open_ = self._unsettled(self._ranking)
+        for ranked in open_:
+            ranked.predicted = self._expected(ranked)
+        if self._best is None or self._best.cost is None:  # between the favourite and who may be better
+            bound = min(map(self._expected, open_), default=math.inf)
+            rivals = [ranked for ranked in open_ if self._least(ranked) <= bound < math.inf]
+        else:
+            rivals = [ranked for ranked in open_ if self._expected(ranked) < self._best.cost]
+        for ranked in open_:
+            ranked.state = "open" if ranked in rivals else "behind"
+        return Outcome(self._ranking, self._spent, self._best, sorted(rivals, key=self._expected))
