@@ -244,3 +244,27 @@ def test_an_agent_that_fails_before_it_meets_the_first_ends_the_run_by_its_sente
 def runs_instep(host: Started) -> bool:
     """Whether processes of it are left; torchrun, which waits for the other one, aside."""
     return any("instep" in command_of(pid) and "distributed" not in command_of(pid) for pid in host.pids())
+
+
+@pytest.mark.parametrize("bounds", ["1..4", "3..4"])
+def test_a_team_with_bounds_has_what_hosts_have_room_for_and_one_that_cannot_have_it_ends_with_a_sentence(
+    bounds: str, tmp_path: Path
+) -> None:
+    write_project(tmp_path)
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mine)})  # what is started has room for one
+    try:
+        hosts = two_hosts(tmp_path, "-m", "instep", "train", "my.toml", "--workers", bounds, "--out", "run")
+    finally:
+        os.sched_setaffinity(0, mine)
+    ended = [host.process.wait(LONG_S) for host in hosts]
+    if bounds == "1..4":
+        assert ended == [0, 0], hosts[0].err
+        found = result(tmp_path / "run")
+        assert (found["digest"], found["workers"]) == (digest_alone(tmp_path), 2)
+        return
+    assert ended == [1, 1]
+    told = "instep: 'team.bounds' asks for at least 3 workers, and all 2 hosts together have room for 2; lower"
+    assert told in hosts[0].err
+    assert "instep: the run failed, as agent 0 says on host 0" in hosts[1].err
+    assert not (tmp_path / "run").exists()
