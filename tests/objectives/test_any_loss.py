@@ -68,6 +68,19 @@ def soft_dice(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 Loss = Callable[[nn.Module, Any], Any]
+
+
+def by_torchmetrics(name: str) -> Loss:
+    """As loops that train on a metric: it gets all predictions of the piece at once."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        functional = pytest.importorskip("torchmetrics.functional")
+        found: Tensor = getattr(functional, name)(model(batch[0])[:, 0], batch[1].to(batch[0].dtype))
+        return found
+
+    return loss
+
+
 CASES: dict[str, tuple[Loss, Callable[[], nn.Module], Any, str, str]] = {
     "mean of squares": (
         lambda m, b: (m(b[0]) ** 2).mean(), linear, BATCH, "equal pieces", "a mean over samples, so"
@@ -86,6 +99,12 @@ CASES: dict[str, tuple[Loss, Callable[[], nn.Module], Any, str, str]] = {
     "soft dice": (soft_dice, linear, WHOLE_TARGETS, "wrong", "see each other"),
     "transformers": (hugging_face, tokens_model, token_batch(), "wrong", "a mean over items"),
     "preference by sequence": (by_sequence, tokens_model, token_batch(), "equal pieces", "a smaller last piece"),
+    "mean squared error of torchmetrics": (
+        by_torchmetrics("mean_squared_error"), linear, WHOLE_TARGETS, "equal pieces", "a mean over samples, so"
+    ),
+    "explained variance of torchmetrics": (
+        by_torchmetrics("explained_variance"), linear, WHOLE_TARGETS, "wrong", "see each other"
+    ),
     "sums of Instep": (
         lambda m, b: {"ce": F.cross_entropy(m(b[0]), b[1], reduction="sum")}, linear, BATCH, "right", ""
     ),

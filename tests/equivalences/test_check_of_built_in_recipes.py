@@ -1,0 +1,48 @@
+"""`instep check` proves every built-in recipe, in a minute each; of two that load a library's models, in two."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instep.recipe_files import names_of_recipes
+from support.proved import save
+
+pytestmark = pytest.mark.processes
+
+LIMIT_S = {"hf": 120.0, "distil": 120.0}
+
+
+def instep(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "instep", *words], capture_output=True, text=True, check=False)
+
+
+def checked(name: str, teacher: Path) -> dict[str, Any]:
+    """As a person does it. `held`: nothing is refuted, in time."""
+    given = ["--recipe.objective.args.teacher.args.run", str(teacher)] if name == "distil" else []
+    began = time.monotonic()
+    done = instep("check", name, "--json", *given)
+    took_s, found = time.monotonic() - began, json.loads(done.stdout)
+    verdicts = {each["name"]: each["verdict"] for each in found["equivalences"]}
+    return {
+        "recipe": name, "seconds": round(took_s, 1), "cpu_seconds": round(found["cpu_s"], 1),
+        "proved": sum(verdict == "proved" for verdict in verdicts.values()),
+        "not_run": [each for each, verdict in verdicts.items() if verdict == "not run"],
+        "held": done.returncode == 0 and bool(found["proved"]) and took_s < LIMIT_S.get(name, 60.0),
+    }  # fmt: skip
+
+
+@pytest.mark.prove
+def test_every_built_in_recipe_is_proved_in_time(tmp_path: Path) -> None:
+    began, teacher = time.monotonic(), tmp_path / "teacher"
+    short = ["--steps", "2", "--recipe.evaluate_samples", "8", "--recipe.sample_length", "0"]
+    assert instep("train", "gpt", "--out", str(teacher), *short).returncode == 0
+    cases = [checked(name, teacher) for name in names_of_recipes()]
+    save("checks", cases, seed=0, began=began)
+    assert [case for case in cases if not case["held"]] == []
