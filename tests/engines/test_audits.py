@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from instep.engines.audits import looked_at
 from instep.engines.balance import Balance
 from instep.errors import RecipeError, WorkerError
+from instep.offline.tape_replay import replay
 from instep.ranges import equal_ranges
 from instep.recipe import Recipe, Team, parse
 from instep.recipe_files import read
-from instep.record import checkpoint
+from instep.record import checkpoint, tape
 from instep.team import judging
 from instep.team_checks import check_team
 from instep.worker.gradients import Gradients
@@ -31,7 +32,7 @@ from instep.worker.noting import noted_alone
 from instep.worker.standalone import replica_before
 from support import workloads, writers
 from support.agents import meet_here, train_on
-from support.harness import Outcome, train_here
+from support.harness import Outcome, stopping_at, train_here
 from support.kinds import quick
 from support.regression import regression, squares
 from support.sentences import one_sentence
@@ -200,6 +201,29 @@ def test_so_is_one_on_another_host(agents: tuple[int, ...], tmp_path: Path, monk
     assert [wrong["worker"] for wrong in run.result["audit"]["wrong"]] == [workers - 1]
     assert run.result["restarts"] == 1
     assert run.digest == undisturbed()
+
+
+@pytest.mark.processes
+def test_what_was_uncertain_when_a_team_began_stays_uncertain(tmp_path: Path) -> None:
+    """A run goes on after it was stopped, and worker 1 is found wrong before any audit of this team was good."""
+    folder, noted = tmp_path / "run", tmp_path / "noted"
+    recipe = regression(steps=STEPS, objective=one_wrong(squares, 1, noted))
+    noted.write_text("0\n")  # another process's: nobody is wrong yet
+    team: dict[str, Any] = {"workers": 3, "checkpoint_every": 1, "keep": 0, "balance": "off"}
+    stopped = train_here(recipe, Team(**team, audit="10%"), folder, client=stopping_at(12))
+    noted.unlink()
+    good = [event["version"] for event in stopped.events if event["kind"] == "audited" and event["owner"] == 1]
+    assert stopped.result["audit"]["uncertain_since"] < 12
+    assert good[-1] + 1 < 12
+    run = train_here(recipe, Team(**team, audit="100%"), folder, resume=True)
+    (refuted,) = (event for event in run.events if event["kind"] == "refuted")
+    assert (refuted["worker"], refuted["since"]) == (1, good[-1] + 1)
+    again = next(e for e in run.events[run.events.index(refuted) :] if e["kind"] == "run_started")
+    assert again["version"] == good[-1]
+    assert run.digest == undisturbed()
+    assert run.result["audit"]["wrong"][0]["since"] == good[-1] + 1
+    played = replay(recipe, tape.read(folder / "tape.jsonl"))
+    assert (played.digest, played.divergence) == (run.digest, "")
 
 
 @pytest.mark.processes

@@ -112,13 +112,12 @@ def that_count(events: Iterable[Event], known: Collection[str]) -> Iterator[Even
 def not_refuted(events: Iterable[Event]) -> list[Event]:
     """The events without what an audit has found to be uncertain: the run knows, and has computed it again."""
     kept: list[Event] = []
-    begun = 0
     for event in events:
-        if event["kind"] == "run_started":
-            begun = len(kept)
         if event["kind"] == "refuted":
-            since, told = event["since"], ("merged", "checksummed", "checkpointed")
-            kept[begun:] = [e for e in kept[begun:] if e["kind"] not in told or e["version"] <= since]
+            since = event["since"]
+            starts = [place for place, e in enumerate(kept) if e["kind"] == "run_started" and e["version"] <= since]
+            begun = starts[-1]  # sessions that began later did so from what is uncertain
+            kept[begun:] = [e for e in kept[begun:] if e["kind"] not in _OF_LOCKSTEP or e["version"] <= since]
         kept.append(event)
     return kept
 

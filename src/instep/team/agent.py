@@ -86,7 +86,7 @@ class Agent:
             )  # fmt: skip
             self._journal.note = answers.note
             try:
-                self._journal.read()
+                self._journal.read(audits=bool(run.team.audit))
                 self._about = self._folder.about()
                 best.read(self._folder.checkpoints)  # a damaged one is told of now, not in the midst of training
                 self._resume_from = self._journal.newest_checkpoint(resumed=self._run.resumed)
@@ -185,7 +185,10 @@ class Agent:
                 self._ended[heard.member.number] = heard.message
                 self._parted.saves = self._parted.saves and heard.member != self.roster.leader
             case messages.FoundWrong():
-                self._journal.refuted(heard.message, heard.member.epoch)
+                found = self._journal.with_past(heard.message)
+                self._journal.refuted(found, heard.member.epoch)
+                self._hear(orders.Said(heard.member, found))
+                return
             case messages.EndedFor(worker, ended):
                 self._ended[worker] = ended
             case messages.PeersLost():
@@ -390,6 +393,7 @@ class Agent:
             crew.leave()
         costs = [each.costs for _, each in sorted(self._ended.items()) if each.costs]
         counts = self.roster.restarts, self.roster.stood_in, self._journal.wire_bytes(), self._journal.wrong
+        self._journal.note_past(self._ended[leader.number].left.get("audit"), self._run.team.workers)
         result = result_of(self._run, self._facts, self._ended[leader.number], costs, *counts)
         self._held.check()
         self._folder.write_result(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from instep.record import checkpoint
 from instep.record.event_kinds import RefutedEvent
 from instep.record.events import CheckpointedEvent, Event, MergedEvent, RunStartedEvent, WarnedEvent, plain
 from instep.record.folder import RunFolder
+from instep.record.last_good import LastGood, last_good
 from instep.record.tape import Tape, ToldCheckpoints, last_update, told
 from instep.record.team import BytesOfHost
 from instep.team.channel import Channel
@@ -47,14 +49,16 @@ class Journal:
         """What audits have found, for the result."""
         self._refuted_in = 0
         self._told = ToldCheckpoints()
+        self._good: LastGood | None = None  # None where there are no audits
         self._early: list[dict[str, Any]] = []
         self.retold = Retold()
         """What may be told twice, and is left out then."""
 
-    def read(self) -> None:
-        """Reads what the tape tells already."""
+    def read(self, *, audits: bool) -> None:
+        """Reads what the tape tells already. audits: whether those are needed."""
         self.begun = self._tape.begun
         self._told = told(self._tape.path)
+        self._good = last_good(self._tape.path) if audits else None
 
     def record(self, event: Event) -> None:
         """Notes an event of the agent's own, that happens now."""
@@ -87,7 +91,7 @@ class Journal:
         events = [plain(self._counted(event)) for event in happened]
         self._early += events
         for event in events:
-            self._told.note(event)
+            self._take(event)
         for one in happened:
             self.note(one)
         if self.started or any(isinstance(event, RunStartedEvent) for event in happened):
@@ -126,8 +130,13 @@ class Journal:
         assert not self.started, "the tape is at the end of the session before"
         for event in events:
             self._tape.write(plain(event))
-            self._told.note(plain(event))
+            self._take(plain(event))
         self._tape.flush(sync=True)
+
+    def _take(self, event: dict[str, Any]) -> None:
+        self._told.note(event)
+        if self._good is not None:
+            self._good.note(event)
 
     def last_update(self) -> int:
         """The version at which the tape ends."""
@@ -163,6 +172,19 @@ class Journal:
                 detail="\n".join(problems),
             )
         return path
+
+    def with_past(self, found: FoundWrong) -> FoundWrong:
+        """The same with what was uncertain of the worker's machine when its team began, if no audit was good since."""
+        past = self._good.began(found.worker) if self._good is not None else None
+        if past is None:
+            return found
+        return dataclasses.replace(found, since=min(found.since, past[0]), back=min(found.back, past[1]))
+
+    def note_past(self, audit: dict[str, Any] | None, workers: int) -> None:
+        """The same for what the team's leader tells of its audits at its end."""
+        if audit is not None and self._good is not None:
+            pasts = [past for worker in range(workers) if (past := self._good.began(worker)) is not None]
+            audit["uncertain_since"] = min([audit["uncertain_since"], *(since for since, _ in pasts)])
 
     def refuted(self, found: FoundWrong, epoch: int) -> None:
         """Notes that a worker has computed a microbatch wrong, and removes the checkpoints that are uncertain for it.
