@@ -71,6 +71,19 @@ def test_over_many_steps_it_comes_to_the_share_of_each_worker() -> None:
         assert math.isclose(found[owner], 20_000 * 0.01 * own, rel_tol=0.1)
 
 
+@pytest.mark.pure
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_of_no_worker_more_than_300_microbatches_pass_unseen_at_1_percent(workers: int) -> None:
+    """Whoever is wrong in each is named within 500, whatever is drawn."""
+    ranges = equal_ranges(4, workers)
+    for seed in range(40):
+        last = [-1] * workers
+        for step in range(1500):
+            for each in looked_at(seed, 0.01, step, ranges):
+                last[each.owner] = step
+            assert all((step - last[w]) * (stop - start) <= 300 for w, (start, stop) in enumerate(ranges))
+
+
 # --------------------------------------------------------------------------------------------- nothing else is changed
 
 

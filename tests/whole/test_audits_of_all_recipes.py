@@ -57,7 +57,10 @@ def audited(name: str, audits: int, folder: Path, teacher: Path) -> dict[str, An
     recipe = recipe_of(name, teacher)
     recipe = replace(recipe, steps=math.ceil(audits / recipe.microbatches))
     team = Team(
-        workers=2 + len(name) % 2, audit="100%", memory="60%" if name == "memory" else "", checkpoint_every=9999
+        workers=3 if name in ("dpo", "vae", "convnet", "written") else 2,
+        audit="100%",
+        memory="60%" if name == "memory" else "",
+        checkpoint_every=9999,
     )
     run = train_here(recipe, team, folder / name)
     told, audit = run.result, run.result["audit"]

@@ -24,7 +24,9 @@ class LastGood:
         self._hosts: dict[int, str] | None = None  # of the present team, once it has made an update
         self._before: dict[str, Good] = {}  # by machine, of the teams before
         self._good: dict[int, Good] = {}  # by worker, of the present team
-        self._start = self._workers = 0
+        self.start = 0
+        """The version that the present team has begun with."""
+        self._workers = 0
         self._audits = False
 
     @property
@@ -39,7 +41,7 @@ class LastGood:
                 self._joined[worker] = str(event.get("host") or "")
             case {"kind": "run_started", "version": int(version), "team": Mapping() as team}:
                 self._end()
-                self._start, self._workers, self._audits = version, team.get("workers", 1), bool(team.get("audit"))
+                self.start, self._workers, self._audits = version, team.get("workers", 1), bool(team.get("audit"))
                 self._before = {host: _earlier(good, version) for host, good in self._before.items()}
             case {"kind": "audited", "owner": int(owner), "version": int(version)}:
                 self._settle()
@@ -49,10 +51,14 @@ class LastGood:
 
     def began(self, worker: int) -> Good | None:
         """What is known of the machine of a worker from before its team; None once an audit of this team was good."""
-        return None if worker in self._good else self._began(self._joined.get(worker, ""))
+        return None if worker in self._good else self.before(worker)
+
+    def before(self, worker: int) -> Good:
+        """The same, whatever audits of this team were."""
+        return self._began(self._joined.get(worker, ""))
 
     def _began(self, host: str) -> Good:
-        return _earlier(self._before.get(host, (self._start, self._start)), self._start)
+        return _earlier(self._before.get(host, (self.start, self.start)), self.start)
 
     def _settle(self) -> None:
         if self._hosts is None:

@@ -185,10 +185,8 @@ class Agent:
                 self._ended[heard.member.number] = heard.message
                 self._parted.saves = self._parted.saves and heard.member != self.roster.leader
             case messages.FoundWrong():
-                found = self._journal.with_past(heard.message)
-                self._journal.refuted(found, heard.member.epoch)
-                self._hear(orders.Said(heard.member, found))
-                return
+                found = self._journal.refuted(heard.message, heard.member.epoch)
+                return self._hear(orders.Said(heard.member, found))
             case messages.EndedFor(worker, ended):
                 self._ended[worker] = ended
             case messages.PeersLost():

@@ -173,12 +173,14 @@ class Journal:
             )
         return path
 
-    def with_past(self, found: FoundWrong) -> FoundWrong:
-        """The same with what was uncertain of the worker's machine when its team began, if no audit was good since."""
-        past = self._good.began(found.worker) if self._good is not None else None
-        if past is None:
+    def _with_past(self, found: FoundWrong) -> FoundWrong:
+        """The same with what was uncertain of the worker's machine when its team began, if no audit was good since: as
+        the team says, whose events may still be on their way.
+        """
+        if self._good is None or found.since > self._good.start:
             return found
-        return dataclasses.replace(found, since=min(found.since, past[0]), back=min(found.back, past[1]))
+        since, back = self._good.before(found.worker)
+        return dataclasses.replace(found, since=since, back=back)
 
     def note_past(self, audit: dict[str, Any] | None, workers: int) -> None:
         """The same for what the team's leader tells of its audits at its end."""
@@ -186,13 +188,14 @@ class Journal:
             pasts = [past for worker in range(workers) if (past := self._good.began(worker)) is not None]
             audit["uncertain_since"] = min([audit["uncertain_since"], *(since for since, _ in pasts)])
 
-    def refuted(self, found: FoundWrong, epoch: int) -> None:
+    def refuted(self, found: FoundWrong, epoch: int) -> FoundWrong:
         """Notes that a worker has computed a microbatch wrong, and removes the checkpoints that are uncertain for it.
 
-        All workers of an epoch tell of it; it is noted once.
+        All workers of an epoch tell of it; it is noted once. The same, with what is known of before that epoch.
         """
+        found = self._with_past(found)
         if epoch <= self._refuted_in:
-            return
+            return found
         self._refuted_in = epoch
         removed = []
         for version, path in checkpoint.by_version(self._folder.checkpoints).items():
@@ -205,6 +208,7 @@ class Journal:
         )  # fmt: skip
         self.record(event)
         self.wrong.append({name: getattr(event, name) for name in ("worker", "version", "microbatch", "since")})
+        return found
 
     def remove_unlooked(self) -> None:
         """Removes checkpoints of stops: forwards may have written into their weights past autograd, unseen."""
