@@ -24,6 +24,7 @@ from instep.offline.verifying import verify
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint, tape
 from instep.record.folder import RunFolder
+from instep.record.hardware import Hardware
 from instep.record.receipt import Verified
 from support import workloads
 from support.harness import train_here
@@ -278,6 +279,10 @@ def test_what_a_wrong_worker_did_is_found_in_the_span_in_which_it_began(tmp_path
         ({"libraries": {"torch": "1.0"}}, "not comparable here: the run was made with torch 1.0 (here"),
         ({"processor": "PDP-8"}, "not comparable here: the run was made with a processor PDP-8 (here"),
         ({"data_digest": "0"}, "not comparable here: the data are not those that the run was trained on, whose digest"),
+        (
+            {"team": {"device": "cuda"}, "hardware": Hardware("", 1, 0, ("Voodoo2",)).table()},
+            "not comparable here: the run was made with a GPU Voodoo2 (here",
+        ),
         ({"team": {"mixed_processors": True}}, "not comparable here: the run was computed by processors of several"),
     ],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instep.ranges import equal_ranges, share_out
+from instep.record.hardware import hardware
 from instep.team.agents_by_host import AgentsByHost
 from instep.team.place import Place, from_environment
 from instep.team.wire_messages import HelloAgent
@@ -36,7 +37,7 @@ def placed(counts: Sequence[int], order: Sequence[int]) -> list[Place]:
 
 
 def hello(place: Place) -> HelloAgent:
-    return HelloAgent(place.agent, place.host, place.local, place.here, "n", "", 1, {}, "", "", {}, "")
+    return HelloAgent(place.agent, place.host, place.local, place.here, "n", "", 1, {}, "", "", {}, "", hardware())
 
 
 HOSTS = st.lists(st.integers(1, 4), min_size=2, max_size=5)
@@ -67,7 +68,7 @@ def test_what_cannot_be_is_refused_and_nothing_learned(
     agents = AgentsByHost(places[0])
     for place in places[1 : len(places) // 2]:
         agents.learn(hello(place))
-    odd = HelloAgent(agent, host, local, here, "n", "", 1, {}, "", "", {}, "")
+    odd = HelloAgent(agent, host, local, here, "n", "", 1, {}, "", "", {}, "", hardware())
     before = [agents.of(host) for host in range(len(counts))]
     if not agents.learn(odd):
         assert [agents.of(host) for host in range(len(counts))] == before

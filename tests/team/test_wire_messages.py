@@ -86,7 +86,8 @@ BY_HAND: dict[type, st.SearchStrategy[Any]] = {
     m.Finished: st.builds(m.Finished, tables),
     w.HelloAgent: st.builds(
         w.HelloAgent, counts, counts, counts, counts, words, words, counts, st.dictionaries(words, words), words, words,
-        tables, words, st.none() | st.builds(w.Kept, st.none() | words, counts, file_names, words),
+        tables, words, st.builds(w.Hardware, words, counts, counts, st.lists(words).map(tuple)),
+        st.none() | st.builds(w.Kept, st.none() | words, counts, file_names, words),
     ),
     w.KeptGiven: st.builds(
         w.KeptGiven, file_names, st.lists(merged | warned, max_size=3).map(tuple), words, st.booleans()

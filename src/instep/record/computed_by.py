@@ -8,7 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from instep.record.hardware import gpu_kinds, hardware
+
 _OF_BITS = ("torch", "numpy", "instep")
+
+_NAMES = {"processor": "a processor", "GPU": "a GPU"}
 
 
 def libraries() -> dict[str, str]:
@@ -53,7 +57,7 @@ def unrepeatable(started: Mapping[str, Any]) -> str:
 
 def untold(started: Mapping[str, Any]) -> str:
     """A clause on what made this session, of which nobody knows whether it is here; "" where all is told."""
-    if started["team"].get("device", "cpu") != "cpu":
+    if started["team"].get("device", "cpu") != "cpu" and not gpu_kinds(started):
         return "a kind of GPU that its tape does not tell"
     return "" if started.get("processor") else "a kind of processor that its tape does not tell"
 
@@ -61,18 +65,20 @@ def untold(started: Mapping[str, Any]) -> str:
 def made_apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Name and both values of what decides the bits and differs, of two ``run_started``, where both tell it."""
     tables = [
-        {**{name: each.get("libraries", {}).get(name) for name in _OF_BITS}, "processor": each.get("processor")}
+        {
+            **{name: each.get("libraries", {}).get(name) for name in _OF_BITS}, "processor": each.get("processor"),
+            "GPU": " and ".join(gpu_kinds(each)) if each.get("team", {}).get("device", "cpu") != "cpu" else "",
+        }
         for each in (one, other)
-    ]
+    ]  # fmt: skip
     pairs = [(name, a, tables[1][name]) for name, a in tables[0].items()]
     return [(name, a, b) for name, a, b in pairs if a and b and a != b]
 
 
 def made_otherwise(started: Mapping[str, Any]) -> str:
     """A clause on what made the session that this ``run_started`` begins and is not here; "" where all is the same."""
-    here = {"libraries": libraries(), "processor": processor()}
-    parts = [
-        f"{'a processor' if name == 'processor' else name} {there} (here {own})"
-        for name, there, own in made_apart(started, here)
-    ]
+    own_hardware = hardware().table()
+    own_hardware["gpus"] = own_hardware["gpus"] or ["none"]
+    here = {"libraries": libraries(), "processor": processor(), "hardware": own_hardware, "team": started["team"]}
+    parts = [f"{_NAMES.get(name, name)} {there} (here {own})" for name, there, own in made_apart(started, here)]
     return " and ".join(parts)

@@ -38,7 +38,7 @@ from instep.record.fields import (
 from instep.record.fields import has_ as _has
 from instep.record.fields import is_ as _is
 from instep.record.fields import where_ as _where
-from instep.record.team import BytesOfHost, HostInTeam, TeamAsRead
+from instep.record.team import BytesOfHost, HardwareOfHost, HostInTeam, TeamAsRead
 
 SCHEMA = 2
 """The version of the events' fields and of what they mean, named by ``run_started``. 2: checksums weigh by place."""
@@ -84,6 +84,7 @@ class RunStartedEvent(Event, frozen=True, kw_only=True, gc=False):
     ] = UNSET
     libraries: Annotated[dict[str, str], _is("versions by name")]
     processor: Maybe[Annotated[str, _is("its kind, as far as bits hang on it", where="not in a simulation")]] = UNSET
+    hardware: Maybe[Annotated[HardwareOfHost, _is("of the first host", where="not in a simulation")]] = UNSET
     import_paths: Annotated[list[str], _is("folders where the recipe's modules are looked for")]
     microbatch_s: Maybe[Annotated[Seconds | None, _is("of a microbatch, measured", where="in a simulation")]] = UNSET
     batched: Maybe[Annotated[bool, _is("whether gradients are computed together", where="in a simulation")]] = UNSET

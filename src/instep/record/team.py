@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypedDict
+from typing import Annotated, NotRequired, TypedDict
 
 from msgspec import Meta
 
@@ -23,10 +23,22 @@ class BytesOfHost(TypedDict):
     received: int
 
 
+class HardwareOfHost(TypedDict):
+    """processor: its model. cores: that Instep may use. gpus: the name of each."""
+
+    processor: str
+    cores: Annotated[int, Meta(ge=0)]
+    memory_bytes: Annotated[int, Meta(ge=0)]
+    gpus: list[str]
+
+
 class HostInTeam(TypedDict):
-    """clock_error_s: by how much the times of its workers' events may be off the run's clock."""
+    """clock_error_s: by how much the times of its workers' events may be off the run's clock. hardware: see
+    ``run_started``; not on tapes of before.
+    """
 
     host: int
     name: str
     workers: int
     clock_error_s: float
+    hardware: NotRequired[HardwareOfHost]

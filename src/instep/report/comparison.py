@@ -214,7 +214,7 @@ def differences(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
             **{f"team.{key}": value for key, value in run.start["team"].items()},
             **{f"version of {key}": value for key, value in run.start["libraries"].items() if told},
             "data digest": run.start["data_digest"][:12], "clock": run.start["clock"], "engine": run.start["engine"],
-            "hosts": ", ".join(run.hosts),
+            "hosts": ", ".join(run.hosts), "hardware": run.hardware,
         }
         for run in runs
     ]  # fmt: skip
@@ -345,8 +345,11 @@ def doubts(found: Comparison) -> list[str]:
     return said
 
 
+_OF_THE_RULE_OR_THE_MACHINE = ("recipe.rule.", "recipe.seed", "engine", "hosts", "hardware", "version of", "team.")
+
+
 def _unlike(name: str) -> bool:
-    return not name.startswith(("recipe.rule.", "recipe.seed", "engine", "hosts", "version of", "team.")) or name in (
+    return not name.startswith(_OF_THE_RULE_OR_THE_MACHINE) or name in (
         "team.workers", "team.slow", "team.device", "team.memory",
     )  # fmt: skip
 

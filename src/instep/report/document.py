@@ -60,6 +60,7 @@ def _run(run: History) -> dict[str, Any]:
         "seed": run.recipe.get("seed"),
         "workers": run.workers,
         "clock": run.start["clock"],
+        "hardware": run.hardware or None,
         "state": run.state,
         "digest": (run.result or {}).get("digest"),
         "updates": run.updates,

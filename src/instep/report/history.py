@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from instep.record.hardware import hosts_of, in_words
 from instep.rules.presets import text_of
 from instep.rules.rule import UpdateRule
 from instep.tables import as_saved, from_table
@@ -135,6 +136,11 @@ class History:
     def workers(self) -> int:
         """Of the team at the start."""
         return int(self.start["team"].get("workers", 1))
+
+    @property
+    def hardware(self) -> str:
+        """Of its hosts, each kind once; "" where its tape does not tell."""
+        return "; ".join(dict.fromkeys(in_words(told) for _, told in hosts_of(self.start)))
 
     @property
     def virtual(self) -> bool:

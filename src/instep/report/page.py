@@ -180,6 +180,7 @@ def _run(run: History) -> dict[str, Any]:
     return {
         "path": str(run.path), "name": run.path.name or str(run.path), "rule": run.rule,
         "seed": run.recipe.get("seed"), "workers": run.workers, "device": run.start["team"].get("device", ""),
-        "clock": "virtual" if run.virtual else "wall", "hosts": ", ".join(run.hosts) or "none", "versions": versions,
+        "clock": "virtual" if run.virtual else "wall", "hosts": ", ".join(run.hosts) or "none",
+        "hardware": run.hardware, "versions": versions,
         "state": run.state, "digest": (run.result or {}).get("digest") or "none", "problems": run.problems,
     }  # fmt: skip

@@ -7,6 +7,7 @@ import socket
 import uuid
 
 from instep.record.computed_by import libraries, processor
+from instep.record.hardware import hardware
 from instep.team.hosts_there import room_of
 from instep.team.messages import Request
 from instep.team.wire_messages import HelloAgent
@@ -29,5 +30,6 @@ def hello_of(run: Request, address: str) -> HelloAgent:
         fingerprint=run.fingerprint,
         recipe=dict(run.recipe_table),
         address=address,
+        hardware=hardware(),
         room=room_of(place, run.recipe_table),
     )

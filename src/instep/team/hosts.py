@@ -116,13 +116,15 @@ class Hosts:
 
     def described(self, members: Collection[Member]) -> list[HostInTeam]:
         """What the tape tells of the hosts that these members are on."""
-        own: list[tuple[int, str, float]] = [(0, self._own.name, 0.0)]
-        known = own + [(crew.hello.host, crew.hello.name, crew.clock_error_s) for crew in self.crews]
+        known = {0: (self._own, 0.0)} | {c.hello.host: (c.hello, c.clock_error_s) for c in self.crews}
         counts = Counter(member.host for member in members)
         return [
-            {"host": host, "name": name, "workers": counts[host], "clock_error_s": round(error_s, 6)}
-            for host, name, error_s in sorted(known)
-        ]
+            {
+                "host": host, "name": hello.name, "workers": counts[host], "clock_error_s": round(error_s, 6),
+                "hardware": hello.hardware.table(),
+            }
+            for host, (hello, error_s) in sorted(known.items())
+        ]  # fmt: skip
 
     def wire_bytes(self) -> list[BytesOfHost] | UnsetType:
         """What each host has sent to and received from others, as far as is known."""

@@ -14,6 +14,7 @@ from instep.errors import InstepError, RecipeError, RecordError
 from instep.record import checkpoint
 from instep.record.computed_by import libraries, processor
 from instep.record.events import SCHEMA, CheckpointedEvent, Event, RunEndedEvent, RunStartedEvent
+from instep.record.hardware import hardware
 from instep.record.held import Held
 from instep.record.result import Costs, Result
 from instep.record.team import BytesOfHost, HostInTeam
@@ -69,6 +70,7 @@ def start_of(
         remembered=facts.get("remembered", UNSET),
         libraries=libraries(),
         processor=processor(),
+        hardware=hardware().table(),
         import_paths=list(run.import_paths),
         written=facts.get("written") or UNSET,
         optimizers=facts["optimizers"] if len(facts["optimizers"]) > 1 else UNSET,

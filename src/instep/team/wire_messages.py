@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from instep.record.events import Event
+from instep.record.hardware import Hardware
 from instep.team.messages import Cancelled, Failed, Finished, StopRun, SupervisorToWorker, WorkerToSupervisor
 from instep.team.orders import Member
 
@@ -71,6 +72,7 @@ class HelloAgent:
     fingerprint: Name
     recipe: Table
     address: Name
+    hardware: Hardware
     kept: Kept | None = None
     room: Count = 0
 
