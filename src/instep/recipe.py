@@ -98,6 +98,7 @@ class Recipe:
     sample_prompt, sample_length: for text, the prompt and the number of tokens generated at the end; 0 for none.
     artifacts: called at the end with (model, data, folder), writes into this folder what a person can look at or use,
         and gives a mapping of figures, or None. See `instep.artifacts`.
+    artifacts_every: steps between artifacts, and samples of text, during the run; 0 makes them at the end alone.
     """
 
     model: ComponentLike
@@ -128,6 +129,7 @@ class Recipe:
     sample_prompt: str = field(default="", metadata=_NO_RESULT)
     sample_length: int = field(default=0, metadata=_NO_RESULT)
     artifacts: ComponentLike | None = field(default=None, metadata=_NO_RESULT)
+    artifacts_every: int = field(default=0, metadata=_NO_RESULT)
 
     def __post_init__(self) -> None:
         for key in ("model", "objective", "data"):
@@ -149,7 +151,7 @@ class Recipe:
             )
         for key in ("batch", "microbatches", "steps", "threads", "checksum_every"):
             _at_least(f"recipe.{key}", getattr(self, key), 1)
-        for key in ("evaluate_every", "sample_length"):
+        for key in ("evaluate_every", "sample_length", "artifacts_every"):
             _at_least(f"recipe.{key}", getattr(self, key), 0)
         for key, most in _MOST.items():
             _at_most(f"recipe.{key}", getattr(self, key), most)

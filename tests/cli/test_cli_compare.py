@@ -135,6 +135,7 @@ def test_a_field_of_the_team_belongs_to_the_rule_before_it(
         ("--seeds 1,1", "--seeds is '1,1'; give different whole numbers"),
         ("--recipe.rule diloco:20", "--recipe.rule goes with 'instep train'; give --rules."),
         ("--recipe.seed 3", "--recipe.seed goes with 'instep train'; give --seeds."),
+        ("--out my.toml", "--out 'my.toml' is a file; name a folder, which the runs are made in."),
         ("--target low", "--target is 'low'; it must be a number"),
         ("--rules synchronous,backup_workers:3 --workers 2", "so nobody would be waited for"),
     ],
@@ -159,4 +160,13 @@ def test_another_recipes_run_in_its_place_is_told_before_anything_is_trained(
     assert main(line) == 1
     err = capsys.readouterr().err
     assert "runs/compare-tiny/synchronous-seed0 has a run of another recipe: recipe.batch is 16 here and 8 there" in err
+    assert not trained
+
+
+def test_a_comparison_is_not_made_in_the_folder_of_a_run(
+    trained: Trained, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.folder(here / "run", [])
+    assert main(["compare", "my.toml", "--out", "run", "--json"]) == 2
+    assert "--out 'run' is the folder of a run; name another one" in capsys.readouterr().err
     assert not trained

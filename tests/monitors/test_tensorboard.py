@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from instep.artifacts.digits import write_png
 from instep.errors import ResourceError
 from instep.monitors.tensorboard import TensorBoard
 from instep.recipe import Team
 from instep.record import tape
 from support import workloads
-from support.events import a_run, merged, started
+from support.events import a_run, ended, merged, started
 from support.full_disk import full_disk
 from support.harness import Client, train_here
 from support.patience import LONG_S
@@ -145,3 +147,25 @@ def test_the_flag_without_the_package_is_one_sentence_before_the_run(tmp_path: P
     assert done.returncode == 1
     assert done.stderr == "instep: TensorBoard is not installed; install it with: pip install 'instep[tensorboard]'.\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_run_makes_is_shown_by_version(tmp_path: Path) -> None:
+    picture = tmp_path / "artifacts-at" / "2" / "samples.png"
+    picture.parent.mkdir(parents=True)
+    write_png(picture, torch.zeros(3, 5, dtype=torch.uint8))
+    sampled = {
+        "t_s": 3.0, "kind": "sampled", "version": 2, "sample": "def f", "took_s": 0.1,
+        "files": ["artifacts-at/2/samples.png", "gone.png"], "figures": {"recognised": 0.5},
+    }  # fmt: skip
+    with TensorBoard(tmp_path / "board") as tracker:
+        for event in (started() | {"folder": str(tmp_path)}, sampled, ended(4.0, 3, sample="the end")):
+            tracker(event)
+    reader = accumulator.EventAccumulator(str(tmp_path / "board"))
+    reader.Reload()
+    (shown,) = reader.Images("samples.png")
+    assert (shown.step, shown.width, shown.height) == (2, 5, 3)
+    assert shown.encoded_image_string == picture.read_bytes()
+    assert [(each.step, each.tensor_proto.string_val[0]) for each in reader.Tensors("sample")] == [
+        (2, b"def f"), (3, b"the end"),
+    ]  # fmt: skip
+    assert [(each.step, each.value) for each in reader.Scalars("artifacts/recognised")] == [(2, 0.5)]

@@ -216,6 +216,7 @@ HARMLESS: dict[str, Any] = {
     "sample_prompt": "x",
     "sample_length": 5,
     "artifacts": "m:write",
+    "artifacts_every": 5,
 }
 
 

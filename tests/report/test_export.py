@@ -92,12 +92,18 @@ def test_the_file_lies_beside_the_run_and_is_named(
         ("run --to x", "--to is 'x'; a run is exported to perfetto, csv, parquet."),
         ("nowhere --to csv", "there is no folder nowhere; give the folder of a run"),
         ("run --to csv --out no/x.csv", "--out 'no/x.csv' lies in a folder that is not there"),
+        ("run --to csv --out run", "--out 'run' is a folder; name a file in it, such as run/run.csv."),
+        ("begun --to csv", "the run in begun has no event on its tape yet; wait until it trains, then try again."),
+        ("begun --to perfetto", "the run in begun has no event on its tape yet"),
+        ("empty --to csv", "the run in empty has no event on its tape yet"),
     ],
 )
 def test_bad_input_to_export_is_a_sentence(
     given: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     restarted(tmp_path / "run")
+    runs.folder(tmp_path / "empty", [])
+    runs.folder(tmp_path / "begun", []).joinpath("tape.jsonl").unlink()
     monkeypatch.chdir(tmp_path)
     assert main(["export", *given.split()]) in (1, 2)
     assert sentence in capsys.readouterr().err

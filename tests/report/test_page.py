@@ -45,10 +45,21 @@ def page_of(tmp_path: Path) -> Path:
     for version in range(1, 26):
         events += runs.step(version, 2.0 + version, 3.0 - version / 20, slow=0.5)
         events += [runs.event("evaluated", 2.6 + version, version=version, objective=2.9, terms={}, items=5)]
+    (tmp_path / "outside.png").write_bytes(PIXEL)
+    for version in (8, 16):
+        events += [
+            runs.event(
+                "sampled", 2.7 + version, version=version, sample=f"text {version} <i>", took_s=0.1,
+                files=[f"artifacts-at/{version}/dot.png", "../outside.png"], figures={"recognised": version / 20},
+            )
+        ]  # fmt: skip
     events += [runs.event("left", 30.0, worker=1, why="worker 1 was killed by SIGKILL; <b>see</b> its log.")]
     first = runs.folder(tmp_path / "s", [*events, runs.ended(25, 31.0, sample="</script><script>alert(1)</script>")])
     (first / "artifacts").mkdir()
     (first / "artifacts" / "dot.png").write_bytes(PIXEL)
+    for version in (8, 16):
+        (first / "artifacts-at" / str(version)).mkdir(parents=True)
+        (first / "artifacts-at" / str(version) / "dot.png").write_bytes(PIXEL)
     stale = [runs.started(rule="bounded_staleness:1"), *runs.joined(2.0, 0, 1)]
     for version in range(1, 26):
         at = 2.0 + version / 2
@@ -75,7 +86,11 @@ def test_what_others_wrote_is_text_on_the_page(tmp_path: Path) -> None:
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in text
     assert "<b>see</b>" not in text
     assert text.count("</script>") == 3
-    assert "data:image/png;base64," + base64.b64encode(PIXEL).decode() in text
+    assert text.count("data:image/png;base64," + base64.b64encode(PIXEL).decode()) == 3, "none from outside the folder"
+    moments = re.findall(r'class="moment"><span class="note">(.*?)</span>', text)
+    assert moments == ["version 8", "version 16", "version 25, at the end"]
+    assert "text 8 &lt;i&gt;" in text
+    assert "<dt>recognised</dt><dd>0.8</dd>" in text
 
 
 @pytest.mark.slow
@@ -96,6 +111,12 @@ def test_every_panel_is_there_and_shows_values(width: int, dark: bool, touch: bo
             assert box is not None, name
             assert box["width"] > 150, name
             assert _some_value(shown, name, box, touch), name
+        for moment in shown.locator(".moment").all():
+            moment.scroll_into_view_if_needed()
+            box = moment.bounding_box()
+            assert box is not None
+            assert 0 <= box["x"] < width
+        assert shown.locator(".moment img").evaluate_all("all => all.every(each => each.naturalWidth > 0)")
         assert complaints == []
 
 
@@ -213,6 +234,7 @@ def test_the_command_shows_the_table_and_the_verdict(tmp_path: Path, capsys: pyt
     [
         ([], "report takes the folders of runs: instep report runs/A runs/B."),
         (["nowhere"], "there is no folder nowhere; give the folder of a run, such as runs/NAME."),
+        (["begun"], "the run in begun has no event on its tape yet; wait until it trains, then try again."),
         (["run", "--target", "low"], "--target is 'low'; it must be a number, an objective such as 1.6."),
         (["run", "--target", "nan"], "--target is 'nan'; it must be a number, an objective such as 1.6."),
         (["run", "--out", "."], "--out '.' is a folder; name a file in it, such as report.html."),
@@ -227,6 +249,7 @@ def test_bad_input_to_report_is_a_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     runs.curve(tmp_path / "run", "synchronous", FALLING)
+    runs.folder(tmp_path / "begun", []).joinpath("tape.jsonl").unlink()
     assert main(["report", *given]) in (1, 2)
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -136,6 +137,7 @@ def test_in_lockstep_all_evaluate_and_do_not_wait_meanwhile(tmp_path: Path) -> N
         assert list(strip.evaluating) == pytest.approx([0.25, 0.65])
         assert list(strip.evaluating_version) == [1]
         assert list(strip.communicating) == pytest.approx([0.1, 0.15, 0.85, 0.9])
+    assert found.idle_share == pytest.approx(1 - 0.2 / (0.9 - 0.4)), "evaluations are left out"
 
 
 @pytest.mark.pure
@@ -156,3 +158,18 @@ def test_while_a_server_evaluates_only_who_does_nothing_else_waits_for_it(tmp_pa
     assert list(found.strips[0].evaluating) == pytest.approx([0.1, 0.6])
     assert list(found.strips[1].evaluating) == pytest.approx([0.4, 0.6])
     assert list(found.strips[1].communicating) == pytest.approx([0.6, 0.7])
+
+
+@pytest.mark.pure
+def test_what_models_made_on_the_way_is_told_by_version_after_a_restart_too(tmp_path: Path) -> None:
+    def made(version: int, t_s: float, text: str) -> dict[str, Any]:
+        return runs.event("sampled", t_s, version=version, sample=text, files=[], figures={}, took_s=0.1)
+
+    events = [
+        runs.started(), *runs.joined(2.0, 0, 1), *runs.step(1, 2.0, 3.0), made(1, 2.3, "one"),
+        *runs.step(2, 2.5, 2.0), made(2, 2.8, "lost"), runs.started(t_s=3.0, resumed=True, version=1),
+        *runs.joined(3.1, 0, 1), *runs.step(2, 3.1, 2.0), made(2, 3.4, "two"), runs.ended(2, 3.5, sample="end"),
+    ]  # fmt: skip
+    found = read(runs.folder(tmp_path / "run", events))
+    assert [(each.version, each.text) for each in found.shown] == [(1, "one"), (2, "two"), (2, "end")]
+    assert found.shown[-1].seconds is None

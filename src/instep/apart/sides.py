@@ -46,7 +46,9 @@ class Side:
         """Its recipe as the session had it that made this version, with checksums of each."""
         start = self.start_of(version)
         known = self.recipe.known(self.recipe.fingerprints().index(start["fingerprint"]))
-        return replace(known, steps=start["steps"], checksum_every=1, evaluate_every=0, artifacts=None)
+        return replace(
+            known, steps=start["steps"], checksum_every=1, evaluate_every=0, artifacts=None, artifacts_every=0
+        )
 
 
 @dataclass(frozen=True)

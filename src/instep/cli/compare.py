@@ -68,6 +68,7 @@ def compare_rules(
     entries = entries_of(rules)
     teams = {each: parsed(given, list({**dict(settings), **dict(each.team)}.items()))[1] for each in entries}
     planned = _plan(recipe, teams, seeds_of(seeds, recipe.seed), folder)
+    _check_folder(folder)
     if not as_json:
         folder.mkdir(parents=True, exist_ok=True)
         check_out(folder / "report.html")
@@ -78,6 +79,17 @@ def compare_rules(
     if not as_json and missing:
         print()
     tell(compare(read_all([run.folder for run in planned]), wanted), folder / "report.html", as_json)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises UsageError where runs cannot be made in it."""
+    if RunFolder(folder).recipe_path.exists():
+        raise UsageError(
+            f"--out {shown(str(folder))} is the folder of a run; name another one, which the runs of the comparison "
+            f"are made in."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {shown(str(folder))} is a file; name a folder, which the runs are made in.")
 
 
 def entries_of(text: str) -> list[Entry]:

@@ -69,8 +69,9 @@ def export_run(run: Path, form: str, out: Path | None) -> None:
 
     if form not in FORMATS:
         raise UsageError(f"--to is {shown(form)}{suggest(form, FORMATS, 'a run is exported to')}")
-    path = run.with_name(f"{run.absolute().name}{FORMATS[form]}") if out is None else out
-    check_file(path)
+    name = f"{run.absolute().name}{FORMATS[form]}"
+    path = run.with_name(name) if out is None else out
+    check_file(path, name)
     export(run, form, path)
     print(path)
 
@@ -94,8 +95,8 @@ def check_out(out: Path) -> None:
     check_file(out)
 
 
-def check_file(out: Path) -> None:
-    """Raises UsageError where no file can be written."""
+def check_file(out: Path, name: str = "report.html") -> None:
+    """Raises UsageError where no file can be written; `name`: one that would do."""
     check_new_file(out, "--out")
     if out.is_dir():
-        raise UsageError(f"--out {shown(str(out))} is a folder; name a file in it, such as {out / 'report.html'}.")
+        raise UsageError(f"--out {shown(str(out))} is a folder; name a file in it, such as {out / name}.")

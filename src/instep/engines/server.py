@@ -112,7 +112,8 @@ class _Server:
         self._tally = Tally(workers, session.clock)
         self._held_out = batches_held_out(replica)
         recipe, team = session.recipe, session.assignment.team
-        self._milestones = Milestones(recipe.steps, recipe.evaluate_every, team.checkpoint_every)
+        every = recipe.evaluate_every, team.checkpoint_every, recipe.artifacts_every
+        self._milestones = Milestones(recipe.steps, *every)
         self._heard: deque[messages.SupervisorToWorker] = deque()  # from the supervisor, not yet acted on
         self._waiting: set[int] = set()
         self._begun = False
@@ -328,6 +329,8 @@ class _Server:
         if now == recipe.steps:
             return  # the run ends, and is saved when all workers are told
         came_s = time.monotonic()
+        if self._milestones.shows(before, now):  # first: a restart makes them again
+            self._session.show(self._progress.version)
         self._milestones.reached(self._progress, before, self._evaluate, self._keep)
         self._began_s += time.monotonic() - came_s
 

@@ -39,5 +39,5 @@ def short(recipe: Recipe, steps: int = STEPS) -> Recipe:
     skipping = Watch(bad_batch=recipe.watch.bad_batch, bad_batches=recipe.watch.bad_batches)
     return replace(
         recipe, steps=steps, rule=synchronous(), watch=skipping, changes=(), evaluate_every=0, evaluate_samples=1,
-        checksum_every=1, sample_length=0, sample_prompt="", artifacts=None,
+        checksum_every=1, sample_length=0, sample_prompt="", artifacts=None, artifacts_every=0,
     )  # fmt: skip

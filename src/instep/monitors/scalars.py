@@ -8,9 +8,9 @@ from typing import Any
 
 
 def scalars(event: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a `merged` or an `evaluated` event by name; of other kinds none."""
-    kind = event["kind"]
-    found = _merged(event) if kind == "merged" else _evaluated(event) if kind == "evaluated" else ()
+    """The finite numbers of a `merged`, an `evaluated` or a `sampled` event by name; of other kinds none."""
+    kinds = {"merged": _merged, "evaluated": _evaluated, "sampled": _sampled}
+    found = kinds[event["kind"]](event) if event["kind"] in kinds else ()
     return {name: value for name, value in found if value is not None and math.isfinite(value)}
 
 
@@ -33,3 +33,9 @@ def _evaluated(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
         yield "objective/bits_per_byte", event["bits_per_byte"]
     for name, value in (event.get("gathered") or {}).items():
         yield f"held_out/{name}", value
+
+
+def _sampled(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    for name, value in event["figures"].items():
+        if isinstance(value, int | float):
+            yield f"artifacts/{name}", value

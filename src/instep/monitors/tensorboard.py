@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 
 from instep.errors import ResourceError
 from instep.monitors import Closing
+from instep.monitors.made import MadeOf, made_of, picture_size
 from instep.monitors.scalars import scalars
 from instep.record.files import disk_error
 
@@ -44,14 +45,17 @@ class TensorBoard(Closing):
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         try:
             from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.plugins.text.summary_v2 import text_pb
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             raise ResourceError(_NEEDED) from None
         self._events, self._summaries, self._record_writer = event_pb2, summary_pb2, RecordWriter
+        self._text: Any = text_pb
         self._folder = Path(folder)
         self._file: BinaryIO | None = None
         self._began_s: float | None = None
         self._broken = False
+        self._run = Path()
 
     def _open(self) -> None:
         """Opens the file at the first event: the run folder, where it may lie, is not there before."""
@@ -71,15 +75,31 @@ class TensorBoard(Closing):
         kind, t_s = event["kind"], float(event["t_s"])
         if self._began_s is None or kind == "run_started":
             self._began_s = time.time() - t_s
+        if kind == "run_started":
+            self._run = Path(event.get("folder", ""))
         if kind == "run_started" and event["resumed"]:
             log = self._events.SessionLog(status=self._events.SessionLog.START)
             # What has this step or a later one is forgotten.
             self._add(t_s, event["version"] + 1, session_log=log)
-        elif kind in ("merged", "evaluated"):
+        elif kind in ("merged", "evaluated", "sampled", "run_ended"):
             values = [
                 self._summaries.Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(event).items()
             ]
-            self._add(t_s, event["version"], summary=self._summaries.Summary(value=values))
+            if kind in ("sampled", "run_ended"):
+                values += self._made(made_of(event, self._run))
+            if values:
+                self._add(t_s, event["version"], summary=self._summaries.Summary(value=values))
+
+    def _made(self, made: MadeOf) -> list[Any]:
+        """Its pictures, and its text."""
+        value, image = self._summaries.Summary.Value, self._summaries.Summary.Image
+        found = []
+        for name, path in made.pictures.items():
+            with contextlib.suppress(OSError):  # it may be gone by now
+                width, height = picture_size(path)
+                shown = image(width=width, height=height, encoded_image_string=path.read_bytes())
+                found.append(value(tag=name, image=shown))
+        return found + (list(self._text("sample", made.text).value) if made.text is not None else [])
 
     def _add(self, t_s: float, version: int, **content: Any) -> None:
         assert self._began_s is not None

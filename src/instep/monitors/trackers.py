@@ -12,16 +12,18 @@ can take back what it holds: steps that are done again, after a worker's death, 
 from __future__ import annotations
 
 import contextlib
+import html
 import importlib
 import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from instep.errors import RecipeError, ResourceError, described, shown
 from instep.monitors import Closing
+from instep.monitors.made import MadeOf, made_of
 from instep.monitors.scalars import scalars
 from instep.tables import suggest
 
@@ -46,13 +48,13 @@ class Tracker(Closing):
             raise ResourceError(
                 f"{self.title} is not installed; install it with: pip install 'instep[{self.package}]'."
             ) from None
-        self._began_s = 0.0
+        self._began_s, self._folder = 0.0, Path()
         self._state = "waiting"
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Hands on the numbers of `event`; of kinds without any it hands on nothing."""
         if event["kind"] == "run_started" and self._state == "waiting":
-            self._began_s = time.time() - float(event["t_s"])
+            self._began_s, self._folder = time.time() - float(event["t_s"]), Path(event["folder"])
             try:
                 self._begin(event)
             except Exception as error:
@@ -63,7 +65,10 @@ class Tracker(Closing):
         elif found := scalars(event):
             with self._surviving():
                 self._log(event["version"], self._began_s + float(event["t_s"]), found)
-        elif event["kind"] == "run_ended":
+        if event["kind"] in ("sampled", "run_ended") and self._state == "open":
+            with self._surviving():
+                self._show(event["version"], made_of(event, self._folder))
+        if event["kind"] == "run_ended" and self._state == "open":
             told = {"digest": event["digest"], "interrupted": event["interrupted"]}
             told |= {key: event["result"].get(key) for key in _SUMMARY}
             self._close({key: value for key, value in told.items() if value is not None})
@@ -93,6 +98,9 @@ class Tracker(Closing):
     def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
         """`at_s`: seconds since 1970."""
         raise NotImplementedError
+
+    def _show(self, version: int, made: MadeOf) -> None:
+        """What the model of this version has made; by default nothing of it is shown."""
 
     def _end(self, told: dict[str, Any] | None) -> None:
         """`told`: what a run that has ended says of itself."""
@@ -129,6 +137,13 @@ class WandB(_Begun):
 
     def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
         self._run.log({"version": version, **found})
+
+    def _show(self, version: int, made: MadeOf) -> None:
+        shown: dict[str, Any] = {name: self._module.Image(str(path)) for name, path in made.pictures.items()}
+        if made.text is not None:
+            shown["sample"] = self._module.Html(f"<pre>{html.escape(made.text)}</pre>", inject=False)
+        if shown:
+            self._run.log({"version": version, **shown})
 
     def _end(self, told: dict[str, Any] | None) -> None:
         self._run.summary.update(told or {})
@@ -167,6 +182,12 @@ class MLflow(Tracker):
         ]
         self._client.log_batch(self._id, metrics=taken)
 
+    def _show(self, version: int, made: MadeOf) -> None:
+        for path in made.files.values():
+            self._client.log_artifact(self._id, str(path), f"version-{version}")
+        if made.text is not None:
+            self._client.log_text(self._id, made.text, f"version-{version}/sample.txt")
+
     def _end(self, told: dict[str, Any] | None) -> None:
         for name, value in (told or {}).items():
             self._client.set_tag(self._id, f"instep.{name}", str(value))
@@ -185,6 +206,13 @@ class Trackio(_Begun):
 
     def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
         self._run.log(found, step=version)
+
+    def _show(self, version: int, made: MadeOf) -> None:
+        shown: dict[str, Any] = {name: self._module.Image(str(path)) for name, path in made.pictures.items()}
+        if made.text is not None:
+            shown["sample"] = self._module.Markdown(made.text)
+        if shown:
+            self._run.log(shown, step=version)
 
     def _end(self, told: dict[str, Any] | None) -> None:
         self._run.finish()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from msgspec import UNSET, Meta
 
@@ -29,7 +29,7 @@ from instep.record.events import (
     RunStartedEvent,
     WarnedEvent,
 )
-from instep.record.fields import Base, Bytes, Count, Maybe, Microbatches, Seconds, Span, Worker
+from instep.record.fields import Base, Bytes, Count, Maybe, Microbatches, Seconds, Span, Version, Worker
 from instep.record.fields import is_ as _is
 from instep.record.fields import where_ as _where
 
@@ -55,6 +55,19 @@ class RangesMovedEvent(Event, frozen=True, kw_only=True, gc=False):
     version: Base
     ranges: Annotated[list[Span], _is("the microbatches of each worker; none where both are equal")]
     microbatch_s: Annotated[list[Seconds], _is("what one is taken to need at each worker")]
+
+
+class SampledEvent(Event, frozen=True, kw_only=True, gc=False):
+    """The weights of `version` have been shown: artifacts and, for text, a sample (`recipe.artifacts_every`)."""
+
+    kind = "sampled"
+    by = "lockstep, server"
+
+    version: Version
+    sample: Annotated[str | None, _is("a text that the model wrote")]
+    files: Annotated[list[str], _is("relative to the run folder")]
+    figures: Annotated[dict[str, Any], _is("that the recipe's artifacts gave")]
+    took_s: Annotated[Seconds, _is("until `t_s`")]
 
 
 class ResizedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -120,7 +133,7 @@ class TookPlaceEvent(Event, frozen=True, kw_only=True, gc=False):
 TYPES: tuple[type[Event], ...] = (
     RunStartedEvent, JoinedEvent, ReleasedEvent, RangesMovedEvent, ComputedEvent, PushedEvent, PushedToServerEvent,
     MergedEvent, MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent, AuditedEvent,
-    RefutedEvent, EvaluatedEvent, CheckpointedEvent, LeftEvent, ResizedEvent, StoodInEvent, TookPlaceEvent,
-    PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent, RunEndedEvent, BlockEvent,
+    RefutedEvent, EvaluatedEvent, SampledEvent, CheckpointedEvent, LeftEvent, ResizedEvent, StoodInEvent,
+    TookPlaceEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent, RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""

@@ -67,6 +67,10 @@ class RunFolder:
         self.result_path = path / "result.json"
         """The result, JSON, written when a run ends."""
 
+    def artifacts_at(self, version: int) -> Path:
+        """The folder of what the recipe left during the run, see `Recipe.artifacts_every`."""
+        return self.path / "artifacts-at" / str(version)
+
     @classmethod
     def create(cls, path: Path | str, recipe: str = "", about: About | None = None) -> RunFolder:
         """Makes the folder `path`, its parents, and what is in it at a start. An empty folder is taken as it is, and

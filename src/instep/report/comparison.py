@@ -214,7 +214,8 @@ def differences(runs: Sequence[History]) -> list[tuple[str, list[str]]]:
             **{f"team.{key}": value for key, value in run.start["team"].items()},
             **{f"version of {key}": value for key, value in run.start["libraries"].items() if told},
             "data digest": run.start["data_digest"][:12], "clock": run.start["clock"], "engine": run.start["engine"],
-            "hosts": ", ".join(run.hosts), "hardware": run.hardware,
+            "hosts": ", ".join(run.hosts),
+            **({"hardware": run.hardware} if all(run.hardware for run in runs) else {}),
         }
         for run in runs
     ]  # fmt: skip

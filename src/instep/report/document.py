@@ -73,5 +73,6 @@ def _run(run: History) -> dict[str, Any]:
         "sessions": run.sessions,
         "restarts": run.restarts,
         "held_out": [vars(point) for point in run.held_out],
+        "shown": [{**vars(each), "files": list(each.files), "figures": dict(each.figures)} for each in run.shown],
         "problems": run.problems,
     }

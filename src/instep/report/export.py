@@ -18,7 +18,7 @@ from instep.record import tape
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.report.history import History, Strip
-from instep.report.reading import read
+from instep.report.reading import events_of, no_event_yet, read
 
 FORMATS = {"perfetto": ".json", "csv": ".csv", "parquet": ".parquet"}
 """What a run is written as, and how the file's name ends."""
@@ -33,8 +33,12 @@ FIRST_COLUMNS = (
 def export(run: Path, form: str, path: Path) -> None:
     """Writes the run in the folder `run` into the file `path`, which is replaced; `form` is one of `FORMATS`.
 
-    Raises RecordError where there is no run, and ResourceError where a package is missing or the disk refuses.
+    Raises RecordError where there is no run, or nothing on its tape yet, and ResourceError where a package is missing
+    or the disk refuses.
     """
+    folder = RunFolder.open(run)
+    if next(iter(events_of(folder)), None) is None:
+        raise no_event_yet(folder)
     if form == "perfetto":
         content = "".join(_trace(read(run, strips=None))).encode()
     elif form == "csv":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,19 @@ class Point:
     seconds: float
     bytes: int
     objective: float
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the model of one version made. text: a sample, or None. files: relative to the run folder. figures: by name.
+    seconds: None for the one at the end.
+    """
+
+    version: int
+    seconds: float | None
+    text: str | None
+    files: Sequence[str]
+    figures: Mapping[str, Any]
 
 
 @dataclass
@@ -103,6 +116,8 @@ class History:
     dropped: int
     sessions: int
     restarts: int
+    shown: list[Shown] = field(default_factory=list)
+    """What its models made, during the run and at its end."""
     torn: str = ""
     """Why the tape was read no further, or ""."""
 
@@ -163,8 +178,13 @@ class History:
 
     @property
     def idle_share(self) -> float | None:
-        """The mean share of its time in which a worker did not compute."""
-        shares = [1 - min(1.0, self.busy_s.get(who, 0.0) / there) for who, there in self.there_s.items() if there > 0]
+        """The mean share of its time, evaluations left out, in which a worker did not compute."""
+        evaluating = {
+            who: sum(strip.evaluating[1::2]) - sum(strip.evaluating[::2]) for who, strip in self.strips.items()
+        }
+        usual = sum(evaluating.values()) / len(evaluating) if evaluating else 0.0
+        times = {who: there - evaluating.get(who, usual) for who, there in self.there_s.items()}
+        shares = [1 - min(1.0, self.busy_s.get(who, 0.0) / time_s) for who, time_s in times.items() if time_s > 0]
         return sum(shares) / len(shares) if shares else None
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,7 @@ from instep.record.files import write_atomically
 from instep.report import figures
 from instep.report.comparison import Comparison, RuleRuns, differences, doubts, facts, figure, verdict
 from instep.report.history import History
-
-_MOST_PICTURE_BYTES = 300_000
-"""Of all pictures of a page: larger ones stay in their run folders."""
-
-_PICTURES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".svg": "svg+xml"}
+from instep.report.samples import samples
 
 
 def check_extra() -> None:
@@ -60,12 +55,13 @@ def html(found: Comparison) -> str:
     drawn = json.dumps(figures.data(found), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     runs = found.runs
     return template.render(
+        rules=len({group.runs[0].rule for group in found.groups}),
         title=" and ".join(dict.fromkeys(run.name for run in runs)),
         facts=facts(found), verdict=verdict(found), doubts=doubts(found), target=_target(found),
         columns=columns(found), rows=rows(found), strips=[_caption(group) for group in found.groups],
         stale=any(any(run.staleness) for run in runs),
         memory=any(run.planned for run in runs), curves=found.target is not None,
-        samples=_samples(found), differences=differences(runs), runs=[_run(run) for run in runs],
+        samples=samples(found), differences=differences(runs), runs=[_run(run) for run in runs],
         style=(files / "page.css").read_text("utf-8"), script=(files / "page.js").read_text("utf-8"), plotly=plotly,
         data=drawn,
     )  # fmt: skip
@@ -145,34 +141,6 @@ def _caption(group: RuleRuns) -> dict[str, Any]:
     shown = f"{len(run.strips)} of {run.workers:,} workers" if run.workers > len(run.strips) else ""
     seed = f"seed {run.recipe.get('seed')}" if len(group.runs) > 1 else ""
     return {"label": group.label, "rows": len(run.strips), "note": ", ".join(filter(None, [seed, shown]))}
-
-
-def _samples(found: Comparison) -> list[dict[str, Any]]:
-    """What each run left: a text that it wrote, and pictures."""
-    left, shown = _MOST_PICTURE_BYTES, []
-    for place, group in enumerate(found.groups):
-        run = group.runs[0]
-        text = (run.result or {}).get("sample")
-        pictures = []
-        for path in _pictures(run):
-            size = path.stat().st_size
-            if size <= left:
-                left -= size
-                encoded = base64.b64encode(path.read_bytes()).decode()
-                pictures.append(
-                    {"name": path.name, "url": f"data:image/{_PICTURES[path.suffix.lower()]};base64,{encoded}"}
-                )
-        if text or pictures:
-            shown.append({"group": place, "label": group.label, "text": text, "pictures": pictures})
-    return shown
-
-
-def _pictures(run: History) -> Sequence[Path]:
-    folder = run.path / "artifacts"
-    try:
-        return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES and path.is_file())
-    except OSError:
-        return []
 
 
 def _run(run: History) -> dict[str, Any]:

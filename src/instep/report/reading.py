@@ -14,7 +14,7 @@ from instep.errors import RecordError
 from instep.ranges import equal_ranges
 from instep.record import tape
 from instep.record.folder import RunFolder
-from instep.report.history import Curve, History, Point, Strip
+from instep.report.history import Curve, History, Point, Shown, Strip
 from instep.report.spans import Spans, tell_evaluations
 
 MOST_STRIPS = 16
@@ -31,15 +31,27 @@ def read(path: Path | str, *, strips: int | None = MOST_STRIPS) -> History:
     folder = RunFolder.open(path)
     reader = _Reader(Path(path), strips)
     try:
-        for event in tape.read(folder.tape_path):
+        for event in events_of(folder):
             reader.see(event)
     except RecordError as error:
         if reader.start is None:
             raise
         reader.torn = error.message
     if reader.start is None:
-        raise RecordError(f"the run in {path} has no event on its tape yet; wait until it trains, then try again.")
+        raise no_event_yet(folder)
     return reader.history()
+
+
+def events_of(folder: RunFolder) -> Iterable[Mapping[str, Any]]:
+    """Those of its tape, as far as it is written. Raises RecordError, where there is no tape yet too."""
+    if not folder.tape_path.exists():
+        raise no_event_yet(folder)
+    return tape.read(folder.tape_path)
+
+
+def no_event_yet(folder: RunFolder) -> RecordError:
+    """The error on a run of which nothing can be shown yet."""
+    return RecordError(f"the run in {folder.path} has no event on its tape yet; wait until it trains, then try again.")
 
 
 class _Reader:
@@ -60,9 +72,10 @@ class _Reader:
         self._staleness: Counter[int] = Counter()
         self._hosts: dict[str, None] = {}
         self._planned: dict[str, Any] | None = None
+        self._shown: list[Shown] = []
         self._problems: dict[str, None] = {}
         self._result: dict[str, Any] | None = None
-        self._failed = ""
+        self._failed, self._ended_at = "", 0
         self._offset_s = self._last_s = self._train_end_s = 0.0
         self._bytes = self._dropped = self._restarts = 0
         self._sessions = 0
@@ -79,8 +92,9 @@ class _Reader:
         self._see = {
             "run_started": self._run_started, "joined": self._joined, "left": self._left, "released": self._released,
             "computed": self._computed_event, "pushed": self._pushed, "merged": self._merged,
-            "dropped": self._dropped_event, "evaluated": self._evaluated, "planned": self._planned_event,
-            "warned": self._warned, "failed": self._failed_event, "run_ended": self._run_ended,
+            "dropped": self._dropped_event, "evaluated": self._evaluated, "sampled": self._sampled,
+            "planned": self._planned_event, "warned": self._warned, "failed": self._failed_event,
+            "run_ended": self._run_ended,
         }  # fmt: skip
 
     def see(self, event: Mapping[str, Any]) -> None:
@@ -109,6 +123,7 @@ class _Reader:
         self._result, self._failed = None, ""
         self._curve.back_to(event["version"])
         self._held_out = [point for point in self._held_out if point[0] <= event["version"]]
+        self._shown = [each for each in self._shown if each.version <= event["version"]]
         self._released_s.clear()
         self._computed.clear()
         for seen in (self._last_end_s, self._merged_s):
@@ -219,6 +234,11 @@ class _Reader:
         if objective is not None and not (self._held_out and self._held_out[-1][0] >= version):
             self._held_out.append((version, self._at(event), objective))
 
+    def _sampled(self, event: Mapping[str, Any]) -> None:
+        version = event["version"]
+        self._shown = [each for each in self._shown if each.version < version]
+        self._shown.append(Shown(version, self._at(event), event["sample"], event["files"], event["figures"]))
+
     def _planned_event(self, event: Mapping[str, Any]) -> None:
         self._planned = dict(event)
 
@@ -229,8 +249,15 @@ class _Reader:
         self._failed = event["why"]
 
     def _run_ended(self, event: Mapping[str, Any]) -> None:
-        self._result = dict(event["result"])
+        self._result, self._ended_at = dict(event["result"]), event["version"]
         self._leave_all(self._train_end_s or self._at(event))
+
+    def _shown_at_the_end(self) -> list[Shown]:
+        result = self._result or {}
+        artifacts = result.get("artifacts") or {"files": [], "figures": {}}
+        if not result.get("sample") and not any(artifacts.values()):
+            return []
+        return [Shown(self._ended_at, None, result.get("sample"), artifacts["files"], artifacts["figures"])]
 
     def history(self) -> History:
         """What was seen so far."""
@@ -245,7 +272,8 @@ class _Reader:
             strips=dict(sorted(self._strips.items())), busy_s=dict(self._busy_s), there_s=dict(self._there_s),
             staleness=self._staleness, hosts=list(self._hosts), planned=self._planned, problems=list(self._problems),
             result=self._result, failed=self._failed, seconds=self._train_end_s or self._last_s, bytes=self._bytes,
-            dropped=self._dropped, sessions=self._sessions, restarts=self._restarts, torn=self.torn,
+            dropped=self._dropped, sessions=self._sessions, restarts=self._restarts,
+            shown=self._shown + self._shown_at_the_end(), torn=self.torn,
         )  # fmt: skip
 
     def _tell_exchanges(self) -> None:

@@ -251,11 +251,13 @@ class _Keeper:
         assert session.replica is not None
         self._session, self._engine, self._progress, self._replica = session, engine, progress, session.replica
         recipe, every = session.recipe, session.assignment.team.checkpoint_every
-        self.milestones = Milestones(recipe.steps, recipe.evaluate_every, every)
+        self.milestones = Milestones(recipe.steps, recipe.evaluate_every, every, recipe.artifacts_every)
         self.remember()  # a checkpoint that it goes on from, so that it is read once
 
     def after_step(self, progress: Progress, last: bool) -> None:
         """After an update; `last`: the run ends with it."""
+        if self.milestones.shows(progress.version - 1, progress.version):  # first: a restart makes them again
+            self._session.show(progress.version)
         keep = partial(self._keep, last)
         agree = self._engine.between.agree
         self.milestones.reached(progress, progress.version - 1, lambda: agree(self.evaluate()), keep)

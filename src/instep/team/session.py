@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
@@ -15,23 +16,21 @@ from torch import Tensor
 from instep.by_pattern import ByPattern
 from instep.data import digest_without
 from instep.data.repeats import what_does_not_repeat
-from instep.errors import CheckpointError, RecordError, told
-from instep.models import generate
-from instep.randomness import key, seed_all
+from instep.errors import CheckpointError, RecordError
 from instep.recipe import Recipe
 from instep.record import best, checkpoint
-from instep.record.event_kinds import GpuMemoryEvent
+from instep.record.event_kinds import GpuMemoryEvent, SampledEvent
 from instep.record.events import QUIET, CheckpointedEvent, EvaluatedEvent, Event, WarnedEvent
 from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.record.held import is_there
-from instep.restore import kept_module_state
 from instep.sources import sources
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
 from instep.team.messages import Agreed, Assignment, Events, Ready
 from instep.team.remembered import Remembering
 from instep.transport.memory import Region
+from instep.worker.artifacts import make, make_aside, makes_any
 from instep.worker.device import check_nccl, own_device, peak_bytes
 from instep.worker.evaluation import Evaluation
 from instep.worker.milestones import Progress
@@ -107,10 +106,16 @@ class Session:
                 self.emit(WarnedEvent(why=why))
 
     def _doubts(self) -> list[str]:
-        team = self.assignment.team
-        if team.deterministic or (team.device == "cpu" and self.recipe.threads == 1):
-            return []
-        return ["team.deterministic is false, so that equal runs may come to other bits."]
+        team, recipe, doubts = self.assignment.team, self.recipe, list[str]()
+        if not team.deterministic and (team.device != "cpu" or recipe.threads > 1):
+            doubts.append("team.deterministic is false, so that equal runs may come to other bits.")
+        assert self.replica is not None
+        if recipe.artifacts_every and not makes_any(self.replica):
+            doubts.append(
+                f"recipe.artifacts_every is {recipe.artifacts_every}, and nothing is made: the recipe has no artifacts "
+                f"and, for text, no sample_length."
+            )
+        return doubts
 
     def tell_gpu_memory(self) -> None:
         """Notes what the process has taken of its GPU, if it has one."""
@@ -338,45 +343,24 @@ class Session:
     def leave(self) -> dict[str, Any]:
         """What a finished run leaves beside its weights, as `result.json` tells of it."""
         assert self.replica is not None
-        with self.replica.averaged():
-            return {"sample": self.sample(), "artifacts": self.artifacts()}
+        made = make(self.replica, RunFolder(self.assignment.folder))
+        for why in made.problems:
+            self.emit(WarnedEvent(why=why))
+        artifacts = None if self.recipe.artifacts is None else {"files": made.files, "figures": made.figures}
+        return {"sample": made.sample, "artifacts": artifacts}
 
-    def artifacts(self) -> dict[str, Any] | None:
-        """Has the recipe's artifacts written; their files, relative to the run folder, and figures."""
-        recipe, replica, run = self.recipe, self.replica, RunFolder(self.assignment.folder)
-        assert replica is not None
-        if recipe.artifacts is None:
-            return None
-        replica.doing = "writing the artifacts"
-        seed_all(key(recipe.seed, "artifacts"))
-        try:
-            run.artifacts.mkdir(exist_ok=True)
-            with kept_module_state(replica.module, training=False), replica.written.kept(), torch.no_grad():
-                figures = dict(recipe.artifacts.build(replica.module, replica.data, run.artifacts) or {})
-            json_text(figures)
-        except Exception as error:  # the run is done; what only shows it must not end it
-            self.emit(WarnedEvent(why=f"the artifacts could not be written: {told(error)}"))
-            figures = {}
-        files = sorted(path.relative_to(run.path).as_posix() for path in run.artifacts.rglob("*") if path.is_file())
-        return {"files": files, "figures": figures}
-
-    def sample(self) -> str | None:
-        """For text, what the model goes on to write after the recipe's prompt."""
-        recipe, replica = self.recipe, self.replica
-        assert replica is not None
-        codec = replica.data.codec
-        if codec is None or not recipe.sample_length:
-            return None
-        replica.doing = "writing the sample"
-        seed_all(key(recipe.seed, "sample"))
-        prompt = torch.tensor([codec.encode(recipe.sample_prompt or "\n")], device=replica.device)
-        try:
-            with replica.written.kept(), replica.autocast():
-                tokens = generate(replica.module, prompt, recipe.sample_length)
-            return codec.decode(tokens[0].tolist())
-        except Exception as error:  # the run is done; what only shows it must not end it
-            self.emit(WarnedEvent(why=f"no sample could be written: {told(error)}"))
-            return None
+    def show(self, version: int) -> None:
+        """Has artifacts and a sample made of the present weights, by the process that speaks for all."""
+        assert self.replica is not None
+        if not self.leads or not makes_any(self.replica):
+            return
+        began_s, self.replica.doing = self.clock(), f"writing the artifacts of version {version}"
+        made = make_aside(self.replica, RunFolder(self.assignment.folder), version)
+        self.heartbeat.advance()
+        for why in made.problems:
+            self.emit(WarnedEvent(why=why, version=version))
+        figures, took_s = json.loads(json_text(made.figures)), round(self.clock() - began_s, 6)
+        self.emit(SampledEvent(version=version, sample=made.sample, files=made.files, figures=figures, took_s=took_s))
 
     def emit(self, event: Event) -> None:
         """Notes an event that happens now. Those of every step are sent with others, see `HOLD_S`."""

@@ -80,11 +80,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Milestones:
-    """What is due in a run of `steps` global batches: every so many an evaluation and a checkpoint; 0 for none."""
+    """What is due in a run of `steps` global batches: every so many an evaluation, a checkpoint, artifacts; 0 for
+    none.
+    """
 
     steps: int
     evaluate_every: int
     checkpoint_every: int = 0
+    artifacts_every: int = 0
 
     def evaluates(self, before: int, now: int) -> bool:
         """Whether the updates that have brought the run from batch `before` to `now` make an evaluation due.
@@ -96,6 +99,10 @@ class Milestones:
     def saves(self, before: int, now: int) -> bool:
         """Whether they make a checkpoint due. The one that the run ends with is the engine's."""
         return now < self.steps and _passes(self.checkpoint_every, before, now)
+
+    def shows(self, before: int, now: int) -> bool:
+        """Whether they make artifacts due; those that the run ends with are the engine's."""
+        return now < self.steps and _passes(self.artifacts_every, before, now)
 
     def may_save(self, batch: int) -> bool:
         """Whether the weights after `batch`, from 0, may be saved: as due, as the best, or as the last."""

@@ -1,0 +1,79 @@
+"""What models and recipes make on the way: of which weights, and that it leaves no trace in the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from instep.errors import killed_by
+from instep.recipe import Team
+from instep.record import checkpoint
+from support import workloads
+from support.harness import train_here
+from support.regression import regression
+
+
+def curious_artifacts(model: nn.Module, data: Any, folder: Path) -> dict[str, float]:
+    """Leaves a text and a figure of the weights that it is shown, and then spoils all that it can reach."""
+    sum_ = float(sum(parameter.double().sum() for parameter in model.parameters()))
+    (folder / "sum.txt").write_text(repr(sum_))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    for each in model.modules():
+        each._forward_hooks.clear()
+    model.register_forward_hook(lambda *_: torch.zeros(()))
+    torch.manual_seed(99)
+    torch.set_num_threads(2)
+    return {"sum": sum_}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("engine", "workers"), [("lockstep", 1), ("lockstep", 2), ("lockstep", 3), ("server", 2)])
+def test_artifacts_on_the_way_show_each_version_and_change_no_bit(engine: Any, workers: int, tmp_path: Path) -> None:
+    plain = train_here(workloads.convnet(steps=6, microbatches=4), Team(), tmp_path / "plain")
+    recipe = workloads.convnet(steps=6, microbatches=4, artifacts=curious_artifacts, artifacts_every=2)
+    run = train_here(recipe, Team(workers=workers, engine=engine, checkpoint_every=1, keep=0), tmp_path / "run")
+    assert run.digest == plain.digest
+    told = [event for event in run.events if event["kind"] == "sampled"]
+    assert [event["version"] for event in told] == [2, 4]
+    assert not [event for event in run.events if event["kind"] == "warned"]
+    saved = checkpoint.by_version(tmp_path / "run" / "checkpoints")
+    for event in told:
+        state = checkpoint.load(saved[event["version"]]).model_state
+        names = [name for name, _ in workloads.convnet().model.build().named_parameters()]
+        assert event["figures"]["sum"] == pytest.approx(float(sum(state[name].double().sum() for name in names)))
+        assert event["files"] == [f"artifacts-at/{event['version']}/sum.txt"]
+        assert (tmp_path / "run" / event["files"][0]).read_text() == repr(event["figures"]["sum"])
+    assert run.result["artifacts"]["files"] == ["artifacts/sum.txt"]
+
+
+@pytest.mark.processes
+def test_artifacts_on_the_way_that_fail_or_kill_themselves_are_warned_of(tmp_path: Path) -> None:
+    def fatal(model: nn.Module, data: Any, folder: Path) -> None:
+        if "artifacts-at" in folder.parts:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    plain = train_here(workloads.convnet(steps=3), Team(), tmp_path / "plain")
+    recipe = workloads.convnet(steps=3, artifacts=fatal, artifacts_every=1)
+    run = train_here(recipe, Team(workers=2), tmp_path / "run")
+    assert run.digest == plain.digest
+    why = [event["why"] for event in run.events if event["kind"] == "warned"]
+    assert why == [f"the artifacts of version {n} could not be written: it was {killed_by(-9)}." for n in (1, 2)]
+    assert run.result["restarts"] == 0
+
+
+@pytest.mark.processes
+def test_where_nothing_is_made_on_the_way_a_run_says_so(tmp_path: Path) -> None:
+    run = train_here(regression(steps=2, artifacts_every=1), Team(workers=2), tmp_path / "run")
+    assert [event["why"] for event in run.events if event["kind"] == "warned"] == [
+        "recipe.artifacts_every is 1, and nothing is made: the recipe has no artifacts and, for text, no sample_length."
+    ]
+    assert not [event for event in run.events if event["kind"] == "sampled"]
+    assert not (tmp_path / "run" / "artifacts-at").exists()
