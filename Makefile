@@ -10,7 +10,7 @@ PIP := PIP_BUILD_CONSTRAINT=constraints.txt PIP_CONSTRAINT=constraints.txt \
 NEEDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help train compare test test-all prove check bench docs clean
+.PHONY: help train compare test test-all prove check bench figures docs clean
 .NOTPARALLEL:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make prove      run campaigns over several hosts, as root; what they find goes to benchmarks/results'
 	@echo 'make check      format, lint, types and the direction of imports, without changing a file'
 	@echo 'make bench      measure speed and memory against DDP and a bare PyTorch loop'
+	@echo 'make figures    make the figures of docs/ anew, by the commands that are named there; needs Chromium'
 	@echo 'make docs       make the pages of docs/, with the API from the docstrings, in site/'
 	@echo 'make clean      remove .venv, caches and build outputs; runs/ stays'
 
@@ -44,6 +45,9 @@ check: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+figures: .venv/.dev
+	$(BIN)/python benchmarks/figures.py
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/lockstep.py $(ARGS)

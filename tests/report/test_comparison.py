@@ -143,3 +143,11 @@ def test_synchronous_with_ranges_that_follow_speed_and_held_equal_are_told_apart
     told = verdict(found_of(equal, free, target=2.0))
     assert "asynchronous reached a held-out objective of 2.0000 first, after 3.0 s; synchronous took 1.3 times" in told
     assert not [doubt for doubt in doubts(found) if "differ in more" in doubt]
+
+
+def test_runs_with_budgets_of_memory_are_told_apart_by_them(tmp_path: Path) -> None:
+    team = {"workers": 2, "device": "cpu", "restarts": 3, "slow": ""}
+    paths = [
+        runs.curve(tmp_path / name, "synchronous", FALLING, team=team | {"memory": name}) for name in ("80%", "60%")
+    ]
+    assert [group.label for group in found_of(*paths).groups] == ["synchronous, memory 80%", "synchronous, memory 60%"]

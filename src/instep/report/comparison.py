@@ -196,6 +196,7 @@ def _told(run: History) -> dict[str, Any]:
     recipe = {key: value for key, value in run.recipe.items() if key not in ("seed", "rule")}
     team = run.start["team"]
     found = {"workers": run.workers, "slow": team.get("slow", ""), "clock": run.start["clock"]}
+    found["memory"] = team.get("memory", "")
     if run.start["engine"] == "lockstep" and run.workers > 1:  # older tapes know no other ranges
         found["ranges"] = "equal" if team.get("balance", "off") == "off" else "balanced"
     return {**flat(recipe), **found}
