@@ -15,10 +15,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT / "tests")
-
-from support.browser import opened, why_not  # noqa: E402
-
 RUNS, FIGURES = ROOT / "runs" / "figures", ROOT / "docs" / "figures"
 WIDTH = 1000
 
@@ -48,6 +44,8 @@ def commands() -> list[str]:
 
 def draw() -> None:
     """Takes the figures from the two pages."""
+    from support.browser import opened
+
     with opened(RUNS / "report.html", width=WIDTH) as (shown, complaints):
         shown.wait_for_timeout(500)
         legend = shown.locator("ul.legend")
@@ -72,6 +70,9 @@ def _picture(shown: Any, name: str, *parts: Any) -> None:
 
 def main() -> None:
     """Runs all commands, and writes docs/figures."""
+    sys.path[0] = str(ROOT / "tests")
+    from support.browser import why_not
+
     if why := why_not():
         sys.exit(f"The figures are taken from a browser, and {why}; install Chromium and the dev extra.")
     shutil.rmtree(RUNS, ignore_errors=True)

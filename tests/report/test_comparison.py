@@ -151,3 +151,13 @@ def test_runs_with_budgets_of_memory_are_told_apart_by_them(tmp_path: Path) -> N
         runs.curve(tmp_path / name, "synchronous", FALLING, team=team | {"memory": name}) for name in ("80%", "60%")
     ]
     assert [group.label for group in found_of(*paths).groups] == ["synchronous, memory 80%", "synchronous, memory 60%"]
+
+
+def test_runs_of_other_recipes_are_told_apart_by_their_names_or_folders(tmp_path: Path) -> None:
+    other = runs.started()["recipe"] | {"name": "large", "batch": 16, "microbatches": 8, "clip_norm": 1.0}
+    unnamed = other | {"name": "tiny", "clip_norm": 2.0, "ragged": "spread"}
+    first = runs.curve(tmp_path / "a", "synchronous", FALLING)
+    second = runs.curve(tmp_path / "b", "synchronous", FALLING, recipe=other)
+    assert [group.label for group in found_of(first, second).groups] == ["synchronous, tiny", "synchronous, large"]
+    third = runs.curve(tmp_path / "c", "synchronous", FALLING, recipe=unnamed)
+    assert [group.label for group in found_of(first, third).groups] == ["synchronous, a", "synchronous, c"]

@@ -18,6 +18,9 @@ WINDOWS = 50
 FEW_UPDATES = 20
 """A rule with fewer updates of the weights has hardly begun."""
 
+_MOST_FIELDS = 3
+"""That a label names."""
+
 _WITHIN = 0.1
 """Rules that end this share above the best one do not decide what the target is."""
 
@@ -179,8 +182,14 @@ def _labels(runs: Sequence[History]) -> list[str]:
         if len(alike) == 1:
             labels.append(run.rule)
             continue
-        fields = [key for key in mine if len({str(theirs.get(key)) for theirs in alike}) > 1]
-        labels.append(", ".join([run.rule, *(f"{key.rpartition('.')[2]} {_short(mine[key])}" for key in fields)]))
+        keys = dict.fromkeys(key for theirs in alike for key in theirs)
+        fields = [key for key in keys if len({str(theirs.get(key)) for theirs in alike}) > 1]
+        if len(fields) > _MOST_FIELDS:  # the table of differences has them
+            labels.append(f"{run.rule}, {run.name if 'name' in fields else run.path.name}")
+            continue
+        labels.append(
+            ", ".join([run.rule, *(f"{key.rpartition('.')[2]} {_short(mine.get(key, ''))}" for key in fields)])
+        )
     seen: dict[tuple[str, Any], int] = {}
     for place, run in enumerate(runs):  # the same recipe, team and seed twice: two runs of their own
         key = labels[place], run.recipe.get("seed")

@@ -76,7 +76,7 @@ class Strip:
     """What one worker did: intervals [from, to) in seconds with the version that it worked on; when it came and went.
 
     computing, communicating, evaluating: each a flat array from, to, from, to, ... `evaluating` is where it did nothing
-    else while held-out data were looked at: by it in lockstep, else by the server.
+    else while held-out data were looked at, or artifacts made: by it in lockstep, else by the server.
     """
 
     computing: array[float] = field(default_factory=lambda: array("d"))

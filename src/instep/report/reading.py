@@ -229,13 +229,17 @@ class _Reader:
 
     def _evaluated(self, event: Mapping[str, Any]) -> None:
         version, objective = event["version"], event["objective"]
-        if event.get("took_s"):
-            self._evaluations.add(self._at(event) - event["took_s"], self._at(event), version)
+        self._looked(event)
         if objective is not None and not (self._held_out and self._held_out[-1][0] >= version):
             self._held_out.append((version, self._at(event), objective))
 
+    def _looked(self, event: Mapping[str, Any]) -> None:
+        if event.get("took_s"):
+            self._evaluations.add(self._at(event) - event["took_s"], self._at(event), event["version"])
+
     def _sampled(self, event: Mapping[str, Any]) -> None:
         version = event["version"]
+        self._looked(event)
         self._shown = [each for each in self._shown if each.version < version]
         self._shown.append(Shown(version, self._at(event), event["sample"], event["files"], event["figures"]))
 
