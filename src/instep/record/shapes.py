@@ -88,27 +88,50 @@ COUNTS = Is(
 )
 
 
-def misfit(value: Any, shape: Shape, where: str = "") -> str | None:
+def misfit(value: Any, shape: Shape) -> str | None:
     """What of `value` is not of this shape, as a clause for a message; None where all is."""
+    return None if fits(value, shape) else _misfit(value, shape)
+
+
+def fits(value: Any, shape: Shape) -> bool:
+    """Whether all of `value` is of this shape, without a word on where it is not: of a tape each event is asked."""
+    match shape:
+        case Is():
+            return shape.fits(value)
+        case Maybe():
+            return value is None or fits(value, shape.shape)
+        case Each(inner):
+            if not isinstance(value, list):
+                return False
+            return all(map(inner.fits, value)) if isinstance(inner, Is) else all(fits(item, inner) for item in value)
+        case All(inner):
+            return isinstance(value, dict) and all(fits(item, inner) for item in value.values())
+    if not isinstance(value, dict) or not all(key in value for key in shape.needed):
+        return False
+    fields = shape.fields
+    return all(fits(item, fields[key]) for key, item in value.items() if key in fields)
+
+
+def _misfit(value: Any, shape: Shape, where: str = "") -> str | None:
     match shape:
         case Is():
             return None if shape.fits(value) else f"{_at(where)} is {_shown(value)}, and it must be {shape.what}"
         case Maybe():
-            return None if value is None else misfit(value, shape.shape, where)
+            return None if value is None else _misfit(value, shape.shape, where)
         case Each():
             if not isinstance(value, list):
                 return f"{_at(where)} is {_shown(value)}, and it must be a list"
-            found = (misfit(item, shape.shape, f"{where}[{place}]") for place, item in enumerate(value))
+            found = (_misfit(item, shape.shape, f"{where}[{place}]") for place, item in enumerate(value))
             return next(filter(None, found), None)
     if not isinstance(value, dict):
         return f"{_at(where)} is {_shown(value)}, and it must be a table"
     if isinstance(shape, All):
-        found = (misfit(item, shape.shape, f"{where}.{key}") for key, item in value.items())
+        found = (_misfit(item, shape.shape, f"{where}.{key}") for key, item in value.items())
         return next(filter(None, found), None)
     lacking = next((key for key in shape.needed if key not in value), None)
     if lacking is not None:
         return f"{_at(where)} lacks '{lacking}'"
-    found = (misfit(value[key], inner, f"{where}.{key}") for key, inner in shape.fields.items() if key in value)
+    found = (_misfit(value[key], inner, f"{where}.{key}") for key, inner in shape.fields.items() if key in value)
     return next(filter(None, found), None)
 
 
