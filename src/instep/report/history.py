@@ -33,7 +33,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Shown:
+class MadeAt:
     """What the model of one version made. text: a sample, or None. files: relative to the run folder. figures: by name.
     seconds: None for the one at the end.
     """
@@ -116,7 +116,7 @@ class History:
     dropped: int
     sessions: int
     restarts: int
-    shown: list[Shown] = field(default_factory=list)
+    shown: list[MadeAt] = field(default_factory=list)
     """What its models made, during the run and at its end."""
     torn: str = ""
     """Why the tape was read no further, or ""."""

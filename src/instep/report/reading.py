@@ -14,7 +14,7 @@ from instep.errors import RecordError
 from instep.ranges import equal_ranges
 from instep.record import tape
 from instep.record.folder import RunFolder
-from instep.report.history import Curve, History, Point, Shown, Strip
+from instep.report.history import Curve, History, MadeAt, Point, Strip
 from instep.report.spans import Spans, tell_evaluations
 
 MOST_STRIPS = 16
@@ -72,7 +72,7 @@ class _Reader:
         self._staleness: Counter[int] = Counter()
         self._hosts: dict[str, None] = {}
         self._planned: dict[str, Any] | None = None
-        self._shown: list[Shown] = []
+        self._shown: list[MadeAt] = []
         self._problems: dict[str, None] = {}
         self._result: dict[str, Any] | None = None
         self._failed, self._ended_at = "", 0
@@ -241,7 +241,7 @@ class _Reader:
         version = event["version"]
         self._looked(event)
         self._shown = [each for each in self._shown if each.version < version]
-        self._shown.append(Shown(version, self._at(event), event["sample"], event["files"], event["figures"]))
+        self._shown.append(MadeAt(version, self._at(event), event["sample"], event["files"], event["figures"]))
 
     def _planned_event(self, event: Mapping[str, Any]) -> None:
         self._planned = dict(event)
@@ -256,12 +256,12 @@ class _Reader:
         self._result, self._ended_at = dict(event["result"]), event["version"]
         self._leave_all(self._train_end_s or self._at(event))
 
-    def _shown_at_the_end(self) -> list[Shown]:
+    def _shown_at_the_end(self) -> list[MadeAt]:
         result = self._result or {}
         artifacts = result.get("artifacts") or {"files": [], "figures": {}}
         if not result.get("sample") and not any(artifacts.values()):
             return []
-        return [Shown(self._ended_at, None, result.get("sample"), artifacts["files"], artifacts["figures"])]
+        return [MadeAt(self._ended_at, None, result.get("sample"), artifacts["files"], artifacts["figures"])]
 
     def history(self) -> History:
         """What was seen so far."""

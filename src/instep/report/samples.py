@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from instep.report.comparison import Comparison
-from instep.report.history import History, Shown
+from instep.report.history import History, MadeAt
 
 _MOST_PICTURE_BYTES = 300_000
 """Of all pictures of a page: larger ones stay in their run folders."""
@@ -43,21 +43,21 @@ def samples(found: Comparison) -> list[dict[str, Any]]:
     return shown
 
 
-def _chosen(run: History) -> list[Shown]:
+def _chosen(run: History) -> list[MadeAt]:
     """The moments to show; the end, of which a run's folder may hold more than its tape tells."""
     during = [each for each in run.shown if each.seconds is not None]
     end = [each for each in run.shown if each.seconds is None]
     files = _files(run.path / "artifacts", run.path)
     if files:
-        last = end[0] if end else Shown(run.updates, None, None, (), {})
-        end = [Shown(last.version, None, last.text, files, last.figures)]
+        last = end[0] if end else MadeAt(run.updates, None, None, (), {})
+        end = [MadeAt(last.version, None, last.text, files, last.figures)]
     count = min(len(during), _MOST_MOMENTS - 1)
     kept = [during[(place + 1) * len(during) // count - 1] for place in range(count)]
     return kept + end
 
 
 def _pictures(
-    runs: Sequence[History], chosen: Sequence[Sequence[Shown]]
+    runs: Sequence[History], chosen: Sequence[Sequence[MadeAt]]
 ) -> dict[tuple[int, int], list[dict[str, str]]]:
     """By place of run and moment. Where not all have room the last moments of all come first."""
     places = [(run, at) for run, moments in enumerate(chosen) for at in range(len(moments))]

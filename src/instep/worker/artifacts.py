@@ -26,7 +26,7 @@ from instep.worker.trial import CopyLost, in_a_copy
 
 
 @dataclass
-class Made:
+class ArtifactsMade:
     """sample: a text, None where none was asked for, or could be written. files: relative to the run folder. problems:
     sentences on what could not be done.
     """
@@ -51,7 +51,7 @@ def _text_of(replica: Replica) -> Codec | None:
     return replica.data.codec if replica.recipe.sample_length else None
 
 
-def make(replica: Replica, run: RunFolder) -> Made:
+def make(replica: Replica, run: RunFolder) -> ArtifactsMade:
     """What the replica's model and the recipe leave at the end.
 
     What they raise is a problem, and no more: what only shows a run must not end it.
@@ -60,16 +60,16 @@ def make(replica: Replica, run: RunFolder) -> Made:
         return _made(replica, replica.module, replica.written.kept, run, run.artifacts)
 
 
-def make_aside(replica: Replica, run: RunFolder, version: int) -> Made:
+def make_aside(replica: Replica, run: RunFolder, version: int) -> ArtifactsMade:
     """The same during a run, of the weights of `version`, with no trace in it: whatever they do, they do to copies."""
     folder = run.artifacts_at(version)
     shutil.rmtree(folder, ignore_errors=True)  # of a version that is reached again
     if replica.device.type == "cpu":
         try:
-            found: Made = in_a_copy(lambda: _made_in_a_copy(replica, run, folder))
+            found: ArtifactsMade = in_a_copy(lambda: _made_in_a_copy(replica, run, folder))
             return found
         except CopyLost as lost:
-            return Made(problems=[f"the artifacts of version {version} could not be written: {lost.why}."])
+            return ArtifactsMade(problems=[f"the artifacts of version {version} could not be written: {lost.why}."])
     with kept_random_state():  # a GPU is not for a copy of this process
         try:
             with replica.averaged():
@@ -77,10 +77,10 @@ def make_aside(replica: Replica, run: RunFolder, version: int) -> Made:
             return _made(replica, module, partial(_put_back, module, replica.written.names), run, folder)
         except Exception as error:  # a model that cannot be copied, or that the GPU has no room for twice
             why = f"the artifacts of version {version} could not be written: {told(error)}"
-            return Made(problems=[why])
+            return ArtifactsMade(problems=[why])
 
 
-def _made_in_a_copy(replica: Replica, run: RunFolder, folder: Path) -> Made:
+def _made_in_a_copy(replica: Replica, run: RunFolder, folder: Path) -> ArtifactsMade:
     """In a copy of the process, whose weights may lie in memory that is shared with others: they get their own."""
     module = replica.module
     for tensor in (*module.parameters(), *module.buffers()):
@@ -100,14 +100,16 @@ def _put_back(module: nn.Module, names: Collection[str]) -> Iterator[None]:
                 each.data.copy_(before[name])
 
 
-def _made(replica: Replica, module: nn.Module, kept: Kept, run: RunFolder, folder: Path) -> Made:
-    found = Made()
+def _made(replica: Replica, module: nn.Module, kept: Kept, run: RunFolder, folder: Path) -> ArtifactsMade:
+    found = ArtifactsMade()
     _sample(found, replica, module, kept)
     _artifacts(found, replica, module, kept, run, folder)
     return found
 
 
-def _artifacts(found: Made, replica: Replica, module: nn.Module, kept: Kept, run: RunFolder, folder: Path) -> None:
+def _artifacts(
+    found: ArtifactsMade, replica: Replica, module: nn.Module, kept: Kept, run: RunFolder, folder: Path
+) -> None:
     recipe = replica.recipe
     if recipe.artifacts is None:
         return
@@ -124,7 +126,7 @@ def _artifacts(found: Made, replica: Replica, module: nn.Module, kept: Kept, run
     found.files = sorted(path.relative_to(run.path).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def _sample(found: Made, replica: Replica, module: nn.Module, kept: Kept) -> None:
+def _sample(found: ArtifactsMade, replica: Replica, module: nn.Module, kept: Kept) -> None:
     """For text, what the model goes on to write after the recipe's prompt."""
     recipe, codec = replica.recipe, _text_of(replica)
     if codec is None:
