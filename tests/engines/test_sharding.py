@@ -411,10 +411,9 @@ def test_what_an_optimizer_keeps_of_a_parameter_stays_in_the_memory_that_the_wor
     others.attach(memory)
     for number in range(4):
         step(replica, number)
-        state.grow()
-    assert state.whole
+        state.grow(everything)
     other.module.load_state_dict(replica.module.state_dict())
-    others.take_over(everything)
+    assert others.take_over(everything)
     assert_same(other.training_state(), replica.training_state())
     kept = copied(replica.training_state())
     step(other, 4)

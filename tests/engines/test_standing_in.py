@@ -8,11 +8,13 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
+from instep.engines import piecewise, shared_state
 from instep.engines.balance import Balance
 from instep.engines.seat import Seat
-from instep.engines.sharding import Sharded
-from instep.engines.standing_in import StandIn
+from instep.engines.standing_in import _STAGES, ADDING, UPDATING, StandIn
+from instep.engines.undo import _WORKS, PiecesDone
 from instep.recipe import Recipe
 from instep.reduce.reduction import Reduction
 from instep.team.session import Session
@@ -34,12 +36,49 @@ from support.harness import Outcome
 
 pytestmark = pytest.mark.processes
 
+
+@pytest.fixture(autouse=True)
+def _several_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each worker's part of an update is of several."""
+    monkeypatch.setattr(piecewise, "PIECE", 500)
+
+
+def in_piece(name: str, stage: int, worker: int, *, later: bool) -> Hooks:
+    """In step 3, where the worker notes that the first piece of its work in a `stage` is begun, or done; later: not
+    before it has.
+    """
+
+    def hooks(deaths: Deaths) -> dict[Any, dict[str, Any]]:
+        whole = getattr(PiecesDone, name)
+
+        def dying(self: PiecesDone, piece: int) -> None:
+            here = (self._work, piece) == ((_STAGES * 3 + stage) * _WORKS, 0)
+            if here and not later:
+                deaths.at(worker, name)
+            whole(self, piece)
+            if here:
+                deaths.at(worker, name)
+
+        return {PiecesDone: {name: dying}}
+
+    return hooks
+
+
 MOMENTS: dict[str, Callable[[int], Hooks]] = {
     "before it computes": lambda worker: before(Seat, "compute", worker),
     "having computed": lambda worker: after(Seat, "compute", worker),
     "having written its rows": lambda worker: before(Seat, "load_ahead", worker, 4),
     "waiting for others' rows": lambda worker: before(StandIn, "until_rows", worker),
     "having told what it knows": lambda worker: before(StandIn, "until_left", worker),
+    "with a sum that it does not know of": lambda worker: in_piece("begin", ADDING, worker, later=False),
+    "with a sum to copy": lambda worker: in_piece("begin", ADDING, worker, later=True),
+    "having copied a sum": lambda worker: in_piece("end", ADDING, worker, later=False),
+    "having added its cut": lambda worker: after(Reduction, "add", worker, calls=4),
+    "keeping weights before their update": lambda worker: in_piece("begin", UPDATING, worker, later=False),
+    "before it updates a piece": lambda worker: in_piece("begin", UPDATING, worker, later=True),
+    "in the midst of an update": lambda worker: before(torch, "_fused_adamw_", worker, calls=25),
+    "having updated a piece": lambda worker: in_piece("end", UPDATING, worker, later=False),
+    "before it updates the next piece": lambda worker: in_piece("end", UPDATING, worker, later=True),
     "before its part of the update": lambda worker: before(StandIn, "until_settled", worker, calls=4),
     "between two steps": lambda worker: before(StandIn, "between", worker, calls=4),
 }
@@ -62,14 +101,23 @@ def gpt(**changes: Any) -> Recipe:
     return workloads.gpt(**{"steps": STEPS, "evaluate_every": 0, **changes})
 
 
-QUICK = {(0, "before it computes"), (1, "having written its rows"), (0, "between two steps")}
+MOMENTS_OF_TWO = [(worker, each) for each in MOMENTS for worker in (0, 1) if worker or "sum" not in each]
+"""Those of two workers, of which the second one adds the only block."""
+
+QUICK = {
+    (0, "before it computes"),
+    (1, "having written its rows"),
+    (1, "having copied a sum"),
+    (0, "in the midst of an update"),
+    (0, "between two steps"),
+}
 
 
 def marked(worker: int, moment: str) -> Any:
     return pytest.param(worker, moment, marks=() if (worker, moment) in QUICK else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("worker", "moment"), [marked(worker, moment) for moment in MOMENTS for worker in (0, 1)])
+@pytest.mark.parametrize(("worker", "moment"), [marked(worker, moment) for worker, moment in MOMENTS_OF_TWO])
 def test_a_worker_that_dies_at_any_moment_of_a_step_is_stood_in_for(
     worker: int, moment: str, tmp_path: Path, undisturbed: Callable[[Recipe], Outcome]
 ) -> None:
@@ -86,6 +134,21 @@ def both(hooks: Callable[[int], Hooks], one: int, other: int) -> Hooks:
             return hooks(other)(deaths)
 
     return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [3, 5])
+@pytest.mark.parametrize("moment", [moment for moment in MOMENTS if "piece" in moment or "sum" in moment])
+def test_who_stands_in_for_a_worker_that_died_in_a_piece_may_die_in_the_same_one(
+    moment: str, workers: int, tmp_path: Path, undisturbed: Callable[[Recipe], Outcome]
+) -> None:
+    last = workers - 1  # which adds the only block
+    outcome = run(gpt(), workers, tmp_path / "it", both(MOMENTS[moment], last, 0), restarts=3)
+    assert outcome.digest == undisturbed(gpt()).digest
+    assert [event["version"] for event in told(outcome, "run_started")] == [0]
+    dead = {last} if moment == "with a sum to copy" else {0, last}  # who stands in need not put it together again
+    assert {event["worker"] for event in told(outcome, "stood_in")} == dead
+    assert outcome.result["restarts"] == len(dead)
 
 
 @pytest.mark.parametrize("shard", ["optimizer", pytest.param("none", marks=pytest.mark.slow)])
@@ -161,21 +224,12 @@ def before_a_successor_is_ready(worker: int) -> Hooks:
     return hooks
 
 
-NOT_STOOD_IN = {
-    "it added its part of the gradient": after(Reduction, "add", 1, calls=4),
-    "it updated its part of the weights": before(Sharded, "update", 1),
-}
-"""Where nobody can tell how far it was."""
-
-
-@pytest.mark.parametrize(
-    "doing", [pytest.param(key, marks=pytest.mark.slow if "gradient" in key else ()) for key in NOT_STOOD_IN]
-)
-def test_where_a_worker_may_have_changed_something_by_half_the_team_goes_back_to_its_last_checkpoint(
-    doing: str, tmp_path: Path, undisturbed: Callable[[Recipe], Outcome]
+def test_where_a_worker_kept_what_others_do_not_see_the_team_goes_back_to_its_last_checkpoint(
+    tmp_path: Path, undisturbed: Callable[[Recipe], Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = gpt(evaluate_every=4)
-    outcome = run(recipe, 2, tmp_path / "it", NOT_STOOD_IN[doing], checkpoint_every=2)
+    monkeypatch.setattr(shared_state, "_COPIES", 0)  # no optimizer is known to keep as much as does not fit
+    doing = "it kept state of its optimizer where others do not see it"
+    outcome = run(gpt(), 2, tmp_path / "it", MOMENTS["in the midst of an update"](1), checkpoint_every=2)
     assert outcome.digest == undisturbed(gpt()).digest
     assert [event["version"] for event in told(outcome, "run_started")] == [0, 2]
     assert [event["why"] for event in told(outcome, "warned") if doing in event["why"]]

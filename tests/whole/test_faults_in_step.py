@@ -20,10 +20,7 @@ pytestmark = pytest.mark.processes
 SEED = 16
 WORKERS = 2, 3, 5, 8, 16
 
-BACK = (
-    "it updated its part of the weights", "it added its part of the gradient", "all did more than a step",
-    "it evaluated or saved version",
-)  # fmt: skip
+BACK = "all did more than a step", "it evaluated or saved version"
 """What a worker may be doing when it dies, so that its team goes back to its last checkpoint."""
 
 FEW = (

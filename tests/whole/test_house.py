@@ -128,7 +128,7 @@ ONE_STEP = {
     r"\bFold\(": {"worker/gradients.py"},
     r"\.judge\(": {"worker/updates.py"},
     r"\.written\.take\(": {"worker/updates.py", "worker/contributor.py"},  # in local steps, by each worker
-    r"replica\.update\(": {"worker/updates.py", "worker/trial.py", "engines/sharding.py"},  # of a share
+    r"replica\.update\(": {"worker/updates.py", "worker/trial.py", "engines/sharding.py", "engines/piecewise.py"},
     r"\b_passes\(": {"worker/milestones.py"},
     r"\.unevaluated\b": {"worker/milestones.py", "team/process.py", "engines/server.py"},  # after a restart
 }

@@ -36,6 +36,7 @@ from instep.engines.signs_of_life import SignsOfLife
 from instep.engines.standing_in import ADDED, ADDING, COMPUTING, JOINED, Alone, Handed, OthersParts, StandIn, Successors
 from instep.engines.total import Total, in_pieces
 from instep.engines.trial import Trial
+from instep.engines.undo import PiecesDone, Undo
 from instep.record import events
 from instep.record.event_kinds import RangesMovedEvent, StoodInEvent
 from instep.reduce.levels import levels_of, machine_of
@@ -122,10 +123,10 @@ class Lockstep:
         self.placement: Placement = choose(replica, reduction, self.worker, self._machine, self._shard)
         self._evaluation = SharedEvaluation(replica, self.worker, self._machine, self.workers, self._heartbeat.advance)
         most = most_nodes(reduction.microbatches) if self._moves and not limited() else 0
-        audited = self.audit.nbytes if self.audit is not None else 0
-        longest = max(self._seat.nbytes(most), self._evaluation.nbytes, audited)
+        longest = max(self._seat.nbytes(most), self._evaluation.nbytes, self.audit.nbytes if self.audit else 0)
         rows, sums, width = tuple(reduction.rows), tuple(reduction.sums), self._layout.size
-        common, spare = self.placement.weight_bytes, self.placement.state_bytes
+        self._undo = Undo(self.can_stand_in * self.workers, max(self.placement.room, reduction.room_bytes))
+        common, spare = self.placement.weight_bytes, self.placement.state_bytes + self._undo.nbytes
         return Sizes(reduction.levels, rows, sums, width, longest, common, spare, most)
 
     @property
@@ -147,7 +148,7 @@ class Lockstep:
         if self._successors is not None and self.can_stand_in:
             assert isinstance(group, SharedMemoryGroup), "the workers of a machine share memory"
             make, stop = self._seat_of, self._heartbeat.stop_wanted
-            args = self.placement, group, self._successors, make, self._tell_stood_in, stop, self._catch_up
+            args = self.placement, group, self._successors, make, self._tell_stood_in, stop, self._catch_up, self._undo
             self._others = StandIn(self.worker, self.division, self.gradients, *args)
             if handed is not None:
                 group.take_place(*handed.place)
@@ -294,8 +295,8 @@ class Lockstep:
             self._catch_up()
         return told.totals, told.stop
 
-    def _adds(self, done: bool) -> None:
-        self._others.note(self._at, ADDED if done else ADDING)
+    def _adds(self, done: bool) -> PiecesDone | None:
+        return self._others.note(self._at, ADDED if done else ADDING)
 
     def _state(self, progress: Progress, totals: dict[str, int], stopped: bool) -> Handed:
         """What the successor of a worker needs to go on from here."""
@@ -359,14 +360,13 @@ class Lockstep:
         `written`: a forward has written weights that no copy is kept of, so they are not sound.
         Returns the version of the newest checkpoint then, 0 if there is none.
         """
-        lead = self.worker == 0
         try:
             sound = version + 1 if self.updates.sound and not written else 0
             self._buffers.put_back()
             self._others.until_stopped()
             self._group.interrupt()
             states = self._group.gather(torch.tensor([sound]))  # all have stopped: what they have is known
-            save_it, saved = self.agree(lead and needed and bool((states == version + 1).all()), saved)
+            save_it, saved = self.agree(self.worker == 0 and needed and bool((states == version + 1).all()), saved)
             if save_it:
                 training = self.placement.training_state()
                 if training is not None:

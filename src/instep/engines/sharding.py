@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import optimizer as torch_optimizer
 
+from instep.engines.piecewise import PiecewiseUpdates
 from instep.engines.shared_state import SharedState
+from instep.engines.undo import PiecesDone, SeatLost
 from instep.ranges import owners
 from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
 from instep.reduce.reduction import Reduction, clip
@@ -37,6 +39,8 @@ class Placement(ABC):
     """Of the memory for weights that the workers of a machine share."""
     state_bytes = 0
     """Of that for the optimizers' state, most of which nobody writes, and which takes no room then."""
+    room = 0
+    """Bytes that an update needs in `PiecesDone`."""
     shared: bool
     """Whether they share the sum of the gradients, too."""
     gradients: list[Tensor]
@@ -59,16 +63,17 @@ class Placement(ABC):
         self._sum, self.gradients = whole, self._reduction.layout.views(whole)
 
     @abstractmethod
-    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
+    def update(self, step: int, norm: float, touched: Sequence[bool], pieces: PiecesDone | None = None) -> float | None:
         """The worker's part of the update from version `step`; the gradient, of L2 norm `norm`, is clipped before.
 
-        touched[i]: whether parameter i has a gradient. Returns the learning rate, the first one, if there is any.
+        touched[i]: whether parameter i has a gradient. pieces: what tells others how far it is, if they are to know.
+        Returns the learning rate, the first one, if there is any.
         """
 
     @abstractmethod
-    def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool]) -> None:
-        """The part of another worker of this machine, which has died, of the update of which `update` has made this
-        one's."""
+    def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool], pieces: PiecesDone) -> None:
+        """What is lacking of the part of another worker of this machine, which has died, in the update of which
+        `update` has made this one's. Raises SeatLost where that worker kept something that is lost."""
 
     @abstractmethod
     def give_back(self, worker: int) -> None:
@@ -125,10 +130,10 @@ class Replicated(Placement):
         super().__init__(replica, reduction, worker)
         self.why_whole = why_whole
 
-    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
+    def update(self, step: int, norm: float, touched: Sequence[bool], pieces: PiecesDone | None = None) -> float | None:
         return clipped_step(self._replica, step, self._sum, self.gradients, norm, touched)
 
-    def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool]) -> None:
+    def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool], pieces: PiecesDone) -> None:
         pass  # each makes the whole
 
     def give_back(self, worker: int) -> None:
@@ -160,8 +165,8 @@ class Replicated(Placement):
 class Sharded(Placement):
     """Weights and sum in memory of the machine, a share of the update at each of its workers.
 
-    Between the gather that commits a step and `settle` each worker writes the parameters that it owns, and scales their
-    part of the sum; nobody reads weights then. At all other times nobody writes them.
+    Between the gather that commits a step and `settle` each worker writes the parameters that it owns, and may scale
+    their part of the sum; nobody reads weights then. At all other times nobody writes them.
     """
 
     shared = True
@@ -176,6 +181,10 @@ class Sharded(Placement):
         self.state_bytes = self._state.nbytes if self._state is not None else 0
         self._leads = 0 in machine  # the other machines hold the same
         self._offsets, self.weight_bytes = placed([parameter.nbytes for parameter in replica.parameters], ALIGN_BYTES)
+        if self._state is not None:
+            shares = {each: self._indices(each) for each in machine}
+            self._updates = PiecewiseUpdates(replica, self._offsets, self._state, shares)
+            self.room = self._updates.room
 
     def attach(self, group: Group, *, succeeds: bool = False) -> None:
         super().attach(group)
@@ -190,22 +199,39 @@ class Sharded(Placement):
                 state.pop(parameter, None)
         if self._state is not None and isinstance(group, SharedMemoryGroup):
             self._state.attach(group.spare)
-            (self._state.take_over if succeeds else self._state.keep)(self._indices(self._worker))
+            if succeeds:
+                self._take_over(self._worker)
+            else:
+                self._state.keep(self._indices(self._worker))
 
-    def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
-        return self._update(self._own, step, norm, touched)
+    def update(self, step: int, norm: float, touched: Sequence[bool], pieces: PiecesDone | None = None) -> float | None:
+        if pieces is not None:
+            return self._updates.make(self._worker, step, norm, touched, self.gradients, pieces)
+        known = zip(self.gradients, touched, self._own, strict=True)
+        gradients = [view if seen and own else None for view, seen, own in known]
+        for gradient in gradients:
+            if gradient is not None:
+                clip(gradient, norm, self._replica.recipe.clip_norm)
+        return self._replica.update(step, gradients)
 
-    def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool]) -> None:
+    def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool], pieces: PiecesDone) -> None:
+        if pieces.begun:
+            pieces.put_back()
         self._hold(worker)
-        self._update(self._of[worker], step, norm, touched)
+        self._updates.make(worker, step, norm, touched, self.gradients, pieces)
 
     def _hold(self, worker: int) -> bool:
         """Has the optimizers' state of another worker here. Whether that is new."""
         new = worker not in self._others and worker != self._worker and self._state is not None
-        if new and self._state is not None:
+        if new:
             self._others.add(worker)
-            self._state.take_over(self._indices(worker))
+            self._take_over(worker)
         return new
+
+    def _take_over(self, worker: int) -> None:
+        assert self._state is not None, "only then can workers stand in for each other"
+        if not self._state.take_over(self._indices(worker)):
+            raise SeatLost(worker, "it kept state of its optimizer where others do not see it")
 
     def give_back(self, worker: int) -> None:
         if worker in self._others and self._state is not None:
@@ -224,17 +250,6 @@ class Sharded(Placement):
 
     def _indices(self, worker: int) -> list[int]:
         return [index for index, own in enumerate(self._of[worker]) if own]
-
-    def _update(self, of: Sequence[bool], step: int, norm: float, touched: Sequence[bool]) -> float | None:
-        known = zip(self.gradients, touched, of, strict=True)
-        gradients = [view if seen and own else None for view, seen, own in known]
-        for gradient in gradients:
-            if gradient is not None:
-                clip(gradient, norm, self._replica.recipe.clip_norm)
-        rate = self._replica.update(step, gradients)
-        if self._state is not None:
-            self._state.grow()
-        return rate
 
     def settle(self) -> None:
         self._group.meet()

@@ -3,7 +3,7 @@ takes it.
 
 A step is a few parts between barriers, and each part of a worker hangs on the recipe and on shared memory alone. So
 whoever waits at a barrier for a worker that has died does what that worker lacked before it, and the step ends with the
-same bits. What the worker had begun to change in place, and nobody can tell how far (`SeatLost`), is lost.
+same bits. Of what the worker had begun to change in place `Undo` tells how far it is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from instep.engines.division import Division
 from instep.engines.merged_events import Last
 from instep.engines.seat import Seat
 from instep.engines.sharding import Placement
+from instep.engines.undo import PiecesDone, SeatLost, Undo
 from instep.reduce.buffers import Left
 from instep.reduce.reduction import Reduction
 from instep.transport.group import Pending
@@ -89,8 +90,8 @@ class OthersParts(Protocol):
     def possible(self) -> bool:
         """Whether this is more than nothing."""
 
-    def note(self, step: int, stage: int) -> None:
-        """How far this worker is in a step."""
+    def note(self, step: int, stage: int) -> PiecesDone | None:
+        """How far this worker is in a step; what it is to tell how far it is in this stage, if others are to know."""
 
     def until_told(self, what: Callable[[int], Fact]) -> None:
         """At the next ones, between two steps, all tell a fact or share bytes: this, by worker."""
@@ -135,8 +136,8 @@ class Alone:
     def __init__(self, placement: Placement):
         self._placement = placement
 
-    def note(self, step: int, stage: int) -> None:
-        pass
+    def note(self, step: int, stage: int) -> PiecesDone | None:
+        return None
 
     def until_told(self, what: Callable[[int], Fact]) -> None:
         pass
@@ -172,14 +173,6 @@ class Alone:
         pass
 
 
-class SeatLost(Exception):
-    """What a worker that died was doing cannot be done again in its place. `worker`: its number."""
-
-    def __init__(self, worker: int, doing: str):
-        super().__init__(f"worker {worker} died while {doing}")
-        self.worker = worker
-
-
 class Vacant:
     """The place of a worker that has died, at the one that stands in for it."""
 
@@ -210,10 +203,12 @@ class StandIn:
         told: Callable[[int, int, range | None], None],
         stop_wanted: Callable[[], bool],
         leads: Callable[[], None],
+        undo: Undo,
     ):
         self._own, self._division, self._gradients, self._placement = own, division, gradients, placement
         self._group, self._successors, self._make_seat, self._told = group, successors, make_seat, told
-        self._stop_wanted, self._leads = stop_wanted, leads
+        self._stop_wanted, self._leads, self._undo = stop_wanted, leads, undo
+        undo.attach(group.spare[placement.state_bytes :], (group.common, group.spare))
         self._vacant: dict[int, Vacant] = {}
         self._part: Part | None = None
         self._owed: tuple[Callable[[], None], int] = (lambda: None), -1  # and before which barrier
@@ -223,8 +218,13 @@ class StandIn:
     def holds(self) -> Collection[int]:
         return self._successors.held() if self._successors.changes() else ()
 
-    def note(self, step: int, stage: int) -> None:
-        self._group.stages[self._own] = _STAGES * step + stage
+    def note(self, step: int, stage: int) -> PiecesDone | None:
+        return self._note(self._own, step, stage)
+
+    def _note(self, worker: int, step: int, stage: int) -> PiecesDone:
+        at = _STAGES * step + stage
+        self._group.stages[worker] = at
+        return self._undo.track(worker, at)
 
     def until_told(self, what: Callable[[int], Fact]) -> None:
         self._part = lambda vacant: what(vacant.seat.worker)
@@ -251,8 +251,7 @@ class StandIn:
         self._part = lambda vacant: torch.zeros(2, dtype=torch.int64)  # it has nothing that is sound, nor saved
 
     def update(self, step: int, norm: float, touched: Sequence[bool]) -> float | None:
-        self.note(step, UPDATING)
-        rate = self._placement.update(step, norm, touched)
+        rate = self._placement.update(step, norm, touched, self.note(step, UPDATING))
         self._part = partial(self._update, step, norm, touched)
         return rate
 
@@ -307,18 +306,18 @@ class StandIn:
 
     def _rows(self, step: int, totals: dict[str, int], vacant: Vacant) -> None:
         worker = vacant.seat.worker
-        self._group.stages[worker] = _STAGES * step + COMPUTING
+        self._note(worker, step, COMPUTING)
         vacant.handle = self._group.as_rank(worker)
         self._compute(step, totals, vacant, vacant.handle.rows)
         vacant.rows = vacant.handle.exchange(self._reduction.pieces[0])
 
     def _add(self, step: int, vacant: Vacant) -> Tensor:
-        """Adds the worker's cut, whose rows all have written; the norms of its blocks."""
+        """Adds what is lacking of the worker's cut, whose rows all have written; the norms of its blocks."""
         worker, reduction, rows = vacant.seat.worker, self._reduction, vacant.rows.wait()
-        self._group.stages[worker] = _STAGES * step + ADDING
-        (part,) = reduction.add(worker, rows, home=vacant.rows.home)
+        tracked = self._note(worker, step, ADDING)
+        (part,) = reduction.add(worker, rows, home=vacant.rows.home, tracked=tracked)
         vacant.handle.assemble(part, reduction.pieces[0], shared=self._placement.shared)
-        self._group.stages[worker] = _STAGES * step + ADDED
+        self._note(worker, step, ADDED)
         return reduction.norms(part)
 
     def _compute(self, step: int, totals: dict[str, int], vacant: Vacant, rows: Sequence[Tensor]) -> None:
@@ -349,8 +348,6 @@ class StandIn:
     ) -> Tensor:
         seat = vacant.seat
         if vacant.computed != step:  # else this worker does all of it
-            if self._stage(seat.worker, step) == ADDING:
-                raise SeatLost(seat.worker, "it added its part of the gradient")
             self._compute_aside(step, totals, vacant)
             vacant.handle = self._group.as_rank(seat.worker, again=True)
             vacant.rows = vacant.handle.exchange(self._reduction.pieces[0])
@@ -381,8 +378,5 @@ class StandIn:
 
     def _update(self, step: int, norm: float, touched: Sequence[bool], vacant: Vacant) -> Tensor:
         worker = vacant.seat.worker
-        if self._stage(worker, step) >= UPDATING:
-            raise SeatLost(worker, "it updated its part of the weights")
-        self._group.stages[worker] = _STAGES * step + UPDATING
-        self._placement.update_for(worker, step, norm, touched)
+        self._placement.update_for(worker, step, norm, touched, self._note(worker, step, UPDATING))
         return torch.empty(0)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from instep.reduce.by_block import Tracked
 from instep.reduce.reduction import Reduction
 from instep.transport.group import Group, Pending
 from instep.worker.gradients import Gradients
@@ -35,7 +36,8 @@ def in_pieces(whole: Reduction, microbatches: int, device: str) -> Reduction:
 
 class Total:
     """One worker's side of it. late, early: the reductions for steps whose gradients travel so; None where none does.
-    shared: see `Group.assemble`. `adds(done)` is called before and after the last of a cut is added up, in place."""
+    shared: see `Group.assemble`. `adds(done)` is called before and after the last of a cut is added up; it gives what
+    others are to know of that, if they are."""
 
     def __init__(
         self,
@@ -44,7 +46,7 @@ class Total:
         worker: int,
         group: Group,
         gradients: Gradients,
-        adds: Callable[[bool], None] = lambda done: None,
+        adds: Callable[[bool], Tracked | None] = lambda done: None,
         *,
         shared: bool,
     ):
@@ -130,8 +132,8 @@ class Total:
     def _assemble(self, piece: int) -> None:
         sums, level = self._sums[piece], len(self._group.levels) - 1
         rows = sums.wait()
-        self._adds(False)
-        (part,) = self.reduction.add(self._worker, rows, level, sums.home)
+        tracked = self._adds(False)
+        (part,) = self.reduction.add(self._worker, rows, level, sums.home, tracked)
         self._whole.append(self._group.assemble(part, self.reduction.pieces[piece], shared=self._shared))
         self._adds(True)
         self._norms.append(self.reduction.norms(part))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from instep.reduce.by_block import Tracked, add_by_block, room_for
 from instep.reduce.layout import Layout
 from instep.reduce.levels import Levels, Shares, cut, levels_of
 from instep.reduce.tree import Node, maximal_nodes, merge_plan, worker_ranges
@@ -109,16 +110,26 @@ class Reduction:
         """How many blocks of the sum the worker comes to have."""
         return sum(len(cuts[worker]) for cuts in self.cuts)
 
-    def add(self, worker: int, rows: Sequence[Tensor], level: int = 0, home: int = 0) -> list[Tensor]:
+    @property
+    def room_bytes(self) -> int:
+        """How many bytes `add` needs in `Tracked.room` at most, whatever the ranges are."""
+        return room_for(self.microbatches, self.layout.block)
+
+    def add(
+        self, worker: int, rows: Sequence[Tensor], level: int = 0, home: int = 0, tracked: Tracked | None = None
+    ) -> list[Tensor]:
         """Adds what the worker gets at a level in tree order, in place; the sums, one at the last level.
 
         rows: the same cut, of whole blocks, of all nodes that add there; float32. home: the row that a sum is to lie
-        in, if it has part in it.
+        in, if it has part in it. tracked: how much of this is done; where there is one sum alone.
         """
         adding = self._adding[level][self._teams[level][worker]]
         if home:
             adding = adding.with_sum_at(home)
-        if adding.plan:
+        if tracked is not None and adding.plan:
+            (into,) = adding.sums
+            add_by_block(rows, adding.plan, into, self.layout.block, tracked)
+        elif adding.plan:
             # Block by block for the cache's sake: each element is added by the plan, wherever the blocks begin.
             for parts in zip(*(row.view(-1, self.layout.block).unbind(0) for row in rows), strict=True):
                 for into, source in adding.plan:
@@ -154,9 +165,15 @@ def _block_norms(flat: Tensor, block: int) -> Tensor:
 
 def clip(flat: Tensor, norm: float, largest: float | None) -> None:
     """Scales a flat gradient of L2 norm `norm` to `largest`, as torch.nn.utils.clip_grad_norm_; None leaves it."""
+    factor = clip_factor(norm, largest)
+    if factor is not None:
+        flat.mul_(factor)
+
+
+def clip_factor(norm: float, largest: float | None) -> float | None:
+    """By what `clip` scales; None where it leaves all as it is."""
     # One factor for the whole, from a norm that all workers have alike: slices clipped by their own would differ.
-    if largest is not None and norm > largest:
-        flat.mul_(largest / (norm + 1e-6))
+    return largest / (norm + 1e-6) if largest is not None and norm > largest else None
 
 
 def total_norm(norms: Iterable[float]) -> float:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 
 from instep.engines.lockstep import Lockstep
-from instep.engines.standing_in import SeatLost
+from instep.engines.undo import SeatLost
 from instep.errors import InstepError, described
 from instep.team.messages import KeepingState, KeepState, PeersLost, StateKept
 from instep.team.session import Session

@@ -23,7 +23,8 @@ from instep.engines import server
 from instep.engines.audits import Audit, WrongWorker
 from instep.engines.contribute import contribute, slowness_of
 from instep.engines.lockstep import Lockstep
-from instep.engines.standing_in import Handed, SeatLost
+from instep.engines.standing_in import Handed
+from instep.engines.undo import SeatLost
 from instep.errors import InstepError, described, place, with_saved
 from instep.record.digest import digest_of_state
 from instep.record.event_kinds import TookPlaceEvent

@@ -9,7 +9,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn, optim
@@ -30,6 +30,13 @@ BY_PARAMETER = (
 )  # fmt: skip
 """Optimizers in which no parameter's update depends on other parameters, nor on random numbers. Not Adafactor: the
 first parameter's type decides what it adds to all. A subclass may do anything, so it does not count."""
+
+
+class Some(NamedTuple):
+    """Some of the parameters, and the same by optimizer and group of it."""
+
+    parameters: Sequence[nn.Parameter]
+    groups: Sequence[Sequence[list[nn.Parameter]]]
 
 
 def optimizer_of(recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> Optimizer | Several:
@@ -113,10 +120,11 @@ class Optimizer:
         """From here on the learning rates are those that `other` was built with."""
         self._rates = other._rates
 
-    def step(self, factor: float) -> float | None:
+    def step(self, factor: float, only: Sequence[Sequence[list[nn.Parameter]]] | None = None) -> float | None:
         """One update by the parameters' `grad`, all learning rates times `factor`; returns the first of them, if any.
 
-        An optimizer without one (`lr` is None) finds its own, under a constant schedule.
+        An optimizer without one (`lr` is None) finds its own, under a constant schedule. only: these parameters, see
+        `Some.groups`; one of `BY_PARAMETER` then does the same to them as in an update of all.
         """
         for group, rate in zip(self.of_torch.param_groups, self._rates, strict=True):
             if rate is None:
@@ -125,11 +133,28 @@ class Optimizer:
                 group["lr"].fill_(rate * factor)
             else:
                 group["lr"] = rate * factor
-        self.of_torch.step()
+        if only is None:
+            self.of_torch.step()
+        else:
+            self._step_of(only[0])
         if not self._looked_for_kept_gradients:
             self._looked_for_kept_gradients = True
             self._check_gradients_are_not_kept()
         return None if self._rates[0] is None else factor * self._rates[0]
+
+    def _step_of(self, groups: Sequence[list[nn.Parameter]]) -> None:
+        one, before = self.of_torch, [group["params"] for group in self.of_torch.param_groups]
+        wholes = one.param_groups
+        try:
+            for group, some in zip(wholes, groups, strict=True):
+                group["params"] = some
+            one.param_groups = [group for group in wholes if group["params"]]
+            if one.param_groups:
+                one.step()
+        finally:
+            one.param_groups = wholes
+            for group, parameters in zip(wholes, before, strict=True):
+                group["params"] = parameters
 
     def train(self) -> None:
         """Makes the parameters those that it trains, where it tells them from others."""
@@ -226,6 +251,16 @@ class Optimizer:
                 )
 
 
+def some_of(optimizer: Optimizer | Several, parameters: Sequence[nn.Parameter]) -> Some:
+    """These parameters, for `step`."""
+    wanted = {id(parameter) for parameter in parameters}
+    groups = [
+        [[p for p in group["params"] if id(p) in wanted] for group in one.of_torch.param_groups]
+        for one in optimizer.each
+    ]
+    return Some(parameters, groups)
+
+
 class Several:
     """Optimizers of parts of the parameters, used as one: each makes its step in turn."""
 
@@ -243,9 +278,10 @@ class Several:
         """As of one: whether any may."""
         return any(one.may_draw for one in self.each)
 
-    def step(self, factor: float) -> float | None:
+    def step(self, factor: float, only: Sequence[Sequence[list[nn.Parameter]]] | None = None) -> float | None:
         """As of one; the learning rate is that of the first."""
-        return [one.step(factor) for one in self.each][0]  # noqa: RUF015  # all of them make it
+        parts = [None] * len(self.each) if only is None else [[groups] for groups in only]
+        return [one.step(factor, part) for one, part in zip(self.each, parts, strict=True)][0]  # noqa: RUF015  # all
 
     def train(self) -> None:
         """As of one."""

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, lru_cache
 from typing import Any
@@ -25,7 +25,7 @@ from instep.reduce.written import WrittenParameters
 from instep.worker.device import autocast, prepare_device, to_device
 from instep.worker.extra_state import ExtraState
 from instep.worker.model import build_for_training, check_parameters, compiled, model_doubts
-from instep.worker.optimizer import optimizer_of
+from instep.worker.optimizer import Some, optimizer_of, some_of
 from instep.worker.sample_reader import SampleReader
 from instep.worker.single_samples import check_single_samples
 from instep.worker.spot_checks import SpotChecks
@@ -251,20 +251,26 @@ class Replica:
         self.doing = f"computing step {step + 1}, microbatch {microbatch}"
         return objectives.Shared(tuple(parts.values()), list(parts).index(microbatch))
 
-    def update(self, step: int, gradients: list[Tensor | None]) -> float | None:
+    def some(self, indices: Sequence[int]) -> Some:
+        """Some of the parameters, for `update`."""
+        return some_of(self.optimizer, [self.parameters[index] for index in indices])
+
+    def update(self, step: int, gradients: Sequence[Tensor | None], some: Some | None = None) -> float | None:
         """The optimizer's update from version `step`; returns its learning rate, the first one, if it has any.
 
         gradients[i] has parameter i's shape, float32; None means that no microbatch gave the parameter a gradient.
+        some: of these parameters alone, which only an optimizer of `BY_PARAMETER` can do.
         """
+        parameters, groups = (self.parameters, None) if some is None else some
         self.doing = f"updating the weights in step {step + 1}"
         factor = self.schedule.factor(step, self.recipe.steps)
         if self.optimizer.may_draw:  # alike in every worker
             seed_all(key(self.recipe.seed, step, "update"))
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
-        rate = self.optimizer.step(factor)
+        rate = self.optimizer.step(factor, groups)
         self._stepped = True
-        for parameter in self.parameters:
+        for parameter in parameters:
             parameter.grad = None
         return rate
 
