@@ -416,6 +416,17 @@ def test_one_death_that_is_noticed_twice_is_one() -> None:
     assert len(world.orders) == 1
 
 
+def test_a_host_that_comes_anew_while_the_team_of_a_lost_server_ends_starts_nothing_there_until_all_start() -> None:
+    world = World(2, serving=True, agents=(1, 1))
+    world.comes(1)
+    world.build()
+    world.lose(member(2))
+    world.comes(1)
+    assert world.orders[-1] == EndEpoch(1)
+    world.gone()
+    assert isinstance(world.orders[-1], Start)
+
+
 def test_a_first_write_goes_back_without_being_counted() -> None:
     world = working(2, restarts=0)
     world.writes(member(1), ("b",))

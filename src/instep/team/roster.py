@@ -190,7 +190,8 @@ class Roster:
 
     def _start_there(self, host: int) -> list[Order]:
         """The workers of a host that was lost start there again, while the others go on."""
-        if not (self._serving and self.going) or self._stopping or self.over or self._raised is not None:
+        ends = self._stopping or self.over or self._ending is not None or self._raised is not None
+        if ends or not (self._serving and self.going):
             return []
         successors = tuple(successor_of(place.member) for place in self._places if place.member.host == host)
         for successor in successors:
