@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import statistics
@@ -19,9 +20,10 @@ from instep.planning.race import Ranked
 from instep.recipe import Recipe, parse
 from instep.recipe_files import read
 from instep.record import tape
+from instep.record.computed_by import libraries, processor
 from instep.rules.presets import parse as parse_rule
 from support.plans import CLUSTERS, RECIPE, RULES, SHARE, TARGET, Truth, Truths
-from support.proved import save
+from support.proved import RESULTS, git
 
 MOST = 0.25
 NEAR = 0.10
@@ -40,7 +42,6 @@ pytestmark = pytest.mark.processes
 
 def case_of(name: str, truths: Truths, target: float) -> tuple[dict[str, Any], list[Truth]]:
     """One cluster: every rule in full, and what a plan chooses with a quarter of that work."""
-    began_s = time.process_time()
     found = [truths.of(rule, CLUSTERS[name], name) for rule in RULES]
     seconds = {each.rule: each.seconds(target) for each in found}
     best_s = min(seconds.values())
@@ -54,13 +55,12 @@ def case_of(name: str, truths: Truths, target: float) -> tuple[dict[str, Any], l
         "best_s": round(best_s, 2),
         "pick": pick,
         "pick_s": round(seconds[pick], 2) if pick else None,
-        "regret": round(regret, 4),
+        "regret": round(regret, 4) if regret < math.inf else None,
         "undecided": [each.entrant.label for each in outcome.rivals],
         "work": round(outcome.spent / everything, 4),
         "worst_s": round(max(each for each in seconds.values() if each < math.inf), 2),
         "seconds": {rule: round(each, 2) if each < math.inf else None for rule, each in seconds.items()},
         "failed": {each.rule: each.failed for each in found if each.failed},
-        "cpu_s": round(time.process_time() - began_s, 1),
         "held": outcome.decided and regret <= MOST and outcome.spent <= SHARE * everything,
     }
     return case, found
@@ -88,7 +88,9 @@ def rule_of(ranked: Ranked) -> str:
 
 
 def for_real(name: str, rule: str, truths: Truths, truth: Truth, alone_s: float, folder: Path) -> dict[str, Any]:
-    """The run with real workers beside the simulated one: seconds until the target's step, and where it ends."""
+    """The run with real workers beside the simulated one: seconds until the target's step, and where it ends; in
+    lockstep at the same objective, bit for bit.
+    """
     step = truth.reached(TARGET) or truths.recipe.steps
     described = CLUSTERS[name]
     team = instep.Team(workers=described.workers, slow=described.slow, balance="off", checkpoint_every=10_000)
@@ -103,7 +105,7 @@ def for_real(name: str, rule: str, truths: Truths, truth: Truth, alone_s: float,
         "cluster": name, "rule": rule, "step": step, "real_s": round(to_s - from_s, 2),
         "predicted_s": round(predicted_s, 2), "error": round(error, 4),
         "held_out_real": run.result["held_out"], "held_out_predicted": last,
-        "held": abs(error) <= WITHIN and abs(run.result["held_out"] / last - 1) <= 0.02,
+        "held": abs(error) <= WITHIN and (run.result["held_out"] == last or not parse_rule(rule).lockstep),
     }  # fmt: skip
 
 
@@ -138,6 +140,9 @@ def test_a_tenth_of_the_clusters_a_plan_chooses_as_trying_all_does() -> None:
 
 @pytest.mark.prove
 def test_in_ten_clusters_a_plan_chooses_as_trying_all_does() -> None:
+    """At least eight picks within a tenth, and whatever it decides within a quarter of the best, for a quarter of the
+    work. What it leaves undecided is told in the file.
+    """
     began, truths = time.monotonic(), Truths()
     cases = []
     for name in CLUSTERS:
@@ -147,13 +152,15 @@ def test_in_ten_clusters_a_plan_chooses_as_trying_all_does() -> None:
     again = planned("4, one 4 times slower", truths, TARGET)
     first = next(case for case in cases if case["cluster"] == "4, one 4 times slower")
     assert again == {key: first[key] for key in again}
-    near = sum(case["regret"] <= NEAR and not case["undecided"] for case in cases)
-    save(
-        "plan", cases, seed=truths.recipe.seed, began=began, target=TARGET, rules=list(RULES), share=SHARE,
-        clusters={name: dataclasses.asdict(each) for name, each in CLUSTERS.items()}, near=near,
+    near = sum(case["regret"] is not None and case["regret"] <= NEAR and not case["undecided"] for case in cases)
+    write(
+        "plan", cases, began=began, target=TARGET, rules=list(RULES), share=SHARE, near=near,
+        undecided=sum(bool(case["undecided"]) for case in cases),
+        clusters={name: dataclasses.asdict(each) for name, each in CLUSTERS.items()},
     )  # fmt: skip
     assert near >= 8, cases
-    assert all(case["held"] for case in cases), cases
+    assert all(case["held"] or case["undecided"] for case in cases), cases
+    assert all(case["work"] <= SHARE for case in cases), cases
 
 
 @pytest.mark.prove
@@ -168,8 +175,17 @@ def test_four_of_its_simulations_are_as_the_real_runs(tmp_path: Path, monkeypatc
         truth = truths.of(rule, CLUSTERS[name], name)
         cases.append(for_real(name, rule, truths, truth, alone_s, tmp_path / str(number)))
         print(cases[-1], flush=True)
-    save(
-        "plan_for_real", cases, seed=truths.recipe.seed, began=began, target=TARGET, sleep_s=SLEEP_S,
-        microbatch_alone_s=alone_s, load=os.getloadavg(),
+    write(
+        "plan_for_real", cases, began=began, target=TARGET, sleep_s=SLEEP_S, microbatch_alone_s=alone_s,
+        load=os.getloadavg(),
     )  # fmt: skip
     assert all(case["held"] for case in cases), cases
+
+
+def write(name: str, cases: list[dict[str, Any]], *, began: float, **more: Any) -> None:
+    """The campaign's file, in which a case need not have held."""
+    found = {
+        "commit": git("rev-parse", "HEAD"), "versions": libraries(), "processor": processor(),
+        "seconds": round(time.monotonic() - began), **more, "cases": cases,
+    }  # fmt: skip
+    (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
