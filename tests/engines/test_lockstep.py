@@ -71,6 +71,9 @@ class Quiet:
     def stop_wanted(self) -> bool:
         return False
 
+    def regroup_wanted(self) -> bool:
+        return False
+
 
 def engine_of(
     recipe: Recipe,

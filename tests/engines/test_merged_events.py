@@ -16,7 +16,7 @@ UPDATE = Update(1.0, {"loss": 1.0}, 4, 0.1, 2.0, Verdict())
 class Worker:
     def __init__(self) -> None:
         self.now_s, self.told = 0.0, list[Event]()
-        self.merged = MergedEvents(1000, self.told.append, lambda: self.now_s)
+        self.merged = MergedEvents(1000, self.told.append, lambda: self.now_s, range(2))
 
     def makes(self, step: int) -> None:
         self.now_s += HANDED_S / 3

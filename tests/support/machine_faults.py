@@ -162,9 +162,18 @@ class Campaign:
         at = next((at for at in reversed(range(len(events))) if events[at]["kind"] == "run_started"), None)
         if at is None or sum(host["workers"] > 0 for host in events[at]["hosts"]) < len(self.hosts):
             return False
-        later = [event["kind"] for event in events[at:] if event["kind"] in ("left", "checkpointed", "merged")]
+        if self._tape.since(at, "left"):  # and the others went on
+            lost = max(place for place, event in enumerate(events) if event["kind"] == "left")
+            homes = {event["worker"]: event["host"] for event in events if event["kind"] == "joined"}
+            at = next((at for at in range(lost, len(events)) if self._all_regrouped(events[at])), len(events))
+            if len(set(homes.values())) < len(self.hosts):
+                return False
+        later = [event["kind"] for event in events[at:] if event["kind"] in ("checkpointed", "merged")]
         saved = later.index("checkpointed") if "checkpointed" in later else len(later)
-        return "left" not in later and later[saved:].count("merged") >= 3
+        return later[saved:].count("merged") >= 3
+
+    def _all_regrouped(self, event: dict[str, Any]) -> bool:
+        return event["kind"] == "regrouped" and len(event["workers"]) == self._workers
 
     def run(self) -> dict[str, Any]:
         """All of it, and a stop. Gives the result."""
@@ -223,7 +232,7 @@ class Campaign:
         self._note(fault)
 
     def _cured(self, fault: Fault) -> bool:
-        return self.whole() and (not fault.named or bool(self._tape.since(self._at, "run_started")))
+        return self.whole() and (not fault.named or bool(self._tape.since(self._at, "run_started", "regrouped")))
 
     def _count(self, fault: Fault) -> None:
         """Which steps were done again."""

@@ -43,6 +43,7 @@ from instep.team.orders import (
     NoteLoss,
     NoteResize,
     Order,
+    Regroup,
     Replace,
     Resize,
     Resumed,
@@ -54,6 +55,7 @@ from instep.team.orders import (
     StopAsked,
     StopServer,
 )
+from instep.team.regroup_messages import NotRegrouped
 from instep.team.roster import Roster
 
 NAMES = ("a", "b", "c")
@@ -84,6 +86,7 @@ class World:
         agents: tuple[int, ...] = (1,),
         patient: bool = False,
         stands_in: bool = False,
+        regroups: bool = False,
         begun: bool = False,
         bounds: Bounds | None = None,
     ):
@@ -91,7 +94,11 @@ class World:
         self.bounds, self.needed = bounds, set(range(len(agents)))
         self.roster = Roster(hosts, restarts, Path("run"), serving=serving)
         self.hosts, self.patient = len(agents), patient
-        self.facts = {"weights": "alike", "stands_in": stands_in and not serving and agents == (1,)}
+        self.regroups = regroups and not serving and len(agents) > 1
+        self.facts = {
+            "weights": "alike", "stands_in": stands_in and not serving and agents == (1,), "regroups": self.regroups,
+        }  # fmt: skip
+        self.group: Regroup | None = None  # the newest of the epoch
         self.holders: dict[Member, Member] = {}
         self.here = {0} if agents[0] == 1 else set()
         self.started = False  # whether the present epoch has not ended
@@ -164,7 +171,7 @@ class World:
                     assert all(hosts.count(host) <= ROOMS[host] for host in hosts), "no more than there is room for"
                 assert len(hosts) == self.wanted, "so many workers as are wanted"
                 self.needed = set()
-                self.started = True
+                self.started, self.group = True, None
                 self.server_told = self.pausing = False
                 self.epochs.append(order.epoch)
                 self.stage.update(dict.fromkeys(order.members, "building"))
@@ -187,17 +194,23 @@ class World:
                 assert self.last.member == self.holders.pop(member)
                 self.stage[member] = "done"
             case Replace(member=old, successor=new, holders=holders):
-                assert self.serving or holders or (self.stopping and new is None), "in lockstep nobody goes on alone"
+                too_late = new is None and self.stage[old] in ("building", "ready", "waiting") and self.regroups
+                goes_on = self.serving or self.regroups or holders or (self.stopping and new is None)
+                assert goes_on, "in lockstep nobody goes on alone"
                 assert self.roster.going
+                if too_late:
+                    self.stage[old] = "dead"
+                    return
                 assert self.stage[old] == "lost"
                 self.stage[old] = "dead"
-                assert old.number != self.roster.leader.number or holders
+                assert old.number != self.roster.leader.number or holders or self.regroups
                 if new is not None:
                     assert not self.stopping, "nothing starts after a stop"
-                    assert new == Member(old.epoch, old.number, old.incarnation + 1, old.host)
+                    assert new == Member(old.epoch, old.number, old.incarnation + 1, new.host)
+                    assert new.host == old.host or (self.regroups and new.host in self.here | {0})
                     assert new not in self.stage
                     self.stage[new] = "building"
-                    self.counted += 1
+                    self.counted += not (self.regroups and isinstance(self.last, HostLost | HostCame))
                 for place in [] if holders else [m for m, holder in self.holders.items() if holder == old]:
                     if self.stage[place] == "empty":
                         self.holders.pop(place)
@@ -205,6 +218,8 @@ class World:
                     empty = Member(old.epoch, old.number, old.incarnation + 1, old.host)
                     self.stage.update({empty: "empty"} if new is None else {})
                     self.check_holders(old, holders)
+            case Regroup():
+                self.regroup(order)
             case StartMore(members=members):
                 assert self.serving, "in lockstep nobody goes on alone"
                 assert self.roster.going
@@ -267,6 +282,25 @@ class World:
             assert self.stage[member] == "ready", f"{member} was let go, but is {self.stage[member]}"
             self.stage[member] = "working"
 
+    def regroup(self, group: Regroup) -> None:
+        """All who work, and one who is ready, are in it, or nobody is while nobody is on the first host."""
+        assert self.regroups
+        assert self.roster.going
+        assert not self.stopping
+        assert group.generation == (self.group.generation if self.group else 0) + 1
+        self.group = group
+        hosts = [member.host for member in group.members]
+        assert hosts == sorted(hosts), "workers of a host are neighbours"
+        for member in group.members:
+            assert self.stage[member] in ("ready", "waiting", "working"), "it is there"
+            self.stage[member] = "working"
+        working = {member for member in self.living("working") if member.epoch == self.roster.epoch}
+        if group.members:
+            assert working == set(group.members)
+            assert self.roster.leader == group.members[0]
+        else:
+            assert not [member for member in working if member.host == 0]
+
     def check_holders(self, lost: Member, holders: Mapping[Member, Member]) -> None:
         """The places of all that are not there are held by who is, and those of others by nobody."""
         self.holders.pop(lost, None)
@@ -315,6 +349,10 @@ class World:
             self.losses += there
             return
         if not (self.serving and self.roster.going and there) or self.ending is not None:
+            if self.can_regroup(there):
+                self.stage.update(dict.fromkeys(there, "lost"))
+                self.losses += there[:1] if self.counted == self.allowed else there
+                self.counted += self.counted < self.allowed
             return
         if self.few and not self.stopping and not self.server_told:
             return
@@ -327,6 +365,13 @@ class World:
         too_often = self.counted == self.allowed and not self.stopping
         self.losses += there[:1] if too_often else there
         self.counted += not self.stopping and not too_often
+
+    def can_regroup(self, lost: list[Member]) -> bool:
+        """Whether the others go on when all of these, of a host, are lost."""
+        able = self.regroups and self.roster.going and self.ending is None and not (self.stopping or self.pausing)
+        others = [member for member in self.living("working") if member not in lost]
+        done = any(self.stage[member] == "done" for member in self.present())
+        return able and bool(lost and others) and not done and not self.patient
 
     def loses(self, host: int) -> None:
         self.here.discard(host)
@@ -355,12 +400,17 @@ class World:
     def hands_over(self, member: Member) -> None:
         self.says(self.holders[member], HandedOver(member.number, member.incarnation, b""))
 
+    def cannot_regroup(self) -> None:
+        assert self.group is not None
+        self.says(self.roster.leader, NotRegrouped(self.group.generation, "no host has a version whole"))
+
     def cannot(self, member: Member) -> None:
         self.says(self.holders[member], NotStoodIn(member.number, "worker 1 died while it saved."))
 
     def end(self, member: Member, digest: str = "same", *, leaves: bool = False) -> None:
         """leaves: it doesn't know of the places that it holds."""
-        ended = Ended({"version": 7}, digest, interrupted=self.stopping or self.pausing)
+        generation = self.group.generation if self.group is not None else 0
+        ended = Ended({"version": 7}, digest, interrupted=self.stopping or self.pausing, generation=generation)
         for place in [] if leaves else [place for place, holder in self.holders.items() if holder == member]:
             self.says(member, EndedFor(place.number, ended))
             if self.stage[place] == "empty":
@@ -455,7 +505,11 @@ class World:
             "build": ("building",), "ready": ("building",), "end": ("working",), "hand": ("waiting",),
             "digest": ("working",), "drift": ("working",),
         }  # fmt: skip
+        if kind == "cannot" and self.group is not None and self.group.members and self.roster.active:
+            return self.cannot_regroup()
         able = list(self.holders) if kind == "cannot" else self.living(*stages.get(kind, ()))
+        waits = self.group is not None and not self.group.members
+        able = [] if kind == "end" and waits else able
         if self.final is not None or self.ending is not None or not able:
             return
         member = able[pick % len(able)]

@@ -117,6 +117,16 @@ def test_a_message_without_memory_for_it_is_an_error_of_the_sender(ends: Ends, m
     assert other.recv() == "small"
 
 
+def test_what_was_said_arrives_though_the_answer_was_never_read(ends: Ends) -> None:
+    one, other = ends
+    one.send("an answer")
+    other.send("the last word")
+    other.close()
+    assert one.recv() == "the last word"
+    with pytest.raises(EOFError):
+        one.recv()
+
+
 @pytest.mark.processes
 def test_a_process_is_started_with_the_number_of_its_end(ends: Ends) -> None:
     one, other = ends

@@ -103,7 +103,7 @@ def left(events: list[dict[str, Any]]) -> list[str]:
     return [event["why"] for event in events if event["kind"] == "left"]
 
 
-def test_a_killed_worker_of_another_host_starts_the_team_again(tmp_path: Path, alone: str) -> None:
+def test_without_a_worker_of_another_host_that_is_killed_the_others_go_on(tmp_path: Path, alone: str) -> None:
     hold = Hold(tmp_path, lambda: os.kill(hold.pids[1], signal.SIGKILL))
     run, told = train_on((1, 1), hold.recipe, team(), tmp_path / "run", client=hold.client)
     assert run.digest == alone == told[0].result["digest"]
@@ -111,7 +111,7 @@ def test_a_killed_worker_of_another_host_starts_the_team_again(tmp_path: Path, a
     (why,) = left(run.events)
     assert "worker 1 on host 1" in why
     assert "SIGKILL" in why
-    assert [event["version"] for event in run.events if event["kind"] == "run_started"] == [0, 4]
+    assert [event["version"] for event in run.events if event["kind"] == "run_started"] == [0]
 
 
 @pytest.mark.parametrize("number", quick([signal.SIGKILL, signal.SIGSTOP], signal.SIGKILL))
@@ -121,9 +121,10 @@ def test_without_a_host_that_is_lost_the_others_go_on(number: int, tmp_path: Pat
     followers = Followers(hold.recipe, who, (1, 1), tmp_path)
     run, _ = train_on((1, 1), hold.recipe, who, tmp_path / "run", client=hold.client, followers=followers, told_s=0.0)
     assert run.digest == alone
-    (why,) = left(run.events)
-    assert "host 1" in why
-    assert sum(event["kind"] == "joined" for event in run.events) == 6
+    assert "host 1" in left(run.events)[0]
+    joined = [event["worker"] for event in run.events if event["kind"] == "joined"]
+    assert joined.count(0) == 1, "its process went on"
+    assert sorted(joined) == [0, 1, 1, 2, 2], "the first host has all, in the end"
 
 
 @pytest.mark.slow

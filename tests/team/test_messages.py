@@ -19,6 +19,7 @@ from instep.record.events import WarnedEvent
 from instep.rules import presets as p
 from instep.team import messages as m
 from instep.team.pickling import dump
+from instep.team.regroup_messages import NextGroup, NotRegrouped
 from instep.transport.memory import Region
 from instep.worker.contribution import Facts
 from instep.worker.milestones import Progress
@@ -55,6 +56,8 @@ MESSAGES = [
     m.HandedOver(1, 2, b"state"),
     m.EndedFor(1, m.Ended({"version": 7}, "d", left={"sample": "to be"})),
     m.NotStoodIn(1, "worker 1 died while it saved"),
+    NextGroup(2, (0, 2), (0, 1), (0, 1), 7, 5, 12),
+    NotRegrouped(2, "no host has the weights of a version whole"),
     m.SeatHanded(b"state"),
     m.StoppedAt(4),
     m.Ended(dataclasses.asdict(Progress(version=3)), "ab", True, {"sample": "text"}, {"bytes_sent": 8}),
@@ -66,13 +69,15 @@ MESSAGES = [
     m.Call("module:name", 2, RECIPE),
 ]
 
+HOMES = m.__name__, NotRegrouped.__module__
+
 UNIONS = {
     name: set(get_args(union) or (union,))
     for name, union in vars(m).items()
     if "To" in name and not inspect.isfunction(union)
 }
 
-CLASSES = {each for each in vars(m).values() if dataclasses.is_dataclass(each) and each.__module__ == m.__name__}
+CLASSES = {each for each in vars(m).values() if dataclasses.is_dataclass(each) and each.__module__ in HOMES}
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)

@@ -59,6 +59,10 @@ FOLLOWING = st.builds(
     World, st.integers(1, 4), st.integers(0, 1), serving=st.booleans(), agents=AGENTS,
     bounds=st.builds(lambda least, more: Bounds(least, least + more), st.integers(1, 4), st.integers(0, 4)),
 )  # fmt: skip
+REGROUPING = st.builds(
+    World, st.integers(2, 4), st.integers(1, 4), agents=st.sampled_from([(1, 1), (1, 1, 1), (2, 1)]),
+    patient=st.booleans(), regroups=st.just(True), begun=st.just(True),
+)  # fmt: skip
 STANDING_IN = st.builds(World, st.integers(2, 4), st.integers(1, 3), stands_in=st.just(True), begun=st.just(True))
 
 
@@ -80,7 +84,7 @@ def keeps_every_promise(world: World, history: list[tuple[str, int]]) -> None:
         world.hear_old(event)
 
 
-IN_ANY_HISTORY = given(WORLDS | FOLLOWING | STANDING_IN, HISTORIES)
+IN_ANY_HISTORY = given(WORLDS | FOLLOWING | STANDING_IN | REGROUPING, HISTORIES)
 test_every_promise_holds_in_any_history = settings(max_examples=250)(IN_ANY_HISTORY(keeps_every_promise))
 test_every_promise_holds_in_many_histories = pytest.mark.slow(
     settings(max_examples=5000)(IN_ANY_HISTORY(keeps_every_promise))
@@ -95,6 +99,7 @@ def test_random_histories_come_everywhere() -> None:
     @given(WORLDS, HISTORIES)
     @example(World(3, stands_in=True, begun=True), [("lose", 0), ("end", 2)])  # few histories come so far
     @example(World(3, stands_in=True, begun=True), [("lose", 0), ("build", 0), ("hand", 0)])
+    @example(World(3, agents=(1, 1), regroups=True, begun=True), [("come", 1), ("build", 0), ("lose", 0)])
     @example(World(restarts=2, begun=True), [(kind, 0) for kind in ("lose", "gone", "build", "lose", "gone")])
     @example(World(serving=True, agents=(1, 1)), [("come", 1), ("build", 0), ("part", 1), ("come", 1)])  # seldom
     @example(World(serving=True, begun=True), [("raise", 0)])

@@ -97,6 +97,9 @@ BY_HAND: dict[type, st.SearchStrategy[Any]] = {
         st.none() | words, st.lists(words).map(tuple), st.lists(counts).map(tuple), st.tuples(words, counts), words,
         words,
     ),
+    w.RegroupMembers: st.builds(
+        w.RegroupMembers, counts, counts, st.lists(members, max_size=3).map(tuple), st.booleans(), counts, counts
+    ),
     w.GoMembers: st.builds(w.GoMembers, counts, tables),
     w.MembersShown: st.builds(w.MembersShown, st.lists(shown, max_size=3).map(tuple), counts, tables),
     w.StacksWanted: st.builds(w.StacksWanted, counts, st.lists(counts).map(tuple)),
@@ -122,6 +125,8 @@ def _of_info(info: Any) -> st.SearchStrategy[Any]:
             return st.integers(info.ge or 0, info.le or 1 << 40)
         case i.ListType():
             return st.lists(_of_info(info.item_type), min_size=info.min_length or 0, max_size=info.max_length or 3)
+        case i.VarTupleType():
+            return st.lists(_of_info(info.item_type), max_size=3).map(tuple)
         case i.DictType():
             return (
                 tables if isinstance(info.value_type, i.AnyType) else st.dictionaries(words, _of_info(info.value_type))

@@ -86,6 +86,10 @@ class BetweenSteps:
         stand in for worker 0."""
         return self._evaluation.of(version, self._group, self._others)
 
+    def evaluated(self, version: int) -> None:
+        """That version is not to be evaluated any more."""
+        self._evaluation.version = version
+
     def evaluate_alone(self) -> Evaluation | None:
         """All of it by this worker, with what the objective gathers."""
         return self._evaluation.alone()

@@ -22,18 +22,19 @@ from typing import Any
 
 import torch
 from msgspec import UNSET
-from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.engines.audits import Audit
 from instep.engines.between_steps import BetweenSteps
+from instep.engines.continued import Continued
 from instep.engines.division import Division, Stopwatch, most_nodes
 from instep.engines.merged_events import REMEMBERED, MergedEvents
-from instep.engines.seat import Seat
+from instep.engines.seat import Seat, take_left
 from instep.engines.sharding import Placement, choose
 from instep.engines.shared_evaluation import SharedEvaluation
 from instep.engines.signs_of_life import SignsOfLife
 from instep.engines.standing_in import ADDED, ADDING, COMPUTING, JOINED, Alone, Handed, OthersParts, StandIn, Successors
+from instep.engines.step_facts import GO_ON, PART, STOP, what_comes
 from instep.engines.total import Total, in_pieces
 from instep.engines.trial import Trial
 from instep.engines.undo import PiecesDone, Undo
@@ -41,7 +42,7 @@ from instep.record import events
 from instep.record.event_kinds import RangesMovedEvent, StoodInEvent
 from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
-from instep.transport.group import Group, Sizes, as_rows
+from instep.transport.group import LEFT, Group, PeerLost, Sizes, as_rows
 from instep.transport.memory import limited, rows_to_spare
 from instep.transport.shared_memory import SharedMemoryGroup
 from instep.worker.evaluation import batches_held_out
@@ -59,7 +60,7 @@ class Lockstep:
     machines: how many workers each machine has; those of one are neighbours, and share memory. `emit(event)` writes to
     the tape; `clock()` is seconds since the run's start. shard, balance: as in `Team`. Raises FirstWrite while a
     forward writes parameters that were not known to be written. successors: of workers that die and are stood in for;
-    None where none can be. handed: what this one goes on with, if it is such a successor.
+    None where none can be. handed: of such a successor. again: where the team has had another group before.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Lockstep:
         balance: str = "off",
         successors: Successors | None = None,
         handed: Handed | None = None,
+        again: Continued | None = None,
     ):
         recipe = replica.recipe
         self.replica, self.worker, self.workers = replica, worker, sum(machines)
@@ -102,9 +104,9 @@ class Lockstep:
         self._at = handed.progress["version"] if handed is not None else 0
         self._usual: tuple[list[int], bool] = [], False  # the buffers that the last step changed; whether it wrote
         self._whole: Tensor | None = None  # where the group puts the sum together
-        first_of_others = worker == self._machine.start > 0
-        remembered = REMEMBERED if successors is not None else checkpoint_every + 1 if first_of_others else 0
-        self._merged = MergedEvents(remembered, emit, clock)
+        self._again = again or Continued(range(self.workers))
+        remembered = REMEMBERED if successors is not None or len(machines) > 1 else 0
+        self.merged = self._again.merged or MergedEvents(remembered, emit, clock, self._again.numbers)
 
     def prepare(self, version: int, *, looks: bool = True) -> None:
         """Loads the first batches and learns the objective's terms; looks: at what worker 0 looks in a new run."""
@@ -118,9 +120,9 @@ class Lockstep:
 
     def sizes(self) -> Sizes:
         """Decides where the weights are to lie, and what a worker tells the others. The sizes of the group."""
-        replica, reduction = self.replica, self.reduction
+        replica, reduction, why = self.replica, self.reduction, self._again.why_whole
         self._seat = self._seat_of(self.worker)
-        self.placement: Placement = choose(replica, reduction, self.worker, self._machine, self._shard)
+        self.placement: Placement = choose(replica, reduction, self.worker, self._machine, self._shard, why)
         self._evaluation = SharedEvaluation(replica, self.worker, self._machine, self.workers, self._heartbeat.advance)
         most = most_nodes(reduction.microbatches) if self._moves and not limited() else 0
         longest = max(self._seat.nbytes(most), self._evaluation.nbytes, self.audit.nbytes if self.audit else 0)
@@ -137,9 +139,12 @@ class Lockstep:
     @property
     def can_stand_in(self) -> bool:
         """Whether workers can stand in for each other, as all know alike. An audit shows what one process computed."""
-        several = 1 < self.workers == len(self._machine) and self.replica.device.type == "cpu"
-        hindered = self.audit is not None or bool(self.replica.written.names)
-        return self._successors is not None and several and not hindered
+        return self._successors is not None and 1 < self.workers == len(self._machine) and self.can_regroup
+
+    @property
+    def can_regroup(self) -> bool:
+        """Whether the team can go on in another group, as all know alike."""
+        return self.replica.device.type == "cpu" and self.audit is None and not self.replica.written.names
 
     def join(self, group: Group) -> None:
         """Takes the team's group into use; as a successor, where who stood in for the one before has left it."""
@@ -153,7 +158,7 @@ class Lockstep:
             if handed is not None:
                 group.take_place(*handed.place)
                 self._usual, self._evaluation.version = handed.usual, handed.evaluated
-                self._merged.take(handed.updates)
+                self.merged.take(handed.updates)
         self.placement.attach(group, succeeds=handed is not None)
         self._others.note(self._at, JOINED)
         if self._moves and handed is None:
@@ -173,15 +178,15 @@ class Lockstep:
 
     def _catch_up(self) -> None:
         if self._successors is not None:
-            self._merged.catch_up(self._successors.told)
+            self.merged.catch_up(self._successors.told)
 
     def _say(self, event: RangesMovedEvent | events.ChecksummedEvent) -> None:
-        self._merged.say(event, tell=self.worker == 0 or 0 in self._others.holds)
+        self.merged.say(event, tell=self.worker == 0 or 0 in self._others.holds)
 
     def _seat_of(self, worker: int) -> Seat:
         blocks = max(max(map(each.blocks_of, range(self.workers))) for each in self.division.ways if each)
         own = self.division, self._stopwatch, self._emit, self._clock
-        return Seat(worker, self.replica, self.gradients, *own, blocks=blocks)
+        return Seat(worker, self.replica, self.gradients, *own, blocks=blocks, number=self._again.numbers[worker])
 
     def _tell_stood_in(self, worker: int, version: int, again: range | None) -> None:
         microbatches = UNSET if again is None else [again.start, again.stop]
@@ -200,20 +205,16 @@ class Lockstep:
         if self.division.begin():
             self._take_ranges()
             self._total.take(*self.division.ways)
-            ranges, seconds = [list(each) for each in self.reduction.ranges], self.division.seconds
+            ranges = self._again.by_number(list(map(list, self.reduction.ranges)), [0, 0])
+            seconds = self._again.by_number(self.division.seconds, 0.0)
             self._say(RangesMovedEvent(version=step, ranges=ranges, microbatch_s=seconds))
         self.division.count(self.replica.size)
 
-    def run(
-        self,
-        progress: Progress,
-        after_step: Callable[[Progress, bool], None],
-        steps: int,
-    ) -> bool:
+    def run(self, progress: Progress, after_step: Callable[[Progress, bool], None], steps: int) -> bool:
         """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
 
         Returns whether the run was asked to stop before; the watch may end it before as well, see `progress.stopped`.
-        Raises ObjectiveError or NonFiniteError before the update that it would have spoilt.
+        Raises ObjectiveError or NonFiniteError before the update that it would have spoilt, and PeerLost before `PART`.
         """
         made, totals = None, dict[str, int]()
         if self._handed is None:
@@ -225,8 +226,8 @@ class Lockstep:
             if progress.version < steps:
                 self._seat.load_ahead(progress.version)
         while made is not None or progress.version < steps:
-            totals, stopped = made or self._step(progress, totals, steps)
-            made = None
+            totals, word = made or self._step(progress, totals, steps)
+            made, stopped = None, word == STOP
             progress.checksum_s += self._seat.checksum_s
             last = stopped or bool(progress.stopped) or progress.version == steps
             self._others.between(partial(self._state, progress, totals, stopped))
@@ -235,9 +236,12 @@ class Lockstep:
             after_step(progress, last)
             if stopped or progress.stopped:
                 return progress.version < steps and not progress.stopped
+            if word == PART and not last:
+                self.agree()  # nobody waits for anybody else's part of the step any more
+                raise PeerLost(LEFT)
         return False
 
-    def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], bool]:
+    def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], int]:
         group, replica, seat, step, early = self._group, self.replica, self._seat, progress.version, self._early
         began = time.monotonic()
         replica.enter(step)
@@ -257,7 +261,7 @@ class Lockstep:
         self._others.until_facts(step, totals, self._usual, last=step + 1 == steps)
         left = seat.post_left(*self._usual)
         left.own["norms"][: len(own_norms)] = own_norms
-        stop = self.worker == 0 and self._heartbeat.stop_wanted()
+        stop = what_comes(self._heartbeat) if self.worker == 0 else GO_ON
         wish = self.division.ways[1] is not None and self._trial.next()
         told = seat.facts.gather(group, left, stop=stop, early=wish)  # committed: the gradient is whole
         self._early = told.early
@@ -283,14 +287,15 @@ class Lockstep:
             ends=told.ends if step == 0 else (),
         )  # fmt: skip
         self._others.until_settled()
-        update = self.updates.make(step, added, self._others, partial(self._take_buffers, step, changed, found))
+        left_there = partial(take_left, replica, self._buffers, self.reduction, step, changed, found)
+        update = self.updates.make(step, added, self._others, left_there)
         progress.merged(version=step + 1, steps=step + 1, items=update.items, objective=update.objective)
         self._heartbeat.advance()
         update.verdict.note(progress)
         took_s = time.monotonic() - began
         self._trial.ended(early=early, took_s=took_s)
         progress.train_s += took_s
-        self._merged.made(step, update, self.reduction.ranges, progress.train_s, tell=self.worker == 0)
+        self.merged.made(step, update, self.reduction.ranges, progress.train_s, tell=self.worker == 0)
         if 0 in self._others.holds:
             self._catch_up()
         return told.totals, told.stop
@@ -303,7 +308,7 @@ class Lockstep:
         assert isinstance(self._group, SharedMemoryGroup), "where others can stand in"
         watch, usual = self.updates.watcher.state(), self._usual
         place, evaluated = self._group.place, self._evaluation.version
-        parts = self.division, place, asdict(progress), watch, totals, stopped, usual, evaluated, self._merged.last()
+        parts = self.division, place, asdict(progress), watch, totals, stopped, usual, evaluated, self.merged.last()
         return Handed(*parts, **self.placement.handed())
 
     def _compute(self, step: int, totals: dict[str, int]) -> None:
@@ -322,19 +327,6 @@ class Lockstep:
         if whole is not self._whole:
             self._whole = whole
             self.placement.take(whole)
-
-    def _take_buffers(self, step: int, changed: list[int], found: NDArray[Any]) -> None:
-        """Gives these buffers what all workers' microbatches come to."""
-        if changed:
-            rows = [row for w, count in enumerate(self.reduction.rows) for row in as_rows(found["buffers"][w])[:count]]
-            integers = as_rows(found["integers"])
-            self._buffers.finish(changed, self.reduction.plan, rows, integers, *self._filled(step))
-
-    def _filled(self, step: int) -> tuple[int, tuple[int, int]]:
-        """How many microbatches have samples, and where the worker that has the last of them posts its buffers."""
-        filled = [m for m in range(self.replica.recipe.microbatches) if self.replica.cursor.microbatch_size(step, m)]
-        worker = next(w for w, (start, stop) in enumerate(self.reduction.ranges) if start <= filled[-1] < stop)
-        return len(filled), (self.reduction.slots_of(worker)[0], worker)
 
     def unwritten(self, version: int) -> Callable[[], None] | None:
         """What raises FirstWrite where others' forwards have written into the shared weights since this call.
@@ -388,7 +380,12 @@ class Lockstep:
         if not bool((states == version + 1).all()):
             return None
         training = self.placement.training_state(machine)
-        return None if training is None else (training, self._merged.remembered())
+        return None if training is None else (training, self.merged.remembered())
+
+    def close(self) -> None:
+        """Leaves the group: another engine may go on with the replica, and with what lies here of it."""
+        self.gradients.close()
+        self._group.close()
 
     def told_of_audits(self) -> dict[str, Any]:
         """What `result.json` says of them, if there were any."""

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from msgspec import UNSET
+from numpy.typing import NDArray
 
 from instep.engines.division import Division, Stopwatch
 from instep.engines.step_facts import StepFacts
 from instep.record import events
+from instep.reduce.buffers import Buffers
 from instep.reduce.reduction import Reduction
 from instep.transport.group import Fields, as_rows
 from instep.worker.gradients import Around, Gradients
@@ -23,7 +25,7 @@ class Seat:
 
     terms: those of the objective, which are known. `emit(event)` writes to the tape; `clock()` is seconds since the
     run's start. stopwatch: what `gradients` tells of each microbatch. blocks: of the gradient, the most that a worker
-    tells the norms of.
+    tells the norms of. number: the worker's on the tape, where that is another.
     """
 
     def __init__(
@@ -37,7 +39,9 @@ class Seat:
         clock: Callable[[], float],
         *,
         blocks: int,
+        number: int | None = None,
     ):
+        self._number = worker if number is None else number
         self.worker, self._division, self._stopwatch = worker, division, stopwatch
         self._replica, self._gradients = replica, gradients
         self._most_blocks = blocks
@@ -130,9 +134,9 @@ class Seat:
     def _report(self, step: int, totals: Mapping[str, int], from_s: float, to_s: float, sums: list[str]) -> None:
         nbytes = 4 * self._replica.size * len(self._reduction.nodes_of(self.worker))
         span: dict[str, Any] = {"from_s": from_s, "to_s": to_s, "microbatches": [self.own.start, self.own.stop]}
-        self._emit(events.ComputedEvent(worker=self.worker, version=step, **span, **self._replica.verified()))
+        self._emit(events.ComputedEvent(worker=self._number, version=step, **span, **self._replica.verified()))
         items, checksum = totals[self.terms[0]], sums or UNSET
-        self._emit(events.PushedEvent(worker=self.worker, version=step, bytes=nbytes, items=items, checksum=checksum))
+        self._emit(events.PushedEvent(worker=self._number, version=step, bytes=nbytes, items=items, checksum=checksum))
 
     def post_left(self, changed: list[int], wrote: bool) -> Fields:
         """Notes what the worker's microbatches left in these buffers, and in written parameters, if any wrote some."""
@@ -157,3 +161,16 @@ class Seat:
             written=("uint8", (self._replica.written.row_bytes * written,)),
         )  # fmt: skip
         return self._lefts[key]
+
+
+def take_left(
+    replica: Replica, buffers: Buffers, reduction: Reduction, step: int, changed: list[int], found: NDArray[Any]
+) -> None:
+    """Gives these buffers what all workers' microbatches of a step come to, as all have told it (`Seat.post_left`)."""
+    if not changed:
+        return
+    rows = [row for w, count in enumerate(reduction.rows) for row in as_rows(found["buffers"][w])[:count]]
+    filled = [m for m in range(replica.recipe.microbatches) if replica.cursor.microbatch_size(step, m)]
+    worker = next(w for w, (start, stop) in enumerate(reduction.ranges) if start <= filled[-1] < stop)
+    last = reduction.slots_of(worker)[0], worker  # where the worker that has the last of them posts its buffers
+    buffers.finish(changed, reduction.plan, rows, as_rows(found["integers"]), len(filled), last)

@@ -303,15 +303,22 @@ def _in_order(training: dict[str, Any]) -> dict[str, Any]:
     return training
 
 
-def choose(replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str = "optimizer") -> Placement:
+def choose(
+    replica: Replica,
+    reduction: Reduction,
+    worker: int,
+    machine: range,
+    shard: str = "optimizer",
+    why_whole: str | None = None,
+) -> Placement:
     """Sharded where that gives the same bits, else replicated: what a forward writes nobody else may see.
 
-    machine: the workers that share memory with this one. shard: as `Team.shard`.
+    machine: the workers that share memory with this one. shard: as `Team.shard`. why_whole: what was found before.
     """
     several = len(machine) > 1 or len(reduction.levels) > 1  # all alike, one that is alone on its machine too
     if shard == "none" or not several:
         return Replicated(replica, reduction, worker)
-    why = _why_whole(replica)
+    why = _why_whole(replica) if why_whole is None else why_whole
     return Replicated(replica, reduction, worker, why) if why else Sharded(replica, reduction, worker, machine)
 
 

@@ -16,3 +16,6 @@ class SignsOfLife(Protocol):
 
     def stop_wanted(self) -> bool:
         """Whether the run was asked to end after the present step."""
+
+    def regroup_wanted(self) -> bool:
+        """Whether the workers are to go on in another group after the present step."""

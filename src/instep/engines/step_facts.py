@@ -12,11 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from instep.engines.signs_of_life import SignsOfLife
 from instep.reduce.buffers import APART
 from instep.reduce.layout import ALIGN_BYTES
 from instep.reduce.tree import Node
 from instep.transport.group import Fields, Group
 from instep.worker.gradients import Computed
+
+GO_ON, STOP, PART = range(3)
+"""What comes after a step, as worker 0 says."""
+
+
+def what_comes(signs: SignsOfLife) -> int:
+    """That, as the team is asked for it."""
+    return STOP if signs.stop_wanted() else PART if signs.regroup_wanted() else GO_ON
+
 
 _OFF = 2
 """Beside 1, for a gradient, in the flag of a parameter: a microbatch left it requiring none."""
@@ -35,7 +45,8 @@ class Flags(NamedTuple):
 class TeamFacts(NamedTuple):
     """What all workers tell. seconds: by worker, what a microbatch of the step took it, 0 for none. sums: of the step's
     microbatches, term by term. totals: the next step's items, by term. ends: by worker, `Buffers.ends` of the first
-    step. stop: whether the run is to end after the step. early: whether the next step's gradients are to travel early.
+    step. stop: whether the run is to end after the step, `STOP`, or the team to go on in another group, `PART`. early:
+    whether the next step's gradients are to travel early.
     beside: what `StepFacts.gather` was given, of all workers; good until the next gather."""
 
     seconds: list[float]
@@ -43,7 +54,7 @@ class TeamFacts(NamedTuple):
     totals: dict[str, int]
     flags: Flags
     ends: list[Mapping[int, tuple[int, int]]]
-    stop: bool
+    stop: int
     early: bool
     beside: NDArray[Any] | None
 
@@ -73,7 +84,7 @@ class StepFacts:
 
     def _packed(self, sums: int) -> tuple[struct.Struct, int]:
         flags = f"{len(self._flags)}s{8 * self._buffers}s"
-        layout = struct.Struct(f"{sums}d{len(self._terms)}qd{flags}??")
+        layout = struct.Struct(f"{sums}d{len(self._terms)}qd{flags}B?")
         return layout, -(-layout.size // ALIGN_BYTES) * ALIGN_BYTES
 
     def note(self, computed: Computed, *, wrote: bool, seconds: float) -> None:
@@ -94,7 +105,7 @@ class StepFacts:
             self._ends = ends.tobytes()
 
     def gather(
-        self, group: Group, beside: Fields | None = None, *, stop: bool = False, early: bool = False
+        self, group: Group, beside: Fields | None = None, *, stop: int = GO_ON, early: bool = False
     ) -> TeamFacts:
         """A barrier: what all tell; of `stop` and `early` what worker 0 says. beside: what else each tells."""
         rows: list[Any] = [self._told(stop=stop, early=early)]
@@ -111,14 +122,14 @@ class StepFacts:
         seconds, ends = [row[-5] for row in rows], [_ends(row[-3]) for row in rows]
         return TeamFacts(seconds, sums, totals, flags, ends, stop, early, found)
 
-    def packed(self, beside: Fields | None, *, stop: bool, early: bool = False) -> Tensor:
+    def packed(self, beside: Fields | None, *, stop: int, early: bool = False) -> Tensor:
         """What this worker tells, as `gather` sends it."""
         told = self._told(stop=stop, early=early)
         packed = bytearray(self._layout.pack(*told).ljust(self.nbytes, b"\0"))
         fact = torch.frombuffer(packed, dtype=torch.uint8)
         return fact if beside is None else torch.cat([fact, beside.raw])
 
-    def _told(self, *, stop: bool, early: bool) -> tuple[Any, ...]:
+    def _told(self, *, stop: int, early: bool) -> tuple[Any, ...]:
         return (*self._sums, *self.counts, self._seconds, self._flags, self._ends, stop, early)
 
 

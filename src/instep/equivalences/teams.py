@@ -130,6 +130,9 @@ class _Signs:
     def stop_wanted(self) -> bool:
         return False
 
+    def regroup_wanted(self) -> bool:
+        return False
+
 
 class _Worker(Body):
     """One worker of the team."""

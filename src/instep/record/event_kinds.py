@@ -130,10 +130,21 @@ class TookPlaceEvent(Event, frozen=True, kw_only=True, gc=False):
     version: Base
 
 
+class RegroupedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A team over several hosts goes on in another group of the same processes, since some were lost or came."""
+
+    kind = "regrouped"
+    by = "lockstep"
+
+    version: Version
+    workers: Annotated[list[int], _is("the numbers of the workers that go on, in the order of their microbatches")]
+    given: Annotated[list[int], _is("the numbers of those that were given the weights of this version by others")]
+
+
 TYPES: tuple[type[Event], ...] = (
     RunStartedEvent, JoinedEvent, ReleasedEvent, RangesMovedEvent, ComputedEvent, PushedEvent, PushedToServerEvent,
     MergedEvent, MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent, AuditedEvent,
     RefutedEvent, EvaluatedEvent, SampledEvent, CheckpointedEvent, LeftEvent, ResizedEvent, StoodInEvent,
-    TookPlaceEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent, RunEndedEvent, BlockEvent,
+    TookPlaceEvent, RegroupedEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent, RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""

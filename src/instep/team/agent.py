@@ -6,6 +6,7 @@ It runs none of the user's code, has one thread, and ends with its client: no pr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import deque
@@ -51,14 +52,13 @@ class Agent:
 
     def __init__(self, run: messages.Request, client: Channel, requests: Requests | None = None):
         self._run, self._client, self._requests = run, client, requests or Requests()
-        self._folder, self._parent = RunFolder(run.folder), os.getppid()
+        self._folder, self._parent, self._looked = RunFolder(run.folder), os.getppid(), 0.0
         self._hosts: Hosts | None = None  # where there are other agents
         self._taking_up: TakingUp | None = None
-        self._parted = Parted()
+        self._parted, self._listening = Parted(), contextlib.ExitStack()  # to who looks for others in this epoch
         serving, team = run.engine == "server", run.team
         self.roster = Roster(hosts_of(run), team.restarts, run.folder, serving=serving)
-        others = children()  # which are not this run's: none, unless a program supervises by itself
-        name = self.roster.name
+        others, name = children(), self.roster.name  # not this run's: none, unless a program supervises by itself
         self._local = LocalCrew(
             team, others, self._unused, serving=serving, name=name, folder=self._folder, began=lambda: run.began
         )
@@ -67,7 +67,6 @@ class Agent:
         self._ended: dict[int, messages.Ended] = {}
         self._resume_from: Path | None = None
         self._found: list[str] = []  # parameters that processes told of at their end
-        self._looked = 0.0
         self._result: dict[str, Any] | None = None
 
     def supervise(self) -> dict[str, Any]:
@@ -111,8 +110,6 @@ class Agent:
     def met(self) -> bool:
         """Whether other agents have been let in, who are told of errors."""
         return self._hosts is not None
-
-    # What it hears
 
     def _train(self) -> dict[str, Any]:
         try:
@@ -272,6 +269,10 @@ class Agent:
                 self._local.send(member, messages.SeatHanded(state))
             case orders.DropSuccessor(member):
                 self._found += self._journal.pass_on_the_rest(self._local.take_out(member))
+            case orders.Regroup():
+                self._parted.clear(order.generation)
+                for crew in self._crews:
+                    crew.regroup(order, self._journal.merged, self._journal.saved)
             case orders.StartMore(members):
                 for crew in self._crew_of(members[0]):
                     crew.start(members, self._assignment(late=True))
@@ -319,13 +320,12 @@ class Agent:
         self._ended.clear()
         self._parted.clear()
         self._looked = time.monotonic()
-        assignment = self._assignment()
         workers, hosts, run = order.members[: self._run.team.workers], self._hosts, self._run
         address, key = (hosts.address, hosts.server_key) if hosts is not None else ("127.0.0.1", b"")
-        needed = run.team.by_nccl and run.engine == "lockstep"
-        with network_of(workers, address, key, needed=needed) as self._network:
-            for crew in self._crews:
-                crew.start(order.members, replace(assignment, network=self._network))
+        network = network_of(workers, address, key, needed=run.team.by_nccl and run.engine == "lockstep")
+        self._network = self._listening.enter_context(network)
+        for crew in self._crews:
+            crew.start(order.members, self._assignment())
 
     def _assignment(self, *, late: bool = False) -> messages.Assignment:
         run = self._run
@@ -374,12 +374,13 @@ class Agent:
             self._local.send(self.roster.leader, messages.Left(order.member.number, order.why))
         else:
             self._journal.record(LeftEvent(worker=order.member.number, why=order.why))
-        if order.successor is not None:
-            for crew in crews:
-                crew.succeed(order.successor, replace(self._assignment(late=True), resume_from=None))
+        if (new := order.successor) is not None:
+            for crew in self._crew_of(new):
+                crew.succeed(new, replace(self._assignment(late=True), resume_from=None))
 
     def _end(self) -> None:
         """Ends what lives of the team, and reads the last words."""
+        self._listening.close()
         for crew in self._crews:
             crew.end()
         for crew in self._crews:

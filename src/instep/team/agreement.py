@@ -96,6 +96,10 @@ def too_often(why: str, restarts: int) -> str:
     return f"{why.rstrip('.')}; the team has started again {restarts} times, as often as team.restarts allows."
 
 
+TOO_LATE = "the run has ended before it could take part."
+"""Of a worker that came while the others went on."""
+
+
 def too_large(workers: int, why: str, before: int) -> str:
     """What is said of a team that was to have so many workers and has `before` again, by the sentence `why`."""
     return f"the team cannot have {workers} workers, and goes on with {before}: {why}"

@@ -53,7 +53,10 @@ class Channel:
 
     def recv(self) -> Any:
         """Waits for the next message. Raises EOFError, or OSError, where none can come any more."""
-        content, descriptors, _, _ = socket.recv_fds(self._socket, PACKET_BYTES, 1)
+        try:
+            content, descriptors, _, _ = socket.recv_fds(self._socket, PACKET_BYTES, 1)
+        except ConnectionResetError:  # once, where the other one has closed its end with something unread there
+            content, descriptors, _, _ = socket.recv_fds(self._socket, PACKET_BYTES, 1)
         if not content:
             raise EOFError("nobody holds the other end any more")
         if descriptors:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from instep.recipe import Team
 from instep.record.folder import RunFolder
+from instep.team import regroup_messages
 from instep.team.channel import Channel
 from instep.team.heartbeat import Liveness, process_state
 from instep.team.messages import (
@@ -24,7 +25,7 @@ from instep.team.messages import (
     SupervisorToWorker,
     WorkerToSupervisor,
 )
-from instep.team.orders import Lost, Member, RosterEvent
+from instep.team.orders import Lost, Member, Regroup, RosterEvent
 from instep.team.processes import MemberProcess, MemberProcesses
 from instep.team.wire_messages import Shown
 from instep.transport.memory import reserve
@@ -86,6 +87,11 @@ class Crew(Protocol):
 
     def succeed(self, successor: Member, assignment: Assignment) -> None:
         """Starts the successor of a member that was taken out."""
+
+    def regroup(self, group: Regroup, told: int, saved: int) -> None:
+        """Tells those that are in this group of it. told, saved: the last update and checkpoint that
+        the tape has.
+        """
 
     def leave(self) -> None:
         """Waits a while for those that have said their last word to end by themselves."""
@@ -297,6 +303,23 @@ class LocalCrew:
     def succeed(self, successor: Member, assignment: Assignment) -> None:
         self._fork(successor, assignment)
         self._liveness.renew(successor.number, self.processes[successor].handle.pid)
+
+    def regroup(self, group: Regroup, told: int, saved: int) -> None:
+        processes, members = self.processes, group.members
+        here = [process for process in processes if process.member in members]
+        memory = processes.renew_memory(at_once=group.at_once) if len(here) > 1 else -1
+        word = regroup_messages.NextGroup(
+            group.generation,
+            numbers=tuple(member.number for member in members),
+            incarnations=tuple(member.incarnation for member in members),
+            hosts=tuple(member.host for member in members),
+            told=told,
+            saved=saved,
+            memory=memory,
+        )
+        for process in here:
+            process.send(word)
+        processes.board.regroup(group.generation, at_once=group.at_once)
 
     def leave(self) -> None:
         until = time.monotonic() + SERVED_GRACE_S

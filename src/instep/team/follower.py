@@ -42,7 +42,7 @@ from instep.team.messages import (
     Request,
     StopRun,
 )
-from instep.team.orders import Lost
+from instep.team.orders import Lost, Regroup
 from instep.team.received import Received
 from instep.team.remote import Silence
 from instep.team.run_clock import Clock
@@ -60,6 +60,7 @@ from instep.team.wire_messages import (
     GoMembers,
     HelloAgent,
     MemberLost,
+    RegroupMembers,
     StacksWanted,
     StartMembers,
     StartSuccessor,
@@ -325,7 +326,10 @@ class Follower:
                     self._tell(FromMember(member, word))
             case StartSuccessor(member) if self._is_at(member.epoch):
                 assert self._crew is not None
-                self._crew.succeed(member, replace(self._assignment, first=False))
+                self._crew.succeed(member, replace(self._assignment, first=False, resume_from=None))
+            case RegroupMembers(epoch, generation, members, at_once, told, saved) if self._is_at(epoch):
+                assert self._crew is not None
+                self._crew.regroup(Regroup(epoch, generation, members, at_once), told, saved)
             case EndMembers(epoch) if self._is_at(epoch):
                 self._end()
                 self._logs.send(self._tell)

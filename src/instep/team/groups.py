@@ -15,13 +15,15 @@ from instep.worker.device import is_gpu
 
 
 class Reach:
-    """One worker's side of it."""
+    """One worker's side of it. before: of the group that it was in before."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: Session, before: Reach | None = None):
         team = session.assignment.team
         self._session, self._by_nccl = session, team.by_nccl
-        self._here = machine_of(session.number, session.machines)
+        self._here = machine_of(session.rank, session.machines)
         self._alone = len(session.machines) == 1
+        self._connect: Connect | None = before._connect if before is not None else None
+        self._serves: bool = before is not None and before._serves
         self.machines = (1,) * team.workers if team.by_nccl else session.machines
         """How many workers share rows, machine by machine: those with a GPU each share none."""
         self.machine: Group | None = None
@@ -38,12 +40,14 @@ class Reach:
         session, network = self._session, self._session.assignment.network
         assert session.replica is not None, "the recipe is built"
         device, waiting = session.replica.device, session.heartbeat.waiting
-        place = session.number - self._here.start
-        machine = SharedMemoryGroup(descriptor, self._own(sizes), place, waiting) if self.memory(sizes) else None
-        if network is None:
+        place, left = session.rank - self._here.start, session.heartbeat.left
+        own = self._own(sizes), place, waiting, left
+        machine = SharedMemoryGroup(descriptor, *own) if self.memory(sizes) else None
+        if network is None or (self._alone and not self._by_nccl):
             host: Group = machine or Solo(sizes, device)
+            self.machine = host if network is not None else None
             return Staged(host, device) if machine is not None and is_gpu(device) else host
-        connect = store_at(*network.store, network.listener if session.number == 0 else None)
+        connect = self._store(network)
         if self._by_nccl:
             host = machine or self._by_gloo(network, connect, without_rows(sizes), None)
             name, address = f"{network.name}, GPUs", network.address
@@ -54,11 +58,21 @@ class Reach:
     def _by_gloo(self, network: HostNetwork, connect: Connect, sizes: Sizes, machine: Group | None) -> Group:
         machine = machine or (Solo(self._own(sizes)) if len(self._here) == 1 else None)
         self.machine = None if self._by_nccl else machine
-        session, address = self._session, network.address
-        waiting, silent_s = session.heartbeat.waiting, session.assignment.team.lease_s
+        session, address, beat = self._session, network.address, self._session.heartbeat
+        name = f"{network.name}/{beat.generation}" if beat.generation else network.name
+        own = session.rank, sizes, machine
+        silent_s = session.assignment.team.lease_s
         return DistributedGroup(
-            connect, network.name, session.number, sizes, machine, address=address, waiting=waiting, silent_s=silent_s
+            connect, name, *own, address=address, waiting=beat.waiting, silent_s=silent_s, broken_off=beat.left
         )
+
+    def _store(self, network: HostNetwork) -> Connect:
+        """Where the workers find each other. The first one serves it, as long as it lives."""
+        serves = self._session.rank == 0
+        if self._connect is None or serves > self._serves:
+            self._connect = store_at(*network.store, network.listener if serves else None)
+            self._serves = serves
+        return self._connect
 
     def _own(self, sizes: Sizes) -> Sizes:
         """Those of what this host's workers share."""

@@ -29,7 +29,7 @@ class HeartbeatBoard:
     """The signs of life of all workers, in memory that forked processes share. [W] arrays of int64."""
 
     def __init__(self, workers: int):
-        memory = mmap.mmap(-1, 8 * (8 * workers + 3))
+        memory = mmap.mmap(-1, 8 * (8 * workers + 5))
         table = np.frombuffer(memory, np.int64)
         self.beats, self.progress, self.waits, self.sent, self.received, self.answers = table[: 6 * workers].reshape(
             6, workers
@@ -38,10 +38,10 @@ class HeartbeatBoard:
         0 where it does not; bytes to and from other hosts, of all processes that have had the worker's place; 1 where
         it may be asked for its stack."""
         self.doing = DoingBoard(workers)
-        self.holders, self.successors = table[6 * workers : -3].reshape(2, workers)
+        self.holders, self.successors = table[6 * workers : -5].reshape(2, workers)
         """Of each worker that has died in lockstep: who holds its place, as `hold` writes it; and the incarnation of
         its successor that can take it."""
-        self._stop, self._told, self._changes = table[-3:].reshape(3, 1)
+        self._stop, self._told, self._changes, self._left, self._next = table[-5:].reshape(5, 1)
 
     def hold(self, holders: Mapping[int, tuple[int, int]], told: int) -> None:
         """Has workers hold the places of others, which are dead: by its number, who does, and the incarnation of its
@@ -67,6 +67,20 @@ class HeartbeatBoard:
         """The last update that the tape had then."""
         return int(self._told[0])
 
+    def regroup(self, generation: int, *, at_once: bool) -> None:
+        """Has the workers go on in the group of this generation, after the present step or at once."""
+        self._next[0] = generation
+        if at_once:
+            self._left[0] = generation
+
+    def next_group(self, generation: int) -> bool:
+        """Whether there is to be another than that of this generation."""
+        return bool(self._next[0] > generation)
+
+    def left(self, generation: int) -> bool:
+        """Whether the group of this generation is to be left at once."""
+        return bool(self._left[0] > generation)
+
     def ask_to_stop(self) -> None:
         """Asks the team to end after the present step, with a checkpoint."""
         self._stop[0] = 1
@@ -89,6 +103,8 @@ class Heartbeat:
 
     def __init__(self, board: HeartbeatBoard, worker: int, agent: int):
         self._board, self._worker, self._agent = board, worker, agent
+        self.generation = 0
+        """Of the group that the worker is in, see `instep.team.messages.NextGroup`."""
         self._lock, self._before = threading.Lock(), (int(board.sent[worker]), int(board.received[worker]))
 
     def start(self) -> None:
@@ -111,6 +127,18 @@ class Heartbeat:
     def stop_wanted(self) -> bool:
         """Whether the team was asked to end after the present step."""
         return self._board.end_wanted()
+
+    def regroup_wanted(self) -> bool:
+        """Whether it is to go on in another group after that."""
+        return self._board.next_group(self.generation)
+
+    def is_past(self, generation: int) -> bool:
+        """Whether nobody is to go on in the group of this generation any more."""
+        return self._board.left(generation)
+
+    def left(self) -> bool:
+        """Whether the group is to be left at once."""
+        return self._board.left(self.generation)
 
     def count_bytes(self) -> None:
         """Notes what this process has sent to and received from other hosts by now; each beat does."""

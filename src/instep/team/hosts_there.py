@@ -57,7 +57,7 @@ class HostsThere:
         self._started = self._proved = 0  # how many workers it has now, and had when it last did a step
         self._agents, self._bounds, self._rooms = list(agents), bounds, [room, *[0] * (len(agents) - 1)]
         self._here = {0} if agents[0] == 1 else set[int]()
-        self._patient, self._needed = patient, frozenset(range(len(agents)))  # without which no team starts
+        self.patient, self._needed = patient, frozenset(range(len(agents)))  # without which no team starts
 
     @property
     def follows(self) -> bool:
@@ -86,7 +86,7 @@ class HostsThere:
 
     def begin_anew(self) -> None:
         """The team is to start again."""
-        self._needed = frozenset(range(len(self._agents)) if self._patient else ())
+        self._needed = frozenset(range(len(self._agents)) if self.patient else ())
 
     def need_no_more(self) -> bool:
         """Where the number of workers follows what is there: a start waits for the first alone, and for who makes room.

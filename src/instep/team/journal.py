@@ -142,6 +142,11 @@ class Journal:
         """The version at which the tape ends."""
         return last_update(self._tape.path)
 
+    @property
+    def saved(self) -> int:
+        """The version of the newest checkpoint that the tape tells of, 0 for none."""
+        return max(self._told.digests, default=0)
+
     def told_digest(self, version: int) -> str | None:
         """Of the checkpoint of this version, as the tape tells; None where it tells of none."""
         return self._told.digests.get(version)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 from instep.engines.lockstep import Lockstep
 from instep.engines.undo import SeatLost
 from instep.errors import InstepError, described
 from instep.team.messages import KeepingState, KeepState, PeersLost, StateKept
+from instep.team.regroup_messages import NextGroup, NotRegrouped
 from instep.team.session import Session
 from instep.transport.group import Group, PeerLost, PeerRaised
 from instep.worker.milestones import Progress
@@ -22,31 +24,46 @@ LOOK_S = 0.1
 """Seconds between two looks of a worker that waits for its end, whether the run is to end."""
 
 
-def wait_for_the_end(
+def wait_for_the_end(session: Session, error: PeerLost | PeerRaised | SeatLost) -> None:
+    """Until the agent, which hears from another what has happened, ends this process, which can go on in no group."""
+    while isinstance(word := wait_for_others(session, error), NextGroup):
+        session.pipe.send(NotRegrouped(word.generation, "a worker was in no group before that one was lost"))
+
+
+def wait_for_others(
     session: Session,
-    error: PeerLost | PeerRaised | SeatLost,
+    error: Exception,
     keep: Callable[[], StateKept] = StateKept,
     save: Callable[[], bool] | None = None,
-) -> bool:
-    """Until the agent, which hears from another what has happened, ends this process. `keep` is called when asked.
+) -> NextGroup | Literal[True] | None:
+    """Until the agent tells in which group this worker goes on, or ends this process. `keep` is called when asked.
 
-    save: is called once, where the run is asked to end meanwhile; whether that has saved it, so that this process ends.
+    save: is called once, where the run is asked to end meanwhile; True if that has saved it, so that this process ends.
     """
     session.send_events()
+    beat = session.heartbeat
     if isinstance(error, PeerLost):
-        session.pipe.send(PeersLost(str(error).rstrip("."), error.silent))
+        session.pipe.send(PeersLost(str(error).rstrip("."), error.silent, beat.generation))
     sys.stdout.flush()
+    beat.waiting(True)
     with contextlib.suppress(EOFError):
         while True:
-            if save is not None and session.heartbeat.stop_wanted():
+            if save is not None and beat.stop_wanted():
                 if save():
                     return True
                 save = None
-            if session.pipe.poll(LOOK_S):
-                if not isinstance(session.pipe.recv(), KeepState):
+            match session.pipe.recv() if session.pipe.poll(LOOK_S) else None:
+                case None:
+                    pass
+                case KeepState():
+                    session.pipe.send(keep())
+                case NextGroup(generation) as word:
+                    if generation > beat.generation and not beat.is_past(generation):
+                        beat.waiting(False)
+                        return word
+                case _:
                     break
-                session.pipe.send(keep())
-    return False
+    return None
 
 
 def keep_state(session: Session, engine: Lockstep, machine: Group | None, progress: Progress) -> StateKept:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import UnsetType
 
 from instep.errors import InstepError, by_name
+from instep.team.regroup_messages import NextGroup, NotRegrouped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,8 +139,7 @@ class HostNetwork:
     workers: how many each host has, neighbours. store: address and port of the store where they find each other, which
     worker 0 serves; or of the server. name: of this start, unlike that of all others. address: this host's, where the
     others reach it. listener: in the process of worker 0, or the server's, a descriptor that listens at the store's
-    port. key: by which a server and its workers know each other.
-    """
+    port. key: by which a server and its workers know each other."""
 
     workers: tuple[int, ...]
     store: tuple[str, int]
@@ -239,11 +239,12 @@ class FoundWrong:
 
 @dataclass(frozen=True, slots=True)
 class PeersLost:
-    """A worker cannot reach the others any more, one of whom may have died; it waits for its end. silent: the address
-    of one whose system does not answer, "" where that is not how it was noticed."""
+    """A worker cannot reach the others of its group, of this generation, any more. silent: the address of one whose
+    system does not answer, "" where that is not how it was noticed."""
 
     why: str
     silent: str = ""
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,14 +312,15 @@ class StoppedAt:
 @dataclass(frozen=True, slots=True)
 class Ended:
     """A process has done its part. `progress` is `instep.worker.milestones.Progress`; `left`, what the run leaves
-    beside its weights; `costs`, of its rule: in lockstep each worker tells its own idle share, and all the same bytes.
-    A worker of the server engine has nothing to tell but that."""
+    beside its weights; `costs`, of its rule: in lockstep each worker tells its own idle share, and all the same bytes;
+    `generation`, of its last group. A worker of the server engine has nothing to tell but that."""
 
     progress: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
     interrupted: bool = False
     left: Mapping[str, Any] = field(default_factory=dict)
     costs: Costs | None = None
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,10 +331,10 @@ class Left:
     why: str
 
 
-SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState | SeatHanded
+SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState | SeatHanded | NextGroup
 WorkerToSupervisor = (
     Events | Ready | Digest | Sync | FoundWritten | FoundWrong | PeersLost | KeepingState | StateKept | HandedOver
-    | EndedFor | NotStoodIn | StoppedAt | Failed | Ended
+    | EndedFor | NotStoodIn | NotRegrouped | StoppedAt | Failed | Ended
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------- server and worker, on a line
@@ -364,8 +366,7 @@ class Compute:
 class Pushed:
     """The piece is computed and lies in the worker's vectors; when, on the run's clock, and what was verified.
 
-    ahead: the begin and the end of its steps before the worker had the last update, under rules with `overlap`.
-    """
+    ahead: the begin and the end of its steps before the worker had the last update, under rules with `overlap`."""
 
     incarnation: int
     facts: Facts

@@ -18,6 +18,7 @@ from instep.team.messages import (
     Ready,
     StoppedAt,
 )
+from instep.team.regroup_messages import NotRegrouped
 
 
 @dataclass(frozen=True, order=True)
@@ -32,7 +33,10 @@ class Member:
     host: int = 0
 
 
-Word = Ready | Digest | FoundWritten | FoundWrong | HandedOver | EndedFor | NotStoodIn | StoppedAt | Failed | Ended
+Word = (
+    Ready | Digest | FoundWritten | FoundWrong | HandedOver | EndedFor | NotStoodIn | NotRegrouped | StoppedAt | Failed
+    | Ended
+)  # fmt: skip
 """What of a process's messages means something for the team."""
 
 # Events
@@ -201,6 +205,19 @@ class DropSuccessor:
 
 
 @dataclass(frozen=True)
+class Regroup:
+    """Have these members, in the order of their ranks, go on in a group of their own, see `messages.NextGroup`.
+
+    at_once: the others are told to leave the group of before wherever they wait; else they do after the present step.
+    """
+
+    epoch: int
+    generation: int
+    members: tuple[Member, ...]
+    at_once: bool
+
+
+@dataclass(frozen=True)
 class StartMore:
     """Start these processes, of a host that has come while the others go on; each is to `Join` them."""
 
@@ -286,6 +303,7 @@ Order = (
     | Replace
     | HandOver
     | DropSuccessor
+    | Regroup
     | StartMore
     | AskToStop
     | AskToPause

@@ -27,13 +27,15 @@ class Parted:
 
     def __init__(self) -> None:
         self._lost: dict[Member, PeersLost] = {}
-        self._since = 0.0
+        self._since, self._generation = 0.0, 0
         self._bereft_since = time.monotonic()
         self.saves = False
         """Whether those who were asked to end, and have lost others, are writing what they have."""
 
     def note(self, member: Member, lost: PeersLost) -> None:
         """What a member has told."""
+        if lost.generation < self._generation:
+            return  # who was lost then is known
         self._since = self._since if self._lost else time.monotonic()
         self._lost[member] = lost
 
@@ -42,9 +44,10 @@ class Parted:
         self.saves = True
         self._lost = {each: told for each, told in self._lost.items() if each.host != member.host}
 
-    def clear(self) -> None:
-        """Another epoch begins."""
+    def clear(self, generation: int = 0) -> None:
+        """Another group of the workers begins, by default the first of an epoch."""
         self._lost.clear()
+        self._generation = generation
         self.saves = False
 
     def look(self, roster: Roster, hosts: Hosts) -> orders.RosterEvent | None:

@@ -8,37 +8,35 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from instep.budget import parse_share
 from instep.descendants import take_care_of_helpers
 from instep.engines import server
-from instep.engines.audits import Audit, WrongWorker
+from instep.engines.audits import WrongWorker
 from instep.engines.contribute import contribute, slowness_of
 from instep.engines.lockstep import Lockstep
-from instep.engines.standing_in import Handed
 from instep.engines.undo import SeatLost
 from instep.errors import InstepError, described, place, with_saved
 from instep.record.digest import digest_of_state
-from instep.record.event_kinds import TookPlaceEvent
 from instep.record.events import JoinedEvent, WarnedEvent
 from instep.record.folder import RunFolder
 from instep.record.result import Costs
+from instep.reduce.levels import machine_of
 from instep.reduce.written import FirstWrite
 from instep.team.channel import Channel
 from instep.team.far_server import FarServer
 from instep.team.far_workers import FarWorkers
 from instep.team.groups import Reach
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
-from instep.team.judging import third_result
-from instep.team.kept_state import keep_state, wait_for_the_end
+from instep.team.kept_state import keep_state, wait_for_others, wait_for_the_end
+from instep.team.lockstep_engine import engine_again, engine_of, facts_of, successor
 from instep.team.messages import (
     Assignment,
     Digest,
@@ -50,15 +48,16 @@ from instep.team.messages import (
     KeepingState,
     NotStoodIn,
 )
+from instep.team.regroup_messages import NextGroup, NotRegrouped
+from instep.team.regrouped import CannotRegroup, Formed, regroup
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
-from instep.team.successors import PlacesHeld, handed_over, places_held
+from instep.team.successors import handed_over, places_held
 from instep.transport.group import Group, PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
 from instep.worker.device import not_deterministic
 from instep.worker.milestones import Milestones, Progress
-from instep.worker.replica import Replica
 
 
 def main(
@@ -133,24 +132,58 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
         progress = session.progress_of(saved)
     reach = Reach(session)
     held = places_held(session, board)
-    engine, succeeds = _engine(session, replica, reach.machines, progress, held), session.assignment.incarnation > 0
+    engine, succeeds = engine_of(session, replica, reach.machines, progress, held), session.assignment.incarnation > 0
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version, looks=not succeeds)
     emit = session.emit if worker == 0 and not succeeds else None
     fit_memory(replica, team, emit, workers=team.workers)
     sizes = engine.sizes()
-    session.ready(_facts(session, engine, progress), reach.memory(sizes))
-    group = reach.group(sizes, descriptor)
-    if succeeds:
-        engine, progress = _successor(session, replica, reach.machines, held, handed_over(session, board))
-    engine.join(group)
-    engine.slowness = slowness_of(session)
-    recipe, began, keeper = session.recipe, session.clock(), _Keeper(session, engine, progress)
+    agreed = session.ready(facts_of(session, engine, progress), reach.memory(sizes))
+    formed = Formed(engine, progress, reach, frozenset(), engine.placement.why_whole, progress.version, left=True)
+    if isinstance(agreed, NextGroup):
+        word: NextGroup | None = agreed
+    else:
+        group = reach.group(sizes, descriptor)
+        if succeeds:
+            engine, progress = successor(session, replica, reach.machines, held, handed_over(session, board))
+        engine.join(group)
+        here = frozenset((number, 0) for number in machine_of(worker, session.machines))
+        unevaluated = progress.unevaluated and not succeeds
+        formed = replace(formed, engine=engine, progress=progress, here=here, left=False, again=unevaluated)
+        word = _train(session, formed)
+    while word is not None:
+        word = _train_on(session, formed, word)
 
+
+def _next(word: NextGroup | Literal[True] | None) -> NextGroup | None:
+    return None if word is True else word
+
+
+def _train_on(session: Session, formed: Formed, word: NextGroup) -> NextGroup | None:
+    """Trains in another group. Returns the next one, or None where this one was the last."""
+    assert session.replica is not None
+    make = partial(engine_again, session, session.replica)
     try:
-        if progress.unevaluated and not succeeds:
-            keeper.after_step(progress, False)
+        formed.take(regroup(session, formed, word, make))
+    except (PeerLost, PeerRaised) as error:
+        return _next(wait_for_others(session, error))
+    except CannotRegroup as why:
+        session.pipe.send(NotRegrouped(word.generation, str(why)))
+        return _next(wait_for_others(session, why))
+    return _train(session, formed)
+
+
+def _train(session: Session, formed: Formed) -> NextGroup | None:
+    """Trains to the end, or until the team goes on in another group, which is returned."""
+    engine, progress, reach, replica = formed.engine, formed.progress, formed.reach, session.replica
+    assert replica is not None, "the recipe is built"
+    engine.slowness = slowness_of(session)
+    recipe, began, keeper = session.recipe, session.clock(), _Keeper(session, formed)
+    try:
+        if formed.again:
+            last = progress.version == recipe.steps or bool(progress.stopped)
+            keeper.after_step(progress, last and not progress.unevaluated)
         steps = progress.version if progress.stopped else recipe.steps
         interrupted = engine.run(progress, keeper.after_step, steps)
         ended_s = session.clock()
@@ -160,8 +193,9 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
         digest = digest_of_state(replica.saved_state())
         engine.between.meet()  # nobody reads weights any more, or raises: what the recipe shows them to may change them
     except PeerLost as lost:  # it is of no use any more to do things together, but with those of this host
-        if not keeper.saved_after(lost, reach.machine):
-            return
+        word = keeper.after_loss(lost, reach.machine)
+        if word is not True:
+            return word
         interrupted, ended_s, digest = True, session.clock(), digest_of_state(replica.saved_state())
     except (SeatLost, WrongWorker):
         raise  # the weights are uncertain
@@ -176,6 +210,7 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
         replica.doing = doing
         raise
     _leave(session, engine, progress, digest, interrupted=interrupted, took_s=ended_s - began)
+    return None
 
 
 def _leave(
@@ -194,63 +229,20 @@ def _leave(
         idle_share=[round(max(0.0, 1 - engine.busy_s / took_s), 4)],
         **engine.division.told(),
     )
-    ended = Ended(asdict(progress), digest, interrupted, {**left, **engine.told_of_audits()}, costs)
+    left |= engine.told_of_audits()
+    ended = Ended(asdict(progress), digest, interrupted, left, costs, session.heartbeat.generation)
     for each in engine.between.holds:
         session.pipe.send(EndedFor(each, ended))
     session.pipe.send(ended)
 
 
-def _facts(session: Session, engine: Lockstep, progress: Progress) -> dict[str, Any]:
-    """What workers in lockstep must agree on before they start."""
-    replica, placement = engine.replica, engine.placement
-    return session.facts(
-        version=progress.version,
-        weights=digest_of_state(replica.saved_state()),
-        terms=engine.terms,
-        shared_weight_bytes=placement.weight_bytes,
-        whole_update=placement.why_whole,
-        written=list(replica.written.names),
-        stands_in=engine.can_stand_in,
-    )
-
-
-def _engine(
-    session: Session,
-    replica: Replica,
-    machines: Sequence[int],
-    progress: Progress,
-    held: PlacesHeld | None,
-    handed: Handed | None = None,
-) -> Lockstep:
-    team, emit, clock = session.assignment.team, session.emit, session.clock
-    of_run = session.number, machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard, team.balance
-    engine = Lockstep(replica, *of_run, held, handed)
-    if team.audit:
-        share, judge = parse_share(team.audit, "'team.audit'"), partial(third_result, session.recipe, replica)
-        of_team = session.number, team.workers, share, progress.version
-        engine.audit = Audit(replica, engine.gradients, *of_team, emit, judge)
-    return engine
-
-
-def _successor(
-    session: Session, replica: Replica, machines: Sequence[int], held: PlacesHeld | None, handed: Handed
-) -> tuple[Lockstep, Progress]:
-    """The engine of a worker that takes the place of one that died, and where the run stands."""
-    replica.load({**replica.module.state_dict(), **handed.model}, handed.training)
-    progress = Progress(**handed.progress)
-    engine = _engine(session, replica, machines, progress, held, handed)
-    engine.updates.watcher.load(handed.watch)
-    engine.sizes()
-    session.emit(TookPlaceEvent(worker=session.number, version=progress.version))
-    return engine, progress
-
-
 class _Keeper:
     """Evaluates and saves, for a worker in lockstep, what its milestones say."""
 
-    def __init__(self, session: Session, engine: Lockstep, progress: Progress):
+    def __init__(self, session: Session, formed: Formed):
         assert session.replica is not None
-        self._session, self._engine, self._progress, self._replica = session, engine, progress, session.replica
+        self._session, self._formed, self._replica = session, formed, session.replica
+        self._engine, self._progress = formed.engine, formed.progress
         recipe, every = session.recipe, session.assignment.team.checkpoint_every
         self.milestones = Milestones(recipe.steps, recipe.evaluate_every, every, recipe.artifacts_every)
         self.remember()  # a checkpoint that it goes on from, so that it is read once
@@ -262,6 +254,7 @@ class _Keeper:
         keep = partial(self._keep, last)
         agree = self._engine.between.agree
         self.milestones.reached(progress, progress.version - 1, lambda: agree(self.evaluate()), keep)
+        self._formed.done, self._formed.again = progress.version, False
         self.remember()
 
     def remember(self) -> None:
@@ -343,12 +336,14 @@ class _Keeper:
         self._save(self._replica.saved_state(), training, None, False)
         self._session.send_events()
 
-    def saved_after(self, lost: PeerLost, machine: Group | None) -> bool:
-        """As `saved_without_others`; if not, it waits for its end, and saves where the run is to end meanwhile."""
+    def after_loss(self, lost: PeerLost, machine: Group | None) -> NextGroup | Literal[True] | None:
+        """Where others are lost: True as `saved_without_others`, and where the run is to end meanwhile; else in which
+        group the worker goes on, or None, where its end has come.
+        """
         save = partial(self.saved_without_others, machine)
         late = None if self._session.heartbeat.stop_wanted() else save
         keep = partial(keep_state, self._session, self._engine, machine, self._progress)
-        return save() or wait_for_the_end(self._session, lost, keep, late)
+        return True if save() else wait_for_others(self._session, lost, keep, late)
 
     def saved_without_others(self, machine: Group | None) -> bool:
         """Workers of other hosts are lost: whether the run was asked to end, and is saved then, by those of this host.
@@ -365,7 +360,7 @@ class _Keeper:
         if kept is not None:
             session.pipe.send(KeepingState())
             self.save_at_stop(kept[0])
-        return kept is not None or session.number > 0
+        return kept is not None or not session.leads
 
     def _save(
         self, state: dict[str, Tensor], training: dict[str, Any], sound: Callable[[], None] | None, looked: bool

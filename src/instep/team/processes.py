@@ -89,6 +89,7 @@ class MemberProcesses:
             for line in opened:
                 line.close()
             raise no_process(f"a team of {workers} workers", error) from error
+        self._renewed: list[int] = []
         self.lines = tuple(opened)
         """Between the server and each worker of this host."""
 
@@ -111,6 +112,20 @@ class MemberProcesses:
         except OSError as error:
             raise no_process(f"process {member.number + 1} of the {self._workers} workers", error) from error
         self._by_number[member.number] = MemberProcess(member, handle, ours, stack)
+
+    def renew_memory(self, *, at_once: bool) -> int:
+        """A descriptor of what those that live are to map instead, who find it here. Raises ResourceError.
+
+        at_once: nobody is to map any more what they had for that.
+        """
+        try:
+            memory = memory_file()
+        except OSError as error:
+            raise no_process("what workers share", error) from error
+        for old in self._renewed if at_once else ():
+            os.close(old)
+        self._renewed = [memory] if at_once else [*self._renewed, memory]
+        return memory
 
     def look_for_orphans(self) -> None:
         """Notes what the run's processes have started and left behind. Of that, what is dead is waited for."""
@@ -139,7 +154,8 @@ class MemberProcesses:
             process.close()
         for line in self.lines:
             line.close()
-        os.close(self.descriptor)
+        for descriptor in (self.descriptor, *self._renewed):
+            os.close(descriptor)
 
 
 def import_before_forks() -> None:

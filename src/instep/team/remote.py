@@ -26,7 +26,7 @@ from instep.team.messages import (
     Synced,
     WorkerToSupervisor,
 )
-from instep.team.orders import HostLost, Lost, Member, StopAsked
+from instep.team.orders import HostLost, Lost, Member, Regroup, StopAsked
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import (
     Beat,
@@ -42,6 +42,7 @@ from instep.team.wire_messages import (
     LogPart,
     MemberLost,
     MembersShown,
+    RegroupMembers,
     Shown,
     StacksWanted,
     StartMembers,
@@ -166,6 +167,10 @@ class RemoteCrew:
     def succeed(self, successor: Member, assignment: Assignment) -> None:
         self._members.add(successor)
         self._order(StartSuccessor(successor))
+
+    def regroup(self, group: Regroup, told: int, saved: int) -> None:
+        if self._epoch:
+            self._order(RegroupMembers(group.epoch, group.generation, group.members, group.at_once, told, saved))
 
     def send(self, member: Member, message: SupervisorToWorker) -> None:
         assert isinstance(message, Synced | StopRun | Agreed), f"{message} is for processes of this host"

@@ -27,16 +27,18 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from instep.errors import InstepError, WorkerError, with_saved
-from instep.team import agreement, messages, orders
+from instep.team import agreement, generations, messages, orders
 from instep.team.hosts_there import HostsThere
+from instep.team.losses_in_step import InStep
 from instep.team.orders import Member, Order
-from instep.team.seats import PlaceInTeam, can_stand_in, left_by, let_go, newcomers, passed_on, stand_in, successor_of
+from instep.team.regroup_messages import NotRegrouped
+from instep.team.seats import PlaceInTeam, left_by, let_go, newcomers, passed_on, successor_of
 
 _LASTING = ("data", "samples", "parameters")
 """What a process that joins others has in common with them; its weights they give it."""
 
 
-class Roster:
+class Roster(InStep):
     """The team of one run, over all its epochs.
 
     serving: under the server engine, where a worker can be replaced while the others go on, and the run ends with the
@@ -67,7 +69,7 @@ class Roster:
         """Whether the run has."""
         self.hosts, self._leader, self._places = hosts, hosts.wanted * serving, list[PlaceInTeam]()
         self._unlooked = self._looked = self._pausing = False
-        self._digests = agreement.Digests()
+        self._digests, self._groups = agreement.Digests(), generations.Generations(0)
         self._ending: orders.Ending | None = None  # why the epoch ends, until it is gone
         self._stopping = self._stands_in = self._told_of = False  # told of: the loss for which an epoch ends
         self._raised: InstepError | None = None  # by a worker of the server engine, while the server saves
@@ -135,6 +137,8 @@ class Roster:
         match message:
             case messages.Ready():
                 place.facts = message.facts
+                if place.joins:
+                    return self._take_in(place)
                 return self._join(place) if self.going else self._go()
             case messages.Digest():
                 return self._compare(place.member.number, message)
@@ -148,6 +152,8 @@ class Roster:
                 return passed_on(self._places, message, place)
             case messages.NotStoodIn():
                 return self._cannot_stand_in(message)
+            case NotRegrouped():
+                return self._cannot_regroup(message)
             case messages.Failed():
                 return self._undo(message.sentence) or self._failed(message.error(), place)
             case messages.StoppedAt():
@@ -177,7 +183,7 @@ class Roster:
         lost = orders.Lost(there[0], why, whole_host=True)
         few = self.hosts.few and not self._stopping and self._raised is None
         without = (self._can_do_without(there[0]) and not few) or self._ends_without(there[0])
-        return self._go_on_without(there, lost) if without else self._end(lost)
+        return self._go_on_without(there, lost) if without else self._lost_in_step(there, lost)
 
     def _go_on_without(self, members: Sequence[Member], lost: orders.Lost) -> list[Order]:
         """Members are lost, and have no successors, those of a host before it comes back."""
@@ -252,7 +258,10 @@ class Roster:
         if new and self._unlooked:  # before the checkpoint that the team starts from, say
             return self._end(messages.FoundWritten(new, "a first forward after a stop"))
         self.going, self._stands_in = True, bool(facts.get("stands_in"))
-        return [orders.Go(self.epoch, tuple(place.member for place in self._places))]
+        members = tuple(place.member for place in self._places)
+        able = not self._serving and bool(facts.get("regroups"))
+        self._groups = generations.Generations(self.epoch, members, able=able)
+        return [orders.Go(self.epoch, members)]
 
     def _join(self, place: PlaceInTeam) -> list[Order]:
         """Lets one begin with those that go on, if it agrees with the leader."""
@@ -271,7 +280,9 @@ class Roster:
 
     def _finish(self) -> list[Order]:
         """Ends the run with the server, or else with the last worker."""
-        if not (self._places[self._leader].done if self._serving else all(place.done for place in self._places)):
+        leader = self._places[self._leader]
+        late = generations.late(self._places, leader)
+        if not (leader.done if self._serving else all(place.done or place in late for place in self._places)):
             return []
         self._digests = agreement.Digests()
         for place in [] if self._serving else [each for each in self._places if each.ended is not None]:
@@ -279,10 +290,11 @@ class Roster:
             own = messages.Digest(place.ended.progress["version"], place.ended.digest)
             if different := self._compare(place.member.number, own):
                 return different
-        ended = self._places[self._leader].ended
+        ended = leader.ended
         if self._pausing and not self._stopping and ended is not None and ended.interrupted:
             return self._end(orders.Resize(self.hosts.wanted))
-        return self._over(orders.FinishRun(self.leader))
+        left_out = [orders.Replace(place.member, None, agreement.TOO_LATE) for place in late]
+        return [*left_out, *self._over(orders.FinishRun(self.leader))]
 
     def _failed(self, error: InstepError, place: PlaceInTeam) -> list[Order]:
         """What a process's code raised ends the run; in lockstep, and at the server, it is saved by then."""
@@ -306,23 +318,6 @@ class Roster:
             return once_too_often
         self._places[member.number] = PlaceInTeam(successor := successor_of(member))
         return [orders.Replace(member, successor, event.why)]
-
-    def _stand_in(self, lost: orders.Lost, place: PlaceInTeam) -> list[Order]:
-        """A worker in lockstep is lost: others that can hold its place, and those that it has held, for successors."""
-        if not (self._stands_in and can_stand_in(self._places, place)):
-            return self._end(lost)
-        if not self._stopping and (once_too_often := self._count_restart(lost)):
-            return once_too_often
-        self.stood_in += place.holder is None and not self._stopping
-        successor = None if self._stopping else successor_of(lost.member)
-        return [orders.Replace(lost.member, successor, lost.why, stand_in(self._places, lost, empty=self._stopping))]
-
-    def _cannot_stand_in(self, message: messages.NotStoodIn) -> list[Order]:
-        """The epoch ends for a loss that was told of and counted when it came."""
-        place = self._places[message.worker]
-        self.stood_in -= not place.empty
-        warned = orders.Warn(agreement.no_stand_in(message.why))
-        return [warned, *self._end(place.lost or orders.Lost(place.member, message.why), told_of=True)]
 
     def _can_do_without(self, member: Member) -> bool:
         """Whether the others go on when it is lost."""

@@ -13,7 +13,8 @@ from instep.team.orders import DropSuccessor, HandOver, Lost, Member, Order
 @dataclass(slots=True)
 class PlaceInTeam:
     """Who has a place in the team. `done`: it is not waited for any more. `holder`: the number of the worker that holds
-    the place until it is there, after another was `lost`; or to the end where nobody comes: `empty`.
+    the place until it is there, after another was `lost`; or to the end where nobody comes: `empty`. `joins`: the
+    generation of the first group that it is in.
     """
 
     member: Member
@@ -23,6 +24,7 @@ class PlaceInTeam:
     holder: int | None = None
     lost: Lost | None = None
     empty: bool = False
+    joins: int = 0
 
 
 def successor_of(member: Member) -> Member:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from instep.record.held import is_there
 from instep.sources import sources
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
-from instep.team.messages import Agreed, Assignment, Events, Ready
+from instep.team.messages import Assignment, Events, Ready
 from instep.team.remembered import Remembering
 from instep.transport.memory import Region
 from instep.worker.artifacts import make, make_aside, makes_any
@@ -46,6 +46,9 @@ class Session:
 
     def __init__(self, assignment: Assignment, number: int, pipe: Channel, heartbeat: Heartbeat):
         self.assignment, self.number, self.pipe, self.heartbeat = assignment, number, pipe, heartbeat
+        self.rank, network = number, assignment.network
+        self.machines = network.workers if network is not None else (assignment.team.workers,)
+        """How many workers each machine has; `rank`: the worker's place in its present group."""
         self.replica: Replica | None = None
         self._data: dict[str, Any] | None = None
         self._unread: list[int] = []  # samples that the digest should cover, but that are left out and fail
@@ -210,14 +213,14 @@ class Session:
         components = [recipe.model, recipe.objective, recipe.data, *(component for _, component in parts)]
         return sources(component.use for component in components)
 
-    def ready(self, facts: Mapping[str, Any], memory: Mapping[str, Region]) -> Agreed:
+    def ready(self, facts: Mapping[str, Any], memory: Mapping[str, Region]) -> Any:
         """Tells the supervisor that all is built, and waits until everybody is.
 
-        Returns the facts and the memory of worker 0 or, where there is one, of the server.
+        Returns `Agreed`, with worker 0's or the server's facts and memory, or a `NextGroup`, to begin in a later group.
         """
         self.pipe.send(Ready(facts, memory))
         self.heartbeat.waiting(True)
-        agreed: Agreed = self.pipe.recv()
+        agreed = self.pipe.recv()
         self.heartbeat.waiting(False)
         return agreed
 
@@ -231,7 +234,6 @@ class Session:
         **meta: Any,
     ) -> None:
         """Writes a checkpoint; `sound` may still raise then. Raises ResourceError where the disk refuses.
-
         looked: whether all bits of the weights were looked at, for what forwards write past autograd.
         """
         self._warn()
@@ -328,13 +330,11 @@ class Session:
     @property
     def leads(self) -> bool:
         """Whether this process speaks for all: worker 0 or, where there is one, the server."""
-        return self.number == (self.assignment.team.workers if self.assignment.serving else 0)
+        return self.number == self.assignment.team.workers if self.assignment.serving else self.rank == 0
 
-    @property
-    def machines(self) -> tuple[int, ...]:
-        """How many workers each machine has."""
-        network = self.assignment.network
-        return network.workers if network is not None else (self.assignment.team.workers,)
+    def regrouped(self, rank: int, machines: Sequence[int]) -> None:
+        """The worker is in another group now, of so many workers by machine."""
+        self.rank, self.machines = rank, tuple(machines)
 
     @property
     def _checkpoints(self) -> Path:

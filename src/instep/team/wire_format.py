@@ -42,7 +42,7 @@ _FIELDS: Mapping[type, tuple[Any, ...]] = {
     m.FoundWritten: (Names, str),
     m.FoundWrong: (Count, Count, Count, Count, Count, Name),
     m.StoppedAt: (Count,),
-    m.Ended: (Table, Name, bool, Table, Costs | None),
+    m.Ended: (Table, Name, bool, Table, Costs | None, Count),
     m.Left: (Count, str),
 }
 """Types of the fields of messages that cross between processes of one host too."""

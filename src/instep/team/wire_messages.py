@@ -287,6 +287,20 @@ class StartSuccessor:
 
 
 @dataclass(frozen=True)
+class RegroupMembers:
+    """Have these members go on in a group of their own, as in `instep.team.orders.Regroup`. told, saved: the last
+    update and checkpoint that the tape has.
+    """
+
+    epoch: Count
+    generation: Count
+    members: tuple[Member, ...]
+    at_once: bool
+    told: Count
+    saved: Count
+
+
+@dataclass(frozen=True)
 class EndMembers:
     """End all processes of the epoch at once, and answer with `EpochGone`."""
 
@@ -319,6 +333,7 @@ FromAgent0 = (
     | StacksWanted
     | TakeOut
     | StartSuccessor
+    | RegroupMembers
     | EndMembers
     | Beat
     | Finished

@@ -17,9 +17,21 @@ import torch
 from torch import Tensor
 
 from instep.reduce.levels import Shares
-from instep.transport.group import Group, PeerLost, PeerRaised, Pending, Piece, Sizes, Solo, Waiting, as_bytes
+from instep.transport.group import (
+    LEFT,
+    BrokenOff,
+    Group,
+    PeerLost,
+    PeerRaised,
+    Pending,
+    Piece,
+    Sizes,
+    Solo,
+    Waiting,
+    as_bytes,
+)
 from instep.transport.posts import Post
-from instep.transport.wire import Connect, Exchange, Messages, Wire
+from instep.transport.wire import LOOK, Connect, Exchange, Messages, Wire
 
 Made = TypeVar("Made")
 
@@ -41,7 +53,7 @@ class DistributedGroup:
 
     `machine` is the group of this machine's ranks, of the rows that these have; with one level each rank has one of its
     own. Where device is not the CPU, rows lie there, and a level of several ranks a machine is not for it. Raises
-    PeerLost where the others cannot be reached, as after `silent_s` without a sign of another's system.
+    PeerLost once `broken_off`, and where others are not reached, as after `silent_s` without a sign of their system.
     """
 
     def __init__(
@@ -56,7 +68,9 @@ class DistributedGroup:
         address: str = "",
         waiting: Waiting = lambda flag: None,
         silent_s: float | None = None,
+        broken_off: BrokenOff = lambda: False,
     ):
+        self._broken_off = broken_off
         self.rank, self.size, self.levels = rank, len(sizes.rows), sizes.levels
         self._connect, self._name, self._address, self._waiting = connect, name, address, waiting
         self._device, self._sizes, self._shares = torch.device(device), sizes, Shares(sizes.levels)
@@ -75,7 +89,7 @@ class DistributedGroup:
         self._awaited: tuple[deque[_Awaited], deque[_Awaited]] = deque(), deque()
         """What was said to come, of each kind."""
         self._interrupted, self._silent_s = 0, silent_s
-        self._store: Any = connect()
+        self._store: Any = self._reached()
         self._wire: Wire | None = self._join()
 
     def gather(self, fact: Tensor) -> Tensor:
@@ -155,9 +169,29 @@ class DistributedGroup:
     def _here(self) -> range:
         return self._shares.machines[self._at]
 
+    def _reached(self) -> Any:
+        """A client of the store, which nobody may serve yet, or any more."""
+        found: list[Any] = []
+
+        def reach() -> None:
+            try:
+                found.append(self._connect())
+            except RuntimeError as error:
+                found.append(error)
+
+        reaching = threading.Thread(target=reach, daemon=True)
+        reaching.start()
+        while reaching.is_alive() and not self._broken_off():
+            reaching.join(LOOK.total_seconds())
+        if not found or isinstance(found[0], RuntimeError):
+            raise PeerLost(str(found[0]) if found else LEFT)
+        return found[0]
+
     def _join(self) -> Wire:
         name = f"{self._name}/{self._interrupted}"
-        return Wire(self._connect, name, self.rank, self.size, self._device, self._address, self._silent_s)
+        return Wire(
+            self._connect, name, self.rank, self.size, self._device, self._address, self._silent_s, self._broken_off
+        )
 
     @property
     def _counts(self) -> tuple[int, ...]:

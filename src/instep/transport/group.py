@@ -21,6 +21,12 @@ Waiting = Callable[[bool], None]
 """Told True when a call begins to wait for others, and False when it has ended."""
 
 
+BrokenOff = Callable[[], bool]
+"""Whether the group is to be left at once: its calls raise PeerLost then, soon after they begin to wait."""
+
+LEFT = "the team goes on in another group"
+
+
 class PeerLost(Exception):
     """A rank has died or cannot be reached: the group is of no use any more. A new one may be made of who is left.
 

@@ -14,7 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.reduce.layout import ALIGN_BYTES
-from instep.transport.group import PeerRaised, Pending, Piece, Sizes, Views, Waiting, as_bytes, put
+from instep.transport.group import (
+    LEFT,
+    BrokenOff,
+    PeerLost,
+    PeerRaised,
+    Pending,
+    Piece,
+    Sizes,
+    Views,
+    Waiting,
+    as_bytes,
+    put,
+)
 from instep.transport.memory import Region, attach, mark, wait_for
 
 ROOM = 1 << 20
@@ -60,12 +72,19 @@ class SharedMemoryGroup:
     """One rank of it. `descriptor` is of a file that was reserved for the `regions` of these sizes, all of it 0.
 
     There is no time limit: who waits is not at fault, and whoever started the ranks ends them all when one dies, or has
-    another stand in for it, see `stand_in`. So PeerLost is never raised here.
+    another stand in for it, see `stand_in`. So PeerLost is raised only where `broken_off` says so.
     """
 
-    def __init__(self, descriptor: int, sizes: Sizes, rank: int, waiting: Waiting = lambda flag: None):
+    def __init__(
+        self,
+        descriptor: int,
+        sizes: Sizes,
+        rank: int,
+        waiting: Waiting = lambda flag: None,
+        broken_off: BrokenOff = lambda: False,
+    ):
         self.rank, self.size, self.levels = rank, len(sizes.rows), sizes.levels
-        self._waiting = waiting
+        self._waiting, self._broken_off = waiting, broken_off
         arrays = attach(descriptor, regions(sizes))
         self._turns = arrays["turns"].view(np.int64)
         """[2, W] how often each rank came to a gather, before an interrupt and after it. Marks only rise."""
@@ -199,11 +218,13 @@ class SharedMemoryGroup:
             self._waiting(True)
             came = wait_for(marks, value, self._interrupts, self._interrupted + 1, partial(self._changed, changes))
             self._waiting(False)
+            if came is None and self._broken_off():
+                raise PeerLost(LEFT)
         if not came:
             raise PeerRaised("another worker has raised.")
 
     def _changed(self, since: int) -> bool:
-        return self._changes() != since
+        return self._changes() != since or self._broken_off()
 
     def _changes(self) -> int:
         return 0 if self._vacancies is None else self._vacancies.changes()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 
-from instep.transport.group import PeerLost
+from instep.transport.group import LEFT, BrokenOff, PeerLost
 from instep.transport.meter import METER
 from instep.transport.posts import Post, Posts
 from instep.transport.silence import LONGEST_LOOK_S, Unanswered, ask_when_quiet
@@ -63,7 +63,8 @@ class Wire:
 
     `address` is one of this machine's that the others reach; else what its host's name resolves to. The time that the
     others take to come is unlimited. One whose system acknowledges nothing for `silent_s` seconds, if any are given, is
-    lost. A device other than the CPU takes NCCL: the same calls, on tensors of the device.
+    lost; so are all once `broken_off` holds. A device other than the CPU takes NCCL: the same calls, on tensors of the
+    device.
     """
 
     def __init__(
@@ -75,7 +76,9 @@ class Wire:
         device: torch.device,
         address: str = "",
         silent_s: float | None = None,
+        broken_off: BrokenOff = lambda: False,
     ):
+        self._broken_off = broken_off
         self.device, self._rank, self._size = device, rank, size
         self._silent_s, self._unanswered, self._looked = silent_s, Unanswered(), time.monotonic()
         self._pending: list[c10d.Work] = []
@@ -189,7 +192,9 @@ class Wire:
         self._posts.close()
 
     def _silence(self, sockets: Callable[[], set[Socket]]) -> PeerLost | None:
-        """One of the others whose system does not answer any more, if there is one."""
+        """One of the others whose system does not answer any more, if there is one; or that the group is to be left."""
+        if self._broken_off():
+            return PeerLost(LEFT)
         if self._silent_s is None or time.monotonic() - self._looked < LONGEST_LOOK_S / 2:
             return None
         self._looked = time.monotonic()

@@ -78,6 +78,12 @@ class Gradients:
         """The same, into rows that nobody else has."""
         self.assign(nodes, [torch.zeros(self.layout.size, device=self._replica.device) for _ in nodes])
 
+    def close(self) -> None:
+        """Computes no more: another may, with the same replica. Buffers are what they were before the batch."""
+        self.buffers.put_back()
+        if self._fold is not None:
+            self._fold.close()
+
     def checksum(self) -> list[str]:
         """Of the vectors of the nodes assigned, once a batch is computed and before anything is added to them."""
         assert self._fold is not None, "assign comes first"

@@ -1,0 +1,104 @@
+"""The groups in which a team in lockstep goes on within one epoch, as its workers are lost and come. Pure; no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from functools import partial
+
+from instep.team.orders import Lost, Member, Order, Regroup, Replace
+from instep.team.regroup_messages import NotRegrouped
+from instep.team.seats import PlaceInTeam
+
+LASTING = ("data", "samples", "parameters", "whole_update", "shared_weight_bytes", "written", "regroups")
+"""What a worker that comes while the others go on has in common with them; its weights they give it."""
+
+
+NEVER = 1 << 53
+"""Of the generations, for who is in no group yet."""
+
+
+class Generations:
+    """Of one epoch. able: whether there can be another than the first group."""
+
+    def __init__(self, epoch: int, members: Sequence[Member] = (), *, able: bool = False):
+        self._epoch, self._able = epoch, able
+        self.number = 0
+        """Of the newest group."""
+        self.members = list(members)
+        """Of it, by rank."""
+        self.lost: Lost | None = None
+        """Why there is another than the first, if one was lost."""
+
+    def can_do_without(self, places: Sequence[PlaceInTeam], lost: Collection[Member]) -> bool:
+        """Whether the others can go on without these: some are there, and all have more to do."""
+        return self._able and bool(self._left(lost)) and not any(place.done for place in places)
+
+    def _left(self, lost: Collection[Member]) -> list[Member]:
+        return [member for member in self.members if member not in lost]
+
+    def replace(
+        self,
+        places: list[PlaceInTeam],
+        lost: Lost,
+        members: Sequence[Member],
+        shares: Sequence[int],
+    ) -> list[Order]:
+        """These are lost, and have successors, which take part when they are ready."""
+        but = lost.member.host if lost.whole_host else None
+        successors = successors_of(members, places, shares, but)
+        for successor in successors:
+            places[successor.number] = PlaceInTeam(successor, joins=NEVER)
+        replaced = map(partial(Replace, why=lost.why), members, successors)
+        return [*replaced, *self.without(lost, members)]
+
+    def without(self, lost: Lost, members: Collection[Member]) -> list[Regroup]:
+        """These are lost. Where the others have nobody on the first host, they wait until they have; and one that was
+        in no group yet changes none.
+        """
+        self.lost = lost
+        if not any(member in self.members for member in members):
+            return []
+        self.members = self._left(members)
+        return [self._next(at_once=True)]
+
+    def with_(self, place: PlaceInTeam) -> Regroup:
+        """One more is ready to take part, after those of its host."""
+        waits = not self._led
+        self.members = sorted([*self.members, place.member], key=lambda member: member.host)
+        place.joins = self.number + 1
+        return self._next(at_once=waits)
+
+    @property
+    def _led(self) -> bool:
+        return any(member.host == 0 for member in self.members)
+
+    def _next(self, *, at_once: bool) -> Regroup:
+        self.number += 1
+        return Regroup(self._epoch, self.number, tuple(self.members) if self._led else (), at_once)
+
+    def why_not(self, message: NotRegrouped) -> Lost | None:
+        """The loss for which an epoch ends that its workers cannot go on from; None where there is another group."""
+        return self.lost if message.generation == self.number else None
+
+
+def late(places: Sequence[PlaceInTeam], leader: PlaceInTeam) -> list[PlaceInTeam]:
+    """Those who are in no group until after the one in which the leader has ended."""
+    last = leader.ended.generation if leader.ended is not None else NEVER
+    return [place for place in places if place.joins > last]
+
+
+def successors_of(
+    lost: Sequence[Member], places: Sequence[PlaceInTeam], shares: Sequence[int], but: int | None
+) -> list[Member]:
+    """Those of members that were lost, on the hosts that have fewest of what each is to have, of those that have taken
+    part; none on the host `but`.
+    """
+    counts = Counter(place.member.host for place in places if place.member not in lost)
+    hosts = sorted({0, *(place.member.host for place in places)} - {but})
+    found = []
+    for member in lost:
+        host = max(hosts, key=lambda host: (shares[host] - counts[host], host == member.host, -host))
+        counts[host] += 1
+        found.append(Member(member.epoch, member.number, member.incarnation + 1, host))
+    return found

@@ -1,0 +1,73 @@
+"""The engine of a worker in lockstep, in the first group of its team, as a successor, and in every later group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from instep.budget import parse_share
+from instep.engines.audits import Audit
+from instep.engines.continued import Continued
+from instep.engines.lockstep import Lockstep
+from instep.engines.standing_in import Handed
+from instep.record.digest import digest_of_state
+from instep.record.event_kinds import TookPlaceEvent
+from instep.team.judging import third_result
+from instep.team.session import Session
+from instep.team.successors import PlacesHeld
+from instep.worker.milestones import Progress
+from instep.worker.replica import Replica
+
+
+def facts_of(session: Session, engine: Lockstep, progress: Progress) -> dict[str, Any]:
+    """What workers in lockstep must agree on before they start."""
+    replica, placement = engine.replica, engine.placement
+    return session.facts(
+        version=progress.version,
+        weights=digest_of_state(replica.saved_state()),
+        terms=engine.terms,
+        shared_weight_bytes=placement.weight_bytes,
+        whole_update=placement.why_whole,
+        written=list(replica.written.names),
+        stands_in=engine.can_stand_in,
+        regroups=session.assignment.network is not None and engine.can_regroup,
+    )
+
+
+def engine_of(
+    session: Session,
+    replica: Replica,
+    machines: Sequence[int],
+    progress: Progress,
+    held: PlacesHeld | None,
+    handed: Handed | None = None,
+    again: Continued | None = None,
+) -> Lockstep:
+    team, emit, clock = session.assignment.team, session.emit, session.clock
+    of_run = session.rank, machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard, team.balance
+    engine = Lockstep(replica, *of_run, held, handed, again)
+    if team.audit:
+        share, judge = parse_share(team.audit, "'team.audit'"), partial(third_result, session.recipe, replica)
+        of_team = session.number, team.workers, share, progress.version
+        engine.audit = Audit(replica, engine.gradients, *of_team, emit, judge)
+    return engine
+
+
+def engine_again(
+    session: Session, replica: Replica, machines: Sequence[int], again: Continued, progress: Progress
+) -> Lockstep:
+    return engine_of(session, replica, machines, progress, None, again=again)
+
+
+def successor(
+    session: Session, replica: Replica, machines: Sequence[int], held: PlacesHeld | None, handed: Handed
+) -> tuple[Lockstep, Progress]:
+    """The engine of a worker that takes the place of one that died, and where the run stands."""
+    replica.load({**replica.module.state_dict(), **handed.model}, handed.training)
+    progress = Progress(**handed.progress)
+    engine = engine_of(session, replica, machines, progress, held, handed)
+    engine.updates.watcher.load(handed.watch)
+    engine.sizes()
+    session.emit(TookPlaceEvent(worker=session.number, version=progress.version))
+    return engine, progress

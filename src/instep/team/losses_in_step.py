@@ -1,0 +1,90 @@
+"""What a roster does where a team in lockstep loses workers in the midst of a step, and the others can go on. Pure.
+
+On one machine others hold the place of one that died until its successor takes it. Over several hosts the others go on
+in another group, and take the successor in when it is ready. Where they cannot, the epoch ends.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+
+from instep.team import agreement, generations, messages, orders
+from instep.team.hosts_there import HostsThere
+from instep.team.orders import Member, Order
+from instep.team.regroup_messages import NotRegrouped
+from instep.team.seats import PlaceInTeam, can_stand_in, stand_in, successor_of
+
+
+class InStep(ABC):
+    """That part of a `Roster`."""
+
+    stood_in: int
+    going: bool
+    _places: list[PlaceInTeam]
+    _groups: generations.Generations
+    hosts: HostsThere
+    _leader: int
+    _stopping: bool
+    _pausing: bool
+    _stands_in: bool
+    _told_of: bool
+
+    @abstractmethod
+    def _count_restart(self, lost: orders.Lost) -> list[Order]: ...
+
+    @abstractmethod
+    def _end(self, why: orders.Ending, *, told_of: bool = False) -> list[Order]: ...
+
+    @abstractmethod
+    def _fault(self, sentence: str) -> list[Order]: ...
+
+    @abstractmethod
+    def _different(self, place: PlaceInTeam, names: Collection[str] | None = None) -> str: ...
+
+    def _stand_in(self, lost: orders.Lost, place: PlaceInTeam) -> list[Order]:
+        """A worker in lockstep is lost: others that can hold its place, and those that it has held, for successors."""
+        if not (self._stands_in and can_stand_in(self._places, place)):
+            return self._lost_in_step([lost.member], lost)
+        if not self._stopping and (once_too_often := self._count_restart(lost)):
+            return once_too_often
+        self.stood_in += place.holder is None and not self._stopping
+        successor = None if self._stopping else successor_of(lost.member)
+        return [orders.Replace(lost.member, successor, lost.why, stand_in(self._places, lost, empty=self._stopping))]
+
+    def _lost_in_step(self, members: Sequence[Member], lost: orders.Lost) -> list[Order]:
+        """Workers in lockstep are lost, or all of a host: the others go on in another group, and take the successors
+        in when they are ready. The epoch ends where they cannot, or the team is to have other workers then.
+        """
+        others = lost.whole_host and (self.hosts.patient or self.hosts.follows)
+        able = self.going and self._groups.can_do_without(self._places, members)
+        if self._stopping or self._pausing or others or not able:
+            return self._end(lost)
+        if once_too_often := self._count_restart(lost):
+            return once_too_often
+        found = self._groups.replace(self._places, lost, members, self.hosts.shares())
+        self._leader = self._groups.members[0].number
+        return found
+
+    def _take_in(self, place: PlaceInTeam) -> list[Order]:
+        """A successor is ready to go on with the others."""
+        if different := self._different(place, generations.LASTING):
+            return self._fault(different)
+        if self._stopping or self._pausing:
+            return []
+        group = self._groups.with_(place)
+        self._leader = self._groups.members[0].number
+        return [group]
+
+    def _cannot_stand_in(self, message: messages.NotStoodIn) -> list[Order]:
+        """The epoch ends for a loss that was told of and counted when it came."""
+        place = self._places[message.worker]
+        self.stood_in -= not place.empty
+        warned = orders.Warn(agreement.no_stand_in(message.why))
+        return [warned, *self._end(place.lost or orders.Lost(place.member, message.why), told_of=True)]
+
+    def _cannot_regroup(self, message: NotRegrouped) -> list[Order]:
+        lost = self._groups.why_not(message)
+        if lost is None:
+            return []
+        return [orders.Warn(agreement.no_stand_in(message.why)), *self._end(lost, told_of=True)]

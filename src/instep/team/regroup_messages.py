@@ -1,0 +1,33 @@
+"""What a worker in lockstep over several hosts and its agent tell each other when the team goes on in another group of
+the same processes. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class NextGroup:
+    """Go on in the group of this generation; those of one epoch count from 0, for that of its start.
+
+    By rank: numbers and incarnations of its workers, and the hosts on which they are, neighbours. told, saved: the last
+    update and checkpoint that the tape has. memory: in the process of their agent, the descriptor of what the workers
+    of one host are to share; negative for one that is alone there.
+    """
+
+    generation: int
+    numbers: tuple[int, ...]
+    incarnations: tuple[int, ...]
+    hosts: tuple[int, ...]
+    told: int = 0
+    saved: int = 0
+    memory: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class NotRegrouped:
+    """The workers cannot go on in the group of this generation, and `why`; who tells it waits for its end."""
+
+    generation: int
+    why: str

@@ -1,0 +1,239 @@
+"""How workers in lockstep go on in another group of the same processes: some were lost, or there are more.
+
+Nothing of the step that was on its way has been committed, so it is done again by who is there: each has the replica,
+with its weights and its part of the optimizer's state, as the last step has left it. A step is committed by some and
+not by others where who died had told some alone; and a host lacks what a worker of it that died had kept of the
+optimizer's state. Who lacks something is given all by a host that has the newest version whole.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+
+from instep.engines.continued import Continued
+from instep.engines.lockstep import Lockstep
+from instep.errors import ResourceError
+from instep.record.event_kinds import RegroupedEvent
+from instep.record.events import MergedEvent
+from instep.team.groups import Reach
+from instep.team.regroup_messages import NextGroup
+from instep.team.session import Session
+from instep.transport.group import Group, PeerLost
+from instep.transport.memory import reserve
+from instep.worker.milestones import Progress
+
+Make = Callable[[Sequence[int], Continued, Progress], Lockstep]
+"""An engine in a team of so many workers by machine."""
+
+Process = tuple[int, int]
+"""Number and incarnation."""
+
+
+class CannotRegroup(Exception):
+    """The workers cannot go on from what they hold."""
+
+
+@dataclass
+class Formed:
+    """A worker's side of a group that it is in, or was.
+
+    here: the processes of its host in it; none where this one has been in no group yet. done: the version up to which
+    all is done that was due. whole: whether the replica holds what a group has left, and no half of something newer.
+    """
+
+    engine: Lockstep
+    progress: Progress
+    reach: Reach
+    here: frozenset[Process]
+    why_whole: str
+    done: int
+    whole: bool = True
+    left: bool = False
+    again: bool = False
+    """Whether what was due at the present version is still to be done."""
+
+    def take(self, other: Formed) -> None:
+        """The worker is in that one now."""
+        vars(self).update(vars(other))
+
+
+class HeldByRank(NamedTuple):
+    """What a worker tells that it holds. version: one more than that, 0 where it has none that is whole.
+
+    complete: it has all that it needs of it. given: its host can give it to others, with all who were there. done,
+    saved: versions up to which all that was due is done, and of the newest checkpoint. fresh: it was in no group.
+    shares: the optimizer's state of its host lies with several workers.
+    """
+
+    version: int
+    complete: bool
+    given: bool
+    done: int
+    saved: int
+    fresh: bool
+    shares: bool
+
+
+def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Formed:
+    """Forms the group of `word` with the others, and takes what this worker lacks. Raises PeerLost where that is to be
+    left again, and CannotRegroup, at all alike.
+    """
+    led = session.leads and bool(before.here)
+    leave(before)
+    rank = word.numbers.index(session.number)
+    session.saved_version = max(session.saved_version, word.saved)
+    session.heartbeat.generation = word.generation
+    session.regrouped(rank, [len(list(those)) for _, those in groupby(word.hosts)])
+    now = frozenset(p for p, host in zip(_processes(word), word.hosts, strict=True) if host == word.hosts[rank])
+    before.engine.merged.renumber(word.numbers)
+    again = Continued(word.numbers, before.why_whole, before.engine.merged)
+    reach = Reach(session, before.reach)
+    engine = make(reach.machines, again, before.progress)
+    group = _group(engine, reach, word)
+    try:
+        states = _held(session, before, now, group)
+        source, top = _source(states, word.hosts)
+        needs = [not (each.version == top and each.complete) for each in states]
+        events: list[MergedEvent] = []
+        watch = before.engine.updates.watcher.state()
+        if any(needs):
+            given = _given(session, before, reach, group, rank, source, states, word.hosts)
+            if needs[rank]:
+                watch, events = _take(session, before, given)
+                engine = make(reach.machines, again, before.progress)
+                engine.sizes()
+        first = 0 if states[0].version == top else source
+        progress = Progress(**_unpacked(group.share(_packed(asdict(before.progress)) if rank == first else b"")[first]))
+        engine.updates.watcher.load(watch)
+        engine.join(group)
+    except BaseException:
+        group.close()
+        raise
+    if rank == 0:
+        engine.merged.catch_up(0 if led else word.told, events)
+        lacked = [number for number, lacks in zip(word.numbers, needs, strict=True) if lacks]
+        session.emit(RegroupedEvent(version=progress.version, workers=list(word.numbers), given=lacked))
+    engine.between.evaluated(progress.held_out.get("version", -1))
+    undone = states[0].version != top or progress.version not in (states[0].done, states[0].saved)
+    done = before.done if undone else progress.version
+    return Formed(engine, progress, reach, now, before.why_whole, done, again=undone and progress.version > 0)
+
+
+def leave(before: Formed) -> None:
+    """Leaves a group, once."""
+    if not before.left:
+        before.left = True
+        before.engine.close()
+
+
+def _processes(word: NextGroup) -> list[Process]:
+    return list(zip(word.numbers, word.incarnations, strict=True))
+
+
+def _group(engine: Lockstep, reach: Reach, word: NextGroup) -> Group:
+    sizes, descriptor = engine.sizes(), -1
+    regions = reach.memory(sizes)
+    try:
+        if regions:
+            descriptor = os.open(f"/proc/{os.getppid()}/fd/{word.memory}", os.O_RDWR)
+            reserve(descriptor, regions)
+        return reach.group(sizes, descriptor)
+    except ResourceError as error:
+        raise CannotRegroup(error.message.rstrip(".")) from error
+    except OSError as error:
+        raise PeerLost(f"the memory of this group is not there any more: {error.strerror}") from error
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _held(session: Session, before: Formed, now: frozenset[Process], group: Group) -> list[HeldByRank]:
+    """What each holds, by rank."""
+    shares, fresh = before.engine.placement.shared, not before.here
+    sound = before.whole and before.engine.updates.sound and not fresh
+    own = HeldByRank(
+        version=before.progress.version + 1 if sound else 0,
+        complete=not fresh and (not shares or now == before.here),
+        given=not fresh and (not shares or before.here <= now),
+        done=before.done,
+        saved=session.saved_version,
+        fresh=fresh,
+        shares=shares,
+    )
+    return [HeldByRank(*row) for row in group.gather(torch.tensor([int(each) for each in own])).tolist()]
+
+
+def _source(states: Sequence[HeldByRank], hosts: Sequence[int]) -> tuple[int, int]:
+    """The first rank of a host that has the newest version whole, best one that need not be given it itself; and
+    `HeldByRank.version` of that.
+    """
+    found: list[tuple[int, bool, int]] = []
+    for host in sorted(set(hosts)):
+        ranks = [rank for rank, where in enumerate(hosts) if where == host]
+        there = [states[rank] for rank in ranks if not states[rank].fresh]
+        if there and there[0].version and all(each.given and each.version == there[0].version for each in there):
+            found.append((there[0].version, all(each.complete for each in there), -ranks[0]))
+    if not found:
+        raise CannotRegroup("no host has the weights and the optimizer's state of a version whole")
+    version, _, place = max(found)
+    return -place, version
+
+
+def _given(
+    session: Session,
+    before: Formed,
+    reach: Reach,
+    group: Group,
+    rank: int,
+    source: int,
+    states: Sequence[HeldByRank],
+    hosts: Sequence[int],
+) -> bytes:
+    """All that a replica has, from a host that has it, at all ranks."""
+    own = b""
+    if hosts[rank] == hosts[source]:
+        assert reach.machine is not None, "those of a host have a group"
+        if states[rank].fresh:
+            if states[source].shares:
+                reach.machine.share(b"", to=0)
+        else:
+            training = before.engine.placement.training_state(reach.machine)
+            if rank == source:
+                assert training is not None, "it is the first of its host"
+                assert session.replica is not None, "the recipe is built"
+                own = _packed(
+                    {
+                        "model": session.replica.saved_state(),
+                        "training": training,
+                        "watch": before.engine.updates.watcher.state(),
+                        "events": [msgspec.msgpack.encode(event) for event in before.engine.merged.remembered()],
+                    }
+                )
+    return group.share(own)[source]
+
+
+def _take(session: Session, before: Formed, given: bytes) -> tuple[Any, list[MergedEvent]]:
+    """Loads it. The state of the watch, and the last updates that its giver remembers."""
+    assert session.replica is not None
+    state = _unpacked(given)
+    before.whole = False
+    session.replica.load(state["model"], state["training"])
+    return state["watch"], [msgspec.msgpack.decode(event, type=MergedEvent) for event in state["events"]]
+
+
+def _packed(what: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(what, file)
+    return file.getvalue()
+
+
+def _unpacked(given: bytes) -> Any:
+    return torch.load(io.BytesIO(given), weights_only=True)

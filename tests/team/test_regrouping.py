@@ -1,0 +1,162 @@
+"""Workers of several hosts that are lost: the others go on in the same processes, with the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from instep.engines.continued import Continued
+from instep.errors import WorkerError
+from instep.recipe import Team
+from instep.team import hosts, regrouped
+from instep.team.regrouped import CannotRegroup, HeldByRank
+from support import workloads
+from support.agents import Followers, meet_here, train_on
+from support.harness import Client, Outcome, train_here
+from support.kinds import quick
+
+pytestmark = pytest.mark.processes
+
+STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def _meeting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    meet_here(monkeypatch, tmp_path)
+    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
+
+
+def team(**changes: Any) -> Team:
+    return Team(**{"workers": 3, "checkpoint_every": 5, "keep": 0, "lease_s": 60.0, "restarts": 9, **changes})
+
+
+class Killing:
+    """Kills workers once the tape tells of a version; `at`: who, by version."""
+
+    def __init__(self, at: dict[int, Sequence[int]]):
+        self._at, self._pids = dict(at), dict[int, int]()
+        self.client = Client(self._see)
+
+    def _see(self, event: dict[str, Any]) -> None:
+        if event["kind"] == "joined":
+            self._pids[event["worker"]] = event["pid"]
+        for who in self._at.pop(event["version"], ()) if event["kind"] == "merged" else ():
+            os.kill(self._pids[who], signal.SIGKILL)
+
+
+def of(run: Outcome, kind: str) -> list[dict[str, Any]]:
+    return [event for event in run.events if event["kind"] == kind]
+
+
+def check(run: Outcome, lost: Sequence[int], digest: str) -> None:
+    """The same processes have done each step once, from no checkpoint, but for who was lost."""
+    assert run.digest == digest
+    assert len(of(run, "run_started")) == 1
+    assert [event["version"] for event in of(run, "merged")] == list(range(1, STEPS + 1))
+    assert [event["worker"] for event in of(run, "left") if "before it could" not in event["why"]] == list(lost)
+    assert Counter(event["worker"] for event in of(run, "joined")) == Counter([0, 1, 2, *lost])
+    assert run.result["restarts"] == len(lost)
+
+
+CASES = [*product(["gpt", "convnet"], [(1, 1), (1, 1, 1)], [0, 1, 2])]
+
+
+@pytest.mark.parametrize(
+    "case", quick(CASES, ("gpt", (1, 1), 0), ("gpt", (1, 1), 1), ("convnet", (1, 1, 1), 2)), ids=str
+)
+def test_who_is_lost_costs_the_others_neither_process_nor_checkpoint(
+    case: tuple[str, tuple[int, ...], int], tmp_path: Path
+) -> None:
+    """A first worker whose host has no other is waited for; who has lost its part of the optimizer's state gets it."""
+    name, agents, who = case
+    recipe = dataclasses.replace(workloads.ALL[name](), steps=STEPS)
+    run, told = train_on(agents, recipe, team(), tmp_path / "run", client=Killing({3: [who]}).client)
+    check(run, [who], train_here(recipe, Team(), tmp_path / "alone").digest)
+    assert [each.result for each in told] == [run.result] * (len(agents) - 1)
+    assert who not in of(run, "regrouped")[0]["workers"] or who == 0
+    assert [event["version"] for event in of(run, "checkpointed")] == [5, 10, STEPS]
+
+
+@pytest.mark.slow
+def test_who_comes_in_the_place_of_the_first_worker_leads_as_that_did(tmp_path: Path) -> None:
+    """Four workers of two hosts: another one of its host leads meanwhile."""
+    recipe = workloads.gpt(steps=STEPS)
+    kill = Killing({2: [0], 6: [3], 9: [1]})
+    run, _ = train_on((1, 1), recipe, team(workers=4), tmp_path / "run", client=kill.client)
+    assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
+    assert [event["version"] for event in of(run, "merged")] == list(range(1, STEPS + 1))
+    assert of(run, "regrouped")[0]["workers"] == [1, 2, 3]
+
+
+def test_where_no_host_has_all_the_team_goes_back_to_its_checkpoint(tmp_path: Path) -> None:
+    """One of each host is killed: with each a part of the optimizer's state."""
+    recipe = workloads.gpt(steps=STEPS)
+    kill = Killing({6: [1, 3]})
+    run, _ = train_on((1, 1), recipe, team(workers=4), tmp_path / "run", client=kill.client)
+    assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
+    assert {event["version"] for event in of(run, "run_started")} <= {0, 5, 6, 7}
+
+
+@pytest.mark.slow
+def test_a_host_that_is_lost_while_another_holds_the_newest_version_costs_no_step(tmp_path: Path) -> None:
+    recipe = workloads.gpt(steps=STEPS)
+    who = team(workers=4)
+    followers = Followers(recipe, who, (1, 1), tmp_path)
+
+    def see(event: dict[str, Any]) -> None:
+        if event["kind"] == "merged" and event["version"] == 4:
+            followers.kill(1)
+
+    run, _ = train_on((1, 1), recipe, who, tmp_path / "run", client=Client(see), followers=followers, told_s=0.0)
+    assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
+    assert len(of(run, "run_started")) == 1
+    assert of(run, "regrouped")[0]["workers"] == [0, 1]
+    assert of(run, "regrouped")[0]["given"] == [], "they have it all"
+
+
+def test_no_more_are_replaced_than_may_be(tmp_path: Path) -> None:
+    recipe, who, kill = workloads.gpt(steps=STEPS), team(restarts=0), Killing({3: [2]})
+    with pytest.raises(WorkerError, match=r"worker 2 on host 1 .* SIGKILL"):
+        train_on((1, 1), recipe, who, tmp_path / "run", client=kill.client)
+
+
+def held(version: int, **changes: Any) -> HeldByRank:
+    one = HeldByRank(version, complete=True, given=True, done=0, saved=0, fresh=False, shares=True)
+    return one._replace(**changes)
+
+
+OLD, NEW, NONE = held(4), held(5), held(0, fresh=True, complete=False, given=False)
+
+
+@pytest.mark.parametrize(
+    ("states", "found"),
+    [
+        ([OLD, OLD, OLD, OLD], (0, 4)),
+        ([OLD, OLD, NEW, NEW], (2, 5)),  # who died had told one host alone
+        ([NEW, held(0), OLD, OLD], (2, 4)),  # half an update is none
+        ([held(4, complete=False, given=False), NONE, OLD, OLD], (2, 4)),
+        ([held(4, complete=False), NONE, OLD, OLD], (2, 4)),  # best who has it already
+        ([held(4, complete=False), NONE, NONE, NONE], (0, 4)),
+    ],
+)
+def test_the_newest_version_that_a_host_has_whole_is_taken(states: list[HeldByRank], found: tuple[int, int]) -> None:
+    assert regrouped._source(states, [0, 0, 1, 1]) == found
+
+
+def test_where_none_has_a_version_whole_nobody_goes_on() -> None:
+    with pytest.raises(CannotRegroup, match="no host has"):
+        regrouped._source([held(4, given=False), NONE, NEW, held(0)], [0, 0, 1, 1])
+
+
+def test_what_each_rank_has_is_told_by_number() -> None:
+    again = Continued([0, 3, 1])
+    assert again.by_number(["a", "b", "c"], "") == ["a", "c", "", "b"]
+    assert again.by_number([], "") == []
