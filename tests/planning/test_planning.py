@@ -179,6 +179,7 @@ def test_the_command_tells_what_to_run_within_its_budget(tmp_path: Path, capsys:
     pick = next(way for way in found["ways"] if way["label"] == found["pick"])
     assert pick["state"] == "reached"
     assert pick["label"] in found["pareto"]
+    assert all((way["state"] == "reached") == bool(way["reached"]) for way in found["ways"])
     assert found["decided"] == (not found["undecided"])
     assert found["checkpoints"]["every_s"] > 0
     assert found["command"].startswith(f"instep train {tmp_path / 'tiny.toml'} --rule {pick['rule']} --workers ")

@@ -193,6 +193,7 @@ class _Computing:
             self._ways[place].lowest = min(objective for _, objective in course.points)
             if reached := self._reached(course, found, seed):
                 self._ways[place].reached.append(reached)
+                self._ways[place].state = "reached"  # be it in the race for the other cost
 
     def _reached(self, course: Course, found: CourseTimes, seed: int) -> ToTarget | None:
         points = [CurvePoint(*point) for point in course.points]
