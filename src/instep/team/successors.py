@@ -9,6 +9,7 @@ from instep.engines.standing_in import Handed
 from instep.team.heartbeat import HeartbeatBoard
 from instep.team.messages import HandedOver, SeatHanded
 from instep.team.session import Session
+from instep.worker.first_look import compile_first
 
 
 class PlacesHeld:
@@ -47,6 +48,8 @@ def places_held(session: Session, board: HeartbeatBoard) -> PlacesHeld | None:
 
 def handed_over(session: Session, board: HeartbeatBoard) -> Handed:
     """Says that this process, the successor of a worker that died, can take its place, and waits until it gets it."""
+    assert session.replica is not None, "the recipe is built"
+    compile_first(session.replica)  # while the others go on
     board.successors[session.number] = session.assignment.incarnation
     session.heartbeat.waiting(True)
     message: SeatHanded = session.pipe.recv()
