@@ -251,12 +251,19 @@ class Run:
 
     def _kill(self, fault: StepFault) -> None:
         self._signal(*self._someone(fault), signal.SIGKILL)
-        self._until_lost(fault)
+        while not self._is_lost(fault):  # it had ended, with all others, for a fault of before
+            self._wait(self._enough, "enough that live")
+            self._signal(*self._someone(fault), signal.SIGKILL)
 
-    def _until_lost(self, fault: StepFault) -> None:
-        self._wait(lambda: self._loss(fault) is not None, f"a word on {fault}")
+    def _is_lost(self, fault: StepFault) -> bool:
+        """Waits until it is followed; whether it was missed, for there is another in its place unless it was."""
+        self._wait(lambda: self._loss(fault) is not None or self._is_another(fault), f"a word on {fault}")
         at = self.team.version  # one more may have been on its way
         self._wait(lambda: self.team.going and self.team.version not in (at, at + 1), f"updates after {fault}")
+        return self._loss(fault) is not None
+
+    def _is_another(self, fault: StepFault) -> bool:
+        return fault.worker in self.team.pids and self.team.pids[fault.worker][1] != fault.pid
 
     def _stop(self, fault: StepFault) -> None:
         host, pid = self._someone(fault)
@@ -267,10 +274,10 @@ class Run:
             self._signal(host, pid, signal.SIGCONT)
             fault.happened = f"stopped for {seconds:.2f} s"
             at = self.team.version
-            self._wait(lambda: self.team.going and self.team.version > at + 1, f"an update after {fault}")
+            self._wait(lambda: self.team.going and self.team.version not in (at, at + 1), f"updates after {fault}")
             return
         fault.happened = "stopped for good"
-        self._until_lost(fault)
+        self._is_lost(fault)
 
     def _join(self, fault: StepFault) -> None:
         wanted = self.setting.workers
