@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from instep.worker.first_look import compile_first
+from instep.worker.gradients import compile_first
 from instep.worker.replica import Replica
 from support import workloads
 

@@ -9,7 +9,7 @@ from instep.engines.standing_in import Handed
 from instep.team.heartbeat import HeartbeatBoard
 from instep.team.messages import HandedOver, SeatHanded
 from instep.team.session import Session
-from instep.worker.first_look import compile_first
+from instep.worker.gradients import compile_first
 
 
 class PlacesHeld:

@@ -48,24 +48,6 @@ def look_at_objective(replica: Replica, batch: Any) -> None:
         _look_at_gathers(replica)
 
 
-def compile_first(replica: Replica) -> None:
-    """Has the model compiled, forward and backward, where the recipe says so, by the run's first microbatch.
-
-    Nothing is left of it but buffers of the model that it changed.
-    """
-    if not replica.recipe.compile:
-        return
-    place = next(m for m in range(replica.recipe.microbatches) if replica.cursor.microbatch_size(0, m))
-    batch, checks, replica.checks = replica.batch(0, place), replica.checks, None
-    try:
-        with replica.written.probing(learn=False):
-            replica.compute(0, place, batch, replica.objective.counts(batch))
-    finally:
-        replica.checks = checks
-    for parameter in replica.parameters:
-        parameter.grad = None
-
-
 def _look_at_gathers(replica: Replica) -> None:
     """Raises ObjectiveError where a metric does not take the outputs of the first held-out batch."""
     data = replica.data

@@ -156,3 +156,21 @@ class Gradients:
 
     def _looks(self, batch: int) -> bool:
         return self._first or self._milestones.may_save(batch)
+
+
+def compile_first(replica: Replica) -> None:
+    """Has the model compiled, forward and backward, where the recipe says so, by the run's first microbatch.
+
+    Nothing is left of it but buffers of the model that it changed.
+    """
+    if not replica.recipe.compile:
+        return
+    place = next(m for m in range(replica.recipe.microbatches) if replica.cursor.microbatch_size(0, m))
+    batch, checks, replica.checks = replica.batch(0, place), replica.checks, None
+    try:
+        with replica.written.probing(learn=False):
+            replica.compute(0, place, batch, replica.objective.counts(batch))
+    finally:
+        replica.checks = checks
+    for parameter in replica.parameters:
+        parameter.grad = None
