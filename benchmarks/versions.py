@@ -6,6 +6,9 @@ step of a block is not counted. Worker i is pinned to core i. For each number of
 over rounds of (time of a step here / time of a step there), with its 95 % interval from 10,000 bootstrap samples of the
 rounds. Beside it stands the same ratio for the processor time of the workers, which other programs disturb less.
 
+Then, `--memory` times for each version by turns, a team runs alone, and the ratio of what its largest worker occupies
+at its peak (proportional set size) is shown the same way.
+
 The result goes to benchmarks/results/versions.json.
 """
 
@@ -29,6 +32,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
 
+from benchmarks import memory  # noqa: E402
 from benchmarks.gate import Team  # noqa: E402
 from benchmarks.lockstep import INSTEP, WARM_UP, Contender, machine  # noqa: E402
 
@@ -70,6 +74,24 @@ def measure(sources: dict[str, Path], workers: int, rounds: int, seconds: float)
         return found
 
 
+def occupied(sources: dict[str, Path], workers: int, times: int) -> dict[str, list[float]]:
+    """[times] peaks of the largest worker of each version, MiB, each of a team that runs alone."""
+    found: dict[str, list[float]] = {name: [] for name in sources}
+    order = random.Random(0)
+    for _ in range(times):
+        for name in order.sample(list(sources), len(sources)):
+            contender = Contender(f"{name}, W = {workers}", INSTEP, workers, workers)
+            with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+                team = contender.start(Path(folder, name), WARM_UP + 2 * memory.STEPS + 2, sources[name])
+                try:
+                    team.admit()
+                    team.work(WARM_UP)
+                    found[name].append(memory.measure(team)["pss"])
+                finally:
+                    team.close()
+    return found
+
+
 def _block(team: Team, steps: int) -> Block:
     before = _cpu_s(team)
     stamps = team.work(steps + 1)
@@ -96,6 +118,7 @@ def main() -> None:
     parser.add_argument("commit", help="the other version")
     parser.add_argument("--rounds", type=int, default=40, help="blocks of each version")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long a block lasts, about")
+    parser.add_argument("--memory", type=int, default=5, help="teams of each version whose memory is looked at")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -115,6 +138,12 @@ def main() -> None:
                 }
                 for kind in ("wall_s", "cpu_s")
             }
+            if arguments.memory:
+                mib = occupied(sources, workers, arguments.memory)
+                found[f"{workers} workers"]["memory"] = {
+                    **ratio(mib[HERE], mib[THERE]),
+                    "mib": {name: statistics.median(each) for name, each in mib.items()},
+                }
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     print(json.dumps(found, indent=1))
     RESULT.write_text(
