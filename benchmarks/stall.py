@@ -199,9 +199,10 @@ def going(kind: type, workers: int, interpreter: str) -> Iterator[Any]:
             yield contender
         finally:
             for process in contender.processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                for which in (signal.SIGTERM, signal.SIGKILL):  # torchrun's ranks are in sessions of their own
+                    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                        os.killpg(process.pid, which)
+                        process.wait(30)
 
 
 def until(contender: Any, true: Callable[[], Any]) -> Any:
