@@ -380,7 +380,7 @@ def test_odd_models_train_as_before(oddity: str, tmp_path: Path) -> None:
 def test_a_team_that_does_not_agree_where_its_weights_lie_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def differing(replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str) -> Any:
+    def differing(replica: Replica, reduction: Reduction, worker: int, machine: range, *others: Any) -> Any:
         if worker:
             return Sharded(replica, reduction, worker, machine)
         return Replicated(replica, reduction, worker)

@@ -14,12 +14,16 @@ from instep.worker.replica import Replica
 CHOOSE = "instep.engines.lockstep.choose"
 
 
-def replicated(replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str) -> Replicated:
+def replicated(
+    replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str, why: str | None = None
+) -> Replicated:
     """As `choose`, without the choice."""
     return Replicated(replica, reduction, worker)
 
 
-def sharded(replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str) -> Sharded:
+def sharded(
+    replica: Replica, reduction: Reduction, worker: int, machine: range, shard: str, why: str | None = None
+) -> Sharded:
     """As `choose`, where it must come to this."""
     chosen = choose(replica, reduction, worker, machine)
     assert isinstance(chosen, Sharded)
