@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from instep.errors import killed_by
 from instep.recipe import Team
 from instep.record import checkpoint
+from instep.worker.trial import CopyLost, in_a_copy
 from support import workloads
 from support.harness import train_here
 from support.regression import regression
@@ -67,6 +69,16 @@ def test_artifacts_on_the_way_that_fail_or_kill_themselves_are_warned_of(tmp_pat
     why = [event["why"] for event in run.events if event["kind"] == "warned"]
     assert why == [f"the artifacts of version {n} could not be written: it was {killed_by(-9)}." for n in (1, 2)]
     assert run.result["restarts"] == 0
+
+
+@pytest.mark.pure
+def test_a_process_that_the_system_does_not_copy_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    with pytest.raises(CopyLost, match=r"^the process could not be copied \(.*Cannot allocate memory"):
+        in_a_copy(lambda: None)
 
 
 @pytest.mark.processes

@@ -172,10 +172,13 @@ def in_a_copy(function: Callable[[], Any]) -> Any:
     Raises the InstepError that it raises, and `CopyLost` where the copy gives no answer.
     """
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_main, args=(function, theirs, os.getpid()), daemon=True)
-    process.start()
-    theirs.close()
+    try:
+        ours, theirs = context.Pipe(duplex=False)
+        with theirs:
+            process = context.Process(target=_main, args=(function, theirs, os.getpid()), daemon=True)
+            process.start()
+    except OSError as error:  # no memory, process or descriptor is left for it
+        raise CopyLost(f"the process could not be copied ({described(error)})") from error
     try:
         kind, *content = ours.recv()
     except EOFError:
