@@ -145,6 +145,14 @@ def test_synchronous_with_ranges_that_follow_speed_and_held_equal_are_told_apart
     assert not [doubt for doubt in doubts(found) if "differ in more" in doubt]
 
 
+def test_one_worker_and_two_are_told_apart_by_their_number_alone(tmp_path: Path) -> None:
+    paths = [
+        runs.curve(tmp_path / str(workers), "synchronous", FALLING, team={"workers": workers, "balance": "auto"})
+        for workers in (1, 2)
+    ]
+    assert [group.label for group in found_of(*paths).groups] == ["synchronous, workers 1", "synchronous, workers 2"]
+
+
 def test_runs_with_budgets_of_memory_are_told_apart_by_them(tmp_path: Path) -> None:
     team = {"workers": 2, "device": "cpu", "restarts": 3, "slow": ""}
     paths = [

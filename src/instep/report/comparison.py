@@ -183,7 +183,7 @@ def _labels(runs: Sequence[History]) -> list[str]:
             labels.append(run.rule)
             continue
         keys = dict.fromkeys(key for theirs in alike for key in theirs)
-        fields = [key for key in keys if len({str(theirs.get(key)) for theirs in alike}) > 1]
+        fields = [key for key in keys if _tells_apart(key, alike)]
         if len(fields) > _MOST_FIELDS:  # the table of differences has them
             labels.append(f"{run.rule}, {run.name if 'name' in fields else run.path.name}")
             continue
@@ -198,6 +198,11 @@ def _labels(runs: Sequence[History]) -> list[str]:
         f"{label}, {run.path.name}" if seen[label, run.recipe.get("seed")] > 1 else label
         for label, run in zip(labels, runs, strict=True)
     ]
+
+
+def _tells_apart(key: str, alike: Sequence[Mapping[str, Any]]) -> bool:
+    told = {str(theirs.get(key)) for theirs in alike}
+    return len(told - {"None"} if key == "ranges" else told) > 1  # one worker has no ranges
 
 
 def _told(run: History) -> dict[str, Any]:
