@@ -18,7 +18,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from instep.errors import RecipeError, ResourceError, described, shown
@@ -183,8 +183,8 @@ class MLflow(Tracker):
         self._client.log_batch(self._id, metrics=taken)
 
     def _show(self, version: int, made: MadeOf) -> None:
-        for path in made.files.values():
-            self._client.log_artifact(self._id, str(path), f"version-{version}")
+        for name, path in made.files.items():
+            self._client.log_artifact(self._id, str(path), str(PurePosixPath(f"version-{version}", name).parent))
         if made.text is not None:
             self._client.log_text(self._id, made.text, f"version-{version}/sample.txt")
 
