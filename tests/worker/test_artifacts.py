@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from instep.errors import killed_by
 from instep.recipe import Team
@@ -79,6 +80,15 @@ def test_a_process_that_the_system_does_not_copy_is_told_in_words(monkeypatch: p
     monkeypatch.setattr(os, "fork", refuse)
     with pytest.raises(CopyLost, match=r"^the process could not be copied \(.*Cannot allocate memory"):
         in_a_copy(lambda: None)
+
+
+@pytest.mark.processes
+def test_a_copy_of_a_process_may_start_others() -> None:
+    def counted() -> int:
+        rows = DataLoader(TensorDataset(torch.zeros(8, 1)), batch_size=4, num_workers=1)
+        return sum(len(points) for (points,) in rows)
+
+    assert in_a_copy(counted) == 8
 
 
 @pytest.mark.processes

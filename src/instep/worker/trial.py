@@ -175,7 +175,8 @@ def in_a_copy(function: Callable[[], Any]) -> Any:
     try:
         ours, theirs = context.Pipe(duplex=False)
         with theirs:
-            process = context.Process(target=_main, args=(function, theirs, os.getpid()), daemon=True)
+            # No daemon: these may have no children, and what the user's code does there may take some.
+            process = context.Process(target=_main, args=(function, theirs, os.getpid()))
             process.start()
     except OSError as error:  # no memory, process or descriptor is left for it
         raise CopyLost(f"the process could not be copied ({described(error)})") from error
@@ -185,6 +186,9 @@ def in_a_copy(function: Callable[[], Any]) -> Any:
         process.join()
         status = process.exitcode or 0
         raise CopyLost(f"it was {killed_by(status)}" if status < 0 else f"it ended with exit status {status}") from None
+    except BaseException:
+        process.kill()
+        raise
     finally:
         ours.close()
     process.join()
