@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,14 @@ def test_a_copy_of_a_process_may_start_others() -> None:
         return sum(len(points) for (points,) in rows)
 
     assert in_a_copy(counted) == 8
+
+
+@pytest.mark.processes
+def test_a_copy_of_a_process_that_does_not_end_is_given_up() -> None:
+    began = time.monotonic()
+    with pytest.raises(CopyLost, match=r"^it did not end within 0.2 s$"):
+        in_a_copy(lambda: time.sleep(3600), within_s=0.2)
+    assert time.monotonic() - began < 600
 
 
 @pytest.mark.processes

@@ -355,7 +355,8 @@ class Session:
         if not self.leads or not makes_any(self.replica):
             return
         began_s, self.replica.doing = self.clock(), f"writing the artifacts of version {version}"
-        made = make_aside(self.replica, RunFolder(self.assignment.folder), version)
+        within_s = self.assignment.team.stall_timeout_s / 2  # after twice that the worker would count as stuck
+        made = make_aside(self.replica, RunFolder(self.assignment.folder), version, within_s)
         self.heartbeat.advance()
         for why in made.problems:
             self.emit(WarnedEvent(why=why, version=version))

@@ -60,13 +60,16 @@ def make(replica: Replica, run: RunFolder) -> ArtifactsMade:
         return _made(replica, replica.module, replica.written.kept, run, run.artifacts)
 
 
-def make_aside(replica: Replica, run: RunFolder, version: int) -> ArtifactsMade:
-    """The same during a run, of the weights of `version`, with no trace in it: whatever they do, they do to copies."""
+def make_aside(replica: Replica, run: RunFolder, version: int, within_s: float) -> ArtifactsMade:
+    """The same during a run, of the weights of `version`, with no trace in it: whatever they do, they do to copies.
+
+    On a CPU they may take so many seconds, or are given up.
+    """
     folder = run.artifacts_at(version)
     shutil.rmtree(folder, ignore_errors=True)  # of a version that is reached again
     if replica.device.type == "cpu":
         try:
-            found: ArtifactsMade = in_a_copy(lambda: _made_in_a_copy(replica, run, folder))
+            found: ArtifactsMade = in_a_copy(lambda: _made_in_a_copy(replica, run, folder), within_s)
             return found
         except CopyLost as lost:
             return ArtifactsMade(problems=[f"the artifacts of version {version} could not be written: {lost.why}."])

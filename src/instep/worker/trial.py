@@ -166,10 +166,10 @@ def _there_and_back(
     return again
 
 
-def in_a_copy(function: Callable[[], Any]) -> Any:
+def in_a_copy(function: Callable[[], Any], within_s: float | None = None) -> Any:
     """What `function` gives in a copy of this process, which ends with it. The copy has one thread, and no GPU.
 
-    Raises the InstepError that it raises, and `CopyLost` where the copy gives no answer.
+    Raises the InstepError that it raises, and `CopyLost` where the copy gives no answer, or none in so many seconds.
     """
     context = multiprocessing.get_context("fork")
     try:
@@ -181,6 +181,8 @@ def in_a_copy(function: Callable[[], Any]) -> Any:
     except OSError as error:  # no memory, process or descriptor is left for it
         raise CopyLost(f"the process could not be copied ({described(error)})") from error
     try:
+        if not ours.poll(within_s):
+            raise CopyLost(f"it did not end within {within_s:g} s")
         kind, *content = ours.recv()
     except EOFError:
         process.join()
@@ -188,6 +190,7 @@ def in_a_copy(function: Callable[[], Any]) -> Any:
         raise CopyLost(f"it was {killed_by(status)}" if status < 0 else f"it ended with exit status {status}") from None
     except BaseException:
         process.kill()
+        process.join()
         raise
     finally:
         ours.close()
