@@ -34,7 +34,7 @@ class PlacesHeld:
         return int(self._board.successors[worker]) == self._board.held_by(self._session.number).get(worker)
 
     def hand_over(self, worker: int, state: Handed) -> None:
-        incarnation = self._board.held_by(self._session.number)[worker]
+        incarnation = int(self._board.successors[worker])  # who is ready, though another may follow that one by now
         self._session.send_events()
         self._session.pipe.send(HandedOver(worker, incarnation, pickle.dumps(state)))
         self._given[worker] = incarnation
