@@ -40,7 +40,7 @@ class Journal:
         self.started = False
         """Whether a team of this process has: what is told before waits for it, or is not written."""
         self.merged = 0
-        """The last update that was told of."""
+        """The last update that was told of, since the last start of the team."""
         self.wire_bytes: Callable[[], Sequence[BytesOfHost] | UnsetType] = lambda: UNSET
         """What the hosts have exchanged by now, where there are several agents."""
         self.note: Callable[[Event], None] = lambda event: None
@@ -87,7 +87,8 @@ class Journal:
         self._pass_on(self.retold.without(happened))
 
     def _pass_on(self, happened: Sequence[Event]) -> None:
-        self.merged = next((e.version for e in reversed(happened) if isinstance(e, MergedEvent)), self.merged)
+        versions = (e.version for e in reversed(happened) if isinstance(e, MergedEvent | RunStartedEvent))
+        self.merged = next(versions, self.merged)
         events = [plain(self._counted(event)) for event in happened]
         self._early += events
         for event in events:
