@@ -222,6 +222,9 @@ def _leave(
         engine.between.lead(lambda: left.update(session.leave()))
     if engine.between.others_can_lead:
         engine.between.meet()
+    holds = list(engine.between.holds)
+    if 0 in holds and not (interrupted or left):  # it had met all, and died before it told
+        left.update(session.leave())
     session.tell_gpu_memory()
     session.send_events()
     costs = Costs(
@@ -231,7 +234,7 @@ def _leave(
     )
     left |= engine.told_of_audits()
     ended = Ended(asdict(progress), digest, interrupted, left, costs, session.heartbeat.generation)
-    for each in engine.between.holds:
+    for each in holds:
         session.pipe.send(EndedFor(each, ended))
     session.pipe.send(ended)
 
