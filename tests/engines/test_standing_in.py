@@ -202,7 +202,7 @@ def test_who_stands_in_for_another_may_die_of_it_and_so_may_a_successor(
 ) -> None:
     standing_in = before(StandIn, "_facts", 0)
     building = before_a_successor_is_ready(1)
-    hooks = all_of(MOMENTS["before it computes"](1), standing_in, building)
+    hooks = all_of(MOMENTS["before it computes"](1), standing_in, building, waiting_for_successors)
     outcome = run(gpt(), 3, tmp_path / "it", hooks, restarts=3)
     assert outcome.digest == undisturbed(gpt()).digest
     assert [event["version"] for event in told(outcome, "run_started")] == [0]
