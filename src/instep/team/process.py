@@ -253,7 +253,7 @@ class _Keeper:
     def after_step(self, progress: Progress, last: bool) -> None:
         """After an update; `last`: the run ends with it."""
         if self.milestones.shows(progress.version - 1, progress.version):  # first: a restart makes them again
-            self._session.show(progress.version)
+            self._session.show(progress.version, for_leader=0 in self._engine.between.holds)
         keep = partial(self._keep, last)
         agree = self._engine.between.agree
         self.milestones.reached(progress, progress.version - 1, lambda: agree(self.evaluate()), keep)

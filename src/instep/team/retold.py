@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msgspec import UNSET
 
-from instep.record.event_kinds import RangesMovedEvent
+from instep.record.event_kinds import RangesMovedEvent, SampledEvent
 from instep.record.events import (
     CheckpointedEvent,
     ChecksummedEvent,
@@ -17,7 +17,7 @@ from instep.record.events import (
     WarnedEvent,
 )
 
-_ONCE = MergedEvent | EvaluatedEvent | CheckpointedEvent | ChecksummedEvent | RangesMovedEvent
+_ONCE = MergedEvent | EvaluatedEvent | CheckpointedEvent | ChecksummedEvent | RangesMovedEvent | SampledEvent
 """Of each kind there is one for a version at most, and versions rise, from one start of the team to the next."""
 
 _WARNINGS = 1000

@@ -349,10 +349,12 @@ class Session:
         artifacts = None if self.recipe.artifacts is None else {"files": made.files, "figures": made.figures}
         return {"sample": made.sample, "artifacts": artifacts}
 
-    def show(self, version: int) -> None:
-        """Has artifacts and a sample made of the present weights, by the process that speaks for all."""
+    def show(self, version: int, *, for_leader: bool = False) -> None:
+        """Has artifacts and a sample made of the present weights, by the process that speaks for all, or in its place
+        (`for_leader`).
+        """
         assert self.replica is not None
-        if not self.leads or not makes_any(self.replica):
+        if not (self.leads or for_leader) or not makes_any(self.replica):
             return
         began_s, self.replica.doing = self.clock(), f"writing the artifacts of version {version}"
         within_s = self.assignment.team.stall_timeout_s / 2  # after twice that the worker would count as stuck
