@@ -9,6 +9,7 @@ from typing import Any
 
 from instep.bounds import Bounds
 from instep.errors import DataError, InstepError, ResourceError
+from instep.team.generations import NEVER
 from instep.team.hosts_there import HostsThere
 from instep.team.messages import (
     Digest,
@@ -426,7 +427,10 @@ class World:
         self.tell(Lost(member, why, "last words"))
 
     def raises(self, member: Member, error: InstepError | None = None) -> None:
-        self.stage[member] = "done"
+        comes_late = member in self.holders or self.roster._places[member.number].joins == NEVER
+        self.stage[member] = "lost" if comes_late else "done"
+        if comes_late and not self.server_told:
+            self.losses.append(member)
         self.says(member, Failed.of(error or DataError("no sample")))
 
     def writes(self, member: Member, names: tuple[str, ...]) -> None:

@@ -177,6 +177,17 @@ def test_a_worker_in_lockstep_that_is_lost_is_stood_in_for_until_its_successor_h
     assert world.orders[-1] == Replace(member(1), member(1, 1), "worker 1 was killed.", {member(1, 1): member(0, 1)})
 
 
+def test_a_successor_that_raises_before_it_has_its_place_is_lost_as_one_that_dies() -> None:
+    """The others train on: what it met with as it was built need not be theirs."""
+    world = working(3, restarts=2, stands_in=True)
+    world.lose(member(1), "worker 1 was killed.")
+    world.raises(member(1, 1), DataError("cannot read points.bin."))
+    assert world.orders[-1] == Replace(member(1, 1), member(1, 2), "cannot read points.bin.", {member(1, 2): member(0)})
+    assert world.final is None
+    world.raises(member(1, 2), DataError("cannot read points.bin."))
+    assert isinstance(world.final, FailRun), "each of them counts"
+
+
 def test_who_stands_in_and_dies_leaves_all_its_places_to_the_others_evenly() -> None:
     world = working(4, restarts=3, stands_in=True)
     world.lose(member(3))

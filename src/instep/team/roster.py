@@ -154,6 +154,8 @@ class Roster(InStep):
                 return self._cannot_stand_in(message)
             case NotRegrouped():
                 return self._cannot_regroup(message)
+            case messages.Failed() if place.holder is not None or place.joins == generations.NEVER:
+                return self._lost(orders.Lost(place.member, message.sentence, message.detail), place)  # not yet in step
             case messages.Failed():
                 return self._undo(message.sentence) or self._failed(message.error(), place)
             case messages.StoppedAt():
