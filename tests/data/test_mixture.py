@@ -119,13 +119,14 @@ def test_samples_are_those_of_the_data_sets_however_they_are_asked_for() -> None
 
 
 @pytest.mark.pure
-def test_the_digest_covers_each_data_set() -> None:
-    def known(*sets: Any) -> str:
-        return digest(Data(Mixture(sets, [1] * len(sets))))
+def test_the_digest_covers_each_data_set_and_its_weight() -> None:
+    def known(*sets: Any, first: float = 1) -> str:
+        return digest(Data(Mixture(sets, [first, *[1] * (len(sets) - 1)])))
 
     texts = [Numbers(30), Numbers(40, 100)]
     assert known(*texts) == known(Numbers(30), Numbers(40, 100))
     assert len({known(*texts), known(*texts[::-1]), known(Numbers(30), Numbers(40, 101)), known(*texts, texts[0])}) == 4
+    assert known(*texts, first=2) != known(*texts)
 
 
 @pytest.mark.pure

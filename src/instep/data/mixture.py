@@ -56,8 +56,11 @@ class Mixture(Dataset[Any]):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the digests of the data sets, or of their fingerprints."""
-        return hashlib.sha256("\n".join(map(fingerprint, self.sets)).encode()).hexdigest()
+        """SHA-256, in hexadecimal, of the lengths, weights and digests of the data sets, or of their fingerprints."""
+        each = zip(self.lengths, self.weights, map(fingerprint, self.sets), strict=True)
+        return hashlib.sha256(
+            "\n".join(f"{length} {weight} {known}" for length, weight, known in each).encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         return self._ends[-1]
