@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from instep import Recipe, Team
-from instep.data import digest
+from instep.data import digest, files
 from instep.data.files import PIECE_BYTES, PIECES, ReadAt, found
 from instep.data.token_files import TokenFile, TokenWindows, token_files
 from instep.errors import DataError, RecipeError
@@ -111,6 +111,24 @@ def test_what_is_held_out_is_no_part_of_the_training_data(tmp_path: Path) -> Non
     raw(tmp_path / "val.bin", np.arange(2000, 2101))
     other = token_files(pattern, 10, str(tmp_path / "val.bin"))
     assert (len(other.train), len(other.held_out or ())) == (100, 10)
+    both = token_files(str(tmp_path / "*.bin"), 10, str(tmp_path / "val*"))
+    assert (len(both.train), len(both.held_out or ())) == (100, 10)
+    with pytest.raises(DataError, match="all files of tokens are held out"):
+        token_files(pattern, 10, pattern)
+
+
+@pytest.mark.pure
+def test_of_more_files_than_a_process_keeps_open_all_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_OPEN", 2)
+    monkeypatch.setattr(files, "_open", set())
+    for number in range(5):
+        raw(tmp_path / f"{number}.bin", np.arange(100 * number, 100 * number + 11))
+    windows = TokenWindows([TokenFile(path) for path in found(str(tmp_path / "*.bin"))], 10)
+    for _ in range(2):
+        assert [int(windows[index][0]) for index in range(5)] == [0, 100, 200, 300, 400]
+    assert len(files._open) == 2
+    del windows
+    assert files._open == set()
 
 
 @pytest.mark.pure

@@ -16,6 +16,11 @@ from instep.randomness import key
 PIECES, PIECE_BYTES = 256, 4096
 """What of a file its digest covers."""
 
+MOST_OPEN = 128
+"""Files that a process keeps open; it opens any further one each time that it reads there."""
+
+_open: set[int] = set()
+
 
 def found(pattern: str | Sequence[str]) -> list[Path]:
     """The files that a glob names, or several do (``**`` for any folders), each once, in order of their paths, in which
@@ -35,7 +40,8 @@ def _by_numbers(path: Path) -> list[tuple[int, int, str]]:
 
 
 class ReadAt:
-    """A file that is read at any place. It is opened when it is first read, in each process anew, and pickled by path.
+    """A file that is read at any place. It is opened when it is first read, in each process anew, and pickled by path;
+    of very many files only some stay open. Several threads may read it.
 
     Its size and time of change are those of when it was made: another file in its place is an error. (A copy of it that
     was pickled knows the size alone, since it may be read on another machine.) Nothing is mapped, so that a process
@@ -43,7 +49,7 @@ class ReadAt:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._descriptor = path, -1
+        self.path = path
         try:
             status = os.stat(path)
         except OSError as error:
@@ -53,11 +59,15 @@ class ReadAt:
     def read(self, start: int, count: int) -> bytes:
         """So many bytes from byte `start` on, all of them."""
         try:
-            if self._descriptor < 0:
-                self._open()
-            read = os.pread(self._descriptor, count, start)
-            while len(read) < count and (more := os.pread(self._descriptor, count - len(read), start + len(read))):
-                read += more
+            descriptor = self.__dict__.get("_descriptor")
+            if descriptor is not None:
+                read = _read_at(descriptor, start, count)
+            else:
+                opened = self._opened()
+                try:
+                    read = _read_at(opened, start, count)
+                finally:
+                    self._keep(opened)
         except OSError as error:
             raise unreadable(self.path, error) from None
         if len(read) < count:
@@ -82,7 +92,7 @@ class ReadAt:
             sha.update(self.read(start, PIECE_BYTES))
         return sha.hexdigest()
 
-    def _open(self) -> None:
+    def _opened(self) -> int:
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(descriptor)
         if status.st_size != self.size or self._changed_ns not in (0, status.st_mtime_ns):
@@ -90,14 +100,31 @@ class ReadAt:
             raise DataError(
                 f"{self.path} has changed since the run began; put the file back as it was, or begin a new run."
             )
-        self._descriptor = descriptor
+        return descriptor
+
+    def _keep(self, opened: int) -> None:
+        """For the next reading, unless another thread has kept one meanwhile or there are too many."""
+        if len(_open) < MOST_OPEN and self.__dict__.setdefault("_descriptor", opened) == opened:
+            _open.add(opened)
+        else:
+            os.close(opened)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": -1, "_changed_ns": 0}
+        state = {**self.__dict__, "_changed_ns": 0}
+        state.pop("_descriptor", None)
+        return state
 
     def __del__(self) -> None:
-        if getattr(self, "_descriptor", -1) >= 0:
-            os.close(self._descriptor)
+        if (descriptor := self.__dict__.get("_descriptor")) is not None:
+            _open.discard(descriptor)
+            os.close(descriptor)
+
+
+def _read_at(descriptor: int, start: int, count: int) -> bytes:
+    read = os.pread(descriptor, count, start)
+    while len(read) < count and (more := os.pread(descriptor, count - len(read), start + len(read))):
+        read += more
+    return read
 
 
 def unreadable(path: Path, error: OSError) -> DataError:

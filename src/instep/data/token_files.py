@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import os
 import struct
 from collections.abc import Sequence
 from functools import cached_property
@@ -157,15 +158,21 @@ def token_files(
 ) -> Data:
     """Token files in windows: those that `pattern` names, one glob or several, see `TokenFile` and `TokenWindows`.
 
-    held_out: a share of the windows, the last ones; or a pattern of the files that are held out. Raises DataError where
-    a file is none, is cut, or there are too few tokens, RecipeError for a bad share.
+    held_out: a share of the windows, the last ones; or a pattern of the files that are held out, which are no part of
+    the training data even if `pattern` names them. Raises DataError where a file is none, is cut, or there are too few
+    tokens, RecipeError for a bad share.
     """
     if not isinstance(held_out, str) and not 0 < held_out < 1:
         raise RecipeError(f"'held_out' is {held_out}; it is a share of the windows, above 0 and below 1, or a pattern.")
-    files = [TokenFile(path, dtype) for path in found(pattern)]
+    held = found(held_out) if isinstance(held_out, str) else []
+    left_out = set(map(os.path.realpath, held))
+    paths = [path for path in found(pattern) if os.path.realpath(path) not in left_out]
+    if not paths:
+        raise DataError("all files of tokens are held out; give some that are not, or 'held_out' as a share.")
+    files = [TokenFile(path, dtype) for path in paths]
     every = TokenWindows(files, context, vocabulary=vocabulary, full_digest=full_digest)
     if isinstance(held_out, str):
-        train, others = every, [TokenFile(path, dtype) for path in found(held_out)]
+        train, others = every, [TokenFile(path, dtype) for path in held]
         rest = TokenWindows(others, context, mixed=True, vocabulary=vocabulary, full_digest=full_digest)
     else:
         cut = len(every) - max(1, int(len(every) * held_out))
