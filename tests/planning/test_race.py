@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from instep.planning.checkpoints import interval_s, lost_share
-from instep.planning.found import ToTarget, Way, choose, pareto
+from instep.planning.found import Planned, PlanWork, ToTarget, Way, choose, pareto
+from instep.planning.planning import command
 from instep.planning.race import CurvePoint, Entrant, Outcome, SoFar, race, reached_at, slower_by_timing, steps_to
 
 pytestmark = pytest.mark.pure
@@ -167,6 +168,27 @@ def test_the_pick_is_the_cheapest_over_the_seeds_that_all_have_and_undecided_whe
     assert choose([third, one, other], "time")[1] == (other,)
     assert choose([], "time") == (None, ())
     assert choose([of("a", s0=1.0), of("b", s1=1.0)], "time")[0] is None
+
+
+@pytest.mark.parametrize(
+    ("reached", "told"),
+    [
+        ({"s0": 1.0, "s1": 3.0, "s2": 2.0}, "2.0 s (1.0 s to 3.0 s over 3 seeds)"),
+        ({"s0": 1.0, "s2": 3.0}, "2.0 s (1.0 s to 3.0 s over 2 of 3 seeds)"),
+        ({"s0": 1.0}, "1.0 s (with 1 of 3 seeds)"),
+    ],
+)
+def test_the_verdict_tells_how_many_seeds_reached_the_target(reached: dict[str, float], told: str) -> None:
+    way = of("one", **reached)
+    found = Planned(
+        "tiny", "", {}, 1.0, "time", (0, 1, 2), (way,), way, (), (way,), None, "", PlanWork(9, 9, 9, 1, 1.0)
+    )
+    assert told in found.verdict
+
+
+def test_the_command_gives_the_recipe_as_the_plan_had_it() -> None:
+    found = command(["my recipes/a.toml", "--recipe.steps=60"], of("diloco:2,outer_lr=0.5"), None)
+    assert found == "instep train 'my recipes/a.toml' --recipe.steps=60 --rule diloco:2,outer_lr=0.5 --workers 1"
 
 
 @pytest.mark.parametrize(("checkpoint_s", "mean_s"), [(1.0, 3600.0), (5.0, 600.0), (0.1, 86400.0)])

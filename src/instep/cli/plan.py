@@ -104,7 +104,8 @@ def _plan(
     with interrupting(), _Progress() as progress:
         found = plan(
             recipe, described, target=target, by=by, rules=chosen, workers=_counts(workers, described.workers),
-            seeds=seeds_of(seeds, recipe.seed) if seeds else (), budget=share, given=given, monitors=[progress],
+            seeds=seeds_of(seeds, recipe.seed) if seeds else (), budget=share,
+            given=[given, *(f"--{name}={text}" for name, text in settings)], monitors=[progress],
             import_paths=import_paths(given),
         )  # fmt: skip
     if as_json:

@@ -93,9 +93,10 @@ class _Computing:
         other: By = "bytes" if asked.by == "time" else "time"
         spent += self._race(known, other, allowed - spent).spent
         self._note(known, first)
-        finalists = self._finalists(outcome, places)
-        spent += self._other_seeds(finalists, whole - spent)
+        finalists = self._finalists()
         rivals = [places[outcome.ranking.index(each)] for each in outcome.rivals]
+        rivals = self._unsettled(rivals, finalists, first)
+        spent += self._other_seeds(finalists, whole - spent)
         return Computation(
             self._ways, outcome, finalists, rivals, spent, whole, everything, self._timed, self._checkpoint_s(),
             time.process_time() - self._began_s,
@@ -203,16 +204,30 @@ class _Computing:
         objective = next(point.objective for point in points if point.step == step)
         return ToTarget(seed, step, found.seconds(step), found.bytes(step), objective)
 
-    def _finalists(self, outcome: Outcome, places: Sequence[int]) -> list[int]:
-        """Who reached the target at about the least cost."""
-        if outcome.best is None or outcome.best.cost is None:
-            return []
-        costs = []
-        for place in places:
-            cost = self._ways[place].over_seeds("seconds" if self._asked.by == "time" else "bytes")
-            if cost is not None and cost.mean <= _NEAR * outcome.best.cost:
-                costs.append((cost.mean, place))
-        return [place for _, place in sorted(costs)[:_FINALISTS]]
+    def _cost(self, place: int) -> float:
+        """What a way has taken to the target; infinite if it was not seen to reach it."""
+        cost = self._ways[place].over_seeds("seconds" if self._asked.by == "time" else "bytes")
+        return math.inf if cost is None else cost.mean
+
+    def _finalists(self) -> list[int]:
+        """Who reached the target at about the least cost, in either race."""
+        costs = sorted((self._cost(place), place) for place, way in enumerate(self._ways) if way.reached)
+        return [place for cost, place in costs if cost <= _NEAR * costs[0][0]][:_FINALISTS]
+
+    def _unsettled(self, rivals: Sequence[int], finalists: Sequence[int], seed: int) -> list[int]:
+        """Those of the race that may be the best even after the race for the other cost."""
+        least, found = min(map(self._cost, finalists), default=math.inf), list[int]()
+        for place in rivals:
+            way, course = self._ways[place], self._courses.get((seed, self._curve(place)))
+            if way.reached:
+                continue
+            if course is not None and course.ended:
+                way.state = "never"
+            elif finalists and way.predicted is not None and way.predicted >= least:
+                way.state = "behind"
+            else:
+                found.append(place)
+        return found
 
     def _other_seeds(self, finalists: Sequence[int], budget: int) -> int:
         """Computes them with the other seeds as far as the budget goes; how much of it was used."""

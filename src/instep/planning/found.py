@@ -139,8 +139,11 @@ class Planned:
 
     def _cost(self, cost: Range) -> str:
         show = duration if self.by == "time" else lambda value: nbytes(round(value))
-        between = f" ({show(cost.low)} to {show(cost.high)} over {len(self.seeds)} seeds)"
-        return show(cost.mean) + (between if len(self.seeds) > 1 else "")
+        assert self.pick is not None
+        reached, asked = len(self.pick.reached), len(self.seeds)
+        seeds = f"{asked} seeds" if reached == asked else f"{reached} of {asked} seeds"
+        between = f"{show(cost.low)} to {show(cost.high)} over {seeds}" if reached > 1 else f"with {seeds}"
+        return show(cost.mean) + (f" ({between})" if asked > 1 else "")
 
     def document(self) -> dict[str, Any]:
         """What ``instep plan --json`` prints, see docs/plan.md."""

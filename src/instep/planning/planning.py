@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 
 from instep.api import folders_of, monitors_of
@@ -38,7 +39,7 @@ def plan(
     workers: Sequence[int] = (),
     seeds: Sequence[int] = (),
     budget: float = SHARE,
-    given: str = "",
+    given: Sequence[str] = (),
     monitors: Iterable[Monitor] = (),
     import_paths: Sequence[str | os.PathLike[str]] = (),
 ) -> Planned:
@@ -47,7 +48,8 @@ def plan(
 
     rules, workers: that are considered; () for the usual ones. seeds: the first one decides who is computed further,
     the others tell how far chance goes; () for the recipe's own and the two after it. budget: the work, as a share of
-    that of trying all. given: the recipe's name or file, for the command. Raises InstepError.
+    that of trying all. given: what names the recipe in the command, its name or file and flags; () for its name alone.
+    Raises InstepError.
     """
     if not math.isfinite(target):
         raise RecipeError(f"'target' is {target}; it must be a finite number, the held-out objective to reach.")
@@ -72,7 +74,7 @@ def plan(
     return Planned(
         recipe=recipe.name, fingerprint=recipe.fingerprint(), cluster=to_table(cluster), target=target, by=by,
         seeds=seeds, ways=tuple(found.ways), pick=pick, undecided=undecided, pareto=pareto(found.ways, by),
-        checkpoints=checkpoints, command="" if pick is None else command(given or recipe.name, pick, checkpoints),
+        checkpoints=checkpoints, command="" if pick is None else command(given or [recipe.name], pick, checkpoints),
         work=PlanWork(found.all, found.allowed, found.spent, found.timed, round(found.cpu_s, 3)),
     )  # fmt: skip
 
@@ -95,9 +97,9 @@ def checkpoints_for(recipe: Recipe, cluster: Description, way: Way, checkpoint_s
     return Checkpoints(steps, steps * step_s, checkpoint_s, mean_s, why)
 
 
-def command(given: str, way: Way, checkpoints: Checkpoints | None) -> str:
+def command(given: Sequence[str], way: Way, checkpoints: Checkpoints | None) -> str:
     """What starts the run."""
-    words = ["instep train", given, "--rule", way.rule, "--workers", str(way.workers)]
+    words = ["instep", "train", *given, "--rule", way.rule, "--workers", str(way.workers)]
     if checkpoints is not None and checkpoints.every_steps is not None:
         words += ["--team.checkpoint_every", str(checkpoints.every_steps)]
-    return " ".join(words)
+    return shlex.join(words)
