@@ -22,6 +22,7 @@ from instep.data.mixture import MixedCursor, Mixture, cursor_over
 from instep.data.order import BLOCK, take
 from instep.errors import DataError
 from instep.randomness import key
+from instep.worker import sample_reader
 from support.harness import train_here
 
 
@@ -116,6 +117,22 @@ def test_samples_are_those_of_the_data_sets_however_they_are_asked_for() -> None
     for index in (-1, 8):
         with pytest.raises(IndexError, match="0 to 7"):
             mixed[index]
+
+
+@pytest.mark.pure
+def test_a_sample_that_the_system_refuses_once_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = [OSError("stale file handle")]
+
+    class Refused(Numbers):
+        def __getitem__(self, index: int) -> Tensor:
+            if refused:
+                raise refused.pop()
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(sample_reader, "RETRY_S", 0.0)
+    reader = sample_reader.SampleReader(None, retries=1)
+    assert torch.equal(reader.read(Mixture([Refused(3)], [1]), [2], 0), Numbers(3)[2][None])
+    assert "stale file handle" in reader.doubts()[0]
 
 
 @pytest.mark.pure

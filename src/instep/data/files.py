@@ -69,7 +69,7 @@ class ReadAt:
                 finally:
                     self._keep(opened)
         except OSError as error:
-            raise unreadable(self.path, error) from None
+            raise unreadable(self.path, error) from error
         if len(read) < count:
             raise DataError(
                 f"{self.path} ends after {start + len(read):,} bytes, and had {self.size:,} when the run began; put "

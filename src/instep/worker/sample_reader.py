@@ -33,12 +33,19 @@ class SampleReader:
             try:
                 return load(samples, indices, self._collate)
             except (DataError, OSError) as error:
-                if not isinstance(error.__cause__ or error, OSError) or tries == self._retries:
+                if not isinstance(why := _first_cause(error), OSError) or tries == self._retries:
                     raise
-                self._read_again.add(str(error.__cause__ or error))
+                self._read_again.add(str(why))
                 time.sleep(RETRY_S * 2**tries)
         raise AssertionError("the last try returns or raises")
 
     def doubts(self) -> list[str]:
         """Sentences on what was read again."""
         return [f"samples were read again, after an error of the system: {why}." for why in sorted(self._read_again)]
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Of an error, which data sets of data sets have wrapped in several others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
