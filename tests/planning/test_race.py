@@ -129,6 +129,15 @@ def test_a_budget_that_nothing_reaches_the_target_in_is_undecided_between_those_
     assert {rival.entrant.label for rival in found.rivals} == {"0", "1"}
 
 
+def test_what_another_race_has_computed_costs_nothing() -> None:
+    known = Known([(1.0, (4.0, 1.0, 0.0, 0, 2)), (1.0, (4.0, 1.01, 0.0, 0, 2))])
+    first = known.race(12)
+    again = race(known.entrants, known.compute, target=TARGET, steps=STEPS, budget=0, known=dict(known.asked))
+    assert again.spent == 0
+    assert [each.predicted for each in again.ranking] == [each.predicted for each in first.ranking]
+    assert all(each.predicted and each.predicted > 12 for each in again.ranking)
+
+
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=12), st.floats(0, 10))
 def test_the_steps_to_a_level_are_those_that_a_search_point_by_point_finds(values: list[float], level: float) -> None:
     points = [CurvePoint(3 * place + 3, value) for place, value in enumerate(values)]

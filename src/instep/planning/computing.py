@@ -159,6 +159,7 @@ class _Computing:
         return race(
             entrants, lambda curve, step: self._computed(at[curve], curve, self._asked.seeds[0], step),
             target=self._asked.target, steps=steps, budget=max(0, budget),
+            known={curve: course.step for (_, curve), course in self._courses.items()},
         )  # fmt: skip
 
     def _computed(self, place: int, curve: str, seed: int, step: int) -> SoFar:

@@ -10,7 +10,7 @@ another one has reached the target, and ways whose updates are the same, bit for
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -102,9 +102,19 @@ Compute = Callable[[str, int], SoFar]
 """Computes a curve on to its first point at or after a step, or to its end."""
 
 
-def race(entrants: Sequence[Entrant], compute: Compute, *, target: float, steps: int, budget: int) -> Outcome:
-    """compute: is asked for no more than `budget` steps in all."""
-    return _Race(entrants, compute, target, steps, budget).run()
+def race(
+    entrants: Sequence[Entrant],
+    compute: Compute,
+    *,
+    target: float,
+    steps: int,
+    budget: int,
+    known: Mapping[str, int] | None = None,
+) -> Outcome:
+    """compute: is asked for no more than `budget` steps in all, beside those that are known. known: by curve, how far
+    it is computed already, which costs nothing.
+    """
+    return _Race(entrants, compute, target, steps, budget, known or {}).run()
 
 
 def slower_by_timing(entrants: Sequence[Entrant], steps: int) -> set[int]:
@@ -209,8 +219,11 @@ def _slope(at: Sequence[float], values: Sequence[float]) -> float:
 
 
 class _Race:
-    def __init__(self, entrants: Sequence[Entrant], compute: Compute, target: float, steps: int, budget: int):
-        self._compute, self._target, self._steps, self._budget = compute, target, steps, budget
+    def __init__(
+        self, entrants: Sequence[Entrant], compute: Compute, target: float, steps: int, budget: int,
+        known: Mapping[str, int],
+    ):  # fmt: skip
+        self._compute, self._target, self._steps, self._budget, self._known = compute, target, steps, budget, known
         self._ranking = [Ranked(entrant) for entrant in entrants]
         self._curves: dict[str, SoFar] = {}
         self._spent = 0
@@ -271,7 +284,10 @@ class _Race:
 
     def _affords(self, ranked: Ranked) -> bool:
         """Whether the work suffices for its next point, if it has one."""
-        left = self._steps - self._step_of(ranked)
+        step = self._step_of(ranked)
+        if step < self._known.get(ranked.entrant.curve, 0):
+            return True
+        left = self._steps - step
         return self._spent + min(ranked.entrant.every, left) <= self._budget
 
     def _step_of(self, ranked: Ranked) -> int:
