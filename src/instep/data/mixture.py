@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from instep.data import Collate, Data, MapStyle, as_data, fingerprint, makes_data
 from instep.data.cursor import Cursor, fetch
-from instep.data.order import BLOCK, OrderKind, keys, permuted, take
+from instep.data.order import BLOCK, KEPT, OrderKind, keys, permuted, take
 from instep.errors import DataError
 from instep.randomness import key
 
@@ -157,7 +157,7 @@ class MixedCursor(Cursor):
         return whole[span.start - first * BLOCK : span.stop - first * BLOCK]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=KEPT)
 def _block(lengths: tuple[int, ...], weights: tuple[int, ...], seed: int, order: OrderKind, block: int) -> Tensor:
     """Which samples are drawn in a block of places ([BLOCK], int64)."""
     begun, ended = (_drawn(weights, each * BLOCK) for each in (block, block + 1))

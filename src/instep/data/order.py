@@ -19,6 +19,9 @@ Keys = tuple[tuple[np.uint64, np.uint64], ...]
 BLOCK = 4096
 """Places of an epoch whose samples are computed together."""
 
+KEPT = 64
+"""Blocks that are kept, of 32 KiB each."""
+
 _ROUNDS = 8
 """With fewer, some orders of 5 samples come more often than others."""
 
@@ -28,7 +31,7 @@ def take(kind: OrderKind, samples: int, seed: int, epoch: int, places: range) ->
     once.
 
     "permutation" holds the epoch, 8 bytes a sample, drawn by `torch.randperm`; "keyed" computes each place, and holds
-    a few blocks.
+    some blocks.
     """
     if kind == "permutation":
         return _permutation(samples, seed, epoch)[places.start : places.stop]
@@ -46,7 +49,7 @@ def _permutation(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=generator)
 
 
-@lru_cache(maxsize=4)  # of a step, and of the next one, which is loaded ahead
+@lru_cache(maxsize=KEPT)  # of a step, and of the next one, which is loaded ahead; in a simulation of all workers' steps
 def _block(samples: int, seed: int, epoch: int, block: int) -> Tensor:
     places = np.arange(block * BLOCK, min((block + 1) * BLOCK, samples))
     return torch.from_numpy(permuted(places, samples, keys(seed, epoch, "order")))
