@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +59,13 @@ class ReadAt:
 
     def read(self, start: int, count: int) -> bytes:
         """So many bytes from byte `start` on, all of them."""
-        try:
-            descriptor = self.__dict__.get("_descriptor")
-            if descriptor is not None:
-                read = _read_at(descriptor, start, count)
-            else:
-                opened = self._opened()
-                try:
-                    read = _read_at(opened, start, count)
-                finally:
-                    self._keep(opened)
-        except OSError as error:
-            raise unreadable(self.path, error) from error
+        with self._descriptor_of() as descriptor:
+            return self._read(descriptor, start, count)
+
+    def _read(self, descriptor: int, start: int, count: int) -> bytes:
+        read = os.pread(descriptor, count, start)
+        while len(read) < count and (more := os.pread(descriptor, count - len(read), start + len(read))):
+            read += more
         if len(read) < count:
             raise DataError(
                 f"{self.path} ends after {start + len(read):,} bytes, and had {self.size:,} when the run began; put "
@@ -82,15 +78,31 @@ class ReadAt:
         all its bytes where it has no more than these pieces, or `full`.
         """
         sha = hashlib.sha256(f"{self.size}\n".encode())
-        if full or self.size <= PIECES * PIECE_BYTES:
-            for start in range(0, self.size, 1 << 24):
-                sha.update(self.read(start, min(1 << 24, self.size - start)))
-            return sha.hexdigest()
-        part = self.size // PIECES
-        for piece in range(PIECES):
-            start = piece * part + key(self.size, piece, "probe") % (part - PIECE_BYTES + 1)
-            sha.update(self.read(start, PIECE_BYTES))
+        with self._descriptor_of() as descriptor:
+            if full or self.size <= PIECES * PIECE_BYTES:
+                for start in range(0, self.size, 1 << 24):
+                    sha.update(self._read(descriptor, start, min(1 << 24, self.size - start)))
+                return sha.hexdigest()
+            part = self.size // PIECES
+            for piece in range(PIECES):
+                start = piece * part + key(self.size, piece, "probe") % (part - PIECE_BYTES + 1)
+                sha.update(self._read(descriptor, start, PIECE_BYTES))
         return sha.hexdigest()
+
+    @contextlib.contextmanager
+    def _descriptor_of(self) -> Iterator[int]:
+        """The file, open. Raises DataError for what the system raises in the block too."""
+        try:
+            if (descriptor := self.__dict__.get("_descriptor")) is not None:
+                yield descriptor
+                return
+            opened = self._opened()
+            try:
+                yield opened
+            finally:
+                self._keep(opened)
+        except OSError as error:
+            raise unreadable(self.path, error) from error
 
     def _opened(self) -> int:
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -118,13 +130,6 @@ class ReadAt:
         if (descriptor := self.__dict__.get("_descriptor")) is not None:
             _open.discard(descriptor)
             os.close(descriptor)
-
-
-def _read_at(descriptor: int, start: int, count: int) -> bytes:
-    read = os.pread(descriptor, count, start)
-    while len(read) < count and (more := os.pread(descriptor, count - len(read), start + len(read))):
-        read += more
-    return read
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
