@@ -287,7 +287,7 @@ class World:
         """All who work, and one who is ready, are in it, or nobody is while nobody is on the first host."""
         assert self.regroups
         assert self.roster.going
-        assert not self.stopping
+        assert not self.stopping or (self.group is not None and not self.group.members), "all waited for the first host"
         assert group.generation == (self.group.generation if self.group else 0) + 1
         self.group = group
         hosts = [member.host for member in group.members]

@@ -714,6 +714,50 @@ def test_a_stopping_team_that_loses_its_leader_ends_at_once() -> None:
     assert isinstance(world.final, CancelRun)
 
 
+def test_a_stop_while_all_wait_for_a_successor_on_the_first_host_comes_once_it_is_there() -> None:
+    world = World(2, restarts=1, agents=(1, 1), regroups=True)
+    world.comes(1)
+    world.build()
+    lost, other = world.present()
+    world.lose(lost, "it died.")
+    world.stop()
+    (successor,) = world.living("building")
+    world.ready(successor, **world.facts)
+    assert world.group is not None
+    assert world.group.members == (successor, other)
+    world.run_out()
+    assert isinstance(world.final, FinishRun)
+
+
+def test_a_successor_that_is_lost_while_a_stopping_team_ends_is_taken_out_once() -> None:
+    world = World(3, restarts=1, agents=(1, 1), regroups=True)
+    world.comes(1)
+    world.build()
+    first, second, lost = world.present()
+    world.lose(lost, "it died.")
+    world.stop()
+    (successor,) = world.living("building")
+    world.end(first)
+    world.lose(successor)
+    world.end(second)
+    assert isinstance(world.final, FinishRun)
+    assert [order.member for order in world.orders if isinstance(order, Replace)] == [lost, successor]
+
+
+def test_who_is_ready_when_one_of_its_team_has_ended_is_in_no_group() -> None:
+    world = World(3, restarts=1, agents=(1, 1), regroups=True)
+    world.comes(1)
+    world.build()
+    first, second, lost = world.present()
+    world.lose(lost, "it died.")
+    group = world.group
+    world.end(second)
+    world.build()
+    assert world.group is group
+    world.end(first)
+    assert isinstance(world.final, FinishRun)
+
+
 def test_a_stop_while_the_team_of_before_is_ended_starts_nothing_anew() -> None:
     world = working(2)
     world.writes(member(1), ("a",))

@@ -64,18 +64,19 @@ class Generations:
 
     def with_(self, place: PlaceInTeam) -> Regroup:
         """One more is ready to take part, after those of its host."""
-        waits = not self._led
+        waits = not self.led
         self.members = sorted([*self.members, place.member], key=lambda member: member.host)
         place.joins = self.number + 1
         return self._next(at_once=waits)
 
     @property
-    def _led(self) -> bool:
+    def led(self) -> bool:
+        """Whether one of the newest group is on the first host, or else all wait until one is."""
         return any(member.host == 0 for member in self.members)
 
     def _next(self, *, at_once: bool) -> Regroup:
         self.number += 1
-        return Regroup(self._epoch, self.number, tuple(self.members) if self._led else (), at_once)
+        return Regroup(self._epoch, self.number, tuple(self.members) if self.led else (), at_once)
 
     def why_not(self, message: NotRegrouped) -> Lost | None:
         """The loss for which an epoch ends that its workers cannot go on from; None where there is another group."""
@@ -83,9 +84,9 @@ class Generations:
 
 
 def late(places: Sequence[PlaceInTeam], leader: PlaceInTeam) -> list[PlaceInTeam]:
-    """Those who are in no group until after the one in which the leader has ended."""
+    """Those who are in no group until after the one in which the leader has ended, and are not lost."""
     last = leader.ended.generation if leader.ended is not None else NEVER
-    return [place for place in places if place.joins > last]
+    return [place for place in places if place.joins > last and not place.done]
 
 
 def successors_of(

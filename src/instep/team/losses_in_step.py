@@ -70,8 +70,9 @@ class InStep(ABC):
         """A successor is ready to go on with the others."""
         if different := self._different(place, generations.LASTING):
             return self._fault(different)
-        if self._stopping or self._pausing:
-            return []
+        ends = (self._stopping or self._pausing) and self._groups.led
+        if ends or any(each.done for each in self._places):
+            return []  # the others end without it, but where all wait for one of the first host
         group = self._groups.with_(place)
         self._leader = self._groups.members[0].number
         return [group]
