@@ -42,7 +42,7 @@ from instep.record import events
 from instep.record.event_kinds import RangesMovedEvent, StoodInEvent
 from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
-from instep.transport.group import LEFT, Group, PeerLost, Sizes, as_rows
+from instep.transport.group import LEFT, Group, LeftTogether, Sizes, as_rows
 from instep.transport.memory import limited, rows_to_spare
 from instep.transport.shared_memory import SharedMemoryGroup
 from instep.worker.evaluation import batches_held_out
@@ -214,7 +214,7 @@ class Lockstep:
         """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
 
         Returns whether the run was asked to stop before; the watch may end it before as well, see `progress.stopped`.
-        Raises ObjectiveError or NonFiniteError before the update that it would have spoilt, and PeerLost before `PART`.
+        Raises ObjectiveError or NonFiniteError before the update that it would have spoilt, LeftTogether after `PART`.
         """
         made, totals = None, dict[str, int]()
         if self._handed is None:
@@ -238,7 +238,7 @@ class Lockstep:
                 return progress.version < steps and not progress.stopped
             if word == PART and not last:
                 self.agree()  # nobody waits for anybody else's part of the step any more
-                raise PeerLost(LEFT)
+                raise LeftTogether(LEFT)
         return False
 
     def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], int]:

@@ -54,7 +54,7 @@ from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
 from instep.team.successors import handed_over, places_held
-from instep.transport.group import Group, PeerLost, PeerRaised
+from instep.transport.group import Group, LeftTogether, PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
 from instep.worker.device import not_deterministic
 from instep.worker.milestones import Milestones, Progress
@@ -344,8 +344,10 @@ class _Keeper:
         group the worker goes on, or None, where its end has come.
         """
         save = partial(self.saved_without_others, machine)
-        late = None if self._session.heartbeat.stop_wanted() else save
         keep = partial(keep_state, self._session, self._engine, machine, self._progress)
+        if isinstance(lost, LeftTogether):  # those of this host may be in the next group already
+            return wait_for_others(self._session, lost, keep)
+        late = None if self._session.heartbeat.stop_wanted() else save
         return True if save() else wait_for_others(self._session, lost, keep, late)
 
     def saved_without_others(self, machine: Group | None) -> bool:
@@ -357,9 +359,12 @@ class _Keeper:
         has_folder = session.assignment.scratch is None
         if machine is None or not has_folder or not version or not session.heartbeat.stop_wanted():
             return False
-        if int(machine.gather(torch.tensor([session.saved_version]))[0]) == version:
-            return True
-        kept = engine.kept(version, machine)
+        try:
+            if int(machine.gather(torch.tensor([session.saved_version]))[0]) == version:
+                return True
+            kept = engine.kept(version, machine)
+        except (PeerLost, PeerRaised):  # others of this host are in the next group already, which saves
+            return False
         if kept is not None:
             session.pipe.send(KeepingState())
             self.save_at_stop(kept[0])

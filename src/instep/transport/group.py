@@ -38,6 +38,10 @@ class PeerLost(Exception):
         self.silent = silent
 
 
+class LeftTogether(PeerLost):
+    """All ranks have left the group after the same step, to go on in another: nobody is lost."""
+
+
 class PeerRaised(Exception):
     """Another rank has broken off what all did together, see `Group.interrupt`."""
 
