@@ -40,7 +40,7 @@ class Journal:
         self.started = False
         """Whether a team of this process has: what is told before waits for it, or is not written."""
         self.merged = 0
-        """The last update that was told of, since the last start of the team."""
+        """The last update that was told of since the team started, or the version that it started from."""
         self.wire_bytes: Callable[[], Sequence[BytesOfHost] | UnsetType] = lambda: UNSET
         """What the hosts have exchanged by now, where there are several agents."""
         self.note: Callable[[Event], None] = lambda event: None

@@ -86,7 +86,6 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
     """Forms the group of `word` with the others, and takes what this worker lacks. Raises PeerLost where that is to be
     left again, and CannotRegroup, at all alike.
     """
-    led = session.leads and bool(before.here)
     leave(before)
     rank = word.numbers.index(session.number)
     session.saved_version = max(session.saved_version, word.saved)
@@ -118,7 +117,7 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
         group.close()
         raise
     if rank == 0:
-        engine.merged.catch_up(0 if led else word.told, events)
+        engine.merged.catch_up(word.told, events)
         lacked = [number for number, lacks in zip(word.numbers, needs, strict=True) if lacks]
         session.emit(RegroupedEvent(version=progress.version, workers=list(word.numbers), given=lacked))
     engine.between.evaluated(progress.held_out.get("version", -1))
