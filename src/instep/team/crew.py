@@ -307,7 +307,7 @@ class LocalCrew:
     def regroup(self, group: Regroup, told: int, saved: int) -> None:
         processes, members = self.processes, group.members
         here = [process for process in processes if process.member in members]
-        memory = processes.renew_memory(at_once=group.at_once) if len(here) > 1 else -1
+        memory, inode = processes.renew_memory(at_once=group.at_once) if len(here) > 1 else (-1, 0)
         word = regroup_messages.NextGroup(
             group.generation,
             numbers=tuple(member.number for member in members),
@@ -316,6 +316,7 @@ class LocalCrew:
             told=told,
             saved=saved,
             memory=memory,
+            inode=inode,
         )
         for process in here:
             process.send(word)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -89,7 +90,7 @@ class MemberProcesses:
             for line in opened:
                 line.close()
             raise no_process(f"a team of {workers} workers", error) from error
-        self._renewed: list[int] = []
+        self._renewed: list[io.FileIO] = []
         self.lines = tuple(opened)
         """Between the server and each worker of this host."""
 
@@ -106,26 +107,31 @@ class MemberProcesses:
             ours, theirs = Channel.pair()
             with contextlib.closing(theirs):
                 stack = Stack()
-                unused = [*unused, ours, *(each for other in self for each in (other.pipe, other.stack))]
+                unused = [
+                    *unused,
+                    *self._renewed,
+                    ours,
+                    *(each for other in self for each in (other.pipe, other.stack)),
+                ]
                 arguments = (unused, assignment, member.number, theirs, self.board, self.descriptor, stack)
                 handle = Handle(_main, arguments, f"worker-{member.number}")
         except OSError as error:
             raise no_process(f"process {member.number + 1} of the {self._workers} workers", error) from error
         self._by_number[member.number] = MemberProcess(member, handle, ours, stack)
 
-    def renew_memory(self, *, at_once: bool) -> int:
-        """A descriptor of what those that live are to map instead, who find it here. Raises ResourceError.
+    def renew_memory(self, *, at_once: bool) -> tuple[int, int]:
+        """Descriptor and inode of what those that live are to map instead, who find it here. Raises ResourceError.
 
         at_once: nobody is to map any more what they had for that.
         """
         try:
-            memory = memory_file()
+            memory = io.FileIO(memory_file(), "r+")
         except OSError as error:
             raise no_process("what workers share", error) from error
         for old in self._renewed if at_once else ():
-            os.close(old)
+            old.close()
         self._renewed = [memory] if at_once else [*self._renewed, memory]
-        return memory
+        return memory.fileno(), os.fstat(memory.fileno()).st_ino
 
     def look_for_orphans(self) -> None:
         """Notes what the run's processes have started and left behind. Of that, what is dead is waited for."""
@@ -154,8 +160,9 @@ class MemberProcesses:
             process.close()
         for line in self.lines:
             line.close()
-        for descriptor in (self.descriptor, *self._renewed):
-            os.close(descriptor)
+        for memory in self._renewed:
+            memory.close()
+        os.close(self.descriptor)
 
 
 def import_before_forks() -> None:

@@ -13,7 +13,7 @@ class NextGroup:
 
     By rank: numbers and incarnations of its workers, and the hosts on which they are, neighbours. told, saved: the last
     update and checkpoint that the tape has. memory: in the process of their agent, the descriptor of what the workers
-    of one host are to share; negative for one that is alone there.
+    of one host are to share, a file of this `inode`; negative for one that is alone there.
     """
 
     generation: int
@@ -23,6 +23,7 @@ class NextGroup:
     told: int = 0
     saved: int = 0
     memory: int = -1
+    inode: int = 0
 
 
 @dataclass(frozen=True, slots=True)

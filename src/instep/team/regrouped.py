@@ -147,6 +147,8 @@ def _group(engine: Lockstep, reach: Reach, word: NextGroup) -> Group:
         return reach.group(sizes, descriptor)
     except ResourceError as error:
         raise CannotRegroup(error.message.rstrip(".")) from error
+            if os.fstat(descriptor).st_ino != word.inode:  # the agent has closed that, and the number is another's
+                raise PeerLost("the memory of this group is not there any more")
     except OSError as error:
         raise PeerLost(f"the memory of this group is not there any more: {error.strerror}") from error
     finally:

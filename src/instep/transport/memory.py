@@ -46,8 +46,8 @@ def reserve(descriptor: int, regions: Mapping[str, Region]) -> None:
             spans.append((total, region.nbytes))
             wanted += region.nbytes
         total += _padded(region.nbytes)
-    free = _available_bytes()
-    if free is not None and wanted > free:
+    free, has = _available_bytes(), 512 * os.fstat(descriptor).st_blocks  # another may have asked for it here
+    if free is not None and wanted - has > free:
         raise ResourceError(_too_little(wanted, f"{_mib(free)} are free"))
     try:
         os.ftruncate(descriptor, total)
