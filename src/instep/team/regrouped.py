@@ -96,7 +96,11 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
     again = Continued(word.numbers, before.why_whole, before.engine.merged)
     reach = Reach(session, before.reach)
     engine = make(reach.machines, again, before.progress)
-    group = _group(engine, reach, word)
+    session.heartbeat.waiting(True)  # for others, who may be in the midst of a step
+    try:
+        group = _group(engine, reach, word)
+    finally:
+        session.heartbeat.waiting(False)
     try:
         states = _held(session, before, now, group)
         source, top = _source(states, word.hosts)
