@@ -17,6 +17,7 @@ from instep.engines.continued import Continued
 from instep.errors import WorkerError
 from instep.recipe import Team
 from instep.team import hosts, regrouped
+from instep.team.processes import MemberProcesses
 from instep.team.regrouped import CannotRegroup, HeldByRank
 from support import workloads
 from support.agents import Followers, meet_here, train_on
@@ -62,7 +63,8 @@ def check(run: Outcome, lost: Sequence[int], digest: str) -> None:
     assert len(of(run, "run_started")) == 1
     assert [event["version"] for event in of(run, "merged")] == list(range(1, STEPS + 1))
     assert [event["worker"] for event in of(run, "left") if "before it could" not in event["why"]] == list(lost)
-    assert Counter(event["worker"] for event in of(run, "joined")) == Counter([0, 1, 2, *lost])
+    joined = Counter(event["worker"] for event in of(run, "joined"))  # a successor may come when all is done
+    assert Counter([0, 1, 2]) <= joined <= Counter([0, 1, 2, *lost])
     assert run.result["restarts"] == len(lost)
 
 
@@ -149,6 +151,31 @@ OLD, NEW, NONE = held(4), held(5), held(0, fresh=True, complete=False, given=Fal
 )
 def test_the_newest_version_that_a_host_has_whole_is_taken(states: list[HeldByRank], found: tuple[int, int]) -> None:
     assert regrouped._source(states, [0, 0, 1, 1]) == found
+
+
+@pytest.mark.parametrize(
+    ("states", "found"),
+    [
+        ([OLD, OLD, OLD, NONE], [False, False, False, True]),
+        ([OLD, held(0), OLD, OLD], [True, True, False, False]),  # half an update may lie in the weights of both
+        ([OLD, held(0, shares=False), OLD, OLD], [False, True, False, False]),
+        ([held(3), OLD, OLD, OLD], [True, True, False, False]),
+        ([OLD, NONE, held(4, complete=False), OLD], [False, True, True, False]),
+    ],
+)
+def test_weights_that_one_of_a_host_may_have_begun_to_write_are_given_to_all_of_it(
+    states: list[HeldByRank], found: list[bool]
+) -> None:
+    assert regrouped._needs(states, [0, 0, 1, 1], 4) == found
+
+
+def test_what_workers_are_to_share_is_known_apart_from_what_comes_to_have_its_descriptor() -> None:
+    processes = MemberProcesses(2, set(), serving=False, lines=0)
+    try:
+        found = [processes.renew_memory(at_once=True) for _ in range(5)]
+    finally:
+        processes.close()
+    assert len({number for number, _ in found}) < len({inode for _, inode in found}) == 5
 
 
 def test_where_none_has_a_version_whole_nobody_goes_on() -> None:

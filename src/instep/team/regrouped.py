@@ -104,7 +104,7 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
     try:
         states = _held(session, before, now, group)
         source, top = _source(states, word.hosts)
-        needs = [not (each.version == top and each.complete) for each in states]
+        needs = _needs(states, word.hosts, top)
         events: list[MergedEvent] = []
         watch = before.engine.updates.watcher.state()
         if any(needs):
@@ -147,12 +147,12 @@ def _group(engine: Lockstep, reach: Reach, word: NextGroup) -> Group:
     try:
         if regions:
             descriptor = os.open(f"/proc/{os.getppid()}/fd/{word.memory}", os.O_RDWR)
+            if os.fstat(descriptor).st_ino != word.inode:  # the agent has closed that, and the number is another's
+                raise PeerLost("the memory of this group is not there any more")
             reserve(descriptor, regions)
         return reach.group(sizes, descriptor)
     except ResourceError as error:
         raise CannotRegroup(error.message.rstrip(".")) from error
-            if os.fstat(descriptor).st_ino != word.inode:  # the agent has closed that, and the number is another's
-                raise PeerLost("the memory of this group is not there any more")
     except OSError as error:
         raise PeerLost(f"the memory of this group is not there any more: {error.strerror}") from error
     finally:
@@ -190,6 +190,18 @@ def _source(states: Sequence[HeldByRank], hosts: Sequence[int]) -> tuple[int, in
         raise CannotRegroup("no host has the weights and the optimizer's state of a version whole")
     version, _, place = max(found)
     return -place, version
+
+
+def _needs(states: Sequence[HeldByRank], hosts: Sequence[int], top: int) -> list[bool]:
+    """Who is to be given all, by rank. Where one of a host that shares weights does not hold the version `top` it may
+    have begun to write another there, when others of the host had left already: none of them has it then.
+    """
+    torn = {
+        host for each, host in zip(states, hosts, strict=True) if each.shares and not each.fresh and each.version != top
+    }
+    return [
+        host in torn or not (each.version == top and each.complete) for each, host in zip(states, hosts, strict=True)
+    ]
 
 
 def _given(
