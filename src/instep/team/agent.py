@@ -368,7 +368,7 @@ class Agent:
         crews = self._crew_of(order.member)
         for crew in crews:
             self._found += self._journal.pass_on_the_rest(crew.take_out(order.member))
-        self._journal.retold.expected |= bool(order.holders)
+        self._journal.retold.expected |= self._run.engine == "lockstep"
         self._local.hold(order.holders, self._journal.merged)
         if self._run.engine == "server":
             self._local.send(self.roster.leader, messages.Left(order.member.number, order.why))
