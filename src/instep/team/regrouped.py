@@ -125,7 +125,9 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
         lacked = [number for number, lacks in zip(word.numbers, needs, strict=True) if lacks]
         session.emit(RegroupedEvent(version=progress.version, workers=list(word.numbers), given=lacked))
     engine.between.evaluated(progress.held_out.get("version", -1))
-    undone = states[0].version != top or progress.version not in (states[0].done, states[0].saved)
+    undone = progress.version != states[0].saved and not (
+        states[0].version == top and progress.version == states[0].done
+    )
     done = before.done if undone else progress.version
     return Formed(engine, progress, reach, now, before.why_whole, done, again=undone and progress.version > 0)
 
