@@ -58,6 +58,7 @@ def recipe(how: dict[str, Callable[..., Tensor]] | None = None, *, eps: float = 
     given: dict[str, Any] = {
         "model": lambda: Block(how or {}, eps), "objective": entropy, "data": data(), "batch": 12, "microbatches": 4,
         "steps": 8, "optimizer": lambda p: torch.optim.Adam(p, lr=0.05), "name": "parted", "checksum_every": 4,
+        "order": "permutation",
     }  # fmt: skip
     return Recipe(**{**given, **fields})
 
