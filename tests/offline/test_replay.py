@@ -130,7 +130,7 @@ def test_a_run_in_lockstep_is_replayed_over_resumes_with_other_teams(tmp_path: P
 @pytest.mark.slow
 def test_a_run_in_lockstep_that_starts_again_is_replayed(tmp_path: Path) -> None:
     recipe = workloads.gpt()
-    client = Client(at("merged", 1, kill(1), version=4))
+    client = Client(at("merged", 1, lambda pids: (kill(0)(pids), kill(1)(pids)), version=4))  # nobody can stand in
     run = train_here(recipe, Team(workers=2, checkpoint_every=3), tmp_path / "run", client=client)
     assert [e["version"] for e in run.events if e["kind"] == "run_started"] == [0, 3]
     assert replayed(recipe, run.path).same

@@ -419,7 +419,7 @@ def test_a_killed_and_a_stopped_worker_are_named_and_change_nothing(
         joined = [e for e in tape.read(run / "tape.jsonl") if e["kind"] == "joined" and e["worker"] == number]
         return int(joined[-1]["pid"])
 
-    started.says("step ")
+    started.says("step  1/20")
     killed = worker(1)
     os.kill(killed, signal.SIGKILL)
     started.says(f"worker 1 (pid {killed}) was killed by SIGKILL")
