@@ -154,7 +154,7 @@ class Run:
                 self._hosts = stack.enter_context(Hosts(setting.hosts, self._folder / "hosts"))
             self._put(setting.files)
             stack.callback(self._end)
-            self._start(setting.workers - (setting.joins > 0))
+            self._start(setting.workers - (setting.joins > 0 and setting.workers > 2))  # one alone may not be struck
             self._began = time.monotonic()
             self._wait(lambda: self.team.version >= 3, "the beginning")
             for number, kind in enumerate(setting.plan(self._draw)):
