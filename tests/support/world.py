@@ -257,7 +257,8 @@ class World:
             case EndEpoch(epoch=epoch):
                 assert epoch == self.roster.epoch
                 assert self.ending is None
-                self.ending = self.last
+                raised = isinstance(self.last, Said) and isinstance(self.last.message, Failed)
+                self.ending = Lost(self.last.member, "it raised") if raised else self.last  # as one that dies
                 if isinstance(self.last, Saved):
                     now = {m.host for m in self.living("working")}
                     assert self.here - now, "nobody has come"

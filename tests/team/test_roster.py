@@ -74,7 +74,8 @@ def keeps_every_promise(world: World, history: list[tuple[str, int]]) -> None:
     world.run_out()
     assert [type(order) for order in world.orders if isinstance(order, FINAL)] == [type(world.final)]
     told = [order.member for order in world.orders if isinstance(order, NoteLoss | Replace)]
-    cut_short = isinstance(world.final, CancelRun) and isinstance(world.ending, Lost) and told != world.losses
+    ending = isinstance(world.ending, Lost | HostCame)  # for a loss, or for a host that came anew
+    cut_short = isinstance(world.final, CancelRun) and ending and told != world.losses
     assert told == world.losses[: len(world.losses) - cut_short], "each death is told of once"
     ended = [order.epoch for order in world.orders if isinstance(order, EndEpoch)]
     assert ended + [world.roster.epoch] * (world.roster.epoch not in (0, *ended)) == world.epochs, (

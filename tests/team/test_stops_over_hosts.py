@@ -131,13 +131,13 @@ def test_a_run_that_is_asked_to_end_after_its_workers_have_noticed_a_loss_and_be
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: str
 ) -> None:
     """The agent of the host that was lost is stopped, so that its lease alone tells."""
-    noticed, wait = tmp_path / "noticed", process.wait_for_the_end
+    noticed, wait = tmp_path / "noticed", process.wait_for_others
 
-    def waiting(*arguments: Any) -> bool:
+    def waiting(*arguments: Any) -> Any:
         noticed.touch()
         return wait(*arguments)
 
-    monkeypatch.setattr(process, "wait_for_the_end", waiting)
+    monkeypatch.setattr(process, "wait_for_others", waiting)
     recipe, who = stands_still(), Team(workers=3, checkpoint_every=3, keep=0, lease_s=5.0)
     pids: dict[int, int] = {}
     last = threading.Event()

