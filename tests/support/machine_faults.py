@@ -166,8 +166,8 @@ class Campaign:
             lost = max(place for place, event in enumerate(events) if event["kind"] == "left")
             homes = {event["worker"]: event["host"] for event in events if event["kind"] == "joined"}
             at = next((at for at in range(lost, len(events)) if self._all_regrouped(events[at])), len(events))
-            if len(set(homes.values())) < len(self.hosts):
-                return False
+            if len(set(homes.values())) < len(self.hosts) or any(e["kind"] == "joined" for e in events[at:]):
+                return False  # or all start anew, with the host that has come
         later = [event["kind"] for event in events[at:] if event["kind"] in ("checkpointed", "merged")]
         saved = later.index("checkpointed") if "checkpointed" in later else len(later)
         return later[saved:].count("merged") >= 3

@@ -96,3 +96,24 @@ def test_who_does_not_end_once_the_leader_has_saved_is_ended_without(clock: list
         assert event.why.endswith(" has not ended 10 s after the run was saved.")
         world.lose(event.member)
     assert world.final == FinishRun(leader)
+
+
+def test_who_could_not_form_a_group_is_lost_though_another_was_to_follow(clock: list[float]) -> None:
+    """It has gone on to that one, and the others of the group that it could not form wait for it."""
+    world, looks = World(2, agents=(1, 1)), Parted()
+    world.comes(1)
+    world.build()
+    other = world.roster.active[1]
+    looks.clear(2, at_once=False)
+    looks.note(other, PeersLost("it could not join", generation=2, forming=True))
+    looks.clear(3, at_once=False)
+    looks.note(other, PeersLost("it has left with all", generation=2))
+    clock[0] += PARTED_S
+    lost = looks.look(world.roster, HOSTS)
+    assert isinstance(lost, Lost)
+    assert lost.member == other
+    looks.note(other, PeersLost("it could not join", generation=2, forming=True))
+    looks.clear(4)
+    looks.note(other, PeersLost("it could not join", generation=3, forming=True))
+    clock[0] += PARTED_S
+    assert looks.look(world.roster, HOSTS) is None, "the group was broken off"

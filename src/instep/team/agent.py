@@ -270,7 +270,7 @@ class Agent:
             case orders.DropSuccessor(member):
                 self._found += self._journal.pass_on_the_rest(self._local.take_out(member))
             case orders.Regroup():
-                self._parted.clear(order.generation)
+                self._parted.clear(order.generation, at_once=order.at_once)
                 for crew in self._crews:
                     crew.regroup(order, self._journal.merged, self._journal.saved)
             case orders.StartMore(members):

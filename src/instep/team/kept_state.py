@@ -35,15 +35,18 @@ def wait_for_others(
     error: Exception,
     keep: Callable[[], StateKept] = StateKept,
     save: Callable[[], bool] | None = None,
+    *,
+    forming: bool = False,
 ) -> NextGroup | Literal[True] | None:
     """Until the agent tells in which group this worker goes on, or ends this process. `keep` is called when asked.
 
+    forming: the worker was not yet in the group of its others, who wait for it.
     save: is called once, where the run is asked to end meanwhile; True if that has saved it, so that this process ends.
     """
     session.send_events()
     beat = session.heartbeat
     if isinstance(error, PeerLost):
-        session.pipe.send(PeersLost(str(error).rstrip("."), error.silent, beat.generation))
+        session.pipe.send(PeersLost(str(error).rstrip("."), error.silent, beat.generation, forming))
     sys.stdout.flush()
     beat.waiting(True)
     with contextlib.suppress(EOFError):

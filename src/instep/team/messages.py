@@ -239,12 +239,12 @@ class FoundWrong:
 
 @dataclass(frozen=True, slots=True)
 class PeersLost:
-    """A worker cannot reach the others of its group, of this generation, any more. silent: the address of one whose
-    system does not answer, "" where that is not how it was noticed."""
+    """A worker cannot reach the others of its group any more, or form it. silent: the address of one that is, or ""."""
 
     why: str
     silent: str = ""
     generation: int = 0
+    forming: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,15 +27,15 @@ class Parted:
 
     def __init__(self) -> None:
         self._lost: dict[Member, PeersLost] = {}
-        self._since, self._generation = 0.0, 0
+        self._since, self._generation, self._broken_off = 0.0, 0, 0
         self._bereft_since = time.monotonic()
         self.saves = False
         """Whether those who were asked to end, and have lost others, are writing what they have."""
 
     def note(self, member: Member, lost: PeersLost) -> None:
         """What a member has told."""
-        if lost.generation < self._generation:
-            return  # who was lost then is known
+        if lost.generation < (self._broken_off if lost.forming else self._generation):
+            return  # who was lost then is known, or it has gone on to another group with the others
         self._since = self._since if self._lost else time.monotonic()
         self._lost[member] = lost
 
@@ -44,10 +44,13 @@ class Parted:
         self.saves = True
         self._lost = {each: told for each, told in self._lost.items() if each.host != member.host}
 
-    def clear(self, generation: int = 0) -> None:
-        """Another group of the workers begins, by default the first of an epoch."""
-        self._lost.clear()
-        self._generation = generation
+    def clear(self, generation: int = 0, *, at_once: bool = True) -> None:
+        """Another group of the workers begins, by default the first of an epoch. at_once: that of before is broken off.
+
+        Else who could not form that one has gone to the next, and the others of that one still wait for it.
+        """
+        self._lost = {} if at_once else {member: told for member, told in self._lost.items() if told.forming}
+        self._generation, self._broken_off = generation, generation if at_once else self._broken_off
         self.saves = False
 
     def look(self, roster: Roster, hosts: Hosts) -> orders.RosterEvent | None:

@@ -167,7 +167,7 @@ def _train_on(session: Session, formed: Formed, word: NextGroup) -> NextGroup | 
     try:
         formed.take(regroup(session, formed, word, make))
     except (PeerLost, PeerRaised) as error:
-        return _next(wait_for_others(session, error))
+        return _next(wait_for_others(session, error, forming=True))
     except CannotRegroup as why:
         session.pipe.send(NotRegrouped(word.generation, str(why)))
         return _next(wait_for_others(session, why))
