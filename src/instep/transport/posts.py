@@ -51,11 +51,12 @@ class Posts:
         self._added.put(post)
         return post
 
-    def close(self) -> None:
-        """Returns when all have ended, which they do where the connections are shut."""
+    def close(self, within_s: float | None = None) -> bool:
+        """Returns when all have ended, which they do where the connections are shut; or whether they have by then."""
         self._added.put(None)
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(within_s)
+        return self._thread is None or not self._thread.is_alive()
 
     def _wait(self) -> None:
         while (post := self._added.get()) is not None:

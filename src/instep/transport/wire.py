@@ -58,6 +58,12 @@ def _client(address: str, port: int, _: c10d.Store | None) -> c10d.Store:
     return c10d.TCPStore(address, port, None, False, FOREVER, False)
 
 
+AT_MOST = timedelta(seconds=2)
+"""For an operation to end whose connections are shut: seldom one never does, where another process has died (gloo)."""
+
+_UNENDED: list[Any] = []
+
+
 class Wire:
     """One process's end. The processes that make it with the same `name`, in a store, find each other.
 
@@ -187,9 +193,10 @@ class Wire:
         _shut(self._sockets)  # operations of before that somebody still knows would keep the connections
         for work in self._pending:
             with contextlib.suppress(RuntimeError):
-                work.wait()
+                work.wait(AT_MOST) if self.device.type == "cpu" else work.wait()
+        if not all([self._posts.close(AT_MOST.total_seconds()), *(work.is_completed() for work in self._pending)]):
+            _UNENDED.append((group, self._pending))  # to drop these would wait for their end
         self._pending = []
-        self._posts.close()
 
     def _silence(self, sockets: Callable[[], set[Socket]]) -> PeerLost | None:
         """One of the others whose system does not answer any more, if there is one; or that the group is to be left."""
