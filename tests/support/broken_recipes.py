@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from instep import Recipe, objective
@@ -134,12 +134,16 @@ def logged(self: Any, x: Tensor) -> Tensor:
     return x / max(self.history, default=1.0)
 
 
-_kernels = torch.library.Library("broken", "DEF")
-_kernels.define("unrepeatable(Tensor x) -> Tensor")
-_kernels.impl("unrepeatable", lambda x: x * (1 + time.perf_counter_ns() % 9973 * 1e-6), "CompositeExplicitAutograd")
-unrepeatable = torch.ops.broken.unrepeatable
-"""A kernel that does not repeat."""
-torch.library.register_autograd(unrepeatable.default, lambda ctx, grad: grad, lib=_kernels)
+KERNELS = "broken"
+
+
+@library.custom_op(f"{KERNELS}::unrepeatable", mutates_args=())
+def unrepeatable(x: Tensor) -> Tensor:
+    """A kernel that does not repeat."""
+    return x * (1 + time.perf_counter_ns() % 9973 * 1e-6)
+
+
+unrepeatable.register_autograd(lambda ctx, grad: grad)
 
 
 class Untied(Net):
