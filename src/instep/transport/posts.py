@@ -51,8 +51,8 @@ class Posts:
         self._added.put(post)
         return post
 
-    def close(self, within_s: float | None = None) -> bool:
-        """Returns when all have ended, which they do where the connections are shut; or whether they have by then."""
+    def close(self, within_s: float) -> bool:
+        """Whether all have ended in this time, as they do where the connections are shut."""
         self._added.put(None)
         if self._thread is not None:
             self._thread.join(within_s)

@@ -36,6 +36,11 @@ KNOWN_AFTER = 8
 FOREVER = timedelta(hours=1000)
 """The time-out of the backend's own: to be slow is no fault, and whoever started the processes sees who dies."""
 
+AT_MOST = timedelta(seconds=2)
+"""For an operation to end whose connections are shut: seldom one never does, where another process has died (gloo)."""
+
+_UNENDED: list[Any] = []
+
 STILL_WAITING = "Operation timed out"
 """How gloo's words begin when only the wait has ended. To ask `is_completed` instead would be wrong: the operation may
 end in between."""
@@ -56,12 +61,6 @@ def store_at(address: str, port: int, listener: int | None = None) -> Connect:
 
 def _client(address: str, port: int, _: c10d.Store | None) -> c10d.Store:
     return c10d.TCPStore(address, port, None, False, FOREVER, False)
-
-
-AT_MOST = timedelta(seconds=2)
-"""For an operation to end whose connections are shut: seldom one never does, where another process has died (gloo)."""
-
-_UNENDED: list[Any] = []
 
 
 class Wire:
