@@ -22,7 +22,7 @@ from instep.engines.piecewise import PiecewiseUpdates
 from instep.engines.shared_state import SharedState
 from instep.engines.undo import PiecesDone, SeatLost
 from instep.ranges import owners
-from instep.reduce.layout import ALIGN_BYTES, is_dense, placed
+from instep.reduce.layout import ALIGN_BYTES, is_dense, placed, tensor_at
 from instep.reduce.reduction import Reduction, clip
 from instep.transport.group import Group
 from instep.transport.shared_memory import SharedMemoryGroup
@@ -188,10 +188,9 @@ class Sharded(Placement):
 
     def attach(self, group: Group, *, succeeds: bool = False) -> None:
         super().attach(group)
-        states = [one.of_torch.state for one in self._replica.optimizer.each]
+        states, memory = [one.of_torch.state for one in self._replica.optimizer.each], group.common.numpy()
         for parameter, offset, own in zip(self._replica.parameters, self._offsets, self._own, strict=True):
-            part = torch.from_numpy(group.common.numpy()[offset : offset + parameter.nbytes])
-            shared = part.view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
+            shared = tensor_at(memory, offset, parameter.dtype, parameter.shape, parameter.stride())
             if not succeeds:
                 shared.copy_(parameter.detach())  # all workers write the same
             parameter.data = shared

@@ -98,7 +98,9 @@ class SharedState:
                 continue
             told = pickle.loads(self._memory[start + _LENGTH :][:length].tobytes())
             # interned, as the names that the optimizer gives: pickled, the state takes as many bytes as its owner's
-            optimizer.state[parameter] = {sys.intern(name): what and self._view(*what) for name, what in told}
+            optimizer.state[parameter] = {
+                sys.intern(name): what and tensor_at(self._memory, *what) for name, what in told
+            }
             self._note(index, told)
         return True
 
@@ -132,7 +134,7 @@ class SharedState:
             place += -(-value.nbytes // ALIGN_BYTES) * ALIGN_BYTES
             if place > self._ends[index]:
                 return self._elsewhere(index)
-            view = self._view(*what)
+            view = tensor_at(self._memory, *what)
             view.copy_(value)
             state[name] = view
             told.append((name, what))
@@ -160,9 +162,6 @@ class SharedState:
     def _write(self, index: int, word: bytes) -> None:
         start = self._offsets[index]
         self._memory[start : start + len(word)] = np.frombuffer(word, np.uint8)
-
-    def _view(self, place: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-        return tensor_at(self._memory, place, dtype, shape, stride)
 
 
 def _trim() -> None:
