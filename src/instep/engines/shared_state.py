@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from instep.engines.undo import SharedSpan
-from instep.reduce.layout import ALIGN_BYTES, is_dense, placed, tensor_at
+from instep.reduce.layout import ALIGN_BYTES, is_dense, padded, placed, tensor_at
 from instep.worker.replica import Replica
 
 _WORD = 1024
@@ -47,10 +47,7 @@ class SharedState:
             for p in group["params"]
         }
         self._optimizers = [owners.get(id(parameter)) for parameter in self._parameters]
-        sizes = [
-            _WORD + _COPIES * (-(-p.nbytes // ALIGN_BYTES) * ALIGN_BYTES) + _NUMBERS * ALIGN_BYTES
-            for p in self._parameters
-        ]
+        sizes = [_WORD + _COPIES * padded(p.nbytes) + _NUMBERS * ALIGN_BYTES for p in self._parameters]
         self._offsets, self.nbytes = placed(sizes, ALIGN_BYTES)
         self._ends = [offset + size for offset, size in zip(self._offsets, sizes, strict=True)]
         self._open: set[int] = set()  # parameters whose state may still get tensors
@@ -131,7 +128,7 @@ class SharedState:
             if not isinstance(value, Tensor) or value.device.type != "cpu" or not is_dense(value):
                 return self._elsewhere(index)
             what = (place, value.dtype, tuple(value.shape), tuple(value.stride()))
-            place += -(-value.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+            place += padded(value.nbytes)
             if place > self._ends[index]:
                 return self._elsewhere(index)
             view = tensor_at(self._memory, *what)
@@ -148,9 +145,7 @@ class SharedState:
     def _note(self, index: int, told: list[tuple[str, Any]]) -> None:
         """What lies in a part now."""
         self._told[index] = [(name, what is None) for name, what in told]
-        ends = [
-            what[0] + -(-_bytes_of(*what[1:3]) // ALIGN_BYTES) * ALIGN_BYTES for _, what in told if what is not None
-        ]
+        ends = [what[0] + padded(_bytes_of(*what[1:3])) for _, what in told if what is not None]
         self._used[index] = max([_WORD, *(end - self._offsets[index] for end in ends)])
 
     def _elsewhere(self, index: int) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from instep.engines.signs_of_life import SignsOfLife
 from instep.reduce.buffers import APART
-from instep.reduce.layout import ALIGN_BYTES
+from instep.reduce.layout import padded
 from instep.reduce.tree import Node
 from instep.transport.group import Fields, Group
 from instep.worker.gradients import Computed
@@ -85,7 +85,7 @@ class StepFacts:
     def _packed(self, sums: int) -> tuple[struct.Struct, int]:
         flags = f"{len(self._flags)}s{8 * self._buffers}s"
         layout = struct.Struct(f"{sums}d{len(self._terms)}qd{flags}B?")
-        return layout, -(-layout.size // ALIGN_BYTES) * ALIGN_BYTES
+        return layout, padded(layout.size)
 
     def note(self, computed: Computed, *, wrote: bool, seconds: float) -> None:
         """What the worker's microbatches came to, whether they wrote parameters, and the seconds that one took."""

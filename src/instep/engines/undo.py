@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from instep.reduce.layout import ALIGN_BYTES
+from instep.reduce.layout import ALIGN_BYTES, padded
 
 _WORKS = 1 << 32
 """More than twice the pieces of any work."""
@@ -44,14 +44,14 @@ class SharedSpan(NamedTuple):
 
 def room_of(spans: int, nbytes: int) -> int:
     """How many bytes it takes to keep so many spans, of `nbytes` in all."""
-    return _padded(8 * (1 + _ENTRY * spans)) + nbytes + ALIGN_BYTES * spans
+    return padded(8 * (1 + _ENTRY * spans)) + nbytes + ALIGN_BYTES * spans
 
 
 class Undo:
     """The rooms and marks of so many workers, each with `room` bytes. `nbytes`: of all, at first 0."""
 
     def __init__(self, workers: int, room: int):
-        self._workers, self._room = workers, _padded(room)
+        self._workers, self._room = workers, padded(room)
         self.nbytes = workers * (self._room + ALIGN_BYTES)
 
     def attach(self, memory: Tensor, spaces: Sequence[Tensor]) -> None:
@@ -85,21 +85,17 @@ class PiecesDone:
         room = self.room.numpy()
         words = np.array([len(spans), *(word for span in spans for word in span)], np.int64)
         room[: words.nbytes] = words.view(np.uint8)
-        at = _padded(words.nbytes)
+        at = padded(words.nbytes)
         for space, start, length in spans:
             room[at : at + length] = self._spaces[space][start : start + length]
-            at = _padded(at + length)
+            at = padded(at + length)
 
     def put_back(self) -> None:
         """Has all lie there again that `keep` has copied. It may be done again and again."""
         room = self.room.numpy()
         count = int(room[:8].view(np.int64)[0])
         words = room[8 : 8 + 8 * _ENTRY * count].view(np.int64).reshape(count, _ENTRY)
-        at = _padded(8 + words.nbytes)
+        at = padded(8 + words.nbytes)
         for space, start, length in words.tolist():
             self._spaces[space][start : start + length] = room[at : at + length]
-            at = _padded(at + length)
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+            at = padded(at + length)

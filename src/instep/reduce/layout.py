@@ -77,6 +77,11 @@ class Layout:
         return self.size // self.block
 
 
+def padded(nbytes: int) -> int:
+    """So many bytes, up to where the next tensor may begin."""
+    return -(-nbytes // ALIGN_BYTES) * ALIGN_BYTES
+
+
 def placed(sizes: Iterable[int], align: int) -> tuple[tuple[int, ...], int]:
     """Where each of `sizes` begins, one after the other at multiples of `align`, and where the last ends."""
     *offsets, end = itertools.accumulate((-(-size // align) * align for size in sizes), initial=0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from instep.errors import ResourceError, described
 from instep.memory_file import memory_file
 from instep.record.checkpoint import Loaded
-from instep.reduce.layout import ALIGN_BYTES, is_dense, tensor_at
+from instep.reduce.layout import ALIGN_BYTES, is_dense, padded, tensor_at
 from instep.team.messages import Request
 from instep.team.orders import Start
 from instep.transport.memory import PAGE, Region, attach, reserve
@@ -164,7 +164,7 @@ class _Tensors:
         place = (self.end, value.dtype, value.shape, value.stride())
         self.found.append(value)
         self.places.append(place)
-        self.end += -(-value.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+        self.end += padded(value.nbytes)
         return place
 
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from instep.reduce.layout import ALIGN_BYTES
+from instep.reduce.layout import padded
 from instep.transport.group import (
     LEFT,
     BrokenOff,
@@ -38,7 +38,7 @@ Fact = Tensor | bytes
 def regions(sizes: Sizes) -> dict[str, Region]:
     """What a file for a team of these sizes must hold, see `instep.transport.memory.reserve`."""
     size = len(sizes.rows)
-    fact_bytes = -(-sizes.fact_bytes // ALIGN_BYTES) * ALIGN_BYTES
+    fact_bytes = padded(sizes.fact_bytes)
     return {
         "turns": Region((2, size), "int64"),
         "interrupts": Region((size,), "int64"),
