@@ -240,12 +240,10 @@ class Sharded(Placement):
     def handed(self) -> dict[str, Any]:
         module, training = self._replica.module, self._replica.training_state()
         parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        own = training["optimizer"]
-        wholes = own.get("several", [own])
-        without = [{**whole, "state": {}} for whole in wholes]
-        optimizer = {"several": without} if "several" in own else without[0]
+        for whole in _wholes(training):
+            whole["state"] = {}
         model = {name: value for name, value in module.state_dict().items() if name not in parameters}
-        return {"model": model, "training": {**training, "optimizer": optimizer}}
+        return {"model": model, "training": training}
 
     def _indices(self, worker: int) -> list[int]:
         return [index for index, own in enumerate(self._of[worker]) if own]
