@@ -25,7 +25,7 @@ from instep.engines.undo import PiecesDone, SeatLost, Undo
 from instep.reduce.buffers import Left
 from instep.reduce.reduction import Reduction
 from instep.transport.group import Pending
-from instep.transport.shared_memory import Fact, SharedMemoryGroup
+from instep.transport.shared_memory import Fact, SharedMemoryGroup, Vacancies
 from instep.worker.gradients import Gradients
 
 JOINING, JOINED, COMPUTING, ADDING, ADDED, UPDATING = range(6)
@@ -59,18 +59,12 @@ class Handed:
     training: dict[str, Any]
 
 
-class Successors(Protocol):
+class Successors(Vacancies, Protocol):
     """Vacancies, and who is to take them."""
 
     @property
     def told(self) -> int:
         """Up to which version the tape tells of updates, where the place of worker 0 is held here."""
-
-    def changes(self) -> int:
-        """See `Vacancies`."""
-
-    def held(self) -> Collection[int]:
-        """See `Vacancies`."""
 
     def ready(self, worker: int) -> bool:
         """Whether the successor of a worker whose place is held here can take it."""
