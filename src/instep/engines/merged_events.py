@@ -44,8 +44,8 @@ class MergedEvents:
         self._emit, self._clock, self._numbers = emit, clock, numbers
         self._known: tuple[Sequence[Node], _Ranges] = (), ()
         self._told = 0  # up to which version
-        self._last: deque[_Kept] = deque(maxlen=min(remembered, REMEMBERED))
-        self._said: deque[_Said] = deque(maxlen=min(remembered, REMEMBERED))
+        self._last: deque[_Kept] = deque(maxlen=remembered)
+        self._said: deque[_Said] = deque(maxlen=remembered)
 
     def made(self, step: int, update: Update, ranges: Sequence[Node], train_s: float, *, tell: bool) -> None:
         """Keeps an update, which is cheap, for no event is made of it yet; or, with `tell`, tells of it."""
