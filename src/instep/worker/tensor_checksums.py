@@ -29,12 +29,6 @@ class Checksums(TypedDict):
     optimizer: Mapping[str, str]
 
 
-def checksums_are_due(replica: Replica, progress: Progress) -> bool:
-    """Whether `checksum_when_due` takes them."""
-    recipe = replica.recipe
-    return recipe.rule.synchronous and not progress.version % recipe.checksum_every
-
-
 def checksum_when_due(
     replica: Replica,
     progress: Progress,
@@ -45,7 +39,8 @@ def checksum_when_due(
 
     take: gives them, or None where another process does, which emits them. Their seconds count as those of steps.
     """
-    if not checksums_are_due(replica, progress):
+    recipe = replica.recipe
+    if not recipe.rule.synchronous or progress.version % recipe.checksum_every:
         return
     replica.doing = f"taking checksums of version {progress.version}"
     began = time.monotonic()
