@@ -9,7 +9,6 @@ touches the weights; `choose` decides it from what all workers know alike, and `
 
 from __future__ import annotations
 
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +26,7 @@ from instep.reduce.reduction import Reduction, clip
 from instep.transport.group import Group
 from instep.transport.shared_memory import SharedMemoryGroup
 from instep.worker.optimizer import BY_PARAMETER
+from instep.worker.parcels import packed, unpacked
 from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import Checksums, own_checksums, together
 from instep.worker.updates import clipped_step
@@ -262,19 +262,18 @@ class Sharded(Placement):
             return None
         training = replica.training_state()
         for blob in filter(None, blobs):
-            for whole, state in zip(_wholes(training), torch.load(io.BytesIO(blob), weights_only=True), strict=True):
+            for whole, state in zip(_wholes(training), unpacked(blob), strict=True):
                 whole["state"].update(state)
         return _in_order(training)
 
     def told_by(self, worker: int) -> bytes:
         self._hold(worker)
         own = {id(p) for p, owns in zip(self._replica.parameters, self._of[worker], strict=True) if owns}
-        states, told = [], io.BytesIO()
+        states = []
         for one in self._replica.optimizer.each:
             held = [id(parameter) for group in one.of_torch.param_groups for parameter in group["params"]]
             states.append({key: state for key, state in sorted(one.state()["state"].items()) if held[key] in own})
-        torch.save(states, told)
-        return told.getvalue()
+        return packed(states)
 
     def whole_state(self) -> dict[str, Any]:
         borrowed = [worker for worker in self._of if self._hold(worker)]

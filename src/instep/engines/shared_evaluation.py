@@ -10,7 +10,8 @@ from instep.engines.standing_in import OthersParts
 from instep.objectives.gathers import Outputs
 from instep.reduce.tree import worker_ranges
 from instep.transport.group import Fields, Group
-from instep.worker.evaluation import Evaluation, batches_held_out, evaluate, evaluate_alone, packed, unpacked
+from instep.worker.evaluation import Evaluation, batches_held_out, evaluate, evaluate_alone
+from instep.worker.parcels import packed, unpacked
 from instep.worker.replica import Replica
 
 

@@ -8,7 +8,6 @@ optimizer's state. Who lacks something is given all by a host that has the newes
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from instep.team.session import Session
 from instep.transport.group import Group, PeerLost
 from instep.transport.memory import reserve
 from instep.worker.milestones import Progress
+from instep.worker.parcels import packed, unpacked
 
 Make = Callable[[Sequence[int], Continued, Progress], Lockstep]
 """An engine in a team of so many workers by machine."""
@@ -114,7 +114,7 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
                 engine = make(reach.machines, again, before.progress)
                 engine.sizes()
         first = 0 if states[0].version == top else source
-        progress = Progress(**_unpacked(group.share(_packed(asdict(before.progress)) if rank == first else b"")[first]))
+        progress = Progress(**unpacked(group.share(packed(asdict(before.progress)) if rank == first else b"")[first]))
         engine.updates.watcher.load(watch)
         engine.join(group)
     except BaseException:
@@ -228,7 +228,7 @@ def _given(
             if rank == source:
                 assert training is not None, "it is the first of its host"
                 assert session.replica is not None, "the recipe is built"
-                own = _packed(
+                own = packed(
                     {
                         "model": session.replica.saved_state(),
                         "training": training,
@@ -242,17 +242,7 @@ def _given(
 def _take(session: Session, before: Formed, given: bytes) -> tuple[Any, list[MergedEvent]]:
     """Loads it. The state of the watch, and the last updates that its giver remembers."""
     assert session.replica is not None
-    state = _unpacked(given)
+    state = unpacked(given)
     before.whole = False
     session.replica.load(state["model"], state["training"])
     return state["watch"], [msgspec.msgpack.decode(event, type=MergedEvent) for event in state["events"]]
-
-
-def _packed(what: Any) -> bytes:
-    file = io.BytesIO()
-    torch.save(what, file)
-    return file.getvalue()
-
-
-def _unpacked(given: bytes) -> Any:
-    return torch.load(io.BytesIO(given), weights_only=True)

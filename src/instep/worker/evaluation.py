@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -148,16 +147,3 @@ def evaluate_alone(
     return Evaluation.of(
         replica, [each.counts for each in found], [each.sums for each in found], [each.outputs for each in found]
     )
-
-
-def packed(outputs: Sequence[Outputs]) -> bytes:
-    """As bytes."""
-    buffer = io.BytesIO()
-    torch.save(list(outputs), buffer)
-    return buffer.getvalue()
-
-
-def unpacked(parcel: bytes) -> list[Outputs]:
-    """What was `packed`."""
-    found: list[Outputs] = torch.load(io.BytesIO(parcel), weights_only=True)
-    return found
