@@ -94,29 +94,24 @@ def computed_again(outcome: Outcome) -> int:
 
 def before(owner: Any, name: str, worker: int, step: int = 3, *, calls: int = 0) -> Hooks:
     """calls: which call it is, counted from 1, where the step is none of its arguments."""
-
-    def hooks(deaths: Deaths) -> dict[Any, dict[str, Any]]:
-        whole, made = getattr(owner, name), [0]
-
-        def dying(self: Any, *args: Any, **named: Any) -> Any:
-            made[0] += 1
-            if made[0] == calls if calls else args[0] == step:
-                deaths.at(worker, name)
-            return whole(self, *args, **named)
-
-        return {owner: {name: dying}}
-
-    return hooks
+    return _in_call(owner, name, worker, step, calls, later=False)
 
 
 def after(owner: Any, name: str, worker: int, step: int = 3, *, calls: int = 0) -> Hooks:
+    return _in_call(owner, name, worker, step, calls, later=True)
+
+
+def _in_call(owner: Any, name: str, worker: int, step: int, calls: int, *, later: bool) -> Hooks:
     def hooks(deaths: Deaths) -> dict[Any, dict[str, Any]]:
         whole, made = getattr(owner, name), [0]
 
         def dying(self: Any, *args: Any, **named: Any) -> Any:
             made[0] += 1
+            here = made[0] == calls if calls else args[0] == step
+            if here and not later:
+                deaths.at(worker, name)
             found = whole(self, *args, **named)
-            if made[0] == calls if calls else args[0] == step:
+            if here and later:
                 deaths.at(worker, name)
             return found
 
