@@ -108,12 +108,13 @@ class StepFacts:
         self, group: Group, beside: Fields | None = None, *, stop: int = GO_ON, early: bool = False
     ) -> TeamFacts:
         """A barrier: what all tell; of `stop` and `early` what worker 0 says. beside: what else each tells."""
-        rows: list[Any] = [self._told(stop=stop, early=early)]
-        found = None if beside is None else beside.read(beside.raw[None])
         if group.size > 1:
             gathered = group.gather(self.packed(beside, stop=stop, early=early))
-            rows = [self._layout.unpack_from(row) for row in gathered.numpy()]
+            rows: list[Any] = [self._layout.unpack_from(row) for row in gathered.numpy()]
             found = None if beside is None else beside.read(gathered[:, self.nbytes :])
+        else:
+            rows = [self._told(stop=stop, early=early)]
+            found = None if beside is None else beside.read(beside.raw[None])
         sums = [value for row, count in zip(rows, self._of_each, strict=True) for value in row[:count]]
         counts = zip(*(row[self._most : -5] for row in rows), strict=True)
         flags = _together(tuple(row[-4] for row in rows), self._parameters)
