@@ -223,6 +223,7 @@ class Lockstep:
             totals = self._seat.facts.gather(self._group).totals
         else:
             made = self._handed.totals, self._handed.stopped
+            self._handed = None  # all of it is taken: weights and state of before need no memory any more
             if progress.version < steps:
                 self._seat.load_ahead(progress.version)
         while made is not None or progress.version < steps:
