@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from instep.data import Collate, Data, MapStyle, as_data, fingerprint, makes_data
 from instep.data.cursor import Cursor, fetch
-from instep.data.order import BLOCK, KEPT, OrderKind, keys, permuted, take
+from instep.data.order import BLOCK, KEPT, OrderKind, keys, over_blocks, permuted, take
 from instep.errors import DataError
 from instep.randomness import key
 
@@ -149,12 +149,7 @@ class MixedCursor(Cursor):
         return range(step * self.batch, (step + 1) * self.batch)
 
     def _take(self, step: int, span: range) -> Tensor:
-        if not span:
-            return torch.empty(0, dtype=torch.int64)
-        first, last = span.start // BLOCK, (span.stop - 1) // BLOCK
-        fields = self.lengths, self.weights, self.seed, self.order
-        whole = torch.cat([_block(*fields, block) for block in range(first, last + 1)])
-        return whole[span.start - first * BLOCK : span.stop - first * BLOCK]
+        return over_blocks(span, lambda block: _block(self.lengths, self.weights, self.seed, self.order, block))
 
 
 @lru_cache(maxsize=KEPT)

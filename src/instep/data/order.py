@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
@@ -35,10 +36,15 @@ def take(kind: OrderKind, samples: int, seed: int, epoch: int, places: range) ->
     """
     if kind == "permutation":
         return _permutation(samples, seed, epoch)[places.start : places.stop]
+    return over_blocks(places, lambda block: _block(samples, seed, epoch, block))
+
+
+def over_blocks(places: range, block_of: Callable[[int], Tensor]) -> Tensor:
+    """What is at these `places` ([places], int64), of blocks that have what is at `BLOCK` of them each."""
     if not places:
         return torch.empty(0, dtype=torch.int64)
     first, last = places.start // BLOCK, (places.stop - 1) // BLOCK
-    blocks = [_block(samples, seed, epoch, block) for block in range(first, last + 1)]
+    blocks = [block_of(block) for block in range(first, last + 1)]
     whole = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
     return whole[places.start - first * BLOCK : places.stop - first * BLOCK]
 
