@@ -8,7 +8,7 @@ import itertools
 import os
 import struct
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -170,17 +170,14 @@ def token_files(
     if not paths:
         raise DataError("all files of tokens are held out; give some that are not, or 'held_out' as a share.")
     files = [TokenFile(path, dtype) for path in paths]
-    every = TokenWindows(files, context, vocabulary=vocabulary, full_digest=full_digest)
+    windows_of = partial(TokenWindows, context=context, vocabulary=vocabulary, full_digest=full_digest)
+    train = windows_of(files)
     if isinstance(held_out, str):
-        train, others = every, [TokenFile(path, dtype) for path in held]
-        rest = TokenWindows(others, context, mixed=True, vocabulary=vocabulary, full_digest=full_digest)
+        rest = windows_of([TokenFile(path, dtype) for path in held], mixed=True)
     else:
-        cut = len(every) - max(1, int(len(every) * held_out))
-        parts = every.windows[: max(0, cut)], every.windows[max(0, cut) :]
-        train, rest = (
-            TokenWindows(files, context, windows=part, mixed=mixed, vocabulary=vocabulary, full_digest=full_digest)
-            for part, mixed in zip(parts, (False, True), strict=True)
-        )
+        every = train.windows
+        cut = max(0, len(every) - max(1, int(len(every) * held_out)))
+        train, rest = windows_of(files, windows=every[:cut]), windows_of(files, windows=every[cut:], mixed=True)
     for part, name in ((train, "training"), (rest, "held-out")):
         if not len(part):
             tokens = sum(file.count for file in part.files)
