@@ -18,7 +18,7 @@ import instep.data as data_module
 from instep import Recipe, Team
 from instep.components import Component
 from instep.data import Data, digest, mixture
-from instep.data.mixture import MixedCursor, Mixture, cursor_over
+from instep.data.mixture import Mixture, cursor_over
 from instep.data.order import BLOCK, take
 from instep.errors import DataError
 from instep.randomness import key
@@ -60,11 +60,8 @@ def test_each_data_set_has_its_share_and_each_of_its_samples_once_in_each_of_its
     given_mixture: Any, blocks: int
 ) -> None:
     lengths, weights, seed = given_mixture
-    cursor = cursor_of(lengths, weights, batch=BLOCK, seed=seed) if sum(lengths) >= BLOCK else None
-    if cursor is None:
-        mixed = Mixture([Numbers(count) for count in lengths], weights)
-        made = MixedCursor(BLOCK, BLOCK, 1, seed, lengths=mixed.lengths, weights=mixed.weights)
-        cursor = made
+    cursor = cursor_of(lengths, weights, batch=1, seed=seed)
+    cursor = dataclasses.replace(cursor, samples=max(BLOCK, sum(lengths)), batch=BLOCK)
     drawn = torch.cat([cursor.microbatch_tensor(step, 0) for step in range(blocks)])
     start = 0
     for place, (length, weight) in enumerate(zip(lengths, weights, strict=True)):
