@@ -237,6 +237,11 @@ class _Race:
         self._look_on()
         return self._outcome()
 
+    @property
+    def _bound(self) -> float:
+        """What the best one cost; infinite until one has reached the target."""
+        return math.inf if self._best is None or self._best.cost is None else self._best.cost
+
     def _halve(self, going: list[Ranked]) -> None:
         """Rungs: the first takes half of the work for all, each further one half as much for half as many."""
         each = self._budget / 2 / max(1, len(going))
@@ -248,18 +253,15 @@ class _Race:
     def _look_on(self) -> None:
         """The rest of the work, for whoever may be the cheapest."""
         while open_ := list(filter(self._affords, self._unsettled(self._ranking))):
-            bound = math.inf if self._best is None or self._best.cost is None else self._best.cost
-            some = [ranked for ranked in open_ if self._least(ranked) < bound]
+            some = [ranked for ranked in open_ if self._least(ranked) < self._bound]
             ranked = min(some, key=self._expected) if some else min(open_, key=self._least)
             self._on(ranked, self._step_of(ranked) + max(1, self._steps // _CHUNKS))
 
     def _unsettled(self, ranking: Sequence[Ranked]) -> list[Ranked]:
         """Those that have neither reached the target nor been beaten."""
         for ranked in ranking:
-            if ranked.state == "open" and self._best is not None:
-                assert self._best.cost is not None
-                if ranked.entrant.cost(self._step_of(ranked) + 1) >= self._best.cost:
-                    ranked.state = "beaten"
+            if ranked.state == "open" and ranked.entrant.cost(self._step_of(ranked) + 1) >= self._bound:
+                ranked.state = "beaten"
         return [ranked for ranked in ranking if ranked.state == "open"]
 
     def _on(self, ranked: Ranked, step: int) -> None:
@@ -277,7 +279,7 @@ class _Race:
         reached = reached_at(computed.points, self._target)
         if reached is not None:
             ranked.state, ranked.step, ranked.cost = "reached", reached, ranked.entrant.cost(reached)
-            if self._best is None or self._best.cost is None or ranked.cost < self._best.cost:
+            if ranked.cost < self._bound:
                 self._best = ranked
         elif computed.ended:
             ranked.state = "never"
@@ -317,11 +319,11 @@ class _Race:
         open_ = self._unsettled(self._ranking)
         for ranked in open_:
             ranked.predicted = self._expected(ranked)
-        if self._best is None or self._best.cost is None:  # between the favourite and who may be better
+        if self._best is None:  # between the favourite and who may be better
             bound = min(map(self._expected, open_), default=math.inf)
             rivals = [ranked for ranked in open_ if self._least(ranked) <= bound < math.inf]
         else:
-            rivals = [ranked for ranked in open_ if self._expected(ranked) < self._best.cost]
+            rivals = [ranked for ranked in open_ if self._expected(ranked) < self._bound]
         for ranked in open_:
             ranked.state = "open" if ranked in rivals else "behind"
         return Outcome(self._ranking, self._spent, self._best, sorted(rivals, key=self._expected))
