@@ -97,7 +97,7 @@ class Truths:
         if curve not in self._known:
             course = Course(recipe, cluster)
             course.to(recipe.steps)
-            self._known[curve] = tuple(CurvePoint(*point) for point in course.points), course.failed
+            self._known[curve] = tuple(course.points), course.failed
         return Truth(rule, timing(recipe, cluster, self.replica), curve, *self._known[curve])
 
     def raced(self, truths: Sequence[Truth], target: float = TARGET) -> Outcome:

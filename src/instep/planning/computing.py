@@ -17,7 +17,7 @@ from instep.offline.simulation import VirtualRun
 from instep.planning.asked import Computation, PlanAsked
 from instep.planning.course import Course, CourseTimes, order_of, timing
 from instep.planning.found import By, ToTarget, Way
-from instep.planning.race import CurvePoint, Entrant, Outcome, SoFar, race, reached_at
+from instep.planning.race import Entrant, Outcome, SoFar, race, reached_at
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.reduce.written import FirstWrite
@@ -179,8 +179,7 @@ class _Computing:
         way.computed += course.step - before
         if course.failed:
             way.why = course.failed
-        points = tuple(CurvePoint(*point) for point in course.points)
-        return SoFar(course.step, points, course.ended, course.step - before)
+        return SoFar(course.step, tuple(course.points), course.ended, course.step - before)
 
     def _failed(self, place: int) -> str:
         way = self._ways[place]
@@ -198,11 +197,10 @@ class _Computing:
                 self._ways[place].state = "reached"  # be it in the race for the other cost
 
     def _reached(self, course: Course, found: CourseTimes, seed: int) -> ToTarget | None:
-        points = [CurvePoint(*point) for point in course.points]
-        step = reached_at(points, self._asked.target)
+        step = reached_at(course.points, self._asked.target)
         if step is None:
             return None
-        objective = next(point.objective for point in points if point.step == step)
+        objective = next(point.objective for point in course.points if point.step == step)
         return ToTarget(seed, step, found.seconds(step), found.bytes(step), objective)
 
     def _cost(self, place: int) -> float:

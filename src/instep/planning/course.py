@@ -12,6 +12,7 @@ from instep.offline.cluster import Cluster
 from instep.offline.schedule import simulate as schedule
 from instep.offline.simulated_run import SimulatedRun
 from instep.offline.simulation import VirtualRun, sizes_of
+from instep.planning.race import CurvePoint
 from instep.recipe import Recipe
 from instep.reduce.written import FirstWrite
 from instep.rules.actions import Drop, Merge
@@ -87,7 +88,7 @@ class Course:
         self._begin()
 
     def _begin(self) -> None:
-        self.points: list[tuple[int, float]] = []
+        self.points: list[CurvePoint] = []
         """The held-out objective after so many global batches."""
         assert self._cluster.times is not None
         assert self._cluster.merge_s is not None
@@ -134,7 +135,7 @@ class Course:
     def _hear(self, event: Mapping[str, Any]) -> None:
         if event["kind"] == "evaluated":
             self._evaluated = self.step
-            self.points.append((self.step, event["objective"]))
+            self.points.append(CurvePoint(self.step, event["objective"]))
 
 
 def order_of(recipe: Recipe, cluster: Cluster) -> str:
