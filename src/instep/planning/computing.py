@@ -65,7 +65,8 @@ class _Computing:
         self._measured_s = self._measured()
         self._ways: list[Way] = []
         self._timed = 0
-        self._courses: dict[tuple[int, str], Course] = {}
+        self._curves: dict[int, str] = {}  # by place, of those that can be timed
+        self._courses: dict[tuple[int, str], Course] = {}  # by seed and curve
 
     def run(self) -> Computation:
         asked, steps = self._asked, self._recipe.steps
@@ -77,8 +78,8 @@ class _Computing:
         known = {place: found for place, found in timings.items() if found is not None}
         if not known:
             raise RecipeError(f"there is no way to train on this cluster: {self._ways[0].why}")
-        curves = {self._curve(place) for place in known}
-        everything = steps * len(curves)
+        self._curves = {place: self._curve(place, first) for place in known}
+        everything = steps * len(set(self._curves.values()))
         allowed = math.floor(asked.share * everything * (1 if len(asked.seeds) == 1 else _FIRST_SEED))
         outcome = self._race(known, asked.by, allowed)
         spent, places, whole = outcome.spent, list(known), math.floor(asked.share * everything)
@@ -141,17 +142,15 @@ class _Computing:
         way.idle_share, way.staleness = float(run.idle_share.mean()), run.staleness_mean
         return found
 
-    def _curve(self, place: int) -> str:
-        recipe, cluster = self._of(place, self._asked.seeds[0])
-        order = order_of(recipe, cluster)
-        return order or f"{place}"
+    def _curve(self, place: int, seed: int) -> str:
+        return order_of(*self._of(place, seed)) or f"{place}"
 
     def _race(self, known: Mapping[int, CourseTimes], by: By, budget: int) -> Outcome:
         entrants = []
         at: dict[str, int] = {}
         steps = self._recipe.steps
         for place, found in known.items():
-            curve = self._curve(place)
+            curve = self._curves[place]
             if curve not in at or found.seconds(steps) < known[at[curve]].seconds(steps):
                 at[curve] = place
             rule = self._asked.rules[self._ways[place].rule]
@@ -188,7 +187,7 @@ class _Computing:
     def _note(self, known: Mapping[int, CourseTimes], seed: int) -> None:
         """What the first seed came to."""
         for place, found in known.items():
-            course = self._courses.get((seed, self._curve(place)))
+            course = self._courses.get((seed, self._curves[place]))
             if course is None or not course.points:
                 continue
             self._ways[place].lowest = min(objective for _, objective in course.points)
@@ -217,7 +216,7 @@ class _Computing:
         """Those of the race that may be the best even after the race for the other cost."""
         least, found = min(map(self._cost, finalists), default=math.inf), list[int]()
         for place in rivals:
-            way, course = self._ways[place], self._courses.get((seed, self._curve(place)))
+            way, course = self._ways[place], self._courses.get((seed, self._curves[place]))
             if way.reached:
                 continue
             if course is not None and course.ended:
@@ -243,7 +242,7 @@ class _Computing:
 
     def _to_target(self, place: int, clock: CourseTimes, seed: int, budget: int) -> int:
         """Computes a way with another seed to the target, if the budget suffices; how much of it was used."""
-        curve, spent, step = self._curve(place), 0, 0
+        curve, spent, step = self._curves[place], 0, 0
         every = self._recipe.evaluate_every + self._asked.rules[self._ways[place].rule].stride
         while spent + every <= budget:
             computed = self._computed(place, curve, seed, step + 1)
