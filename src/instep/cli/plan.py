@@ -185,10 +185,9 @@ def _told(way: Way) -> bool:
 
 def _in_order(found: Planned) -> list[Way]:
     """By what they cost until the target, then by their state."""
-    what = "seconds" if found.by == "time" else "bytes"
 
     def key(way: Way) -> tuple[bool, float, int, float]:
-        cost = way.over_seeds(what)
+        cost = way.cost(found.by)
         return cost is None, cost.mean if cost else 0.0, _STATES.index(way.state), way.seconds_all or 0.0
 
     return sorted(found.ways, key=key)

@@ -204,7 +204,7 @@ class _Computing:
 
     def _cost(self, place: int) -> float:
         """What a way has taken to the target; infinite if it was not seen to reach it."""
-        cost = self._ways[place].over_seeds("seconds" if self._asked.by == "time" else "bytes")
+        cost = self._ways[place].cost(self._asked.by)
         return math.inf if cost is None else cost.mean
 
     def _finalists(self) -> list[int]:

@@ -28,6 +28,10 @@ class ToTarget:
     bytes: float
     objective: float
 
+    def cost(self, by: By) -> float:
+        """What is to be least."""
+        return self.seconds if by == "time" else self.bytes
+
 
 @dataclass
 class Way:
@@ -61,6 +65,10 @@ class Way:
     def over_seeds(self, what: str) -> Range | None:
         """`what`, "seconds", "bytes" or "objective", at the target; None where no seed reached it."""
         return Range.of([getattr(each, what) for each in self.reached])
+
+    def cost(self, by: By) -> Range | None:
+        """What is to be least, at the target; None where no seed reached it."""
+        return Range.of([each.cost(by) for each in self.reached])
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ class Planned:
         """What to take, in a sentence or two."""
         if self.pick is None:
             return self._nobody()
-        cost = self.pick.over_seeds("seconds" if self.by == "time" else "bytes")
+        cost = self.pick.cost(self.by)
         assert cost is not None, "it reached the target"
         said = f"{self._cost(cost)} to a held-out objective of {number(self.target)}"
         if self.undecided:
@@ -187,8 +195,7 @@ def choose(finalists: Sequence[Way], by: By) -> tuple[Way | None, tuple[Way, ...
     """The cheapest over the seeds that all have, and those that were cheaper than it with one of the seeds."""
     if not finalists:
         return None, ()
-    what = "seconds" if by == "time" else "bytes"
-    costs = [{each.seed: float(getattr(each, what)) for each in way.reached} for way in finalists]
+    costs = [{each.seed: each.cost(by) for each in way.reached} for way in finalists]
     common = set.intersection(*map(set, costs))
     if not common:
         return None, tuple(finalists)
