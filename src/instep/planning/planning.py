@@ -8,7 +8,6 @@ import shlex
 from collections.abc import Iterable, Sequence
 
 from instep.api import folders_of, monitors_of
-from instep.clock.units import duration_s
 from instep.errors import RecipeError, shown
 from instep.monitors import Monitor
 from instep.monitors.progress import duration
@@ -82,9 +81,10 @@ def plan(
 def checkpoints_for(recipe: Recipe, cluster: Description, way: Way, checkpoint_s: float) -> Checkpoints:
     """How often a checkpoint pays under `way`."""
     assert way.seconds_all is not None, "it was timed"
-    if not cluster.failures:
+    failing = cluster.failing
+    if failing is None:
         return Checkpoints(None, None, checkpoint_s, None, "The cluster has no failures, so no interval follows.")
-    mean_s = duration_s(cluster.failures, "'cluster.failures'")
+    mean_s = failing.mean_time_between_s
     every_s = interval_s(checkpoint_s, mean_s)
     step_s = way.seconds_all / recipe.steps
     steps = max(1, min(recipe.steps, round(every_s / step_s)))
