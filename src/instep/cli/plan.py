@@ -20,7 +20,7 @@ from instep.monitors.progress import duration, nbytes, number
 from instep.monitors.terminal import MovingLine
 from instep.planning.found import By, Planned, Way
 from instep.record.files import json_text
-from instep.report.comparison import Range
+from instep.report.comparison import figure
 from instep.rules.rule import UpdateRule
 from instep.team.signals import interrupting
 
@@ -197,18 +197,8 @@ def _row(way: Way, found: Planned) -> list[str]:
     seconds, sent, objective = (way.over_seeds(what) for what in ("seconds", "bytes", "objective"))
     said = "pick" if way is found.pick else "undecided" if way in found.undecided else way.state
     return [
-        way.rule, str(way.workers), said, "" if seconds is None else _between(seconds),
-        "" if sent is None else _bytes(sent),
+        way.rule, str(way.workers), said, "" if seconds is None else figure(seconds, duration),
+        "" if sent is None else nbytes(round(sent.mean)),
         number(objective.mean) if objective else (f"({number(way.lowest)})" if way.lowest is not None else ""),
         str(way.computed),
     ]  # fmt: skip
-
-
-def _between(each: Range) -> str:
-    if each.low == each.high:
-        return duration(each.mean)
-    return f"{duration(each.mean)} ({duration(each.low)} to {duration(each.high)})"
-
-
-def _bytes(each: Range) -> str:
-    return nbytes(round(each.mean))

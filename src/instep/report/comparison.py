@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -306,15 +306,12 @@ def _seconds(group: RuleRuns) -> float:
     return statistics.fmean(run.seconds for run in group.runs)
 
 
-def figure(each: Range | None) -> str:
+def figure(each: Range | None, show: Callable[[float], str] = number) -> str:
     """0.1234, or with the spread over seeds 0.1234 (0.1200 to 0.1300)."""
     if each is None:
         return "none"
-    return (
-        number(each.mean)
-        if each.low == each.high
-        else f"{number(each.mean)} ({number(each.low)} to {number(each.high)})"
-    )
+    said = show(each.mean)
+    return said if each.low == each.high else f"{said} ({show(each.low)} to {show(each.high)})"
 
 
 def facts(found: Comparison) -> str:

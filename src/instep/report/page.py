@@ -132,8 +132,7 @@ def _reached(group: RuleRuns, text: Callable[[float], str], what: str) -> str:
     found = group.to_target(what)
     if found is None:
         return "never" if not group.reached else f"{group.reached} of {len(group.runs)} did"
-    said = text(found.mean)
-    return said if found.low == found.high else f"{said} ({text(found.low)} to {text(found.high)})"
+    return figure(found, text)
 
 
 def _caption(group: RuleRuns) -> dict[str, Any]:
