@@ -118,6 +118,23 @@ class _Begun(Tracker):
         """Begins the run; of what both say, the user's holds."""
         return self._module.init(**{**ours, **self._options})
 
+    def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
+        self._send(version, found)
+
+    def _show(self, version: int, made: MadeOf) -> None:
+        shown: dict[str, Any] = {name: self._module.Image(str(path)) for name, path in made.pictures.items()}
+        if made.text is not None:
+            shown["sample"] = self._text(made.text)
+        if shown:
+            self._send(version, shown)
+
+    def _send(self, version: int, found: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def _text(self, text: str) -> Any:
+        """As the tracker's package takes it."""
+        raise NotImplementedError
+
 
 class WandB(_Begun):
     """Weights & Biases; `options` are arguments of ``wandb.init``. What W&B calls step is Instep's `version`.
@@ -135,15 +152,11 @@ class WandB(_Begun):
         self._run.define_metric("version", hidden=True)
         self._run.define_metric("*", step_metric="version")  # its own step may not go back
 
-    def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
+    def _send(self, version: int, found: Mapping[str, Any]) -> None:
         self._run.log({"version": version, **found})
 
-    def _show(self, version: int, made: MadeOf) -> None:
-        shown: dict[str, Any] = {name: self._module.Image(str(path)) for name, path in made.pictures.items()}
-        if made.text is not None:
-            shown["sample"] = self._module.Html(f"<pre>{html.escape(made.text)}</pre>", inject=False)
-        if shown:
-            self._run.log({"version": version, **shown})
+    def _text(self, text: str) -> Any:
+        return self._module.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
 
     def _end(self, told: dict[str, Any] | None) -> None:
         self._run.summary.update(told or {})
@@ -204,15 +217,11 @@ class Trackio(_Begun):
         name = f"{_name(event)}-{(event['run'] or 'simulated')[:8]}"
         self._run: Any = self._init(name=name, resume="allow", config=_config(event), embed=False)
 
-    def _log(self, version: int, at_s: float, found: dict[str, float]) -> None:
+    def _send(self, version: int, found: Mapping[str, Any]) -> None:
         self._run.log(found, step=version)
 
-    def _show(self, version: int, made: MadeOf) -> None:
-        shown: dict[str, Any] = {name: self._module.Image(str(path)) for name, path in made.pictures.items()}
-        if made.text is not None:
-            shown["sample"] = self._module.Markdown(made.text)
-        if shown:
-            self._run.log(shown, step=version)
+    def _text(self, text: str) -> Any:
+        return self._module.Markdown(text)
 
     def _end(self, told: dict[str, Any] | None) -> None:
         self._run.finish()
