@@ -166,9 +166,13 @@ def _said(found: Planned) -> list[tuple[str, str]]:
         ),
     ]  # fmt: skip
     said += [(way.label, way.why) for way in found.ways if way.why]
-    if left := sorted({way.workers for way in found.ways if not _told(way)}):
-        names = {count: [way.rule for way in found.ways if way.workers == count and not _told(way)] for count in left}
-        said.append(("Slower by timing alone", "; ".join(f"W = {n}: {', '.join(names[n])}" for n in left) + "."))
+    slower: dict[int, list[str]] = {}
+    for way in found.ways:
+        if not _told(way):
+            slower.setdefault(way.workers, []).append(way.rule)
+    if slower:
+        listed = "; ".join(f"W = {workers}: {', '.join(rules)}" for workers, rules in sorted(slower.items()))
+        said.append(("Slower by timing alone", f"{listed}."))
     if found.pareto:
         labels = "; ".join(way.label for way in found.pareto)
         said.append(("Pareto", f"of those that reached it, no other beats in time, bytes and objective: {labels}."))
