@@ -54,6 +54,22 @@ def recipe() -> Recipe:
     return parse({key: value for key, value in table.items() if key != "team"})[0]
 
 
+class Grown:
+    """The lines of a file, as it grows."""
+
+    def __init__(self, path: Path):
+        self._path, self._offset = path, 0
+
+    def lines(self) -> list[bytes]:
+        """Those that are new and whole; none where there is no file yet."""
+        with contextlib.suppress(FileNotFoundError), self._path.open("rb") as file:
+            file.seek(self._offset)
+            whole = file.read().rpartition(b"\n")[0]
+            self._offset += len(whole) + 1 if whole else 0
+            return whole.splitlines()
+        return []
+
+
 class ByInstep:
     """Workers in lockstep, as the tape tells. Times are seconds since the run's start."""
 
@@ -61,7 +77,7 @@ class ByInstep:
         self.folder = folder
         team = Team(workers=workers, checkpoint_every=1_000_000, restarts=1_000_000)
         (folder / "my.toml").write_text(dumps(recipe(), team))
-        self._tape, self._offset = folder / "run" / "tape.jsonl", 0
+        self._tape = Grown(folder / "run" / "tape.jsonl")
         self.updates: list[float] = []
         self.pids: dict[int, int] = {}
         self._lost: dict[int, float] = {}  # by pid
@@ -71,13 +87,7 @@ class ByInstep:
 
     def look(self) -> None:
         """Reads what is new."""
-        if not self._tape.exists():
-            return
-        with self._tape.open("rb") as file:
-            file.seek(self._offset)
-            whole = file.read().rpartition(b"\n")[0]
-        self._offset += len(whole) + 1 if whole else 0
-        for event in map(json.loads, whole.splitlines()):
+        for event in map(json.loads, self._tape.lines()):
             match event["kind"]:
                 case "merged":
                     self.updates.append(event["t_s"])
@@ -104,7 +114,7 @@ class ByTorch:
     def __init__(self, folder: Path, workers: int):
         self.folder, self._workers = folder, workers
         self.processes: list[subprocess.Popen[bytes]] = []
-        self._offsets, self._step = [0] * workers, 0
+        self._stamps, self._step = [Grown(folder / f"{number}.steps") for number in range(workers)], 0
         self.updates: list[float] = []
         self.stepped = [0.0] * workers
 
@@ -117,14 +127,10 @@ class ByTorch:
     def look(self) -> None:
         """Reads what is new. An update is a step that nobody had made yet."""
         found = []
-        for number in range(self._workers):
-            with contextlib.suppress(FileNotFoundError), (self.folder / f"{number}.steps").open("rb") as file:
-                file.seek(self._offsets[number])
-                whole = file.read().rpartition(b"\n")[0]
-                self._offsets[number] += len(whole) + 1 if whole else 0
-                own = [line.split() for line in whole.splitlines()]
-                found += [(float(t), int(step)) for step, t in own]
-                self.stepped[number] = float(own[-1][1]) if own else self.stepped[number]
+        for number, stamps in enumerate(self._stamps):
+            own = [(float(t), int(step)) for step, t in map(bytes.split, stamps.lines())]
+            found += own
+            self.stepped[number] = own[-1][0] if own else self.stepped[number]
         for t, step in sorted(found):
             if step > self._step:
                 self._step = step
