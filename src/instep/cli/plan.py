@@ -5,24 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from cyclopts import App
 
 from instep.budget import parse_share
 from instep.cli.cluster import refuse_team
-from instep.cli.compare import entries_of, seeds_of
 from instep.cli.flags import Settings, UsageError, import_paths, parsed, with_short
 from instep.cli.helping import COMMANDS, wrapped
-from instep.cli.report import number_of
 from instep.errors import RecipeError, cut, shown
 from instep.monitors.progress import duration, nbytes, number
 from instep.monitors.terminal import MovingLine
-from instep.planning.found import By, Planned, Way
 from instep.record.files import json_text
-from instep.report.comparison import figure
 from instep.rules.rule import UpdateRule
 from instep.team.signals import interrupting
+
+if TYPE_CHECKING:
+    from instep.planning.found import By, Planned, Way
 
 _HELP = """\
 Which update rule, how many workers and how often a checkpoint, for a cluster that a file describes. Timing without \
@@ -78,16 +77,19 @@ def declare(app: App, settings: Settings) -> None:
         json
             Prints one JSON document at the end.
         """
+        from instep.cli.report import number_of
+
         if by not in ("time", "bytes"):
             raise UsageError(f"--by is {shown(by)}; it must be time or bytes.")
         settled = with_short(settings, (("steps", "recipe.steps", steps),))
-        _plan(recipe, settled, cluster, number_of(target), cast(By, by), rules, workers, seeds, budget, json)
+        _plan(recipe, settled, cluster, number_of(target), cast("By", by), rules, workers, seeds, budget, json)
 
 
 def _plan(
     given: str, settings: Settings, cluster: Path, target: float, by: By, rules: str, workers: str, seeds: str,
     budget: str, as_json: bool,
 ) -> None:  # fmt: skip
+    from instep.cli.compare import seeds_of
     from instep.planning.described import read
     from instep.planning.planning import plan
 
@@ -116,6 +118,8 @@ def _plan(
 
 
 def _rules(text: str) -> list[UpdateRule]:
+    from instep.cli.compare import entries_of
+
     entries = entries_of(text)
     for name, _ in (pair for entry in entries for pair in entry.team):
         raise UsageError(f"--rules sets {cut(name)}, a field of a real team; the cluster's file describes the workers.")
@@ -198,6 +202,8 @@ def _in_order(found: Planned) -> list[Way]:
 
 
 def _row(way: Way, found: Planned) -> list[str]:
+    from instep.report.comparison import figure
+
     seconds, sent, objective = (way.over_seeds(what) for what in ("seconds", "bytes", "objective"))
     said = "pick" if way is found.pick else "undecided" if way in found.undecided else way.state
     return [
