@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from instep.recipe import Team
-from instep.team import hosts
 from instep.team.asking import standing_of
 from instep.team.messages import HeldUp
-from support.agents import meet_here, train_on
+from support.agents import train_on
 from support.harness import Client, train_here
 from support.kinds import quick
 from support.patience import LONG_S
@@ -93,12 +92,9 @@ def test_under_a_server_who_waits_waits_for_it_and_it_for_who_computes(tmp_path:
     assert run.digest == alone
 
 
+@pytest.mark.usefixtures("agents_meet_here")
 @pytest.mark.parametrize("microbatch", quick([0, 2], 2))
-def test_workers_of_other_hosts_are_shown_and_named_too(
-    microbatch: int, tmp_path: Path, alone: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    meet_here(monkeypatch, tmp_path)
-    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
+def test_workers_of_other_hosts_are_shown_and_named_too(microbatch: int, tmp_path: Path, alone: str) -> None:
     path, file, client = tmp_path / "run", tmp_path / "go on", Client(free=True)
     recipe, team = waiting_in(1, microbatch, file), Team(workers=2, lease_s=60.0)
     with Asking(path, file, client) as asking:

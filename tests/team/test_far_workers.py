@@ -16,23 +16,17 @@ import pytest
 from instep.recipe import Recipe, Team
 from instep.rules import UpdateRule
 from instep.rules import presets as p
-from instep.team import far_server, hosts, letters
+from instep.team import far_server, letters
 from instep.team.far_server import FarServer
 from instep.team.host_weights import HostPlaces
 from instep.team.processes import import_before_forks
 from support import workloads
-from support.agents import Followers, meet_here, train_on
+from support.agents import Followers, train_on
 from support.harness import Client, Outcome, act_on, train_here
 from support.kinds import quick
 from support.serving import RULES, WORKLOADS, check_tape, drive, replayed
 
-pytestmark = pytest.mark.processes
-
-
-@pytest.fixture(autouse=True)
-def _meeting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    meet_here(monkeypatch, tmp_path)
-    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("agents_meet_here")]
 
 
 def narrow(rule: UpdateRule, wire: str) -> UpdateRule:

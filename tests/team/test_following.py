@@ -20,7 +20,7 @@ from instep.randomness import key_of_step
 from instep.ranges import fill
 from instep.recipe import Recipe, Team
 from instep.team import asking, hosts, hosts_there
-from support.agents import Followers, meet_here, train_on
+from support.agents import Followers, train_on
 from support.harness import Client, train_here
 from support.patience import LONG_S
 from support.processes import wait_until
@@ -123,6 +123,7 @@ def until(*held: tuple[int, Path]) -> Recipe:
     return regression(steps=3, objective=objective)
 
 
+@pytest.mark.usefixtures("agents_meet_here")
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("engine", "fixed"),
@@ -136,8 +137,6 @@ def test_hosts_that_come_and_go_change_the_number_of_workers_and_no_bit(
     engine: Any, fixed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """fixed: somebody asks for the number that the team has with host 1, before that goes."""
-    meet_here(monkeypatch, tmp_path)
-    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
     monkeypatch.setattr(hosts, "GATHER_S", 0.0)
     monkeypatch.setattr(hosts_there, "room_here", lambda threads: 1)
     come, gone, client = tmp_path / "come", tmp_path / "gone", Client()

@@ -16,20 +16,14 @@ import pytest
 from instep.errors import RecipeError, WorkerError
 from instep.objectives.language import NextToken
 from instep.recipe import Recipe, Team
-from instep.team import follower, hosts, meeting
+from instep.team import follower, meeting
 from instep.team.place import Place
 from support import workloads
-from support.agents import Followers, Told, meet_here, train_on
+from support.agents import Followers, Told, train_on
 from support.harness import Client, stopping_at, train_here
 from support.kinds import quick
 
-pytestmark = pytest.mark.processes
-
-
-@pytest.fixture(autouse=True)
-def _meeting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    meet_here(monkeypatch, tmp_path)
-    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("agents_meet_here")]
 
 
 TEAMS = [((1, 1), 3), ((1, 1, 1), 2), ((1, 1), 2), ((2, 1), 5), ((1, 1, 1), 5), ((1, 1, 1), 8)]

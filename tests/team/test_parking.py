@@ -21,25 +21,19 @@ from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.record.events import MergedContribution, MergedEvent
 from instep.record.folder import RunFolder
-from instep.team import hosts, keeping, wire_format
+from instep.team import keeping, wire_format
 from instep.team.keeping import Keeping, in_parts
 from instep.team.messages import KeepingState, StateKept
 from instep.team.taking_up import TakingUp
 from instep.team.wire_format import encode
 from instep.team.wire_messages import KeptGiven, WireError
 from support import workloads
-from support.agents import Followers, first_agent_killed, meet_here, train_on
+from support.agents import Followers, first_agent_killed, train_on
 from support.harness import train_here
 from support.kinds import quick
 from support.processes import wait_until
 
-pytestmark = pytest.mark.processes
-
-
-@pytest.fixture(autouse=True)
-def _meeting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    meet_here(monkeypatch, tmp_path)
-    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("agents_meet_here")]
 
 
 def team(**changes: Any) -> Team:

@@ -16,23 +16,17 @@ import pytest
 from instep.engines.continued import Continued
 from instep.errors import WorkerError
 from instep.recipe import Team
-from instep.team import hosts, regrouped
+from instep.team import regrouped
 from instep.team.processes import MemberProcesses
 from instep.team.regrouped import CannotRegroup, HeldByRank
 from support import workloads
-from support.agents import Followers, meet_here, train_on
+from support.agents import Followers, train_on
 from support.harness import Client, Outcome, train_here
 from support.kinds import quick
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("agents_meet_here")]
 
 STEPS = 12
-
-
-@pytest.fixture(autouse=True)
-def _meeting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    meet_here(monkeypatch, tmp_path)
-    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
 
 
 def team(**changes: Any) -> Team:

@@ -16,10 +16,10 @@ from torch import nn
 from instep.cli import main
 from instep.errors import RecordError, ResourceError
 from instep.recipe import Team
-from instep.team import crew, hosts
+from instep.team import crew
 from instep.team.asking import resized, standing_of
 from instep.transport.memory import reserve as transport_reserve
-from support.agents import meet_here, train_on
+from support.agents import train_on
 from support.harness import Outcome, train_here
 from support.kinds import quick
 from support.patience import LONG_S
@@ -85,9 +85,8 @@ def test_a_team_that_is_changed_in_a_step_goes_on_after_it_with_the_same_digest(
     check_changed_in_step_2(run, before, after)
 
 
-def test_hosts_share_the_workers_anew(tmp_path: Path, alone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    meet_here(monkeypatch, tmp_path)
-    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
+@pytest.mark.usefixtures("agents_meet_here")
+def test_hosts_share_the_workers_anew(tmp_path: Path, alone: str) -> None:
     path, file = tmp_path / "run", tmp_path / "go on"
 
     def ask() -> None:

@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 from instep.errors import RecordError
 from instep.randomness import key_of_step
 from instep.recipe import Recipe, Team
-from instep.team import asking, hosts
+from instep.team import asking
 from instep.team.asking import stacks_of, standing_of
 from instep.team.heartbeat import process_state
 from instep.team.stacks import Stack
-from support.agents import meet_here, train_on
+from support.agents import train_on
 from support.harness import train_here
 from support.patience import LONG_S
 from support.processes import wait_until
@@ -161,9 +161,8 @@ def test_a_worker_that_is_stuck_in_a_sample_shows_where(tmp_path: Path, monkeypa
     assert stacks_of(path)["members"] == [], "of a run that has ended"
 
 
+@pytest.mark.usefixtures("agents_meet_here")
 def test_a_worker_of_another_host_shows_its_stack_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    meet_here(monkeypatch, tmp_path)
-    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
     monkeypatch.setattr(asking.shutil, "which", lambda name: None)
     path, file = tmp_path / "run", tmp_path / "go on"
 

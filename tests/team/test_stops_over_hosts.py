@@ -13,25 +13,19 @@ import pytest
 
 from instep.objectives.language import NextToken
 from instep.recipe import Recipe, Team
-from instep.team import hosts, parted, process
+from instep.team import parted, process
 from instep.team.signals import Interrupted
 from support import workloads
-from support.agents import Followers, meet_here, train_on
+from support.agents import Followers, train_on
 from support.harness import Client, stopping_at, train_here
 from support.patience import LONG_S
 from support.processes import wait_until
 from support.threads import meanwhile
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("agents_meet_here")]
 
 LAST = 4
 """The version at which the workers of the second host stand still."""
-
-
-@pytest.fixture(autouse=True)
-def _meeting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    meet_here(monkeypatch, tmp_path)
-    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
 
 
 class StandingStill(NextToken):
