@@ -13,7 +13,7 @@ from unittest import mock
 from instep.engines.standing_in import StandIn
 from instep.recipe import Recipe, Team
 from instep.team.session import Session
-from support.harness import Client, Outcome, train_here
+from support.harness import Client, Outcome, told, train_here
 
 STEPS = 8
 
@@ -69,10 +69,6 @@ def run(
         finally:
             for patch in patches:
                 patch.stop()
-
-
-def told(outcome: Outcome, kind: str) -> list[dict[str, Any]]:
-    return [event for event in outcome.events if event["kind"] == kind]
 
 
 def came_through(outcome: Outcome, undisturbed: Outcome, deaths: int) -> None:

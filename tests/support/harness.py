@@ -97,6 +97,11 @@ class Outcome:
         return str(self.result["digest"])
 
 
+def told(run: Outcome | Client, kind: str) -> list[dict[str, Any]]:
+    """The events of this kind."""
+    return [event for event in run.events if event["kind"] == kind]
+
+
 def train_here(
     recipe: Recipe, team: Team, path: Path, *, resume: bool = False, client: Client | None = None, tried: bool = False
 ) -> Outcome:

@@ -21,7 +21,7 @@ from instep.ranges import fill
 from instep.recipe import Recipe, Team
 from instep.team import asking, hosts, hosts_there
 from support.agents import Followers, train_on
-from support.harness import Client, train_here
+from support.harness import Client, told, train_here
 from support.patience import LONG_S
 from support.processes import wait_until
 from support.regression import regression, squares
@@ -144,20 +144,17 @@ def test_hosts_that_come_and_go_change_the_number_of_workers_and_no_bit(
     team = Team(bounds="1..4", engine=engine, checkpoint_every=1, restarts=int(fixed), lease_s=LONG_S)
     followers = Followers(recipe, team, (1, 1), tmp_path, again=[1], late=[1])
 
-    def of_kind(kind: str) -> list[dict[str, Any]]:
-        return [event for event in client.events if event["kind"] == kind]
-
     def act() -> None:
-        wait_until(lambda: bool(of_kind("run_started")), LONG_S, "a start without host 1")
+        wait_until(lambda: bool(told(client, "run_started")), LONG_S, "a start without host 1")
         followers.start_again(1)
-        wait_until(lambda: bool(of_kind("resized")), LONG_S, "host 1")
+        wait_until(lambda: bool(told(client, "resized")), LONG_S, "host 1")
         come.touch()
-        wait_until(lambda: len(of_kind("run_started")) == 2, LONG_S, "a start with host 1")
-        wait_until(lambda: any(each["version"] == 2 for each in of_kind("merged")), LONG_S, "step 2")
+        wait_until(lambda: len(told(client, "run_started")) == 2, LONG_S, "a start with host 1")
+        wait_until(lambda: any(each["version"] == 2 for each in told(client, "merged")), LONG_S, "step 2")
         if fixed:
             assert asking.resized(tmp_path / "run", 2) == {"workers": 2, "before": 2, "supervisor": os.getpid()}
         followers.kill(1)
-        wait_until(lambda: bool(of_kind("left")), LONG_S, "a loss")
+        wait_until(lambda: bool(told(client, "left")), LONG_S, "a loss")
 
     def go_on() -> None:
         come.touch()
@@ -167,10 +164,10 @@ def test_hosts_that_come_and_go_change_the_number_of_workers_and_no_bit(
         run, _ = train_on((1, 1), recipe, team, tmp_path / "run", client=client, followers=followers, told_s=0.0)
     assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
     assert run.result["restarts"] == int(fixed), "it is none where the number follows what is there"
-    told = [(each["before"], each["workers"], each["by_whom"]) for each in of_kind("resized")]
-    assert told[0][:2] == (1, 2)
-    assert told[0][2].startswith("host 1 (")
+    changes = [(each["before"], each["workers"], each["by_whom"]) for each in told(client, "resized")]
+    assert changes[0][:2] == (1, 2)
+    assert changes[0][2].startswith("host 1 (")
     after = [(2, 1, "hosts that have come or gone")] if engine == "lockstep" and not fixed else []
-    assert told[1:] == after, "under a server the others go on as they are"
+    assert changes[1:] == after, "under a server the others go on as they are"
     last = [1] if engine == "lockstep" and not fixed else []  # a number that is asked for stays: others go on in place
-    assert [each["team"]["workers"] for each in of_kind("run_started")] == [1, 2, *last]
+    assert [each["team"]["workers"] for each in told(client, "run_started")] == [1, 2, *last]

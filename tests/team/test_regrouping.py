@@ -21,7 +21,7 @@ from instep.team.processes import MemberProcesses
 from instep.team.regrouped import CannotRegroup, HeldByRank
 from support import workloads
 from support.agents import Followers, train_on
-from support.harness import Client, Outcome, train_here
+from support.harness import Client, Outcome, told, train_here
 from support.kinds import quick
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("agents_meet_here")]
@@ -53,17 +53,13 @@ class Killing:
                 os.kill(self._pids[who], signal.SIGKILL)
 
 
-def of(run: Outcome, kind: str) -> list[dict[str, Any]]:
-    return [event for event in run.events if event["kind"] == kind]
-
-
 def check(run: Outcome, lost: Sequence[int], digest: str) -> None:
     """The same processes have done each step once, from no checkpoint, but for who was lost."""
     assert run.digest == digest
-    assert len(of(run, "run_started")) == 1
-    assert [event["version"] for event in of(run, "merged")] == list(range(1, STEPS + 1))
-    assert [event["worker"] for event in of(run, "left") if "before it could" not in event["why"]] == list(lost)
-    joined = Counter(event["worker"] for event in of(run, "joined"))  # a successor may come when all is done
+    assert len(told(run, "run_started")) == 1
+    assert [event["version"] for event in told(run, "merged")] == list(range(1, STEPS + 1))
+    assert [event["worker"] for event in told(run, "left") if "before it could" not in event["why"]] == list(lost)
+    joined = Counter(event["worker"] for event in told(run, "joined"))  # a successor may come when all is done
     assert Counter([0, 1, 2]) <= joined <= Counter([0, 1, 2, *lost])
     assert run.result["restarts"] == len(lost)
 
@@ -80,11 +76,11 @@ def test_who_is_lost_costs_the_others_neither_process_nor_checkpoint(
     """A first worker whose host has no other is waited for; who has lost its part of the optimizer's state gets it."""
     name, agents, who = case
     recipe = dataclasses.replace(workloads.ALL[name](), steps=STEPS)
-    run, told = train_on(agents, recipe, team(), tmp_path / "run", client=Killing({3: [who]}).client)
+    run, others = train_on(agents, recipe, team(), tmp_path / "run", client=Killing({3: [who]}).client)
     check(run, [who], train_here(recipe, Team(), tmp_path / "alone").digest)
-    assert [each.result for each in told] == [run.result] * (len(agents) - 1)
-    assert who not in of(run, "regrouped")[0]["workers"] or who == 0
-    assert [event["version"] for event in of(run, "checkpointed")] == [5, 10, STEPS]
+    assert [each.result for each in others] == [run.result] * (len(agents) - 1)
+    assert who not in told(run, "regrouped")[0]["workers"] or who == 0
+    assert [event["version"] for event in told(run, "checkpointed")] == [5, 10, STEPS]
 
 
 @pytest.mark.slow
@@ -94,8 +90,8 @@ def test_who_comes_in_the_place_of_the_first_worker_leads_as_that_did(tmp_path: 
     kill = Killing({2: [0], 6: [3], 9: [1]})
     run, _ = train_on((1, 1), recipe, team(workers=4), tmp_path / "run", client=kill.client)
     assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
-    assert [event["version"] for event in of(run, "merged")] == list(range(1, STEPS + 1))
-    assert of(run, "regrouped")[0]["workers"] == [1, 2, 3]
+    assert [event["version"] for event in told(run, "merged")] == list(range(1, STEPS + 1))
+    assert told(run, "regrouped")[0]["workers"] == [1, 2, 3]
 
 
 def test_where_no_host_has_all_the_team_goes_back_to_its_checkpoint(tmp_path: Path) -> None:
@@ -104,7 +100,7 @@ def test_where_no_host_has_all_the_team_goes_back_to_its_checkpoint(tmp_path: Pa
     kill = Killing({6: [1, 3]})
     run, _ = train_on((1, 1), recipe, team(workers=4), tmp_path / "run", client=kill.client)
     assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
-    assert {event["version"] for event in of(run, "run_started")} <= {0, 5, 6, 7, 10}, (
+    assert {event["version"] for event in told(run, "run_started")} <= {0, 5, 6, 7, 10}, (
         "many updates may be told at once"
     )
 
@@ -121,9 +117,9 @@ def test_a_host_that_is_lost_while_another_holds_the_newest_version_costs_no_ste
 
     run, _ = train_on((1, 1), recipe, who, tmp_path / "run", client=Client(see), followers=followers, told_s=0.0)
     assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
-    assert len(of(run, "run_started")) == 1
-    assert of(run, "regrouped")[0]["workers"] == [0, 1]
-    assert of(run, "regrouped")[0]["given"] == [], "they have it all"
+    assert len(told(run, "run_started")) == 1
+    assert told(run, "regrouped")[0]["workers"] == [0, 1]
+    assert told(run, "regrouped")[0]["given"] == [], "they have it all"
 
 
 def test_no_more_are_replaced_than_may_be(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from instep.team import crew
 from instep.team.asking import resized, standing_of
 from instep.transport.memory import reserve as transport_reserve
 from support.agents import train_on
-from support.harness import Outcome, train_here
+from support.harness import Outcome, told, train_here
 from support.kinds import quick
 from support.patience import LONG_S
 from support.regression import regression, waiting_in
@@ -47,21 +47,17 @@ def when_going(path: Path) -> None:
         time.sleep(0.02)
 
 
-def of_kind(run: Outcome, kind: str) -> list[dict[str, Any]]:
-    return [event for event in run.events if event["kind"] == kind]
-
-
 def check_changed_in_step_2(run: Outcome, before: int, after: int) -> None:
     """The team was changed then, and nothing else happened."""
-    (event,) = of_kind(run, "resized")
+    (event,) = told(run, "resized")
     assert (event["before"], event["workers"]) == (before, after)
     assert ", process " in event["by_whom"]
-    starts = [(each["version"], each["team"]["workers"]) for each in of_kind(run, "run_started")]
+    starts = [(each["version"], each["team"]["workers"]) for each in told(run, "run_started")]
     at = starts[-1][0] if run.result["engine"] == "server" else 2  # which waits for nobody who computes: 1 or 2
     assert starts == [(0, before), (at, after)]
     assert at in (1, 2)
-    assert [each["version"] for each in of_kind(run, "merged")] == [1, 2, 3], "no step is done twice"
-    assert (run.result["restarts"], of_kind(run, "left"), run.result["workers"]) == (0, [], after)
+    assert [each["version"] for each in told(run, "merged")] == [1, 2, 3], "no step is done twice"
+    assert (run.result["restarts"], told(run, "left"), run.result["workers"]) == (0, [], after)
 
 
 CASES = [(engine, *team) for engine in ("lockstep", "server") for team in ((1, 3), (3, 1), (2, 4))]
@@ -97,7 +93,7 @@ def test_hosts_share_the_workers_anew(tmp_path: Path, alone: str) -> None:
         run, _ = train_on((1, 1), waiting_in(1, 0, file), Team(workers=2, lease_s=60.0), path)
     assert run.digest == alone
     check_changed_in_step_2(run, 2, 4)
-    assert [host["workers"] for host in of_kind(run, "run_started")[-1]["hosts"]] == [2, 2]
+    assert [host["workers"] for host in told(run, "run_started")[-1]["hosts"]] == [2, 2]
 
 
 def test_what_a_team_cannot_be_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +126,7 @@ def test_what_a_team_cannot_be_is_one_sentence(tmp_path: Path, capsys: pytest.Ca
     assert ended == (
         f"instep: {path} does not go on, so its team cannot change; resume it with 3 workers, or start it again.\n"
     )
-    assert not of_kind(run, "resized")
+    assert not told(run, "resized")
 
 
 @pytest.mark.parametrize("way", quick(["no room", "killed at its start", "killed in its first step"], "no room"))
@@ -169,10 +165,10 @@ def test_a_number_that_there_is_no_room_for_is_undone_with_a_sentence_and_the_ru
     with meanwhile(ask, file.touch):
         run = train_here(recipe, Team(workers=2, restarts=0), path)
     assert run.digest == alone
-    assert [(each["before"], each["workers"]) for each in of_kind(run, "resized")] == [(2, 4), (4, 2)]
-    warned = [each["why"] for each in of_kind(run, "warned")]
+    assert [(each["before"], each["workers"]) for each in told(run, "resized")] == [(2, 4), (4, 2)]
+    warned = [each["why"] for each in told(run, "warned")]
     assert len(warned) == 1
     assert warned[0].startswith("the team cannot have 4 workers, and goes on with 2: ")
     assert why in warned[0]
     assert (run.result["restarts"], run.result["workers"]) == (0, 2)
-    assert [each["version"] for each in of_kind(run, "merged")] == [1, 2, 3], "no step is done twice"
+    assert [each["version"] for each in told(run, "merged")] == [1, 2, 3], "no step is done twice"
