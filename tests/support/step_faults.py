@@ -1,6 +1,6 @@
 """Random faults of workers in step, one after the other: whom they befell and when, and what was done again for it.
 
-Each run is a command of its own, on this machine or over several hosts, and suffers at random moments of random steps.
+Each run is a command of its own on this machine, and suffers at random moments of random steps.
 What it must have come to is read from its tape: each update told of once, no checkpoint loaded, and nothing computed
 again but microbatches of the dead.
 """
@@ -12,7 +12,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from typing import Any
 
 from instep.recipe import Team
 from instep.team.asking import resized
-from support.hosts import Command, Hosts, Recorded
 from support.machine_faults import Tape
 from support.two_models import files_of, trains
 
@@ -38,13 +36,12 @@ PATIENCE_S = 240.0
 
 @dataclass(frozen=True)
 class Setting:
-    """One run: its model, how many workers and hosts it has, whether it compiles or computes again what memory lacks,
-    and the kinds of faults that it suffers.
+    """One run: its model, how many workers it has, whether it compiles or computes again what memory lacks, and the
+    kinds of faults that it suffers.
     """
 
     model: str
     workers: int
-    hosts: int = 1
     compiled: bool = False
     memory: bool = False
     kills: int = 0
@@ -74,7 +71,7 @@ class StepFault:
     kind: str
     model: str
     workers: int
-    hosts: int
+    hosts: int = field(default=1, init=False)
     compiled: bool
     memory: bool
     t_s: float
@@ -89,9 +86,9 @@ class StepFault:
 
 @dataclass
 class Present:
-    """Who is there, as the tape tells: pids by worker, and hosts; whose places are vacant; the newest update."""
+    """Who is there, as the tape tells: pids by worker; whose places are vacant; the newest update."""
 
-    pids: dict[int, tuple[str, int]] = field(default_factory=dict)
+    pids: dict[int, int] = field(default_factory=dict)
     vacant: set[int] = field(default_factory=set)
     version: int = 0
     going: bool = False
@@ -111,9 +108,9 @@ class Present:
             case "run_started":
                 self.vacant.clear()
                 self.version, self.going = event["version"], False
-                self.pids = {w: at for w, at in self.pids.items() if w < event["team"]["workers"]}
+                self.pids = {w: pid for w, pid in self.pids.items() if w < event["team"]["workers"]}
             case "joined":
-                self.pids[event["worker"]] = event["host"], event["pid"]
+                self.pids[event["worker"]] = event["pid"]
             case "left":
                 self.left[event["why"].partition(")")[0]] = place
                 self.pids.pop(event["worker"], None)
@@ -134,65 +131,39 @@ class Run:
 
     def __init__(self, setting: Setting, folder: Path, seed: str, note: Callable[[StepFault], None] = lambda _: None):
         self.setting, self._folder, self._draw, self._note = setting, folder, random.Random(seed), note
-        self._hosts: Hosts | None = None
-        self._commands: list[Command | Recorded] = []
-        self.tape = Tape(lambda: self.path / "tape.jsonl")
+        self._path = folder / "run"
+        self.tape = Tape(lambda: self._path / "tape.jsonl")
         self.team, self._read = Present(), 0
         self.faults: list[StepFault] = []
-
-    @property
-    def path(self) -> Path:
-        return (self._hosts[0].path() if self._hosts is not None else self._folder) / "run"
 
     # The run
 
     def suffer(self) -> None:
         """All of it, from the start to a stop."""
         setting = self.setting
-        with contextlib.ExitStack() as stack:
-            if setting.hosts > 1:
-                self._hosts = stack.enter_context(Hosts(setting.hosts, self._folder / "hosts"))
-            self._put(setting.files)
-            stack.callback(self._end)
-            self._start(setting.workers - (setting.joins > 0 and setting.workers > 2))  # one alone may not be struck
+        for name, text in setting.files.items():
+            (self._folder / name).write_text(text)
+        workers = setting.workers - (setting.joins > 0 and setting.workers > 2)  # one alone may not be struck
+        memory = ["--memory", "70%"] if setting.memory else []
+        self._command = trains(self._folder, "--workers", str(workers), *memory)
+        try:
             self._began = time.monotonic()
             self._wait(lambda: self.team.version >= 3, "the beginning")
             for number, kind in enumerate(setting.plan(self._draw)):
                 self._suffer(number, kind)
             at = self.team.version
             self._wait(lambda: self._whole() and max(self.team.digests, default=0) > at, "a checkpoint of a whole team")
-            first = self._commands[0]
-            os.kill(first.pid if isinstance(first, Command) else first.process.pid, signal.SIGTERM)
-            for command in self._commands:
-                command.process.wait(PATIENCE_S)
+            self._command.process.terminate()
+            self._command.process.wait(PATIENCE_S)
             self._look()
+        finally:
+            self._end()
         self._count()
 
-    def _put(self, files: dict[str, str]) -> None:
-        if self._hosts is not None:
-            self._hosts.put(files)
-        for name, text in files.items() if self._hosts is None else ():
-            (self._folder / name).write_text(text)
-
-    def _start(self, workers: int) -> None:
-        arguments = ["--workers", str(workers), *(["--memory", "70%"] if self.setting.memory else [])]
-        if self._hosts is None:
-            self._commands = [trains(self._folder, *arguments)]
-            return
-        arguments = [sys.executable, "-m", "instep", "train", "my.toml", "--out", "run", *arguments]
-        names = ",".join(host.name for host in self._hosts)
-        for host in self._hosts:
-            self._commands.append(host.start(
-                *arguments, OMP_NUM_THREADS="1", INSTEP_SECRET="0123456789abcdef", SLURM_STEP_ID="0",
-                SLURM_PROCID=str(host.number), SLURM_NTASKS=str(len(self._hosts)), SLURM_NODEID=str(host.number),
-                SLURM_LOCALID="0", SLURM_JOB_ID="77", SLURM_JOB_NODELIST=names,
-            ))  # fmt: skip
-
     def _end(self) -> None:
-        for command in self._commands:
-            if command.process.poll() is None:
-                command.process.kill()
-                command.process.wait()
+        if self._command.process.poll() is None:
+            self._command.process.kill()
+            self._command.process.wait()
 
     def _look(self) -> None:
         self.tape.read()
@@ -204,10 +175,10 @@ class Run:
         until = time.monotonic() + PATIENCE_S
         self._look()
         while not true():
-            if time.monotonic() > until or any(command.process.poll() is not None for command in self._commands):
+            if time.monotonic() > until or self._command.process.poll() is not None:
                 quiet = ("computed", "pushed", "merged", "run_started")
                 told = [event for event in self.tape.events if event["kind"] not in quiet][-8:]
-                err = [command.err[-2000:] for command in self._commands]
+                err = self._command.err[-2000:]
                 raise AssertionError(f"waited in vain for {what} in {self.setting}: {self.team.pids}, {told}, {err}")
             time.sleep(0.005)
             self._look()
@@ -223,7 +194,7 @@ class Run:
         moment += time.monotonic()
         self._wait(lambda: time.monotonic() >= moment and self._enough(), "a moment")
         fault = StepFault(
-            number, kind, setting.model, setting.workers, setting.hosts, setting.compiled, setting.memory,
+            number, kind, setting.model, setting.workers, setting.compiled, setting.memory,
             round(time.monotonic() - self._began, 3),
         )  # fmt: skip
         {"kill": self._kill, "stop": self._stop, "join": self._join}[kind](fault)
@@ -235,25 +206,19 @@ class Run:
         least = min(self.setting.workers, max(2, self.setting.workers // 2))
         return self.team.going and len(self.team.seated) >= least
 
-    def _someone(self, fault: StepFault) -> tuple[str, int]:
-        """Any that lives, with a place or without."""
+    def _signal(self, fault: StepFault, which: signal.Signals) -> int:
+        """To any that lives, with a place or without; gives its pid."""
         fault.worker = self._draw.choice(sorted(self.team.pids))
-        host, fault.pid = self.team.pids[fault.worker]
-        return host, fault.pid
-
-    def _signal(self, host: str, pid: int, which: signal.Signals) -> None:
-        if self._hosts is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, which)
-            return
-        there = next(each for each in self._hosts if each.name == host)
-        there.run("kill", f"-{which.value}", str(pid))
+        fault.pid = self.team.pids[fault.worker]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(fault.pid, which)
+        return fault.pid
 
     def _kill(self, fault: StepFault) -> None:
-        self._signal(*self._someone(fault), signal.SIGKILL)
+        self._signal(fault, signal.SIGKILL)
         while not self._is_lost(fault):  # it had ended, with all others, for a fault of before
             self._wait(self._enough, "enough that live")
-            self._signal(*self._someone(fault), signal.SIGKILL)
+            self._signal(fault, signal.SIGKILL)
 
     def _is_lost(self, fault: StepFault) -> bool:
         """Waits until it is followed; whether it was missed, for there is another in its place unless it was."""
@@ -263,15 +228,15 @@ class Run:
         return self._loss(fault) is not None
 
     def _is_another(self, fault: StepFault) -> bool:
-        return fault.worker in self.team.pids and self.team.pids[fault.worker][1] != fault.pid
+        return fault.worker in self.team.pids and self.team.pids[fault.worker] != fault.pid
 
     def _stop(self, fault: StepFault) -> None:
-        host, pid = self._someone(fault)
-        self._signal(host, pid, signal.SIGSTOP)
+        pid = self._signal(fault, signal.SIGSTOP)
         if self._draw.random() < 0.5:
             seconds = self._draw.uniform(0.1, 0.5) * ANSWER_S
             time.sleep(seconds)
-            self._signal(host, pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
             fault.happened = f"stopped for {seconds:.2f} s"
             at = self.team.version
             self._wait(lambda: self.team.going and self.team.version not in (at, at + 1), f"updates after {fault}")
@@ -288,7 +253,7 @@ class Run:
 
     def _resize(self, workers: int) -> None:
         there = self.team.resizes
-        assert resized(self.path, workers)["workers"] == workers
+        assert resized(self._path, workers)["workers"] == workers
         self._wait(lambda: self.team.resizes > there, "a word on it")
         self._wait(lambda: self._whole() and len(self.team.pids) == workers, f"a team of {workers}")
 
