@@ -223,9 +223,13 @@ class Run:
     def _is_lost(self, fault: StepFault) -> bool:
         """Waits until it is followed; whether it was missed, for there is another in its place unless it was."""
         self._wait(lambda: self._loss(fault) is not None or self._is_another(fault), f"a word on {fault}")
+        self._go_on(fault)
+        return self._loss(fault) is not None
+
+    def _go_on(self, fault: StepFault) -> None:
+        """Waits for updates after it."""
         at = self.team.version  # one more may have been on its way
         self._wait(lambda: self.team.going and self.team.version not in (at, at + 1), f"updates after {fault}")
-        return self._loss(fault) is not None
 
     def _is_another(self, fault: StepFault) -> bool:
         return fault.worker in self.team.pids and self.team.pids[fault.worker] != fault.pid
@@ -238,8 +242,7 @@ class Run:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
             fault.happened = f"stopped for {seconds:.2f} s"
-            at = self.team.version
-            self._wait(lambda: self.team.going and self.team.version not in (at, at + 1), f"updates after {fault}")
+            self._go_on(fault)
             return
         fault.happened = "stopped for good"
         self._is_lost(fault)

@@ -68,9 +68,8 @@ def lines_of(run: Run, alone: Mapping[int, str]) -> list[dict[str, Any]]:
     found = run.team.digests
     same = all(alone.get(version, digest) == digest for version, digest in found.items()) and found.keys() & alone
     back = [fault for fault in run.faults if fault.recovered.startswith("went back: ")]
-    resizes = sum(event["kind"] == "resized" for event in run.tape.events)
     alone_again = sum(fault.recovered == "from memory" for fault in run.faults)
-    once = len(run.starts()) <= resizes + alone_again and (alone_again or not run.again())
+    once = len(run.starts()) <= run.team.resizes + alone_again and (alone_again or not run.again())
     whole = bool(same and not back and once and not run.computed_too_often())
     return [{**asdict(fault), "held": whole and fault.again <= fault.most} for fault in run.faults]
 
