@@ -51,20 +51,18 @@ def next_word(model, batch):
 
 _RECIPES = {
     "gpt": """
-compile = {compile}
 [model]
 use = "instep.models:GPT"
-args = {{ vocabulary = 32, context = 12, width = 16, depth = 2, heads = 2, dropout = 0.1 }}
+args = { vocabulary = 32, context = 12, width = 16, depth = 2, heads = 2, dropout = 0.1 }
 [objective]
 use = "two_models:next_word"
 [data]
 use = "two_models:sentences"
 [optimizer]
 use = "torch.optim:AdamW"
-args = {{ lr = 0.001 }}
+args = { lr = 0.001 }
 """,
     "convnet": """
-compile = {compile}
 [model]
 use = "two_models:Images"
 [objective]
@@ -73,7 +71,7 @@ use = "two_models:classify"
 use = "two_models:pictures"
 [optimizer]
 use = "torch.optim:SGD"
-args = {{ lr = 0.01, momentum = 0.9 }}
+args = { lr = 0.01, momentum = 0.9 }
 """,
 }
 
@@ -83,6 +81,7 @@ microbatches = 16
 steps = 1000000
 evaluate_every = 20
 checksum_every = 50
+compile = {compile}
 """
 
 _TEAM = """
@@ -96,8 +95,9 @@ answer_timeout_s = {answer_s}
 
 def files_of(model: str, *, compiled: bool, every: int, answer_s: float) -> dict[str, str]:
     """The module, and the recipe of a model, my.toml; with steps between checkpoints, and seconds to answer."""
-    recipe = _RECIPES[model].format(compile=str(compiled).lower())
-    return {"two_models.py": _MODULE, "my.toml": _COMMON + recipe + _TEAM.format(every=every, answer_s=answer_s)}
+    common = _COMMON.format(compile=str(compiled).lower())
+    team = _TEAM.format(every=every, answer_s=answer_s)
+    return {"two_models.py": _MODULE, "my.toml": common + _RECIPES[model] + team}
 
 
 def trains(folder: Path, *arguments: str) -> Recorded:
