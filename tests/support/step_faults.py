@@ -141,11 +141,9 @@ class Run:
     def suffer(self) -> None:
         """All of it, from the start to a stop."""
         setting = self.setting
-        for name, text in setting.files.items():
-            (self._folder / name).write_text(text)
         workers = setting.workers - (setting.joins > 0 and setting.workers > 2)  # one alone may not be struck
         memory = ["--memory", "70%"] if setting.memory else []
-        self._command = trains(self._folder, "--workers", str(workers), *memory)
+        self._command = trains(setting.files, self._folder, "--workers", str(workers), *memory)
         try:
             self._began = time.monotonic()
             self._wait(lambda: self.team.version >= 3, "the beginning")

@@ -100,8 +100,10 @@ def files_of(model: str, *, compiled: bool, every: int, answer_s: float) -> dict
     return {"two_models.py": _MODULE, "my.toml": common + _RECIPES[model] + team}
 
 
-def trains(folder: Path, *arguments: str) -> Recorded:
-    """The command that trains what lies in the folder, begun there."""
+def trains(files: Mapping[str, str], folder: Path, *arguments: str) -> Recorded:
+    """The command that trains what these files tell, begun in the folder."""
+    for name, text in files.items():
+        (folder / name).write_text(text)
     own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
     command = [sys.executable, "-m", "instep", "train", "my.toml", "--out", "run", *arguments]
     return Recorded(command, folder, "command", cwd=folder, env=own)
@@ -110,9 +112,7 @@ def trains(folder: Path, *arguments: str) -> Recorded:
 def undisturbed(files: Mapping[str, str], versions: int, folder: Path) -> dict[int, str]:
     """The digests at checkpoints of a run of so many steps by one worker, to which nothing happens."""
     folder.mkdir()
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    command = trains(folder, "--workers", "1", "--steps", str(versions))
+    command = trains(files, folder, "--workers", "1", "--steps", str(versions))
     assert command.process.wait(3600) == 0, command.err
     tape = Tape(lambda: folder / "run" / "tape.jsonl")
     tape.read()
