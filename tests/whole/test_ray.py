@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,15 +81,15 @@ def begun(project: Path, started: Started, updates: int = 1) -> None:
     wait_until(lambda: tape.exists() and tape.read_text().count('"merged"') >= updates, 240, "updates", started)
 
 
+def told(project: Path, kind: str) -> list[dict[str, Any]]:
+    """The tape's events of this kind."""
+    events = map(json.loads, (project / "run" / "tape.jsonl").read_text().splitlines())
+    return [event for event in events if event["kind"] == kind]
+
+
 def hosts(project: Path) -> list[list[int]]:
     """The workers of each host, in each start of the team."""
-    events = map(json.loads, (project / "run" / "tape.jsonl").read_text().splitlines())
-    return [[each["workers"] for each in event["hosts"]] for event in events if event["kind"] == "run_started"]
-
-
-def told(project: Path, kind: str) -> bool:
-    """Whether the tape has such an event."""
-    return f'"kind":"{kind}"' in (project / "run" / "tape.jsonl").read_text().replace(" ", "")
+    return [[each["workers"] for each in event["hosts"]] for event in told(project, "run_started")]
 
 
 def result(project: Path, run: str = "run") -> dict[str, object]:
