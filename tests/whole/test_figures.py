@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
@@ -13,12 +12,10 @@ pytestmark = pytest.mark.pure
 PROJECT = Path(__file__).parents[2]
 
 
-def test_the_page_names_the_commands_that_its_figures_are_made_with() -> None:
-    specification = importlib.util.spec_from_file_location("figures", PROJECT / "benchmarks" / "figures.py")
-    assert specification is not None
-    assert specification.loader is not None
-    figures = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(figures)
+def test_the_page_names_the_commands_that_its_figures_are_made_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(PROJECT)
+    from benchmarks import figures
+
     text = (PROJECT / "docs" / "in-step-and-out-of-step.md").read_text()
     told = re.sub(r" \\\n *", " ", text.split("## The commands")[1].split("```")[1]).strip().splitlines()
     assert told == figures.commands()
