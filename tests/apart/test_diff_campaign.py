@@ -21,7 +21,7 @@ from instep.worker.replica import Replica
 from support import parted, workloads
 from support.harness import Client, stopping_at, train_here
 from support.parted import Flip, recipe, trained
-from support.proved import save
+from support.proved import missed, save
 from support.serving import at, kill
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("forked_pythons")]
@@ -229,10 +229,6 @@ def equal(seeds: Sequence[int], tmp_path: Path) -> Iterator[dict[str, Any]]:
             yield {
                 "equal": name, "seed": seed, "verdict": found.verdict, "held": found.same and bool(seen and seen.names),
             }  # fmt: skip
-
-
-def missed(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [case for case in cases if not case["held"]]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from instep.record import tape
 from support.by_numpy import data, recipe
 from support.elsewhere import Elsewhere, other_numpy, other_processor
 from support.harness import train_here
-from support.proved import save
+from support.proved import missed, save
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("forked_pythons")]
 
@@ -111,10 +111,6 @@ def _pair(case: Case, there: Elsewhere, kind: str) -> tuple[Path, Path]:
     """The folders of a run here and there."""
     here, other = (there.scratch / f"{case.what}-{case.number}-{kind}-{where}" for where in ("here", "there"))
     return here, other
-
-
-def missed(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [line for line in lines if not line["held"]]
 
 
 @pytest.mark.slow

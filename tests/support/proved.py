@@ -22,6 +22,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 _CLAIM = re.compile(r"(?<![\d,.])(\d[\d,]*) (?:cases|faults)\b")
 
 
+def missed(cases: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those that were not as they must be."""
+    return [case for case in cases if not case["held"]]
+
+
 def save(name: str, cases: Sequence[Mapping[str, Any]], *, seed: int, began: float, **more: Any) -> None:
     """Writes a campaign's file. cases: each with `held`, whether it was as it must be. began: of `time.monotonic`."""
     commit = git("rev-parse", "HEAD") + (" and changes" if git("status", "--porcelain", "--", "src") else "")
@@ -66,7 +71,7 @@ def falls_short(claimed: Sequence[Claim], found: Mapping[str, Any], held_by: Seq
     """What is wrong with a campaign's file, beside what is claimed. held_by: the present commit and those before."""
     name, cases = found["proves"], found["cases"]
     wrong = [] if found["commit"] in held_by else [f"{name}: commit {found['commit']} is none before the present one"]
-    wrong += [f"{name}: it does not hold for {case}" for case in cases if not case["held"]]
+    wrong += [f"{name}: it does not hold for {case}" for case in missed(cases)]
     own = [claim for claim in claimed if claim.name == name]
     if not own:
         wrong.append(f"{name}: nothing is claimed of it")

@@ -14,7 +14,7 @@ from instep.recipe import Recipe, Team, parse
 from instep.recipe_files import read
 from support import workloads, writers
 from support.harness import train_here
-from support.proved import save
+from support.proved import missed, save
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("forked_pythons")]
 
@@ -74,17 +74,13 @@ def audited(name: str, audits: int, folder: Path, teacher: Path) -> dict[str, An
     }  # fmt: skip
 
 
-def alarms(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [case for case in cases if not case["held"]]
-
-
 @pytest.mark.slow
 def test_a_tenth_of_ten_thousand_audits_raises_no_alarm(tmp_path: Path) -> None:
     """Of the small recipes: each of the large ones is audited for a few steps with the tests of audits."""
     some = {"convnet": 300, "sentences": 400, "written": 300}
     cases = [audited(name, audits, tmp_path, tmp_path) for name, audits in some.items()]
     assert sum(case["audits"] for case in cases) >= 1000
-    assert alarms(cases) == []
+    assert missed(cases) == []
 
 
 @pytest.mark.prove
@@ -93,7 +89,7 @@ def test_ten_thousand_audits_raise_no_alarm(tmp_path: Path) -> None:
     cases = [audited(name, audits, tmp_path, teacher) for name, audits in AUDITS.items()]
     assert sum(case["audits"] for case in cases) >= 10_000
     save("audits", cases, seed=SEED, began=began)
-    assert alarms(cases) == []
+    assert missed(cases) == []
     of_gpt = cases[0]
     assert of_gpt["extra"] <= 1.1, "percent of the seconds of computing, at 1 %"
     assert of_gpt["checksums"] <= 1, "percent of the seconds in steps"
