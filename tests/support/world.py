@@ -73,8 +73,7 @@ class World:
 
     `stage`: of all that were ever started, and "empty" of a place to which nobody comes: building, ready, waiting for a
     place, working, done; "lost" once the roster knows of it, and "dead" if it was ended. `holders`: who holds the place
-    of whom. `said`: what a process has told the
-    roster so far.
+    of whom. `said`: what a process has told the roster so far.
     """
 
     def __init__(
