@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from instep.record.events import MergedEvent
+
 DIGEST = "ab" * 32
 Event = dict[str, Any]
 
@@ -39,6 +41,14 @@ def ended(t_s: float, version: int = 20, *, interrupted: bool = False, **result:
         "t_s": t_s, "kind": "run_ended", "version": version, "digest": DIGEST, "result": result,
         "interrupted": interrupted,
     }  # fmt: skip
+
+
+def update(version: int) -> MergedEvent:
+    """Of nobody's contributions, as a worker tells it."""
+    return MergedEvent(
+        version=version, step=version, contributions=[], weights=[], staleness=[], objective=1.0, terms={}, items=1,
+        lr=0.1, grad_norm=1.0, train_s=1.0,
+    )  # fmt: skip
 
 
 def joined(t_s: float, worker: int) -> Event:

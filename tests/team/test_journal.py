@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 from unittest.mock import Mock
 
-from instep.record.events import Event, MergedEvent, RunStartedEvent
+from instep.record.events import Event, RunStartedEvent
 from instep.team.journal import Journal
+from support.events import update
 
 
 def started(version: int) -> Event:
@@ -16,13 +17,6 @@ def started(version: int) -> Event:
     return RunStartedEvent(
         engine="lockstep", version=version, step=version, resumed=version > 0, import_paths=[], **texts, **tables,
         **numbers,
-    )  # fmt: skip
-
-
-def update(version: int) -> Event:
-    return MergedEvent(
-        version=version, step=version, contributions=[], weights=[], staleness=[], objective=1.0, terms={}, items=1,
-        lr=0.1, grad_norm=1.0, train_s=1.0,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from instep.errors import CheckpointError
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
-from instep.record.events import MergedContribution, MergedEvent
+from instep.record.events import MergedContribution
 from instep.record.folder import RunFolder
 from instep.team import keeping, wire_format
 from instep.team.keeping import Keeping, in_parts
@@ -29,6 +29,7 @@ from instep.team.wire_format import encode
 from instep.team.wire_messages import KeptGiven, WireError
 from support import workloads
 from support.agents import Followers, first_agent_killed, train_on
+from support.events import update
 from support.harness import train_here
 from support.kinds import quick
 from support.processes import wait_until
@@ -201,13 +202,6 @@ def test_of_a_team_that_has_not_begun_nothing_is_kept(tmp_path: Path) -> None:
     assert told[0].error == ""
     assert versions(path, "run_started") == [0]
     assert run.digest == train_here(what, team(workers=1), tmp_path / "alone").digest
-
-
-def update(version: int) -> MergedEvent:
-    return MergedEvent(
-        version=version, step=version, contributions=[], weights=[], staleness=[], objective=1.0, terms={}, items=1,
-        lr=0.1, grad_norm=1.0, train_s=1.0,
-    )  # fmt: skip
 
 
 def taking_up(version: int) -> tuple[TakingUp, list[Any]]:
