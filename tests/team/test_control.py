@@ -184,6 +184,34 @@ def test_callers_without_end_keep_nobody_from_asking_later(folder: RunFolder) ->
         assert state(folder) == "training"
 
 
+def test_who_is_turned_away_asks_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(folder) as one, contextlib.ExitStack() as stack:
+        for count in range(CALLERS):
+            stack.enter_context(calling(folder))
+            while len(one.opened) < count + 2:
+                pass
+        waits: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            stack.close()
+
+        monkeypatch.setattr(asking.time, "sleep", sleep)
+        assert state(folder) == "training"
+        assert waits, "it was turned away"
+
+
+def test_who_is_turned_away_for_good_is_told_in_time(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "PATIENCE_S", 0.1)
+    with served(folder) as one, contextlib.ExitStack() as stack:
+        for count in range(CALLERS):
+            stack.enter_context(calling(folder))
+            while len(one.opened) < count + 2:
+                pass
+        with pytest.raises(WorkerError, match="does not answer: .*; ask again"):
+            ask(folder, AskTeam())
+
+
 def test_a_caller_is_not_heard_without_a_pause_however_much_it_asks(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

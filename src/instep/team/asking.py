@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import msgspec
 from instep.errors import RecordError, WorkerError, cut
 from instep.record.folder import CONTROL, RunFolder
 from instep.record.tape import read as read_tape
-from instep.team.control import PATIENCE_S, AskStacks, AskTeam, AskWorkers, Question, connected, process_of
+from instep.team.control import PATIENCE_S, PAUSE_S, AskStacks, AskTeam, AskWorkers, Question, connected, process_of
 from instep.team.standing import ended
 
 ANSWER_BYTES = 64 << 20
@@ -109,29 +110,52 @@ def _spied(member: Mapping[str, Any], supervisor: int | None) -> str:
 
 
 def ask(folder: RunFolder, question: Question) -> dict[str, Any] | None:
-    """The answer of the run's agent; None where none is there. Raises RecordError and WorkerError."""
-    with _opened(folder) as opened:
-        if opened is None:
+    """The answer of the run's agent; None where none is there. Raises RecordError and WorkerError.
+
+    Who is turned away, because too many ask at a time, or because the agent is ending, asks again for `PATIENCE_S`.
+    """
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        with _opened(folder) as opened:
+            try:
+                answer = None if opened is None else _asked(folder, opened, question)
+            except _TurnedAway as why:
+                if time.monotonic() > until:
+                    raise _no_answer(folder, str(why)) from None
+                time.sleep(PAUSE_S)
+                continue
+        if answer is None:
             _check_idle(folder)
-            return None
+        return answer
+
+
+class _TurnedAway(Exception):
+    """The connection was closed before a word of the answer."""
+
+
+def _asked(folder: RunFolder, opened: int, question: Question) -> dict[str, Any] | None:
+    """As `ask`, once. opened: a descriptor of the folder of the socket."""
+    try:
+        end = connected(opened)
+    except (FileNotFoundError, ConnectionRefusedError):  # of an agent that was killed, or is ending
+        return None
+    except OSError as error:
+        raise _no_answer(folder, error.strerror or str(error)) from error
+    with end:
+        supervisor = process_of(end)
         try:
-            end = connected(opened)
-        except (FileNotFoundError, ConnectionRefusedError):  # of an agent that was killed, or is ending
-            _check_idle(folder)
-            return None
+            with contextlib.suppress(BrokenPipeError):  # it has said why before it hung up
+                end.sendall(msgspec.json.encode(question) + b"\n")
+            with end.makefile("rb") as file:
+                line = file.readline(ANSWER_BYTES)
+        except ConnectionResetError as error:
+            raise _TurnedAway(error.strerror) from None
+        except TimeoutError:
+            raise _no_answer(folder, f"no answer came within {PATIENCE_S:g} s") from None
         except OSError as error:
             raise _no_answer(folder, error.strerror or str(error)) from error
-        with end:
-            supervisor = process_of(end)
-            try:
-                with contextlib.suppress(BrokenPipeError):  # it has said why before it hung up
-                    end.sendall(msgspec.json.encode(question) + b"\n")
-                with end.makefile("rb") as file:
-                    line = file.readline(ANSWER_BYTES)
-            except TimeoutError:
-                raise _no_answer(folder, f"no answer came within {PATIENCE_S:g} s") from None
-            except OSError as error:
-                raise _no_answer(folder, error.strerror or str(error)) from error
+    if not line:
+        raise _TurnedAway("it has hung up")
     if not line.endswith(b"\n"):  # it has ended meanwhile, or is busy with that
         raise _no_answer(folder, "it has hung up")
     found: dict[str, Any] = {**json.loads(line), "supervisor": supervisor}
