@@ -113,7 +113,7 @@ def test_what_is_held_out_is_no_part_of_the_training_data(tmp_path: Path) -> Non
     assert (len(other.train), len(other.held_out or ())) == (100, 10)
     both = token_files(str(tmp_path / "*.bin"), 10, str(tmp_path / "val*"))
     assert (len(both.train), len(both.held_out or ())) == (100, 10)
-    with pytest.raises(DataError, match="all files of tokens are held out"):
+    with pytest.raises(DataError, match="all files are held out"):
         token_files(pattern, 10, pattern)
 
 

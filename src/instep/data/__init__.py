@@ -179,10 +179,10 @@ def sample(samples: MapStyle, index: int) -> Any:
 
 def failed(samples: MapStyle, what: str, error: Exception) -> DataError:
     """The error for a data set that raised `error` on `what`."""
-    return DataError(
-        f"the data set {type(samples).__name__} of {len(samples)} samples failed to give {what} "
-        f"({described(error)}); every index from 0 to its length must give a sample."
-    )
+    whose = f"the data set {type(samples).__name__} of {len(samples)} samples failed to give {what}"
+    if isinstance(error, DataError):
+        return DataError(f"{whose}: {error.message}")
+    return DataError(f"{whose} ({described(error)}); every index from 0 to its length must give a sample.")
 
 
 def _check(value: Any, name: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from instep.errors import DataError
+from instep.errors import DataError, RecipeError
 from instep.randomness import key
 
 PIECES, PIECE_BYTES = 256, 4096
@@ -35,6 +35,37 @@ def found(pattern: str | Sequence[str]) -> list[Path]:
     return files
 
 
+def found_apart(pattern: str | Sequence[str], held_out: float | str) -> tuple[list[Path], list[Path]]:
+    """The files of `pattern`, and those that are held out, by a pattern of their own, and are then none of the former.
+
+    A share, which is cut from the samples later, is looked at too. Raises DataError where no file is left, RecipeError.
+    """
+    if not isinstance(held_out, str) and not 0 <= held_out < 1:
+        raise RecipeError(
+            f"'held_out' is {held_out}; it is a share of the samples, from 0 to below 1, or a pattern of files."
+        )
+    held = found(held_out) if isinstance(held_out, str) else []
+    left_out = set(map(os.path.realpath, held))
+    paths = [path for path in found(pattern) if os.path.realpath(path) not in left_out]
+    if not paths:
+        raise DataError("all files are held out; give some that are not, or 'held_out' as a share.")
+    return paths, held
+
+
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}
+
+
+def refuse_packed(file: ReadAt) -> None:
+    """Raises DataError for a compressed file, which can be read from its beginning only."""
+    begun = file.read(0, min(8, file.size))
+    for magic, name in _PACKED.items():
+        if begun.startswith(magic):
+            raise DataError(
+                f"{file.path} is packed by {name}, so that no sample in it can be read without all before it; unpack "
+                f"it, and give the file that comes out."
+            )
+
+
 def _by_numbers(path: Path) -> list[tuple[int, int, str]]:
     parts = re.split(r"([0-9]+)", path.as_posix())
     return [(0, int(part), part) if part.isdigit() else (1, 0, part) for part in parts]
@@ -44,9 +75,9 @@ class ReadAt:
     """A file that is read at any place. It is opened when it is first read, in each process anew, and pickled by path;
     of very many files only some stay open. Several threads may read it.
 
-    Its size and time of change are those of when it was made: another file in its place is an error. (A copy of it that
-    was pickled knows the size alone, since it may be read on another machine.) Nothing is mapped, so that a process
-    does not grow by what it has read. Raises DataError.
+    Its size and time of change are those of when it was made: another file in its place, and one that is written to, is
+    an error. (A copy of it that was pickled knows the size alone until it is read, since that may be on another
+    machine.) Nothing is mapped, so that a process does not grow by what it has read. Raises DataError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +102,14 @@ class ReadAt:
                 f"{self.path} ends after {start + len(read):,} bytes, and had {self.size:,} when the run began; put "
                 f"the whole file back."
             )
+        if os.fstat(descriptor).st_mtime_ns != self._changed_ns:
+            raise self._has_changed()
         return read
+
+    def _has_changed(self) -> DataError:
+        return DataError(
+            f"{self.path} has changed since the run began; put the file back as it was, or begin a new run."
+        )
 
     def digest(self, *, full: bool = False) -> str:
         """SHA-256, in hexadecimal, of its size and 256 pieces of 4 KiB spread over it, at places keyed by the size; of
@@ -109,9 +147,8 @@ class ReadAt:
         status = os.fstat(descriptor)
         if status.st_size != self.size or self._changed_ns not in (0, status.st_mtime_ns):
             os.close(descriptor)
-            raise DataError(
-                f"{self.path} has changed since the run began; put the file back as it was, or begin a new run."
-            )
+            raise self._has_changed()
+        self._changed_ns = status.st_mtime_ns
         return descriptor
 
     def _keep(self, opened: int) -> None:

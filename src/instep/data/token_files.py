@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-import os
 import struct
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from instep.data import Data
-from instep.data.files import ReadAt, found
+from instep.data.files import ReadAt, found_apart
 from instep.data.order import keys, permuted
 from instep.errors import DataError, RecipeError
 
@@ -164,11 +163,7 @@ def token_files(
     """
     if not isinstance(held_out, str) and not 0 < held_out < 1:
         raise RecipeError(f"'held_out' is {held_out}; it is a share of the windows, above 0 and below 1, or a pattern.")
-    held = found(held_out) if isinstance(held_out, str) else []
-    left_out = set(map(os.path.realpath, held))
-    paths = [path for path in found(pattern) if os.path.realpath(path) not in left_out]
-    if not paths:
-        raise DataError("all files of tokens are held out; give some that are not, or 'held_out' as a share.")
+    paths, held = found_apart(pattern, held_out)
     files = [TokenFile(path, dtype) for path in paths]
     windows_of = partial(TokenWindows, context=context, vocabulary=vocabulary, full_digest=full_digest)
     train = windows_of(files)

@@ -1,0 +1,140 @@
+"""Samples in files, whatever their format: one file after the other, in the order of the numbers in their names."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from instep.data import Codec, Collate, Data
+from instep.data.files import found_apart
+from instep.data.order import keys, permuted
+from instep.errors import DataError, told
+
+
+class Shard(Protocol):
+    """A file of samples. It is opened when it is first read, in each process anew, and pickled by path."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, place: int, /) -> Any:
+        """Sample `place` of the file. Raises DataError, which names the file."""
+        ...
+
+    def digest(self, *, full: bool = False) -> str:
+        """Text that changes whenever its content does; without `full`, by some pieces of it."""
+        ...
+
+
+class Shards(Dataset[Any]):
+    """The samples of several files.
+
+    map: makes the sample of what a file holds; None takes it as it is. samples: those of all that are meant; None for
+    all of them. mixed: they come in an order at random, always the same, so that the first few are a fair sample.
+    full_digest: covers all bytes. Raises DataError.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        *,
+        map: Callable[[Any], Any] | None = None,
+        samples: range | None = None,
+        mixed: bool = False,
+        full_digest: bool = False,
+    ) -> None:
+        self.shards = list(shards)
+        self._ends = list(itertools.accumulate((len(shard) for shard in self.shards), initial=0))[1:]
+        self.samples = range(self._ends[-1] if self._ends else 0) if samples is None else samples
+        self._map, self._mixed, self._full = map, mixed, full_digest
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the files' digests and which samples are meant."""
+        files = " ".join(f"{len(shard)}:{shard.digest(full=self._full)}" for shard in self.shards)
+        return hashlib.sha256(f"{files} {self.samples} {self._mixed}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        """Several samples, read in the order in which they lie. Raises DataError, IndexError."""
+        places = [self._place(index) for index in indices]
+        read = {place: self._read(place, index) for place, index in sorted({*zip(places, indices, strict=True)})}
+        return [self._mapped(read[place], place, index) for index, place in zip(indices, places, strict=True)]
+
+    def _place(self, index: int) -> int:
+        """Where a sample is among all of the files."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} is not from 0 to {len(self) - 1}")
+        if self._mixed:
+            index = int(permuted(np.array([index]), len(self), keys(0, 0, "held out"))[0])
+        return self.samples[index]
+
+    def _shard(self, place: int) -> tuple[Shard, int]:
+        number = bisect.bisect_right(self._ends, place)
+        return self.shards[number], place - (self._ends[number - 1] if number else 0)
+
+    def _read(self, place: int, index: int) -> Any:
+        shard, within = self._shard(place)
+        try:
+            return shard.read(within)
+        except DataError as error:
+            raise DataError(f"sample {index} cannot be read: {error.message}") from error
+
+    def _mapped(self, read: Any, where: int, index: int) -> Any:
+        if self._map is None:
+            return read
+        try:
+            return self._map(read)
+        except Exception as error:
+            shard, within = self._shard(where)
+            raise DataError(
+                f"'map' failed on sample {index}, the one of number {within} (from 0) in {shard.path} "
+                f"({told(error)}); mend the function, or what lies there."
+            ) from error
+
+
+def sharded(
+    open_all: Callable[[list[Path]], Sequence[Shard]],
+    pattern: str | Sequence[str],
+    held_out: float | str,
+    *,
+    map: Callable[[Any], Any] | None,
+    collate: Collate | None,
+    codec: Codec | None,
+    full_digest: bool,
+) -> Data:
+    """The data of the files of `pattern`, opened by `open_all`, with what is held out apart. Raises DataError."""
+    paths, held = found_apart(pattern, held_out)
+    shards = open_all(paths)
+    part = partial(Shards, map=map, full_digest=full_digest)
+    train, rest = part(shards), None
+    if isinstance(held_out, str):
+        rest = part(open_all(held), mixed=True)
+    elif held_out:
+        every = train.samples
+        cut = max(0, len(every) - max(1, int(len(every) * held_out)))
+        train, rest = part(shards, samples=every[:cut]), part(shards, samples=every[cut:], mixed=True)
+    for samples, name in ((train, "training"), (rest, "held-out")):
+        if samples is not None and not len(samples):
+            files = samples.shards
+            total = sum(len(shard) for shard in files)
+            raise DataError(
+                f"no {name} sample is left of the {total:,} in {len(files)} files, the first of them {files[0].path}; "
+                f"give more, or another 'held_out'."
+            )
+    return Data(train, rest, collate, codec)
