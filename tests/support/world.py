@@ -35,6 +35,7 @@ from instep.team.orders import (
     FinishRun,
     Go,
     HandOver,
+    HostBack,
     HostCame,
     HostLost,
     Join,
@@ -379,6 +380,10 @@ class World:
         self.goes_on_without(host)
         self.tell(HostLost(host, "host 1 (b) is lost."))
 
+    def is_back(self, host: int) -> None:
+        """One was cut off for less than it takes to be lost."""
+        self.tell(HostBack(host, "host 1 (b) could not be reached for 1.0 s"))
+
     def saves(self) -> None:
         self.tell(Saved(self.roster.epoch))
 
@@ -489,6 +494,8 @@ class World:
                 self.comes(host)
             case "part", _ if host:
                 self.loses(host)
+            case "back", _ if host:
+                self.is_back(host)
             case "gone", True:
                 self.gone(NAMES[pick % 3 : pick % 2])
             case "save", False if self.roster.going:

@@ -17,6 +17,7 @@ import pytest
 
 from instep.team import link as of_link
 from instep.team.link import AgentLink, Listener, WireError, connect
+from instep.team.link_proofs import digest_of, tag_of
 from instep.team.wire_format import MESSAGE_BYTES
 from instep.team.wire_messages import Beat, CheckpointPart, EndMembers, EpochGone
 from support.hosts import Hosts
@@ -160,7 +161,7 @@ def repeats_what_another_said(side: Side) -> str:
     own = os.urandom(32)
     with side.stranger() as first:
         nonce = first.recv(40)[8:]
-        said = of_link.MAGIC + own + of_link._digest(SECRET, b"agent", nonce, own)
+        said = of_link.MAGIC + own + digest_of(SECRET, b"agent", nonce, own)
         first.sendall(said)
         assert len(first.recv(32)) == 32, "it is let in"
     side.stranger().sendall(said)
@@ -212,7 +213,7 @@ def test_one_byte_at_a_time_is_a_handshake_if_it_comes_in_time_and_delays_nobody
     monkeypatch.setattr(of_link, "SHAKE_S", 600.0)
     slow = side.stranger()
     nonce, own = slow.recv(40)[8:], os.urandom(32)
-    for byte in of_link.MAGIC + own + of_link._digest(SECRET, b"agent", nonce, own):
+    for byte in of_link.MAGIC + own + digest_of(SECRET, b"agent", nonce, own):
         slow.send(bytes([byte]))
         if byte % 16 == 0:
             side.connect(within_s=60).close()
@@ -245,6 +246,53 @@ def test_many_strangers_at_once_keep_no_agent_waiting(side: Side) -> None:
     assert len(side.listener.sources()) == 1
 
 
+def test_a_link_goes_on_over_another_connection_and_each_message_comes_once(side: Side) -> None:
+    """Some had not been read, some were on their way, and some are sent while there is no way; then once more."""
+    zero, other = side.pair()
+    for each in (zero, other):
+        each.keep()
+    came: tuple[list[int], list[int]] = [], []
+
+    def take() -> None:
+        for link, found in zip((zero, other), came, strict=True):
+            link.flush()
+            found += [message.seq for message in link.receive()]
+
+    for count in (40, 80, 120):
+        for seq in range(count - 40, count):
+            zero.send(Beat(seq, 0.5))
+            other.send(Beat(seq, 0.5))
+            if seq % 40 < 20:
+                take()
+        at_zero, at_other = side.pair()
+        had = zero.came, other.came
+        other.go_on(at_other, had[0])
+        zero.go_on(at_zero, had[1])
+        wait_until(lambda: take() or len(came[0]) == len(came[1]) == count)  # noqa: B023
+        other.send(Beat(1 << 20, 0.5))
+        assert got(zero, 1)[0].seq == 1 << 20
+    assert came == (list(range(120)), list(range(120)))
+
+
+def test_what_has_come_is_kept_no_more_and_the_other_end_says_so_by_itself(
+    side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_link, "AHEAD_BYTES", 1 << 21)
+    zero, other = side.pair()
+    for each in (zero, other):
+        each.keep()
+    sent, found = 0, list[Any]()
+    for _ in range(40):
+        while not zero.full:
+            zero.send(CheckpointPart("v1", "weights", sent, bytes(1 << 18), False))
+            sent += 1
+        wait_until(lambda: zero.flush() or found.extend(other.receive()) or zero.receive() or not zero.full)
+    assert sent > 40, "who takes it in has said so"
+    assert [part.offset for part in found] == list(range(len(found)))
+    with pytest.raises(WireError, match="are said to have come of"):
+        zero.go_on(other, 0)
+
+
 def raw(side: Side) -> tuple[AgentLink, Callable[[bytes], Any], AgentLink]:
     """Agent 0's end, what puts bytes on its wire, and the other end."""
     zero, other = side.pair()
@@ -253,8 +301,8 @@ def raw(side: Side) -> tuple[AgentLink, Callable[[bytes], Any], AgentLink]:
 
 def frame(other: AgentLink, content: bytes, number: int = 0, length: int | None = None) -> bytes:
     """As the other end would make it."""
-    tag = of_link._tag(other._sending, number, content)
-    return of_link._HEAD.pack(len(content) if length is None else length, number, tag) + content
+    tag = tag_of(other._sending, number, 0, content)
+    return of_link._HEAD.pack(len(content) if length is None else length, number, 0, tag) + content
 
 
 @pytest.mark.parametrize("length", [MESSAGE_BYTES + 1, 1 << 32, 1 << 40, (1 << 64) - 1])

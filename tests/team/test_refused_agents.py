@@ -86,7 +86,7 @@ def test_processors_that_may_differ_withdraw_the_promise_on_the_tape(
 def hosts_of(request: Request, folder: Path) -> Hosts:
     """Of a run of which nobody has kept anything."""
     nothing_kept = TakingUp(request, RunFolder(folder), cast("Any", None), "a run", None)
-    return Hosts(request, RunFolder(folder), "a run", nothing_kept)
+    return Hosts(request, RunFolder(folder), "a run", nothing_kept, lambda event: None)
 
 
 class Met:

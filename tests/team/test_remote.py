@@ -25,7 +25,7 @@ class Link:
         self.room, self.sent = room, list[Any]()
 
     @property
-    def wants_write(self) -> bool:
+    def full(self) -> bool:
         return len(self.sent) >= self.room
 
     def send(self, message: Any) -> None:

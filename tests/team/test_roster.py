@@ -47,7 +47,7 @@ pytestmark = pytest.mark.pure
 
 KINDS = (
     "build", "build", "build", "ready", "end", "lose", "lose", "raise", "write", "digest", "drift", "stop", "gone",
-    "gone", "old", "come", "come", "part", "save", "resize", "hand", "cannot", "late", "prove", "room",
+    "gone", "old", "come", "come", "part", "back", "save", "resize", "hand", "cannot", "late", "prove", "room",
 )  # fmt: skip
 HISTORIES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 29)), max_size=60)
 AGENTS = st.sampled_from([(1,), (1,), (1, 1), (2, 1), (1, 1, 1)])

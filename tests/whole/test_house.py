@@ -151,9 +151,9 @@ def told(tree: ast.AST) -> set[str]:
 
 
 OF_SEVERAL_HOSTS = {
-    "api.py", "cli/train.py", "record/events.py", "run.py", "team/follower.py", "team/hosts.py", "team/joining.py",
-    "team/link.py", "team/meeting.py", "team/place.py", "team/ray_agent.py", "team/ray_cluster.py", "team/ray_nodes.py",
-    "team/received.py", "team/taking_up.py",
+    "api.py", "cli/train.py", "record/events.py", "run.py", "team/alike.py", "team/first_agent.py", "team/follower.py",
+    "team/hosts.py", "team/joining.py", "team/link.py", "team/meeting.py", "team/place.py", "team/ray_agent.py",
+    "team/ray_cluster.py", "team/ray_nodes.py", "team/received.py", "team/taking_up.py",
 }  # fmt: skip
 """What tells of several: there users know them as agents, see docs/machines.md."""
 

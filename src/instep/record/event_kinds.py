@@ -141,10 +141,22 @@ class RegroupedEvent(Event, frozen=True, kw_only=True, gc=False):
     given: Annotated[list[int], _is("the numbers of those that were given the weights of this version by others")]
 
 
+class HostBackEvent(Event, frozen=True, kw_only=True, gc=False):
+    """A host that was cut off from the first one is back, and its processes go on."""
+
+    kind = "host_back"
+    by = "lockstep, server"
+
+    host: Annotated[Count, _is("its number, from 0")]
+    name: Annotated[str, _is("what it is called")]
+    away_s: Annotated[Seconds, _is("for which it could not reach the first one")]
+
+
 TYPES: tuple[type[Event], ...] = (
     RunStartedEvent, JoinedEvent, ReleasedEvent, RangesMovedEvent, ComputedEvent, PushedEvent, PushedToServerEvent,
     MergedEvent, MergedByServerEvent, MergedOnClockEvent, DroppedEvent, GraceEndedEvent, ChecksummedEvent, AuditedEvent,
     RefutedEvent, EvaluatedEvent, SampledEvent, CheckpointedEvent, LeftEvent, ResizedEvent, StoodInEvent,
-    TookPlaceEvent, RegroupedEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent, RunEndedEvent, BlockEvent,
+    TookPlaceEvent, RegroupedEvent, HostBackEvent, PlannedEvent, WarnedEvent, GpuMemoryEvent, FailedEvent,
+    RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""

@@ -100,7 +100,8 @@ class Agent:
     def _train_with_others(self) -> dict[str, Any]:
         """As `_train`; all other agents are told how it ended."""
         kept = self._taking_up = TakingUp(self._run, self._folder, self._journal, self._run_id, self._resume_from)
-        with Hosts(self._run, self._folder, self._run_id, kept, self._local.carried) as self._hosts:
+        own = self._journal.record, self._local.carried
+        with Hosts(self._run, self._folder, self._run_id, kept, *own) as self._hosts:
             self._journal.wire_bytes = self._hosts.wire_bytes
             result = self._train()
             self._hosts.tell(messages.Finished(result))
@@ -359,14 +360,13 @@ class Agent:
         hosts = self._hosts.described(order.members[: self._run.team.workers]) if self._hosts is not None else None
         self._journal.record(start_of(self._run, self._run_id, self._facts, resumed=resumed, hosts=hosts))
         at_first = () if again else (*self._run.notices, *self._run.rule.warnings())
-        for why in (*at_first, *(self._hosts.warnings() if self._hosts is not None else ())):
+        for why in (*at_first, *(self._hosts.alike.warnings() if self._hosts is not None else ())):
             self._journal.warn(why)
         for crew in self._crews:
             crew.go()
 
     def _replace(self, order: orders.Replace) -> None:
-        crews = self._crew_of(order.member)
-        for crew in crews:
+        for crew in self._crew_of(order.member):
             self._found += self._journal.pass_on_the_rest(crew.take_out(order.member))
         self._journal.retold.expected |= self._run.engine == "lockstep"
         self._local.hold(order.holders, self._journal.merged)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from instep.descendants import adopting_orphans, children
-from instep.errors import InstepError, RecipeError, WorkerError
+from instep.errors import InstepError, WorkerError
 from instep.recipe import Team
 from instep.record.events import WarnedEvent, plain
 from instep.record.folder import RunFolder
@@ -23,11 +23,10 @@ from instep.tables import from_table
 from instep.team import meeting
 from instep.team.channel import Channel
 from instep.team.crew import Heard, LocalCrew
-from instep.team.hello import hello_of
+from instep.team.first_agent import LOOK_S, TRY_S, FirstAgent
 from instep.team.journal import ClientGone
 from instep.team.keeping import Keeping
 from instep.team.letters import key_of_server
-from instep.team.link import AgentLink, connect
 from instep.team.logs import Logs
 from instep.team.meeting import SAY_S
 from instep.team.messages import (
@@ -44,11 +43,9 @@ from instep.team.messages import (
 )
 from instep.team.orders import Lost, Regroup
 from instep.team.received import Received
-from instep.team.remote import Silence
 from instep.team.run_clock import Clock
 from instep.team.showing import Showing
 from instep.team.signals import Interrupted, Requests
-from instep.team.telling import tell
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import (
     Beat,
@@ -58,7 +55,6 @@ from instep.team.wire_messages import (
     FromMember,
     GiveKept,
     GoMembers,
-    HelloAgent,
     MemberLost,
     RegroupMembers,
     StacksWanted,
@@ -66,15 +62,8 @@ from instep.team.wire_messages import (
     StartSuccessor,
     TakeOut,
     ToMember,
-    Welcome,
 )
 from instep.transport.meter import METER
-
-LOOK_S = 0.2
-"""Seconds between two looks at the workers, each with a sign of life for agent 0."""
-
-TRY_S = 0.5
-"""Seconds of a try to reach agent 0, and between two."""
 
 
 class Follower:
@@ -88,15 +77,14 @@ class Follower:
         self._received = Received(self._scratch.checkpoints)
         self._keeping = Keeping(self._scratch, self._place.host)
         self._others = children()
-        self._hello: HelloAgent | None = None
-        self._link: AgentLink | None = None
         self._crew: LocalCrew | None = None
         self._start: StartMembers | None = None
-        self._silence, self._clock = Silence(), Clock(run.began)
+        self._clock = Clock(run.began)
+        self._first = FirstAgent(run, self._clock)
+        self._beaten = 0.0
         self._going = False  # whether the workers have begun
         self._folder = ""  # agent 0's
         self._asked = False  # whether agent 0 was told to stop
-        self._leader = ""  # agent 0's host
         self._logs = Logs(self._scratch.logs)
         self._showing = Showing()
 
@@ -115,7 +103,7 @@ class Follower:
             finally:
                 self._end()
                 self._logs.send(self._tell)
-                self._say_good_bye()
+                self._first.say_good_bye()
         match final:
             case Finished(result):
                 return dict(result)
@@ -132,20 +120,12 @@ class Follower:
             self._tell(Failed.of(error))
             raise
 
-    def _say_good_bye(self) -> None:
-        """Sends what waits to be sent, for a while, and closes the connection."""
-        until = time.monotonic() + self._team.lease_s
-        with contextlib.suppress(OSError):
-            while self._link is not None and self._link.wants_write and time.monotonic() < until:
-                ready_of([], [self._link], LOOK_S)
-        self._drop()
-
     # The connection
 
     def _join(self, within_s: float, why: str) -> None:
         """Connects to agent 0, however often it takes. Raises WorkerError."""
         began = said = time.monotonic()
-        while not self._connected():
+        while not self._first.connected(self._keeping.kept):
             now = time.monotonic()
             self._look_around(self._client in ready_of([self._client], [], TRY_S))
             if self._asked:
@@ -155,65 +135,24 @@ class Follower:
                     f"agent {self._place.agent} ends: {why} within {within_s:g} s; go on with the run folder of "
                     f"agent 0, or start the run again{self._keeping.leave(self._folder)}."
                 )
-            if not self._leader:
+            if not self._first.host:
                 meeting.check_open(self._place)
             if now - said >= SAY_S:
                 said = now
                 self._say(f"agent {self._place.agent} has waited {now - began:.0f} s for agent 0.")
 
-    def _connected(self) -> bool:
-        found = meeting.find(self._place, TRY_S)
-        if found is None:
-            return False
-        address, port = found.address
-        try:
-            if self._place.host == 0:  # it listens at the interface that is asked for
-                address = meeting.own_address(self._place, self._team.interface)
-            self._address = meeting.route_address(address, self._team.interface)
-        except RecipeError as error:
-            tell(self._place, error)
-            raise
-        except OSError:
-            return False
-        try:
-            self._link = connect((address, port), found.secret, TRY_S)
-            self._secret = found.secret
-            if self._hello is None:
-                self._hello = hello_of(self._run, self._address)
-            self._clock.begin()
-            hello = replace(self._hello, address=self._address, kept=self._keeping.kept)
-            message = self._link.ask(hello, self._team.lease_s)
-            if isinstance(message, Failed):
-                raise message.error()
-            if isinstance(message, Welcome):
-                self._leader = message.name
-                self._clock.heard(message.clock_s)
-                self._silence, self._beaten = Silence(), 0.0
-                return True
-        except (EOFError, OSError):
-            pass
-        self._drop()
-        return False
-
-    def _drop(self) -> None:
-        if self._link is not None:
-            self._link.close()
-            self._link = None
-
     def _tell(self, message: Any) -> None:
-        """Sends it to agent 0; nothing where that is lost, as will be seen."""
-        with contextlib.suppress(OSError):
-            if self._link is not None:
-                self._link.send(message)
+        self._first.tell(message)
 
     # What it hears
 
     def _listen(self) -> Finished | Failed | Cancelled | None:
         """Waits until something happens. Returns how the run has ended, if it has."""
-        assert self._link is not None
-        link, crew = self._link, self._crew
-        sources = [self._client, link, *(crew.sources() if crew is not None else ())]
-        ready = ready_of(sources, [link] if link.wants_write or self._keeping.gives else [], LOOK_S)
+        first, crew, link = self._first, self._crew, self._first.link
+        assert link is not None, "agent 0 is connected"
+        sources = [self._client, link, *first.sources(), *(crew.sources() if crew is not None else ())]
+        sends = link.wants_write or (self._keeping.gives and not link.full)
+        ready = ready_of(sources, [link] if sends else [], first.look_s)
         self._look_around(self._client in ready)
         if crew is not None:
             for heard in crew.hear(ready):
@@ -222,16 +161,16 @@ class Follower:
             try:
                 self._keeping.pump(link)
                 for message in link.receive():
-                    self._silence.heard()
+                    first.silence.heard()
                     if isinstance(message, Finished | Failed | Cancelled):
                         return message
                     self._obey(message)
             except (EOFError, OSError) as error:
-                self._lose(f"the connection to agent 0 on {self._leader} has ended ({error or 'it closed'})")
+                self._lose(f"the connection to agent 0 on {self._first.host} has ended ({error or 'it closed'})")
                 return None
-        if self._silence.look() >= self._team.lease_s:
-            self._lose(f"agent 0 on {self._leader} has not answered for {self._silence.seconds:.1f} s")
-        else:
+        if (silent_s := first.look(ready)) >= self._team.lease_s:
+            self._lose(f"agent 0 on {first.host} has not answered for {silent_s:.1f} s")
+        elif not first.cut_off:
             self._beat()
         return None
 
@@ -283,7 +222,7 @@ class Follower:
 
     def _lose(self, why: str) -> None:
         """Agent 0 is lost: ends the workers, and looks for it again."""
-        self._drop()
+        self._first.close()
         limit = f"{self._team.give_up_s:g} s"
         self._say(f"{why}; agent {self._place.agent} ends its workers, and looks for it for {limit} at most.")
         if self._crew is not None and self._start is not None and self._going and self._run.engine == "lockstep":
@@ -355,8 +294,8 @@ class Follower:
             began=lambda: self._clock.began,
             host=self._place.host,
         )
-        assert self._hello is not None
-        key = key_of_server(self._secret)
+        assert self._first.hello is not None
+        key = key_of_server(self._first.secret)
         self._assignment = Assignment(
             recipe=run.recipe,
             team=team,
@@ -369,17 +308,17 @@ class Follower:
             first=start.first,
             run_id=start.run_id,
             written=tuple(start.written),
-            network=HostNetwork(tuple(start.hosts), start.store, start.name, self._address, key=key),
+            network=HostNetwork(tuple(start.hosts), start.store, start.name, self._first.address, key=key),
             scratch=self._scratch.path,
         )
         crew.start(start.members, self._assignment)
 
     def _unused(self) -> list[Any]:
-        return [self._client, self._link]
+        return [self._client, self._first]
 
     def _name(self, number: int) -> str:
-        assert self._hello is not None
-        return f"worker {number} on host {self._place.host} ({self._hello.name})"
+        assert self._first.hello is not None
+        return f"worker {number} on host {self._place.host} ({self._first.hello.name})"
 
     def _end(self) -> None:
         """Ends the workers, and passes their last words on."""

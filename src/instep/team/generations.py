@@ -62,6 +62,11 @@ class Generations:
         self.members = self._left(members)
         return [self._next(at_once=True)]
 
+    def again(self, why: Lost) -> Regroup:
+        """The same go on, in another group; `why`, should they not be able to."""
+        self.lost = why
+        return self._next(at_once=True)
+
     def with_(self, place: PlaceInTeam) -> Regroup:
         """One more is ready to take part, after those of its host."""
         waits = not self.led

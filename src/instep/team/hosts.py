@@ -12,12 +12,13 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from instep.descendants import orphaned
-from instep.differences import differences, without_contents
-from instep.errors import InstepError, RecipeError, ResourceError, WorkerError
+from instep.errors import InstepError, ResourceError, WorkerError
+from instep.record.events import Event
 from instep.record.folder import RunFolder
 from instep.record.team import BytesOfHost, HostInTeam
 from instep.team import meeting
 from instep.team.agents_by_host import AgentsByHost
+from instep.team.alike import Alike
 from instep.team.carried import Carried
 from instep.team.hello import hello_of
 from instep.team.journal import ClientGone
@@ -28,10 +29,20 @@ from instep.team.messages import Cancelled, Failed, Finished, Request, StopRun
 from instep.team.orders import HostCame, Member, RosterEvent, StopAsked
 from instep.team.place import Place
 from instep.team.remote import RemoteCrew, Silence
+from instep.team.returns import Returns
 from instep.team.signals import Interrupted
 from instep.team.taking_up import TakingUp
 from instep.team.waiting import ready_of
-from instep.team.wire_messages import AskRun, Beat, HelloAgent, NotComing, RunGiven, Welcome
+from instep.team.wire_messages import (
+    AskRun,
+    Beat,
+    HelloAgain,
+    HelloAgent,
+    NotComing,
+    RunGiven,
+    Welcome,
+    WelcomeAgain,
+)
 from instep.transport.meter import METER
 
 HELLO_S = 5.0
@@ -47,7 +58,8 @@ ASIDE_LEASES = 6
 class Hosts:
     """Those of one run. Raises ResourceError where the address cannot be had.
 
-    taking_up: what they have kept of it. own_bytes: tells what this host has sent to others and received from them.
+    taking_up: what they have kept of it. note: is told what is for the tape. own_bytes: tells what this host has sent
+    to others and received from them.
     """
 
     def __init__(
@@ -56,6 +68,7 @@ class Hosts:
         folder: RunFolder,
         run_id: str | None,
         taking_up: TakingUp,
+        note: Callable[[Event], None],
         own_bytes: Callable[[], tuple[int, int]] = METER.look,
     ):
         assert run.place is not None, "there are several agents"
@@ -82,7 +95,9 @@ class Hosts:
         self._session: dict[int, str] = {}  # the present one of each agent
         self._replaced: set[str] = set()
         self._told_of: dict[int, HelloAgent] = {}  # of each host that the roster knows to be there
-        self._mixed: dict[int, str] = {}  # what the tape has not told yet of hosts with other processors
+        self.alike = Alike(self._own, mixed_processors=run.team.mixed_processors)
+        """What the others must have in common with agent 0."""
+        self._returns = Returns(note)
         self._agents = AgentsByHost(self._place)
         self._carried = Carried(self._place.hosts)
         self._aside: dict[int, float] = {}  # hosts that take no part, and until when
@@ -173,6 +188,7 @@ class Hosts:
         for host in [host for host, until in self._aside.items() if time.monotonic() >= until]:
             del self._aside[host]
             yield from self._complete(host)
+        yield from self._returns.look(self.crews)
 
     def _hear_unknown(self, link: AgentLink, silence: Silence, begun: bool) -> Iterator[RosterEvent]:
         hello: Any = None
@@ -186,6 +202,10 @@ class Hosts:
                 return  # it is sent as the link takes it, and the other end closes it
         except (EOFError, OSError):
             pass
+        if isinstance(hello, HelloAgain):
+            del self._unknown[link]
+            self._go_on(link, hello)
+            return
         if isinstance(hello, NotComing):
             self._hear_not_coming(hello, begun)
         if not isinstance(hello, HelloAgent):
@@ -193,7 +213,7 @@ class Hosts:
             link.close()
             return
         refused = self._refused(hello)
-        if refused is None and (different := self._different(hello)) is not None:
+        if refused is None and (different := self.alike.different(hello)) is not None:
             if not begun:
                 self._session[hello.agent] = hello.session
                 raise different  # the agent that differs hears of the run's end as the others do
@@ -223,6 +243,7 @@ class Hosts:
         if before is not None and before != hello.session:
             self._replaced.add(before)
         self._session[hello.agent] = hello.session
+        link.keep()
         link.send(Welcome(self._run_id, self._clock(), self._own.name))
         if hello.local:
             if (old := self._standby.pop(hello.agent, None)) is not None:
@@ -235,6 +256,24 @@ class Hosts:
             self.crews.append(self._crew(link, hello))
             self._taking_up.offer(self.crews[-1])
         yield from self._complete(hello.host)
+
+    def _go_on(self, link: AgentLink, again: HelloAgain) -> None:
+        """An agent that was cut off is back. It hears of it, if it counts as lost meanwhile."""
+        crew = next((each for each in self.crews if each.hello.agent == again.agent and each.lost is None), None)
+        before = crew.link if crew is not None else self._standby.get(again.agent, (None,))[0]
+        try:
+            if before is None or self._session.get(again.agent) != again.session:
+                link.send(Failed("WorkerError", f"agent {again.agent} counts as lost."))
+                link.flush()
+                link.close()
+                return
+            link.send(WelcomeAgain(before.came))
+            if crew is not None:
+                crew.go_on(link, again.came, again.away_s)
+            else:
+                before.go_on(link, again.came)
+        except OSError:
+            link.close()
 
     def _crew(self, link: AgentLink, hello: HelloAgent) -> RemoteCrew:
         lease_s, given = self._run.team.lease_s, self._taking_up.hear
@@ -281,38 +320,6 @@ class Hosts:
         if hello.session in self._replaced:
             return WorkerError(f"agent {hello.agent} was started again while this one was away; it ends.")
         return None
-
-    def _different(self, hello: HelloAgent) -> InstepError | None:
-        """What it must have in common with agent 0, and has not."""
-        who, own = f"host {hello.host} ({hello.name}), agent {hello.agent},", self._own
-        # Steps and evaluations, say, are in no fingerprint. What objects hold may differ: a path that is a host's own.
-        found = differences(without_contents(own.recipe), without_contents(hello.recipe))
-        if found or (hello.fingerprint and hello.fingerprint != own.fingerprint):
-            found = found or ["something that its table does not show differs"]
-            return RecipeError(f"{who} has another recipe: {found[0]}; give all agents the same command and files.")
-        for name, version in own.versions.items():
-            if hello.versions.get(name) != version:
-                return WorkerError(
-                    f"{who} has {name} {hello.versions.get(name)}, and agent 0 has {version}, which may give other "
-                    f"bits; install the same version on all hosts."
-                )
-        if hello.processor != own.processor and self._run.team.mixed_processors:
-            self._mixed[hello.host] = (
-                f"host {hello.host} ({hello.name}) has a processor of another kind, {hello.processor} instead of "
-                f"{own.processor}: the bits of this run are not promised (team.mixed_processors)."
-            )
-        elif hello.processor != own.processor:
-            return WorkerError(
-                f"{who} has a processor of another kind, {hello.processor} instead of {own.processor}, which gives "
-                f"other bits; take hosts of one kind, or set team.mixed_processors to true and do without that promise."
-            )
-        return None
-
-    def warnings(self) -> list[str]:
-        """Sentences on what takes the promise of the run's bits away; each once."""
-        found = [why for _, why in sorted(self._mixed.items())]
-        self._mixed.clear()
-        return found
 
     def _missing(self, host: int) -> list[int]:
         """The agents of a host, agent 0 aside, that are not there."""

@@ -96,7 +96,7 @@ class Keeping:
 
     def pump(self, link: AgentLink) -> None:
         """Sends what is to be sent, as far as the link takes it. Raises OSError where agent 0 is gone."""
-        while self._next is not None and not link.wants_write:
+        while self._next is not None and not link.full:
             link.send(self._next)
             self._next = next(self._giving, None)
 

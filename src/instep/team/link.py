@@ -1,8 +1,9 @@
 """An authenticated connection between agent 0 and another agent: whole messages, or none. No torch, and no threads.
 
 Before anything else is read each end shows that it knows the run's secret, by an HMAC over what both have drawn. Every
-frame then has its length, its number and an HMAC of all of it, by a key of this connection and this direction: what is
-torn, repeated, out of turn or another's ends the connection, and nothing of it is decoded.
+frame then has its length, its number, how many have come the other way, and an HMAC of all of it, by a key of this
+connection and this direction: what is torn, repeated, out of turn or another's ends the connection, and nothing of it
+is decoded. A link that keeps what has not come to the other end yet can go on over another connection, with all of it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from instep.team.link_proofs import digest_of, exactly, keys_of, tag_of
 from instep.team.waiting import ready_of
 from instep.team.wire_format import MESSAGE_BYTES, decode, encode
 from instep.team.wire_messages import FromAgent0, ToAgent0, WireError
@@ -35,13 +37,16 @@ SHAKING = 64
 WAITING_BYTES = 64 << 20
 """Bytes at most that wait to be sent: whoever takes less counts as lost."""
 
+AHEAD_BYTES = 8 << 20
+"""Bytes of what is kept at which a link is full; and, of a quarter of it, the other end says that they have come."""
+
 SINGLY = 20
 """Refusals that are noted each by itself; of later ones, those whose count is a power of two."""
 
 _NONCE = 32
 _PROOF = 32
 _GREETING = len(MAGIC) + _NONCE
-_HEAD = struct.Struct("<QQ16s")  # length, number, tag
+_HEAD = struct.Struct("<QQQ16s")  # length, number, how many have come the other way, tag
 _READ, _READS = 1 << 18, 16
 """Bytes of a read, and reads at a time: whoever sends without end keeps nobody else waiting."""
 
@@ -51,21 +56,27 @@ def connect(address: tuple[str, int], secret: bytes, within_s: float, union: Any
     nobody answers, such as a TimeoutError, and WireError where it is somebody else who does.
     """
     until = time.monotonic() + within_s
-    connection = socket.create_connection(address, max(within_s, 0.001))
+    return shaken(socket.create_connection(address, max(within_s, 0.001)), address, secret, until, union)
+
+
+def shaken(
+    connection: socket.socket, address: tuple[str, int], secret: bytes, until: float, union: Any = FromAgent0
+) -> AgentLink:
+    """A link over a connection to this address, until then on the monotonic clock. Raises as `connect`."""
     try:
-        greeting = _exactly(connection, _GREETING, until)
+        greeting = exactly(connection, _GREETING, until)
         if not greeting.startswith(MAGIC):
             raise WireError(f"what listens at {address[0]}, port {address[1]}, is no agent 0 of this version of Instep")
         theirs, own = greeting[len(MAGIC) :], os.urandom(_NONCE)
         connection.settimeout(max(until - time.monotonic(), 0.001))
-        connection.sendall(MAGIC + own + _digest(secret, b"agent", theirs, own))
+        connection.sendall(MAGIC + own + digest_of(secret, b"agent", theirs, own))
         try:
-            proof = _exactly(connection, _PROOF, until)
+            proof = exactly(connection, _PROOF, until)
         except EOFError:
             raise WireError(f"agent 0 at {address[0]}, port {address[1]}, has another secret") from None
-        if not hmac.compare_digest(proof, _digest(secret, b"agent 0", theirs, own)):
+        if not hmac.compare_digest(proof, digest_of(secret, b"agent 0", theirs, own)):
             raise WireError(f"what listens at {address[0]}, port {address[1]}, does not know the run's secret")
-        return AgentLink(connection, union, *_keys(secret, theirs, own, (b"to agent 0", b"from agent 0")))
+        return AgentLink(connection, union, *keys_of(secret, theirs, own, (b"to agent 0", b"from agent 0")))
     except EOFError as error:
         connection.close()
         raise WireError(f"what listens at {address[0]}, port {address[1]}, has closed the connection") from error
@@ -84,7 +95,10 @@ class AgentLink:
         METER.watch([(connection.fileno(), os.fstat(connection.fileno()).st_ino)])
         self._socket, self._union = connection, union
         self._sending, self._receiving = sending, receiving
-        self._sent = self._came = 0  # frames
+        self._sent = self.came = 0
+        """Frames."""
+        self._kept: deque[bytes] | None = None  # the last ones sent, of which it is not known that they have come
+        self._kept_bytes = self._unsaid = 0  # unsaid: bytes that have come since the other end was told of any
         self._waits: deque[memoryview] = deque()
         self._waiting = 0
         self._read = bytearray()
@@ -100,22 +114,66 @@ class AgentLink:
         """Whether something waits for the socket to take it."""
         return bool(self._waits)
 
+    @property
+    def full(self) -> bool:
+        """Whether what can wait is better not sent now."""
+        return self.wants_write or self._kept_bytes >= AHEAD_BYTES
+
+    def keep(self) -> None:
+        """Keeps from now on what is sent until it has come, so that the link can `go_on`. To be called at both ends."""
+        self._kept = deque()
+
+    def go_on(self, other: AgentLink, came: int) -> None:
+        """Goes on over the connection of `other`, which is of no use by itself then. So many of the frames sent here
+        have come; those after them are sent again. Raises WireError where they are not here any more.
+        """
+        kept = self._kept if self._kept is not None else deque[bytes]()
+        if not 0 <= self._sent - came <= len(kept):
+            raise WireError(f"{came} messages are said to have come of {self._sent}, of which {len(kept)} are kept")
+        self.close()
+        self._socket, self._read, self.holds = other._socket, other._read, other.holds
+        self._sending, self._receiving = other._sending, other._receiving
+        self._waits, self._waiting = other._waits, other._waiting
+        self._gone(came)
+        for number, content in enumerate(kept, came):
+            self._put(number, content)
+        with contextlib.suppress(OSError):  # the next `receive` finds the end
+            self.flush()
+
+    def _gone(self, came: int) -> None:
+        """The other end has said that so many have come."""
+        while self._kept and self._sent - len(self._kept) < came:
+            self._kept_bytes -= len(self._kept.popleft())
+
     def send(self, message: Any) -> None:
         """Sends it, as far as the socket takes it now. Raises OSError where the other end is gone, and WireError where
         too much waits already or the message is too long.
         """
         content = encode(message)
-        if self._waiting + len(content) > WAITING_BYTES:
-            raise WireError(f"the other end has not taken {self._waiting:,} bytes that wait for it")
-        head = _HEAD.pack(len(content), self._sent, _tag(self._sending, self._sent, content))
+        if (waiting := max(self._waiting, self._kept_bytes)) + len(content) > WAITING_BYTES:
+            raise WireError(f"the other end has not taken {waiting:,} bytes that wait for it")
+        self._send(content)
+        self.flush()
+
+    def _send(self, content: bytes) -> None:
+        if self._kept is not None:
+            self._kept.append(content)
+            self._kept_bytes += len(content)
         self._sent += 1
+        self._put(self._sent - 1, content)
+
+    def _put(self, number: int, content: bytes) -> None:
+        head = _HEAD.pack(len(content), number, self.came, tag_of(self._sending, number, self.came, content))
         self._waits += (memoryview(head), memoryview(content))
         self._waiting += len(head) + len(content)
-        self.flush()
+        self._unsaid = 0
 
     def flush(self) -> None:
         """Sends what waits, as far as the socket takes it now. Raises OSError where the other end is gone."""
         while self._waits:
+            if not self._waits[0]:
+                self._waits.popleft()
+                continue
             try:
                 count = self._socket.send(self._waits[0], socket.MSG_NOSIGNAL)
             except BlockingIOError:
@@ -162,6 +220,10 @@ class AgentLink:
                 raise EOFError(f"the connection has ended{' in the middle of a message' if self._read else ''}")
             self._read += part
             self._take(found, most)
+        if self._kept is not None and self._unsaid >= AHEAD_BYTES // 4:
+            self._send(b"")
+            with contextlib.suppress(OSError):  # the next call finds the end
+                self.flush()
         return found
 
     def _take(self, found: list[Any], most: int) -> None:
@@ -172,19 +234,22 @@ class AgentLink:
                 if len(found) >= most:
                     self.holds = True
                     return
-                length, number, tag = _HEAD.unpack_from(self._read, at)
+                length, number, came, tag = _HEAD.unpack_from(self._read, at)
                 if length > MESSAGE_BYTES:
                     raise WireError(f"a message of {length:,} bytes was announced; at most {MESSAGE_BYTES:,} may come")
-                if number != self._came:
-                    raise WireError(f"message {number} came where {self._came} was due")
+                if number != self.came:
+                    raise WireError(f"message {number} came where {self.came} was due")
                 end = at + _HEAD.size + length
                 if len(self._read) < end:
                     return
                 content = bytes(memoryview(self._read)[at + _HEAD.size : end])
-                if not hmac.compare_digest(tag, _tag(self._receiving, number, content)):
+                if not hmac.compare_digest(tag, tag_of(self._receiving, number, came, content)):
                     raise WireError("a message is not as it was sent, or another's")
-                found.append(decode(content, self._union))
-                self._came += 1
+                if content or self._kept is None:  # else it but says what has come
+                    found.append(decode(content, self._union))
+                self._gone(came)
+                self.came += 1
+                self._unsaid += length
                 at = end
         finally:
             del self._read[:at]
@@ -304,40 +369,11 @@ class _Stranger:
         if len(self._read) < wanted:
             return None
         theirs, proof = self._read[len(MAGIC) : _GREETING], self._read[_GREETING:]
-        if not hmac.compare_digest(proof, _digest(secret, b"agent", self._own, theirs)):
+        if not hmac.compare_digest(proof, digest_of(secret, b"agent", self._own, theirs)):
             raise WireError("it does not know the run's secret")
-        self._socket.send(_digest(secret, b"agent 0", self._own, theirs), socket.MSG_NOSIGNAL)
-        keys = _keys(secret, self._own, theirs, (b"from agent 0", b"to agent 0"))
+        self._socket.send(digest_of(secret, b"agent 0", self._own, theirs), socket.MSG_NOSIGNAL)
+        keys = keys_of(secret, self._own, theirs, (b"from agent 0", b"to agent 0"))
         return AgentLink(self._socket, union, *keys)
 
     def close(self) -> None:
         self._socket.close()
-
-
-def _digest(secret: bytes, role: bytes, of_agent_0: bytes, of_agent: bytes) -> bytes:
-    """That the one in this role knows the secret, for what both have drawn."""
-    return hmac.digest(secret, b"instep " + role + b"\0" + of_agent_0 + of_agent, "sha256")
-
-
-def _keys(secret: bytes, of_agent_0: bytes, of_agent: bytes, directions: tuple[bytes, bytes]) -> list[bytes]:
-    """Of this connection alone, for what is sent and for what comes."""
-    return [_digest(secret, direction, of_agent_0, of_agent) for direction in directions]
-
-
-def _tag(key: bytes, number: int, content: bytes) -> bytes:
-    return hmac.digest(key, struct.pack("<QQ", number, len(content)) + content, "sha256")[:16]
-
-
-def _exactly(connection: socket.socket, count: int, until: float) -> bytes:
-    """So many bytes. Raises EOFError where it ends before, and TimeoutError."""
-    found = b""
-    while len(found) < count:
-        left = until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("no answer in time")
-        connection.settimeout(left)
-        part = connection.recv(count - len(found))
-        if not part:
-            raise EOFError("the connection has ended")
-        found += part
-    return found

@@ -30,6 +30,10 @@ class InStep(ABC):
     _stands_in: bool
     _told_of: bool
 
+    @property
+    @abstractmethod
+    def active(self) -> list[Member]: ...
+
     @abstractmethod
     def _count_restart(self, lost: orders.Lost) -> list[Order]: ...
 
@@ -65,6 +69,17 @@ class InStep(ABC):
         found = self._groups.replace(self._places, lost, members, self.hosts.shares())
         self._leader = self._groups.members[0].number
         return found
+
+    def _back(self, back: orders.HostBack) -> list[Order]:
+        """A host was cut off, and is back: all go on in another group of the same members, over new connections. TCP
+        keeps those of before waiting, about as long again as the cut was.
+        """
+        members = self._groups.members
+        able = self.going and self._groups.led and self._groups.can_do_without(self._places, ())
+        there = next((member for member in members if member.host == back.host), None)
+        if there is None or not (able and self.active) or self._stopping or self._pausing:
+            return []
+        return [self._groups.again(orders.Lost(there, back.why, whole_host=True))]
 
     def _take_in(self, place: PlaceInTeam) -> list[Order]:
         """A successor is ready to go on with the others."""

@@ -119,6 +119,14 @@ class HostLost:
 
 
 @dataclass(frozen=True)
+class HostBack:
+    """A host that could not be reached for a while, as the sentence `why` says, is back before it was lost."""
+
+    host: int
+    why: str
+
+
+@dataclass(frozen=True)
 class Saved:
     """The team of this epoch has saved a checkpoint, and has more to train."""
 
@@ -139,7 +147,7 @@ class CannotStart:
     error: InstepError
 
 
-OfHosts = HostCame | HostLost | LongAwaited
+OfHosts = HostCame | HostLost | HostBack | LongAwaited
 RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | OfHosts | Saved | Resize | CannotStart
 
 Ending = Lost | FoundWritten | Saved | Resize

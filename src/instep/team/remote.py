@@ -49,6 +49,7 @@ from instep.team.wire_messages import (
     StartSuccessor,
     TakeOut,
     ToMember,
+    WasAway,
 )
 
 PART_BYTES = 1 << 20
@@ -100,6 +101,8 @@ class RemoteCrew:
         self.lost: HostLost | None = None
         """Set once it is, and told of by `hear` or `look`."""
         self.told_of_loss = False
+        self.away_s = 0.0
+        """For how long its agent could not reach this one, as it has told: until that is taken notice of."""
         self._folder, self._clock, self._lease_s, self._carried = folder, clock, lease_s, carried
         self._given = given
         self._epoch = 0  # which has members there; 0 for none
@@ -192,7 +195,7 @@ class RemoteCrew:
         """Sends what waits, as far as the link takes it."""
         while self._orders and self.lost is None:
             try:
-                if self.link.wants_write:
+                if self.link.full:
                     return
                 message = next(self._orders[0], None)
                 if message is None:
@@ -206,6 +209,17 @@ class RemoteCrew:
     def silent(self) -> bool:
         """Whether a sign of life is overdue."""
         return self._silence.seconds > 2 * LONGEST_LOOK_S
+
+    def go_on(self, link: AgentLink, came: int, away_s: float) -> None:
+        """Its agent is back, over this connection, after so many messages that have come there."""
+        try:
+            self.link.go_on(link, came)
+        except OSError as error:
+            self._lose(f"{self.name} cannot be reached any more: {error}.")
+            link.close()
+            return
+        self._silence.heard()
+        self.away_s = away_s
 
     def set_aside(self, why: str) -> None:
         """It is to count as lost, though it answers."""
@@ -238,6 +252,8 @@ class RemoteCrew:
                     yield Lost(member, why, detail)
                 case StopRun():
                     yield StopAsked()
+                case WasAway(away_s):
+                    self.away_s = away_s
                 case Beat(seq, sent_s):
                     self.clock_error_s = message.error_s
                     self._carried.told(self.hello.host, self.hello.session, message)

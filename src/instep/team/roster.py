@@ -93,6 +93,8 @@ class Roster(InStep):
             return []
         if isinstance(event, orders.HostCame):
             return self._came(event)
+        if isinstance(event, orders.HostBack):
+            return self._back(event)
         if isinstance(event, orders.HostLost):
             self.hosts.left(event.host)
             return self._lose_all_of(event.host, event.why)

@@ -78,6 +78,25 @@ class HelloAgent:
 
 
 @dataclass(frozen=True)
+class HelloAgain:
+    """An agent has reached agent 0 again after `away_s` seconds; the first message of a connection by which its link is
+    to go on, of which so many messages `came`.
+    """
+
+    agent: Count
+    session: Name
+    came: Count
+    away_s: float
+
+
+@dataclass(frozen=True)
+class WasAway:
+    """An agent could not reach agent 0 for `away_s` seconds, and its link goes on as it was."""
+
+    away_s: float
+
+
+@dataclass(frozen=True)
 class FromMember:
     """What a process of its host has sent. A `Ready` crosses without memory: that is its host's."""
 
@@ -201,6 +220,13 @@ class Welcome:
 
 
 @dataclass(frozen=True)
+class WelcomeAgain:
+    """The answer to `HelloAgain`: how many messages of the link have come."""
+
+    came: Count
+
+
+@dataclass(frozen=True)
 class RunGiven:
     """The answer to `AskRun`: recipe and team, in TOML, and where the recipe's modules are looked for."""
 
@@ -309,6 +335,8 @@ class EndMembers:
 
 ToAgent0 = (
     HelloAgent
+    | HelloAgain
+    | WasAway
     | AskRun
     | NotComing
     | FromMember
@@ -324,6 +352,7 @@ ToAgent0 = (
 )
 FromAgent0 = (
     Welcome
+    | WelcomeAgain
     | RunGiven
     | StartMembers
     | CheckpointPart

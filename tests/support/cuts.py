@@ -1,0 +1,45 @@
+"""A run over several hosts, some of which are cut off for a while: what the tape tells of it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from support.hosts import Hosts
+from support.machine_faults import Campaign
+from support.patience import LONG_S
+
+SEED, LEASE_S = 15, 5.0
+
+
+class CutRun(Campaign):
+    """By default of a worker on each host."""
+
+    def __init__(self, hosts: Hosts, **more: Any):
+        super().__init__(hosts, SEED, 0, lease_s=LEASE_S, **{"workers": len(hosts), "give_up_s": LONG_S, **more})
+
+    def cut(self, host: int, seconds: float) -> float:
+        """Cuts a host off for so long. Seconds from the end of that to the next update that all make together."""
+        self.hosts.cut(host)
+        time.sleep(seconds)
+        self.look()
+        at = len(self._tape.events)
+        self.hosts.heal(host)
+        healed = time.monotonic()
+        self.wait(lambda: self._all_go_on(at), LONG_S, "an update after the cut")
+        return time.monotonic() - healed
+
+    def _all_go_on(self, at: int) -> bool:
+        """Whether there was an update since this event, after all workers were in one group again."""
+        again = [place for place in range(at, len(self._tape.events)) if self._all_regrouped(self._tape.events[place])]
+        return bool(again and self._tape.since(again[-1], "merged"))
+
+    def check(self) -> None:
+        """Ends the run: the same processes have done each step once, from no checkpoint, with the same bits."""
+        result = self.end()
+        assert [event["version"] for event in self.told("run_started")] == [0], "no checkpoint was loaded"
+        assert len(self.told("joined")) == self._workers, "no other process has come"
+        versions = [event["version"] for event in self.told("merged")]
+        assert versions == list(range(1, len(versions) + 1))
+        assert result["restarts"] == 0
+        assert result["digest"] == self.undisturbed(result["steps"])["digest"]
