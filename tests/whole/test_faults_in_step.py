@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from support.proved import save
+from support.present import Present, Process, computed_again, merged_again, starts
+from support.proved import missed, save
 from support.step_faults import Run, Setting
 from support.two_models import undisturbed
 
@@ -28,6 +29,25 @@ FEW = (
     Setting("convnet", 16, kills=4),
 )
 """A tenth."""
+
+FEW_OVER_HOSTS = (
+    Setting("gpt", 3, 2, kills=3, stops=1),
+    Setting("convnet", 5, 4, kills=3, stops=1),
+)
+
+OVER_HOSTS = (
+    *(
+        Setting(model, workers, hosts, kills=5, stops=1)
+        for hosts in (2, 4)
+        for workers in WORKERS
+        for model in ("gpt", "convnet")
+    ),
+    Setting("gpt", 2, 2, compiled=True, kills=4),
+    Setting("convnet", 3, 2, compiled=True, kills=4),
+    Setting("gpt", 5, 2, memory=True, kills=4),
+    Setting("convnet", 8, 4, memory=True, kills=4),
+)
+"""What `ALL` is on one machine."""
 
 ALL = (
     *(Setting(model, 1, kills=5) for model in ("gpt", "convnet")),
@@ -69,22 +89,62 @@ def lines_of(run: Run, alone: Mapping[int, str]) -> list[dict[str, Any]]:
     same = all(alone.get(version, digest) == digest for version, digest in found.items()) and found.keys() & alone
     back = [fault for fault in run.faults if fault.recovered.startswith("went back: ")]
     alone_again = sum(fault.recovered == "from memory" for fault in run.faults)
-    once = len(run.starts()) <= run.team.resizes + alone_again and (alone_again or not run.again())
+    events = run.tape.events
+    once = len(starts(events)) <= run.team.resizes + alone_again and (alone_again or not merged_again(events))
     whole = bool(same and not back and once and not run.computed_too_often())
     return [{**asdict(fault), "held": whole and fault.again <= fault.most} for fault in run.faults]
 
 
 @pytest.mark.slow
-def test_a_tenth_of_the_faults(tmp_path: Path) -> None:
-    found = suffered(FEW, tmp_path)
-    assert [line for line in found if not line["held"]] == []
-    assert len(found) == sum(setting.kills + setting.stops + setting.joins for setting in FEW)
+@pytest.mark.parametrize("settings", [FEW, FEW_OVER_HOSTS], ids=["one machine", "hosts"])
+def test_a_tenth_of_the_faults(settings: Sequence[Setting], tmp_path: Path) -> None:
+    found = suffered(settings, tmp_path)
+    assert missed(found) == []
+    assert len(found) == sum(setting.kills + setting.stops + setting.joins for setting in settings)
 
 
 @pytest.mark.prove
-def test_all_faults_in_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"), [("faults_in_step", ALL), ("faults_in_step_over_hosts", OVER_HOSTS)], ids=["machine", "hosts"]
+)
+def test_all_faults_in_step(name: str, settings: Sequence[Setting], tmp_path: Path) -> None:
     began = time.monotonic()
-    found = suffered(ALL, tmp_path)
+    found = suffered(settings, tmp_path)
     recovered = Counter(line["recovered"].partition(":")[0] for line in found if line["recovered"])
-    save("faults_in_step", found, seed=SEED, began=began, recovered=dict(recovered))
-    assert [line for line in found if not line["held"]] == []
+    save(name, found, seed=SEED, began=began, recovered=dict(recovered))
+    assert missed(found) == []
+
+
+def test_what_is_computed_beyond_the_microbatches_of_a_step_is_counted_but_that_of_the_dead() -> None:
+    """No further than to the version that a team has started again from."""
+
+    def told(kind: str, version: int, *microbatches: int) -> dict[str, Any]:
+        return {"kind": kind, "version": version, "microbatches": microbatches}
+
+    whole = [told("computed", version, *part) for version in (4, 5, 6) for part in ((0, 3), (3, 8))]
+    assert computed_again(whole, 8) == {}
+    assert computed_again([*whole, told("computed", 5, 3, 8)], 8) == {5: 5}
+    assert computed_again([*whole, told("computed", 5, 3, 8), told("stood_in", 5, 3, 8)], 8) == {}
+    started = [{"kind": "run_started", "version": version} for version in (0, 5)]
+    assert computed_again([*started, *whole, told("computed", 4, 0, 1), *whole[2:]], 8) == {4: 1}
+
+
+@pytest.mark.parametrize("machine", [True, False])
+def test_a_worker_has_its_place_again_when_the_tape_tells_so(machine: bool) -> None:
+    """On one machine it takes it, over hosts it is in a group; a loss is known by its process."""
+    there = Present(machine)
+    back = {"kind": "took_place", "worker": 1} if machine else {"kind": "regrouped", "workers": [0, 1]}
+    events = [
+        *({"kind": "joined", "worker": worker, "host": "a", "pid": 7 + worker} for worker in (0, 1)),
+        {"kind": "merged", "version": 1},
+        {"kind": "left", "worker": 1, "why": "worker 1 (pid 8) was killed."},
+        {"kind": "joined", "worker": 1, "host": "a", "pid": 9},
+        back,
+    ]
+    whole = []
+    for place, event in enumerate(events):
+        there.take(event, place)
+        whole.append(there.whole)
+    assert whole == [False, False, True, False, False, True]
+    assert there.left == {Process(1, "" if machine else "a", 8): 3}
+    assert there.seated == [0, 1]
