@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import pickle
 import signal
+import sys
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,10 +24,13 @@ from instep.data import digest, file_index, lines
 from instep.data.cursor import fetch
 from instep.data.file_index import index_all
 from instep.data.lines import JsonLines, TextLines, jsonl, text_lines
+from instep.data.mixture import cursor_over
+from instep.data.parquet import ParquetShard, parquet
+from instep.data.tars import tars
 from instep.errors import DataError, RecipeError
 from instep.record import checkpoint
 from instep.record.folder import RunFolder
-from support.formats import FORMATS, SAMPLES, in_json_lines, recipe
+from support.formats import FORMATS, SAMPLES, add, in_json_lines, recipe
 from support.harness import Client, Outcome, act_on, train_here
 from support.kinds import quick
 from support.resuming import begin, go_on
@@ -290,3 +298,157 @@ def test_a_file_that_is_written_to_while_the_run_reads_it_is_named(tmp_path: Pat
         with pytest.raises(DataError, match=r"sample 1 cannot be read: .*a.jsonl has changed since the run began"):
             fetch(train, [1])
         path.write_text("1\n2\n")
+
+
+# --- parquet --------------------------------------------------------------------------------------------------------
+
+
+def written(path: Path, columns: dict[str, Any], **options: Any) -> str:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, **options)
+    return str(path)
+
+
+@pytest.mark.pure
+def test_rows_of_parquet_have_numbers_lists_as_arrays_and_all_else_as_python_has_it(tmp_path: Path) -> None:
+    ragged = pyarrow.array([[1, 2], [], None], pyarrow.list_(pyarrow.int32()))
+    fixed = pyarrow.array([[0.5, 1.5], [2, 3], [4, 5]], pyarrow.list_(pyarrow.float32(), 2))
+    columns = {
+        "id": [7, 8, 9],
+        "text": ["a", None, "c"],
+        "ragged": ragged,
+        "fixed": fixed,
+        "holes": [[1, None], [], []],
+    }
+    train = parquet(written(tmp_path / "a.parquet", columns), 0).train
+    rows = [train[index] for index in range(3)]
+    assert [(row["id"], row["text"]) for row in rows] == [(7, "a"), (8, None), (9, "c")]
+    assert rows[0]["holes"] == [1, None]
+    assert [row["fixed"].tolist() for row in rows] == [[0.5, 1.5], [2, 3], [4, 5]]
+    assert rows[0]["fixed"].dtype == np.float32
+    assert rows[0]["fixed"].flags.writeable
+    assert (rows[0]["ragged"].tolist(), rows[1]["ragged"].tolist(), rows[2]["ragged"]) == ([1, 2], [], None)
+    assert rows[0]["ragged"].dtype == np.int32
+    assert list(parquet(str(tmp_path / "a.parquet"), 0, columns=["text"]).train[0]) == ["text"]
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("together", [1, 3])
+def test_an_epoch_reads_each_row_group_once_and_keeps_so_many(
+    together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    group = ParquetShard._group
+    monkeypatch.setattr(
+        ParquetShard, "_group", lambda self, number: read.append((self.path, number)) or group(self, number)
+    )
+    for name in "ab":
+        written(tmp_path / f"{name}.parquet", {"id": list(range(60))}, row_group_size=10)
+    train = parquet(str(tmp_path / "*.parquet"), 0, together=together).train
+    cursor = cursor_over(train, batch=10 * together, microbatches=2, seed=3)
+    for step in range(cursor.steps_per_epoch):
+        for microbatch in range(2):
+            fetch(train, cursor.microbatch(step, microbatch))
+    assert len(read) == len(set(read)) == 12
+    assert len(train.shards[0]._kept._values) == together  # type: ignore[attr-defined]
+    assert [path for path, _ in read] != sorted(path for path, _ in read)
+
+
+@pytest.mark.pure
+def test_what_is_held_out_of_parquet_files_ends_a_row_group_and_is_mixed_by_groups(tmp_path: Path) -> None:
+    for name in "ab":
+        written(tmp_path / f"{name}.parquet", {"id": list(range(60))}, row_group_size=10)
+    data = parquet(str(tmp_path / "*.parquet"), 0.3)
+    groups = [samples.groups.sizes.tolist() for samples in (data.train, data.held_out)]  # type: ignore[union-attr]
+    assert groups == [[10] * 8 + [4], [6, 10, 10, 10]]
+    held_out = [data.held_out[index]["id"] for index in range(36)]  # type: ignore[index]
+    assert sorted(held_out) == list(range(24, 60))
+    assert held_out != list(range(24, 60))
+    whole = parquet(str(tmp_path / "*.parquet"), 0, together=0).train
+    assert whole.groups is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.pure
+def test_bad_parquet_files_are_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    given = written(path, {"id": list(range(5000))}, row_group_size=1000, compression="snappy")
+    with pytest.raises(DataError, match=r"a.parquet has no column 'name'; it has id"):
+        parquet(given, columns=["name"])
+    with pytest.raises(RecipeError, match="'together' is -1"):
+        parquet(given, together=-1)
+    written(tmp_path / "b.parquet", {"id": ["text"]})
+    with pytest.raises(
+        DataError, match=r"b.parquet has other columns than .*a.parquet: 'id' is string, and int64 there"
+    ):
+        parquet(str(tmp_path / "*.parquet"))
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + bytes(3000) + content[3200:])
+    with pytest.raises(DataError, match=r"sample 3 cannot be read: row group 0 of .*a.parquet cannot be read \("):
+        fetch(parquet(given, 0).train, [3])
+    path.write_bytes(content[:-9])
+    with pytest.raises(DataError, match=r"a.parquet is no Parquet file, or is cut \(ArrowInvalid"):
+        parquet(given)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'instep\[parquet\]'"):
+        parquet(given)
+
+
+# --- tars -----------------------------------------------------------------------------------------------------------
+
+
+def tarred(path: Path, files: dict[str, bytes], **options: Any) -> Path:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in files.items():
+            add(tar, name, content)
+    return path
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_samples_of_tars_are_files_of_one_name_decoded_by_their_endings(form: int, tmp_path: Path) -> None:
+    array = io.BytesIO()
+    np.save(array, np.arange(3))
+    long = "d/" + "long" * 60
+    files = {
+        "a.json": b'{"x": [1]}', "a.cls": b"7", "README": b"none", "d/a.seg.npy": array.getvalue(),
+        f"{long}.jpg": b"\xff\xd8", f"{long}.txt": "é".encode(),
+    }  # fmt: skip
+    path = tarred(tmp_path / "a.tar", files, format=form)
+    train = tars(str(path), 0).train
+    assert len(train) == 3
+    assert train[0] == {"__key__": "a", "json": {"x": [1]}, "cls": 7}
+    assert train[1]["seg.npy"].tolist() == [0, 1, 2]
+    assert train[2] == {"__key__": long, "jpg": b"\xff\xd8", "txt": "é"}
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content[:-10240] + content[-10240:-9000], "a.tar is cut: the two empty blocks"),
+        (lambda content: content[:2000], r"a.tar is no tar file, or is cut \(ReadError"),
+        (lambda content: content[:1024], "a.tar is cut: the two empty blocks that end a tar file do not"),
+        (lambda content: content + content, "a.tar goes on after its end at byte 2,560; tar files are put together by"),
+        (lambda content: content[:1024] + b"x" * 512 + content[1536:], "a.tar goes on after its end at byte 1,024"),
+        (lambda content: b"x" * 2000, r"a.tar is no tar file, or is cut \(ReadError"),
+        (gzip.compress, "a.tar is packed by gzip, so that no sample"),
+        (lambda content: bytes(10240), "no training sample is left of the 0 in 1 files"),
+    ],
+)  # fmt: skip
+def test_a_tar_that_is_cut_or_none_is_said_in_one_sentence(change: Any, words: str, tmp_path: Path) -> None:
+    path = tarred(tmp_path / "a.tar", {"a.txt": b"a", "b.txt": b"b" * 600})
+    assert len(tars(str(path), 0).train) == 2
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match=words):
+        tars(str(path), 0)
+
+
+@pytest.mark.pure
+def test_a_bad_sample_of_a_tar_is_named(tmp_path: Path) -> None:
+    path = tarred(tmp_path / "a.tar", {"a.cls": b"1", "b.cls": b"x", "c.json": b"1"})
+    with pytest.raises(
+        DataError, match=r"sample 1 cannot be read: sample 'b' of .*a.tar cannot be read \(ValueError: inv"
+    ):
+        fetch(tars(str(path), 0).train, [0, 1])
+    tarred(path, {"a.txt": b"", "b.txt": b"", "a.cls": b"1"})
+    with pytest.raises(DataError, match=r"the files of sample 'a' do not lie one after the other in .*a.tar; write it"):
+        tars(str(path), 0)

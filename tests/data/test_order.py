@@ -6,6 +6,7 @@ import math
 import tracemalloc
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from instep.data import order
 from instep.data.cursor import Cursor
-from instep.data.order import BLOCK, take
+from instep.data.order import BLOCK, Groups, take
 
 pytestmark = pytest.mark.pure
 
@@ -92,3 +93,46 @@ def test_a_start_of_an_epoch_of_a_thousand_million_samples_takes_no_memory_by_sa
     assert len(set(indices)) == 64
     assert max(indices) > 10**8
     assert peak < 10 << 20
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------
+
+SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(any)
+
+
+@given(SIZES, st.integers(1, 4), st.integers(0, 2**40), st.integers(0, 3), st.data())
+def test_an_epoch_goes_through_groups_at_random_and_mixes_so_many_at_a_time(sizes, together, seed, epoch, data):
+    groups, samples = Groups(np.array(sizes), together), sum(sizes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "BLOCK", data.draw(st.integers(1, 50)))
+        order._block_of_groups.cache_clear()
+        whole = take("keyed", samples, seed, epoch, range(samples), groups).tolist()
+        start = data.draw(st.integers(0, samples))
+        part = range(start, data.draw(st.integers(start, samples)))
+        assert take("keyed", samples, seed, epoch, part, groups).tolist() == whole[part.start : part.stop]
+        order._block_of_groups.cache_clear()
+    assert sorted(whole) == list(range(samples))
+    group_of = np.repeat(np.arange(len(sizes)), sizes)[whole].tolist()
+    while group_of:
+        mixed = list(dict.fromkeys(group_of))[:together]
+        here = sum(sizes[group] for group in mixed)
+        assert set(group_of[:here]) == set(mixed)
+        group_of = group_of[here:]
+
+
+def test_groups_and_what_is_in_them_come_in_another_order_each_epoch():
+    groups = Groups(np.full(50, 40), 2)
+    epochs = [take("keyed", 2000, 0, epoch, range(2000), groups) for epoch in range(3)]
+    firsts = {tuple((each // 40).unique_consecutive()[:1].tolist()) for each in epochs}
+    assert len(firsts) > 1
+    inside = [each[:80].sort().indices.tolist() for each in epochs]
+    assert inside[0] != inside[1]
+    together = (epochs[0][:80] // 40).tolist()
+    assert 20 < sum(one != other for one, other in itertools.pairwise(together)) < 60
+
+
+def test_the_order_by_groups_is_what_it_was():
+    """A change here changes the digest of every run on Parquet files."""
+    assert take("keyed", 20, 3, 1, range(12), Groups(np.array([5, 9, 6]), 2)).tolist() == [
+        11, 12, 5, 0, 9, 1, 4, 7, 2, 6, 10, 13,
+    ]  # fmt: skip

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import torch
 from torch import Tensor, nn
 
 from instep.data import Data
 from instep.data.lines import jsonl, text_lines
+from instep.data.parquet import parquet
+from instep.data.tars import tars
 from instep.objectives import objective
 from instep.recipe import Recipe
 
@@ -61,7 +67,9 @@ def by_shard(folder: Path, ending: str, write: Callable[[Path, range], Any]) -> 
 
 
 def number_of(record: Any) -> Tensor:
-    return torch.tensor(int(record["number"] if isinstance(record, dict) else record))
+    if isinstance(record, dict):
+        record = record["number"] if "number" in record else record["cls"]
+    return torch.tensor(int(record))
 
 
 def in_json_lines(folder: Path) -> Callable[[], Data]:
@@ -76,5 +84,40 @@ def in_text(folder: Path) -> Callable[[], Data]:
     return functools.partial(text_lines, pattern, 0, map=number_of)
 
 
-FORMATS: dict[str, Callable[[Path], Callable[[], Data]]] = {"jsonl": in_json_lines, "text": in_text}
+def in_parquet(folder: Path) -> Callable[[], Data]:
+    def write(path: Path, numbers: range) -> None:
+        kind = pyarrow.list_(pyarrow.int32())
+        columns = {
+            "number": list(numbers),
+            "tokens": pyarrow.array([[number] * (number % 3) for number in numbers], kind),
+        }
+        pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
+
+    pattern = by_shard(folder, ".parquet", write)
+    return functools.partial(parquet, pattern, 0, together=2, map=number_of)
+
+
+def in_tars(folder: Path) -> Callable[[], Data]:
+    def write(path: Path, numbers: range) -> None:
+        with tarfile.open(path, "w") as tar:
+            for number in numbers:
+                add(tar, f"in/{number:03}.cls", str(number).encode())
+                add(tar, f"in/{number:03}.txt", b"x" * number)
+
+    return functools.partial(tars, by_shard(folder, ".tar", write), 0, map=number_of)
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    """A file of that content."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+FORMATS: dict[str, Callable[[Path], Callable[[], Data]]] = {
+    "jsonl": in_json_lines,
+    "text": in_text,
+    "parquet": in_parquet,
+    "tars": in_tars,
+}
 """By name: writes the files into a folder, and gives what a recipe's `data` is to be."""

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset, default_collate
 
 from instep.data import Collate, MapStyle, failed, sample
-from instep.data.order import OrderKind, take
+from instep.data.order import Groups, OrderKind, take
 from instep.errors import DataError, cut, told
 
 SHOWN_SAMPLES = 16
@@ -39,6 +39,7 @@ class Cursor:
     drop_last: leaves the last, smaller batch of each epoch out.
     skipped: samples that are left out, wherever they come. Their batches are smaller; all others are as they were.
     order: of an epoch's samples, see `instep.data.order`.
+    groups: samples that are had together, which the order "keyed" then keeps near each other.
 
     Raises DataError for a data set that is empty or smaller than a batch.
     """
@@ -51,6 +52,7 @@ class Cursor:
     drop_last: bool = False
     skipped: frozenset[int] = frozenset()
     order: OrderKind = "keyed"
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -113,7 +115,7 @@ class Cursor:
         return whole[~torch.isin(whole, torch.tensor(sorted(self.skipped)))] if self.skipped else whole
 
     def _take(self, step: int, span: range) -> Tensor:
-        return take(self.order, self.samples, self.seed, self.epoch(step), span)
+        return take(self.order, self.samples, self.seed, self.epoch(step), span, self.groups)
 
 
 def _listed(indices: Tensor) -> list[int]:

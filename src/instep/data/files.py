@@ -38,18 +38,20 @@ def found(pattern: str | Sequence[str]) -> list[Path]:
 def found_apart(pattern: str | Sequence[str], held_out: float | str) -> tuple[list[Path], list[Path]]:
     """The files of `pattern`, and those that are held out, by a pattern of their own, and are then none of the former.
 
-    A share, which is cut from the samples later, is looked at too. Raises DataError where no file is left, RecipeError.
+    Raises DataError where no file is left.
     """
-    if not isinstance(held_out, str) and not 0 <= held_out < 1:
-        raise RecipeError(
-            f"'held_out' is {held_out}; it is a share of the samples, from 0 to below 1, or a pattern of files."
-        )
     held = found(held_out) if isinstance(held_out, str) else []
     left_out = set(map(os.path.realpath, held))
     paths = [path for path in found(pattern) if os.path.realpath(path) not in left_out]
     if not paths:
         raise DataError("all files are held out; give some that are not, or 'held_out' as a share.")
     return paths, held
+
+
+def check_share(held_out: float | str) -> None:
+    """Raises RecipeError unless it is a name or a share."""
+    if not isinstance(held_out, str) and not 0 <= held_out < 1:
+        raise RecipeError(f"'held_out' is {held_out}; it is a share of the samples, from 0 to below 1, or a name.")
 
 
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz"}

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from instep.data import Collate, Data, MapStyle, as_data, fingerprint, makes_data
 from instep.data.cursor import Cursor, fetch
-from instep.data.order import BLOCK, KEPT, OrderKind, keys, over_blocks, permuted, take
+from instep.data.order import BLOCK, KEPT, Groups, OrderKind, keys, over_blocks, permuted, take
 from instep.errors import DataError
 from instep.randomness import key
 
@@ -135,10 +135,13 @@ def _whole(weights: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class MixedCursor(Cursor):
-    """A cursor whose steps draw from several data sets, of these `lengths`, by `weights`; all batches are whole."""
+    """A cursor whose steps draw from several data sets, of these `lengths` and `groups_of`, by `weights`. All batches
+    are whole.
+    """
 
     lengths: tuple[int, ...] = ()
     weights: tuple[int, ...] = ()
+    groups_of: tuple[Groups | None, ...] = ()
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -149,21 +152,23 @@ class MixedCursor(Cursor):
         return range(step * self.batch, (step + 1) * self.batch)
 
     def _take(self, step: int, span: range) -> Tensor:
-        return over_blocks(span, lambda block: _block(self.lengths, self.weights, self.seed, self.order, block))
+        sets = tuple(zip(self.lengths, self.groups_of, strict=True))
+        return over_blocks(span, lambda block: _block(sets, self.weights, self.seed, self.order, block))
 
 
 @lru_cache(maxsize=KEPT)
-def _block(lengths: tuple[int, ...], weights: tuple[int, ...], seed: int, order: OrderKind, block: int) -> Tensor:
+def _block(
+    of_sets: tuple[tuple[int, Groups | None], ...], weights: tuple[int, ...], seed: int, order: OrderKind, block: int
+) -> Tensor:
     """Which samples are drawn in a block of places ([BLOCK], int64)."""
     begun, ended = (_drawn(weights, each * BLOCK) for each in (block, block + 1))
     counts = [after - before for before, after in zip(begun, ended, strict=True)]
-    sets = np.repeat(np.arange(len(lengths)), counts)[permuted(np.arange(BLOCK), BLOCK, keys(seed, block, "mixture"))]
+    sets = np.repeat(np.arange(len(of_sets)), counts)[permuted(np.arange(BLOCK), BLOCK, keys(seed, block, "mixture"))]
     found = np.empty(BLOCK, dtype=np.int64)
     offset = 0
-    for place, (length, before, after) in enumerate(zip(lengths, begun, ended, strict=True)):
-        found[sets == place] = (
-            offset + _epochs(length, key(seed, "mixture", place), order, range(before, after)).numpy()
-        )
+    for place, ((length, groups), before, after) in enumerate(zip(of_sets, begun, ended, strict=True)):
+        drawn = _epochs(length, groups, key(seed, "mixture", place), order, range(before, after))
+        found[sets == place] = offset + drawn.numpy()
         offset += length
     return torch.from_numpy(found)
 
@@ -174,17 +179,25 @@ def _drawn(weights: tuple[int, ...], places: int) -> list[int]:
     return [after - before for before, after in itertools.pairwise(edges)]
 
 
-def _epochs(length: int, seed: int, order: OrderKind, draws: range) -> Tensor:
+def _epochs(length: int, groups: Groups | None, seed: int, order: OrderKind, draws: range) -> Tensor:
     """The samples of a data set at these draws from it, counted over its epochs."""
     parts = [torch.empty(0, dtype=torch.int64)]
     for epoch in range(draws.start // length, -(-draws.stop // length)):
         start, stop = max(draws.start, epoch * length), min(draws.stop, (epoch + 1) * length)
-        parts.append(take(order, length, seed, epoch, range(start - epoch * length, stop - epoch * length)))
+        parts.append(take(order, length, seed, epoch, range(start - epoch * length, stop - epoch * length), groups))
     return torch.cat(parts)
 
 
 def cursor_over(samples: MapStyle, **fields: Any) -> Cursor:
     """The cursor over a data set, with the fields of `Cursor` but `samples`."""
     if isinstance(samples, Mixture):
-        return MixedCursor(samples=len(samples), lengths=samples.lengths, weights=samples.weights, **fields)
-    return Cursor(samples=len(samples), **fields)
+        groups = tuple(map(_groups_of, samples.sets))
+        return MixedCursor(
+            samples=len(samples), lengths=samples.lengths, weights=samples.weights, groups_of=groups, **fields
+        )
+    return Cursor(samples=len(samples), groups=_groups_of(samples), **fields)
+
+
+def _groups_of(samples: MapStyle) -> Groups | None:
+    groups = getattr(samples, "groups", None)
+    return groups if isinstance(groups, Groups) else None

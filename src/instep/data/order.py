@@ -27,7 +27,19 @@ _ROUNDS = 8
 """With fewer, some orders of 5 samples come more often than others."""
 
 
-def take(kind: OrderKind, samples: int, seed: int, epoch: int, places: range) -> Tensor:
+class Groups:
+    """Samples that are had together, such as those of a row group, one group after the other.
+
+    In the order "keyed" an epoch goes through the groups in an order at random, and through the samples of `together`
+    of them in one. sizes: of each group ([groups]). It holds 16 bytes a group, and 16 for each of two epochs.
+    """
+
+    def __init__(self, sizes: NDArray[np.int64], together: int) -> None:
+        self.sizes, self.together = sizes[sizes > 0], together
+        self.starts = np.cumsum(self.sizes) - self.sizes
+
+
+def take(kind: OrderKind, samples: int, seed: int, epoch: int, places: range, groups: Groups | None = None) -> Tensor:
     """Indices of the samples at these `places` of an epoch ([places], int64); of all places, each of 0 to `samples` - 1
     once.
 
@@ -36,6 +48,8 @@ def take(kind: OrderKind, samples: int, seed: int, epoch: int, places: range) ->
     """
     if kind == "permutation":
         return _permutation(samples, seed, epoch)[places.start : places.stop]
+    if groups is not None:
+        return over_blocks(places, lambda block: _block_of_groups(groups, samples, seed, epoch, block))
     return over_blocks(places, lambda block: _block(samples, seed, epoch, block))
 
 
@@ -59,6 +73,34 @@ def _permutation(samples: int, seed: int, epoch: int) -> Tensor:
 def _block(samples: int, seed: int, epoch: int, block: int) -> Tensor:
     places = np.arange(block * BLOCK, min((block + 1) * BLOCK, samples))
     return torch.from_numpy(permuted(places, samples, keys(seed, epoch, "order")))
+
+
+@lru_cache(maxsize=KEPT)
+def _block_of_groups(groups: Groups, samples: int, seed: int, epoch: int, block: int) -> Tensor:
+    order, ends = _order_of_groups(groups, seed, epoch)
+    edges = ends[groups.together - 1 :: groups.together]  # where the samples that are mixed end
+    place, stop = block * BLOCK, min((block + 1) * BLOCK, samples)
+    parts = []
+    while place < stop:
+        mixed = int(np.searchsorted(edges, place, side="right"))
+        begun, ended = (int(edges[each]) if 0 <= each < len(edges) else samples for each in (mixed - 1, mixed))
+        begun = begun if mixed else 0
+        upto = min(stop, ended)
+        mixing = keys(key(seed, epoch, "groups"), mixed, "in groups")
+        parts.append(begun + permuted(np.arange(place - begun, upto - begun), ended - begun, mixing))
+        place = upto
+    places = np.concatenate(parts)
+    within = np.searchsorted(ends, places, side="right")
+    group = order[within]
+    return torch.from_numpy(groups.starts[group] + places - (ends[within] - groups.sizes[group]))
+
+
+@lru_cache(maxsize=2)  # of this epoch, and of the next one, which is loaded ahead
+def _order_of_groups(groups: Groups, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which groups come one after the other in an epoch, and where each of them ends."""
+    count = len(groups.sizes)
+    order = permuted(np.arange(count), count, keys(seed, epoch, "groups"))
+    return order, np.cumsum(groups.sizes[order])
 
 
 @lru_cache(maxsize=8)

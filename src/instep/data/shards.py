@@ -14,8 +14,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from instep.data import Codec, Collate, Data
-from instep.data.files import found_apart
-from instep.data.order import keys, permuted
+from instep.data.files import check_share, found_apart
+from instep.data.order import Groups, take
 from instep.errors import DataError, told
 
 
@@ -41,7 +41,8 @@ class Shards(Dataset[Any]):
 
     map: makes the sample of what a file holds; None takes it as it is. samples: those of all that are meant; None for
     all of them. mixed: they come in an order at random, always the same, so that the first few are a fair sample.
-    full_digest: covers all bytes. Raises DataError.
+    full_digest: covers all bytes. together: of files that hold their samples in groups, had at once, so many are mixed;
+    0 mixes all samples. Raises DataError.
     """
 
     def __init__(
@@ -52,11 +53,20 @@ class Shards(Dataset[Any]):
         samples: range | None = None,
         mixed: bool = False,
         full_digest: bool = False,
+        together: int = 0,
     ) -> None:
         self.shards = list(shards)
         self._ends = list(itertools.accumulate((len(shard) for shard in self.shards), initial=0))[1:]
         self.samples = range(self._ends[-1] if self._ends else 0) if samples is None else samples
-        self._map, self._mixed, self._full = map, mixed, full_digest
+        self._map, self._mixed, self._full, self._together = map, mixed, full_digest, together
+
+    @cached_property
+    def groups(self) -> Groups | None:
+        """Those of all files, as far as their samples are meant."""
+        if not self._together:
+            return None
+        ends = np.cumsum(np.concatenate([[0], *(shard.group_sizes for shard in self.shards)]))  # type: ignore[attr-defined]
+        return Groups(np.diff(np.clip(ends, self.samples.start, self.samples.stop)), self._together)
 
     @cached_property
     def digest(self) -> str:
@@ -81,7 +91,7 @@ class Shards(Dataset[Any]):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is not from 0 to {len(self) - 1}")
         if self._mixed:
-            index = int(permuted(np.array([index]), len(self), keys(0, 0, "held out"))[0])
+            index = int(take("keyed", len(self), 0, 0, range(index, index + 1), self.groups)[0])
         return self.samples[index]
 
     def _shard(self, place: int) -> tuple[Shard, int]:
@@ -117,14 +127,33 @@ def sharded(
     collate: Collate | None,
     codec: Codec | None,
     full_digest: bool,
+    together: int = 0,
 ) -> Data:
     """The data of the files of `pattern`, opened by `open_all`, with what is held out apart. Raises DataError."""
     paths, held = found_apart(pattern, held_out)
-    shards = open_all(paths)
-    part = partial(Shards, map=map, full_digest=full_digest)
+    return apart(
+        open_all(paths), open_all(held) if held else [], held_out,
+        map=map, collate=collate, codec=codec, full_digest=full_digest, together=together,
+    )  # fmt: skip
+
+
+def apart(
+    shards: Sequence[Shard],
+    held: Sequence[Shard],
+    held_out: float | str,
+    *,
+    map: Callable[[Any], Any] | None,
+    collate: Collate | None,
+    codec: Codec | None,
+    full_digest: bool,
+    together: int = 0,
+) -> Data:
+    """The data of these shards, with `held` held out, or a share. Raises DataError, RecipeError."""
+    check_share(held_out)
+    part = partial(Shards, map=map, full_digest=full_digest, together=together)
     train, rest = part(shards), None
     if isinstance(held_out, str):
-        rest = part(open_all(held), mixed=True)
+        rest = part(held, mixed=True)
     elif held_out:
         every = train.samples
         cut = max(0, len(every) - max(1, int(len(every) * held_out)))

@@ -1,0 +1,174 @@
+"""Parquet files: each row a sample, read by row group."""
+
+from __future__ import annotations
+
+import io
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from instep.data import Codec, Collate, Data
+from instep.data.files import ReadAt
+from instep.data.shards import sharded
+from instep.errors import DataError, RecipeError, described
+
+
+class ParquetShard:
+    """A Parquet file. `columns` are read of it, None for all; row groups that were read are kept in `kept`.
+
+    Raises DataError where the file is none, is cut, or has no such columns.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str] | None, kept: RecentlyRead) -> None:
+        self.path, self._file, self._kept = path, ReadAt(path), kept
+        opened = self._opened()
+        self.schema, metadata = opened.schema_arrow, opened.metadata
+        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self.group_sizes = np.array(rows, dtype=np.int64)
+        self._ends = np.cumsum(self.group_sizes)
+        self.columns = list(self.schema.names if columns is None else columns)
+        if missing := [name for name in self.columns if name not in self.schema.names]:
+            raise DataError(f"{path} has no column {missing[0]!r}; it has {', '.join(self.schema.names)}.")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def read(self, place: int) -> dict[str, Any]:
+        """The values of a row, by column: lists of numbers as arrays, all else as Python has it. Raises DataError."""
+        group = int(np.searchsorted(self._ends, place, side="right"))
+        table = self._kept.get((self.path, group), partial(self._group, group))
+        row = place - int(self._ends[group] - self.group_sizes[group])
+        return {name: _value(column[row]) for name, column in zip(table.column_names, table.columns, strict=True)}
+
+    def digest(self, *, full: bool = False) -> str:
+        """See `ReadAt.digest`."""
+        return self._file.digest(full=full)
+
+    def _group(self, group: int) -> Any:
+        try:
+            return self._opened().read_row_group(group, columns=self.columns, use_threads=False).combine_chunks()
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"row group {group} of {self.path} cannot be read ({described(error)}); write the file anew."
+            ) from error
+
+    def _opened(self) -> Any:
+        try:
+            from pyarrow import PythonFile, parquet
+        except ImportError:
+            raise DataError(
+                "Parquet is read by pyarrow, which is in the parquet extra: pip install 'instep[parquet]'."
+            ) from None
+        try:
+            return parquet.ParquetFile(PythonFile(_Opened(self._file), mode="r"))
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"{self.path} is no Parquet file, or is cut ({described(error)}); write it anew, or leave it out."
+            ) from error
+
+
+class RecentlyRead:
+    """What was read last, so many of it, in this process."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: OrderedDict[Any, Any] = OrderedDict()
+
+    def get(self, key: Any, read: Callable[[], Any]) -> Any:
+        """What is kept by this key, or else what is read now."""
+        value = self._values.get(key)
+        if value is None:
+            while len(self._values) >= self._most:  # before reading: it needs the memory
+                self._values.popitem(last=False)
+            value = self._values[key] = read()
+        return value
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RecentlyRead, (self._most,)
+
+
+class _Opened(io.RawIOBase):
+    """The file as pyarrow reads one: without a place of its own in what the system has open."""
+
+    def __init__(self, file: ReadAt) -> None:
+        self._file, self._at = file, 0
+
+    def read(self, size: int = -1, /) -> bytes:
+        count = max(0, self._file.size - self._at)
+        read = self._file.read(self._at, count if size < 0 else min(size, count))
+        self._at += len(read)
+        return read
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._at = offset + (0, self._at, self._file.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _value(scalar: Any) -> Any:
+    from pyarrow import types
+
+    kind = scalar.type
+    if (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)) and scalar.is_valid:
+        inner, values = kind.value_type, scalar.values
+        if (types.is_integer(inner) or types.is_floating(inner)) and not values.null_count:
+            found: NDArray[Any] = np.array(values.to_numpy(zero_copy_only=False))  # one that may be written to
+            return found
+    return scalar.as_py()
+
+
+def parquet(
+    pattern: str | Sequence[str],
+    held_out: float | str = 0.01,
+    *,
+    columns: Sequence[str] | None = None,
+    together: int = 1,
+    map: Callable[[Any], Any] | None = None,
+    collate: Collate | None = None,
+    codec: Codec | None = None,
+    full_digest: bool = False,
+) -> Data:
+    """Rows of the Parquet files that `pattern` names, one glob or several, each a sample: its values by column.
+
+    columns: those that are read; None for all. together: so many row groups are mixed and kept in memory at a time. An
+    epoch goes through the row groups in an order at random, and through the rows of `together` of them in one; 0 mixes
+    all rows, and reads a row group for almost every sample. The others are as in `instep.data.lines.jsonl`. Raises
+    DataError, RecipeError.
+    """
+    if together < 0:
+        raise RecipeError(f"'together' is {together}; it must be at least 1 row group, or 0 to mix all rows.")
+    return sharded(
+        partial(_opened_alike, columns=columns, kept=RecentlyRead(max(1, together))), pattern, held_out,
+        map=map, collate=collate, codec=codec, full_digest=full_digest, together=together,
+    )  # fmt: skip
+
+
+def _opened_alike(paths: Sequence[Path], columns: Sequence[str] | None, kept: RecentlyRead) -> list[ParquetShard]:
+    shards = [ParquetShard(path, columns, kept) for path in paths]
+    first = shards[0]
+    for shard in shards[1:]:
+        for name in first.columns:
+            known, own = first.schema.field(name).type, shard.schema.field(name).type if name in shard.columns else None
+            if known != own or len(shard.columns) != len(first.columns):
+                raise DataError(
+                    f"{shard.path} has other columns than {first.path}: {name!r} is {own or 'not there'}, and {known} "
+                    f"there; write them alike, or name 'columns' that are."
+                )
+    return shards
