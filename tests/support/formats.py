@@ -16,11 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from instep.data import Data
+from instep.data.hugging_face import from_disk
 from instep.data.lines import jsonl, text_lines
 from instep.data.parquet import parquet
 from instep.data.tars import tars
 from instep.objectives import objective
 from instep.recipe import Recipe
+from instep.record import checkpoint
+from instep.record.folder import RunFolder
+from support.harness import Outcome
+
+try:
+    import datasets
+except ImportError:  # it is in no extra that tests need
+    datasets = None
 
 SAMPLES = 60
 SHARDS = ((0, 9), (9, 10), (10, 34), (34, 60))
@@ -56,6 +65,13 @@ def recipe(data: Any, *, epochs: int = 2, **fields: Any) -> Recipe:
         "buffers": {"seen": "sum"},
     }  # fmt: skip
     return Recipe(**{**defaults, **fields})
+
+
+def seen(run: Outcome) -> set[int]:
+    """How often the run has trained on its samples, each number that there is."""
+    path, _ = RunFolder(run.path).newest_checkpoint()
+    assert path is not None
+    return set(checkpoint.load(path).model_state["seen"].tolist())
 
 
 def by_shard(folder: Path, ending: str, write: Callable[[Path, range], Any]) -> str:
@@ -114,10 +130,17 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
+def in_hugging_face(folder: Path) -> Callable[[], Data]:
+    rows = {"number": list(range(SAMPLES)), "tokens": [[number] * (number % 3) for number in range(SAMPLES)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(str(folder), num_shards=3)
+    return functools.partial(from_disk, str(folder), 0, map=number_of)
+
+
 FORMATS: dict[str, Callable[[Path], Callable[[], Data]]] = {
     "jsonl": in_json_lines,
     "text": in_text,
     "parquet": in_parquet,
     "tars": in_tars,
+    **({} if datasets is None else {"hugging face": in_hugging_face}),
 }
 """By name: writes the files into a folder, and gives what a recipe's `data` is to be."""

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from instep.components import Component
+from instep.data import foreign
 from instep.errors import DataError, described
 from instep.randomness import seed_all
 from instep.restore import kept_random_state
@@ -188,10 +189,10 @@ def failed(samples: MapStyle, what: str, error: Exception) -> DataError:
 def _check(value: Any, name: str) -> None:
     if isinstance(value, DataLoader):
         raise DataError(f"the {name} data is a DataLoader; give its data set, since Instep makes the batches itself.")
-    if isinstance(value, IterableDataset) or not indexed(value) or not isinstance(value, Sized):
+    if not indexed(value) or not isinstance(value, Sized):
         raise DataError(
             f"the {name} data is of type {type(value).__name__}, which has no length or no samples by index; "
-            f"give a map-style data set, with __len__ and __getitem__."
+            f"{foreign.way(value)}."
         )
     if len(value) == 0:
         raise DataError(f"the {name} data is empty; give at least one sample.")
@@ -204,5 +205,7 @@ def _check(value: Any, name: str) -> None:
 
 
 def indexed(value: Any) -> bool:
-    """Whether it may be a data set."""
+    """Whether it may be a data set. An iterable one of torch's is where it has samples by index all the same."""
+    if isinstance(value, IterableDataset) and type(value).__getitem__ is Dataset.__getitem__:
+        return False
     return hasattr(value, "__getitem__") and not inspect.isclass(value) and not isinstance(value, (str, bytes))

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from instep.data import Collate, Data, MapStyle, as_data, fingerprint, makes_data
 from instep.data.cursor import Cursor, fetch
 from instep.data.order import BLOCK, KEPT, Groups, OrderKind, keys, over_blocks, permuted, take
+from instep.data.weighted import Weighted, WeightedCursor
 from instep.errors import DataError
 from instep.randomness import key
 
@@ -46,6 +47,11 @@ class Mixture(Dataset[Any]):
             )
         for samples in sets:
             Data(samples)
+            if isinstance(samples, (Mixture, Weighted)):
+                raise DataError(
+                    f"a mixture holds a {type(samples).__name__}, whose own weights it would not know; give the data "
+                    f"sets in that, with weights that say it all."
+                )
         self.sets, self.weights = list(sets), _whole(weights)
         self._ends = list(itertools.accumulate(map(len, sets)))
 
@@ -190,6 +196,10 @@ def _epochs(length: int, groups: Groups | None, seed: int, order: OrderKind, dra
 
 def cursor_over(samples: MapStyle, **fields: Any) -> Cursor:
     """The cursor over a data set, with the fields of `Cursor` but `samples`."""
+    if isinstance(samples, Weighted):
+        if isinstance(samples.samples, Mixture):
+            raise DataError("a mixture has weights of its own; draw by weight, or mix, but not one within the other.")
+        return WeightedCursor(samples=samples.draws, weighted=samples, **fields)
     if isinstance(samples, Mixture):
         groups = tuple(map(_groups_of, samples.sets))
         return MixedCursor(

@@ -103,6 +103,11 @@ def _order_of_groups(groups: Groups, seed: int, epoch: int) -> tuple[NDArray[np.
     return order, np.cumsum(groups.sizes[order])
 
 
+def hashed(numbers: NDArray[np.int64], key: np.uint64) -> NDArray[np.uint64]:
+    """64 bits for each number, which depend on it and the key alone; those that SplitMix64 gives."""
+    return _mixed(numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key)
+
+
 @lru_cache(maxsize=8)
 def keys(seed: int, number: int, what: str) -> Keys:
     """For `permuted`: one permutation for each seed and number of `what`."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from instep.data import SHOWN_SAMPLES, Collate, Data, MapStyle
+from instep.data import SHOWN_SAMPLES, Collate, Data, MapStyle, foreign
 from instep.data.cursor import Cursor, fetch, load, rows_of
 from instep.data.signature import signature
 from instep.errors import DataError
@@ -62,7 +62,7 @@ def check_repeats(data: Data, cursor: Cursor, seed: int) -> tuple[Any | None, st
             )
         for samples, indices in others:
             _read_twice(samples, indices, data.collate, key(seed, "repeats", len(samples)), let_fail=True)
-    return batch, ""
+    return batch, foreign.doubt(data.train, data.collate)
 
 
 def what_does_not_repeat(data: Data) -> str:
