@@ -4,7 +4,7 @@ A run is trained on `MIB` of data, which the program that calls `train` holds, w
 Counted is the proportional set size (each page divided by the number of processes that map it) of all processes, the
 caller included, at its peak over the run, less that of the same run on next to no data; in bytes for a byte of data.
 "objects" are 100-character texts in a list; their bytes are those of the caller's own. The result goes to
-benchmarks/results/data.json.
+benchmarks/results/data.json, with what benchmarks/loading.py measures of loaders.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import instep
+from benchmarks import loading
 from benchmarks.lockstep import machine
 from benchmarks.memory import sizes
 
@@ -130,6 +131,7 @@ def main() -> None:
         rows.append({"kind": kind, "bare_mib": bare, "full_mib": full, "held": held})
         print(f"{kind:<10}{bare:>8.0f} MiB without data{full:>8.0f} with{held:>7.2f} bytes a byte", flush=True)
     found = {"machine": machine(), "method": (__doc__ or "").strip(), "mib": MIB, "workers": WORKERS, "rows": rows}
+    found["loading"] = loading.measured()
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 

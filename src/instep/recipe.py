@@ -39,6 +39,7 @@ _MOST = {"batch": 1 << 40, "microbatches": 1 << 20, "steps": 1 << 53, "threads":
 """Beyond these no machine gets, or floating-point numbers cannot count."""
 
 MOST_WORKERS = 1 << 20
+MOST_LOADERS = 256
 """Of a team, virtual ones too."""
 
 _LONGEST_NAME = 240
@@ -230,6 +231,8 @@ class Team:
         without the promise of the same bits.
     shard: ``optimizer``: of the workers of a machine each keeps the optimizer's state of a share of the weights, and
         updates that share, wherever this changes no bit; ``none``: each keeps and updates all.
+    loaders: processes for each worker that read samples ahead of it; with 0 it reads them itself.
+    loader_bytes: of memory, up to which each of them reads ahead.
     balance: ``auto``: in lockstep on a CPU the microbatches of a step move between the workers of a machine as their
         speed asks for; ``off``: each has as many as the others.
     restarts: how often the team may start again from its last checkpoint after a worker failed.
@@ -262,6 +265,8 @@ class Team:
     device: str = "cpu"
     deterministic: bool = True
     shard: Literal["optimizer", "none"] = "optimizer"
+    loaders: int = 0
+    loader_bytes: int = 1 << 28
     balance: Literal["auto", "off"] = "auto"
     restarts: int = 3
     checkpoint_every: int = 100
@@ -294,6 +299,9 @@ class Team:
         _at_least("team.checkpoint_every", self.checkpoint_every, 1)
         _at_least("team.restarts", self.restarts, 0)
         _at_least("team.remember", self.remember, 0)
+        _at_least("team.loaders", self.loaders, 0)
+        _at_most("team.loaders", self.loaders, MOST_LOADERS)
+        _at_least("team.loader_bytes", self.loader_bytes, 0)
         if isinstance(self.keep, int):
             _at_least("team.keep", self.keep, 0)
         for key in ("answer_timeout_s", "stall_timeout_s", "join_timeout_s", "lease_s", "give_up_s"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -132,12 +132,20 @@ def samples_in_words(indices: Sequence[int]) -> str:
     return f"sample{'' if len(indices) == 1 else 's'} {listed}"
 
 
-def load(samples: MapStyle, indices: Sequence[int], collate: Collate | None = None) -> Any:
-    """The batch of samples `indices`, at least one, in this order. Raises DataError where the data set fails."""
+def load(
+    samples: MapStyle,
+    indices: Sequence[int],
+    collate: Collate | None = None,
+    reading: Callable[[int], None] = lambda index: None,
+) -> Any:
+    """The batch of samples `indices`, at least one, in this order. reading: is called with each before it is read, with
+    -1 where several are read at once. Raises DataError where the data set fails.
+    """
     tensors = rows_of(samples, collate)
     if tensors is not None:
         return take_rows(tensors, torch.tensor(indices))
-    fetched = fetch(samples, indices)
+    fetched = fetch(samples, indices, reading)
+    reading(-1)
     try:
         return (default_collate if collate is None else collate)(fetched)
     except Exception as error:
@@ -161,11 +169,15 @@ def _kind(leaf: Any) -> str:
     return type(leaf).__name__ + (f"{list(leaf.shape)}" if isinstance(leaf, Tensor) else "")
 
 
-def fetch(samples: MapStyle, indices: Sequence[int]) -> list[Any]:
-    """The samples themselves, in this order. Raises DataError where the data set fails."""
+def fetch(samples: MapStyle, indices: Sequence[int], reading: Callable[[int], None] = lambda index: None) -> list[Any]:
+    """The samples themselves, in this order. reading: as for `load`. Raises DataError where the data set fails."""
     together = getattr(samples, "__getitems__", None)
     if not callable(together):
-        return [sample(samples, index) for index in indices]
+        fetched = []
+        for index in indices:
+            reading(index)
+            fetched.append(sample(samples, index))
+        return fetched
     try:
         return list(together(list(indices)))
     except Exception as error:

@@ -64,6 +64,7 @@ def _work(session: Session, contributor: Contributor, line: ToServer) -> None:
             continue  # it was meant for the process that had this place before
         contributor.enter(message.version)
         work = contributor.pieces.work(message.piece)
+        replica.reader.expect_own(work, contributor.pieces.after(work), replica.entered)
         replica.doing = f"computing piece {message.piece}"
         if contributor.way_up is not None and not begun:
             contributor.way_up.take(line.vectors.lost)

@@ -59,6 +59,16 @@ class Division:
         """Of the step after the present one."""
         return self._next[0][0]
 
+    def beside(self, worker: int) -> range:
+        """The microbatches of all workers of its machine, whichever of them has which."""
+        start = 0
+        for workers in self._machines:
+            if worker < start + workers:
+                break
+            start += workers
+        here = self._first[0].ranges[start : start + workers]
+        return range(here[0][0], here[-1][1])
+
     def follow(self, rows: Sequence[int]) -> None:
         """Has the ranges follow the workers' speed. rows: for how many nodes each has memory."""
         start = 0

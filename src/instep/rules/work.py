@@ -76,6 +76,11 @@ class Pieces:
         batch, local_steps = self.batches_of(group)
         return Work(piece, batch, local_steps, self._edges[part], self._edges[part + 1])
 
+    def after(self, work: Work) -> Work | None:
+        """The piece that who has this one will probably get next: that of the next round; None where there is none."""
+        piece = work.piece + self.workers
+        return self.work(piece) if piece < self.count else None
+
     def microbatches_of(self, piece: int) -> int:
         """How many microbatches piece number `piece` holds: its `work(piece).microbatches`, faster."""
         group, part = divmod(piece, self.parts)

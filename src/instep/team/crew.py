@@ -13,6 +13,7 @@ from instep.record.folder import RunFolder
 from instep.team import regroup_messages
 from instep.team.channel import Channel
 from instep.team.heartbeat import Liveness, process_state
+from instep.team.loaders import Loaders
 from instep.team.messages import (
     Agreed,
     Assignment,
@@ -126,6 +127,7 @@ class LocalCrew:
         self._team, self._others, self._unused, self._serving = team, others, unused, serving
         self._name, self._folder, self._began, self._host = name, folder, began, host
         self._processes: MemberProcesses | None = None
+        self._loaders: Loaders | None = None
         self._done: set[Member] = set()
         self._asked: dict[Member, str] = {}  # for their stacks
         self._workers: list[int] = []  # of this host, by number
@@ -137,10 +139,13 @@ class LocalCrew:
         self._processes = processes = MemberProcesses(workers, self._others, serving=self._serving, lines=lines)
         self._done.clear()
         self._workers = [number for number in here if number != workers]
+        self._loaders = Loaders.of(assignment, self._workers, self._others, self._unneeded)
         with assignment.recipe.prepared() as recipe:
             for member in members:
                 if member.host == self._host:
                     self._fork(member, replace(assignment, recipe=recipe))
+            if self._loaders is not None:
+                self._loaders.start()
         count = self._team.workers + self._serving
         pids = {process.member.number: process.handle.pid for process in processes}
         self._liveness = Liveness(
@@ -154,7 +159,9 @@ class LocalCrew:
 
     def _fork(self, member: Member, assignment: Assignment) -> None:
         place = self._workers.index(member.number) if member.number in self._workers else 0, len(self._workers)
-        own = replace(assignment, lines=self.processes.lines, incarnation=member.incarnation, place=place)
+        units = None if self._loaders is None else self._loaders.units
+        lines = self.processes.lines
+        own = replace(assignment, lines=lines, incarnation=member.incarnation, place=place, units=units)
         self.processes.fork(member, own, self._unused())
 
     def prepare(self, facts: Mapping[str, Any]) -> None:
@@ -175,10 +182,13 @@ class LocalCrew:
 
     def sources(self) -> list[Any]:
         waiting = [process for process in self._processes or () if process.member not in self._done]
-        return [*(process.pipe for process in waiting), *(process.handle.death for process in waiting)]
+        loaders = self._loaders.sources() if self._loaders is not None else []
+        return [*(process.pipe for process in waiting), *(process.handle.death for process in waiting), *loaders]
 
     def hear(self, ready: Collection[Any]) -> Iterator[Heard | Lost]:
         processes = self._processes
+        if self._loaders is not None:
+            self._loaders.hear(ready)
         for process in list(processes or ()):
             if process.pipe in ready or process.handle.death in ready:
                 yield from self._hear_one(processes, process)
@@ -209,6 +219,8 @@ class LocalCrew:
         if self._processes is None:
             return None
         self._processes.look_for_orphans()
+        if self._loaders is not None:
+            self._loaders.look()
         waiting = {p.member.number: p for p in self._processes if p.member not in self._done}
         states = {number: process_state(process.handle.pid) for number, process in waiting.items()}
         found = self._liveness.look(time.monotonic(), states)
@@ -328,8 +340,15 @@ class LocalCrew:
             process.handle.join(max(0.0, until - time.monotonic()) if self._serving else GRACE_S)
 
     def end(self) -> None:
+        if self._loaders is not None:
+            self._loaders.end()
+            self._loaders = None
         if self._processes is not None:
             self._processes.end()
+
+    def _unneeded(self) -> list[Any]:
+        """What is open here that loaders do not need."""
+        return [*self._unused(), *self.processes.opened]
 
     def last_words(self) -> Iterator[Heard]:
         if self._processes is None:

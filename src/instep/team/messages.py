@@ -153,14 +153,13 @@ class HostNetwork:
 class Assignment:
     """What the supervisor gives to the processes of one start of the team, as it forks them.
 
-    `recipe` is pickled, so that only workers run the user's code. `began` is the run's start on the monotonic clock.
-    `serving`: whether a server makes the updates, else the workers are in lockstep. `lines` are those between the
-    server and each worker of its host; `incarnation` counts the processes that had this worker's place
-    before. `first`: nothing of the run was trained before, and no team of it has started.
-    `run_id` is kept in checkpoints; `identity` is that of the run folder. `written`: the parameters that forwards are
-    known to write. `network`: None where the workers of one host need none. `place`: of this worker among those of its
-    host, from 0, and how many these are. `scratch`: has the logs where the host lacks the run
-    folder. `remembered`: where a worker that is alone keeps copies of its state; what it goes on from, if there is one.
+    `recipe` is pickled: only workers run the user's code. `began` is the run's start on the monotonic clock. `serving`:
+    whether a server makes the updates, else the workers are in lockstep. `lines`: between the server and each worker of
+    its host; `incarnation` counts the processes that had this worker's place before. `first`: nothing of the run was
+    trained before, and no team of it has started. `run_id` is kept in checkpoints; `identity` is that of the run
+    folder. `written`: the parameters that forwards are known to write. `network`: None where the workers of one host
+    need none. `place`: among those of its host, from 0, and how many these are. `scratch`: for logs, where the host
+    lacks the run folder. `remembered`: where a lone worker keeps its state. `units`: of loaders.
     """
 
     recipe: Pickled
@@ -180,6 +179,7 @@ class Assignment:
     place: tuple[int, int] = (0, 1)
     scratch: Path | None = None
     remembered: Remembered | None = None
+    units: Any = None
 
 
 @dataclass(frozen=True, slots=True)

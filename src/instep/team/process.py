@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import socket
 import sys
@@ -11,7 +10,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -37,6 +35,7 @@ from instep.team.groups import Reach
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
 from instep.team.kept_state import keep_state, wait_for_others, wait_for_the_end
 from instep.team.lockstep_engine import engine_again, engine_of, facts_of, successor
+from instep.team.logs import redirect_output
 from instep.team.messages import (
     Assignment,
     Digest,
@@ -73,7 +72,7 @@ def main(
     take_care_of_helpers([pipe.close, *(line.close for line in assignment.lines), *closed])
     leave_to_others(board.ask_to_stop)
     name = "server" if number == assignment.team.workers else f"worker {number}"
-    _redirect_output(RunFolder(assignment.scratch or assignment.folder).log_of(name))
+    redirect_output(RunFolder(assignment.scratch or assignment.folder).log_of(name))
     session = Session(assignment, number, pipe, heartbeat)
     try:
         if not assignment.serving:
@@ -375,19 +374,6 @@ class _Keeper:
     ) -> None:
         training = {**training, "watch": self._engine.updates.watcher.state()}
         self._session.save(self._progress, state, training, sound, looked)
-
-
-def _redirect_output(path: Path) -> None:
-    """Sends what the user's code prints, at any level, to the worker's log, line by line: the killed flush nothing."""
-    path.parent.mkdir(exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)
 
 
 def _own_part(error: BaseException) -> str:

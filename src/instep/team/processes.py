@@ -101,6 +101,11 @@ class MemberProcesses:
     def __getitem__(self, member: Member) -> MemberProcess:
         return self._by_number[member.number]
 
+    @property
+    def opened(self) -> list[Any]:
+        """What is open here that only its members, or this process, need."""
+        return [*self._renewed, *self.lines, *(each for process in self for each in (process.pipe, process.stack))]
+
     def fork(self, member: Member, assignment: Assignment, unused: Sequence[Any]) -> None:
         """Starts the member's process, which closes what it does not need. Raises ResourceError."""
         try:

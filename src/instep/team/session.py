@@ -15,6 +15,7 @@ from torch import Tensor
 
 from instep.by_pattern import ByPattern
 from instep.data import digest_without
+from instep.data.cursor import rows_of
 from instep.data.repeats import what_does_not_repeat
 from instep.errors import CheckpointError, RecordError
 from instep.recipe import Recipe
@@ -33,6 +34,7 @@ from instep.transport.memory import Region
 from instep.worker.artifacts import make, make_aside, makes_any
 from instep.worker.device import check_nccl, own_device, peak_bytes
 from instep.worker.evaluation import Evaluation
+from instep.worker.loaded import LoadedAhead
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
 from instep.worker.trial import try_checkpoint, try_optimizer
@@ -74,6 +76,10 @@ class Session:
         self.replica = replica = self._build(written)
         if not self._on_gpu:
             self._try_optimizer(lambda: replica)
+        if (units := self.assignment.units) is not None and self.number < self.assignment.team.workers:
+            place, microbatches = self.assignment.place[0], self.recipe.microbatches
+            idle = rows_of(replica.data.train, replica.data.collate) is not None
+            replica.reader.loaded = LoadedAhead(units, place, microbatches, idle=idle)
         self._warn()
         return self.replica
 

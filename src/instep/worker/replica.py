@@ -122,14 +122,15 @@ class Replica:
 
     def enter(self, version: int) -> bool:
         """Lets hold what the recipe's changes up to `version` say, and nothing of later ones. Whether that is new."""
-        if bisect.bisect_right(self._starts, version) == self._entered:
+        if bisect.bisect_right(self._starts, version) == self.entered:
             return False
         self._enter(version)
         return True
 
     def _enter(self, version: int) -> None:
         phase = self.recipe.phase(version)
-        self._entered = bisect.bisect_right(self._starts, version)
+        self.entered = bisect.bisect_right(self._starts, version)
+        """How many of the recipe's changes hold."""
         self.schedule, self.watch = phase.schedule, phase.watch
         self.cursor = dataclasses.replace(self.cursor, skipped=phase.skipped)
         self._shared = (None, {})
@@ -172,11 +173,8 @@ class Replica:
             if not self.objective.counts_samples:  # else nothing of the user's runs before the next seed
                 seed_all(key_of_step(*seed))
             return to_device(take_rows(rows, indices), self.device)
-        try:
-            batch = self.reader.read(self.data.train, indices.tolist(), key_of_step(*seed))
-        except DataError as error:
-            remedy = "mend it, or leave the sample out with skip_samples (--skip-samples)"
-            raise DataError(f"{error.message.rstrip('.')}; {remedy}.", detail=error.detail) from error.__cause__
+        place, draws = (step, microbatch, self.entered), not self.objective.counts_samples
+        batch = self.reader.batch(self.data.train, indices.tolist(), key_of_step(*seed), place, draws=draws)
         return to_device(batch, self.device)
 
     def learn_terms(self, step: int, batch: Any | None = None) -> Any:
@@ -186,7 +184,10 @@ class Replica:
         places = range(self.recipe.microbatches)
         later = ((at, place) for at in itertools.count(step) for place in places)
         step, first = next((at, place) for at, place in later if self.cursor.microbatch_size(at, place))
-        batch = self.batch(step, first) if batch is None else batch
+        if batch is None:
+            batch = self.batch(step, first)
+        else:
+            self.reader.note(step, first, batch)
         self.doing = f"computing a first forward on step {step + 1}, microbatch {first}"
         seed_all(key(self.recipe.seed, "terms"))
         with self.written.probing():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from instep.data import Collate, MapStyle
 from instep.data.cursor import load
 from instep.errors import DataError
 from instep.randomness import seed_all
+from instep.restore import take_random_state
+from instep.rules.work import Work
+from instep.transport.units import Stream
+from instep.worker.loaded import REMEDY, LoadedAhead
 
 RETRY_S = 0.1
 """Seconds before samples are read again; twice as many before each further try."""
@@ -21,9 +25,17 @@ class SampleReader:
     def __init__(self, collate: Collate | None, retries: int = 0):
         self._collate, self._retries = collate, retries
         self._read_again = set[str]()
+        self.loaded: LoadedAhead | None = None
+        """What loaders have read, if there are any."""
 
-    def read(self, samples: MapStyle, indices: Sequence[int], seed: int) -> Any:
-        """The batch of `samples` at `indices`, read with random numbers from `seed`.
+    def read(
+        self,
+        samples: MapStyle,
+        indices: Sequence[int],
+        seed: int,
+        reading: Callable[[int], None] = lambda index: None,
+    ) -> Any:
+        """The batch of `samples` at `indices`, read with random numbers from `seed`. reading: as for `load`.
 
         Where the system refuses a sample, as a network's file system does now and then, all is read again after a
         while, as often as `retries` says. Raises DataError.
@@ -31,7 +43,7 @@ class SampleReader:
         for tries in range(self._retries + 1):
             seed_all(seed)  # each time: a second reading draws what the first one drew
             try:
-                return load(samples, indices, self._collate)
+                return load(samples, indices, self._collate, reading)
             except (DataError, OSError) as error:
                 if not isinstance(why := _first_cause(error), OSError) or tries == self._retries:
                     raise
@@ -39,9 +51,59 @@ class SampleReader:
                 time.sleep(RETRY_S * 2**tries)
         raise AssertionError("the last try returns or raises")
 
+    def batch(
+        self, samples: MapStyle, indices: Sequence[int], seed: int, place: tuple[int, int, int], *, draws: bool
+    ) -> Any:
+        """The same, or what a loader has read of it. place: the step, the microbatch, and how many of the recipe's
+        changes hold. draws: the user's code may go on with the random numbers. Raises DataError, with a remedy.
+        """
+        if self.loaded is not None and (found := self.loaded.take(*place)) is not None:
+            batch, (state, causes) = found
+            self._read_again.update(causes)
+            if draws:
+                seed_all(seed)
+                if state is not None:
+                    take_random_state(state)
+            return batch
+        try:
+            batch = self.read(samples, indices, seed)
+        except DataError as error:
+            raise DataError(f"{error.message.rstrip('.')}; {REMEDY}.", detail=error.detail) from error.__cause__
+        self.note(*place[:2], batch)
+        return batch
+
+    def note(self, step: int, microbatch: int, batch: Any) -> None:
+        """A microbatch was read by the worker itself."""
+        if self.loaded is not None:
+            self.loaded.read_here(step, microbatch, batch)
+
+    def expect(self, step: int, steps: int, microbatches: range) -> None:
+        """Has loaders, if there are any, read these of each step from `step` to `steps`; those of the step before may
+        be asked for again.
+        """
+        if self.loaded is not None:
+            self.loaded.expect(Stream(step - 1, step, steps, microbatches.start, microbatches.stop))
+
+    def expect_own(self, now: Work, then: Work | None, entered: int) -> None:
+        """Has loaders, if there are any, read a piece that this worker computes, and the one that it will probably get
+        then, as is right where so many of the recipe's changes hold.
+        """
+        if self.loaded is not None:
+            self.loaded.expect_own(_stream(now, entered), Stream() if then is None else _stream(then, entered))
+
+    @property
+    def causes(self) -> list[str]:
+        """The errors of the system after which something was read again."""
+        return sorted(self._read_again)
+
     def doubts(self) -> list[str]:
-        """Sentences on what was read again."""
-        return [f"samples were read again, after an error of the system: {why}." for why in sorted(self._read_again)]
+        """Sentences on what was read again, and on loaders."""
+        again = [f"samples were read again, after an error of the system: {why}." for why in self.causes]
+        return again + ([] if self.loaded is None else self.loaded.doubts())
+
+
+def _stream(work: Work, entered: int) -> Stream:
+    return Stream(work.batch, work.batch, work.batch + work.local_steps, work.start, work.stop, entered)
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -1,0 +1,138 @@
+"""What loaders have read, as a worker takes it in place of reading samples itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from instep.data.signature import signature
+from instep.errors import DataError, killed_by
+from instep.restore import RandomState
+from instep.transport import batch_files
+from instep.transport.units import State, Stream, Unit, Units
+
+REMEDY = "mend it, or leave the sample out with skip_samples (--skip-samples)"
+"""For a sample that cannot be read."""
+
+
+class Beside(NamedTuple):
+    """What goes with a batch. state: of the generators once it was read, None where nothing was drawn. again: the
+    errors of the system after which the loader has read samples again so far.
+    """
+
+    state: RandomState | None
+    again: list[str]
+
+
+class LoadedAhead:
+    """One worker's side. place: of the worker among those of its machine, from 0. idle: there is nothing to read, as
+    samples are rows of tensors.
+
+    A worker reads by itself what no loader was to read, what a loader could not read or send, and all where loaders
+    read something else than it does.
+    """
+
+    def __init__(self, units: Units, place: int, microbatches: int, *, idle: bool):
+        units.microbatches = microbatches
+        self._units, self._place, self._idle = units, place, idle
+        self._first: tuple[int, str] | None = None  # what it has read itself, and its signature
+        self._now: Stream | None = None
+        self._why_not = ""
+        self._not_sent = False
+
+    def expect(self, what: Stream) -> None:
+        """Says what all workers of the machine will need, who say the same."""
+        self._units.expect(0, what)
+
+    def expect_own(self, now: Stream, then: Stream) -> None:
+        """Says what this worker needs now, and what it will probably need then."""
+        self._now = now
+        self._units.expect(2 * self._place, now)
+        self._units.expect(2 * self._place + 1, then)
+
+    def read_here(self, batch: int, microbatch: int, samples: Any) -> None:
+        """The worker has read this itself: what a loader reads is to be the same."""
+        if self._first is None:
+            self._first = self._units.key_of(batch, microbatch), signature(samples)
+
+    def take(self, batch: int, microbatch: int, entered: int) -> tuple[Any, Beside] | None:
+        """A microbatch, as it was read when so many of the recipe's changes held; None: the worker is to read it.
+
+        It waits for the loader. Raises DataError where a sample ends the processes that read it.
+        """
+        units = self._units
+        if self._why_not or not units.expected(batch, microbatch):
+            return None
+        if self._now is not None and self._now.covers(batch, microbatch) and batch > self._now.first:
+            self._now = self._now._replace(keep=batch, first=batch)
+            units.expect(2 * self._place, self._now)
+        key, waits = units.key_of(batch, microbatch), False
+        try:
+            while not units.closed:
+                signs, unit = units.signs(), units.look(key)
+                if unit.state in (State.OWN, State.GONE):
+                    self._not_sent = self._not_sent or unit.state == State.OWN
+                    return None
+                if unit.state == State.DEADLY:
+                    raise self._deadly(unit)
+                if unit.state in (State.LOADED, State.TAKEN):
+                    if unit.entered != entered:
+                        return None
+                    if (found := _mapped(unit)) is not None:
+                        units.took(key)
+                        return self._compared(key, found)
+                if not waits:
+                    units.ask(self._place, key)
+                    waits = True
+                else:
+                    units.sleep(signs, loader=False)
+        finally:
+            if waits:
+                units.ask(self._place, 0)
+        return None
+
+    def _compared(self, key: int, found: tuple[Any, Beside]) -> tuple[Any, Beside] | None:
+        """What was found, unless it is not what the worker has read."""
+        if self._first is not None and self._first[0] == key and signature(found[0]) != self._first[1]:
+            batch, microbatch = self._units.place_of(key)
+            self._why_not = (
+                f"what a loader reads is not what a worker reads, as of step {batch + 1}, microbatch {microbatch}, so "
+                f"that workers read themselves: samples depend on more than index and random numbers."
+            )
+            return None
+        return found
+
+    def _deadly(self, unit: Unit) -> DataError:
+        batch, microbatch = self._units.place_of(unit.key)
+        what = f"sample {unit.sample}" if unit.sample >= 0 else f"microbatch {microbatch} of step {batch + 1}"
+        how = killed_by(unit.code) if unit.code < 0 else f"it ended with exit status {unit.code}"
+        return DataError(f"{what} ended each of the {unit.tries} loaders that read it, the last one {how}; {REMEDY}.")
+
+    def doubts(self) -> list[str]:
+        """Sentences on why loaders are not used."""
+        found = [self._why_not] if self._why_not else []
+        if self._idle:
+            found.append(
+                "team.loaders has nothing to do: samples are rows of tensors, which workers take where they lie."
+            )
+        elif self._units.closed and not self._why_not:
+            found.append(
+                "loaders came to nothing, so that workers read samples themselves: logs/loader-*.log tell why."
+            )
+        if self._not_sent:
+            found.append("workers read some samples themselves, for a loader could not: logs/loader-*.log tell why.")
+        return found
+
+
+def _mapped(unit: Unit) -> tuple[Any, Beside] | None:
+    """What the loader has read; None where it has died meanwhile, or has given it up."""
+    try:
+        descriptor = os.open(f"/proc/{unit.pid}/fd/{unit.descriptor}", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        if os.fstat(descriptor).st_ino != unit.inode:
+            return None
+        return batch_files.read(descriptor, unit.nbytes, unit.head)
+    finally:
+        os.close(descriptor)
