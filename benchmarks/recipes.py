@@ -1,7 +1,8 @@
 """What the built-in recipes reach: ``python benchmarks/recipes.py [RECIPE ...]``.
 
 Each recipe trains twice, with 2 workers and with 1, and both runs must come to one digest. Shown are its figures; a
-recipe's replace its earlier ones in benchmarks/results/recipes.json. `distil` learns from the run of `gpt` before it.
+recipe's replace its earlier ones in benchmarks/results/recipes.json. `distil` learns from the run of `gpt` before it;
+`lora` and `sft` go on with the model that `hf` leaves.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ from instep.recipe_files import names_of_recipes, read  # noqa: E402
 RESULT = ROOT / "benchmarks" / "results" / "recipes.json"
 
 
-def measure(name: str, teacher: Path | None, folder: Path) -> dict[str, Any]:
+BASED_ON = {"distil": "gpt", "lora": "hf", "sft": "hf"}
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
     """Trains twice. Raises SystemExit where the digests differ."""
     table = read(name)
-    if name == "distil":
-        table["objective"]["args"]["teacher"]["args"]["run"] = str(teacher)
+    if name in BASED_ON:
+        base = folder / f"{BASED_ON[name]}-2"
+        if name == "distil":
+            table["objective"]["args"]["teacher"]["args"]["run"] = str(base)
+        else:
+            table["model"]["args"]["folder"] = str(base / "artifacts" / "hf")
     recipe, _ = parse(table)
     runs = [instep.train(recipe, team=instep.Team(workers=w), out=folder / f"{name}-{w}") for w in (2, 1)]
     if runs[0].digest != runs[1].digest:
@@ -45,13 +53,12 @@ def measure(name: str, teacher: Path | None, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints, saves after each recipe."""
     known = json.loads(RESULT.read_text())["recipes"] if RESULT.exists() else {}
-    names = sys.argv[1:] or sorted(names_of_recipes(), key=("gpt", "distil").__contains__, reverse=True)
+    asked = sys.argv[1:] or names_of_recipes()
+    needed = {BASED_ON[name] for name in asked if name in BASED_ON}
+    names = sorted({*asked, *needed}, key=lambda name: (name in BASED_ON, name not in needed, name))
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        teacher = Path(folder, "gpt-2")
-        if "distil" in names:
-            names = ["gpt", *(name for name in names if name != "gpt")]
         for name in names:
-            known[name] = measure(name, teacher, Path(folder))
+            known[name] = measure(name, Path(folder))
             print(name, json.dumps(known[name], indent=1), flush=True)
             RESULT.write_text(json.dumps({"machine": machine(), "recipes": known}, indent=1) + "\n")
 

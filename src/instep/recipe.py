@@ -21,6 +21,7 @@ from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.differences import differences, flat, without_contents
 from instep.errors import RecipeError, cut, shown
+from instep.references import resolved
 from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
 from instep.schedule import Change, Phase
@@ -335,7 +336,7 @@ def engine_of(recipe: Recipe, team: Team) -> str:
 
 def parse(table: Mapping[str, Any]) -> tuple[Recipe, Team]:
     """A recipe and team from a table laid out like a recipe file: the recipe's keys, and the team's under ``team``."""
-    rest = {key: value for key, value in table.items() if key != "team"}
+    rest = resolved({key: value for key, value in table.items() if key != "team"})
     team = table.get("team", {})
     if not isinstance(team, Mapping):
         raise RecipeError(f"'team' is {shown(team)}; it must be a table.")

@@ -69,11 +69,17 @@ def small(rule: UpdateRule) -> Recipe:
     )  # fmt: skip
 
 
+BASED_ON = {"distil": "gpt", "lora": "hf", "sft": "hf"}
+"""Recipes that need a run of another one."""
+
+
 def built_in(name: str, teacher: Path) -> Recipe:
-    """A built-in recipe at `STEPS` steps. `teacher`: a run of gpt, which distil learns from."""
+    """A built-in recipe at `STEPS` steps. `teacher`: a run of what it is based on."""
     table = merge(read(name), [("recipe.steps", str(STEPS)), ("recipe.ragged", "spread")])  # the cut of before
     if name == "distil":
         table["objective"]["args"]["teacher"]["args"]["run"] = str(teacher)
+    elif name in BASED_ON:
+        table["model"]["args"]["folder"] = str(teacher / "artifacts" / "hf")
     return parse(table)[0]
 
 
@@ -120,9 +126,10 @@ def _digests() -> None:
             for name, make in WORKLOADS.items()
         }
         _write("workloads", workloads)
-        recipes, teacher = {}, Path(folder, "gpt-run")
-        for name in sorted(names_of_recipes(), key=lambda name: name != "gpt"):
-            recipes[name] = train_here(built_in(name, teacher), Team(workers=2), Path(folder, f"{name}-run")).digest
+        recipes = {}
+        for name in sorted(names_of_recipes(), key=BASED_ON.__contains__):
+            recipe = built_in(name, Path(folder, f"{BASED_ON.get(name)}-run"))
+            recipes[name] = train_here(recipe, Team(workers=2), Path(folder, f"{name}-run")).digest
             print(name, recipes[name], flush=True)
         _write("recipes", {"python": platform.python_version(), **recipes})
 

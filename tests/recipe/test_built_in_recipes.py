@@ -32,7 +32,11 @@ from instep.recipe_files import names_of_recipes, read
 from support.harness import Outcome, train_here
 from support.kinds import quick
 
-NEEDS = {"flow": "sklearn", "vae": "sklearn", "hf": "transformers"}
+NEEDS = {"flow": "sklearn", "vae": "sklearn", "hf": "transformers", "lora": "peft", "sft": "transformers"}
+
+
+SAVED = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+"""Files of a model of transformers and its tokenizer."""
 
 
 def recipe(name: str, **settings: str) -> Recipe:
@@ -61,13 +65,19 @@ def short(name: str, teacher: Path) -> Recipe:
 
 
 def test_the_recipes_are_these() -> None:
-    assert names_of_recipes() == ["distil", "dpo", "flow", "gpt", "hf", "vae"]
+    assert names_of_recipes() == ["distil", "dpo", "flow", "gpt", "hf", "lora", "sft", "vae"]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", quick(["flow", "vae", "dpo", "distil", "hf"], "vae"))
+@pytest.mark.parametrize("name", quick(["flow", "vae", "dpo", "distil", "hf", "lora", "sft"], "vae"))
 def test_a_recipe_gives_one_digest_and_leaves_its_artifacts(name: str, teacher: Path, tmp_path: Path) -> None:
-    made = short(name, teacher)
+    """Two of them on the model that recipe hf leaves."""
+    if name in ("lora", "sft"):
+        train_here(short("hf", teacher), Team(), tmp_path / "hf")
+        settings = {"steps": "4", "evaluate_samples": "8", "sample_length": "0"}
+        made = recipe(name, model__args__folder=str(tmp_path / "hf" / "artifacts" / "hf"), **settings)
+    else:
+        made = short(name, teacher)
     runs = [train_here(made, Team(workers=w), tmp_path / str(w)) for w in (1, 3)]
     assert runs[0].digest == runs[1].digest
     assert not [event for run in runs for event in run.events if event["kind"] == "warned"]
@@ -76,9 +86,10 @@ def test_a_recipe_gives_one_digest_and_leaves_its_artifacts(name: str, teacher: 
         "flow": ["artifacts/samples.png"],
         "vae": ["artifacts/reconstructions.png", "artifacts/samples.png"],
         "dpo": ["artifacts/pairs.txt"],
-        "hf": ["artifacts/hf/config.json", "artifacts/hf/generation_config.json", "artifacts/hf/model.safetensors"],
+        "hf": [f"artifacts/hf/{file}" for file in SAVED],
+        "sft": [f"artifacts/hf/{file}" for file in ["chat_template.jinja", *SAVED]],
     }
-    if name == "distil":
+    if name in ("distil", "lora"):
         assert runs[0].result["artifacts"] is None
     else:
         assert runs[0].result["artifacts"]["files"] == expected[name]

@@ -4,9 +4,11 @@ way to change one. `tests/golden/make.py` made them.
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +62,26 @@ def test_a_run_of_before_is_resumed(name: str, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of recipe gpt, which distil learns from."""
-    path = tmp_path_factory.mktemp("teacher") / "gpt"
-    train_here(make.built_in("gpt", path), Team(workers=2), path)
-    return path
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs of recipes that others are based on, each once."""
+
+    @functools.cache
+    def run_of(name: str) -> Path:
+        path = tmp_path_factory.mktemp("base") / name
+        train_here(make.built_in(name, path), Team(workers=2), path)
+        return path
+
+    return run_of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names_of_recipes())
-def test_the_recipes_have_the_digests_of_before(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_the_recipes_have_the_digests_of_before(name: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
     known = golden("recipes")
     if known["python"] != platform.python_version():
         pytest.skip(f"some train on the source of Python {known['python']}, and this is {sys.version.split()[0]}")
-    teacher = request.getfixturevalue("teacher") if name == "distil" else tmp_path
-    run = train_here(make.built_in(name, teacher), Team(workers=1), tmp_path / "run")
+    if name == "lora":
+        pytest.importorskip("peft")
+    base = bases(make.BASED_ON[name]) if name in make.BASED_ON else tmp_path
+    run = train_here(make.built_in(name, base), Team(workers=1), tmp_path / "run")
     assert run.digest == known[name]

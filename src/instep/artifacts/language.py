@@ -6,26 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from instep.data import Data
-from instep.errors import RecordError
+from instep.models.hf import save
 
 
 def save_pretrained(model: Any, data: Data, folder: Path) -> Mapping[str, str]:
-    """A model of `transformers` saved into hf/, where ``AutoModelForCausalLM.from_pretrained`` finds all it needs.
+    """A model of `transformers` saved into hf/, where ``AutoModelForCausalLM.from_pretrained`` finds all it needs, and
+    ``AutoTokenizer.from_pretrained`` the tokenizer, where the data have one.
 
     It is read back, offline, and must give the same logits. Raises RecordError where it does not.
     """
-    from transformers import AutoModelForCausalLM
-
-    model.config.use_cache = True  # for who generates with it
-    model.save_pretrained(folder / "hf")
-    again = AutoModelForCausalLM.from_pretrained(folder / "hf", local_files_only=True).eval()
-    tokens = torch.arange(16)[None] % model.config.vocab_size
-    device = next(model.parameters()).device
-    if not torch.equal(again(tokens).logits, model(tokens.to(device)).logits.cpu()):
-        raise RecordError(f"the model read back from {folder / 'hf'} gives other logits than the one that was saved.")
+    save(model, folder / "hf")
+    save_tokenizer: Any = getattr(data.codec, "save", None)
+    if callable(save_tokenizer):
+        save_tokenizer(folder / "hf")
     return {"saved for": "AutoModelForCausalLM.from_pretrained"}
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from instep.data import Data
 from instep.data.files import unreadable
+from instep.data.tokenizer import BYTES, save_bytes
 from instep.errors import DataError, RecipeError
 
 LEFT_OUT = frozenset(
@@ -34,6 +35,7 @@ class Bytes:
 
     vocabulary: int = 256
     bytes_per_token: float = 1.0
+    digest: str = BYTES
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`."""
@@ -42,6 +44,10 @@ class Bytes:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of bytes; what is no valid UTF-8 becomes U+FFFD."""
         return bytes(tokens).decode("utf-8", errors="replace")
+
+    def save(self, folder: Path) -> None:
+        """Writes the same as a tokenizer of transformers."""
+        save_bytes(folder)
 
 
 class Windows(Dataset[Tensor]):
@@ -87,6 +93,12 @@ def stdlib_text(context: int = 128) -> Data:
     All ``.py`` files in order of their paths, a newline between them, test folders left out. Whole modules are held
     out, those whose path's hash says so, about one in 20. Raises DataError where the library's source is not there.
     """
+    train, held_out = stdlib_sources()
+    return _data(b"\n".join(train), b"\n".join(held_out), context)
+
+
+def stdlib_sources() -> tuple[list[bytes], list[bytes]]:
+    """The files of `stdlib_text`, to train on and held out. Raises DataError."""
     root = Path(sysconfig.get_paths()["stdlib"])
     train: list[bytes] = []
     held_out: list[bytes] = []
@@ -98,7 +110,7 @@ def stdlib_text(context: int = 128) -> Data:
             f"the standard library's source is not in {root} (this Python may keep it in an archive); "
             f"use a Python with its source, or the data 'instep.data.text:text_files'."
         )
-    return _data(b"\n".join(train), b"\n".join(held_out), context)
+    return train, held_out
 
 
 def text_files(pattern: str | Sequence[str], context: int = 128, held_out: float = 0.05) -> Data:

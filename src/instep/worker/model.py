@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from instep.components import Component
-from instep.errors import ComponentError, RecipeError
+from instep.errors import ComponentError, DataError, ObjectiveError, RecipeError
 from instep.restore import is_expanded
 from instep.worker.trainable import Trainable
 
@@ -35,7 +36,36 @@ def build_for_training(component: Component, device: torch.device) -> nn.Module:
         for name, buffer in owner.named_buffers(recurse=False):
             if is_expanded(buffer):  # whose elements share memory, and so could not be set back
                 owner._buffers[name] = buffer.contiguous()
+    _refuse_own_losses(module)
     return module
+
+
+def check_tokenizer(module: nn.Module, codec: object) -> None:
+    """Raises DataError where the model comes with a tokenizer, and the data's tokens are of another one."""
+    own, others = getattr(module, "tokenizer_digest", None), getattr(codec, "digest", None)
+    if isinstance(own, str) and isinstance(others, str) and own != others:
+        raise DataError(
+            f"the data's tokens are of another tokenizer (digest {others[:12]}) than the one in the model's folder "
+            f"({own[:12]}), so they would mean nothing to it; give data of the model's own tokenizer, such as "
+            f"instep.data.chats with the model's folder as 'tokenizer'."
+        )
+
+
+def _refuse_own_losses(module: nn.Module) -> None:
+    """Has models of transformers refuse labels, from which they would compute a loss of their own."""
+    of_transformers: Any = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    for part in module.modules() if of_transformers is not None else ():
+        if isinstance(part, of_transformers) and "labels" in inspect.signature(part.forward).parameters:
+            part.register_forward_pre_hook(_without_labels, with_kwargs=True)
+
+
+def _without_labels(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+    if named.get("labels") is not None:
+        raise ObjectiveError(
+            f"{type(module).__name__} was given 'labels', of which transformers makes a mean over the microbatch, so "
+            f"that microbatches with fewer tokens would weigh as much as others; leave 'labels' out and sum over its "
+            f".logits, as the objective instep.objectives.language:NextToken does."
+        )
 
 
 def check_parameters(names: Sequence[str], parameters: Sequence[nn.Parameter]) -> None:

@@ -24,7 +24,7 @@ from instep.recipe import Recipe
 from instep.reduce.written import WrittenParameters
 from instep.worker.device import autocast, prepare_device, to_device
 from instep.worker.extra_state import ExtraState
-from instep.worker.model import build_for_training, check_parameters, compiled, model_doubts
+from instep.worker.model import build_for_training, check_parameters, check_tokenizer, compiled, model_doubts
 from instep.worker.optimizer import Some, optimizer_of, some_of
 from instep.worker.sample_reader import SampleReader
 from instep.worker.single_samples import check_single_samples
@@ -97,6 +97,7 @@ class Replica:
         self.doing = "building the model"
         seed_all(key(recipe.seed, "model"))
         self.module = build_for_training(recipe.model, self.device)
+        check_tokenizer(self.module, self.data.codec)
         self._built = set(self.module.state_dict())
         self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]

@@ -1,0 +1,251 @@
+"""Chats: the answers are judged, all of each, and nothing else, whatever the template and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from instep.data.chats import PLAIN, ChatForm, Chats, chat_files, docstrings, padded
+from instep.data.tokenizer import BYTES, FolderTokenizer, digest_of, save_bytes
+from instep.errors import DataError, RecipeError
+from instep.models import GPT
+from instep.objectives.language import NextToken
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+CHAT = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "two é"},
+    {"role": "user", "content": "three?"},
+    {"role": "assistant", "content": "four"},
+]
+MARKED = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}A: {% generation %}{{ message.content }}\n"
+    "{% endgeneration %}{% else %}U: {{ message.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
+)
+FORGETFUL = "{% for message in messages[-2:] %}{{ message.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bytes")
+    save_bytes(path)
+    return path
+
+
+@pytest.fixture
+def form(folder: Path) -> ChatForm:
+    return ChatForm(FolderTokenizer(str(folder)))
+
+
+def words(folder: Path) -> Path:
+    """A tokenizer that drops white space."""
+    names = ["U", "A", ":", "one", "?", "two", "three", "four", "é"]
+    plain = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"?!": 0, **{w: i for i, w in enumerate(names, 1)}}, unk_token="?!")
+    )
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="?!").save_pretrained(folder)
+    return folder
+
+
+def judged(form: ChatForm, chat: Any = CHAT) -> bytes:
+    tokens, kept = form.tokens(chat)
+    return bytes(token for token, one in zip(tokens, kept, strict=True) if one)
+
+
+def test_the_answers_alone_are_judged_to_the_end_of_their_turns(form: ChatForm) -> None:
+    assert judged(form) == "two é\nfour\n".encode()
+    assert judged(ChatForm(form.tokenizer, MARKED)) == "two é\nfour\n".encode()
+
+
+def test_a_mask_does_not_run_over_the_turns_that_follow(tmp_path: Path) -> None:
+    """As that of transformers does, where the white space at an answer's end is no token."""
+    form = ChatForm(FolderTokenizer(str(words(tmp_path))), MARKED)
+    tokens, kept = form.tokens(CHAT)
+    names = form.tokenizer.of_transformers.convert_ids_to_tokens(tokens)
+    assert [name for name, one in zip(names, kept, strict=True) if one] == ["two", "é", "four"]
+    theirs = form.tokenizer.of_transformers.apply_chat_template(
+        CHAT, chat_template=MARKED, return_assistant_tokens_mask=True, return_dict=True
+    )
+    assert sum(theirs["assistant_masks"]) > 3, "it takes the question that follows for an answer"
+
+
+def test_a_sample_predicts_the_answers_alone(form: ChatForm) -> None:
+    inputs, targets = Chats([CHAT], form, 100)[0]
+    assert bytes(targets[targets >= 0].tolist()) == "two é\nfour\n".encode()
+    at = (targets >= 0).nonzero()[:, 0]
+    assert torch.equal(inputs[at[:-1] + 1][:-5], targets[at[:-1]][:-5])
+    assert (targets < 0).sum() > 0
+
+
+def test_padding_stands_at_the_end_and_weighs_nothing(form: ChatForm) -> None:
+    chats = Chats([CHAT, CHAT[:2]], form, 100)
+    batch = padded([chats[0], chats[1]])
+    assert (batch[0][1, len(chats[1][0]) :] == -100).all()
+    model = GPT(vocabulary=256, context=100, width=8, depth=1, heads=2).eval()
+    apart = [NextToken()(model, padded([chats[i]])) for i in (0, 1)]
+    assert torch.allclose(NextToken()(model, batch), sum(apart))  # type: ignore[arg-type]
+    assert NextToken().counts(batch) == len("two é\nfour\ntwo é\n".encode())
+
+
+def test_a_chat_without_an_answer_is_refused(form: ChatForm) -> None:
+    chats = Chats([CHAT[:1], CHAT], form, 20)
+    with pytest.raises(
+        DataError, match=r"no answer of an assistant in its first 20 tokens.*raise the data's 'context'"
+    ):
+        chats[0]
+    with pytest.raises(RecipeError, match="the 'context' of chats is 1; it must be at least 2"):
+        Chats([CHAT], form, 1)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(form: ChatForm) -> None:
+    with pytest.raises(DataError, match=r"the template writes the turns before answer 2 otherwise once it is there"):
+        ChatForm(form.tokenizer, FORGETFUL).tokens(CHAT)
+    with pytest.raises(DataError, match=r"the template cannot render the chat \(TemplateSyntaxError"):
+        ChatForm(form.tokenizer, "{% for %}").tokens(CHAT)
+
+
+def test_a_prompt_is_what_the_chat_begins_with(form: ChatForm) -> None:
+    prompt = form.encode("one?")
+    assert bytes(prompt).decode() == "<|user|>\none?\n<|assistant|>\n"
+    assert form.tokens(CHAT)[0][: len(prompt)] == prompt
+    assert form.decode(prompt) == bytes(prompt).decode()
+
+
+def test_the_template_is_the_tokenizer_s_own_or_the_one_given(folder: Path, tmp_path: Path) -> None:
+    save_bytes(tmp_path)
+    assert ChatForm(FolderTokenizer(str(folder))).used == PLAIN
+    (tmp_path / "chat_template.jinja").write_text(MARKED)
+    own = ChatForm(FolderTokenizer(str(tmp_path)))
+    assert own.used == MARKED
+    assert ChatForm(FolderTokenizer(str(tmp_path)), FORGETFUL).used == FORGETFUL
+    (tmp_path / "saved").mkdir()
+    ChatForm(own.tokenizer, PLAIN).save(tmp_path / "saved")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved", local_files_only=True)
+    assert again.apply_chat_template(CHAT, tokenize=False) == ChatForm(own.tokenizer, PLAIN).rendered(CHAT)
+
+
+def test_the_digest_knows_chats_template_and_context(form: ChatForm) -> None:
+    found = {
+        Chats([CHAT], form, 100).digest,
+        Chats([CHAT], form, 99).digest,
+        Chats([CHAT[:2]], form, 100).digest,
+        Chats([CHAT], ChatForm(form.tokenizer, MARKED), 100).digest,
+    }
+    assert len(found) == 4
+    assert pickle.loads(pickle.dumps(Chats([CHAT], form, 100))).digest in found
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def lines(path: Path, *chats: Any) -> Path:
+    path.write_text("".join((c if isinstance(c, str) else json.dumps({"messages": c})) + "\n" for c in chats))
+    return path
+
+
+def test_files_of_chats_are_read_in_order_and_the_last_are_held_out(folder: Path, tmp_path: Path) -> None:
+    def chat(text: str) -> Any:
+        return [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
+
+    lines(tmp_path / "c10.jsonl", chat("c"), "", chat("d"))
+    lines(tmp_path / "c2.jsonl", chat("a"), chat("b"))
+    data = chat_files(str(tmp_path / "*.jsonl"), str(folder), held_out=0.3)
+    assert (len(data.train), len(data.held_out or ())) == (3, 1)
+    answers = [bytes(t[t >= 0].tolist()).decode() for _, t in (data.train[i] for i in range(3))]
+    assert answers == ["a\n", "b\n", "c\n"]
+    assert data.codec is not None
+    assert data.codec.bytes_per_token == 1.0
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", r"c.jsonl, line 2 is no JSON: .*; mend it, or leave the line out"),
+        ("[]", r"c.jsonl, line 2 is no chat; write it as \{\"messages\": \[\{\"role\": \"user\""),
+        ('{"messages": [{"role": "user"}]}', "c.jsonl, line 2 is no chat"),
+        ('{"messages": []}', "c.jsonl, line 2 is no chat"),
+    ],
+)
+def test_a_line_that_is_no_chat_is_named(line: str, sentence: str, folder: Path, tmp_path: Path) -> None:
+    lines(tmp_path / "c.jsonl", CHAT, line)
+    with pytest.raises(DataError, match=sentence):
+        chat_files(str(tmp_path / "c.jsonl"), str(folder))
+
+
+def test_too_few_chats_and_bad_shares_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+    lines(tmp_path / "c.jsonl", CHAT)
+    with pytest.raises(DataError, match=r"1 chats are in 1 files, .*c.jsonl the first, too few"):
+        chat_files(str(tmp_path / "c.jsonl"), str(folder))
+    with pytest.raises(RecipeError, match="'held_out' is 1.0; it is a share"):
+        chat_files("c", str(folder), held_out=1.0)
+    with pytest.raises(DataError, match="template.jinja"):
+        chat_files(str(lines(tmp_path / "c.jsonl", CHAT, CHAT)), str(folder), template=str(tmp_path / "template.jinja"))
+
+
+def test_docstrings_are_answers_and_modules_are_held_out_whole(folder: Path) -> None:
+    data = docstrings(str(folder), samples=100)
+    assert len(data.train) == 100
+    assert len(data.held_out or ()) > 100
+    inputs, targets = data.train[0]
+    text = bytes(inputs.tolist()).decode()
+    assert text.startswith("<|user|>\ndef ")
+    assert "\n<|assistant|>\n" in text
+    assert len(targets[targets >= 0]) > 10
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_the_tokenizer_of_bytes_is_that(folder: Path) -> None:
+    tokenizer = FolderTokenizer(str(folder))
+    text = "def é\n\t x=1 \U0001f600"
+    assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocabulary == 256
+    assert tokenizer.digest == BYTES
+
+
+def test_a_tokenizer_s_digest_is_of_what_it_does(tmp_path: Path) -> None:
+    words(tmp_path)
+    known = digest_of(tmp_path)
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**table, "padding": None, "truncation": None}, indent=7))
+    assert digest_of(tmp_path) == known
+    table["model"]["vocab"]["five"] = 99
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    assert digest_of(tmp_path) != known
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer.json is no file of a tokenizer"):
+        digest_of(tmp_path)
+    with pytest.raises(DataError, match=r"transformers cannot load the tokenizer in .*; check its files"):
+        _ = FolderTokenizer(str(tmp_path)).of_transformers
+
+
+def test_a_folder_without_a_tokenizer_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has no tokenizer.json, so there is no tokenizer to read texts with"):
+        FolderTokenizer(str(tmp_path))
+    with pytest.raises(DataError, match="no folder was named to take the tokenizer from"):
+        FolderTokenizer("")
+
+
+def test_what_a_tokenizer_puts_after_a_text_is_left_out_of_a_beginning(folder: Path, tmp_path: Path) -> None:
+    plain = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    plain.add_special_tokens(["<s>", "</s>"])
+    plain.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>")
+    whole.save_pretrained(tmp_path)
+    tokenizer = FolderTokenizer(str(tmp_path))
+    assert tokenizer.encode("ab") == [256, 97, 98]
+    assert tokenizer.with_offsets("ab")[0] == [97, 98]
+    assert tokenizer.digest != BYTES, "it has two tokens more"
