@@ -89,7 +89,7 @@ def test_the_file_lies_beside_the_run_and_is_named(
     ("given", "sentence"),
     [
         ("run --to parket", "--to is 'parket'; did you mean 'parquet'?"),
-        ("run --to x", "--to is 'x'; a run is exported to perfetto, csv, parquet."),
+        ("run --to x", "--to is 'x'; a run is exported to perfetto, csv, parquet, hf."),
         ("nowhere --to csv", "there is no folder nowhere; give the folder of a run"),
         ("run --to csv --out no/x.csv", "--out 'no/x.csv' lies in a folder that is not there"),
         ("run --to csv --out run", "--out 'run' is a folder; name a file in it, such as run/run.csv."),

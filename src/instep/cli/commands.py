@@ -14,6 +14,7 @@ from instep.cli.flags import Settings, UsageError, import_paths, parsed, refuse,
 from instep.cli.helping import ABOUT, COMMANDS, Formatter, table
 from instep.cli.plan import declare as declare_plan
 from instep.cli.replay import declare as declare_replay
+from instep.cli.sample import declare as declare_sample
 from instep.cli.team import declare as declare_team
 from instep.cli.train import indices, train_recipe
 from instep.cli.verify import declare as declare_verify
@@ -225,7 +226,9 @@ def app(settings: Settings) -> App:
         """
         _memory(recipe, settings, budget, plot)
 
-    for declare in (declare_replay, declare_check, declare_diff, declare_verify, declare_team, declare_plan):
+    for declare in (
+        declare_replay, declare_check, declare_diff, declare_verify, declare_team, declare_plan, declare_sample,
+    ):  # fmt: skip
         declare(app, settings)
 
     @app.command(help=COMMANDS["recipes"])
@@ -321,9 +324,10 @@ def app(settings: Settings) -> App:
             A run folder.
         to
             perfetto: what each worker did when, for ui.perfetto.dev or chrome://tracing. csv or parquet: a row for
-            each update of the weights.
+            each update of the weights. hf: a folder that transformers reads, with merged weights, configuration and
+            tokenizer.
         out
-            The file to write; by default beside the run folder, with its name.
+            The file or folder to write; by default beside the run folder, with its name.
         """
         refuse(settings)
         from instep.cli.report import export_run

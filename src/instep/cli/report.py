@@ -67,8 +67,11 @@ def export_run(run: Path, form: str, out: Path | None) -> None:
     """Writes the run for another tool, by default beside its folder."""
     from instep.report.export import FORMATS, export
 
+    if form == "hf":
+        export_model(run, out)
+        return
     if form not in FORMATS:
-        raise UsageError(f"--to is {shown(form)}{suggest(form, FORMATS, 'a run is exported to')}")
+        raise UsageError(f"--to is {shown(form)}{suggest(form, [*FORMATS, 'hf'], 'a run is exported to')}")
     name = f"{run.absolute().name}{FORMATS[form]}"
     path = run.with_name(name) if out is None else out
     check_file(path, name)
@@ -76,14 +79,24 @@ def export_run(run: Path, form: str, out: Path | None) -> None:
     print(path)
 
 
-def number_of(text: str) -> float:
-    """The objective that ``--target`` gives. Raises UsageError."""
+def export_model(run: Path, out: Path | None) -> None:
+    """Writes what the run has trained for transformers, by default into a folder beside its own, ``NAME-hf``."""
+    folder = run.with_name(f"{run.absolute().name}-hf") if out is None else out
+    check_new_file(folder, "--out")
+    from instep.pretrained.saving import export_hf
+
+    export_hf(run, folder)
+    print(folder)
+
+
+def number_of(text: str, flag: str = "--target", such: str = "an objective such as 1.6") -> float:
+    """The number that `flag` gives. Raises UsageError."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise UsageError(f"--target is {shown(text)}; it must be a number, an objective such as 1.6.")
+        raise UsageError(f"{flag} is {shown(text)}; it must be a number, {such}.")
     return value
 
 
