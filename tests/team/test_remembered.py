@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from instep.errors import ResourceError
+from instep.memory_file import memory_file
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.team import remembered
-from instep.team.remembered import Remembering
+from instep.team.remembered import Remembered, Remembering
 from support import workloads
 from support.harness import Client, Outcome, train_here
 from support.schedule_free import ScheduleFree
@@ -82,12 +85,12 @@ def dying_in_copy(number: int, folder: Path) -> Callable[[Any, int, Any], None]:
     """`Remembering._put`, in which the worker dies once its copy of this number, counted from 1, is begun."""
     put, died = Remembering._put, folder / "died"
 
-    def dying(self: Remembering, turn: int, tensors: Any) -> None:
+    def dying(self: Remembering, file: int, tensors: Any) -> None:
         if self._mark + 1 == number and not died.exists():
             died.touch()
-            self._memory[turn][64:] = 255  # as it would be by half
+            os.pwrite(file, b"\xff" * (os.fstat(file).st_size - 64), 64)  # as it would be by half
             os.kill(os.getpid(), signal.SIGKILL)
-        put(self, turn, tensors)
+        put(self, file, tensors)
 
     return dying
 
@@ -133,3 +136,36 @@ def test_with_nothing_remembered_it_goes_back_to_its_last_checkpoint(
     (why, again) = told(refused, "warned", "why")
     assert why == again
     assert why.startswith("nothing is remembered from here on (team.remember), for memory for a copy of its state, ")
+
+
+KINDS = {
+    "as it is": lambda: torch.randn(5, 3),
+    "transposed": lambda: torch.randn(5, 3).t(),
+    "a part": lambda: torch.randn(9, 3)[2:6],
+    "every second": lambda: torch.randn(8)[::2],
+    "of half precision": lambda: torch.randn(7).bfloat16(),
+    "complex and conjugated": lambda: torch.randn(4, dtype=torch.complex64).conj(),
+    "imaginary parts": lambda: torch.randn(4, dtype=torch.complex64).conj().imag,
+    "a number": lambda: torch.tensor(3),
+    "empty": lambda: torch.empty(0, 4),
+    "weights": lambda: nn.Parameter(torch.randn(2, 2)),
+}
+
+
+def test_copies_of_tensors_of_all_kinds_are_theirs_and_take_no_room_in_the_worker() -> None:
+    state, files = {kind: make() for kind, make in KINDS.items()}, (memory_file(), memory_file())
+    remembering = Remembering(Remembered(files), 1)
+    for version in (1, 2, 3):
+        assert remembering.copy(version, state, {"of": version}, more=version) == ""
+    found = remembering.recall()
+    for kind, value in state.items():
+        same = found.model_state[kind]
+        assert (same.dtype, same.shape) == (value.dtype, value.shape), kind
+        assert torch.equal(same, value), kind
+    assert (found.version, found.training_state) == (3, {"of": 3})
+    nodes = {str(os.fstat(file).st_ino) for file in files}
+    del found
+    mapped = [line.split()[4] for line in Path("/proc/self/maps").read_text().splitlines()]
+    assert not nodes.intersection(mapped)
+    for file in files:
+        os.close(file)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.optim import optimizer as torch_optimizer
 
+from instep.engines.heap import give_back
 from instep.engines.piecewise import PiecewiseUpdates
 from instep.engines.shared_state import SharedState
 from instep.engines.undo import PiecesDone, SeatLost
@@ -30,6 +31,10 @@ from instep.worker.parcels import packed, unpacked
 from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import Checksums, own_checksums, together
 from instep.worker.updates import clipped_step
+
+_WARM = 2
+"""Updates after which a worker holds what it goes on with, and its heap is as it stays: less is given back after one,
+since what comes next then takes those pages again."""
 
 
 class Placement(ABC):
@@ -50,6 +55,7 @@ class Placement(ABC):
 
     def __init__(self, replica: Replica, reduction: Reduction, worker: int):
         self._replica, self._reduction, self._worker = replica, reduction, worker
+        self._settled = 0
 
     def attach(self, group: Group, *, succeeds: bool = False) -> None:
         """Takes the team's group into use. A gather must follow before the weights are read.
@@ -84,9 +90,20 @@ class Placement(ABC):
         """What the successor of a worker of this machine needs beside what they share: the "model", as in a state_dict,
         and the "training" state."""
 
-    @abstractmethod
     def settle(self) -> None:
-        """Ends a step, or other work on what all share: waits until what others did or read is done."""
+        """Ends an update: waits until what others did or read is done.
+
+        Building, loading and the first updates need memory that nothing needs later (weights and state that moved into
+        memory that all share, for one), and it is given back once.
+        """
+        self._wait()
+        self._settled += 1
+        if self._settled == _WARM:
+            give_back()
+
+    @abstractmethod
+    def _wait(self) -> None:
+        """Until all have come here."""
 
     @abstractmethod
     def agree(self, flag: bool) -> bool:
@@ -142,7 +159,7 @@ class Replicated(Placement):
     def handed(self) -> dict[str, Any]:
         return {"model": self._replica.saved_state(), "training": self._replica.training_state()}
 
-    def settle(self) -> None:
+    def _wait(self) -> None:
         pass
 
     def agree(self, flag: bool) -> bool:
@@ -248,7 +265,7 @@ class Sharded(Placement):
     def _indices(self, worker: int) -> list[int]:
         return [index for index, own in enumerate(self._of[worker]) if own]
 
-    def settle(self) -> None:
+    def _wait(self) -> None:
         self._group.meet()
 
     def agree(self, flag: bool) -> bool:

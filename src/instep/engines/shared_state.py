@@ -7,7 +7,6 @@ They get there once the optimizer has made them, and stay: the optimizers of `BY
 
 from __future__ import annotations
 
-import ctypes
 import math
 import pickle
 import sys
@@ -69,8 +68,6 @@ class SharedState:
         """
         if self._open:
             self._open -= {index for index in self._open.intersection(which) if self._moved(index)}
-            if not self._open:
-                _trim()
 
     def most_bytes(self, index: int) -> int:
         """Of a parameter's part."""
@@ -157,13 +154,6 @@ class SharedState:
     def _write(self, index: int, word: bytes) -> None:
         start = self._offsets[index]
         self._memory[start : start + len(word)] = np.frombuffer(word, np.uint8)
-
-
-def _trim() -> None:
-    """Gives the system back what the tensors took before they were moved, which the C library would keep, if it can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _bytes_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

@@ -25,7 +25,7 @@ from instep.record.checkpoint import Loaded
 from instep.reduce.layout import ALIGN_BYTES, is_dense, padded, tensor_at
 from instep.team.messages import Request
 from instep.team.orders import Start
-from instep.transport.memory import PAGE, Region, attach, reserve
+from instep.transport.memory import Region, attach, reserve
 
 _HEAD = struct.Struct("<4q")
 """What a file begins with: the copy's mark, its version, and where its pickled part begins and ends.
@@ -81,13 +81,14 @@ class KeptCopies:
 
 
 class Remembering:
-    """The worker's side: copies its state every so many steps."""
+    """The worker's side: copies its state every so many steps.
+
+    The files are written, not mapped: the copies are the agent's, and take no room in the worker.
+    """
 
     def __init__(self, remembered: Remembered, every: int):
         self._files, self._mark, self._every = remembered.files, remembered.mark, every
         self._last = remembered.version if remembered.mark else 0
-        self._memory: list[Any] = [None, None]
-        self._views: list[tuple[Any, list[Tensor]]] = [((), []), ((), [])]
 
     def due(self, version: int, saved: int) -> bool:
         """Whether this version is to be copied. saved: that of the newest checkpoint, behind which none goes back."""
@@ -97,23 +98,21 @@ class Remembering:
         self, version: int, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any], **meta: Any
     ) -> str:
         """Copies them. Why it cannot be done, as a clause; "" where it is done."""
-        tensors = _Tensors()
+        tensors, file = _Tensors(), self._files[(self._mark + 1) % 2]
         try:
             pickled = tensors.pickled((dict(model_state), dict(training_state), meta))
-            turn = (self._mark + 1) % 2
             end = tensors.end + len(pickled)
-            memory = self._room(turn, end)
-            memory[: _HEAD.size].view("int64")[0] = 0  # not whole
-            self._put(turn, tensors)
-            memory[tensors.end : end] = memoryview(pickled)
+            if os.fstat(file).st_size < end:
+                reserve(file, {"state": Region((end,), "uint8")})
+            _write(file, _HEAD.pack(0, version, tensors.end, end), 0)  # not whole
+            self._put(file, tensors)
+            _write(file, pickled, tensors.end)
         except ResourceError:
             return f"memory for a copy of its state, {end / 2**20:,.0f} MiB, cannot be had"
         except Exception as error:
             return f"its state cannot be copied ({described(error)})"
-        head = memory[: _HEAD.size].view("int64")
-        head[1:] = version, tensors.end, end
-        head[0] = self._mark = self._mark + 1
-        self._last = version
+        self._mark, self._last = self._mark + 1, version
+        _write(file, struct.pack("<q", self._mark), 0)
         return ""
 
     def recall(self) -> Loaded:
@@ -124,24 +123,18 @@ class Remembering:
         model, training, meta = _Found(memory, start, end).load()
         return Loaded(version, model, training, meta, "", "")
 
-    def _room(self, turn: int, nbytes: int) -> Any:
-        """The memory of a file, which holds so many bytes."""
-        if self._memory[turn] is None or self._memory[turn].nbytes < nbytes:
-            file, nbytes = self._files[turn], -(-nbytes // PAGE) * PAGE
-            if (there := os.fstat(file).st_size) < nbytes:
-                reserve(file, {"state": Region((nbytes,), "uint8")})
-            room = {"state": Region((max(there, nbytes),), "uint8")}
-            (self._memory[turn],) = attach(file, room).values()
-            self._views[turn] = (), []
-        return self._memory[turn]
+    def _put(self, file: int, tensors: _Tensors) -> None:
+        for (place, *_), value in zip(tensors.places, tensors.found, strict=True):
+            if value.numel():
+                flat = value.detach().cpu().as_strided((value.numel(),), (1,))
+                _write(file, flat.view(torch.uint8).numpy(), place)
 
-    def _put(self, turn: int, tensors: _Tensors) -> None:
-        known, views = self._views[turn]
-        if known != tensors.places:
-            views = [tensor_at(self._memory[turn], *place) for place in tensors.places]
-            self._views[turn] = tensors.places, views
-        with torch.no_grad():
-            torch._foreach_copy_(views, tensors.found)
+
+def _write(file: int, data: Any, place: int) -> None:
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(file, left, place)
+        left, place = left[written:], place + written
 
 
 class _Tensors:
@@ -160,6 +153,8 @@ class _Tensors:
 
     def _place(self, value: Any) -> Any:
         if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided or not is_dense(value):
+            return None
+        if value.is_conj() or value.is_neg():  # its memory holds other numbers
             return None
         place = (self.end, value.dtype, value.shape, value.stride())
         self.found.append(value)
