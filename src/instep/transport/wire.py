@@ -36,10 +36,12 @@ KNOWN_AFTER = 8
 FOREVER = timedelta(hours=1000)
 """The time-out of the backend's own: to be slow is no fault, and whoever started the processes sees who dies."""
 
-AT_MOST = timedelta(seconds=2)
-"""For an operation to end whose connections are shut: seldom one never does, where another process has died (gloo)."""
+AT_MOST_S = 0.1
+"""Seconds for what is on its way to end once connections are shut. A message that another end had begun to take, and
+takes no further, never does (gloo): after a cut, or where another process has died.
+"""
 
-_UNENDED: list[Any] = []
+_UNENDED: list[tuple[Any, list[c10d.Work], Posts]] = []
 
 STILL_WAITING = "Operation timed out"
 """How gloo's words begin when only the wait has ended. To ask `is_completed` instead would be wrong: the operation may
@@ -186,16 +188,20 @@ class Wire:
     def leave(self) -> None:
         """Ends it, at once, whatever is on its way."""
         group, self._group = self._group, None
+        sockets, self._sockets = self._sockets, set()
+        (pending, self._pending), (posts, self._posts) = (self._pending, []), (self._posts, Posts())
         METER.look()
         if group is not None and self.device.type != "cpu":
             group.abort()  # else to drop it may wait for the others
-        _shut(self._sockets)  # operations of before that somebody still knows would keep the connections
-        for work in self._pending:
+        _shut(sockets)  # operations of before that somebody still knows would keep the connections
+        until = time.monotonic() + AT_MOST_S
+        for work in pending:
             with contextlib.suppress(RuntimeError):
-                work.wait(AT_MOST) if self.device.type == "cpu" else work.wait()
-        if not all([self._posts.close(AT_MOST.total_seconds()), *(work.is_completed() for work in self._pending)]):
-            _UNENDED.append((group, self._pending))  # to drop these would wait for their end
-        self._pending = []
+                left = timedelta(seconds=max(0.001, until - time.monotonic()))
+                work.wait(left) if self.device.type == "cpu" else work.wait()
+        _UNENDED[:] = [each for each in _UNENDED if not _all_ended(*each[1:])]
+        if not _all_ended(pending, posts, max(0.0, until - time.monotonic())):
+            _UNENDED.append((group, pending, posts))  # to drop these would wait for their end
 
     def _silence(self, sockets: Callable[[], set[Socket]]) -> PeerLost | None:
         """One of the others whose system does not answer any more, if there is one; or that the group is to be left."""
@@ -275,6 +281,10 @@ def _ended(work: c10d.Work) -> bool:
             raise
         return False
     return True
+
+
+def _all_ended(pending: Sequence[c10d.Work], posts: Posts, within_s: float = 0.0) -> bool:
+    return posts.close(within_s) and all(work.is_completed() for work in pending)
 
 
 def _shut(sockets: set[Socket]) -> None:
