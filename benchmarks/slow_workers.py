@@ -8,7 +8,7 @@ then slowness that goes from one worker to the other every 100 steps; and no slo
 Figures are steps a second once ranges have settled, and how much that is of what whole microbatches allow: the step's
 end if the workers, as fast as they were in this run, had the ranges that are best for them and did nothing but compute;
 and, beside it, if each step took besides what it takes without slowness. The result goes to
-benchmarks/results/slow_workers.json.
+benchmarks/results/slow_workers.json, after each round.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,26 @@ from instep.recipe_files import read  # noqa: E402
 from instep.record import tape  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "slow_workers.json"
-MICROBATCHES, SLOW, SETTLED, TURN = 16, 4, 20, 100
-"""Microbatches of a step, times as slow, steps that are not counted, and those after which slowness goes on."""
+MICROBATCHES, SLOW = 16, 4
+"""Microbatches of a step, and times as slow."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done in a round. steps: with a slow worker, half as many by DistributedDataParallel; even: without
+    slowness; settled: steps that are not counted; turn: those after which slowness goes on, so many times.
+    """
+
+    rounds: int
+    steps: int
+    even: int
+    settled: int
+    turn: int
+    turns: int
+
+
+WHOLE, QUICK = Size(3, 80, 120, 10, 100, 3), Size(1, 8, 6, 2, 4, 2)
+"""About 11 minutes on two cores with nothing else to do; and the least, to see that all runs."""
 
 
 def recipe(steps: int) -> Recipe:
@@ -46,7 +66,7 @@ def recipe(steps: int) -> Recipe:
     return parse({key: value for key, value in table.items() if key != "team"} | {"sample_length": 0})[0]
 
 
-def by_instep(steps: int, slow: str = "", balance: str = "auto", counted: int = SETTLED) -> dict[str, Any]:
+def by_instep(steps: int, counted: int, slow: str = "", balance: str = "auto") -> dict[str, Any]:
     """Steps a second from `counted` on, by the tape, and what the fast worker needs for a microbatch."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         team = instep.Team(workers=2, slow=slow, balance=balance, checkpoint_every=1_000_000)  # type: ignore[arg-type]
@@ -68,26 +88,14 @@ def by_instep(steps: int, slow: str = "", balance: str = "auto", counted: int = 
     }
 
 
-def by_ddp(steps: int, slow: float) -> dict[str, Any]:
+def by_ddp(steps: int, counted: int, slow: float) -> dict[str, Any]:
     """Steps a second of DistributedDataParallel, the second rank slowed."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         environment = {**os.environ, **THREADS, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+        given = {"steps": steps, "counted": counted, "slow": slow, "folder": folder}
+        options = [text for name, value in given.items() for text in (f"--{name}", str(value))]
         ranks = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    __file__,
-                    "--rank",
-                    str(rank),
-                    "--steps",
-                    str(steps),
-                    "--slow",
-                    str(slow),
-                    "--folder",
-                    folder,
-                ],
-                env=environment,
-            )
+            subprocess.Popen([sys.executable, __file__, "--rank", str(rank), *options], env=environment)
             for rank in range(2)
         ]
         if any(rank.wait() for rank in ranks):
@@ -96,7 +104,7 @@ def by_ddp(steps: int, slow: float) -> dict[str, Any]:
         return found
 
 
-def rank_of_ddp(rank: int, steps: int, slow: float, folder: Path) -> None:
+def rank_of_ddp(rank: int, steps: int, counted: int, slow: float, folder: Path) -> None:
     """The life of one: as many microbatches as the other, whose gradients are exchanged in the last one's backward."""
     import torch
     import torch.distributed as dist
@@ -130,25 +138,27 @@ def rank_of_ddp(rank: int, steps: int, slow: float, folder: Path) -> None:
         optimizer.step()
     stamps.append(time.monotonic())
     if rank == 0:
-        rate = (steps - SETTLED) / (stamps[-1] - stamps[SETTLED])
+        rate = (steps - counted) / (stamps[-1] - stamps[counted])
         (folder / "found.json").write_text(json.dumps({"steps_per_s": rate}))
     dist.destroy_process_group()
 
 
-def moving(steps: int) -> str:
-    """The second worker is slow, after 100 steps the first, and so on."""
-    turns = range(steps // TURN)
-    return ",".join(f"{(turn + 1) % 2}:{SLOW}x@{turn * TURN}..{(turn + 1) * TURN}" for turn in turns)
+def moving(size: Size) -> str:
+    """The second worker is slow, after a turn the first, and so on."""
+    return ",".join(
+        f"{(turn + 1) % 2}:{SLOW}x@{turn * size.turn}..{(turn + 1) * size.turn}" for turn in range(size.turns)
+    )
 
 
-def one_round(steps: int) -> dict[str, Any]:
+def one_round(size: Size) -> dict[str, Any]:
     """All contenders once."""
+    settled, steps = size.settled, size.turn * size.turns
     contenders = {
-        "slow": lambda: by_instep(steps, f"1:{SLOW}x"),
-        "DDP": lambda: by_ddp(steps // 2, SLOW),
-        "moving": lambda: by_instep(5 * TURN, moving(5 * TURN), counted=TURN),
-        "even": lambda: by_instep(2 * steps),
-        "held": lambda: by_instep(2 * steps, balance="off"),
+        "slow": lambda: by_instep(size.steps, settled, f"1:{SLOW}x"),
+        "DDP": lambda: by_ddp(size.steps // 2, settled, SLOW),
+        "moving": lambda: by_instep(steps, size.turn, moving(size)),
+        "even": lambda: by_instep(size.even, settled),
+        "held": lambda: by_instep(size.even, settled, balance="off"),
     }
     found = {name: contenders[name]() for name in random.sample(list(contenders), len(contenders))}
     for name in ("slow", "moving"):
@@ -169,18 +179,28 @@ def one_round(steps: int) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints and writes the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=0, help=f"{WHOLE.rounds} unless given")
+    parser.add_argument("--quick", action="store_true", help="as little as can be, to see that all runs")
     parser.add_argument("--out", type=Path, default=RESULT)
-    for name, kind in (("--rank", int), ("--slow", float), ("--folder", Path)):  # of a rank of DDP
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    of_a_rank = {"rank": int, "steps": int, "counted": int, "slow": float, "folder": Path}
+    for name, kind in of_a_rank.items():
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank is not None:
-        return rank_of_ddp(given.rank, given.steps, given.slow, given.folder)
-    rounds = []
-    for number in range(given.rounds):
-        rounds.append(one_round(given.steps))
+        return rank_of_ddp(*(getattr(given, name) for name in of_a_rank))
+    size, began = QUICK if given.quick else WHOLE, time.monotonic()
+    how = {"machine": machine(), "commit": _commit(), "size": asdict(size), "load": os.getloadavg()}
+    rounds: list[dict[str, Any]] = []
+    for number in range(given.rounds or size.rounds):
+        rounds.append(one_round(size))
         print(number, json.dumps(rounds[-1]), flush=True)
+        done = {**how, "seconds": round(time.monotonic() - began), "median": medians(rounds), "each": rounds}
+        given.out.write_text(json.dumps(done, indent=1) + "\n")
+    print(json.dumps(medians(rounds), indent=1))
+
+
+def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over the rounds."""
     wanted = {
         "slow": ("steps_per_s", "times_ddp", "of_whole_microbatches", "of_whole_microbatches_and_rest", "moves"),
         "DDP": ("steps_per_s",),
@@ -188,13 +208,15 @@ def main() -> None:
         "even": ("steps_per_s", "of_held", "moves"),
         "held": ("steps_per_s", "rest_s"),
     }
-    medians = {
+    return {
         name: {field: round(statistics.median(each[name][field] for each in rounds), 4) for field in fields}
         for name, fields in wanted.items()
     }
-    print(json.dumps(medians, indent=1))
-    how = {"machine": machine(), "rounds": given.rounds, "steps": given.steps}
-    given.out.write_text(json.dumps({**how, "median": medians, "each": rounds}, indent=1) + "\n")
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
-from benchmarks.stall import EVERY, MICROBATCHES, recipe
+from benchmarks.stall_work import EVERY, MICROBATCHES, recipe
 from instep.data.cursor import Cursor
 from instep.randomness import key, seed_all
 

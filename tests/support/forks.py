@@ -97,9 +97,9 @@ def _open_anew(standard: Sequence[Any], others: Sequence[int]) -> None:
         if descriptor > 2 and descriptor not in others:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
+    sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)  # type: ignore[misc]  # it is called final
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
+    sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr  # type: ignore[misc]
 
 
 def _forget() -> None:

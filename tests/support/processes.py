@@ -146,11 +146,11 @@ class Started:
     def ends(self, within_s: float = LONG_S) -> int:
         """Waits for the end; gives the exit status. Fails if anything of the run is left."""
         try:
-            self.process.wait(within_s)
+            status: int = self.process.wait(within_s)
         except subprocess.TimeoutExpired:
             pytest.fail(f"it did not end in {within_s} s; stdout {self.out!r}, stderr {self.err!r}")
         self.leaves_nothing()
-        return self.process.returncode
+        return status
 
     def leaves_nothing(self, within_s: float = LONG_S) -> None:
         wait_until(lambda: not self.pids(), within_s, "the end of all processes of the run")

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -84,6 +85,12 @@ class Machines(Machine):
 
     def end(self) -> None:
         self.hosts.close()
+
+    def cut(self, number: int, seconds: float) -> None:
+        """Takes a host's cable out for so long."""
+        self.hosts.cut(number)
+        time.sleep(seconds)
+        self.hosts.heal(number)
 
 
 def place(folder: Path, hosts: int) -> Machine:
