@@ -44,6 +44,8 @@ class Division:
         self._known = {tuple(first.ranges): self.ways}
         self._balances: list[Balance] = []
         self._counts = [stop - start for start, stop in first.ranges]
+        self.moved = False
+        """Whether ranges have moved in the present step, to follow the workers' speed."""
         self.moves = 0
         """How often ranges have moved."""
         self.bytes_sent = 0
@@ -78,10 +80,16 @@ class Division:
             self._balances.append(Balance([stop - start for start, stop in here], fits))
             start += workers
 
+    def once(self, ranges: Sequence[Node]) -> None:
+        """Has the first step have these ranges alone."""
+        self.ways = self.now.with_ranges(ranges), None
+        self._next = self.ways, []
+
     def begin(self) -> bool:
         """The next step begins. Whether its ranges are others than those of the last one."""
         before, (self.ways, self.seconds), self._next = self.ways, self._next, self._later
-        self.moves += self.ways is not before
+        self.moved = self.ways is not before and bool(self.seconds)
+        self.moves += self.moved
         return self.ways is not before
 
     def decide(self, seconds: Sequence[float]) -> None:

@@ -28,7 +28,9 @@ from instep.engines.audits import Audit
 from instep.engines.between_steps import BetweenSteps
 from instep.engines.continued import Continued
 from instep.engines.division import Division, Stopwatch, most_nodes
+from instep.engines.kept import UPDATE, KeptOfStep, kept_of, marks_in
 from instep.engines.merged_events import REMEMBERED, MergedEvents
+from instep.engines.redo import Redo
 from instep.engines.seat import Seat, take_left
 from instep.engines.sharding import Placement, choose
 from instep.engines.shared_evaluation import SharedEvaluation
@@ -90,20 +92,20 @@ class Lockstep:
         self.division = Division(whole, early, machines) if handed is None else handed.division
         self._machine = machine_of(worker, machines)
         self._moves = balance == "auto" and max(machines) > 1 and replica.device.type == "cpu"
-        self._shard = shard
+        self._shard, self._regroups = shard, len(machines) > 1 or again is not None
         batches_held_out(replica)  # or it is said now that there are none
         self.slowness: Callable[[int], float] = lambda step: 1.0
         """By step, how many times as long as it needs the worker is to take for its computing."""
         self.audit: Audit | None = None
         """What compares microbatches with another worker's, where that is asked for."""
         self._seat: Seat
-        self._successors = successors
+        self._successors, self._handed = successors, handed
         self._others: OthersParts
-        self._handed = handed
         self._group: Group
         self._at = handed.progress["version"] if handed is not None else 0
         self._usual: tuple[list[int], bool] = [], False  # the buffers that the last step changed; whether it wrote
         self._whole: Tensor | None = None  # where the group puts the sum together
+        self._redo: Redo | None = None
         self._again = again or Continued(range(self.workers))
         remembered = REMEMBERED if successors is not None or len(machines) > 1 else 0
         self.merged = self._again.merged or MergedEvents(remembered, emit, clock, self._again.numbers)
@@ -124,7 +126,7 @@ class Lockstep:
         self._seat = self._seat_of(self.worker)
         self.placement: Placement = choose(replica, reduction, self.worker, self._machine, self._shard, why)
         self._evaluation = SharedEvaluation(replica, self.worker, self._machine, self.workers, self._heartbeat.advance)
-        most = most_nodes(reduction.microbatches) if self._moves and not limited() else 0
+        most = most_nodes(reduction.microbatches) if (self._moves or self._regroups) and not limited() else 0
         longest = max(self._seat.nbytes(most), self._evaluation.nbytes, self.audit.nbytes if self.audit else 0)
         rows, sums, width = tuple(reduction.rows), tuple(reduction.sums), self._layout.size
         self._undo = Undo(self.can_stand_in * self.workers, max(self.placement.room, reduction.room_bytes))
@@ -146,9 +148,13 @@ class Lockstep:
         """Whether the team can go on in another group, as all know alike."""
         return self.replica.device.type == "cpu" and self.audit is None and not self.replica.written.names
 
-    def join(self, group: Group) -> None:
-        """Takes the team's group into use; as a successor, where who stood in for the one before has left it."""
-        self._group, handed = group, self._handed
+    def join(self, group: Group, redo: Redo | None = None) -> None:
+        """Takes the team's group into use; as a successor, where who stood in for the one before has left it. redo: how
+        it does its first step, where some of that is there already.
+        """
+        self._group, handed, self._redo = group, self._handed, redo
+        if redo is not None:
+            self.division.once(redo.ranges)
         self._others = Alone(self.placement)
         if self._successors is not None and self.can_stand_in:
             assert isinstance(group, SharedMemoryGroup), "the workers of a machine share memory"
@@ -169,7 +175,8 @@ class Lockstep:
         self.between = BetweenSteps(self.replica, self.worker, *of_all)
         late, early = self.division.ways
         shared = self.placement.shared
-        self._total = Total(late, early, self.worker, group, self.gradients, self._adds, shared=shared)
+        self._marks = marks_in(group, self.worker - self._machine.start, seen=not self._others.possible)
+        self._total = Total(late, early, self.worker, group, self.gradients, self._marks, self._adds, shared=shared)
         self._early, self._trial = False, Trial()
 
     def _room(self, worker: int) -> int:
@@ -196,15 +203,19 @@ class Lockstep:
         """Takes the step's ranges into use."""
         self.reduction = reduction = self.division.now
         self._seat.facts.take(reduction.ranges)
-        self._group.arrange(reduction.rows)
-        nodes = reduction.nodes_of(self.worker)
-        self.gradients.assign(nodes, self._group.rows[: len(nodes)])
+        self._group.arrange(reduction.rows, reduction.sums)
+        nodes, rows = reduction.nodes_of(self.worker), self._group.rows
+        if self._redo is not None:
+            nodes, rows = self._redo.nodes, self._redo.vectors
+        self.gradients.assign(nodes, rows[: len(nodes)])
 
     def _divide(self, step: int) -> None:
         """Begins a step with its ranges."""
         if self.division.begin():
+            self._redo = None
             self._take_ranges()
             self._total.take(*self.division.ways)
+        if self.division.moved:
             ranges = self._again.by_number(list(map(list, self.reduction.ranges)), [0, 0])
             seconds = self._again.by_number(self.division.seconds, 0.0)
             self._say(RangesMovedEvent(version=step, ranges=ranges, microbatch_s=seconds))
@@ -249,6 +260,7 @@ class Lockstep:
         self._at = step
         self._others.note(step, COMPUTING)
         self._divide(step)
+        self._marks.step(step)
         self._total.begin(early=early)
         self._compute(step, totals)
         self._total.computed()
@@ -289,6 +301,7 @@ class Lockstep:
         )  # fmt: skip
         self._others.until_settled()
         left_there = partial(take_left, replica, self._buffers, self.reduction, step, changed, found)
+        self._marks.begin(UPDATE)
         update = self.updates.make(step, added, self._others, left_there)
         progress.merged(version=step + 1, steps=step + 1, items=update.items, objective=update.objective)
         self._heartbeat.advance()
@@ -321,23 +334,15 @@ class Lockstep:
         around = None
         if self.audit is not None:
             around = self.audit.begin(step, totals, self.reduction.ranges)
-        self._seat.compute(step, totals, self.slowness(step), early=self._early, around=around)
+        self._seat.compute(step, totals, self.slowness(step), early=self._early, around=around, redo=self._redo)
+        if self._redo is not None:
+            self._redo.fill(self.reduction.nodes_of(self.worker), self._group.rows)
 
     def _take(self, whole: Tensor) -> None:
         """Has the placement take the gradient from there."""
         if whole is not self._whole:
             self._whole = whole
             self.placement.take(whole)
-
-    def unwritten(self, version: int) -> Callable[[], None] | None:
-        """What raises FirstWrite where others' forwards have written into the shared weights since this call.
-
-        They go on while worker 0 saves; but not before it has all their state. None where they share no weights.
-        """
-        if self.worker or not self.placement.weight_bytes:
-            return None
-        before = self.replica.written.look(closely=True)
-        return lambda: self.replica.written.check(before, f"the step after version {version}")
 
     def agree(self, *answer: int) -> list[int]:
         """What worker 0 answers; all meet for it."""
@@ -370,18 +375,15 @@ class Lockstep:
             raise
         return saved
 
-    def kept(self, version: int, machine: Group) -> tuple[dict[str, Any], list[events.MergedEvent]] | None:
-        """After PeerLost: the training state at `version` as the workers of a `machine` have it among themselves, and
-        the last updates, for its first worker. None at the others, and where there is no sound one.
-
-        A step is made by all of a machine or by none: what one of them needs for it, all have by then.
-        """
-        self._buffers.put_back()
-        states = machine.gather(torch.tensor([version + 1 if self.updates.sound else 0]))
-        if not bool((states == version + 1).all()):
-            return None
-        training = self.placement.training_state(machine)
-        return None if training is None else (training, self.merged.remembered())
+    def uncommitted(self, step: int) -> KeptOfStep | None:
+        """After PeerLost, and before `close`: what this worker has of that step, which has not been committed."""
+        computed, redo = self._seat.computed, self._redo
+        if computed is None or computed[0] != step:
+            return None if redo is None else redo.kept
+        if redo is not None:
+            return redo.keeps()
+        where = self._group, self._total.reduction, self.worker, self._machine
+        return kept_of(*where, step, computed[1], self._marks, self._buffers.swap())
 
     def close(self) -> None:
         """Leaves the group: another engine may go on with the replica, and with what lies here of it."""

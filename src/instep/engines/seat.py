@@ -11,12 +11,13 @@ from msgspec import UNSET
 from numpy.typing import NDArray
 
 from instep.engines.division import Division, Stopwatch
+from instep.engines.redo import Redo
 from instep.engines.step_facts import StepFacts
 from instep.record import events
 from instep.reduce.buffers import Buffers
 from instep.reduce.reduction import Reduction
 from instep.transport.group import Fields, as_rows
-from instep.worker.gradients import Around, Gradients
+from instep.worker.gradients import Around, Computed, Gradients
 from instep.worker.replica import Replica
 
 
@@ -56,6 +57,8 @@ class Seat:
         """Seconds it has computed, slowness included."""
         self.checksum_s = 0.0
         """Seconds that checksums of its nodes took in the last step."""
+        self.computed: tuple[int, Computed] | None = None
+        """What its microbatches came to, and in which step."""
 
     @property
     def own(self) -> range:
@@ -107,18 +110,25 @@ class Seat:
         *,
         early: bool = False,
         around: Around | None = None,
+        redo: Redo | None = None,
     ) -> None:
         """Computes the worker's microbatches, as `Gradients` was assigned to, and notes what they came to.
 
         slowness: how many times as long as it needs it is to take. early: whether gradients travel early, and so may be
-        on their way already when the tape would get checksums of them. around: as `Gradients.compute` says.
+        on their way already when the tape would get checksums of them. around: as `Gradients.compute` says. redo: of a
+        step some of which is there already.
         """
         if not self._replica.objective.has_items(totals):
             self._samples = dict.fromkeys(self.own)  # nothing is computed: the update will be left out
-        from_s, filled = self._clock(), [samples is not None for samples in self._samples.values()]
+        runs = [(self.own.start, self.own.stop)] if redo is None else redo.lacking
+        samples = {microbatch: self._samples[microbatch] for run in runs for microbatch in range(*run)}
+        from_s, filled = self._clock(), [some is not None for some in samples.values()]
         self._stopwatch.begin()
-        computed = self._gradients.compute(step, self._samples, totals, around)
+        computed = self._gradients.compute(step, samples, totals, around)
         self._samples = {}
+        if redo is not None:
+            computed = redo.complete(computed, self._buffers)
+        self.computed = step, computed
         usual = self._replica.cursor.size(step) == self._replica.recipe.batch  # else a microbatch may be a small one
         seconds = slowness * self._stopwatch.seconds(filled) if usual else 0.0
         self.facts.note(computed, wrote=self._replica.written.wrote, seconds=seconds)
@@ -126,16 +136,18 @@ class Seat:
             time.sleep((slowness - 1) * (self._clock() - from_s))
         to_s = self._clock()
         self.busy_s += to_s - from_s
-        due = not early and (step + 1) % self._replica.recipe.checksum_every == 0
+        due = not early and redo is None and (step + 1) % self._replica.recipe.checksum_every == 0
         sums = self._gradients.checksum() if due else []
         self.checksum_s = self._clock() - to_s if due else 0.0
+        for run in runs if self.own else ():
+            span: dict[str, Any] = {"from_s": from_s, "to_s": to_s, "microbatches": list(run)}
+            self._emit(events.ComputedEvent(worker=self._number, version=step, **span, **self._replica.verified()))
+            from_s = to_s  # of several, the first took it
         if self.own:
-            self._report(step, totals, from_s, to_s, sums)
+            self._report(step, totals, sums)
 
-    def _report(self, step: int, totals: Mapping[str, int], from_s: float, to_s: float, sums: list[str]) -> None:
+    def _report(self, step: int, totals: Mapping[str, int], sums: list[str]) -> None:
         nbytes = 4 * self._replica.size * len(self._reduction.nodes_of(self.worker))
-        span: dict[str, Any] = {"from_s": from_s, "to_s": to_s, "microbatches": [self.own.start, self.own.stop]}
-        self._emit(events.ComputedEvent(worker=self._number, version=step, **span, **self._replica.verified()))
         items, checksum = totals[self.terms[0]], sums or UNSET
         self._emit(events.PushedEvent(worker=self._number, version=step, bytes=nbytes, items=items, checksum=checksum))
 

@@ -10,7 +10,7 @@ touches the weights; `choose` decides it from what all workers know alike, and `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,17 @@ class Placement(ABC):
     @abstractmethod
     def share(self, worker: int) -> list[bool]:
         """By parameter, whether this worker is to read it and its optimizer's state where one worker is enough."""
+
+    def unwritten(self, version: int) -> Callable[[], None] | None:
+        """What raises FirstWrite where others' forwards have written into the shared weights since this call.
+
+        They go on while worker 0 saves; but not before it has all their state. None where they share no weights.
+        """
+        if self._worker or not self.weight_bytes:
+            return None
+        written = self._replica.written
+        before = written.look(closely=True)
+        return lambda: written.check(before, f"the step after version {version}")
 
     def checksums_by(self, worker: int) -> bytes:
         """What this worker, or one that has died, tells the others in `checksums`."""

@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from instep.engines.kept import HERE, WHOLE, Marks
 from instep.reduce.by_block import Tracked
 from instep.reduce.reduction import Reduction
-from instep.transport.group import Group, Pending
+from instep.transport.group import Group, PeerLost, Pending
 from instep.worker.gradients import Gradients
 
 PIECES: Sequence[int] = (1, 2, 2, 1)
@@ -37,7 +38,7 @@ def in_pieces(whole: Reduction, microbatches: int, device: str) -> Reduction:
 class Total:
     """One worker's side of it. late, early: the reductions for steps whose gradients travel so; None where none does.
     shared: see `Group.assemble`. `adds(done)` is called before and after the last of a cut is added up; it gives what
-    others are to know of that, if they are."""
+    others are to know of that, if they are. marks: where it notes how far it is."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Total:
         worker: int,
         group: Group,
         gradients: Gradients,
+        marks: Marks,
         adds: Callable[[bool], Tracked | None] = lambda done: None,
         *,
         shared: bool,
@@ -59,6 +61,8 @@ class Total:
         self._whole: list[Pending] = []
         self._norms: list[Tensor] = []
         self._finished = 0
+        self._marks = marks
+        self._lost: PeerLost | None = None  # while it computed, which others need all the same
         gradients.tell((), self.reached)
 
     def take(self, late: Reduction, early: Reduction | None) -> None:
@@ -68,7 +72,7 @@ class Total:
     def begin(self, *, early: bool) -> None:
         """Begins a step. All workers say the same."""
         self._rows, self._sums, self._whole, self._norms = [], [], [], []
-        self._finished = 0
+        self._finished, self._lost = 0, None
         reduction = self._early if early and self._early is not None else self._late
         if reduction is not self.reduction:
             self.reduction = reduction
@@ -78,17 +82,24 @@ class Total:
 
     def reached(self, done: int) -> None:
         """The first `done` pieces of this worker's rows are written. Begins what can be begun."""
-        while self._finished < done:
-            if len(self._group.levels) > 1:
-                self._rows.append(self._group.exchange(self.reduction.pieces[self._finished]))
-            self._finished += 1
-        while self._go_on(waits=False):
-            pass
+        if self._lost is not None:
+            return
+        try:
+            while self._finished < done:
+                if len(self._group.levels) > 1:
+                    self._rows.append(self._group.exchange(self.reduction.pieces[self._finished]))
+                self._finished += 1
+            while self._go_on(waits=False):
+                pass
+        except PeerLost as lost:
+            self._lost = lost
 
     def computed(self) -> None:
-        """All of this worker's rows is written."""
+        """All of this worker's rows is written. Raises PeerLost where others were lost before, too."""
         if self._finished < len(self.reduction.pieces):
             self.reached(len(self.reduction.pieces))
+        if self._lost is not None:
+            raise self._lost
 
     def add(self) -> Tensor:
         """Goes on until this worker has added its cuts of all pieces; the norms of their blocks, by piece."""
@@ -125,16 +136,22 @@ class Total:
     def _exchange(self, piece: int) -> None:
         place, sums = self.reduction.pieces[piece], None
         if len(self._group.levels) > 1:
-            rows = self._rows[piece]
-            sums = self.reduction.add(self._worker, rows.wait(), home=rows.home)
+            came = self._rows[piece].wait()
+            self._marks.begin(HERE)
+            sums = self.reduction.add(self._worker, came, home=self._rows[piece].home)
+            self._marks.end(HERE)
         self._sums.append(self._group.exchange(place, sums))
 
     def _assemble(self, piece: int) -> None:
         sums, level = self._sums[piece], len(self._group.levels) - 1
         rows = sums.wait()
         tracked = self._adds(False)
+        self._marks.begin(WHOLE)
         (part,) = self.reduction.add(self._worker, rows, level, sums.home, tracked)
-        self._whole.append(self._group.assemble(part, self.reduction.pieces[piece], shared=self._shared))
+        try:
+            self._whole.append(self._group.assemble(part, self.reduction.pieces[piece], shared=self._shared))
+        finally:
+            self._marks.end(WHOLE)  # it is in its place, whoever is lost
         self._adds(True)
         self._norms.append(self.reduction.norms(part))
 

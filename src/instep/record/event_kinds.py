@@ -139,6 +139,12 @@ class RegroupedEvent(Event, frozen=True, kw_only=True, gc=False):
     version: Version
     workers: Annotated[list[int], _is("the numbers of the workers that go on, in the order of their microbatches")]
     given: Annotated[list[int], _is("the numbers of those that were given the weights of this version by others")]
+    kept: Maybe[
+        Annotated[
+            list[Span],
+            _is("by worker, the microbatches of the next update that it had computed, and keeps; none where equal"),
+        ]
+    ] = UNSET
 
 
 class HostBackEvent(Event, frozen=True, kw_only=True, gc=False):

@@ -20,7 +20,8 @@ class Reach:
     def __init__(self, session: Session, before: Reach | None = None):
         team = session.assignment.team
         self._session, self._by_nccl = session, team.by_nccl
-        self._here = machine_of(session.rank, session.machines)
+        self.here = machine_of(session.rank, session.machines)
+        """The workers of this host, by rank."""
         self._alone = len(session.machines) == 1
         self._connect: Connect | None = before._connect if before is not None else None
         self._serves: bool = before is not None and before._serves
@@ -31,7 +32,7 @@ class Reach:
 
     def memory(self, sizes: Sizes) -> dict[str, Region]:
         """What the workers of a host share, in a team of these sizes."""
-        if len(self._here) == 1 or (self._by_nccl and not self._alone):
+        if len(self.here) == 1 or (self._by_nccl and not self._alone):
             return {}
         return regions(self._own(sizes))
 
@@ -40,7 +41,7 @@ class Reach:
         session, network = self._session, self._session.assignment.network
         assert session.replica is not None, "the recipe is built"
         device, waiting = session.replica.device, session.heartbeat.waiting
-        place, left = session.rank - self._here.start, session.heartbeat.left
+        place, left = session.rank - self.here.start, session.heartbeat.left
         own = self._own(sizes), place, waiting, left
         machine = SharedMemoryGroup(descriptor, *own) if self.memory(sizes) else None
         if network is None or (self._alone and not self._by_nccl):
@@ -56,7 +57,7 @@ class Reach:
         return Staged(host, device) if is_gpu(device) else host
 
     def _by_gloo(self, network: HostNetwork, connect: Connect, sizes: Sizes, machine: Group | None) -> Group:
-        machine = machine or (Solo(self._own(sizes)) if len(self._here) == 1 else None)
+        machine = machine or (Solo(self._own(sizes)) if len(self.here) == 1 else None)
         self.machine = None if self._by_nccl else machine
         session, address, beat = self._session, network.address, self._session.heartbeat
         name = f"{network.name}/{beat.generation}" if beat.generation else network.name
@@ -76,4 +77,4 @@ class Reach:
 
     def _own(self, sizes: Sizes) -> Sizes:
         """Those of what this host's workers share."""
-        return of_ranks(without_rows(sizes) if self._by_nccl else sizes, self._here)
+        return of_ranks(without_rows(sizes) if self._by_nccl else sizes, self.here)

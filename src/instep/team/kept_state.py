@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from instep.engines.lockstep import Lockstep
 from instep.engines.undo import SeatLost
 from instep.errors import InstepError, described
+from instep.record.events import MergedEvent
 from instep.team.messages import KeepingState, KeepState, PeersLost, StateKept
 from instep.team.regroup_messages import NextGroup, NotRegrouped
 from instep.team.session import Session
@@ -74,7 +77,7 @@ def keep_state(session: Session, engine: Lockstep, machine: Group | None, progre
     if machine is None or not progress.version:
         return StateKept(why="there is nothing to keep")
     try:
-        kept = engine.kept(progress.version, machine)
+        kept = kept_by(engine, progress.version, machine)
         if kept is None or session.replica is None:
             return StateKept(why="another worker keeps it, or it is no whole version")
         session.pipe.send(KeepingState())
@@ -86,3 +89,17 @@ def keep_state(session: Session, engine: Lockstep, machine: Group | None, progre
         return StateKept(why=error.message.rstrip("."))
     except Exception as error:
         return StateKept(why=described(error))
+
+
+def kept_by(engine: Lockstep, version: int, machine: Group) -> tuple[dict[str, Any], list[MergedEvent]] | None:
+    """After PeerLost: the training state at `version` as the workers of a `machine` have it among themselves, and the
+    last updates, for its first worker. None at the others, and where there is no sound one.
+
+    A step is made by all of a machine or by none: what one of them needs for it, all have by then.
+    """
+    engine.gradients.buffers.put_back()
+    states = machine.gather(torch.tensor([version + 1 if engine.updates.sound else 0]))
+    if not bool((states == version + 1).all()):
+        return None
+    training = engine.placement.training_state(machine)
+    return None if training is None else (training, engine.merged.remembered())

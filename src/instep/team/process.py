@@ -33,7 +33,7 @@ from instep.team.far_server import FarServer
 from instep.team.far_workers import FarWorkers
 from instep.team.groups import Reach
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
-from instep.team.kept_state import keep_state, wait_for_others, wait_for_the_end
+from instep.team.kept_state import keep_state, kept_by, wait_for_others, wait_for_the_end
 from instep.team.lockstep_engine import engine_again, engine_of, facts_of, successor
 from instep.team.logs import redirect_output
 from instep.team.messages import (
@@ -303,7 +303,7 @@ class _Keeper:
         session.send_events()  # a checkpoint never holds steps that the tape lacks
         if due:
             session.pipe.send(Digest(version, digest_of_state(state)))
-        sound = engine.unwritten(version)
+        sound = engine.placement.unwritten(version)
         training = engine.between.training_state()
 
         def write(state: dict[str, Tensor], training: dict[str, Any], looked: bool) -> None:
@@ -361,7 +361,7 @@ class _Keeper:
         try:
             if int(machine.gather(torch.tensor([session.saved_version]))[0]) == version:
                 return True
-            kept = engine.kept(version, machine)
+            kept = kept_by(engine, version, machine)
         except (PeerLost, PeerRaised):  # others of this host are in the next group already, which saves
             return False
         if kept is not None:

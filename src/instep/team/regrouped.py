@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
+from msgspec import UNSET
 
 from instep.engines.continued import Continued
+from instep.engines.kept import KeptOfStep
 from instep.engines.lockstep import Lockstep
+from instep.engines.redo import redo_of
 from instep.errors import ResourceError
 from instep.record.event_kinds import RegroupedEvent
 from instep.record.events import MergedEvent
@@ -59,6 +62,8 @@ class Formed:
     left: bool = False
     again: bool = False
     """Whether what was due at the present version is still to be done."""
+    kept: KeptOfStep | None = None
+    """What the worker had computed of the next version when it left the group."""
 
     def take(self, other: Formed) -> None:
         """The worker is in that one now."""
@@ -116,14 +121,16 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
         first = 0 if states[0].version == top else source
         progress = Progress(**unpacked(group.share(packed(asdict(before.progress)) if rank == first else b"")[first]))
         engine.updates.watcher.load(watch)
-        engine.join(group)
+        redo = redo_of(before.kept, group, rank, progress.version, engine.reduction, reach.here)
+        engine.join(group, redo)
     except BaseException:
         group.close()
         raise
     if rank == 0:
         engine.merged.catch_up(word.told, events)
         lacked = [number for number, lacks in zip(word.numbers, needs, strict=True) if lacks]
-        session.emit(RegroupedEvent(version=progress.version, workers=list(word.numbers), given=lacked))
+        kept = UNSET if redo is None else redo.told
+        session.emit(RegroupedEvent(version=progress.version, workers=list(word.numbers), given=lacked, kept=kept))
     engine.between.evaluated(progress.held_out.get("version", -1))
     undone = progress.version != states[0].saved and not (
         states[0].version == top and progress.version == states[0].done
@@ -136,6 +143,7 @@ def leave(before: Formed) -> None:
     """Leaves a group, once."""
     if not before.left:
         before.left = True
+        before.kept = before.engine.uncommitted(before.progress.version) if before.here else None
         before.engine.close()
 
 

@@ -76,8 +76,12 @@ class DistributedGroup:
         self._device, self._sizes, self._shares = torch.device(device), sizes, Shares(sizes.levels)
         self._at = self._shares.machine_of(rank)
         assert machine is not None or len(self._here) == 1, "a machine's ranks need a group of their own"
-        self._machine: Group = machine or Solo(of_ranks(sizes, range(rank, rank + 1)), device)
-        self.rows, self.common = self._machine.rows, self._machine.common
+        self.machine: Group = machine or Solo(of_ranks(sizes, range(rank, rank + 1)), device)
+        self.rows, self.common = self.machine.rows, self.machine.common
+        self._counts = sizes.sums if len(sizes.levels) > 1 else sizes.rows
+        """How many rows each machine sends, or each rank that has none beside it."""
+        self.puts: Callable[[bool], None] = lambda begun: None
+        """Is told when what others have added up of a piece begins to be put in its place, and when it is there."""
         self._helpers_elsewhere = [
             self._shares.helper(machine, rank) for machine in range(len(self._shares.machines)) if machine != self._at
         ]
@@ -100,23 +104,23 @@ class DistributedGroup:
         return found.view(fact.dtype).view(self.size, -1) if fact.nbytes else fact.new_empty(self.size, 0)
 
     def meet(self) -> None:
-        self._in_memory(self._machine.meet)
+        self._in_memory(self.machine.meet)
 
-    def arrange(self, rows: Sequence[int]) -> None:
-        self._machine.arrange(rows[self._here.start : self._here.stop])
+    def arrange(self, rows: Sequence[int], sums: Sequence[int]) -> None:
+        self.machine.arrange(rows[self._here.start : self._here.stop], ())
+        if self._device.type == "cpu":
+            self._counts = tuple(sums if len(self.levels) > 1 else rows)
 
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
         if self._device.type != "cpu":  # there all is by all-to-alls
             return
         self._awaited[ROWS].extend([self._take(ROWS, *self._coming(piece)) for piece in pieces])
-        # A sum is sent once what is added to it has been taken, so what it is written over has gone by then.
-        home = self._home(shared)
-        self._awaited[SUMS].extend([self._take(SUMS, *self._parts(piece, home)) for piece in pieces])
+        self._awaited[SUMS].extend([self._take(SUMS, *self._parts(piece)) for piece in pieces])
 
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
         if sums is None and len(self.levels) > 1:
-            return _Here(self, self._machine.exchange([self._shares.region(piece, rank) for rank in self._here]))
-        rows, first = self.rows, 0
+            return _Here(self, self.machine.exchange([self._shares.region(piece, rank) for rank in self._here]))
+        rows, first = self.rows[: self._counts[self._at]], 0
         if sums is not None:
             rows, first = list(sums), self._shares.region(piece, self.rank).start
         cuts = [slice(part.start - first, part.stop - first) for part in piece]
@@ -126,7 +130,8 @@ class DistributedGroup:
         send = self._in_one([row[cuts[rank]] for rank in self._helped_elsewhere for row in rows], "sent", piece)
         own, before = [row[cuts[self.rank]] for row in rows], sum(self._counts[: self._at])
         exchange = self._swap(ROWS, send, lengths, *self._coming(piece))
-        return _Rows(self, exchange, own, before, sum(self._counts_elsewhere), len(own[0]))
+        length = cuts[self.rank].stop - cuts[self.rank].start
+        return _Rows(self, exchange, own, before, sum(self._counts_elsewhere), length)
 
     def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Pending:
         whole = self._put(own, piece[self.rank], shared)
@@ -134,7 +139,7 @@ class DistributedGroup:
         lengths = [0] * self.size
         for rank in self._helpers_elsewhere:
             lengths[rank] = len(here)
-        into, expected = self._parts(piece, whole)
+        into, expected = self._parts(piece)
         send = self._in_one([here] * len(self._helpers_elsewhere), "put", piece)
         came = into.split([expected[rank] for rank in self._helped_elsewhere])
         parts = list(zip((piece[rank] for rank in self._helped_elsewhere), came, strict=True))
@@ -156,13 +161,13 @@ class DistributedGroup:
     def interrupt(self) -> None:
         self._interrupted += 1
         self._asked(lambda: self._store.set(self._mark(), "raised"))  # first: by the leaving the others are told
-        self._machine.interrupt()
+        self.machine.interrupt()
         self._leave()
 
     def close(self) -> None:
         self._leave()
         self._store = None
-        self._machine.close()
+        self.machine.close()
         self.rows, self.common, self._rooms = [], torch.empty(0), {}
 
     @property
@@ -194,11 +199,6 @@ class DistributedGroup:
         )
 
     @property
-    def _counts(self) -> tuple[int, ...]:
-        """How many rows each machine sends, or each rank that has none beside it."""
-        return self._sizes.sums if len(self.levels) > 1 else self._sizes.rows
-
-    @property
     def _counts_elsewhere(self) -> list[int]:
         return [count for machine, count in enumerate(self._counts) if machine != self._at]
 
@@ -209,12 +209,13 @@ class DistributedGroup:
             expected[helper] = count * length
         return self._room("came", piece, sum(expected)), expected
 
-    def _parts(self, piece: Piece, whole: Tensor) -> tuple[Tensor, list[int]]:
-        """Where the sums of others are to lie, and how many elements each sends."""
-        helped, expected = self._helped_elsewhere, [0] * self.size
-        for rank in helped:
+    def _parts(self, piece: Piece) -> tuple[Tensor, list[int]]:
+        """Where the sums of others come, and how many elements each sends. Not where they are to lie: that is a row,
+        which is needed if they never come whole."""
+        expected = [0] * self.size
+        for rank in self._helped_elsewhere:
             expected[rank] = piece[rank].stop - piece[rank].start
-        return whole[piece[helped[0]]] if len(helped) == 1 else self._room("parts", piece, sum(expected)), expected
+        return self._room("parts", piece, sum(expected)), expected
 
     def _take(self, kind: int, into: Tensor, expected: list[int]) -> _Awaited:
         return _Awaited(into, self._on_wire(lambda wire: wire.take(kind, into, expected)))
@@ -267,7 +268,7 @@ class DistributedGroup:
         raised = self._asked(lambda: self._store.check([self._mark(self._interrupted + 1)]))
         if raised:
             return PeerRaised("another worker has raised.")
-        self._machine.interrupt()
+        self.machine.interrupt()
         return lost
 
     def _mark(self, count: int | None = None) -> str:
@@ -286,12 +287,8 @@ class DistributedGroup:
         return found[0] if found else None
 
     def _put(self, part: Tensor, into: slice, shared: bool) -> Tensor:
-        (whole,) = self._machine.assemble(part, [into] * len(self._here), shared=shared).wait()
+        (whole,) = self.machine.assemble(part, [into] * len(self._here), shared=shared).wait()
         return whole
-
-    def _home(self, shared: bool) -> Tensor:
-        """Where sums are put together."""
-        return self._put(self.rows[0][:0], slice(0, 0), shared)
 
     def _in_one(self, parts: Sequence[Tensor], use: str, piece: Piece) -> Tensor:
         """These one after the other; a copy only where there are several."""
@@ -387,8 +384,10 @@ class _Whole:
 
     def wait(self) -> list[Tensor]:
         self._group._wait(self._exchange)
+        self._group.puts(True)
         for place, part in self._parts:
             self._group._put(part, place, self._shared)
+        self._group.puts(False)
         if isinstance(self._exchange, Messages):
             self._group._waited(self._exchange.wait_sent)
         return [self._whole]

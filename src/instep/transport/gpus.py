@@ -39,7 +39,7 @@ class Staged:
         self._host.meet()
         self._copy_back()
 
-    def arrange(self, rows: Sequence[int]) -> None:
+    def arrange(self, rows: Sequence[int], sums: Sequence[int]) -> None:
         pass
 
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:

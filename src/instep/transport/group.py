@@ -110,9 +110,9 @@ class Group(Protocol):
     def meet(self) -> None:
         """A barrier of this machine's ranks alone. What they wrote in `rows` and `common` before is seen."""
 
-    def arrange(self, rows: Sequence[int]) -> None:
-        """From the next exchange on, each rank writes so many of its rows, from none to `Sizes.most_rows`; what those
-        of a machine come to stays as many sums. Who shares no memory, or has its rows on a GPU, writes as many as ever.
+    def arrange(self, rows: Sequence[int], sums: Sequence[int]) -> None:
+        """From the next exchange on, each rank writes so many of its rows, from none to `Sizes.most_rows`, and with two
+        levels those of each machine come to so many sums. Who has its rows on a GPU writes as many as ever.
         """
 
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
@@ -155,6 +155,7 @@ class Solo:
     def __init__(self, sizes: Sizes, device: torch.device | str = "cpu"):
         self.rank, self.size, self.levels = 0, 1, sizes.levels
         self.rows = [torch.zeros(sizes.width, device=device) for _ in range(sizes.rows[0])]
+        self._count = len(self.rows)
         self.common = torch.zeros(sizes.common_bytes, dtype=torch.uint8)
 
     def gather(self, fact: Tensor) -> Tensor:
@@ -163,14 +164,16 @@ class Solo:
     def meet(self) -> None:
         pass
 
-    def arrange(self, rows: Sequence[int]) -> None:
-        pass
+    def arrange(self, rows: Sequence[int], sums: Sequence[int]) -> None:
+        (self._count,) = rows
+        self.rows += [torch.zeros_like(self.rows[0]) for _ in range(self._count - len(self.rows))]
+        del self.rows[max(1, self._count) :]
 
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
         pass
 
     def exchange(self, piece: Piece, sums: Sequence[Tensor] | None = None) -> Pending:
-        return Views([row[piece[0]] for row in self.rows])
+        return Views([row[piece[0]] for row in self.rows[: self._count]])
 
     def assemble(self, own: Tensor, piece: Piece, *, shared: bool) -> Pending:
         put(own, self.rows[0][piece[0]])

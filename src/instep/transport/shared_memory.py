@@ -95,13 +95,14 @@ class SharedMemoryGroup:
         # Two of them by turns, since the last ones are still read; and two for what comes after an interrupt.
         self._facts = torch.from_numpy(arrays["facts"])
         first, more = iter(torch.from_numpy(arrays["rows"])), iter(torch.from_numpy(arrays["more_rows"]))
-        self._of_each: list[list[Tensor]] = [
+        self.of_each: list[list[Tensor]] = [
             [*islice(first, rows), *islice(more, others)] for rows, others in zip(sizes.rows, _more(sizes), strict=True)
         ]
+        """By rank, all rows that it may write."""
         self.stages = arrays["stages"].view(np.int64)
         """[W] how far each rank says it is, in whatever words the ranks have for it; at first 0."""
-        self._homes: list[Tensor] = [rows[0] for rows in self._of_each]
-        self.rows = self._of_each[rank]
+        self._homes: list[Tensor] = [rows[0] for rows in self.of_each]
+        self.rows = self.of_each[rank]
         self.arrange(sizes.rows)
         self.common = torch.from_numpy(arrays["common"])
         self.spare = torch.from_numpy(arrays["spare"])
@@ -124,7 +125,7 @@ class SharedMemoryGroup:
         written, and is exchanged once more.
         """
         other = copy.copy(self)
-        other.rank, other.rows, other._vacancies = rank, self._of_each[rank], None
+        other.rank, other.rows, other._vacancies = rank, self.of_each[rank], None
         other._pieces = int(self._begun[rank]) - again
         return other
 
@@ -156,8 +157,8 @@ class SharedMemoryGroup:
     def meet(self) -> None:
         self.gather(torch.empty(0))
 
-    def arrange(self, rows: Sequence[int]) -> None:
-        self._all = [row for own, count in zip(self._of_each, rows, strict=True) for row in own[:count]]
+    def arrange(self, rows: Sequence[int], sums: Sequence[int] = ()) -> None:
+        self._all = [row for own, count in zip(self.of_each, rows, strict=True) for row in own[:count]]
 
     def expect(self, pieces: Sequence[Piece], *, shared: bool) -> None:
         pass
@@ -200,7 +201,7 @@ class SharedMemoryGroup:
         self._interrupts[self.rank] = self._interrupted
 
     def close(self) -> None:
-        self.rows, self._all, self._homes, self._of_each = [], [], [], []
+        self.rows, self._all, self._homes, self.of_each = [], [], [], []
         self.common = self.spare = self._facts = torch.empty(0)
         nothing = np.zeros(0, np.int64)
         self._turns = self._interrupts = self._begun = self._rooms = self.stages = nothing
