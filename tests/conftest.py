@@ -81,11 +81,11 @@ def forked_pythons() -> Iterator[None]:
 @pytest.fixture
 def agents_meet_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Agents of several hosts find each other on this machine, and the first one is not long in leaving."""
-    from instep.team import hosts
+    from instep.team import farewell
     from support.agents import meet_here
 
     meet_here(monkeypatch, tmp_path)
-    monkeypatch.setattr(hosts, "FAREWELL_S", 1.0)
+    monkeypatch.setattr(farewell, "FAREWELL_S", 1.0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -361,7 +361,7 @@ class Campaign:
         self.hosts.boot(0)
 
     def _agent_0_host_stopped(self, fault: Fault) -> None:
-        """A second agent 0 is started meanwhile by somebody, and must not write."""
+        """A second agent 0 is started meanwhile by somebody, and must not write. Nobody is lost."""
         self.hosts[0].stop()
         self._named_by_others(fault)
         second = self.start(self.hosts[0])
@@ -369,7 +369,6 @@ class Campaign:
         fault.how = second.err.strip().splitlines()[-1].replace(f"{WORK}/", "")
         assert "is being trained by another process" in fault.how
         self.hosts[0].go_on()
-        self._named(fault, r"host [12] ")
 
     def _agent_0_host_cut_off(self, fault: Fault) -> None:
         self.hosts.cut(0)

@@ -37,6 +37,7 @@ from instep.team.orders import (
     HandOver,
     HostBack,
     HostCame,
+    HostGivenUp,
     HostLost,
     Join,
     LongAwaited,
@@ -73,7 +74,8 @@ class World:
     """Processes that obey a roster, and what happens to them. Every promise is looked at with every order and event.
 
     `stage`: of all that were ever started, and "empty" of a place to which nobody comes: building, ready, waiting for a
-    place, working, done; "lost" once the roster knows of it, and "dead" if it was ended. `holders`: who holds the place
+    place, working, done; "lost" once the roster knows of it, "dead" if it was ended, and "away" while its host is cut
+    off. `holders`: who holds the place
     of whom. `said`: what a process has told the roster so far.
     """
 
@@ -101,6 +103,7 @@ class World:
         }  # fmt: skip
         self.group: Regroup | None = None  # the newest of the epoch
         self.holders: dict[Member, Member] = {}
+        self.parting = False  # a host is cut off, and may be back
         self.here = {0} if agents[0] == 1 else set()
         self.started = False  # whether the present epoch has not ended
         self.allowed, self.serving, self.unlooked = restarts, serving, unlooked
@@ -195,15 +198,17 @@ class World:
                 assert self.last.member == self.holders.pop(member)
                 self.stage[member] = "done"
             case Replace(member=old, successor=new, holders=holders):
-                too_late = new is None and self.stage[old] in ("building", "ready", "waiting") and self.regroups
+                late = ("building", "ready", "waiting", "away")
+                too_late = new is None and self.stage[old] in late and self.regroups
                 goes_on = self.serving or self.regroups or holders or (self.stopping and new is None)
                 assert goes_on, "in lockstep nobody goes on alone"
                 assert self.roster.going
                 if too_late:
                     self.stage[old] = "dead"
                     return
-                assert self.stage[old] == "lost"
-                self.stage[old] = "dead"
+                assert self.stage[old] == ("away" if order.told else "lost")
+                self.stage[old] = "away" if self.parting else "dead"
+                assert (new is None) >= self.parting, "nobody comes in its place"
                 assert old.number != self.roster.leader.number or holders or self.regroups
                 if new is not None:
                     assert not self.stopping, "nothing starts after a stop"
@@ -211,7 +216,7 @@ class World:
                     assert new.host == old.host or (self.regroups and new.host in self.here | {0})
                     assert new not in self.stage
                     self.stage[new] = "building"
-                    self.counted += not (self.regroups and isinstance(self.last, HostLost | HostCame))
+                    self.counted += not (self.regroups and isinstance(self.last, HostLost | HostCame | HostGivenUp))
                 for place in [] if holders else [m for m, holder in self.holders.items() if holder == old]:
                     if self.stage[place] == "empty":
                         self.holders.pop(place)
@@ -294,7 +299,8 @@ class World:
         hosts = [member.host for member in group.members]
         assert hosts == sorted(hosts), "workers of a host are neighbours"
         for member in group.members:
-            assert self.stage[member] in ("ready", "waiting", "working"), "it is there"
+            back = self.last.members if isinstance(self.last, HostCame) else ()
+            assert self.stage[member] in ("ready", "waiting", "working") or member in back, "it is there"
             self.stage[member] = "working"
         working = {member for member in self.living("working") if member.epoch == self.roster.epoch}
         if group.members:
@@ -334,7 +340,31 @@ class World:
     def comes(self, host: int) -> None:
         self.here.add(host)
         self.goes_on_without(host)
+        self.gives_away(host)
         self.tell(HostCame(host, "b", room=ROOMS[host]))
+
+    def away(self, host: int) -> list[Member]:
+        """Those of a host that is cut off."""
+        return [member for member in self.present() if self.stage[member] == "away" and member.host == host]
+
+    def returns(self, host: int) -> None:
+        """One that was cut off is back, with its processes."""
+        self.here.add(host)
+        self.tell(HostCame(host, "b", room=ROOMS[host], members=tuple(self.away(host))))
+
+    def is_given_up(self, host: int) -> None:
+        self.gives_away(host)
+        self.tell(HostGivenUp(host, "host 1 (b) has not come back within 60 s."))
+
+    def gives_away(self, host: int) -> None:
+        """Its places get successors elsewhere, if others go on."""
+        away, done = self.away(host), any(self.stage[member] == "done" for member in self.present())
+        if not away or done or self.ending is not None or self.stopping or self.pausing:
+            return
+        if self.counted == self.allowed:
+            self.stage[away[0]] = "lost"
+            self.losses += away[:1]
+        self.counted += self.counted < self.allowed
 
     def ends_without(self, members: list[Member]) -> bool:
         """Whether a team in lockstep that was asked to end does so though these are lost."""
@@ -343,7 +373,7 @@ class World:
         leader = self.roster.leader
         return leader not in members and (members[0].host != leader.host or self.stage[leader] == "done")
 
-    def goes_on_without(self, host: int) -> None:
+    def goes_on_without(self, host: int, *, may_return: bool = False) -> None:
         """A host's workers are lost and the others live on, under a server or to the end."""
         there = [m for m in self.living() if m.host == host]
         if there and self.ends_without(there):
@@ -352,7 +382,11 @@ class World:
             return
         if not (self.serving and self.roster.going and there) or self.ending is not None:
             if self.can_regroup(there):
+                self.parting = may_return and all(self.stage[member] == "working" for member in there)
                 self.stage.update(dict.fromkeys(there, "lost"))
+                if self.parting:
+                    self.losses += there
+                    return
                 self.losses += there[:1] if self.counted == self.allowed else there
                 self.counted += self.counted < self.allowed
             return
@@ -375,10 +409,11 @@ class World:
         done = any(self.stage[member] == "done" for member in self.present())
         return able and bool(lost and others) and not done and not self.patient
 
-    def loses(self, host: int) -> None:
+    def loses(self, host: int, *, may_return: bool = False) -> None:
         self.here.discard(host)
-        self.goes_on_without(host)
-        self.tell(HostLost(host, "host 1 (b) is lost."))
+        self.goes_on_without(host, may_return=may_return)
+        self.tell(HostLost(host, "host 1 (b) is lost.", may_return))
+        self.parting = False
 
     def is_back(self, host: int) -> None:
         """One was cut off for less than it takes to be lost."""
@@ -494,6 +529,12 @@ class World:
                 self.comes(host)
             case "part", _ if host:
                 self.loses(host)
+            case "cut", _ if host:
+                self.loses(host, may_return=True)
+            case "return", _ if host and (self.away(host) or host in self.here):
+                self.returns(host)
+            case "give up", _ if host:
+                self.is_given_up(host)
             case "back", _ if host:
                 self.is_back(host)
             case "gone", True:

@@ -13,10 +13,11 @@ import pytest
 
 from instep.record.event_kinds import HostBackEvent
 from instep.team import reaching, returns
-from instep.team.orders import HostBack
+from instep.team.orders import HostBack, HostGivenUp
 from instep.team.reaching import Reaching
 from instep.team.returns import TOGETHER_S, Returns
 from instep.team.waiting import ready_of
+from instep.team.wire_messages import HelloAgain
 from support.hosts import Hosts
 from support.patience import LONG_S
 from support.processes import wait_until
@@ -95,7 +96,7 @@ def test_hosts_that_come_back_together_are_told_of_together(monkeypatch: pytest.
         hello = SimpleNamespace(host=host, name="b")
         return SimpleNamespace(hello=hello, name=f"host {host} (b)", lost=None, away_s=0.0, silent=silent)
 
-    one, other, looks = crew(1, silent=False), crew(2, silent=True), Returns(noted.append)
+    one, other, looks = crew(1, silent=False), crew(2, silent=True), Returns(noted.append, 60.0)
     assert list(looks.look([one, other])) == []
     one.away_s = 1.25
     assert list(looks.look([one, other])) == []
@@ -107,3 +108,28 @@ def test_hosts_that_come_back_together_are_told_of_together(monkeypatch: pytest.
     assert list(looks.look([one, other])) == []
     clock[0] += TOGETHER_S
     assert [event.host for event in looks.look([one, other])] == [1]
+
+
+@pytest.mark.pure
+def test_who_was_lost_may_come_back_for_a_while_as_who_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, noted = [10.0], list[Any]()
+    monkeypatch.setattr(returns, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    hello = SimpleNamespace(host=1, name="b", agent=2, session="its own")
+    looks, crew = Returns(noted.append, 60.0), SimpleNamespace(hello=hello, name="host 1 (b)")
+    looks.leave(crew)  # type: ignore[arg-type]
+    assert looks.come(HelloAgain(2, "another's", 0, 7.0)) is None
+    assert looks.come(HelloAgain(1, "its own", 0, 7.0)) is None
+    assert looks.come(HelloAgain(2, "its own", 0, 7.0)) is crew
+    assert noted == [HostBackEvent(host=1, name="b", away_s=7.0)]
+    assert looks.come(HelloAgain(2, "its own", 0, 7.0)) is None, "it is there"
+    for anew in (False, True):
+        looks.leave(crew)  # type: ignore[arg-type]
+        if anew:
+            looks.forget(2)
+        clock[0] += 59.0
+        assert list(looks.given_up()) == []
+        clock[0] += 1.0
+        why = "host 1 (b) has not come back within 60 s."
+        assert list(looks.given_up()) == ([] if anew else [HostGivenUp(1, why)])
+        assert list(looks.given_up()) == []
+        assert looks.come(HelloAgain(2, "its own", 0, 7.0)) is None, "it is too late"

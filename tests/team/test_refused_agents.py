@@ -18,6 +18,7 @@ import torch
 from instep.errors import InstepError, RecipeError, ResourceError
 from instep.recipe import Team
 from instep.record.folder import RunFolder
+from instep.team import farewell as of_farewell
 from instep.team import hello as of_hello
 from instep.team import hosts as of_hosts
 from instep.team import meeting
@@ -211,7 +212,7 @@ def test_an_agent_that_failed_before_it_came_ends_a_run_that_has_not_begun(
         met.hear_on(begun=False)
     assert raised.value.message == "host 1 (n1), agent 1: there is no recipe 'gtp'."
     assert raised.value.detail == "more of it"
-    monkeypatch.setattr(of_hosts, "FAREWELL_S", 600.0)
+    monkeypatch.setattr(of_farewell, "FAREWELL_S", 600.0)
     began = time.monotonic()
     waiting, _ = met.hello(agent=2, local=1, session="that of 2")
     with ThreadPoolExecutor(1) as pool:

@@ -32,6 +32,7 @@ from instep.team.orders import (
     NoteLoss,
     NoteResize,
     Order,
+    Regroup,
     Replace,
     Resumed,
     Start,
@@ -47,7 +48,8 @@ pytestmark = pytest.mark.pure
 
 KINDS = (
     "build", "build", "build", "ready", "end", "lose", "lose", "raise", "write", "digest", "drift", "stop", "gone",
-    "gone", "old", "come", "come", "part", "back", "save", "resize", "hand", "cannot", "late", "prove", "room",
+    "gone", "old", "come", "come", "part", "back", "cut", "return", "give up", "save", "resize", "hand", "cannot",
+    "late", "prove", "room",
 )  # fmt: skip
 HISTORIES = st.lists(st.tuples(st.sampled_from(KINDS), st.integers(0, 29)), max_size=60)
 AGENTS = st.sampled_from([(1,), (1,), (1, 1), (2, 1), (1, 1, 1)])
@@ -73,7 +75,11 @@ def keeps_every_promise(world: World, history: list[tuple[str, int]]) -> None:
         world.happens(kind, pick)
     world.run_out()
     assert [type(order) for order in world.orders if isinstance(order, FINAL)] == [type(world.final)]
-    told = [order.member for order in world.orders if isinstance(order, NoteLoss | Replace)]
+    told = [
+        order.member
+        for order in world.orders
+        if isinstance(order, NoteLoss | Replace) and not getattr(order, "told", False)
+    ]
     ending = isinstance(world.ending, Lost | HostCame)  # for a loss, or for a host that came anew
     cut_short = isinstance(world.final, CancelRun) and ending and told != world.losses
     assert told == world.losses[: len(world.losses) - cut_short], "each death is told of once"
@@ -918,3 +924,66 @@ def test_what_cannot_start_at_first_ends_the_run() -> None:
     world = World(2)
     world.tell(CannotStart(ResourceError("there is no memory.")))
     assert str(error_of(world)) == "there is no memory."
+
+
+def cut_off() -> tuple[World, Member, Member]:
+    """A team of two hosts with a worker each, the second of which is cut off for longer than it may; both workers."""
+    world = World(2, restarts=1, agents=(1, 1), regroups=True)
+    world.comes(1)
+    world.build()
+    one, other = world.present()
+    world.orders.clear()
+    world.loses(1, may_return=True)
+    left = Replace(other, None, "host 1 (b) is lost.")
+    assert world.orders == [left, Regroup(1, 1, (one,), at_once=True)], "nobody comes in its place"
+    assert world.roster.restarts == 0
+    world.orders.clear()
+    return world, one, other
+
+
+def test_who_was_cut_off_takes_part_again_after_the_present_step() -> None:
+    world, one, other = cut_off()
+    world.returns(1)
+    assert world.orders == [Regroup(1, 2, (one, other), at_once=False)]
+    assert world.roster.restarts == 0
+    world.orders.clear()
+    world.saves()
+    assert world.orders == [], "there is no newcomer for whom the team would start anew"
+    world.is_given_up(1)
+    assert world.orders == [], "it is there"
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_who_was_cut_off_and_does_not_come_back_has_a_successor_elsewhere_and_counts(anew: bool) -> None:
+    world, _, other = cut_off()
+    if anew:
+        world.comes(1)
+    else:
+        world.is_given_up(1)
+    (order,) = world.orders
+    assert isinstance(order, Replace)
+    assert (order.member, order.told) == (other, True)
+    assert order.successor == Member(1, 1, 1, host=0)
+    assert world.roster.restarts == 1
+
+
+def test_a_run_ends_without_who_is_cut_off() -> None:
+    world, one, _ = cut_off()
+    world.end(one)
+    assert world.final == FinishRun(one)
+    assert [order.told for order in world.orders if isinstance(order, Replace)] == [True], "the tape has it already"
+
+
+def test_a_host_that_is_back_in_time_has_all_in_another_group_at_once_but_not_where_the_run_ends() -> None:
+    world = World(2, agents=(1, 1), regroups=True)
+    world.is_back(1)
+    world.comes(1)
+    world.build()
+    world.orders.clear()
+    world.is_back(1)
+    assert world.orders == [Regroup(1, 1, tuple(world.present()), at_once=True)]
+    world.orders.clear()
+    world.stop()
+    world.orders.clear()
+    world.is_back(1)
+    assert world.orders == []

@@ -100,6 +100,7 @@ BY_HAND: dict[type, st.SearchStrategy[Any]] = {
     w.RegroupMembers: st.builds(
         w.RegroupMembers, counts, counts, st.lists(members, max_size=3).map(tuple), st.booleans(), counts, counts
     ),
+    w.HelloAgain: st.builds(w.HelloAgain, counts, words, counts, floats, st.lists(members, max_size=3).map(tuple)),
     w.GoMembers: st.builds(w.GoMembers, counts, tables),
     w.MembersShown: st.builds(w.MembersShown, st.lists(shown, max_size=3).map(tuple), counts, tables),
     w.StacksWanted: st.builds(w.StacksWanted, counts, st.lists(counts).map(tuple)),

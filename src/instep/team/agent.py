@@ -372,7 +372,7 @@ class Agent:
         self._local.hold(order.holders, self._journal.merged)
         if self._run.engine == "server":
             self._local.send(self.roster.leader, messages.Left(order.member.number, order.why))
-        else:
+        elif not order.told:
             self._journal.record(LeftEvent(worker=order.member.number, why=order.why))
         if (new := order.successor) is not None:
             for crew in self._crew_of(new):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,8 @@ from instep.errors import RecipeError
 from instep.team import meeting
 from instep.team.hello import hello_of
 from instep.team.link import AgentLink, connect, shaken
-from instep.team.messages import Failed, Request
+from instep.team.messages import Cancelled, Failed, Finished, Request
+from instep.team.orders import Member
 from instep.team.reaching import EVERY_S, Reaching
 from instep.team.remote import Silence
 from instep.team.run_clock import Clock
@@ -31,12 +32,19 @@ SUSPECT_S = 0.6
 """Seconds of its silence after which it is tried whether it can be reached."""
 
 
-class FirstAgent:
-    """Of one run, over all connections to it. clock: this host's idea of the run's."""
+FIND_S = 10.0
+"""Seconds between two looks whether it was started somewhere else, while it cannot be reached."""
 
-    def __init__(self, run: Request, clock: Clock):
+
+class FirstAgent:
+    """Of one run, over all connections to it. clock: this host's idea of the run's. members: gives those that live here
+    and can go on.
+    """
+
+    def __init__(self, run: Request, clock: Clock, members: Callable[[], tuple[Member, ...]] = tuple):
         assert run.place is not None, "there are several agents"
         self._run, self._place, self._team, self._clock = run, run.place, run.team, clock
+        self._members = members
         self.hello: HelloAgent | None = None
         """What is told to it."""
         self.host = ""
@@ -45,7 +53,11 @@ class FirstAgent:
         """This host's, on the way to it; the run's."""
         self.link: AgentLink | None = None
         self.silence = Silence()
-        self._at = ("", 0)
+        self.why = ""
+        """Why it is out of reach, if it is."""
+        self.final: Finished | Failed | Cancelled | None = None
+        """How the run has ended, if that is the answer to who has reached it again."""
+        self._at, self._known, self._looked = ("", 0), True, 0.0
         self._reaching: Reaching | None = None  # while it is silent
         self._away_s = 0.0
 
@@ -76,7 +88,7 @@ class FirstAgent:
             if isinstance(message, Welcome):
                 self.host = message.name
                 self._clock.heard(message.clock_s)
-                self.silence = Silence()
+                self.silence, self.why, self._known = Silence(), "", True
                 self.link.keep()
                 return True
         except (EOFError, OSError):
@@ -95,9 +107,34 @@ class FirstAgent:
         """Sends what waits to be sent, for a while, and closes the connection."""
         until = time.monotonic() + self._team.lease_s
         with contextlib.suppress(OSError):
-            while self.link is not None and self.link.wants_write and time.monotonic() < until:
+            while self.link is not None and not self.broken and self.link.wants_write and time.monotonic() < until:
                 ready_of([], [self.link], LOOK_S)
         self.close()
+
+    def broke(self, error: Exception) -> None:
+        """The connection has ended, and the link is to go on over another."""
+        assert self.link is not None, "it was reached"
+        self.why = f"the connection to agent 0 on {self.host} has ended ({error or 'it closed'})"
+        self.link.close()
+
+    @property
+    def broken(self) -> bool:
+        """Whether it has."""
+        return self.link is not None and self.link.fileno() < 0
+
+    @property
+    def gone(self) -> bool:
+        """Whether there is no agent 0 any more that this link could go on to."""
+        return not self._known or (self._reaching is not None and self._reaching.refused)
+
+    def moved(self) -> bool:
+        """Whether another agent 0 was started meanwhile. It is looked for now and then."""
+        now = time.monotonic()
+        if now - self._looked < FIND_S:
+            return False
+        self._looked = now
+        found = meeting.find(self._place, TRY_S)
+        return found is not None and (found.secret, found.address[1]) != (self.secret, self._at[1])
 
     def tell(self, message: Any) -> None:
         """Sends it to agent 0; nothing where that is lost, as will be seen."""
@@ -119,25 +156,26 @@ class FirstAgent:
         """What to wait for besides the link."""
         return [] if self._reaching is None else self._reaching.sources()
 
-    def look(self, ready: Collection[Any]) -> float:
-        """Tries to reach it, where it is silent, and has the link go on. The seconds of its silence; 0 once it has
-        ended. What has come over the link is read by then.
-        """
+    def look(self, ready: Collection[Any]) -> None:
+        """Tries to reach it, where it is silent, and has the link go on. What has come over that is read by then."""
         silent_s = self.silence.look()
-        if silent_s < SUSPECT_S:
-            if self.cut_off:
+        if silent_s < SUSPECT_S and not self.broken:
+            if self.cut_off or self.why:
                 self.tell(WasAway(self._away_s))
             self._reached()
-            return silent_s
+            self.why, self._looked = "", time.monotonic()
+            return
         self._away_s = silent_s
+        if silent_s >= self._team.lease_s and not self.broken:
+            self.why = f"agent 0 on {self.host} has not answered for {silent_s:.1f} s"
         if self._reaching is None:
             self._reaching = Reaching(self._at)
         self._reaching.look()
-        if (connection := self._reaching.greeted(ready)) is None or not self._goes_on_by(connection):
-            return silent_s
-        self.silence = Silence()
-        self._reached()
-        return 0.0
+        if self._reaching.refused:
+            self.why = self.why or f"agent 0 on {self.host} is not there any more"
+        if (connection := self._reaching.greeted(ready)) is not None and self._goes_on_by(connection):
+            self.silence, self.why = Silence(), ""
+            self._reached()
 
     def _goes_on_by(self, connection: socket.socket) -> bool:
         assert self.link is not None, "it was reached"
@@ -145,11 +183,16 @@ class FirstAgent:
         fresh = None
         try:
             fresh = shaken(connection, self._at, self.secret, time.monotonic() + TRY_S)
-            again = HelloAgain(self.hello.agent, self.hello.session, self.link.came, self._away_s)
-            answer = fresh.ask(again, TRY_S)
-            if isinstance(answer, WelcomeAgain):
-                self.link.go_on(fresh, answer.came)
-                return True
+            who = self.hello.agent, self.hello.session
+            answer = fresh.ask(HelloAgain(*who, self.link.came, self._away_s, self._members()), TRY_S)
+            match answer:
+                case WelcomeAgain(came, known=True):
+                    self.link.go_on(fresh, came)
+                    return True
+                case WelcomeAgain():
+                    self._known, self.why = False, f"agent 0 on {self.host} counts this host as lost"
+                case Finished() | Failed() | Cancelled():
+                    self.final = answer
         except (EOFError, OSError):
             pass
         if fresh is not None:

@@ -41,7 +41,7 @@ from instep.team.messages import (
     Request,
     StopRun,
 )
-from instep.team.orders import Lost, Regroup
+from instep.team.orders import Lost, Member, Regroup
 from instep.team.received import Received
 from instep.team.run_clock import Clock
 from instep.team.showing import Showing
@@ -80,11 +80,13 @@ class Follower:
         self._crew: LocalCrew | None = None
         self._start: StartMembers | None = None
         self._clock = Clock(run.began)
-        self._first = FirstAgent(run, self._clock)
+        self._first = FirstAgent(run, self._clock, self._living)
         self._beaten = 0.0
         self._going = False  # whether the workers have begun
         self._folder = ""  # agent 0's
         self._asked = False  # whether agent 0 was told to stop
+        self._said = False
+        self._waits_since: float | None = None  # with workers that are kept, for an agent 0 that is out of reach
         self._logs = Logs(self._scratch.logs)
         self._showing = Showing()
 
@@ -98,7 +100,7 @@ class Follower:
                 self._join(self._team.join_timeout_s, "no answer came from agent 0")
                 while (final := self._listened()) is None:
                     pass
-                if isinstance(final, Finished) and self._crew is not None:
+                if isinstance(final, Finished) and self._crew is not None and self._waits_since is None:
                     self._crew.leave()
             finally:
                 self._end()
@@ -122,9 +124,10 @@ class Follower:
 
     # The connection
 
-    def _join(self, within_s: float, why: str) -> None:
-        """Connects to agent 0, however often it takes. Raises WorkerError."""
-        began = said = time.monotonic()
+    def _join(self, within_s: float, why: str, waited_s: float = 0.0) -> None:
+        """Connects to agent 0, however often it takes. waited_s: of that time are over. Raises WorkerError."""
+        said = time.monotonic()
+        began = said - waited_s
         while not self._first.connected(self._keeping.kept):
             now = time.monotonic()
             self._look_around(self._client in ready_of([self._client], [], TRY_S))
@@ -150,14 +153,14 @@ class Follower:
         """Waits until something happens. Returns how the run has ended, if it has."""
         first, crew, link = self._first, self._crew, self._first.link
         assert link is not None, "agent 0 is connected"
-        sources = [self._client, link, *first.sources(), *(crew.sources() if crew is not None else ())]
-        sends = link.wants_write or (self._keeping.gives and not link.full)
-        ready = ready_of(sources, [link] if sends else [], first.look_s)
+        sources = [self._client, *first.sources(), *(crew.sources() if crew is not None else ())]
+        sends = (link.wants_write or (self._keeping.gives and not link.full)) and not first.broken
+        ready = ready_of([*sources, *([] if first.broken else [link])], [link] if sends else [], first.look_s)
         self._look_around(self._client in ready)
         if crew is not None:
             for heard in crew.hear(ready):
                 self._hear_member(heard)
-        if link in ready or link.holds or self._keeping.gives:
+        if (link in ready or link.holds or self._keeping.gives) and not first.broken:
             try:
                 self._keeping.pump(link)
                 for message in link.receive():
@@ -166,12 +169,16 @@ class Follower:
                         return message
                     self._obey(message)
             except (EOFError, OSError) as error:
-                self._lose(f"the connection to agent 0 on {self._first.host} has ended ({error or 'it closed'})")
-                return None
-        if (silent_s := first.look(ready)) >= self._team.lease_s:
-            self._lose(f"agent 0 on {first.host} has not answered for {silent_s:.1f} s")
-        elif not first.cut_off:
-            self._beat()
+                first.broke(error)
+        first.look(ready)
+        if first.final is not None:
+            return first.final
+        if first.why:
+            self._wait_for_the_first()
+        else:
+            self._waits_since = None
+            if not first.cut_off:
+                self._beat()
         return None
 
     def _look_around(self, heard: bool) -> None:
@@ -220,15 +227,37 @@ class Follower:
         carried = self._crew.carried() if self._crew is not None else METER.look()
         self._tell(Beat(0, time.monotonic(), 0.0, self._clock.error_s, *carried))
 
-    def _lose(self, why: str) -> None:
-        """Agent 0 is lost: ends the workers, and looks for it again."""
+    def _living(self) -> tuple[Member, ...]:
+        """Those here that can go on with others, should agent 0 be back."""
+        if self._crew is None or not self._going or self._run.engine != "lockstep":
+            return ()
+        return tuple(each.member for each in self._crew.shown() if not each.done)
+
+    def _wait_for_the_first(self) -> None:
+        """Agent 0 is out of reach: the workers are kept as long as it may know them."""
+        first, limit_s, now = self._first, self._team.give_up_s, time.monotonic()
+        if first.gone or self._asked or not self._living():
+            self._lose(first.why)
+        elif self._waits_since is None:
+            self._waits_since, self._said = now, False
+        elif now - self._waits_since >= limit_s or first.moved():
+            self._lose(first.why, now - self._waits_since)
+        elif not self._said and now - self._waits_since >= TRY_S:  # else it is not there any more, as is known at once
+            self._said = True
+            self._say(
+                f"{first.why}; agent {self._place.agent} keeps its workers, and looks for it for {limit_s:g} s at most."
+            )
+
+    def _lose(self, why: str, waited_s: float = 0.0) -> None:
+        """Agent 0 is lost: ends the workers, and looks for it again, after it was waited for."""
+        self._waits_since = None
         self._first.close()
         limit = f"{self._team.give_up_s:g} s"
         self._say(f"{why}; agent {self._place.agent} ends its workers, and looks for it for {limit} at most.")
         if self._crew is not None and self._start is not None and self._going and self._run.engine == "lockstep":
             self._keeping.keep(self._crew, self._start.run_id, self._look_meanwhile)
         self._end()
-        self._join(self._team.give_up_s, f"{why}, and it could not be reached again")
+        self._join(self._team.give_up_s, f"{why}, and it could not be reached again", waited_s)
 
     def _look_meanwhile(self) -> None:
         """While the workers keep what they hold. A stop has nothing to wait for there."""

@@ -43,14 +43,22 @@ class Generations:
         lost: Lost,
         members: Sequence[Member],
         shares: Sequence[int],
+        *,
+        told: bool = False,
     ) -> list[Order]:
-        """These are lost, and have successors, which take part when they are ready."""
+        """These are lost, and have successors, which take part when they are ready. told: the tape has it already."""
         but = lost.member.host if lost.whole_host else None
         successors = successors_of(members, places, shares, but)
         for successor in successors:
             places[successor.number] = PlaceInTeam(successor, joins=NEVER)
-        replaced = map(partial(Replace, why=lost.why), members, successors)
+        replaced = map(partial(Replace, why=lost.why, told=told), members, successors)
         return [*replaced, *self.without(lost, members)]
+
+    def part(self, places: Sequence[PlaceInTeam], lost: Lost, members: Sequence[Member]) -> list[Order]:
+        """Their host is cut off: the others go on, and nobody comes in their places, for it may be back with them."""
+        for member in members:
+            places[member.number].away, places[member.number].joins = True, NEVER
+        return [*(Replace(member, None, lost.why) for member in members), *self.without(lost, members)]
 
     def without(self, lost: Lost, members: Collection[Member]) -> list[Regroup]:
         """These are lost. Where the others have nobody on the first host, they wait until they have; and one that was
@@ -67,11 +75,12 @@ class Generations:
         self.lost = why
         return self._next(at_once=True)
 
-    def with_(self, place: PlaceInTeam) -> Regroup:
-        """One more is ready to take part, after those of its host."""
+    def with_(self, *places: PlaceInTeam) -> Regroup:
+        """These are ready to take part, each after those of its host."""
         waits = not self.led
-        self.members = sorted([*self.members, place.member], key=lambda member: member.host)
-        place.joins = self.number + 1
+        self.members = sorted([*self.members, *(place.member for place in places)], key=lambda member: member.host)
+        for place in places:
+            place.away, place.joins = False, self.number + 1
         return self._next(at_once=waits)
 
     @property

@@ -20,11 +20,12 @@ from instep.team import meeting
 from instep.team.agents_by_host import AgentsByHost
 from instep.team.alike import Alike
 from instep.team.carried import Carried
+from instep.team.farewell import say_farewell
 from instep.team.hello import hello_of
 from instep.team.journal import ClientGone
 from instep.team.letters import key_of_server
 from instep.team.link import AgentLink, Listener
-from instep.team.meeting import FAREWELL_S, SAY_S
+from instep.team.meeting import SAY_S
 from instep.team.messages import Cancelled, Failed, Finished, Request, StopRun
 from instep.team.orders import HostCame, Member, RosterEvent, StopAsked
 from instep.team.place import Place
@@ -32,7 +33,6 @@ from instep.team.remote import RemoteCrew, Silence
 from instep.team.returns import Returns
 from instep.team.signals import Interrupted
 from instep.team.taking_up import TakingUp
-from instep.team.waiting import ready_of
 from instep.team.wire_messages import (
     AskRun,
     Beat,
@@ -86,6 +86,7 @@ class Hosts:
                 f"agent 0 cannot listen at {self.address}, port {self._place.port}: {error.strerror}; another program "
                 f"may use it: end that, or name another port by INSTEP_PORT."
             ) from error
+        self._listener.knows = self._is_agents
         meeting.publish(self._place, self._listener.address, secret)
         self._own = hello_of(run, self.address)
         self.crews: list[RemoteCrew] = []
@@ -97,7 +98,7 @@ class Hosts:
         self._told_of: dict[int, HelloAgent] = {}  # of each host that the roster knows to be there
         self.alike = Alike(self._own, mixed_processors=run.team.mixed_processors)
         """What the others must have in common with agent 0."""
-        self._returns = Returns(note)
+        self._returns = Returns(note, run.team.give_up_s)
         self._agents = AgentsByHost(self._place)
         self._carried = Carried(self._place.hosts)
         self._aside: dict[int, float] = {}  # hosts that take no part, and until when
@@ -181,7 +182,7 @@ class Hosts:
                             link.send(Beat(message.seq, message.sent_s, self._clock()))
                 except (EOFError, OSError):
                     self._standby.pop(agent)[0].close()
-        self.crews = [crew for crew in self.crews if crew.lost is None or not crew.told_of_loss]
+        self._leave_out_who_is_lost()
         if self._taking_up.ended():
             for host in range(self._place.hosts):
                 yield from self._complete(host)
@@ -189,6 +190,7 @@ class Hosts:
             del self._aside[host]
             yield from self._complete(host)
         yield from self._returns.look(self.crews)
+        yield from self._returns.given_up()
 
     def _hear_unknown(self, link: AgentLink, silence: Silence, begun: bool) -> Iterator[RosterEvent]:
         hello: Any = None
@@ -204,7 +206,7 @@ class Hosts:
             pass
         if isinstance(hello, HelloAgain):
             del self._unknown[link]
-            self._go_on(link, hello)
+            yield from self._go_on(link, hello)
             return
         if isinstance(hello, NotComing):
             self._hear_not_coming(hello, begun)
@@ -253,23 +255,39 @@ class Hosts:
             for crew in [each for each in self.crews if each.hello.agent == hello.agent]:
                 crew.link.close()
                 self.crews.remove(crew)
+            self._returns.forget(hello.agent)
             self.crews.append(self._crew(link, hello))
             self._taking_up.offer(self.crews[-1])
         yield from self._complete(hello.host)
 
-    def _go_on(self, link: AgentLink, again: HelloAgain) -> None:
-        """An agent that was cut off is back. It hears of it, if it counts as lost meanwhile."""
+    def _leave_out_who_is_lost(self) -> None:
+        for crew in [crew for crew in self.crews if crew.lost is not None and crew.told_of_loss]:
+            self.crews.remove(crew)
+            if crew.lost is not None and crew.lost.may_return:
+                self._told_of.pop(crew.hello.host, None)
+                self._returns.leave(crew)
+
+    def _go_on(self, link: AgentLink, again: HelloAgain) -> Iterator[RosterEvent]:
+        """An agent that was cut off is back. It hears of it, if it is not known any more."""
+        self._leave_out_who_is_lost()
         crew = next((each for each in self.crews if each.hello.agent == again.agent and each.lost is None), None)
-        before = crew.link if crew is not None else self._standby.get(again.agent, (None,))[0]
+        standby = self._standby.get(again.agent, (None,))[0]
+        known = self._session.get(again.agent) == again.session
+        lost = self._returns.come(again) if known and crew is None else None
+        before = next((each.link for each in (crew, lost) if each is not None), standby)
         try:
-            if before is None or self._session.get(again.agent) != again.session:
-                link.send(Failed("WorkerError", f"agent {again.agent} counts as lost."))
+            if before is None or not known:
+                link.send(WelcomeAgain(0, known=False))
                 link.flush()
                 link.close()
                 return
             link.send(WelcomeAgain(before.came))
             if crew is not None:
                 crew.go_on(link, again.came, again.away_s)
+            elif lost is not None:
+                lost.return_(link, again)
+                self.crews.append(lost)
+                yield from self._complete(lost.hello.host)
             else:
                 before.go_on(link, again.came)
         except OSError:
@@ -288,13 +306,23 @@ class Hosts:
         if self._taking_up.busy:
             return  # told of once what it has kept is here
         self._told_of[host] = hello
-        yield HostCame(host, hello.name, hello.here, hello.room)
+        back = [crew for crew in self.crews if crew.hello is hello and crew.members_back]
+        members = tuple(member for crew in back for member in crew.members_back)
+        yield HostCame(host, hello.name, hello.here, hello.room, members)
+        for crew in [crew for crew in back if crew.members_back]:  # the team goes on without them
+            crew.members_back = ()
+            crew.end()
 
     def at(self, address: str) -> int | None:
         """The host that has this address, as far as is known."""
         if address == self.address:
             return 0
         return next((crew.hello.host for crew in self.crews if crew.hello.address == address), None)
+
+    def _is_agents(self, address: str) -> bool:
+        """Whether another agent was there when it was heard of last."""
+        there = [*(crew.hello for crew in self.crews), *(hello for _, hello in self._standby.values())]
+        return any(hello.address == address for hello in there)
 
     def silent(self, host: int | None) -> bool:
         """Whether a sign of life of its agent is overdue."""
@@ -357,34 +385,5 @@ class Hosts:
     def tell(self, message: Finished | Failed | Cancelled) -> None:
         """Tells all that the run has ended, those too who come only now, and waits a while for them to end."""
         crews = {crew.link: crew for crew in self.crews if crew.lost is None}
-        links: list[AgentLink] = [*crews, *self._standing_by, *self._unknown]
-        for link in links:
-            self._send(link, message)
         awaited = set(range(1, self._place.agents)) - set(self._session)
-        until = time.monotonic() + FAREWELL_S
-        while (links or awaited) and time.monotonic() < until:
-            senders = [link for link in links if link.wants_write]
-            for link in self._listener.accept():
-                self._send(link, message)
-                links.append(link)
-            for link in ready_of([*links, *self._listener.sources()], senders, 0.2):
-                if link in links and self._has_ended(link, crews.get(link), awaited):
-                    links.remove(link)
-                    link.close()
-
-    def _send(self, link: AgentLink, message: Any) -> None:
-        with contextlib.suppress(OSError):
-            link.send(message)
-
-    def _has_ended(self, link: AgentLink, crew: RemoteCrew | None, awaited: set[int]) -> bool:
-        if crew is not None:
-            with contextlib.suppress(InstepError):
-                list(crew.hear([link]))  # logs still come
-            return crew.lost is not None
-        try:
-            for message in link.receive():
-                if isinstance(message, HelloAgent | NotComing):
-                    awaited.discard(message.agent)
-        except (EOFError, OSError):
-            return True
-        return False
+        say_farewell(message, self._listener, crews, [*self._standing_by, *self._unknown], awaited)

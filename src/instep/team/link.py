@@ -282,6 +282,8 @@ class Listener:
         """With the port that it has got."""
         self.refused = 0
         """Connections of those who did not show that they know the secret."""
+        self.knows: Callable[[str], bool] = lambda address: False
+        """Whether from this address somebody may come to see whether this end is there, and go without a word."""
 
     def fileno(self) -> int:
         """Its descriptor."""
@@ -300,7 +302,7 @@ class Listener:
                 break
             except OSError:  # it is gone again, or there are too many files: those who wait go first
                 break
-            self._shaking.append(_Stranger(connection, f"{peer[0]}, port {peer[1]}"))
+            self._shaking.append(_Stranger(connection, peer))
             if len(self._shaking) > SHAKING:
                 self._refuse(self._shaking[0], "too many others came before it said who it is")
         found = []
@@ -309,6 +311,12 @@ class Listener:
                 if (link := stranger.shaken(self._secret, self._union)) is not None:
                     found.append(link)
                     self._shaking.remove(stranger)
+            except EOFError as error:
+                if stranger.silent and self.knows(stranger.address):
+                    self._shaking.remove(stranger)
+                    stranger.close()
+                else:
+                    self._refuse(stranger, str(error))
             except OSError as error:
                 self._refuse(stranger, str(error))
         return found
@@ -341,9 +349,9 @@ def _print(sentence: str) -> None:
 class _Stranger:
     """A connection of somebody who has not shown yet that it knows the secret."""
 
-    def __init__(self, connection: socket.socket, peer: str):
+    def __init__(self, connection: socket.socket, peer: tuple[Any, ...]):
         connection.setblocking(False)
-        self._socket, self.peer = connection, peer
+        self._socket, self.address, self.peer = connection, str(peer[0]), f"{peer[0]}, port {peer[1]}"
         self._until = time.monotonic() + SHAKE_S
         self._own, self._read = os.urandom(_NONCE), b""
         with contextlib.suppress(OSError):  # it is gone: the next look tells
@@ -352,8 +360,13 @@ class _Stranger:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    @property
+    def silent(self) -> bool:
+        """Whether it has said nothing."""
+        return not self._read
+
     def shaken(self, secret: bytes, union: Any) -> AgentLink | None:
-        """The link, once it has shown that it knows the secret. Raises OSError where it never will."""
+        """The link, once it has shown that it knows the secret. Raises OSError where it never will, and EOFError."""
         wanted = _GREETING + _PROOF
         if time.monotonic() >= self._until:
             raise WireError(f"it did not say who it is within {SHAKE_S:g} s")
@@ -363,7 +376,7 @@ class _Stranger:
             return None
         self._read += part
         if not part:
-            raise WireError("it has closed the connection")
+            raise EOFError("it has closed the connection")
         if not self._read.startswith(MAGIC[: len(self._read)]):
             raise WireError("it is no agent of this version of Instep")
         if len(self._read) < wanted:

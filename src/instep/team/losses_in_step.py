@@ -21,6 +21,7 @@ class InStep(ABC):
 
     stood_in: int
     going: bool
+    over: bool
     _places: list[PlaceInTeam]
     _groups: generations.Generations
     hosts: HostsThere
@@ -33,6 +34,9 @@ class InStep(ABC):
     @property
     @abstractmethod
     def active(self) -> list[Member]: ...
+
+    @abstractmethod
+    def _came(self, came: orders.HostCame) -> list[Order]: ...
 
     @abstractmethod
     def _count_restart(self, lost: orders.Lost) -> list[Order]: ...
@@ -64,13 +68,51 @@ class InStep(ABC):
         able = self.going and self._groups.can_do_without(self._places, members)
         if self._stopping or self._pausing or others or not able:
             return self._end(lost)
+        if lost.may_return and all(member in self._groups.members for member in members):
+            found = self._groups.part(self._places, lost, members)
+            self._leader = self._groups.members[0].number
+            return found
         if once_too_often := self._count_restart(lost):
             return once_too_often
         found = self._groups.replace(self._places, lost, members, self.hosts.shares())
         self._leader = self._groups.members[0].number
         return found
 
-    def _back(self, back: orders.HostBack) -> list[Order]:
+    def _of_cut(self, event: orders.HostBack | orders.HostGivenUp | orders.HostCame) -> list[Order]:
+        """A host that was cut off is back, in time or later, or is not."""
+        if isinstance(event, orders.HostBack):
+            return self._same_again(event)
+        away = [place for place in self._places if place.away and place.member.host == event.host]
+        if isinstance(event, orders.HostGivenUp):
+            return self._give_away(away, event.why)
+        back = [place for place in away if place.member in event.members]
+        if not (back and self._can_change):
+            given = self._give_away(away, f"host {event.host} ({event.name}) has come anew, without its workers.")
+            return given if self.over else [*given, *self._came(event)]
+        self.hosts.came(event)
+        group = self._groups.with_(*back)
+        self._leader = self._groups.members[0].number
+        dead = [place for place in away if place not in back]
+        died = f"host {event.host} ({event.name}) is back without all its workers."
+        return [group, *self._give_away(dead, died, whole_host=False)]
+
+    @property
+    def _can_change(self) -> bool:
+        """Whether those who go on can do so in another group: else they end soon, or wait for one on the first host."""
+        ends = (self._stopping or self._pausing) and self._groups.led
+        return bool(self.active) and not (ends or any(place.done for place in self._places))
+
+    def _give_away(self, places: Sequence[PlaceInTeam], why: str, *, whole_host: bool = True) -> list[Order]:
+        """Who was cut off does not come back: the places get successors, on other hosts if all of that are lost."""
+        if not places or self._stopping or self._pausing or not self._can_change:
+            return []
+        lost = orders.Lost(places[0].member, why, whole_host=whole_host)
+        if once_too_often := self._count_restart(lost):
+            return once_too_often
+        members = [place.member for place in places]
+        return self._groups.replace(self._places, lost, members, self.hosts.shares(), told=True)
+
+    def _same_again(self, back: orders.HostBack) -> list[Order]:
         """A host was cut off, and is back: all go on in another group of the same members, over new connections. TCP
         keeps those of before waiting, about as long again as the cut was.
         """
@@ -85,8 +127,7 @@ class InStep(ABC):
         """A successor is ready to go on with the others."""
         if different := self._different(place, generations.LASTING):
             return self._fault(different)
-        ends = (self._stopping or self._pausing) and self._groups.led
-        if ends or any(each.done for each in self._places):
+        if not self._can_change:
             return []  # the others end without it, but where all wait for one of the first host
         group = self._groups.with_(place)
         self._leader = self._groups.members[0].number

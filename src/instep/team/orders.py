@@ -65,13 +65,14 @@ class Said:
 @dataclass(frozen=True)
 class Lost:
     """It died, does not answer, or gets nowhere, as the sentence `why` says. detail: what it printed last. whole_host:
-    it is one of those of a host that is gone.
+    it is one of those of a host that is gone; may_return: which may come back with its processes.
     """
 
     member: Member
     why: str
     detail: str = ""
     whole_host: bool = False
+    may_return: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,15 @@ class EpochEnded:
 @dataclass(frozen=True)
 class HostCame:
     """A host, called `name`, is there to take workers: the first time, or again. agents: how many it has, if that is
-    news. room: for how many workers it has room, where their number follows that.
+    news. room: for how many workers it has room, where their number follows that. members: those that live there, where
+    it was cut off.
     """
 
     host: int
     name: str = ""
     agents: int = 0
     room: int = 0
+    members: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,18 @@ class LongAwaited:
 
 @dataclass(frozen=True)
 class HostLost:
-    """A host cannot be reached any more, as the sentence `why` says, and its workers with it."""
+    """A host cannot be reached any more, as the sentence `why` says, and its workers with it. may_return: they live on
+    there, should it have been cut off, and may come back.
+    """
+
+    host: int
+    why: str
+    may_return: bool = False
+
+
+@dataclass(frozen=True)
+class HostGivenUp:
+    """One that might have come back has not, as the sentence `why` says."""
 
     host: int
     why: str
@@ -147,7 +161,7 @@ class CannotStart:
     error: InstepError
 
 
-OfHosts = HostCame | HostLost | HostBack | LongAwaited
+OfHosts = HostCame | HostLost | HostGivenUp | HostBack | LongAwaited
 RosterEvent = Resumed | Said | Lost | StopAsked | EpochEnded | OfHosts | Saved | Resize | CannotStart
 
 Ending = Lost | FoundWritten | Saved | Resize
@@ -188,13 +202,15 @@ class Replace:
     """End what is left of a member that was lost, tell the server or, in lockstep, the tape `why`, and start its
     successor if there is one.
 
-    holders: in lockstep, who holds its place from then on, and the places that it has held itself: by successor.
+    holders: in lockstep, who holds its place from then on, and the places that it has held itself: by successor. told:
+    the tape has it already.
     """
 
     member: Member
     successor: Member | None
     why: str
     holders: Mapping[Member, Member] = field(default_factory=dict)
+    told: bool = False
 
 
 @dataclass(frozen=True)

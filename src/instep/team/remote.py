@@ -36,6 +36,7 @@ from instep.team.wire_messages import (
     FromMember,
     GiveKept,
     GoMembers,
+    HelloAgain,
     HelloAgent,
     Kept,
     KeptGiven,
@@ -103,6 +104,8 @@ class RemoteCrew:
         self.told_of_loss = False
         self.away_s = 0.0
         """For how long its agent could not reach this one, as it has told: until that is taken notice of."""
+        self.members_back: tuple[Member, ...] = ()
+        """Those that live there, since it is back after it was lost: until they are in a group."""
         self._folder, self._clock, self._lease_s, self._carried = folder, clock, lease_s, carried
         self._given = given
         self._epoch = 0  # which has members there; 0 for none
@@ -173,7 +176,9 @@ class RemoteCrew:
 
     def regroup(self, group: Regroup, told: int, saved: int) -> None:
         if self._epoch:
-            self._order(RegroupMembers(group.epoch, group.generation, group.members, group.at_once, told, saved))
+            at_once = group.at_once or bool(self.members_back)  # whatever they wait for since the cut
+            self.members_back = ()
+            self._order(RegroupMembers(group.epoch, group.generation, group.members, at_once, told, saved))
 
     def send(self, member: Member, message: SupervisorToWorker) -> None:
         assert isinstance(message, Synced | StopRun | Agreed), f"{message} is for processes of this host"
@@ -218,8 +223,15 @@ class RemoteCrew:
             self._lose(f"{self.name} cannot be reached any more: {error}.")
             link.close()
             return
-        self._silence.heard()
+        self._silence = Silence()
         self.away_s = away_s
+
+    def return_(self, link: AgentLink, again: HelloAgain) -> None:
+        """As `go_on`, after it was lost: what was ordered since has not come there, and its members are in no group."""
+        self.lost, self.told_of_loss = None, False
+        self.go_on(link, again.came, 0.0)
+        self.members_back, self._members, self._ended = again.members, set(again.members), set()
+        self._epoch = min((member.epoch for member in again.members), default=0)
 
     def set_aside(self, why: str) -> None:
         """It is to count as lost, though it answers."""
@@ -294,8 +306,8 @@ class RemoteCrew:
         with (self._folder.logs / f"{host}-{name.rpartition(' ')[2]}.txt").open("ab") as file:
             file.write(content)
 
-    def _lose(self, why: str) -> None:
-        self.lost = self.lost or HostLost(self.hello.host, why)
+    def _lose(self, why: str, *, may_return: bool = False) -> None:
+        self.lost = self.lost or HostLost(self.hello.host, why, may_return)
         self._orders.clear()
         self._epoch, self._members = 0, set()
         self.link.close()
@@ -308,7 +320,8 @@ class RemoteCrew:
     def look(self) -> HostLost | None:
         if self.lost is None and self._silence.look() >= self._lease_s:
             silent = self._silence.seconds
-            self._lose(f"{self.name} has not answered for {silent:.1f} s; team.lease_s is {self._lease_s:g}.")
+            why = f"{self.name} has not answered for {silent:.1f} s; team.lease_s is {self._lease_s:g}."
+            self._lose(why, may_return=True)
         return next(self._loss(), None)
 
     def leave(self) -> None:

@@ -91,13 +91,11 @@ class Roster(InStep):
                 self.written.update(event.written)
                 self._unlooked = event.unlooked
             return []
-        if isinstance(event, orders.HostCame):
-            return self._came(event)
-        if isinstance(event, orders.HostBack):
-            return self._back(event)
+        if isinstance(event, orders.HostCame | orders.HostBack | orders.HostGivenUp):
+            return self._of_cut(event)
         if isinstance(event, orders.HostLost):
             self.hosts.left(event.host)
-            return self._lose_all_of(event.host, event.why)
+            return self._lose_all_of(event.host, event.why, may_return=event.may_return)
         if isinstance(event, orders.Resize):
             self.hosts.fix(event.workers)
             return self._start_if_all_are_there() if self.hosts.waiting else self._pause()
@@ -119,7 +117,7 @@ class Roster(InStep):
         """Who is waited for: the present members but those that have done their part."""
         if self.over or self._ending is not None:
             return []
-        return [place.member for place in self._places if not (place.done or place.empty)]
+        return [place.member for place in self._places if not (place.done or place.empty or place.away)]
 
     @property
     def leader(self) -> Member:
@@ -179,12 +177,12 @@ class Roster(InStep):
         noted = self.hosts.fit(f"{who}, which has come")
         return [*noted, *self._pause()] if noted or newcomers(self._places, self.hosts.shares()) else []
 
-    def _lose_all_of(self, host: int, why: str) -> list[Order]:
+    def _lose_all_of(self, host: int, why: str, *, may_return: bool = False) -> list[Order]:
         """All workers of a host are lost at once."""
         there = [member for member in self.active if member.host == host]
         if not there:
             return []
-        lost = orders.Lost(there[0], why, whole_host=True)
+        lost = orders.Lost(there[0], why, whole_host=True, may_return=may_return)
         few = self.hosts.few and not self._stopping and self._raised is None
         without = (self._can_do_without(there[0]) and not few) or self._ends_without(there[0])
         return self._go_on_without(there, lost) if without else self._lost_in_step(there, lost)
@@ -297,7 +295,7 @@ class Roster(InStep):
         ended = leader.ended
         if self._pausing and not self._stopping and ended is not None and ended.interrupted:
             return self._end(orders.Resize(self.hosts.wanted))
-        left_out = [orders.Replace(place.member, None, agreement.TOO_LATE) for place in late]
+        left_out = [orders.Replace(place.member, None, agreement.TOO_LATE, told=place.away) for place in late]
         return [*left_out, *self._over(orders.FinishRun(self.leader))]
 
     def _failed(self, error: InstepError, place: PlaceInTeam) -> list[Order]:

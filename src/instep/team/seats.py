@@ -14,7 +14,7 @@ from instep.team.orders import DropSuccessor, HandOver, Lost, Member, Order
 class PlaceInTeam:
     """Who has a place in the team. `done`: it is not waited for any more. `holder`: the number of the worker that holds
     the place until it is there, after another was `lost`; or to the end where nobody comes: `empty`. `joins`: the
-    generation of the first group that it is in.
+    generation of the first group that it is in. `away`: its host was cut off, and may come back with it.
     """
 
     member: Member
@@ -25,6 +25,7 @@ class PlaceInTeam:
     lost: Lost | None = None
     empty: bool = False
     joins: int = 0
+    away: bool = False
 
 
 def successor_of(member: Member) -> Member:

@@ -80,13 +80,14 @@ class HelloAgent:
 @dataclass(frozen=True)
 class HelloAgain:
     """An agent has reached agent 0 again after `away_s` seconds; the first message of a connection by which its link is
-    to go on, of which so many messages `came`.
+    to go on, of which so many messages `came`. members: those that live there, and can go on.
     """
 
     agent: Count
     session: Name
     came: Count
     away_s: float
+    members: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,10 @@ class Welcome:
 
 @dataclass(frozen=True)
 class WelcomeAgain:
-    """The answer to `HelloAgain`: how many messages of the link have come."""
+    """The answer to `HelloAgain`: how many messages of the link have come. known: whether agent 0 knows it any more."""
 
     came: Count
+    known: bool = True
 
 
 @dataclass(frozen=True)
