@@ -131,7 +131,7 @@ class ByInstepOverHosts(ByInstep):
     def cut(self) -> Callable[[], float | None]:
         """Takes the second host's cable out for a while; gives when it was, once all go on in the same processes."""
         before, lost = dict(self.pids), len(self._lost)
-        self._there.cut(1, CUT_S)
+        self._there.cut(self._there.hosts[1].name, CUT_S)
         self.look()
         at, updates = self.updates[-1], len(self.updates)
 

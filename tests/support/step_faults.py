@@ -12,7 +12,7 @@ import re
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,17 @@ from instep.recipe import Team
 from instep.team.asking import resized
 from support.machine_faults import Tape
 from support.present import Present, Process, computed_again
-from support.step_places import place
+from support.step_places import Machines, place
 from support.two_models import files_of
 
 MICROBATCHES, EVERY, ANSWER_S = 16, 25, 2.0
 """Of a step; steps between checkpoints; seconds without an answer after which a worker that is stopped is lost."""
+
+HELD = 12
+"""Updates that may be told after what came later."""
+
+CUT_S, LEASE_S = (0.5, 6.0), 30.0
+"""Seconds that a host is cut off, and after which it would be lost."""
 
 REMEMBERED = Team().remember
 """Steps that one worker may do again."""
@@ -46,25 +52,30 @@ class Setting:
     memory: bool = False
     kills: int = 0
     stops: int = 0
+    cuts: int = 0
     joins: int = 0
 
     @property
     def files(self) -> dict[str, str]:
         """What its command needs."""
-        return files_of(self.model, compiled=self.compiled, every=EVERY, answer_s=ANSWER_S)
+        return files_of(self.model, compiled=self.compiled, every=EVERY, answer_s=ANSWER_S, lease_s=LEASE_S)
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of all faults."""
+        return ["kill"] * self.kills + ["stop"] * self.stops + ["cut"] * self.cuts + ["join"] * self.joins
 
     def plan(self, draw: random.Random) -> list[str]:
-        """The faults in a drawn order."""
-        kinds = ["kill"] * self.kills + ["stop"] * self.stops + ["join"] * self.joins
-        draw.shuffle(kinds)
-        return kinds
+        """These in a drawn order."""
+        return draw.sample(kinds := self.kinds, len(kinds))
 
 
 @dataclass
 class StepFault:
     """One, and what came of it. `happened`: how; of those that were lost `recovered` is "in the step", "at once", where
     nobody had to do its part, as where it had no place yet, "from memory", for one worker, or "went back: " and why.
-    again: microbatches that were computed again for it, or steps of one worker; most: that may be.
+    again: microbatches that were computed again for it, or steps of one worker; most: that may be, or, where others of
+    its host, which are `beside` it, were adding what they share with it, most_of_host.
     """
 
     number: int
@@ -83,6 +94,8 @@ class StepFault:
     version: int | None = None
     again: int = 0
     most: int = 0
+    most_of_host: int = 0
+    beside: list[int] = field(default_factory=list)
 
     @property
     def process(self) -> Process:
@@ -100,7 +113,7 @@ class Run:
         self.tape = Tape(lambda: self._place.run / "tape.jsonl")
         self.team, self._read = Present(machine=setting.hosts == 1), 0
         self.faults: list[StepFault] = []
-        self._ends: list[int] = []
+        self._spans: list[tuple[int, int]] = []
         """Of the faults, on the tape."""
 
     # The run
@@ -157,9 +170,10 @@ class Run:
             number, kind, setting.model, setting.workers, setting.hosts, setting.compiled, setting.memory,
             round(time.monotonic() - self._began, 3),
         )  # fmt: skip
-        {"kill": self._kill, "stop": self._stop, "join": self._join}[kind](fault)
+        began = len(self.tape.events)
+        {"kill": self._kill, "stop": self._stop, "cut": self._cut, "join": self._join}[kind](fault)
         self.faults.append(fault)
-        self._ends.append(len(self.tape.events))
+        self._spans.append((began, len(self.tape.events)))
         self._note(fault)
 
     def _enough(self) -> bool:
@@ -174,6 +188,7 @@ class Run:
         fault.worker = self._draw.choice(sorted(self.team.processes))
         process = self.team.processes[fault.worker]
         fault.host, fault.pid = process.host, process.pid
+        fault.beside = sorted(w for w, each in self.team.processes.items() if each.host == process.host)
         self._place.signal(process, which)
         return process
 
@@ -210,6 +225,17 @@ class Run:
         fault.happened = "stopped for good"
         self._is_lost(fault)
 
+    def _cut(self, fault: StepFault) -> None:
+        """Of a host with workers from all others, for less than it takes to be lost."""
+        assert isinstance(self._place, Machines)
+        fault.host = self._draw.choice(sorted({process.host for process in self.team.processes.values()}))
+        seconds = self._draw.uniform(*CUT_S)
+        self._place.cut(fault.host, seconds)
+        fault.happened = f"cut off for {seconds:.2f} s"
+        self._look()
+        at = self.team.version  # and of some before it may be told later
+        self._wait(lambda: self.team.going and self.team.version > at + HELD, f"updates after {fault}")
+
     def _join(self, fault: StepFault) -> None:
         wanted = self.setting.workers
         if len(self.team.processes) == wanted:  # one leaves first
@@ -232,14 +258,17 @@ class Run:
     def _count(self) -> None:
         events = self.tape.events
         self.more = computed_again(events, MICROBATCHES)
-        for fault, end in zip(self.faults, self._ends, strict=True):
+        for fault, (began, end) in zip(self.faults, self._spans, strict=True):
+            if fault.kind == "cut":
+                self._count_cut(fault, events[began:end])
+                continue
             at = self._loss(fault)
             if at is None or at >= end:  # who was stopped for a while may be killed later
                 continue
             if self.setting.workers == 1:
                 self._count_alone(fault, at)
             elif self.setting.hosts > 1:
-                self._count_over_hosts(fault, events[at + 1 :])
+                self._count_over_hosts(fault, at)
             else:
                 self._count_here(fault, events[at + 1 :])
 
@@ -262,11 +291,36 @@ class Run:
         made = [e for e in self.tape.events if e["kind"] == "merged" and e["version"] == version + 1]
         return [each["microbatches"] for event in made for each in event["contributions"]]
 
-    def _count_over_hosts(self, fault: StepFault, later: Sequence[dict[str, Any]]) -> None:
-        told = next(event for event in later if event["kind"] in ("regrouped", "run_started"))
-        fault.version, fault.most = told["version"], MICROBATCHES
-        fault.again = self.more.get(told["version"], 0)
+    def _count_over_hosts(self, fault: StepFault, at: int) -> None:
+        told = next(event for event in self.tape.events[at:] if event["kind"] in ("regrouped", "run_started"))
+        fault.version, fault.again = told["version"], self.more.get(told["version"], 0)
+        had = self._had(told["version"], at)
+        fault.most, fault.most_of_host = had[fault.process.worker], sum(had[worker] for worker in fault.beside)
         fault.recovered = "in the step" if told["kind"] == "regrouped" else "went back: the team started again"
+
+    def _had(self, version: int, at: int) -> dict[int, int]:
+        """How many microbatches each worker had at most in the step from this version, before this place on the tape:
+        as many as in the step before, if none moved, or as all have where it is a new one's first.
+        """
+        before = self.tape.events[:at]
+        merged = [e for e in before if e["kind"] == "merged" and e["version"] == version]
+        had = {each["worker"]: each["microbatches"] for event in merged[-1:] for each in event["contributions"]}
+        moved = [e for e in before if e["kind"] == "ranges_moved" and e["version"] == version]
+        had |= {worker: span for event in moved[-1:] for worker, span in enumerate(event["ranges"])}
+        groups = [len(event["workers"]) for event in before if event["kind"] == "regrouped"]
+        equal = -(-MICROBATCHES // (groups[-1] if groups else self.setting.workers))
+        spans = {worker: had.get(worker, (0, 0)) for worker in range(self.setting.workers)}
+        return {worker: max(stop - start, equal) for worker, (start, stop) in spans.items()}
+
+    def _count_cut(self, fault: StepFault, meanwhile: Sequence[dict[str, Any]]) -> None:
+        """Nobody is lost by it."""
+        kinds = [event["kind"] for event in meanwhile]
+        again = [event["version"] for event in meanwhile if event["kind"] == "regrouped"]
+        fault.recovered = "in the step" if again else "at once"
+        if "left" in kinds or "run_started" in kinds:
+            fault.recovered = "went back: somebody was lost"
+        fault.version = again[-1] if again else None
+        fault.again = sum(self.more.get(version, 0) for version in set(again))
 
     def computed_too_often(self) -> list[int]:
         """Steps in which more was computed than its microbatches, for none of the faults."""

@@ -86,8 +86,9 @@ class Machines(Machine):
     def end(self) -> None:
         self.hosts.close()
 
-    def cut(self, number: int, seconds: float) -> None:
+    def cut(self, name: str, seconds: float) -> None:
         """Takes a host's cable out for so long."""
+        number = next(host.number for host in self.hosts if host.name == name)
         self.hosts.cut(number)
         time.sleep(seconds)
         self.hosts.heal(number)

@@ -90,13 +90,16 @@ checkpoint_every = {every}
 keep_best = false
 restarts = 1000000
 answer_timeout_s = {answer_s}
+lease_s = {lease_s}
 """
 
 
-def files_of(model: str, *, compiled: bool, every: int, answer_s: float) -> dict[str, str]:
-    """The module, and the recipe of a model, my.toml; with steps between checkpoints, and seconds to answer."""
+def files_of(model: str, *, compiled: bool, every: int, answer_s: float, lease_s: float = 5.0) -> dict[str, str]:
+    """The module, and the recipe of a model, my.toml; with steps between checkpoints, and seconds to answer for workers
+    and hosts.
+    """
     common = _COMMON.format(compile=str(compiled).lower())
-    team = _TEAM.format(every=every, answer_s=answer_s)
+    team = _TEAM.format(every=every, answer_s=answer_s, lease_s=lease_s)
     return {"two_models.py": _MODULE, "my.toml": common + _RECIPES[model] + team}
 
 
