@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from instep.data.chats import PLAIN, ChatForm, Chats, chat_files, docstrings, padded
+from instep.data.chats import (
+    PLAIN,
+    ChatForm,
+    ChatSample,
+    ChatSet,
+    PreferenceSample,
+    chat_files,
+    chats,
+    docstrings,
+    padded,
+    paired,
+    preference_files,
+)  # fmt: skip
 from instep.data.tokenizer import BYTES, FolderTokenizer, digest_of, save_bytes
 from instep.errors import DataError, RecipeError
 from instep.models import GPT
 from instep.objectives.language import NextToken
+from instep.objectives.preference import DPO
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -79,7 +93,7 @@ def test_a_mask_does_not_run_over_the_turns_that_follow(tmp_path: Path) -> None:
 
 
 def test_a_sample_predicts_the_answers_alone(form: ChatForm) -> None:
-    inputs, targets = Chats([CHAT], form, 100)[0]
+    inputs, targets = ChatSample(form, 100)(CHAT)
     assert bytes(targets[targets >= 0].tolist()) == "two é\nfour\n".encode()
     at = (targets >= 0).nonzero()[:, 0]
     assert torch.equal(inputs[at[:-1] + 1][:-5], targets[at[:-1]][:-5])
@@ -87,23 +101,23 @@ def test_a_sample_predicts_the_answers_alone(form: ChatForm) -> None:
 
 
 def test_padding_stands_at_the_end_and_weighs_nothing(form: ChatForm) -> None:
-    chats = Chats([CHAT, CHAT[:2]], form, 100)
-    batch = padded([chats[0], chats[1]])
-    assert (batch[0][1, len(chats[1][0]) :] == -100).all()
+    rows = [ChatSample(form, 100)(chat) for chat in (CHAT, CHAT[:2])]
+    batch = padded(rows)
+    assert (batch[0][1, len(rows[1][0]) :] == -100).all()
     model = GPT(vocabulary=256, context=100, width=8, depth=1, heads=2).eval()
-    apart = [NextToken()(model, padded([chats[i]])) for i in (0, 1)]
+    apart = [NextToken()(model, padded([rows[i]])) for i in (0, 1)]
     assert torch.allclose(NextToken()(model, batch), sum(apart))  # type: ignore[arg-type]
     assert NextToken().counts(batch) == len("two é\nfour\ntwo é\n".encode())
 
 
 def test_a_chat_without_an_answer_is_refused(form: ChatForm) -> None:
-    chats = Chats([CHAT[:1], CHAT], form, 20)
+    short = ChatSet([CHAT[:1], CHAT], ChatSample(form, 20))
     with pytest.raises(
         DataError, match=r"no answer of an assistant in its first 20 tokens.*raise the data's 'context'"
     ):
-        chats[0]
+        short[0]
     with pytest.raises(RecipeError, match="the 'context' of chats is 1; it must be at least 2"):
-        Chats([CHAT], form, 1)
+        ChatSample(form, 1)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(form: ChatForm) -> None:
@@ -134,14 +148,13 @@ def test_the_template_is_the_tokenizer_s_own_or_the_one_given(folder: Path, tmp_
 
 
 def test_the_digest_knows_chats_template_and_context(form: ChatForm) -> None:
-    found = {
-        Chats([CHAT], form, 100).digest,
-        Chats([CHAT], form, 99).digest,
-        Chats([CHAT[:2]], form, 100).digest,
-        Chats([CHAT], ChatForm(form.tokenizer, MARKED), 100).digest,
-    }
-    assert len(found) == 4
-    assert pickle.loads(pickle.dumps(Chats([CHAT], form, 100))).digest in found
+    makers = [
+        ChatSample(form, 100), ChatSample(form, 99), ChatSample(ChatForm(form.tokenizer, MARKED), 100),
+        PreferenceSample(form, 100),
+    ]  # fmt: skip
+    found = {ChatSet([CHAT], make).digest for make in makers} | {ChatSet([CHAT[:2]], makers[0]).digest}
+    assert len(found) == 5
+    assert pickle.loads(pickle.dumps(ChatSet([CHAT], makers[0]))).digest in found
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -169,24 +182,26 @@ def test_files_of_chats_are_read_in_order_and_the_last_are_held_out(folder: Path
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("{", r"c.jsonl, line 2 is no JSON: .*; mend it, or leave the line out"),
-        ("[]", r"c.jsonl, line 2 is no chat; write it as \{\"messages\": \[\{\"role\": \"user\""),
-        ('{"messages": [{"role": "user"}]}', "c.jsonl, line 2 is no chat"),
-        ('{"messages": []}', "c.jsonl, line 2 is no chat"),
+        ("{", r"sample 1 cannot be read: the line of number 1 \(from 0\), at byte .*c.jsonl, is no JSON"),
+        ("[]", r"number 1 \(from 0\) in .*c.jsonl \(DataError: a chat is to be \{\"messages\": \[\{\"role\": \"user"),
+        ('{"messages": [{"role": "user"}]}', r"number 1 \(from 0\) in .*c.jsonl \(DataError: a chat is to be"),
+        ('{"messages": []}', r"number 1 \(from 0\) in .*c.jsonl \(DataError: a chat is to be"),
     ],
 )
 def test_a_line_that_is_no_chat_is_named(line: str, sentence: str, folder: Path, tmp_path: Path) -> None:
-    lines(tmp_path / "c.jsonl", CHAT, line)
+    lines(tmp_path / "c.jsonl", CHAT, line, CHAT, CHAT)
+    data = chat_files(str(tmp_path / "c.jsonl"), str(folder))
+    assert len(data.train) == 3
     with pytest.raises(DataError, match=sentence):
-        chat_files(str(tmp_path / "c.jsonl"), str(folder))
+        data.train[1]
 
 
 def test_too_few_chats_and_bad_shares_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     lines(tmp_path / "c.jsonl", CHAT)
-    with pytest.raises(DataError, match=r"1 chats are in 1 files, .*c.jsonl the first, too few"):
+    with pytest.raises(DataError, match=r"no training sample is left of the 1 in 1 files, the first of them .*c.jsonl"):
         chat_files(str(tmp_path / "c.jsonl"), str(folder))
     with pytest.raises(RecipeError, match="'held_out' is 1.0; it is a share"):
-        chat_files("c", str(folder), held_out=1.0)
+        chat_files(str(tmp_path / "c.jsonl"), str(folder), held_out=1.0)
     with pytest.raises(DataError, match="template.jinja"):
         chat_files(str(lines(tmp_path / "c.jsonl", CHAT, CHAT)), str(folder), template=str(tmp_path / "template.jinja"))
 
@@ -200,6 +215,65 @@ def test_docstrings_are_answers_and_modules_are_held_out_whole(folder: Path) -> 
     assert text.startswith("<|user|>\ndef ")
     assert "\n<|assistant|>\n" in text
     assert len(targets[targets >= 0]) > 10
+
+
+def test_chats_in_files_of_another_format_are_read_alike(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow as arrow
+    from pyarrow import parquet as arrow_parquet
+
+    from instep.data.parquet import parquet
+
+    arrow_parquet.write_table(arrow.Table.from_pylist([{"messages": CHAT}] * 3), tmp_path / "c.parquet")
+    lines(tmp_path / "c.jsonl", CHAT, CHAT, CHAT)
+    found = chats(partial(parquet, str(tmp_path / "c.parquet"), 0.3), str(folder))
+    same = chat_files(str(tmp_path / "c.jsonl"), str(folder), held_out=0.3)
+    assert torch.equal(found.train[0][1], same.train[0][1])
+    assert len(found.train) == len(same.train) == 2
+
+
+# --------------------------------------------------------------------------------------------------------- preferences
+
+
+PAIR = {"prompt": "one?", "chosen": "two", "rejected": "no"}
+SAME_PAIRS = [
+    PAIR,
+    {name: [{"role": "user" if name == "prompt" else "assistant", "content": PAIR[name]}] for name in PAIR},
+    {
+        name: [{"role": "user", "content": "one?"}, {"role": "assistant", "content": PAIR[name]}]
+        for name in ("chosen", "rejected")
+    },
+]
+
+
+@pytest.mark.parametrize("value", SAME_PAIRS)
+def test_a_pair_is_judged_by_its_two_answers_however_it_is_written(form: ChatForm, value: Any) -> None:
+    pair = PreferenceSample(form, 100)(value)
+    for side, answer in (("chosen", b"two\n"), ("rejected", b"no\n")):
+        inputs, targets = pair[side]
+        assert bytes(targets[targets >= 0].tolist()) == answer
+        assert bytes(inputs.tolist()).startswith(b"<|user|>\none?\n<|assistant|>\n")
+
+
+def test_answers_that_both_texts_begin_with_are_not_judged(form: ChatForm) -> None:
+    pair = PreferenceSample(form, 200)(
+        {"prompt": CHAT[:3], "chosen": "four", "rejected": [{"role": "assistant", "content": "five"}]}
+    )
+    assert [bytes(t[t >= 0].tolist()) for _, t in pair.values()] == [b"four\n", b"five\n"]
+
+
+def test_pairs_in_files_are_batches_of_dpo(folder: Path, tmp_path: Path) -> None:
+    longer = {**PAIR, "chosen": "two, or three"}
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (PAIR, longer, {"prompt": "x"}, PAIR)))
+    data = preference_files(str(tmp_path / "p.jsonl"), str(folder))
+    batch = paired([data.train[0], data.train[1]])
+    reference = GPT(vocabulary=256, context=100, width=8, depth=1, heads=2)
+    objective = DPO(reference=reference)
+    assert objective.counts(batch) == 2
+    sums = objective(reference.eval(), batch)
+    assert torch.allclose(sums["objective"], torch.tensor(2 * 0.693147), atol=1e-5)
+    with pytest.raises(DataError, match=r"number 2 \(from 0\) in .*p.jsonl \(DataError: a pair is to be"):
+        data.train[2]
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizers
@@ -218,7 +292,7 @@ def test_a_tokenizer_s_digest_is_of_what_it_does(tmp_path: Path) -> None:
     words(tmp_path)
     known = digest_of(tmp_path)
     table = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**table, "padding": None, "truncation": None}, indent=7))
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**table, "padding": {"pad_id": 0}}, indent=7))
     assert digest_of(tmp_path) == known
     table["model"]["vocab"]["five"] = 99
     (tmp_path / "tokenizer.json").write_text(json.dumps(table))

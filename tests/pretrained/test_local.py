@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from instep.components import Component
-from instep.errors import ComponentError, DataError, ObjectiveError
+from instep.errors import ComponentError, DataError, ObjectiveError, RecordError
+from instep.models.hf import save
 from instep.objectives.language import NextToken
 from instep.pretrained import hf
 from instep.recipe import Recipe
@@ -83,6 +84,16 @@ def test_weights_have_the_type_that_the_recipe_says(tmp_path: Path) -> None:
     assert {b.dtype for b in found.buffers()} == {torch.float32}
     with pytest.raises(ComponentError, match="'dtype' is 'float8'; did you mean 'float"):
         hf(narrow, dtype="float8")
+
+
+def test_a_model_that_reads_back_otherwise_is_not_saved(base: Path, tmp_path: Path) -> None:
+    """Such as one that was made narrow as a whole, with the table that positions are computed from."""
+    model: Any = hf(base).eval()
+    save(model, tmp_path / "wide")
+    with pytest.raises(
+        RecordError, match=r"the model read back from .*narrow gives other logits than the one that was"
+    ):
+        save(model.to(torch.bfloat16), tmp_path / "narrow")
 
 
 def changed_config(**fields: Any) -> Callable[[Path], None]:

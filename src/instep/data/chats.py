@@ -6,9 +6,11 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from instep.data import Data
-from instep.data.files import found, unreadable
+from instep.data import Collate, Data, MapStyle
+from instep.data.files import unreadable
+from instep.data.lines import jsonl
 from instep.data.text import stdlib_sources
 from instep.data.tokenizer import FolderTokenizer, Message
-from instep.errors import DataError, RecipeError, cut, described
+from instep.errors import DataError, RecipeError, described
 
 IGNORED = -100
 """The target of tokens that are not judged: all that is no answer."""
@@ -35,8 +38,6 @@ PLAIN = (
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MEASURED = 200
 """So many chats say how many bytes a token stands for."""
-
-Rows = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -122,53 +123,101 @@ class ChatForm:
         (text,), (spans,) = found
         return text, [(start, end) for start, end in spans]
 
-    def tokens(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """The tokens of a chat, and of each whether it is of an answer: has a character of one.
+    def tokens(self, messages: Sequence[Message], given: int = 0) -> tuple[list[int], list[bool]]:
+        """The tokens of a chat, and of each whether it is of an answer after the first `given`.
 
         From the places of characters, not of tokens: where a tokenizer drops white space, a span that ends in some has
         no last token, and transformers' own mask then runs on over the turns that follow.
         """
-        text, spans = self.answers(messages)
+        text, found = self.answers(messages)
+        spans = found[given:]
         tokens, places = self.tokenizer.with_offsets(text)
         judged = [any(start < end and start < to and end > since for since, to in spans) for start, end in places]
         return tokens, judged
 
 
-class Chats(Dataset[tuple[Tensor, Tensor]]):
-    """Chats, lists of messages with "role" and "content". A sample is (inputs, targets), each [T] int64, T < `context`,
-    with -100 for targets that are of no answer.
+@dataclass(frozen=True)
+class ChatSample:
+    """Makes a sample of a chat: (inputs, targets), each [T] int64, T < `context`, with -100 for targets of no answer.
 
-    What is longer than `context` tokens is cut at its end. Raises DataError for a chat of which no answer is left.
+    A chat is a list of messages with "role" and "content", or a table that has it as "messages". What is longer than
+    `context` tokens is cut at its end. Raises DataError for a chat of which no answer is left.
     """
 
-    def __init__(self, chats: Sequence[Sequence[Message]], form: ChatForm, context: int):
-        if context < 2:
-            raise RecipeError(f"the 'context' of chats is {context}; it must be at least 2 tokens.")
-        self._chats, self._form, self._context = chats, form, context
+    form: ChatForm
+    context: int
 
-    @cached_property
-    def digest(self) -> str:
-        """That of the chats, with what makes tokens of them."""
-        said = json.dumps([[[m["role"], m["content"]] for m in chat] for chat in self._chats])
-        how = json.dumps([self._form.digest, self._form.used, self._context])
-        return hashlib.sha256(f"{how}\n{said}".encode()).hexdigest()
+    def __post_init__(self) -> None:
+        if self.context < 2:
+            raise RecipeError(f"the 'context' of chats is {self.context}; it must be at least 2 tokens.")
 
-    def __len__(self) -> int:
-        return len(self._chats)
+    def __call__(self, value: Any) -> tuple[Tensor, Tensor]:
+        return self.judged(messages_of(value))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        tokens, judged = self._form.tokens(self._chats[index])
-        tokens, judged = tokens[: self._context], judged[: self._context]
-        if not any(judged[1:]):
+    def judged(self, messages: Sequence[Message], given: int = 0) -> tuple[Tensor, Tensor]:
+        """The sample, of whose answers the first `given` are not judged."""
+        tokens, kept = self.form.tokens(messages, given)
+        tokens, kept = tokens[: self.context], kept[: self.context]
+        if not any(kept[1:]):
             raise DataError(
-                f"the chat has no answer of an assistant in its first {self._context} tokens, so there is nothing to "
+                f"the chat has no answer of an assistant in its first {self.context} tokens, so there is nothing to "
                 f"learn from; raise the data's 'context', or give it an answer"
             )
         whole = torch.tensor(tokens, dtype=torch.int64)
-        return whole[:-1], whole[1:].masked_fill(~torch.tensor(judged[1:]), IGNORED)
+        return whole[:-1], whole[1:].masked_fill(~torch.tensor(kept[1:]), IGNORED)
+
+    @property
+    def digest(self) -> str:
+        """Text that changes with what samples are made of the same chats."""
+        return json.dumps([type(self).__name__, self.form.digest, self.form.used, self.context])
 
 
-def padded(samples: Rows) -> tuple[Tensor, Tensor]:
+class PreferenceSample(ChatSample):
+    """Makes a pair of what two answers are worth, for `instep.objectives.preference.DPO`: "chosen" and "rejected" are
+    mapped to samples as `ChatSample` makes them, in which what both have in common is not judged.
+
+    A pair is a table {"prompt", "chosen", "rejected"}, of texts, or of lists of messages, whose prompt may also stand
+    at the beginning of both.
+    """
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, Mapping) or not {"chosen", "rejected"} <= set(value):
+            raise DataError(
+                'a pair is to be {"prompt": ..., "chosen": ..., "rejected": ...}, each text or a list of messages'
+            )
+        prompt = _turns(value.get("prompt", []), "user")
+        sides = {name: [*prompt, *_turns(value[name], "assistant")] for name in ("chosen", "rejected")}
+        common = list(takewhile(lambda turns: turns[0] == turns[1], zip(*sides.values(), strict=False)))
+        given = sum(one["role"] == "assistant" for one, _ in common)
+        return {name: self.judged(messages, given) for name, messages in sides.items()}
+
+
+class ChatSet(Dataset[Any]):
+    """Samples that `make` makes of `values`, or, with `made`, has made of them already."""
+
+    def __init__(self, values: MapStyle, make: ChatSample, *, made: bool = False) -> None:
+        self._values, self._make, self._made = values, make, made
+
+    @cached_property
+    def digest(self) -> str:
+        """That of the values, with what makes samples of them."""
+        own = getattr(self._values, "digest", None)
+        if not isinstance(own, str):
+            own = json.dumps([self._values[index] for index in range(len(self._values))])
+        return hashlib.sha256(f"{self._make.digest}\n{own}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._values[index] if self._made else self._make(self._values[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        several = getattr(self._values, "__getitems__", None) if self._made else None
+        return list(several(indices)) if several is not None else [self[index] for index in indices]
+
+
+def padded(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """A batch (inputs, targets), each [B, T], of samples of several lengths, -100 after their ends."""
     inputs, targets = (
         pad_sequence(list(parts), batch_first=True, padding_value=IGNORED) for parts in zip(*samples, strict=True)
@@ -176,27 +225,57 @@ def padded(samples: Rows) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
+def paired(samples: Sequence[Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A batch of pairs: "chosen" and "rejected", each as `padded`."""
+    return {side: padded([sample[side] for sample in samples]) for side in ("chosen", "rejected")}
+
+
 def chat_files(
-    pattern: str | Sequence[str], tokenizer: str = "", context: int = 1024, held_out: float = 0.05, template: str = ""
-) -> Data:
+    pattern: str | Sequence[str], tokenizer: str = "", context: int = 1024, held_out: float | str = 0.05,
+    template: str = "", index: str | None = None,
+) -> Data:  # fmt: skip
     """Chats in JSONL files, one a line: {"messages": [{"role": "user", "content": ...}, ...]}.
 
-    pattern: one glob or several; lines follow each other in order of the files' paths.
     tokenizer: the folder that has it, most often the model's. template: a file of a Jinja template in place of its own.
-    held_out: share of the chats, the last ones.
-    Raises DataError where no chat is found, or a line is none, and RecipeError for a bad share.
+    pattern, held_out, index: as `instep.data.lines.jsonl`. Raises DataError and RecipeError as that, and for a line
+    that is no chat when it is read.
     """
-    if not 0 < held_out < 1:
-        raise RecipeError(f"'held_out' is {held_out}; it is a share of the chats, above 0 and below 1.")
-    paths = found(pattern)
-    chats = [chat for path in paths for chat in _read(path)]
-    count = max(1, int(len(chats) * held_out))
-    if len(chats) <= count:
-        raise DataError(
-            f"{len(chats)} chats are in {len(paths)} files, {paths[0]} the first, too few to train on and to hold out; "
-            f"give more."
-        )
-    return _data(chats[:-count], chats[-count:], tokenizer, context, _template(template))
+    return chats(partial(jsonl, pattern, held_out, index=index), tokenizer, context, template)
+
+
+def preference_files(
+    pattern: str | Sequence[str], tokenizer: str = "", context: int = 1024, held_out: float | str = 0.05,
+    template: str = "", index: str | None = None,
+) -> Data:  # fmt: skip
+    """Pairs of answers in JSONL files, one a line, as `PreferenceSample` reads them; all else as `chat_files`."""
+    read = partial(jsonl, pattern, held_out, index=index)
+    return _read(read, PreferenceSample(_form(tokenizer, template), context), paired)
+
+
+def chats(read: Callable[..., Data], tokenizer: str = "", context: int = 1024, template: str = "") -> Data:
+    """Chats in files of any format: `read` is called with ``map``, ``collate`` and ``codec``, as in
+
+    ``args.read = {use = "instep.data.parquet:parquet", args = {pattern = "chats/*.parquet"}}``.
+    """
+    return _read(read, ChatSample(_form(tokenizer, template), context), padded)
+
+
+def _read(read: Callable[..., Data], make: ChatSample, collate: Collate) -> Data:
+    data = read(map=make, collate=collate, codec=make.form)
+    held_out = None if data.held_out is None else ChatSet(data.held_out, make, made=True)
+    return _measured(ChatSet(data.train, make, made=True), held_out, make, collate)
+
+
+def _measured(train: ChatSet, held_out: ChatSet | None, make: ChatSample, collate: Collate) -> Data:
+    """The data, with the bytes of a token as the first samples have it."""
+    tokens = list[int]()
+    for index in range(min(len(train), _MEASURED)):
+        with suppress(DataError):  # it is told of where it is trained on, or left out
+            sample = train[index]
+            tokens += (sample["chosen"] if isinstance(sample, Mapping) else sample)[0].tolist()
+    size = len(make.form.decode(tokens).encode())
+    tokenizer = replace(make.form.tokenizer, bytes_per_token=size / len(tokens) if tokens else 1.0)
+    return Data(train, held_out, collate, replace(make.form, tokenizer=tokenizer))
 
 
 def docstrings(tokenizer: str = "", context: int = 256, samples: int = 20_000) -> Data:
@@ -206,10 +285,11 @@ def docstrings(tokenizer: str = "", context: int = 256, samples: int = 20_000) -
     DataError.
     """
     train, held_out = stdlib_sources()
-    chats = [_docstrings(part) for part in (train, held_out)]
-    for part in chats:  # so that the first few are a fair sample of all
+    found = [_docstrings(part) for part in (train, held_out)]
+    for part in found:  # so that the first few are a fair sample of all
         random.Random(0).shuffle(part)
-    return _data(chats[0][:samples], chats[1], tokenizer, context, "")
+    make = ChatSample(_form(tokenizer, ""), context)
+    return _measured(ChatSet(found[0][:samples], make), ChatSet(found[1], make), make, padded)
 
 
 _DOCSTRING = re.compile(rb'^[ ]*(def \w+\([^\n]{0,150}\)[^\n:]{0,40}:)\n[ ]+"""([^"\\]{10,400}?)"""\n', re.MULTILINE)
@@ -230,47 +310,29 @@ def _first_paragraph(text: str) -> str:
     return " ".join(text.strip().split("\n\n")[0].split())
 
 
-def _data(
-    train: Sequence[Sequence[Message]], held_out: Sequence[Sequence[Message]], folder: str, context: int, template: str
-) -> Data:
-    form = ChatForm(FolderTokenizer(folder), template)
-    texts = [form.rendered(chat) for chat in train[:_MEASURED]]
-    form = ChatForm(form.tokenizer.measured(texts), template)
-    return Data(Chats(train, form, context), Chats(held_out, form, context), collate=padded, codec=form)
-
-
-def _template(path: str) -> str:
-    if not path:
-        return ""
+def _form(folder: str, template: str) -> ChatForm:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        text = Path(template).expanduser().read_text(encoding="utf-8") if template else ""
     except OSError as error:
-        raise unreadable(Path(path), error) from None
+        raise unreadable(Path(template), error) from None
+    return ChatForm(FolderTokenizer(folder), text)
 
 
-def _read(path: Path) -> list[list[Message]]:
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise unreadable(path, error) from None
-    return [_chat(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+def messages_of(value: Any) -> list[Message]:
+    """The messages of a chat, or of a table that has them as "messages". Raises DataError."""
+    messages = value.get("messages") if isinstance(value, Mapping) else value
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise DataError('a chat is to be {"messages": [{"role": "user", "content": "..."}, ...]}')
+    found: list[Message] = messages
+    return found
 
 
-def _chat(line: bytes, where: str) -> list[Message]:
-    try:
-        table = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is no JSON: {cut(error)}; mend it, or leave the line out.") from None
-    messages = table.get("messages") if isinstance(table, Mapping) else None
-    sound = (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    )
-    if not sound or not isinstance(messages, list):
-        raise DataError(f'{where} is no chat; write it as {{"messages": [{{"role": "user", "content": "..."}}, ...]}}.')
-    chat: list[Any] = messages
-    return chat
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("role", "content"))
+
+
+def _turns(value: Any, role: str) -> list[Message]:
+    """Messages as they are, or a text as the one of `role`; of nothing, none."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return messages_of(value) if value else []

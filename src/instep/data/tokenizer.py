@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ Message = Mapping[str, Any]
 class FolderTokenizer:
     """The tokenizer in `folder`, as a codec. Needs the extra ``hf``. It is loaded when it is first used.
 
-    bytes_per_token: of the data that it is used for, see `measured`.
+    bytes_per_token: of the data that it is used for.
     Raises DataError where the folder has none, or it cannot be loaded.
     """
 
@@ -44,8 +44,9 @@ class FolderTokenizer:
     def __post_init__(self) -> None:
         if not self.folder:
             raise DataError(
-                "no folder was named to take the tokenizer from; give that of the model, as its 'tokenizer', such as "
-                "runs/hf/artifacts/hf of a run of recipe hf."
+                "no folder was named to take the tokenizer from, which most often is the model's; give one, such as "
+                "that which recipe hf leaves, by --recipe.model.args.folder runs/hf/artifacts/hf, or as the data's "
+                "'tokenizer'."
             )
         place = Path(self.folder).expanduser()
         if not (place / _FILE).is_file():
@@ -110,14 +111,6 @@ class FolderTokenizer:
     def save(self, folder: Path) -> None:
         """Copies its files."""
         copy_tokenizer(Path(self.folder).expanduser(), folder)
-
-    def measured(self, texts: Iterable[str]) -> FolderTokenizer:
-        """The same, with the `bytes_per_token` of these texts."""
-        size = count = 0
-        for text in texts:
-            size += len(text.encode())
-            count += len(self.with_offsets(text)[0])
-        return FolderTokenizer(self.folder, size / count if count else 1.0)
 
 
 def digest_of(folder: Path) -> str | None:
