@@ -40,7 +40,7 @@ FIRST = 6
 """Steps that are left out."""
 
 SIDE = 96
-DECODED = 4
+DECODED = 32
 STEP_S = 0.08
 RESULT = Path(__file__).parent / "results" / "loading.json"
 

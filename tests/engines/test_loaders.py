@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,25 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
-from instep import Recipe, Team
+from instep import Data, Recipe, Team
 from instep.data.cursor import Cursor
+from instep.descendants import Stopped, children
 from instep.engines import division
 from instep.engines.seat import Seat
 from instep.errors import DataError
+from instep.objectives import objective
+from instep.schedule import Change
+from instep.team import loaders
+from support import workloads
+from support.agents import train_on
 from support.deaths import before
 from support.deaths import run as run_with_deaths
 from support.harness import Client, Outcome, told, train_here
 from support.kinds import quick
 from support.moving import AtRandom
+from support.processes import wait_until
 
 pytestmark = pytest.mark.processes
 
@@ -48,16 +56,22 @@ class Drawn(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         with self.readers.open("a") as file:
-            file.write(f"{os.getpid()} {index}\n")
+            file.write(f"{os.getpid()} {index} {int(in_loader())}\n")
         noise = torch.rand(6) * random.random() + float(np.random.rand())
         x = self.weights * index / SAMPLES + noise
         return {"x": x, "y": x[:1] * 2, "name": f"sample {index}"} | (self.act(index) or {})
 
 
 def recipe(data: Dataset[dict[str, Any]], **fields: Any) -> Recipe:
-    given: dict[str, Any] = {"batch": BATCH, "microbatches": 8, "steps": STEPS, "order": "permutation"} | fields
+    given: dict[str, Any] = {
+        "batch": BATCH,
+        "microbatches": 8,
+        "steps": STEPS,
+        "order": "permutation",
+        "objective": loss,
+    } | fields
     return Recipe(
-        model=lambda: nn.Linear(6, 1), objective=loss, data=data,
+        model=lambda: nn.Linear(6, 1), data=data,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01), **given,
     )  # fmt: skip
 
@@ -68,12 +82,13 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (wrong**2).sum()
 
 
-def read_by(path: Path) -> dict[int, list[int]]:
-    """The indices that each process has read."""
+def read_by(path: Path, *, loaders: bool) -> dict[int, list[int]]:
+    """The indices that each loader, or each other process, has read."""
     found: dict[int, list[int]] = {}
-    for line in path.read_text().splitlines():
-        pid, index = map(int, line.split())
-        found.setdefault(pid, []).append(index)
+    for line in path.read_text().splitlines() if path.exists() else ():
+        pid, index, by_loader = map(int, line.split())
+        if by_loader == loaders:
+            found.setdefault(pid, []).append(index)
     return found
 
 
@@ -81,13 +96,9 @@ def in_loader() -> bool:
     return multiprocessing.current_process().name.startswith("loader")
 
 
-def workers_of(run: Outcome | Client) -> set[int]:
-    return {event["pid"] for event in told(run, "joined")}
-
-
-def read_ahead(path: Path, workers: set[int]) -> list[int]:
-    """What others than these workers have read."""
-    return sorted(index for pid, indices in read_by(path).items() if pid not in workers for index in indices)
+def read_ahead(path: Path) -> list[int]:
+    """What loaders have read."""
+    return sorted(index for indices in read_by(path, loaders=True).values() for index in indices)
 
 
 def plain(tmp_path: Path, **fields: Any) -> Outcome:
@@ -99,13 +110,34 @@ def test_any_number_of_loaders_gives_one_digest_and_they_read_all_that_is_traine
     workers: int, tmp_path: Path
 ) -> None:
     wanted = plain(tmp_path).digest
-    for loaders in (1, 4) if workers == 1 else (1,):
-        path = tmp_path / f"read-{loaders}"
-        run = train_here(recipe(Drawn(path)), Team(workers=workers, loaders=loaders), tmp_path / f"{loaders}")
+    for count in (1, 4) if workers == 1 else (1,):
+        path = tmp_path / f"read-{count}"
+        run = train_here(recipe(Drawn(path)), Team(workers=workers, loaders=count), tmp_path / f"{count}")
         assert run.digest == wanted
         assert not told(run, "warned")
-        assert read_ahead(path, workers_of(run)) == sorted(2 * list(range(SAMPLES))), "two epochs, each sample once"
-        assert len(read_by(path)) <= workers + workers * loaders
+        assert read_ahead(path) == sorted(2 * list(range(SAMPLES))), "two epochs, each sample once"
+        assert len(read_by(path, loaders=True)) <= workers * count
+        assert not set(read_by(path, loaders=True)) & {event["pid"] for event in told(run, "joined")}
+
+
+def test_ragged_batches_and_samples_left_out_are_loaded_as_they_are_read(tmp_path: Path) -> None:
+    one = workloads.gpt(changes=(Change(version=4, skip_samples=tuple(range(20, 30))),))
+    runs = [train_here(one, Team(workers=2, loaders=n), tmp_path / str(n)) for n in (0, 2)]
+    assert len({run.digest for run in runs}) == 1
+    assert not [event for event in told(runs[1], "warned") if "load" in event["why"]]
+
+
+@pytest.mark.usefixtures("agents_meet_here")
+@pytest.mark.parametrize("rule", quick(["synchronous", "diloco:2"], "synchronous"))
+def test_each_host_has_loaders_of_its_own(rule: str, tmp_path: Path) -> None:
+    path = tmp_path / "read"
+    one = recipe(Drawn(path), rule=rule)
+    run, _ = train_on((1, 1), one, Team(workers=3, loaders=1), tmp_path / "run")
+    assert run.digest == train_here(one, Team(workers=3), tmp_path / "plain").digest
+    assert len(read_by(path, loaders=True)) >= 2, "one at least on each of two hosts"
+    assert len(read_ahead(path)) >= 2 * SAMPLES
+    if rule == "synchronous":
+        assert read_ahead(path) == sorted(2 * list(range(SAMPLES)))
 
 
 def killing_once(folder: Path, index: int, *which: int) -> None:
@@ -134,7 +166,7 @@ def test_loaders_that_die_are_replaced_and_what_they_read_is_read_again(tmp_path
     assert run.digest == plain(tmp_path).digest
     assert run.result["restarts"] == 0
     assert not told(run, "left")
-    assert len(set(read_by(path)) - workers_of(run)) == 4, "two loaders, and one each that took their places"
+    assert len(read_by(path, loaders=True)) > 2, "two that died, and who read on"
 
 
 def test_a_sample_that_ends_each_loader_is_named(tmp_path: Path) -> None:
@@ -156,18 +188,16 @@ def test_what_a_sample_raises_is_told_as_without_loaders(tmp_path: Path) -> None
         if index == bad:
             raise ValueError(f"{index} is damaged")
 
-    for loaders in (0, 1):
+    for count in (0, 1):
         with pytest.raises(DataError, match=f"sample {bad} .*is damaged") as caught:
-            train_here(recipe(Drawn(tmp_path / "read", act)), Team(loaders=loaders), tmp_path / f"{loaders}")
-        said.append(caught.value.message.replace(str(tmp_path / f"{loaders}"), ""))
+            train_here(recipe(Drawn(tmp_path / "read", act)), Team(loaders=count), tmp_path / f"{count}")
+        said.append(caught.value.message.replace(str(tmp_path / f"{count}"), ""))
     assert said[0] == said[1]
 
 
 def test_what_cannot_be_sent_is_read_by_the_worker_and_warned_of(tmp_path: Path) -> None:
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         return {name: torch.stack([each[name] for each in samples]) for name in "xy"} | {"same": lambda: samples}
-
-    from instep import Data
 
     data = Data(train=Drawn(tmp_path / "read"), collate=collate)
     run = train_here(recipe(data), Team(loaders=2), tmp_path / "run")  # type: ignore[arg-type]
@@ -186,7 +216,7 @@ def test_with_memory_for_nothing_ahead_what_is_waited_for_is_read(tmp_path: Path
     team = Team(workers=2, loaders=1, loader_bytes=0)
     run = train_here(recipe(Drawn(tmp_path / "read")), team, tmp_path / "run")
     assert run.digest == plain(tmp_path).digest
-    assert read_ahead(tmp_path / "read", workers_of(run)) == sorted(2 * list(range(SAMPLES)))
+    assert read_ahead(tmp_path / "read") == sorted(2 * list(range(SAMPLES)))
 
 
 def test_a_worker_that_dies_and_ranges_that_move_lose_nothing_that_is_loaded(
@@ -197,7 +227,7 @@ def test_a_worker_that_dies_and_ranges_that_move_lose_nothing_that_is_loaded(
     run = run_with_deaths(recipe(Drawn(path)), 2, tmp_path / "team", before(Seat, "compute", 1), loaders=1)
     assert run.result["stood_in"] == 1
     assert run.digest == plain(tmp_path).digest
-    assert read_ahead(path, workers_of(run)) == sorted(2 * list(range(SAMPLES)))
+    assert read_ahead(path) == sorted(2 * list(range(SAMPLES)))
     assert run.result["moves"]
 
 
@@ -217,29 +247,109 @@ def test_a_run_is_resumed_with_another_number(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rule", quick(["diloco:2", "local_sgd:3", "asynchronous"], "diloco:2"))
 def test_workers_with_a_server_take_their_pieces_from_loaders(rule: str, tmp_path: Path) -> None:
     digests, path = set(), tmp_path / "read"
-    for loaders in (0, 2):
+    for count in (0, 2):
         path.unlink(missing_ok=True)
-        team = Team(workers=2, loaders=loaders)
-        run = train_here(recipe(Drawn(path), rule=rule), team, tmp_path / f"{loaders}")
+        team = Team(workers=2, loaders=count)
+        run = train_here(recipe(Drawn(path), rule=rule), team, tmp_path / f"{count}")
         digests.add(run.digest)
     assert len(digests) == 1 or rule == "asynchronous"
-    pids = {pid for pid, indices in read_by(path).items() if pid in workers_of(run)}
-    ahead = read_ahead(path, pids)
-    assert len(ahead) >= 2 * SAMPLES, "each sample in each of two epochs"
+    assert len(read_ahead(path)) >= 2 * SAMPLES, "each sample in each of two epochs"
 
 
 def test_nothing_is_left_of_loaders_nor_of_what_they_start(tmp_path: Path) -> None:
-    from instep.descendants import children
-
     started = tmp_path / "started"
 
     def act(index: int) -> None:
-        import subprocess
-
         with started.open("a") as file:
             file.write(f"{subprocess.Popen(['sleep', '600'], start_new_session=True).pid}\n")
 
-    before = children()
+    others = children()
     train_here(recipe(Drawn(tmp_path / "read", act), steps=1), Team(loaders=2), tmp_path / "run")
-    assert children() == before
+    assert children() == others
     assert not [pid for pid in started.read_text().split() if Path(f"/proc/{pid}").exists()]
+
+
+def test_what_counting_draws_follows_what_reading_drew(tmp_path: Path) -> None:
+    """The generators go on where the sample has left them, though another process has read it."""
+
+    def counts(batch: dict[str, Tensor]) -> int:
+        return int(torch.randint(1, 9, ())) + random.randrange(9) + int(np.random.randint(9))
+
+    counting = objective(counts=counts)(loss)
+    digests = set()
+    for count in (0, 1):
+        one = recipe(Drawn(tmp_path / "read"), objective=counting)
+        digests.add(train_here(one, Team(workers=2, loaders=count), tmp_path / f"{count}").digest)
+    assert len(digests) == 1
+
+
+def test_a_loader_that_is_stopped_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, bad = tmp_path / "read", late()[5]
+
+    def act(index: int) -> None:
+        if index == bad and in_loader():
+            try:
+                (tmp_path / "stopped").touch(exist_ok=False)
+            except FileExistsError:
+                return
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    monkeypatch.setattr(loaders, "Stopped", lambda pid, timeout_s: Stopped(pid, 0.5))
+    run = train_here(recipe(Drawn(path, act)), Team(loaders=1), tmp_path / "run")
+    assert run.digest == plain(tmp_path).digest
+    assert run.result["restarts"] == 0
+    assert len(read_by(path, loaders=True)) == 2
+
+
+def test_loaders_that_die_as_they_begin_leave_reading_to_the_worker(tmp_path: Path) -> None:
+    def build() -> Drawn:
+        if in_loader():
+            os._exit(3)
+        return Drawn(tmp_path / "read")
+
+    run = train_here(recipe(build), Team(loaders=2), tmp_path / "run")  # type: ignore[arg-type]
+    assert run.digest == plain(tmp_path).digest
+    assert "loaders came to nothing" in "".join(event["why"] for event in told(run, "warned"))
+
+
+def test_rows_of_tensors_are_left_where_they_are_and_that_is_said(tmp_path: Path) -> None:
+    rows = TensorDataset(torch.randn(SAMPLES, 6), torch.randn(SAMPLES, 1))
+
+    def distance(model: nn.Module, batch: list[Tensor]) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().sum()
+
+    run = train_here(recipe(rows, objective=distance), Team(loaders=2), tmp_path / "run")  # type: ignore[arg-type]
+    assert "team.loaders has nothing to do" in told(run, "warned")[0]["why"]
+
+
+def test_no_loader_outlives_its_supervisor(tmp_path: Path) -> None:
+    path = tmp_path / "read"
+    one = recipe(Drawn(path), steps=10**6)
+    supervisor = multiprocessing.get_context("fork").Process(
+        target=train_here, args=(one, Team(workers=2, loaders=2), tmp_path / "run")
+    )
+    supervisor.start()
+    wait_until(lambda: len(read_by(path, loaders=True)) == 4, 120, "four loaders")
+    supervisor.kill()
+    supervisor.join()
+    left = {*read_by(path, loaders=True), *read_by(path, loaders=False)}
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), 120, f"the end of {left}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loaders_that_are_killed_at_random_change_nothing(workers: int, tmp_path: Path) -> None:
+    chance, left, path = random.Random(workers), [12], tmp_path / "read"
+
+    def kill(event: dict[str, Any]) -> None:
+        pids = sorted(children() & set(read_by(path, loaders=True)))
+        if event["kind"] in ("merged", "joined", "computed") and left[0] and pids and chance.random() < 0.5:
+            left[0] -= 1
+            os.kill(chance.choice(pids), signal.SIGKILL)
+
+    client = Client(kill)
+    one = recipe(Drawn(path), steps=30)
+    run = train_here(one, Team(workers=workers, loaders=2), tmp_path / "run", client=client)
+    assert not left[0]
+    assert run.result["restarts"] == 0
+    assert run.digest == plain(tmp_path, steps=30).digest

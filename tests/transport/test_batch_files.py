@@ -55,7 +55,8 @@ def test_tensors_come_with_their_bits_strides_and_alignment(name: str) -> None:
 def test_any_structure_comes_as_it_was() -> None:
     batch = {
         "pair": Pair(torch.arange(3), [np.arange(6).reshape(2, 3).T, np.float64(2)]), "text": ["a", None, 3.5],
-        "sparse": torch.eye(3).to_sparse(), "empty": {}, "objects": np.array([1, "x"], dtype=object),
+        "sparse": torch.eye(3).to_sparse(), "empty": {}, "more": np.ones(3),
+        "objects": np.array([1, "x"], dtype=object),
     }  # fmt: skip
     assert signature(sent(batch)) == signature(batch)
     assert isinstance(sent(batch)["pair"], Pair)

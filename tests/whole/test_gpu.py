@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
+from instep.data.signature import signature
 from instep.errors import ResourceError
 from instep.offline.tape_replay import replay
 from instep.recipe import Team
 from instep.reduce.checksums import checksum
+from instep.worker.device import to_device
 from support import workloads
 from support.gpu import gpus, on_gpu
 from support.harness import train_here
@@ -61,6 +64,31 @@ def test_a_run_whose_workers_compute_on_a_gpu_for_a_server_is_replayed(rule: str
     replayed = on_gpu(partial(replay, recipe, run.events))
     assert replayed.same, replayed.divergence
     assert replayed.digest == run.digest
+
+
+def test_a_batch_comes_to_a_gpu_as_it_was() -> None:
+    batch = {
+        "rows": torch.randn(64, 512), "expanded": torch.ones(1).expand(4, 3), "empty": torch.empty(0, 3),
+        "channels last": torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last), "text": "a",
+        "packed": pack_sequence([torch.arange(3), torch.arange(2)]), "sparse": torch.eye(3).to_sparse(),
+    }  # fmt: skip
+
+    def there_and_back() -> bool:
+        for _ in range(3):  # what is pinned for one batch is used again for the next
+            found = to_device(batch, torch.device("cuda"))
+            back = {name: each if name == "text" else each.cpu() for name, each in found.items()}
+            same = found["channels last"].stride() == batch["channels last"].stride()  # type: ignore[attr-defined]
+            if signature(back) != signature(batch) or not same:
+                return False
+        return True
+
+    assert on_gpu(there_and_back)
+
+
+def test_loaders_change_no_bit_on_a_gpu(tmp_path: Path) -> None:
+    recipe = workloads.gpt()
+    runs = [train_here(recipe, Team(workers=2, device="cuda:0", loaders=n), tmp_path / str(n)) for n in (0, 1)]
+    assert len({run.digest for run in runs}) == 1
 
 
 def test_a_gpu_more_than_there_are_is_refused(tmp_path: Path) -> None:

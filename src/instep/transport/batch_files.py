@@ -69,19 +69,17 @@ def write(batch: Any, beside: Any = None) -> Written:
     parts = _Parts()
     places = parts.place(packer.tensors)
     raw = [parts.add(np.frombuffer(buffer.raw(), np.uint8), 0) for buffer in packer.buffers]
-    described = pickle.dumps((parts.spans, places, raw, content.getbuffer().nbytes))
-    head = -(-parts.end // _ALIGNED) * _ALIGNED
-    descriptor, nbytes = memory_file(), head + len(described) + content.getbuffer().nbytes
+    described = pickle.dumps((parts.spans, places, raw, content.tell()))
+    head, described = parts.end, described + content.getvalue()
+    descriptor = memory_file()
     try:
-        os.ftruncate(descriptor, nbytes)
         for (start, _), array in zip(parts.spans, parts.arrays, strict=True):
             _write(descriptor, array.data, start)
         _write(descriptor, memoryview(described), head)
-        _write(descriptor, content.getbuffer(), head + len(described))
     except BaseException:
         os.close(descriptor)
         raise
-    return Written(descriptor, nbytes, head)
+    return Written(descriptor, head + len(described), head)
 
 
 def read(descriptor: int, nbytes: int, head: int) -> tuple[Any, Any]:

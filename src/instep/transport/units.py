@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -29,9 +28,9 @@ MOST_TRIES = 3
 _LOADED, _WANTED = range(2)
 
 
-class State(IntEnum):
+class State:
     """Of a microbatch: to be read, being read, loaded, loaded and taken by a worker; to be read by the worker itself,
-    since a loader could not; gone once it was taken; or who reads it dies.
+    since a loader could not; gone once it was taken; or who reads it dies. Numbers, for the table.
     """
 
     FREE, READING, LOADED, TAKEN, OWN, GONE, DEADLY = range(7)
@@ -119,7 +118,7 @@ class Units:
 
     def expected(self, batch: int, microbatch: int) -> bool:
         """Whether somebody has said that it is needed, or was."""
-        return any(stream.covers(batch, microbatch) for stream in self._all_streams())
+        return _covered(self._all_streams(), batch, microbatch)
 
     def look(self, key: int) -> Unit:
         """What is known of a microbatch."""
@@ -189,19 +188,21 @@ class Units:
         """
         gone, held, untaken = set[int](), 0, 0
         with self._locked():
-            for unit in reversed(own):
-                row = self._rows[unit.key % ROWS]
-                mine = row[0] == unit.key and row[2] == unit.loader and row[4] == unit.descriptor
-                if not mine or not self.expected(*self.place_of(unit.key)):
+            streams = self._all_streams()
+            rows = self._rows[[unit.key % ROWS for unit in own], :5].tolist() if own else []
+            for unit, (key, state, loader, _, descriptor) in zip(reversed(own), reversed(rows), strict=True):
+                at = unit.key % ROWS
+                mine = (key, loader, descriptor) == (unit.key, unit.loader, unit.descriptor)
+                if not mine or not _covered(streams, *self.place_of(unit.key)):
                     gone.add(unit.key)
                     if mine:
-                        row[:] = Unit()
-                elif row[1] == State.TAKEN and held + unit.nbytes > most_bytes:
+                        self._rows[at] = Unit()
+                elif state == State.TAKEN and held + unit.nbytes > most_bytes:
                     gone.add(unit.key)
-                    row[1] = State.GONE
+                    self._rows[at, 1] = State.GONE
                 else:
                     held += unit.nbytes
-                    untaken += unit.nbytes * (row[1] == State.LOADED)
+                    untaken += unit.nbytes * (state == State.LOADED)
         return gone, untaken
 
     # Anybody's
@@ -282,3 +283,7 @@ class Units:
         unit = Unit(key, State.READING, loader, os.getpid(), tries=tries, entered=entered)
         self._rows[key % ROWS] = unit
         return unit
+
+
+def _covered(streams: Sequence[Stream], batch: int, microbatch: int) -> bool:
+    return any(stream.covers(batch, microbatch) for stream in streams)

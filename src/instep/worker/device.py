@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from instep.errors import ResourceError, cut
+from instep.restore import is_expanded
 
 
 def device_of(device: str, place: int, workers: int, gpus: int, visible: str | None = None) -> str:
@@ -97,8 +98,21 @@ def to_device(batch: Any, device: torch.device) -> Any:
     # A packed sequence moves as a whole: its batch_sizes stay on the CPU.
     leaves, structure = pytree.tree_flatten(batch, is_leaf=lambda part: isinstance(part, PackedSequence))
     movable: Any = (Tensor, PackedSequence)  # torch's types for the latter's `to` lack devices
+    if device.type == "cuda":
+        leaves = [_pinned(leaf) if isinstance(leaf, movable) else leaf for leaf in leaves]
     moved = [leaf.to(device, non_blocking=True) if isinstance(leaf, movable) else leaf for leaf in leaves]
     return pytree.tree_unflatten(moved, structure)
+
+
+def _pinned(leaf: Any) -> Any:
+    """The same in pages that stay where they are: from these alone a GPU copies by itself, while others compute. Torch
+    keeps the pages until it has, and then for the next ones.
+    """
+    if isinstance(leaf, Tensor):
+        plain = type(leaf) is Tensor and leaf.layout is torch.strided and leaf.is_cpu and not leaf.requires_grad
+        if not plain or not leaf.numel() or is_expanded(leaf):  # torch would write to it once for each element
+            return leaf
+    return leaf.pin_memory()
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from instep.data.signature import signature
 from instep.errors import DataError, killed_by
-from instep.restore import RandomState
 from instep.transport import batch_files
 from instep.transport.units import State, Stream, Unit, Units
 
@@ -16,11 +15,11 @@ REMEDY = "mend it, or leave the sample out with skip_samples (--skip-samples)"
 
 
 class Beside(NamedTuple):
-    """What goes with a batch. state: of the generators once it was read, None where nothing was drawn. again: the
+    """What goes with a batch. state: of the generators once it was read, pickled. again: the
     errors of the system after which the loader has read samples again so far.
     """
 
-    state: RandomState | None
+    state: bytes
     again: list[str]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import os
+import pickle
 import sys
 import traceback
 
@@ -13,7 +14,7 @@ from instep.data.cursor import rows_of
 from instep.data.mixture import cursor_over
 from instep.randomness import key, key_of_step, seed_all
 from instep.recipe import Recipe, Team
-from instep.restore import random_state, same_random_state
+from instep.restore import random_state
 from instep.transport import batch_files
 from instep.transport.units import ROWS, State, Unit, Units
 from instep.worker.device import prepare_device
@@ -98,12 +99,9 @@ class Loader:
         if not indices:
             return unit._replace(state=State.OWN)
         seed = key_of_step(self._recipe.seed, batch, microbatch, "data")
-        seed_all(seed)
-        before = random_state()
         samples = self._reader.read(self._data.train, indices, seed, lambda index: self._units.reads(unit.key, index))
-        after = random_state()
-        beside = Beside(None if same_random_state(before, after) else after, self._reader.causes)
-        file = batch_files.write(samples, beside)
+        state = pickle.dumps(random_state(), protocol=5)
+        file = batch_files.write(samples, Beside(state, self._reader.causes))
         return unit._replace(
             state=State.LOADED, descriptor=file.descriptor, inode=os.fstat(file.descriptor).st_ino, nbytes=file.nbytes,
             head=file.head,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -61,9 +62,7 @@ class SampleReader:
             batch, (state, causes) = found
             self._read_again.update(causes)
             if draws:
-                seed_all(seed)
-                if state is not None:
-                    take_random_state(state)
+                take_random_state(pickle.loads(state))
             return batch
         try:
             batch = self.read(samples, indices, seed)
