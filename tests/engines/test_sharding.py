@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 from torch.utils.data import TensorDataset
 
-from instep.engines.sharding import BY_PARAMETER, Placement, Replicated, Sharded, choose, owners
+from instep.engines.sharding import Placement, Replicated, Sharded, choose, owners
 from instep.engines.shared_state import SharedState
 from instep.errors import WorkerError
 from instep.recipe import Recipe, Team, Watch
@@ -25,6 +25,7 @@ from instep.record import checkpoint
 from instep.record.digest import digest_of_state
 from instep.reduce.layout import Layout
 from instep.reduce.reduction import Reduction
+from instep.worker.optimizer import BY_PARAMETER
 from instep.worker.optimizer_state import copied
 from instep.worker.replica import Replica
 from support import workloads

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 
 from instep.engines.seat import Seat
+from instep.engines.sharding import Sharded
 from instep.engines.step_facts import StepFacts
 from instep.engines.total import Total
 from instep.engines.trial import Trial
@@ -153,3 +154,38 @@ def test_a_second_death_while_the_step_is_done_again_costs_no_more_than_its_own(
 def test_who_dies_while_it_adds_what_a_host_shares_costs_that_host_its_part_and_others_nothing(tmp_path: Path) -> None:
     run = run_on((1, 1), 4, tmp_path / "it", before(Reduction, "add", 3, calls=7), made())
     came_through(run, tmp_path, {*range_of(2, 4), *range_of(3, 4)})
+
+
+@pytest.mark.parametrize(
+    "second", [pytest.param(None, marks=pytest.mark.slow), 3], ids=["one is lost", "one of each host is lost"]
+)
+def test_who_is_left_of_a_host_has_the_optimizers_state_of_who_is_lost(second: int | None, tmp_path: Path) -> None:
+    """No other host gives it to them, and successors have it from them."""
+    hooks = MOMENTS["before it computes"](1)
+    if second is not None:
+        hooks = all_of(hooks, MOMENTS["before it adds its cut"](second))
+    run = run_on((1, 1), 4, tmp_path / "it", hooks, made())
+    lost = {1} if second is None else {1, second}
+    came_through(run, tmp_path, {microbatch for worker in lost for microbatch in range_of(worker, 4)})
+    given = [number for event in told(run, "regrouped") for number in event["given"]]
+    assert set(given) <= lost
+    assert len(given) == len(set(given))
+
+
+@pytest.mark.slow
+def test_a_host_one_of_whose_workers_dies_in_an_update_is_given_all_by_another(tmp_path: Path) -> None:
+    run = run_on((1, 1), 4, tmp_path / "it", before(Sharded, "update", 3), made())
+    came_through(run, tmp_path, range_of(3, 4))
+    assert 2 in told(run, "regrouped")[0]["given"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("agents", [(1, 1), (1, 1, 1)], ids=str)
+def test_who_is_alone_after_all_others_are_lost_goes_on_with_what_they_shared(
+    agents: Sequence[int], tmp_path: Path
+) -> None:
+    """The others die one after the other, and no successor comes before the end."""
+    others = [before(Seat, "compute", 1, 2), before(Total, "add", 2, calls=4), after(Seat, "load_ahead", 3, 4)]
+    run = run_on(agents, 4, tmp_path / "it", all_of(*others), made())
+    assert run.digest == train_here(made(), Team(), tmp_path / "alone").digest
+    assert [event["version"] for event in told(run, "merged")] == list(range(1, STEPS + 1))

@@ -94,17 +94,6 @@ def test_who_comes_in_the_place_of_the_first_worker_leads_as_that_did(tmp_path: 
     assert told(run, "regrouped")[0]["workers"] == [1, 2, 3]
 
 
-def test_where_no_host_has_all_the_team_goes_back_to_its_checkpoint(tmp_path: Path) -> None:
-    """One of each host is killed: with each a part of the optimizer's state."""
-    recipe = workloads.gpt(steps=STEPS)
-    kill = Killing({6: [1, 3]})
-    run, _ = train_on((1, 1), recipe, team(workers=4), tmp_path / "run", client=kill.client)
-    assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
-    assert {event["version"] for event in told(run, "run_started")} <= {0, 5, 6, 7, 10}, (
-        "many updates may be told at once"
-    )
-
-
 @pytest.mark.slow
 def test_a_host_that_is_lost_while_another_holds_the_newest_version_costs_no_step(tmp_path: Path) -> None:
     recipe = workloads.gpt(steps=STEPS)
@@ -155,6 +144,7 @@ def test_the_newest_version_that_a_host_has_whole_is_taken(states: list[HeldByRa
     ("states", "found"),
     [
         ([OLD, OLD, OLD, NONE], [False, False, False, True]),
+        ([held(4, seen=True), NONE, OLD, OLD], [False, True, False, False]),
         ([OLD, held(0), OLD, OLD], [True, True, False, False]),  # half an update may lie in the weights of both
         ([OLD, held(0, shares=False), OLD, OLD], [False, True, False, False]),
         ([held(3), OLD, OLD, OLD], [True, True, False, False]),
@@ -174,6 +164,17 @@ def test_what_workers_are_to_share_is_known_apart_from_what_comes_to_have_its_de
     finally:
         processes.close()
     assert len({number for number, _ in found}) < len({inode for _, inode in found}) == 5
+
+
+@pytest.mark.parametrize(
+    ("needs", "found"),
+    [
+        ([True, False, False, True], [1, 1, 2, 2]),
+        ([True, True, False, False], [2, 2, 2, 2]),
+    ],
+)
+def test_one_of_the_same_host_gives_what_it_has(needs: list[bool], found: list[int]) -> None:
+    assert regrouped.givers([0, 0, 1, 1], needs, 2) == found
 
 
 def test_where_none_has_a_version_whole_nobody_goes_on() -> None:

@@ -58,6 +58,10 @@ class Marks:
         """That piece is whole."""
         self._store((self._value & ~(1 << (_BEGUN_AT + work))) + (1 << (_COUNT_BITS * work)))
 
+    def torn(self, step: int) -> bool:
+        """Whether a worker of the machine may have changed what they share of version `step`."""
+        return any(Mark.of(int(value), step).later for value in self.all)
+
     def _store(self, value: int) -> None:
         self._value = value
         self.all[self._own] = value

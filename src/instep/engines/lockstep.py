@@ -175,8 +175,8 @@ class Lockstep:
         self.between = BetweenSteps(self.replica, self.worker, *of_all)
         late, early = self.division.ways
         shared = self.placement.shared
-        self._marks = marks_in(group, self.worker - self._machine.start, seen=not self._others.possible)
-        self._total = Total(late, early, self.worker, group, self.gradients, self._marks, self._adds, shared=shared)
+        self.marks = marks_in(group, self.worker - self._machine.start, seen=not self._others.possible)
+        self._total = Total(late, early, self.worker, group, self.gradients, self.marks, self._adds, shared=shared)
         self._early, self._trial = False, Trial()
 
     def _room(self, worker: int) -> int:
@@ -260,7 +260,7 @@ class Lockstep:
         self._at = step
         self._others.note(step, COMPUTING)
         self._divide(step)
-        self._marks.step(step)
+        self.marks.step(step)
         self._total.begin(early=early)
         self._compute(step, totals)
         self._total.computed()
@@ -301,7 +301,7 @@ class Lockstep:
         )  # fmt: skip
         self._others.until_settled()
         left_there = partial(take_left, replica, self._buffers, self.reduction, step, changed, found)
-        self._marks.begin(UPDATE)
+        self.marks.begin(UPDATE)
         update = self.updates.make(step, added, self._others, left_there)
         progress.merged(version=step + 1, steps=step + 1, items=update.items, objective=update.objective)
         self._heartbeat.advance()
@@ -383,7 +383,7 @@ class Lockstep:
         if redo is not None:
             return redo.keeps()
         where = self._group, self._total.reduction, self.worker, self._machine
-        return kept_of(*where, step, computed[1], self._marks, self._buffers.swap())
+        return kept_of(*where, step, computed[1], self.marks, self._buffers.swap())
 
     def close(self) -> None:
         """Leaves the group: another engine may go on with the replica, and with what lies here of it."""

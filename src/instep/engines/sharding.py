@@ -14,19 +14,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn, optim
-from torch.optim import optimizer as torch_optimizer
+from torch import Tensor
 
 from instep.engines.heap import give_back
 from instep.engines.piecewise import PiecewiseUpdates
 from instep.engines.shared_state import SharedState
 from instep.engines.undo import PiecesDone, SeatLost
+from instep.engines.whole_update import why_each_makes_all
 from instep.ranges import owners
-from instep.reduce.layout import ALIGN_BYTES, is_dense, placed, tensor_at
+from instep.reduce.layout import ALIGN_BYTES, placed, tensor_at
 from instep.reduce.reduction import Reduction, clip
+from instep.transport.distributed import DistributedGroup
 from instep.transport.group import Group
 from instep.transport.shared_memory import SharedMemoryGroup
-from instep.worker.optimizer import BY_PARAMETER
 from instep.worker.parcels import packed, unpacked
 from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import Checksums, own_checksums, together
@@ -80,6 +80,16 @@ class Placement(ABC):
     def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool], pieces: PiecesDone) -> None:
         """What is lacking of the part of another worker of this machine, which has died, in the update of which
         `update` has made this one's. Raises SeatLost where that worker kept something that is lost."""
+
+    @property
+    def state_seen(self) -> bool:
+        """Whether each worker of a machine sees the optimizers' state of all parameters, where others update some."""
+        return False
+
+    @abstractmethod
+    def hand_on(self, to: Placement) -> None:
+        """All of this machine have left the group, and another has this worker go on with `to`: has its optimizers hold
+        all that is seen here, and nothing lie here that does not come to lie there."""
 
     @abstractmethod
     def give_back(self, worker: int) -> None:
@@ -164,6 +174,9 @@ class Replicated(Placement):
     def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool], pieces: PiecesDone) -> None:
         pass  # each makes the whole
 
+    def hand_on(self, to: Placement) -> None:
+        pass
+
     def give_back(self, worker: int) -> None:
         pass
 
@@ -204,12 +217,13 @@ class Sharded(Placement):
         whose = owners([parameter.numel() for parameter in replica.parameters], len(machine))
         self._of = {each: [machine[owner] == each for owner in whose] for each in machine}
         self._own = self._of[worker]
+        self._own_indices = self._indices(worker)
         self._others: set[int] = set()  # for whom this worker has made updates
-        self._state = SharedState(replica) if len(machine) > 1 and len(reduction.levels) == 1 else None
+        self._state = SharedState(replica) if len(machine) > 1 else None
         self.state_bytes = self._state.nbytes if self._state is not None else 0
         self._leads = 0 in machine  # the other machines hold the same
         self._offsets, self.weight_bytes = placed([parameter.nbytes for parameter in replica.parameters], ALIGN_BYTES)
-        if self._state is not None:
+        if self._state is not None and len(reduction.levels) == 1:
             shares = {each: self._indices(each) for each in machine}
             self._updates = PiecewiseUpdates(replica, self._offsets, self._state, shares)
             self.room = self._updates.room
@@ -224,8 +238,9 @@ class Sharded(Placement):
             parameter.data = shared
             for state in [] if own else states:
                 state.pop(parameter, None)
-        if self._state is not None and isinstance(group, SharedMemoryGroup):
-            self._state.attach(group.spare)
+        of_machine = group.machine if isinstance(group, DistributedGroup) else group
+        if self._state is not None and isinstance(of_machine, SharedMemoryGroup):
+            self._state.attach(of_machine.spare)
             if succeeds:
                 self._take_over(self._worker)
             else:
@@ -239,7 +254,10 @@ class Sharded(Placement):
         for gradient in gradients:
             if gradient is not None:
                 clip(gradient, norm, self._replica.recipe.clip_norm)
-        return self._replica.update(step, gradients)
+        rate = self._replica.update(step, gradients)
+        if self._state is not None:
+            self._state.grow(self._own_indices)
+        return rate
 
     def update_for(self, worker: int, step: int, norm: float, touched: Sequence[bool], pieces: PiecesDone) -> None:
         if pieces.begun:
@@ -259,6 +277,24 @@ class Sharded(Placement):
         assert self._state is not None, "only then can workers stand in for each other"
         if not self._state.take_over(self._indices(worker)):
             raise SeatLost(worker, "it kept state of its optimizer where others do not see it")
+
+    @property
+    def state_seen(self) -> bool:
+        return self._state is not None and self._state.whole
+
+    def hand_on(self, to: Placement) -> None:
+        if not self.state_seen:
+            return
+        assert self._state is not None
+        self._state.take_over(range(len(self._own)))
+        if isinstance(to, Sharded) and to._state is not None:
+            return  # which copies it into its own
+        for state in [one.of_torch.state for one in self._replica.optimizer.each]:
+            for parameter, values in state.items():
+                state[parameter] = {name: v.clone() if isinstance(v, Tensor) else v for name, v in values.items()}
+        if not to.weight_bytes:
+            for parameter in self._replica.parameters:
+                parameter.data = parameter.data.clone()
 
     def give_back(self, worker: int) -> None:
         if worker in self._others and self._state is not None:
@@ -342,48 +378,5 @@ def choose(
     several = len(machine) > 1 or len(reduction.levels) > 1  # all alike, one that is alone on its machine too
     if shard == "none" or not several:
         return Replicated(replica, reduction, worker)
-    why = _why_whole(replica) if why_whole is None else why_whole
+    why = why_each_makes_all(replica) if why_whole is None else why_whole
     return Replicated(replica, reduction, worker, why) if why else Sharded(replica, reduction, worker, machine)
-
-
-def _why_whole(replica: Replica) -> str:
-    """Why each worker must make the whole update, the same at all; "" where a share of it gives the same bits."""
-    if replica.device.type != "cpu":
-        why = "on a GPU each has all weights"
-    elif replica.written.trains:
-        why = "forwards write parameters that are trained"
-    # A rollback reads all weights, and puts them back, before the update.
-    elif any(watch.spike == "rollback" for watch in replica.recipe.watches):
-        why = "a rollback takes back all weights at once"
-    elif other := next((one.kind for one in replica.optimizer.each if not _updates_by_parameter(one.of_torch)), ""):
-        why = f"what {other} does to a parameter may depend on more than this parameter"
-    elif not _can_move(replica.parameters):
-        why = "something else than the model sees the memory of its parameters, or they are no plain ones"
-    else:
-        return ""
-    return f"team.shard is 'optimizer', and each worker makes the whole update all the same, for {why}."
-
-
-def _updates_by_parameter(optimizer: optim.Optimizer) -> bool:
-    # Fused SGD asks of all parameters together whether this is the first step of their momentum.
-    hooks = [value for name, value in vars(optimizer).items() if name.endswith("_hooks")]
-    hooks += [torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks]
-    return (
-        type(optimizer) in BY_PARAMETER
-        and not (type(optimizer) is optim.SGD and any(group["fused"] for group in optimizer.param_groups))
-        and not any(hooks)
-        and "step" not in vars(optimizer)  # where a scheduler of torch counts steps, say
-    )
-
-
-def _can_move(parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether the parameters can get other memory, with the same strides, and nothing else sees their present one."""
-    alone = _uses(nn.Parameter(torch.zeros(1)))
-    return all(
-        type(p) is nn.Parameter and p.layout == torch.strided and is_dense(p) and _uses(p) == alone for p in parameters
-    )
-
-
-def _uses(tensor: Tensor) -> int:
-    """How many tensors, and Python's view of it, hold the tensor's memory."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))

@@ -98,6 +98,12 @@ class SharedState:
             self._note(index, told)
         return True
 
+    @property
+    def whole(self) -> bool:
+        """Whether the state of all parameters lies there, as far as there is any."""
+        lengths = [self._memory[start : start + _LENGTH].tobytes() for start in self._offsets]
+        return not any(int.from_bytes(length, "little", signed=True) < 0 for length in lengths)
+
     def give_back(self, which: Collection[int]) -> None:
         """Has this worker's optimizers forget the state of these parameters, which lies there."""
         self._open -= set(which)

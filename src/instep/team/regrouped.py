@@ -75,7 +75,7 @@ class HeldByRank(NamedTuple):
 
     complete: it has all that it needs of it. given: its host can give it to others, with all who were there. done,
     saved: versions up to which all that was due is done, and of the newest checkpoint. fresh: it was in no group.
-    shares: the optimizer's state of its host lies with several workers.
+    shares: it shares weights, and makes a part of each update. seen: all of its host see the optimizer's state of all.
     """
 
     version: int
@@ -85,6 +85,7 @@ class HeldByRank(NamedTuple):
     saved: int
     fresh: bool
     shares: bool
+    seen: bool = False
 
 
 def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Formed:
@@ -113,13 +114,15 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
         events: list[MergedEvent] = []
         watch = before.engine.updates.watcher.state()
         if any(needs):
-            given = _given(session, before, reach, group, rank, source, states, word.hosts)
+            given = _given(session, before, reach, group, rank, source, states, word.hosts, needs)
             if needs[rank]:
                 watch, events = _take(session, before, given)
                 engine = make(reach.machines, again, before.progress)
                 engine.sizes()
         first = 0 if states[0].version == top else source
         progress = Progress(**unpacked(group.share(packed(asdict(before.progress)) if rank == first else b"")[first]))
+        if not needs[rank]:
+            before.engine.placement.hand_on(engine.placement)
         engine.updates.watcher.load(watch)
         redo = redo_of(before.kept, group, rank, progress.version, engine.reduction, reach.here)
         engine.join(group, redo)
@@ -172,16 +175,19 @@ def _group(engine: Lockstep, reach: Reach, word: NextGroup) -> Group:
 
 def _held(session: Session, before: Formed, now: frozenset[Process], group: Group) -> list[HeldByRank]:
     """What each holds, by rank."""
-    shares, fresh = before.engine.placement.shared, not before.here
-    sound = before.whole and before.engine.updates.sound and not fresh
+    shares, fresh, version = before.engine.placement.shared, not before.here, before.progress.version
+    torn = not fresh and shares and before.engine.marks.torn(version)
+    sound = not fresh and before.whole and before.engine.updates.sound and not torn
+    seen = not fresh and before.engine.placement.state_seen
     own = HeldByRank(
-        version=before.progress.version + 1 if sound else 0,
-        complete=not fresh and (not shares or now == before.here),
-        given=not fresh and (not shares or before.here <= now),
+        version=version + 1 if sound else 0,
+        complete=not fresh and (not shares or seen or now == before.here),
+        given=not fresh and (not shares or seen or before.here <= now),
         done=before.done,
         saved=session.saved_version,
         fresh=fresh,
         shares=shares,
+        seen=seen,
     )
     return [HeldByRank(*row) for row in group.gather(torch.tensor([int(each) for each in own])).tolist()]
 
@@ -214,6 +220,12 @@ def _needs(states: Sequence[HeldByRank], hosts: Sequence[int], top: int) -> list
     ]
 
 
+def givers(hosts: Sequence[int], needs: Sequence[bool], source: int) -> list[int]:
+    """By rank, who gives to those of its host that need all: one of them if one has it, else `source`."""
+    there = {host: rank for rank, host in reversed(list(enumerate(hosts))) if not needs[rank]}
+    return [there.get(host, source) for host in hosts]
+
+
 def _given(
     session: Session,
     before: Formed,
@@ -223,28 +235,38 @@ def _given(
     source: int,
     states: Sequence[HeldByRank],
     hosts: Sequence[int],
+    needs: Sequence[bool],
 ) -> bytes:
-    """All that a replica has, from a host that has it, at all ranks."""
-    own = b""
-    if hosts[rank] == hosts[source]:
-        assert reach.machine is not None, "those of a host have a group"
-        if states[rank].fresh:
-            if states[source].shares:
+    """All that a replica has, at the ranks that need it: from one of the same host, or else from a host that has it."""
+    found, whose, placement = b"", givers(hosts, needs, source), before.engine.placement
+    there = [each for each, host in enumerate(hosts) if host == hosts[rank]]
+    here = whose[rank] in there and not needs[whose[rank]]
+    if any(lacks and (hosts[whose[each]] != hosts[each] or needs[whose[each]]) for each, lacks in enumerate(needs)):
+        own = b""
+        if hosts[rank] == hosts[source]:
+            assert reach.machine is not None, "those of a host have a group"
+            if states[source].seen or not states[source].shares:
+                own = _all(session, before, placement.whole_state()) if rank == source else b""
+            elif states[rank].fresh:
                 reach.machine.share(b"", to=0)
-        else:
-            training = before.engine.placement.training_state(reach.machine)
-            if rank == source:
-                assert training is not None, "it is the first of its host"
-                assert session.replica is not None, "the recipe is built"
-                own = packed(
-                    {
-                        "model": session.replica.saved_state(),
-                        "training": training,
-                        "watch": before.engine.updates.watcher.state(),
-                        "events": [msgspec.msgpack.encode(event) for event in before.engine.merged.remembered()],
-                    }
-                )
-    return group.share(own)[source]
+            else:
+                training = placement.training_state(reach.machine)
+                own = _all(session, before, training) if rank == source else b""
+        found = group.share(own)[source]
+    if here and any(needs[each] for each in there):
+        assert reach.machine is not None, "those of a host have a group"
+        own = _all(session, before, placement.whole_state()) if rank == whose[rank] else b""
+        found = reach.machine.share(own)[whose[rank] - there[0]]
+    return found
+
+
+def _all(session: Session, before: Formed, training: dict[str, Any] | None) -> bytes:
+    """With what it gives of its own."""
+    assert training is not None, "it is the first of its host"
+    assert session.replica is not None, "the recipe is built"
+    watch, remembered = before.engine.updates.watcher.state(), before.engine.merged.remembered()
+    events = [msgspec.msgpack.encode(event) for event in remembered]
+    return packed({"model": session.replica.saved_state(), "training": training, "watch": watch, "events": events})
 
 
 def _take(session: Session, before: Formed, given: bytes) -> tuple[Any, list[MergedEvent]]:
