@@ -12,6 +12,8 @@ from unittest import mock
 
 import pytest
 
+from instep.clock.network import gather_bytes, reduce_bytes
+from instep.engines.between_steps import BetweenSteps
 from instep.engines.seat import Seat
 from instep.engines.sharding import Sharded
 from instep.engines.step_facts import StepFacts
@@ -22,6 +24,7 @@ from instep.reduce.layout import BLOCK
 from instep.reduce.reduction import Reduction
 from instep.reduce.tree import worker_ranges
 from instep.team.session import Session
+from instep.worker.replica import Replica
 from instep.worker.updates import Updates
 from support import workloads
 from support.agents import train_on
@@ -77,6 +80,9 @@ def came_through(run: Outcome, folder: Path, dead: Collection[int], name: str = 
         more.subtract(range(MICROBATCHES))
         assert {microbatch for microbatch, count in more.items() if count} <= set(dead), (version, more)
         assert set(more.values()) <= {-1, 0, 1}, "what the dead have told last may be lost"
+    nbytes, teams = 4 * Replica(made(name), "cpu").size, [len(event["contributions"]) for event in told(run, "merged")]
+    least = sum(reduce_bytes(workers, nbytes, workers) + gather_bytes(workers, nbytes) for workers in teams)
+    assert run.result["bytes_sent"] >= least, "not of the last group alone"
 
 
 def early(deaths: Deaths) -> dict[Any, dict[str, Any]]:
@@ -189,3 +195,11 @@ def test_who_is_alone_after_all_others_are_lost_goes_on_with_what_they_shared(
     run = run_on(agents, 4, tmp_path / "it", all_of(*others), made())
     assert run.digest == train_here(made(), Team(), tmp_path / "alone").digest
     assert [event["version"] for event in told(run, "merged")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_checksums_that_the_first_worker_took_along_are_told_by_another(tmp_path: Path) -> None:
+    run = run_on((1, 1), 4, tmp_path / "it", before(BetweenSteps, "checksums", 0, calls=4), made(checksum_every=1))
+    assert run.digest == train_here(made(checksum_every=1), Team(), tmp_path / "alone").digest
+    assert [event["version"] for event in told(run, "checksummed")] == list(range(1, STEPS + 1))
+    assert told(run, "regrouped")[0]["workers"] == [1, 2, 3]

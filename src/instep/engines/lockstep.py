@@ -397,4 +397,4 @@ class Lockstep:
     @property
     def busy_s(self) -> float:
         """Seconds the worker has computed, slowness included."""
-        return self._seat.busy_s
+        return self._again.busy_s + self._seat.busy_s

@@ -48,7 +48,7 @@ from instep.team.messages import (
     NotStoodIn,
 )
 from instep.team.regroup_messages import NextGroup, NotRegrouped
-from instep.team.regrouped import CannotRegroup, Formed, regroup
+from instep.team.regrouped import CannotRegroup, Formed, Process, regroup
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
@@ -139,7 +139,8 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
     fit_memory(replica, team, emit, workers=team.workers)
     sizes = engine.sizes()
     agreed = session.ready(facts_of(session, engine, progress), reach.memory(sizes))
-    formed = Formed(engine, progress, reach, frozenset(), engine.placement.why_whole, progress.version, left=True)
+    nowhere = engine, progress, reach, frozenset[Process](), engine.placement.why_whole, progress.version
+    formed = Formed(*nowhere, left=True, began_s=session.clock())
     if isinstance(agreed, NextGroup):
         word: NextGroup | None = agreed
     else:
@@ -178,9 +179,11 @@ def _train(session: Session, formed: Formed) -> NextGroup | None:
     engine, progress, reach, replica = formed.engine, formed.progress, formed.reach, session.replica
     assert replica is not None, "the recipe is built"
     engine.slowness = slowness_of(session)
-    recipe, began, keeper = session.recipe, session.clock(), _Keeper(session, formed)
+    recipe, keeper = session.recipe, _Keeper(session, formed)
     try:
         if formed.again:
+            if session.heartbeat.generation:  # they may have been lost with who was to tell them
+                engine.between.checksums(progress)
             last = progress.version == recipe.steps or bool(progress.stopped)
             keeper.after_step(progress, last and not progress.unevaluated)
         steps = progress.version if progress.stopped else recipe.steps
@@ -208,7 +211,7 @@ def _train(session: Session, formed: Formed) -> NextGroup | None:
             )  # fmt: skip
         replica.doing = doing
         raise
-    _leave(session, engine, progress, digest, interrupted=interrupted, took_s=ended_s - began)
+    _leave(session, engine, progress, digest, interrupted=interrupted, took_s=ended_s - formed.began_s)
     return None
 
 

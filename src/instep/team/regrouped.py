@@ -62,6 +62,8 @@ class Formed:
     left: bool = False
     again: bool = False
     """Whether what was due at the present version is still to be done."""
+    began_s: float = 0.0
+    """When it was ready to train, on the run's clock."""
     kept: KeptOfStep | None = None
     """What the worker had computed of the next version when it left the group."""
 
@@ -99,7 +101,7 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
     session.regrouped(rank, [len(list(those)) for _, those in groupby(word.hosts)])
     now = frozenset(p for p, host in zip(_processes(word), word.hosts, strict=True) if host == word.hosts[rank])
     before.engine.merged.renumber(word.numbers)
-    again = Continued(word.numbers, before.why_whole, before.engine.merged)
+    again = Continued(word.numbers, before.why_whole, before.engine.merged, before.engine.busy_s)
     reach = Reach(session, before.reach)
     engine = make(reach.machines, again, before.progress)
     session.heartbeat.waiting(True)  # for others, who may be in the midst of a step
@@ -120,7 +122,10 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
                 engine = make(reach.machines, again, before.progress)
                 engine.sizes()
         first = 0 if states[0].version == top else source
-        progress = Progress(**unpacked(group.share(packed(asdict(before.progress)) if rank == first else b"")[first]))
+        counted = before.engine.division.bytes_sent, before.engine.division.moves
+        own = packed((asdict(before.progress), *counted)) if rank == first else b""
+        fields, engine.division.bytes_sent, engine.division.moves = unpacked(group.share(own)[first])
+        progress = Progress(**fields)
         if not needs[rank]:
             before.engine.placement.hand_on(engine.placement)
         engine.updates.watcher.load(watch)
@@ -139,7 +144,8 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
         states[0].version == top and progress.version == states[0].done
     )
     done = before.done if undone else progress.version
-    return Formed(engine, progress, reach, now, before.why_whole, done, again=undone and progress.version > 0)
+    again_due = undone and progress.version > 0
+    return Formed(engine, progress, reach, now, before.why_whole, done, again=again_due, began_s=before.began_s)
 
 
 def leave(before: Formed) -> None:
