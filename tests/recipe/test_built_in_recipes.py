@@ -26,6 +26,8 @@ from instep.models import GPT, generate
 from instep.models.flow import FlowNet, integrate
 from instep.models.start import seeded
 from instep.models.vae import VAENet
+from instep.objectives.language import NextToken
+from instep.packed import PackedTokens
 from instep.pretrained import run_model
 from instep.recipe import Recipe, Team, parse
 from instep.recipe_files import names_of_recipes, read
@@ -258,6 +260,20 @@ def test_a_family_that_transformers_does_not_know_is_refused() -> None:
         ComponentError, match=r"hidden size \(30\) is not a multiple .* heads \(4\); check 'model.args'"
     ):
         causal(hidden_size=30, num_attention_heads=4)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_model_of_transformers_keeps_packed_documents_apart_whatever_its_cache(cache: bool) -> None:
+    pytest.importorskip("transformers")
+    from instep.models.hf import causal
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = causal(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=cache)
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    packed = PackedTokens(tokens, tokens, torch.tensor([[1] * 3 + [2] * 5]), torch.tensor([[*range(3), *range(5)]]))
+    total = NextToken()(model, packed)
+    alone = [NextToken()(model, (part, part)) for part in (tokens[:, :3], tokens[:, 3:])]
+    torch.testing.assert_close(total, alone[0] + alone[1])
 
 
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

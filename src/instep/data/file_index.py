@@ -68,10 +68,13 @@ class IndexedFile:
         """Makes the index unless it is there. False where another process is making it and `wait` is off."""
         if self._found() >= 0:
             return True
-        with self._alone(wait) as alone:
-            if alone and self._found() < 0:
-                self._make()
-            return alone
+        try:
+            with made_alone(self.index_path, wait=wait) as alone:
+                if alone and self._found() < 0:
+                    self._make()
+                return alone
+        except OSError as error:
+            raise self._unwritten(error) from error
 
     @cached_property
     def _index(self) -> ReadAt:
@@ -92,18 +95,13 @@ class IndexedFile:
         return count if said == right and size == _HEADER.size + 8 * (count + 1) else -1
 
     def _make(self) -> None:
-        aside = self.index_path.with_name(f"{self.index_path.name}.{secrets.token_hex(4)}")
         pieces = self._starts(self.file)
         try:
-            with open(aside, "xb") as file:
+            with written_whole(self.index_path) as file:
                 file.write(bytes(_HEADER.size))
                 self._write(file, pieces)
-            os.replace(aside, self.index_path)
         except OSError as error:
             raise self._unwritten(error) from error
-        finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
 
     def _write(self, file: BinaryIO, pieces: Iterator[NDArray[np.int64]]) -> None:
         count = -1
@@ -112,31 +110,6 @@ class IndexedFile:
             count += len(piece)
         file.seek(0)
         file.write(_HEADER.pack(_MAGIC, self._kind.encode(), self.known.encode(), self.file.size, count))
-        file.flush()
-        os.fsync(file.fileno())
-
-    @contextlib.contextmanager
-    def _alone(self, wait: bool) -> Iterator[bool]:
-        """Whether no other process makes this index meanwhile. A file system without locks lets several do so."""
-        path = self.index_path.with_name(f"{self.index_path.name}.lock")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise self._unwritten(error) from error
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            except OSError:
-                pass
-            yield True
-            with contextlib.suppress(OSError):
-                path.unlink()
-        finally:
-            os.close(descriptor)
 
     def _unwritten(self, error: OSError) -> DataError:
         return DataError(
@@ -146,6 +119,44 @@ class IndexedFile:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_index"}
+
+
+@contextlib.contextmanager
+def made_alone(index: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Whether no other process makes this file meanwhile; others wait, or with `wait` off are told so. A file system
+    without locks lets several do so. Raises OSError.
+    """
+    path = index.with_name(f"{index.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+        with contextlib.suppress(OSError):
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which is at `path` when all is written, and not before. Raises OSError."""
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(aside, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def index_all(files: Sequence[IndexedFile]) -> None:

@@ -46,7 +46,8 @@ class TokenFile:
         self.path, self._file = path, ReadAt(path)
         index = path.with_suffix(".idx")
         self.start, kind, count = 0, str(dtype), -1
-        if index.exists():
+        self.index = index if index.exists() else None
+        if self.index is not None:
             kind, count = _megatron(index)
         elif self._file.size >= _LLM_C_HEADER:
             magic, version, tokens = struct.unpack("<3i", self._file.read(0, 12))
@@ -66,6 +67,37 @@ class TokenFile:
         """Tokens from `start` up to `stop`. Raises DataError where the file is not what it was."""
         each = self.dtype.itemsize
         return np.frombuffer(self._file.read(self.start + start * each, (stop - start) * each), self.dtype)
+
+    def checked(self, start: int, stop: int, vocabulary: int, what: str) -> Tensor:
+        """The same, [stop - start], int64. Raises DataError for a token that is not below `vocabulary`, which is of
+        sample `what`; 0 does not look.
+        """
+        tokens = torch.from_numpy(self.tokens(start, stop).astype(np.int64))
+        if vocabulary and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            other = int(tokens.max()) if int(tokens.max()) >= vocabulary else int(tokens.min())
+            raise DataError(
+                f"{what} has the token {other}, after token {start:,} of {self.path}, and the vocabulary is "
+                f"{vocabulary}: the file is of another tokenizer, or of another 'dtype' than {self.dtype.name}; say "
+                f"the right one."
+            )
+        return tokens
+
+    def document_ends(self) -> NDArray[np.int64] | None:
+        """Where each document ends, in tokens ([documents], int64), as the ``.idx`` beside the file says it; None
+        where there is none. Raises DataError where that cannot be.
+        """
+        if self.index is None:
+            return None
+        header = ReadAt(self.index)
+        _, _, _, sequences, documents = _MEGATRON_HEADER.unpack(header.read(0, _MEGATRON_HEADER.size))
+        sizes = np.frombuffer(header.read(_MEGATRON_HEADER.size, 4 * sequences), "<i4")
+        after = np.frombuffer(header.read(_MEGATRON_HEADER.size + 12 * sequences, 8 * documents), "<i8")[1:]
+        if len(after) and not (after[0] >= 0 and (np.diff(after) >= 0).all() and after[-1] == sequences):
+            raise DataError(
+                f"{self.index} says documents that do not cover its {sequences:,} sequences; write it anew."
+            )
+        ends: NDArray[np.int64] = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))[after]
+        return ends
 
     def digest(self, *, full: bool = False) -> str:
         """See `ReadAt.digest`."""
@@ -135,15 +167,7 @@ class TokenWindows(Dataset[Tensor]):
         window = self.windows[index]
         place = bisect.bisect_right(self._ends, window)
         file, start = self.files[place], (window - (self._ends[place - 1] if place else 0)) * self.context
-        tokens = torch.from_numpy(file.tokens(start, start + self.context + 1).astype(np.int64))
-        if self.vocabulary and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary:
-            other = int(tokens.max()) if int(tokens.max()) >= self.vocabulary else int(tokens.min())
-            raise DataError(
-                f"sample {index} has the token {other}, after token {start:,} of {file.path}, and the vocabulary is "
-                f"{self.vocabulary}: the file is of another tokenizer, or of another 'dtype' than "
-                f"{file.dtype.name}; say the right one."
-            )
-        return tokens
+        return file.checked(start, start + self.context + 1, self.vocabulary, f"sample {index}")
 
 
 def token_files(

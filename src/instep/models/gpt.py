@@ -69,9 +69,12 @@ class GPT(nn.Module):
         nn.init.normal_(self.output.weight, std=EMBEDDING_STD)
         nn.init.normal_(self.embedding.weight, std=EMBEDDING_STD)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits, [B, T, V], of the token that follows each of `tokens`, [B, T], int64. Raises DataError."""
-        logits: Tensor = self.output(self.hidden(tokens))
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Logits, [B, T, V], of the token that follows each of `tokens`, [B, T], int64. Raises DataError.
+
+        documents: of which of several each token is, [B, T]; it sees those of the same one alone.
+        """
+        logits: Tensor = self.output(self.hidden(tokens, documents))
         return logits
 
     @property
@@ -79,8 +82,8 @@ class GPT(nn.Module):
         """Makes logits of what `hidden` gives."""
         return self.output
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Hidden states, [B, T, D], which `head` makes the logits of. Raises DataError."""
+    def hidden(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Hidden states, [B, T, D], which `head` makes the logits of; as in `forward`. Raises DataError."""
         length = tokens.shape[1]
         if length > self.context:
             raise DataError(
@@ -88,9 +91,10 @@ class GPT(nn.Module):
                 f"shorten the samples, or raise the model's 'context'."
             )
         turns = rotary_turns(length, self.head_size, tokens.device)
+        seen = None if documents is None else same_document(documents)
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
-            x = block(x, turns)
+            x = block(x, turns) if seen is None else block(x, turns, seen)
         normed: Tensor = self.norm(x)
         return normed
 
@@ -112,8 +116,8 @@ class Block(nn.Module):
         for writer in (self.attention.into_residual, self.mlp.into_residual):
             nn.init.zeros_(writer.weight)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), turns)
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], seen: Tensor | None = None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), turns, seen)
         x = x + self.mlp(self.mlp_norm(x))
         return x
 
@@ -134,13 +138,13 @@ class Attention(nn.Module):
         nn.init.normal_(self.queries_keys_values.bias[: 2 * width], std=BIAS_STD)
         nn.init.zeros_(self.queries_keys_values.bias[2 * width :])
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor], seen: Tensor | None = None) -> Tensor:
         batch, length, width = x.shape
         qkv = self.queries_keys_values(x).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, T, D / heads]
         q, k = rotate(q, turns), rotate(k, turns)
         dropped = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropped, is_causal=seen is None)
         out: Tensor = self.dropout(self.into_residual(mixed.transpose(1, 2).reshape(batch, length, width)))
         return out
 
@@ -157,6 +161,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.dropout(self.into_residual(F.gelu(self.widen(x))))
         return out
+
+
+def same_document(documents: Tensor) -> Tensor:
+    """Which inputs each may look at, [B, 1, T, T]: itself and earlier ones of its document."""
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same.tril()
 
 
 def rotary_turns(length: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError, cut, shown
+from instep.objectives.documents import told_apart
 from instep.objectives.frozen import frozen, on_device
 from instep.objectives.protocol import TERM, check_numbers
 from instep.objectives.vocabulary import CrossEntropy, Predictions, predict
+from instep.packed import PackedTokens
 
-TokenBatch = Tensor | tuple[Tensor, Tensor] | list[Tensor]
+TokenBatch = Tensor | tuple[Tensor, Tensor] | list[Tensor] | PackedTokens
 
 MASKED_SHARES = (0.8, 0.1)
 """Of the tokens that are chosen: those that become the mask, and those that become any token (Devlin et al., 2019)."""
@@ -32,7 +34,8 @@ class NextToken:
     (inputs, targets), each [B, T]. The model maps inputs, [B, T], to logits, [B, T, V], or to an object that has
     them as ``.logits``. Padding stands at the end of a row: the model is fed token 0 there. Logits of half precision
     are taken in float32. Where the model offers hidden states and head, logits that are many are never held at once,
-    see `instep.objectives.vocabulary`.
+    see `instep.objectives.vocabulary`. Of `PackedTokens` no target is in another document than its input, and the
+    model is told the documents, see `instep.objectives.documents`.
 
     Fields
     ------
@@ -77,12 +80,17 @@ class NextToken:
         Raises ObjectiveError for tokens outside the vocabulary or logits of another shape.
         """
         inputs, targets = self._read(batch)
-        predictions, targets = read_predictions(model, inputs, targets, self.ignore_index, type(self).__name__)
+        apart = told_apart(model, batch) if isinstance(batch, PackedTokens) else {}
+        predictions, targets = read_predictions(model, inputs, targets, self.ignore_index, type(self).__name__, **apart)
         check_tokens(targets, predictions.vocabulary, "target")
         sums = predictions.total(CrossEntropy(self.label_smoothing, self.z_loss, self.metrics), targets)
         return dict(zip((TERM, *self.metrics), sums, strict=True)) if self.metrics else sums[0]
 
     def _read(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        if isinstance(batch, PackedTokens):
+            inputs, targets, documents, _ = batch
+            padding = documents == 0
+            batch = inputs.masked_fill(padding, self.ignore_index), targets.masked_fill(padding, self.ignore_index)
         return inputs_and_targets(batch, type(self).__name__)
 
 
@@ -95,10 +103,11 @@ class MaskedTokens(NextToken):
     """
 
     def _read(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        if isinstance(batch, Tensor):
+        if isinstance(batch, (Tensor, PackedTokens)):
+            found = f"one tensor, of shape {list(batch.shape)}" if isinstance(batch, Tensor) else "packed documents"
             raise ObjectiveError(
-                f"MaskedTokens was given one tensor, of shape {list(batch.shape)}; give a pair (inputs, targets), as "
-                f"mask_tokens makes it, in the data's collate function."
+                f"MaskedTokens was given {found}; give a pair (inputs, targets), as mask_tokens makes it, in the "
+                f"data's collate function."
             )
         return super()._read(batch)
 
@@ -206,13 +215,13 @@ class Distillation:
 
 
 def read_predictions(
-    model: nn.Module, inputs: Tensor, targets: Tensor, ignore_index: int, whose: str
+    model: nn.Module, inputs: Tensor, targets: Tensor, ignore_index: int, whose: str, **others: Any
 ) -> tuple[Predictions, Tensor]:
     """What `model` predicts at the targets that are not ignored, and these targets, [N].
 
-    `inputs` and `targets` are [B, T]. Padding is fed as token 0. Raises ObjectiveError for inputs outside the
-    vocabulary, where the model tells it, as ``vocabulary`` or ``config.vocab_size``, or fails to look one up, and for
-    logits of another shape.
+    `inputs` and `targets` are [B, T]; `others` is what the model is given beside. Padding is fed as token 0. Raises
+    ObjectiveError for inputs outside the vocabulary, where the model tells it, as ``vocabulary`` or
+    ``config.vocab_size``, or fails to look one up, and for logits of another shape.
     """
     inputs = inputs.masked_fill(_padding(inputs, ignore_index), 0)
     vocabulary = getattr(model, "vocabulary", getattr(getattr(model, "config", None), "vocab_size", None))
@@ -220,7 +229,7 @@ def read_predictions(
         check_tokens(inputs, vocabulary, "input")
     rows = _kept_rows(targets, ignore_index)
     try:
-        return predict(model, inputs, rows, whose), targets.flatten()[rows]
+        return predict(model, inputs, rows, whose, **others), targets.flatten()[rows]
     except IndexError as error:
         least, most = (int(value) for value in inputs.aminmax())
         raise ObjectiveError(

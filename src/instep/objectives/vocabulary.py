@@ -11,7 +11,7 @@ A model offers this by two attributes: ``hidden(inputs)``, the hidden states [B,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -143,27 +143,28 @@ class Predictions:
         return found
 
 
-def predict(model: nn.Module, inputs: Tensor, rows: Tensor, whose: str) -> Predictions:
+def predict(model: nn.Module, inputs: Tensor, rows: Tensor, whose: str, **others: Any) -> Predictions:
     """What `model` predicts for the tokens at `rows` (indices into the flattened `inputs`, [B, T]).
 
     With a model that offers hidden states, logits come in chunks where they would not fit into one; otherwise the model
     is called as it is, and gives logits [B, T, V], or an object that has them as ``.logits``. `whose` is the objective
-    that asks. Raises ObjectiveError for an answer of another shape.
+    that asks, `others` what the model and its ``hidden`` are given by name. Raises ObjectiveError for an answer of
+    another shape.
     """
     head: Any = getattr(model, "head", None)
     hidden_of: Any = getattr(model, "hidden", None)
     offers = isinstance(head, nn.Linear) and callable(hidden_of) and not isinstance(hidden_of, nn.Module)  # a layer
     if offers and len(rows) > chunk_rows(head.weight.shape[0], inputs.device.type):
-        hidden = hidden_of(inputs)
+        hidden = hidden_of(inputs, **others)
         _check_shape(hidden, inputs, whose, f"hidden states of shape [{_listed(inputs)}, {head.in_features}]")
         if hidden.shape[2] != head.in_features:
             raise ObjectiveError(
                 f"the model's hidden states are {hidden.shape[2]} wide and its head takes {head.in_features}; "
                 f"'head' must make the model's logits from what 'hidden' gives."
             )
-        _check_that_it_agrees(model, inputs)
+        _check_that_it_agrees(model, inputs, others)
         return _selected(Predictions(hidden=hidden.flatten(0, 1), head=head), rows)
-    answer = model(inputs)
+    answer = model(inputs, **others)
     logits = getattr(answer, "logits", answer)
     _check_shape(logits, inputs, whose, f"logits of shape [{_listed(inputs)}, vocabulary]")
     return _selected(Predictions(logits=logits.flatten(0, 1)), rows)
@@ -173,7 +174,7 @@ _AGREED: WeakSet[nn.Module] = WeakSet()
 """Models of which `_check_that_it_agrees` has seen an answer."""
 
 
-def _check_that_it_agrees(model: nn.Module, inputs: Tensor) -> None:
+def _check_that_it_agrees(model: nn.Module, inputs: Tensor, others: Mapping[str, Any]) -> None:
     """Raises ObjectiveError where the model's logits are not what its head makes of its hidden states.
 
     Looks at one text, once for each model, in eval mode; leaves no trace.
@@ -183,8 +184,9 @@ def _check_that_it_agrees(model: nn.Module, inputs: Tensor) -> None:
         return
     written: Any = model
     with torch.no_grad(), kept_random_state(), kept_module_state(model, training=False):
-        answer = model(inputs[:1])
-        logits, found = getattr(answer, "logits", answer), written.head(written.hidden(inputs[:1]))
+        text, told = inputs[:1], {n: each[:1] if isinstance(each, Tensor) else each for n, each in others.items()}
+        answer = model(text, **told)
+        logits, found = getattr(answer, "logits", answer), written.head(written.hidden(text, **told))
     apart, scale = float((logits - found).abs().max()), float(logits.abs().max())
     if not apart <= _APART * scale:
         raise ObjectiveError(
