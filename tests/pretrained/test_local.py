@@ -96,6 +96,16 @@ def test_a_model_that_reads_back_otherwise_is_not_saved(base: Path, tmp_path: Pa
         save(model.to(torch.bfloat16), tmp_path / "narrow")
 
 
+def test_settings_of_sampling_that_transformers_refuses_to_save_are_made_whole(base: Path, tmp_path: Path) -> None:
+    """Models come with a temperature and without `do_sample`, and load; `save_pretrained` then raises."""
+    model: Any = of_transformers(base)
+    model.generation_config.temperature = 0.6
+    with pytest.raises(ValueError, match="temperature"):
+        model.save_pretrained(tmp_path / "theirs")
+    save(model, tmp_path / "own")
+    assert of_transformers(tmp_path / "own").generation_config.temperature == 0.6
+
+
 def changed_config(**fields: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         table = json.loads((folder / "config.json").read_text())
