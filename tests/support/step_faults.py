@@ -248,6 +248,8 @@ class Run:
         assert resized(self._place.run, workers)["workers"] == workers
         self._wait(lambda: self.team.resizes > there, "a word on it")
         self._wait(lambda: self.team.whole and len(self.team.processes) == workers, f"a team of {workers}")
+        at = self.team.version  # who has joined may be killed before a first update, and is then not asked for any more
+        self._wait(lambda: self.team.whole and self.team.version > at + HELD, f"updates of a team of {workers}")
 
     # What came of it
 

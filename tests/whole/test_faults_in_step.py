@@ -45,7 +45,7 @@ OVER_HOSTS = (
     Setting("gpt", 2, 2, compiled=True, kills=4),
     Setting("convnet", 3, 2, compiled=True, kills=4),
     Setting("gpt", 5, 2, memory=True, kills=4),
-    Setting("convnet", 8, 4, memory=True, kills=4),
+    Setting("gpt", 8, 4, memory=True, kills=4),
 )
 """What `ALL` is on one machine."""
 
