@@ -22,8 +22,10 @@ from instep.record import checkpoint
 from instep.record.events import MergedContribution
 from instep.record.folder import RunFolder
 from instep.team import keeping, wire_format
+from instep.team.channel import Channel
 from instep.team.keeping import Keeping, in_parts
-from instep.team.messages import KeepingState, StateKept
+from instep.team.messages import Agreed, KeepingState, KeepState, Ready, StateKept
+from instep.team.session import Session
 from instep.team.taking_up import TakingUp
 from instep.team.wire_format import encode
 from instep.team.wire_messages import KeptGiven, WireError
@@ -279,9 +281,11 @@ class Slow:
     def __init__(self, clock: list[float], *words: Any):
         self.pipe, self._clock, self._words = self, clock, list(words)
         self.handle = SimpleNamespace(death=object(), exitcode=None)
+        self.ready: Any = "ready"
+        self.sent: list[Any] = []
 
     def send(self, message: Any) -> None:
-        pass
+        self.sent.append(message)
 
     def receive(self) -> Any:
         if not self._words:
@@ -308,3 +312,25 @@ def test_workers_have_a_minute_to_agree_and_as_long_to_write_as_they_take(
     found = Keeping(RunFolder(tmp_path), 1)
     found.keep(crew, "run", lambda: None)
     assert (found.kept is not None) == kept
+
+
+def test_who_is_not_built_yet_or_in_no_group_yet_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newcomer, when agent 0 is lost."""
+    monkeypatch.setattr(keeping, "ready_of", lambda sources, senders, within_s: sources)
+    building, built = Slow([0.0]), Slow([0.0], StateKept(5, "step-00000005", "ab"))
+    building.ready = None
+    crew: Any = SimpleNamespace(processes=[building, built], look=lambda: None)
+    found = Keeping(RunFolder(tmp_path), 1)
+    found.keep(crew, "run", lambda: None)
+    assert found.kept is not None
+    assert (building.sent, built.sent) == ([], [KeepState()])
+    ours, theirs = Channel.pair()
+    for message in (KeepState(), Agreed({}, {})):
+        ours.send(message)
+    newcomer: Any = SimpleNamespace(pipe=theirs, heartbeat=SimpleNamespace(waiting=lambda flag: None))
+    assert Session.ready(newcomer, {}, {}) == Agreed({}, {})
+    assert [ours.recv(), ours.recv()] == [Ready({}, {}), StateKept(why="it is in no group yet")]
+    for each in (ours, theirs):
+        each.close()

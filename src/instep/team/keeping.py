@@ -48,11 +48,11 @@ class Keeping:
         return self._next is not None
 
     def keep(self, crew: LocalCrew, run_id: str | None, look: Callable[[], None]) -> None:
-        """Has the workers, who have lost others or soon will, keep what they hold. Nothing where one does not answer
-        in time, gets nowhere, or dies. `look` is called meanwhile.
+        """Has workers that are built, who have lost others or soon will, keep what they hold. Nothing where one does
+        not answer in time, gets nowhere, or dies. `look` is called meanwhile.
         """
         self.forget()
-        waiting = {process.pipe: process for process in crew.processes}
+        waiting = {process.pipe: process for process in crew.processes if process.ready is not None}
         for process in waiting.values():
             process.send(KeepState())
         until, writing = time.monotonic() + AGREE_S, set[Channel]()

@@ -28,7 +28,7 @@ from instep.record.held import is_there
 from instep.sources import sources
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
-from instep.team.messages import Assignment, Events, Ready
+from instep.team.messages import Assignment, Events, KeepState, Ready, StateKept
 from instep.team.remembered import Remembering
 from instep.transport.memory import Region
 from instep.worker.artifacts import make, make_aside, makes_any
@@ -226,7 +226,8 @@ class Session:
         """
         self.pipe.send(Ready(facts, memory))
         self.heartbeat.waiting(True)
-        agreed = self.pipe.recv()
+        while isinstance(agreed := self.pipe.recv(), KeepState):  # agent 0 is lost
+            self.pipe.send(StateKept(why="it is in no group yet"))
         self.heartbeat.waiting(False)
         return agreed
 
