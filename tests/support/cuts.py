@@ -49,6 +49,7 @@ class CutRun(Campaign):
         """Ends the run: the same processes, but for some `new` ones, have done each step once, from no checkpoint, with
         the same bits.
         """
+        self._away.update(range(len(self.hosts)))  # nobody starts them again
         result = self.end()
         assert [event["version"] for event in self.told("run_started")] == [0], "no checkpoint was loaded"
         joined = sorted([*range(self._workers), *new])

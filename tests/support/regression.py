@@ -53,11 +53,17 @@ def held(file: Path, after: int) -> Callable[..., Tensor]:
 
 def waiting_in(step: int, microbatch: int, file: Path) -> Recipe:
     """`regression` of 3 steps, of which one microbatch is not computed before there is the file."""
-    seed = key_of_step(0, step, microbatch, "compute")
+    return waiting_for((step, microbatch, file), steps=3)
+
+
+def waiting_for(*held: tuple[int, int, Path], steps: int) -> Recipe:
+    """`regression`, of which these microbatches of these steps are not computed before there are their files."""
+    files = {key_of_step(0, step, microbatch, "compute"): file for step, microbatch, file in held}
 
     def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        while torch.initial_seed() == seed and not file.exists():
+        file = files.get(torch.initial_seed())
+        while file is not None and not file.exists():
             time.sleep(0.002)
         return squares(model, batch)
 
-    return regression(steps=3, objective=objective)
+    return regression(steps=steps, objective=objective)

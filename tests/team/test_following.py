@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 import instep
 from instep import api, bounds
 from instep.bounds import Bounds, parse_bounds, room_here
 from instep.cli import main
 from instep.errors import RecipeError
-from instep.randomness import key_of_step
 from instep.ranges import fill
-from instep.recipe import Recipe, Team
+from instep.recipe import Team
 from instep.team import asking, hosts, hosts_there
 from support.agents import Followers, train_on
 from support.harness import Client, told, train_here
 from support.patience import LONG_S
 from support.processes import wait_until
-from support.regression import regression, squares
+from support.regression import regression, waiting_for
 from support.threads import meanwhile
 
 
@@ -110,19 +106,6 @@ def test_a_machine_gives_what_it_has_room_for_and_a_resume_or_a_number_of_worker
     assert (run.result["workers"], run.digest) == (3, alone)
 
 
-def until(*held: tuple[int, Path]) -> Recipe:
-    """`regression` of 3 steps; one microbatch of each of these steps is not computed before there is the file."""
-    seeds = {key_of_step(0, step, 0, "compute"): file for step, file in held}
-
-    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        file = seeds.get(torch.initial_seed())
-        while file is not None and not file.exists():
-            time.sleep(0.002)
-        return squares(model, batch)
-
-    return regression(steps=3, objective=objective)
-
-
 @pytest.mark.usefixtures("agents_meet_here")
 @pytest.mark.processes
 @pytest.mark.parametrize(
@@ -140,7 +123,7 @@ def test_hosts_that_come_and_go_change_the_number_of_workers_and_no_bit(
     monkeypatch.setattr(hosts, "GATHER_S", 0.0)
     monkeypatch.setattr(hosts_there, "room_here", lambda threads: 1)
     come, gone, client = tmp_path / "come", tmp_path / "gone", Client()
-    recipe = until((1, come), (2, gone))
+    recipe = waiting_for((1, 0, come), (2, 0, gone), steps=3)
     team = Team(bounds="1..4", engine=engine, checkpoint_every=1, restarts=int(fixed), lease_s=LONG_S)
     followers = Followers(recipe, team, (1, 1), tmp_path, again=[1], late=[1])
 

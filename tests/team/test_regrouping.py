@@ -23,6 +23,8 @@ from support import workloads
 from support.agents import Followers, train_on
 from support.harness import Client, Outcome, told, train_here
 from support.kinds import quick
+from support.patience import LONG_S
+from support.regression import waiting_for
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("agents_meet_here")]
 
@@ -109,6 +111,37 @@ def test_a_host_that_is_lost_while_another_holds_the_newest_version_costs_no_ste
     assert len(told(run, "run_started")) == 1
     assert told(run, "regrouped")[0]["workers"] == [0, 1]
     assert told(run, "regrouped")[0]["given"] == [], "they have it all"
+
+
+def test_a_host_whose_agent_is_suspended_for_longer_than_the_lease_takes_part_again_with_its_processes(
+    tmp_path: Path,
+) -> None:
+    """The others go on without it. Whenever else it is silent for too long, on a loaded machine, costs as little."""
+    left, back = tmp_path / "left", tmp_path / "back"
+    recipe = waiting_for((4, 0, left), (6, 0, back), steps=STEPS)
+    who = team(workers=2, lease_s=1.0, restarts=0, give_up_s=LONG_S, checkpoint_every=100)
+    followers = Followers(recipe, who, (1, 1), tmp_path)
+    there, stopped = True, False
+
+    def see(event: dict[str, Any]) -> None:
+        nonlocal there, stopped
+        if event["kind"] in ("left", "host_back"):
+            there = event["kind"] == "host_back"
+            if stopped:
+                (back if there else left).touch()
+        if event["kind"] == "merged" and event["version"] >= 3 and there and not stopped:
+            stopped = True
+            followers.kill(1, signal.SIGSTOP)
+        if event["kind"] == "regrouped" and stopped and not there:
+            followers.kill(1, signal.SIGCONT)
+
+    run, _ = train_on((1, 1), recipe, who, tmp_path / "run", client=Client(see), followers=followers, told_s=0.0)
+    assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
+    assert (run.result["restarts"], len(told(run, "run_started")), len(told(run, "joined"))) == (0, 1, 2)
+    assert [event["version"] for event in told(run, "merged")] == list(range(1, STEPS + 1))
+    assert {event["worker"] for event in told(run, "left")} == {1}
+    groups = [event["workers"] for event in told(run, "regrouped")]
+    assert [0, 1] in groups[groups.index([0]) :]
 
 
 def test_no_more_are_replaced_than_may_be(tmp_path: Path) -> None:
