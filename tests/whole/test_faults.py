@@ -123,8 +123,8 @@ def test_a_worker_that_exits_is_named(tmp_path: Path) -> None:
 def test_what_a_killed_worker_printed_is_in_its_log(tmp_path: Path) -> None:
     code = """
 import os, pathlib, sys
-from instep.team.process import _redirect_output
-_redirect_output(pathlib.Path(sys.argv[1]))
+from instep.team.logs import redirect_output
+redirect_output(pathlib.Path(sys.argv[1]))
 print("before its end")
 os.kill(os.getpid(), 9)
 """
