@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import random
@@ -26,6 +27,8 @@ from instep.errors import DataError
 from instep.objectives import objective
 from instep.schedule import Change
 from instep.team import loaders
+from instep.transport.units import Unit
+from instep.worker import loaded
 from support import workloads
 from support.agents import train_on
 from support.deaths import before
@@ -310,6 +313,18 @@ def test_loaders_that_die_as_they_begin_leave_reading_to_the_worker(tmp_path: Pa
     run = train_here(recipe(build), Team(loaders=2), tmp_path / "run")  # type: ignore[arg-type]
     assert run.digest == plain(tmp_path).digest
     assert "loaders came to nothing" in "".join(event["why"] for event in told(run, "warned"))
+
+
+def test_where_the_system_does_not_let_workers_have_what_loaders_read_they_read_it_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(unit: Unit) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(loaded, "_opened", refused)
+    run = train_here(recipe(Drawn(tmp_path / "read")), Team(workers=2, loaders=1), tmp_path / "run")
+    assert run.digest == plain(tmp_path).digest
+    assert "cannot be had from them (Permission denied)" in told(run, "warned")[0]["why"]
 
 
 def test_rows_of_tensors_are_left_where_they_are_and_that_is_said(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class LoadedAhead:
             units.expect(2 * self._place, self._now)
         key, waits = units.key_of(batch, microbatch), False
         try:
-            while not units.closed:
+            while not (units.closed or self._why_not):
                 signs, unit = units.signs(), units.look(key)
                 if unit.state in (State.OWN, State.GONE):
                     self._not_sent = self._not_sent or unit.state == State.OWN
@@ -77,7 +77,7 @@ class LoadedAhead:
                 if unit.state in (State.LOADED, State.TAKEN):
                     if unit.entered != entered:
                         return None
-                    if (found := _mapped(unit)) is not None:
+                    if (found := self._mapped(unit)) is not None:
                         units.took(key)
                         return self._compared(key, found)
                 if not waits:
@@ -89,6 +89,23 @@ class LoadedAhead:
             if waits:
                 units.ask(self._place, 0)
         return None
+
+    def _mapped(self, unit: Unit) -> tuple[Any, Beside] | None:
+        """What the loader has read; None where it has died meanwhile, or has given it up, or the system refuses it."""
+        try:
+            descriptor = _opened(unit)
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        except OSError as error:
+            why = f"what loaders read cannot be had from them ({error.strerror})"
+            self._why_not = f"{why}, so that workers read samples themselves."
+            return None
+        try:
+            if os.fstat(descriptor).st_ino != unit.inode:
+                return None
+            return batch_files.read(descriptor, unit.nbytes, unit.head)
+        finally:
+            os.close(descriptor)
 
     def _compared(self, key: int, found: tuple[Any, Beside]) -> tuple[Any, Beside] | None:
         """What was found, unless it is not what the worker has read."""
@@ -123,15 +140,6 @@ class LoadedAhead:
         return found
 
 
-def _mapped(unit: Unit) -> tuple[Any, Beside] | None:
-    """What the loader has read; None where it has died meanwhile, or has given it up."""
-    try:
-        descriptor = os.open(f"/proc/{unit.pid}/fd/{unit.descriptor}", os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        if os.fstat(descriptor).st_ino != unit.inode:
-            return None
-        return batch_files.read(descriptor, unit.nbytes, unit.head)
-    finally:
-        os.close(descriptor)
+def _opened(unit: Unit) -> int:
+    """A descriptor of the file that the loader has open. Raises OSError."""
+    return os.open(f"/proc/{unit.pid}/fd/{unit.descriptor}", os.O_RDONLY)
