@@ -42,7 +42,7 @@ def test_every_sample_comes_once_an_epoch_and_the_digest_is_one_for_any_team_and
     given = recipe(FORMATS[name](tmp_path / "data"))
     alone = train_here(given, Team(workers=1), tmp_path / "alone")
     begin(tmp_path / "stopped", given, Team(workers=3), 7)
-    resumed = go_on(tmp_path / "stopped", given, Team(workers=2))
+    resumed = go_on(tmp_path / "stopped", given, Team(workers=2, loaders=1))
     assert seen(alone) == seen(resumed) == {2}
     assert alone.digest == resumed.digest
 
@@ -50,16 +50,17 @@ def test_every_sample_comes_once_an_epoch_and_the_digest_is_one_for_any_team_and
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_sample_comes_once_an_epoch_for_1_2_3_and_5_workers_one_killed_and_resumed_at_others(
+def test_every_sample_comes_once_an_epoch_for_1_2_3_and_5_workers_0_to_4_loaders_one_killed_and_resumed_at_others(
     name: str, tmp_path: Path
 ) -> None:
     given = recipe(FORMATS[name](tmp_path / "data"))
-    runs = [train_here(given, Team(workers=workers), tmp_path / f"{workers}") for workers in (1, 2, 3, 5)]
-    for first, then in ((5, 2), (2, 3)):
-        begin(tmp_path / f"from {first}", given, Team(workers=first), 7)
-        runs.append(go_on(tmp_path / f"from {first}", given, Team(workers=then)))
+    teams = [Team(workers=workers, loaders=loaders) for workers, loaders in ((1, 4), (2, 2), (3, 0), (5, 1))]
+    runs = [train_here(given, team, tmp_path / f"{team.workers}") for team in teams]
+    for first, then in ((3, 1), (1, 2)):
+        begin(tmp_path / f"from {first}", given, teams[first], 7)
+        runs.append(go_on(tmp_path / f"from {first}", given, teams[then]))
     client = Client(act_on("merged", lambda pid: os.kill(pid, signal.SIGKILL), 4))
-    runs.append(train_here(given, Team(workers=3), tmp_path / "killed", client=client))
+    runs.append(train_here(given, Team(workers=3, loaders=3), tmp_path / "killed", client=client))
     assert [seen(run) for run in runs] == [{2}] * 7
     assert len({run.digest for run in runs}) == 1
 
