@@ -9,6 +9,7 @@ import pickle
 import signal
 import sys
 import tarfile
+import unittest.mock
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,13 @@ def test_a_folder_that_takes_no_index_is_said_and_another_one_does(
     assert len(jsonl(str(path), 0, index=str(tmp_path / "other")).train) == 2
     with pytest.raises(DataError, match=r"cannot be written to /proc/nowhere \(No such file"):
         jsonl(str(path), 0, index="/proc/nowhere")
+    full = unittest.mock.patch.object(file_index.os, "replace", side_effect=OSError(28, "No space left on device"))
+    with (
+        full,
+        pytest.raises(DataError, match=r"cannot be written to .*third \(No space left on device\); give 'index'"),
+    ):
+        jsonl(str(path), 0, index=str(tmp_path / "third"))
+    assert not list((tmp_path / "third").iterdir())
     assert len(jsonl(str(path), 0, index=str(tmp_path / "other")).train) == 2
 
 

@@ -137,9 +137,11 @@ def made_alone(index: Path, *, wait: bool = True) -> Iterator[bool]:
             return
         except OSError:
             pass
-        yield True
-        with contextlib.suppress(OSError):
-            path.unlink()
+        try:
+            yield True
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
     finally:
         os.close(descriptor)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import io
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,28 +32,33 @@ class ParquetShard:
         self.schema, metadata = opened.schema_arrow, opened.metadata
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self.group_sizes = np.array(rows, dtype=np.int64)
-        self._ends = np.cumsum(self.group_sizes)
+        self._ends = list(itertools.accumulate(rows))
         self.columns = list(self.schema.names if columns is None else columns)
         if missing := [name for name in self.columns if name not in self.schema.names]:
             raise DataError(f"{path} has no column {missing[0]!r}; it has {', '.join(self.schema.names)}.")
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def read(self, place: int) -> dict[str, Any]:
         """The values of a row, by column: lists of numbers as arrays, all else as Python has it. Raises DataError."""
-        group = int(np.searchsorted(self._ends, place, side="right"))
-        table = self._kept.get((self.path, group), partial(self._group, group))
-        row = place - int(self._ends[group] - self.group_sizes[group])
-        return {name: _value(column[row]) for name, column in zip(table.column_names, table.columns, strict=True)}
+        group = bisect.bisect_right(self._ends, place)
+        columns = self._kept.get((self.path, group), partial(self._group, group))
+        row = place - (self._ends[group - 1] if group else 0)
+        return {name: value(column[row]) for name, column, value in columns}
 
     def digest(self, *, full: bool = False) -> str:
         """See `ReadAt.digest`."""
         return self._file.digest(full=full)
 
-    def _group(self, group: int) -> Any:
+    def _group(self, group: int) -> list[tuple[str, Any, Callable[[Any], Any]]]:
+        """Of each column of a row group its name, what it holds, and what makes a value of a part of that."""
         try:
-            return self._opened().read_row_group(group, columns=self.columns, use_threads=False).combine_chunks()
+            table = self._opened().read_row_group(group, columns=self.columns, use_threads=False).combine_chunks()
+            return [
+                (name, column.chunk(0) if column.num_chunks == 1 else column, _value_of(column.type))
+                for name, column in zip(table.column_names, table.columns, strict=True)
+            ]
         except DataError:
             raise
         except Exception as error:
@@ -122,15 +129,26 @@ class _Opened(io.RawIOBase):
         return True
 
 
-def _value(scalar: Any) -> Any:
+def _value_of(kind: Any) -> Callable[[Any], Any]:
+    """What makes a value of a scalar of this type of pyarrow's."""
     from pyarrow import types
 
-    kind = scalar.type
-    if (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)) and scalar.is_valid:
-        inner, values = kind.value_type, scalar.values
-        if (types.is_integer(inner) or types.is_floating(inner)) and not values.null_count:
-            found: NDArray[Any] = np.array(values.to_numpy(zero_copy_only=False))  # one that may be written to
-            return found
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        inner = kind.value_type
+        if types.is_integer(inner) or types.is_floating(inner):
+            return _array
+    return _plain
+
+
+def _array(scalar: Any) -> Any:
+    values = scalar.values
+    if values is None or values.null_count:
+        return scalar.as_py()
+    found: NDArray[Any] = np.array(values.to_numpy(zero_copy_only=False))  # one that may be written to
+    return found
+
+
+def _plain(scalar: Any) -> Any:
     return scalar.as_py()
 
 
