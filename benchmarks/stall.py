@@ -64,13 +64,17 @@ def going(kind: type[Any], workers: int, interpreter: str) -> Iterator[Any]:
             contender.end()
 
 
+class Vain(SystemExit):
+    """A contender does not go on."""
+
+
 def until(contender: Contender, true: Callable[[], Any]) -> Any:
     """Waits for it, and gives it."""
     last = time.monotonic() + LONG_S
     while not (found := true()):
         if time.monotonic() > last or contender.processes[-1].poll() not in (None, -signal.SIGKILL):
             told = [path.read_text()[-1000:] for path in contender.folder.glob("*.out")]
-            raise SystemExit(f"waited in vain for {type(contender).__name__}: {told}")
+            raise Vain(f"waited in vain for {type(contender).__name__}: {told}")
         time.sleep(0.002)
         contender.look()
     return found
@@ -152,7 +156,12 @@ def main() -> None:
         interpreter = given.torchft if name == "torchft" else sys.executable
         kills = given.kills if issubclass(CONTENDERS[name], ByInstep) else given.others
         cuts, began = given.cuts if name == "Instep over 2 hosts" else 0, time.monotonic()
-        one = measured(CONTENDERS[name], workers, kills, interpreter, draw, cuts)
+        try:
+            one = measured(CONTENDERS[name], workers, kills, interpreter, draw, cuts)
+        except Vain as error:
+            if issubclass(CONTENDERS[name], ByInstep):
+                raise
+            one = {"failed": str(error)}
         found[f"{name}, {workers} workers"] = {**one, "seconds": round(time.monotonic() - began)}
         print(name, workers, json.dumps(found[f"{name}, {workers} workers"]), flush=True)
         given.out.write_text(json.dumps({**about, "found": found}, indent=1) + "\n")
