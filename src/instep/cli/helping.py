@@ -23,7 +23,7 @@ COMMANDS = {
     "team": "Show who trains in a run, what each does, and who waits for whom.",
     "recipes": "List the built-in recipes.",
     "digest": "Print the digest of a run or checkpoint.",
-    "export": "Write a run for other tools: perfetto, csv, parquet, or its model for transformers: hf.",
+    "export": "Write a run for other tools (perfetto, csv, parquet), or its model (hf).",
     "sample": "Have a run's model go on with a text.",
     "tape": "Print what happened in a run, one JSON object a line.",
 }
