@@ -79,7 +79,8 @@ class Seat:
 
     def load(self, step: int, own: range) -> None:
         """Loads these microbatches of `step`, the worker's own, and notes their item counts."""
-        self._replica.reader.expect(step, self._replica.recipe.steps, self._division.beside(self.worker))
+        if (reader := self._replica.reader).loaded is not None:
+            reader.expect(step, self._replica.recipe.steps, self._division.beside(self.worker))
         self._samples, counts = {}, []
         for microbatch in own:
             self._samples[microbatch] = samples = self._replica.batch(step, microbatch)
