@@ -210,8 +210,10 @@ def test_a_stranger_is_turned_away_counted_and_noted(
 def test_who_is_known_may_see_whether_agent_0_is_there_and_is_no_stranger(side: Side) -> None:
     side.listener.knows = lambda address: address == "127.0.0.1"
     goes_at_once(side)
+    side.pair()  # which comes after it
+    wait_until(lambda: len(side.listener.sources()) == 1)
+    assert (side.listener.refused, side.notes) == (0, [])
     side.refuses(1, goes_in_the_middle(side))
-    assert len(side.notes) == 1
 
 
 def test_one_byte_at_a_time_is_a_handshake_if_it_comes_in_time_and_delays_nobody(
