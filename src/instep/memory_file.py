@@ -12,3 +12,10 @@ def memory_file() -> int:
         return os.memfd_create("instep")
     with tempfile.TemporaryFile() as file:  # elsewhere than on Linux: a file already unlinked
         return os.dup(file.fileno())
+
+
+def let_go(descriptor: int) -> None:
+    """What it was of is not held by it any more; its number stays taken."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, descriptor, inheritable=False)
+    os.close(nothing)

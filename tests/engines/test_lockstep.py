@@ -74,6 +74,9 @@ class Quiet:
     def regroup_wanted(self) -> bool:
         return False
 
+    def fewer_wanted(self) -> bool:
+        return False
+
 
 def engine_of(
     recipe: Recipe,

@@ -5,25 +5,32 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from instep.cli import main
 from instep.errors import RecordError, ResourceError
+from instep.randomness import key_of_step
 from instep.recipe import Team
 from instep.team import crew
 from instep.team.asking import resized, standing_of
+from instep.team.crew import LocalCrew
 from instep.transport.memory import reserve as transport_reserve
 from support.agents import train_on
-from support.harness import Outcome, told, train_here
+from support.harness import Client, Outcome, told, train_here
 from support.kinds import quick
 from support.patience import LONG_S
-from support.regression import regression, waiting_in
+from support.processes import wait_until
+from support.regression import regression, squares, waiting_in
 from support.threads import meanwhile
 
 pytestmark = pytest.mark.processes
@@ -47,25 +54,55 @@ def when_going(path: Path) -> None:
         time.sleep(0.02)
 
 
+@pytest.fixture
+def ordered(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Returns once the workers that are to go on have been told to do so in another group after the present step."""
+    told_to, regroup = threading.Event(), LocalCrew.regroup
+
+    def and_tell(*args: Any) -> None:
+        regroup(*args)
+        told_to.set()
+
+    monkeypatch.setattr(LocalCrew, "regroup", and_tell)
+
+    def wait() -> None:
+        assert told_to.wait(LONG_S), "another group"
+        told_to.clear()
+
+    return wait
+
+
 def check_changed_in_step_2(run: Outcome, before: int, after: int) -> None:
     """The team was changed then, and nothing else happened."""
     (event,) = told(run, "resized")
     assert (event["before"], event["workers"]) == (before, after)
     assert ", process " in event["by_whom"]
     starts = [(each["version"], each["team"]["workers"]) for each in told(run, "run_started")]
-    at = starts[-1][0] if run.result["engine"] == "server" else 2  # which waits for nobody who computes: 1 or 2
-    assert starts == [(0, before), (at, after)]
-    assert at in (1, 2)
     assert [each["version"] for each in told(run, "merged")] == [1, 2, 3], "no step is done twice"
-    assert (run.result["restarts"], told(run, "left"), run.result["workers"]) == (0, [], after)
+    assert (run.result["restarts"], run.result["workers"]) == (0, after)
+    if run.result["engine"] == "server":
+        assert starts in ([(0, before), (1, after)], [(0, before), (2, after)]), "it waits for nobody who computes"
+        assert told(run, "left") == []
+        return
+    assert starts == [(0, before)], "all others go on"
+    assert [each["version"] for each in told(run, "checkpointed")] == [3]
+    (group,) = told(run, "regrouped")
+    assert (group["version"], len(group["workers"])) == (2, after)
+    assert len(told(run, "joined")) == max(before, after), "nobody has started twice"
+    leave = sorted({*range(before)} - {*group["workers"]})
+    assert sorted(each["worker"] for each in told(run, "left")) == leave
+    assert {each["why"] for each in told(run, "left")} <= {f"the team goes on with {after} worker{'s' * (after > 1)}."}
 
 
-CASES = [(engine, *team) for engine in ("lockstep", "server") for team in ((1, 3), (3, 1), (2, 4))]
+TEAMS = ((1, 3), (3, 1), (2, 4), (4, 2), (3, 4), (4, 3))
+CASES = [(engine, *team) for engine in ("lockstep", "server") for team in TEAMS[: 3 if engine == "server" else 6]]
 
 
-@pytest.mark.parametrize("case", quick(CASES, ("lockstep", 1, 3), ("lockstep", 3, 1), ("server", 2, 4)), ids=str)
+@pytest.mark.parametrize(
+    "case", quick(CASES, ("lockstep", 1, 3), ("lockstep", 3, 1), ("lockstep", 4, 2), ("server", 2, 4)), ids=str
+)
 def test_a_team_that_is_changed_in_a_step_goes_on_after_it_with_the_same_digest(
-    case: tuple[Any, int, int], tmp_path: Path, alone: str
+    case: tuple[Any, int, int], tmp_path: Path, alone: str, ordered: Callable[[], None]
 ) -> None:
     engine, before, after = case
     path, file = tmp_path / "run", tmp_path / "go on"
@@ -74,6 +111,8 @@ def test_a_team_that_is_changed_in_a_step_goes_on_after_it_with_the_same_digest(
         when_going(path)
         assert resized(path, after)["before"] == before
         assert resized(path, after)["before"] == after, "which changes nothing more"
+        if engine == "lockstep":
+            ordered()
 
     with meanwhile(ask, file.touch):
         run = train_here(waiting_in(1, 0, file), Team(workers=before, engine=engine), path)
@@ -82,18 +121,22 @@ def test_a_team_that_is_changed_in_a_step_goes_on_after_it_with_the_same_digest(
 
 
 @pytest.mark.usefixtures("agents_meet_here")
-def test_hosts_share_the_workers_anew(tmp_path: Path, alone: str) -> None:
+@pytest.mark.parametrize(("before", "after"), [(2, 4), pytest.param(4, 2, marks=pytest.mark.slow)])
+def test_hosts_share_the_workers_anew(
+    before: int, after: int, tmp_path: Path, alone: str, ordered: Callable[[], None]
+) -> None:
     path, file = tmp_path / "run", tmp_path / "go on"
 
     def ask() -> None:
         when_going(path)
-        resized(path, 4)
+        resized(path, after)
+        ordered()
 
     with meanwhile(ask, file.touch):
-        run, _ = train_on((1, 1), waiting_in(1, 0, file), Team(workers=2, lease_s=60.0), path)
+        run, _ = train_on((1, 1), waiting_in(1, 0, file), Team(workers=before, lease_s=60.0), path)
     assert run.digest == alone
-    check_changed_in_step_2(run, 2, 4)
-    assert [host["workers"] for host in told(run, "run_started")[-1]["hosts"]] == [2, 2]
+    check_changed_in_step_2(run, before, after)
+    assert told(run, "regrouped")[0]["workers"] == ([0, 2, 1, 3] if after == 4 else [0, 2]), "two on each host"
 
 
 def test_what_a_team_cannot_be_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +172,7 @@ def test_what_a_team_cannot_be_is_one_sentence(tmp_path: Path, capsys: pytest.Ca
     assert not told(run, "resized")
 
 
-@pytest.mark.parametrize("way", quick(["no room", "killed at its start", "killed in its first step"], "no room"))
+@pytest.mark.parametrize("way", quick(["no room", "killed at its start", "raises"], "no room"))
 def test_a_number_that_there_is_no_room_for_is_undone_with_a_sentence_and_the_run_goes_on(
     way: str, tmp_path: Path, alone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,26 +184,25 @@ def test_a_number_that_there_is_no_room_for_is_undone_with_a_sentence_and_the_ru
             raise ResourceError("the team needs 9 MiB of shared memory, and 1 MiB is free.")
         transport_reserve(*args)
 
-    def killed_if_fourth(what: Any) -> Any:
-        def call(*args: Any) -> Any:
-            if multiprocessing.current_process().name == "worker-3":
-                os.kill(os.getpid(), signal.SIGKILL)
-            return what(*args)
+    def model() -> nn.Module:
+        if multiprocessing.current_process().name == "worker-3" and way == "raises":
+            raise ValueError("it has no place here")
+        if multiprocessing.current_process().name == "worker-3":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return nn.Linear(3, 1)
 
-        return call
-
-    recipe, why = waiting_in(1, 0, file), ") was killed by SIGKILL"
+    recipe = waiting_in(1, 0, file)
     if way == "no room":
         monkeypatch.setattr(crew, "reserve", reserve)
         why = "the team needs 9 MiB of shared memory"
-    elif way == "killed at its start":
-        recipe = replace(recipe, model=killed_if_fourth(lambda: nn.Linear(3, 1)))
     else:
-        recipe = replace(recipe, objective=killed_if_fourth(recipe.objective.use))
+        recipe = replace(recipe, model=model)
+        why = ") was killed by SIGKILL" if way == "killed at its start" else "it has no place here"
 
     def ask() -> None:
         when_going(path)
         resized(path, 4)
+        wait_until(lambda: len(standing_of(path)["left"]) == 2, LONG_S, "the end of who came")
 
     with meanwhile(ask, file.touch):
         run = train_here(recipe, Team(workers=2, restarts=0), path)
@@ -172,3 +214,108 @@ def test_a_number_that_there_is_no_room_for_is_undone_with_a_sentence_and_the_ru
     assert why in warned[0]
     assert (run.result["restarts"], run.result["workers"]) == (0, 2)
     assert [each["version"] for each in told(run, "merged")] == [1, 2, 3], "no step is done twice"
+    assert (len(told(run, "run_started")), [each["version"] for each in told(run, "checkpointed")]) == (1, [3])
+
+
+@pytest.mark.slow
+def test_who_dies_in_its_first_step_is_stood_in_for_and_the_others_have_their_number_again(
+    tmp_path: Path, ordered: Callable[[], None]
+) -> None:
+    path, file, steps = tmp_path / "run", tmp_path / "go on", 6
+    waits, killed = key_of_step(0, 1, 0, "compute"), {key_of_step(0, step, 3, "compute") for step in range(2, steps)}
+
+    def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        while torch.initial_seed() == waits and not file.exists():
+            time.sleep(0.002)
+        if torch.initial_seed() in killed and multiprocessing.current_process().name == "worker-3":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return squares(model, batch)
+
+    def ask() -> None:
+        when_going(path)
+        resized(path, 4)
+        ordered()
+
+    recipe = regression(steps=steps, objective=objective)
+    with meanwhile(ask, file.touch):
+        run = train_here(recipe, Team(workers=2, restarts=0), path)
+    assert run.digest == train_here(recipe, Team(), tmp_path / "alone").digest
+    assert [(each["before"], each["workers"]) for each in told(run, "resized")] == [(2, 4), (4, 2)]
+    assert (run.result["restarts"], len(told(run, "run_started"))) == (0, 1)
+    assert [each["version"] for each in told(run, "merged")] == list(range(1, steps + 1)), "no step is done twice"
+    assert [each["version"] for each in told(run, "checkpointed")] == [steps]
+
+
+class Paced:
+    """A recipe whose steps begin one by one until what the test waits for has happened, and then all at once."""
+
+    def __init__(self, folder: Path, steps: int = 200):
+        self.steps, self._file = steps, folder / "steps that may begin"
+        self._file.touch()
+        seeds = {key_of_step(0, step, 0, "compute"): step for step in range(steps)}
+
+        def objective(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            step = seeds.get(torch.initial_seed(), 0)
+            while self._file.stat().st_size < step:
+                time.sleep(0.002)
+            return squares(model, batch)
+
+        optimizer = partial(torch.optim.AdamW, lr=0.01)
+        self.recipe = regression(steps=steps, objective=objective, optimizer=optimizer, model=two_layers)
+
+    def until(self, true: Callable[[], bool], what: str) -> None:
+        """One more step every while, until then."""
+        until = time.monotonic() + LONG_S
+        while not true():
+            assert time.monotonic() < until, what
+            with self._file.open("ab") as file:
+                file.write(b".")
+            time.sleep(0.1)
+
+    def go_on(self) -> None:
+        os.truncate(self._file, self.steps)
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
+
+
+def check_in_place(run: Outcome, paced: Paced, path: Path) -> None:
+    """The digest of one worker, each step once, one start, and the checkpoint of the end alone."""
+    assert run.digest == train_here(replace(paced.recipe, objective=squares), Team(), path).digest
+    assert [each["version"] for each in told(run, "merged")] == list(range(1, paced.steps + 1))
+    assert len(told(run, "run_started")) == 1
+    assert [each["version"] for each in told(run, "checkpointed")] == [paced.steps]
+
+
+def changed(client: Client, times: int) -> bool:
+    """Whether the team has been changed so often, and has done a step since."""
+    groups, merged = told(client, "regrouped"), told(client, "merged")
+    return len(groups) == times and merged[-1]["version"] > groups[-1]["version"]
+
+
+def pid_of(client: Client, worker: int) -> int:
+    return int([each["pid"] for each in told(client, "joined") if each["worker"] == worker][-1])
+
+
+def test_after_a_change_workers_stand_in_for_each_other_and_another_change_follows(tmp_path: Path) -> None:
+    """Two, four, the death of an old one and of a newcomer, and three."""
+    path, paced, client = tmp_path / "run", Paced(tmp_path), Client()
+
+    def act() -> None:
+        paced.until(lambda: bool(told(client, "merged")), "a step")
+        resized(path, 4)
+        paced.until(lambda: changed(client, 1), "four")
+        for count, worker in enumerate((1, 3), 1):
+            os.kill(pid_of(client, worker), signal.SIGKILL)
+            paced.until(lambda count=count: len(told(client, "took_place")) == count, "a successor")  # type: ignore[misc]
+        resized(path, 3)
+        paced.until(lambda: changed(client, 2), "three")
+        os.kill(pid_of(client, 0), signal.SIGKILL)
+        paced.until(lambda: len(told(client, "took_place")) == 3, "a successor")
+
+    with meanwhile(act, paced.go_on):
+        run = train_here(paced.recipe, Team(workers=2, restarts=3, checkpoint_every=paced.steps), path, client=client)
+    check_in_place(run, paced, tmp_path / "alone")
+    assert [each["workers"] for each in told(run, "regrouped")] == [[0, 1, 2, 3], [0, 1, 2]]
+    assert (run.result["restarts"], run.result["workers"]) == (3, 3)

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Collection
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from instep.engines.sharding import Placement
 from instep.engines.shared_evaluation import SharedEvaluation
 from instep.engines.standing_in import OthersParts
+from instep.engines.step_facts import HAND_IN
 from instep.record.events import ChecksummedEvent
-from instep.transport.group import Group
+from instep.transport.group import LEFT, Group, LeftTogether
 from instep.worker.evaluation import Evaluation
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
@@ -40,6 +41,8 @@ class BetweenSteps:
     ):
         self._replica, self._worker, self._placement, self._group = replica, worker, placement, group
         self._others, self._evaluation, self._say = others, evaluation, say
+        self.handed_in: dict[str, Any] | None = None
+        """Where some have left for good: the training state of all, at worker 0; nothing of it at the others."""
 
     @property
     def others_can_lead(self) -> bool:
@@ -74,6 +77,15 @@ class BetweenSteps:
         """Waits until all are there."""
         self._others.until_told(lambda worker: torch.empty(0))
         self._group.meet()
+
+    def part(self, word: int) -> NoReturn:
+        """Leaves the group with all others, as worker 0 has told by `word`: nobody waits for any part of the step any
+        more. Raises LeftTogether.
+        """
+        if word == HAND_IN:
+            self.handed_in = self.training_state() or {}
+        self.meet()
+        raise LeftTogether(LEFT)
 
     def checksums(self, progress: Progress) -> None:
         """Has the tape tell those of this version, if they are due."""

@@ -36,15 +36,16 @@ from instep.engines.sharding import Placement, choose
 from instep.engines.shared_evaluation import SharedEvaluation
 from instep.engines.signs_of_life import SignsOfLife
 from instep.engines.standing_in import ADDED, ADDING, COMPUTING, JOINED, Alone, Handed, OthersParts, StandIn, Successors
-from instep.engines.step_facts import GO_ON, PART, STOP, what_comes
+from instep.engines.step_facts import GO_ON, STOP, what_comes
 from instep.engines.total import Total, in_pieces
 from instep.engines.trial import Trial
 from instep.engines.undo import PiecesDone, Undo
+from instep.engines.whole_update import why_each_makes_all
 from instep.record import events
 from instep.record.event_kinds import RangesMovedEvent, StoodInEvent
 from instep.reduce.levels import levels_of, machine_of
 from instep.reduce.reduction import Reduction, total_norm
-from instep.transport.group import LEFT, Group, LeftTogether, Sizes, as_rows
+from instep.transport.group import Group, Sizes, as_rows
 from instep.transport.memory import limited, rows_to_spare
 from instep.transport.shared_memory import SharedMemoryGroup
 from instep.worker.evaluation import batches_held_out
@@ -123,15 +124,16 @@ class Lockstep:
     def sizes(self) -> Sizes:
         """Decides where the weights are to lie, and what a worker tells the others. The sizes of the group."""
         replica, reduction, why = self.replica, self.reduction, self._again.why_whole
+        self.why_not_shared = why = why_each_makes_all(replica) if why is None else why
         self._seat = self._seat_of(self.worker)
         self.placement: Placement = choose(replica, reduction, self.worker, self._machine, self._shard, why)
         self._evaluation = SharedEvaluation(replica, self.worker, self._machine, self.workers, self._heartbeat.advance)
         most = most_nodes(reduction.microbatches) if (self._moves or self._regroups) and not limited() else 0
         longest = max(self._seat.nbytes(most), self._evaluation.nbytes, self.audit.nbytes if self.audit else 0)
-        rows, sums, width = tuple(reduction.rows), tuple(reduction.sums), self._layout.size
+        rows, sums, common = tuple(reduction.rows), tuple(reduction.sums), self.placement.weight_bytes
         self._undo = Undo(self.can_stand_in * self.workers, max(self.placement.room, reduction.room_bytes))
-        common, spare = self.placement.weight_bytes, self.placement.state_bytes + self._undo.nbytes
-        return Sizes(reduction.levels, rows, sums, width, longest, common, spare, most)
+        spare = self.placement.state_bytes + self._undo.nbytes
+        return Sizes(reduction.levels, rows, sums, self._layout.size, longest, common, spare, most)
 
     @property
     def terms(self) -> list[str]:
@@ -140,7 +142,7 @@ class Lockstep:
 
     @property
     def can_stand_in(self) -> bool:
-        """Whether workers can stand in for each other, as all know alike. An audit shows what one process computed."""
+        """Whether workers can stand in for each other, as all know. An audit shows what one process computed."""
         return self._successors is not None and 1 < self.workers == len(self._machine) and self.can_regroup
 
     @property
@@ -225,7 +227,7 @@ class Lockstep:
         """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
 
         Returns whether the run was asked to stop before; the watch may end it before as well, see `progress.stopped`.
-        Raises ObjectiveError or NonFiniteError before the update that it would have spoilt, LeftTogether after `PART`.
+        Raises ObjectiveError or NonFiniteError before the update that it would have spoilt, LeftTogether as `part`.
         """
         made, totals = None, dict[str, int]()
         if self._handed is None:
@@ -248,9 +250,8 @@ class Lockstep:
             after_step(progress, last)
             if stopped or progress.stopped:
                 return progress.version < steps and not progress.stopped
-            if word == PART and not last:
-                self.agree()  # nobody waits for anybody else's part of the step any more
-                raise LeftTogether(LEFT)
+            if word > STOP and not last:
+                self.between.part(word)
         return False
 
     def _step(self, progress: Progress, totals: dict[str, int], steps: int) -> tuple[dict[str, int], int]:
@@ -266,7 +267,6 @@ class Lockstep:
         self._total.computed()
         if step + 1 < steps:
             seat.load_ahead(step + 1)
-
         self._others.until_rows(step, totals)
         own_norms = self._total.add().cpu().numpy()
         if self.audit is not None:

@@ -19,3 +19,6 @@ class SignsOfLife(Protocol):
 
     def regroup_wanted(self) -> bool:
         """Whether the workers are to go on in another group after the present step."""
+
+    def fewer_wanted(self) -> bool:
+        """Whether some of them are not to be in that."""

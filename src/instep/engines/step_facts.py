@@ -19,13 +19,15 @@ from instep.reduce.tree import Node
 from instep.transport.group import Fields, Group
 from instep.worker.gradients import Computed
 
-GO_ON, STOP, PART = range(3)
+GO_ON, STOP, PART, HAND_IN = range(4)
 """What comes after a step, as worker 0 says."""
 
 
 def what_comes(signs: SignsOfLife) -> int:
     """That, as the team is asked for it."""
-    return STOP if signs.stop_wanted() else PART if signs.regroup_wanted() else GO_ON
+    if signs.stop_wanted():
+        return STOP
+    return (HAND_IN if signs.fewer_wanted() else PART) if signs.regroup_wanted() else GO_ON
 
 
 _OFF = 2
@@ -45,8 +47,8 @@ class Flags(NamedTuple):
 class TeamFacts(NamedTuple):
     """What all workers tell. seconds: by worker, what a microbatch of the step took it, 0 for none. sums: of the step's
     microbatches, term by term. totals: the next step's items, by term. ends: by worker, `Buffers.ends` of the first
-    step. stop: whether the run is to end after the step, `STOP`, or the team to go on in another group, `PART`. early:
-    whether the next step's gradients are to travel early.
+    step. stop: whether the run is to end after the step, `STOP`, or the team to go on in another group, `PART`, or
+    without some, `HAND_IN`. early: whether the next step's gradients are to travel early.
     beside: what `StepFacts.gather` was given, of all workers; good until the next gather."""
 
     seconds: list[float]

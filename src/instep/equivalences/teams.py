@@ -133,6 +133,9 @@ class _Signs:
     def regroup_wanted(self) -> bool:
         return False
 
+    def fewer_wanted(self) -> bool:
+        return False
+
 
 class _Worker(Body):
     """One worker of the team."""

@@ -8,13 +8,14 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from instep.budget import as_size
 from instep.differences import without_address
 from instep.monitors import Closing
+from instep.monitors.phrases import bound, idle, unreadable, versions
 from instep.monitors.progress import ProgressDisplay, clock, duration, fit, nbytes, number, rate
 from instep.monitors.terminal import is_live
 from instep.rules.presets import text_of
@@ -75,6 +76,7 @@ class Console(Closing):
             "stood_in": self._stood_in,
             "warned": self._warned,
             "planned": self._planned,
+            "regrouped": self._regrouped,
             "run_ended": self._end,
         }.get(event["kind"])
         if show is not None:
@@ -100,13 +102,23 @@ class Console(Closing):
             if not self._broken:
                 raise
 
+    def _regrouped(self, event: Mapping[str, Any]) -> None:
+        """The workers that go on in another group may be those that somebody has asked for."""
+        asked = self._resized
+        if asked is not None and len(event["workers"]) == asked["workers"]:
+            self._resized = None
+            self._say_resized(asked, asked["workers"], event["version"])
+
+    def _say_resized(self, asked: Mapping[str, Any], workers: int, step: int) -> None:
+        numbers = f"{workers} workers instead of {asked['before']}"
+        self._screen.say(f"{numbers} after step {step:,}, as {asked['by_whom']} asked", "yellow")
+
     def _begin(self, event: Mapping[str, Any]) -> None:
         recipe, team = event["recipe"], event["team"]
         self._recipe = recipe
         asked, self._resized = self._resized, None
         if self._started and asked is not None:
-            numbers = f"{team['workers']} workers instead of {asked['before']}"
-            self._screen.say(f"{numbers} after step {event['step']:,}, as {asked['by_whom']} asked", "yellow")
+            self._say_resized(asked, team["workers"], event["step"])
             return
         if self._started:
             left = max(0, team["restarts"] - self._losses)
@@ -142,6 +154,8 @@ class Console(Closing):
 
     def _left(self, event: Mapping[str, Any]) -> None:
         worker, why = event["worker"], str(event["why"])
+        if event.get("resized"):
+            return
         self._losses += 1
         self._screen.say(why if f"worker {worker}" in why else f"worker {worker}: {why}", "red")
 
@@ -174,12 +188,12 @@ class Console(Closing):
         row("versions", f"{result['versions']:,}" + (f", {dropped:,} contributions dropped" if dropped else ""))
         stalest, delayed = result["staleness_max"], result.get("delayed_max", 0)
         lead, stale = (self._rule.max_lead, self._rule.max_staleness) if self._rule else (None, None)
-        row("staleness", f"mean {result['staleness_mean']:.2f}, at most {_versions(stalest)}{_bound(stale)}")
+        row("staleness", f"mean {result['staleness_mean']:.2f}, at most {versions(stalest)}{bound(stale)}")
         if delayed > stalest:
-            row("delayed", f"at most {_versions(delayed)}, where a piece was given out again")
-        row("lead", f"at most {result['lead_max']:,} round{'' if result['lead_max'] == 1 else 's'}{_bound(lead)}")
+            row("delayed", f"at most {versions(delayed)}, where a piece was given out again")
+        row("lead", f"at most {result['lead_max']:,} round{'' if result['lead_max'] == 1 else 's'}{bound(lead)}")
         row("sent", nbytes(result["bytes_sent"]))
-        row("idle", _idle(result["idle_share"]))
+        row("idle", idle(result["idle_share"]))
 
     def _metrics(self, result: Mapping[str, Any]) -> None:
         """What else was found on held-out data: terms, if there are several, and metrics."""
@@ -229,7 +243,7 @@ class Console(Closing):
         for path in artifacts["files"]:
             screen.row("wrote", path)
         if result.get("sample"):
-            odd = _unreadable(result["sample"])
+            odd = unreadable(result["sample"])
             screen.row("sample", "" if odd <= ODD else f"no text yet: {100 * odd:.0f} % of it cannot be read")
             if odd <= ODD:
                 screen.sample(result["sample"])
@@ -366,30 +380,6 @@ class _Terminal(_Screen):
                 line.append(self.sign("─", "-") * (bar - done), "dim")
         line.truncate(self._console.width - 1)
         return line
-
-
-def _versions(count: int) -> str:
-    return f"{count:,} version{'' if count == 1 else 's'}"
-
-
-def _bound(bound: int | None) -> str:
-    return "" if bound is None else f", bound {bound:,}"
-
-
-def _unreadable(text: str) -> float:
-    """The share of characters that are none: bytes that are no text, and controls."""
-    return sum(c == "\ufffd" or not (c.isprintable() or c in "\n\t\r") for c in text) / len(text)
-
-
-def _idle(shares: Sequence[float]) -> str:
-    """Of a few workers each share, of many what tells who waits."""
-    if len(shares) <= 8:
-        return ", ".join(f"{100 * share:.0f} %" for share in shares)
-    mean, least, most = sum(shares) / len(shares), min(shares), max(shares)
-    return (
-        f"mean {100 * mean:.0f} %, from {100 * least:.0f} % (worker {shares.index(least):,}) "
-        f"to {100 * most:.0f} % (worker {shares.index(most):,})"
-    )
 
 
 def _column(label: str) -> str:

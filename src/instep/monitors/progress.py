@@ -59,7 +59,7 @@ class ProgressDisplay:
             self.pace.pause(event["t_s"])
         elif kind == "checkpointed":
             self.pace.pause(event["t_s"])
-        elif kind == "left":
+        elif kind == "left" and not event.get("resized"):
             self.state = "restarting"
             self.pace.interrupt()
 

@@ -71,7 +71,7 @@ class SampledEvent(Event, frozen=True, kw_only=True, gc=False):
 
 
 class ResizedEvent(Event, frozen=True, kw_only=True, gc=False):
-    """Another number of workers is to train, from the next start of the team on, as somebody or something asks."""
+    """Another number of workers is to train, as somebody or something asks."""
 
     kind = "resized"
     by = "lockstep, server"
@@ -131,7 +131,7 @@ class TookPlaceEvent(Event, frozen=True, kw_only=True, gc=False):
 
 
 class RegroupedEvent(Event, frozen=True, kw_only=True, gc=False):
-    """A team over several hosts goes on in another group of the same processes, since some were lost or came."""
+    """A team goes on in another group of the same processes, since some were lost, came, or are to leave."""
 
     kind = "regrouped"
     by = "lockstep"

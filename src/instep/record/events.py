@@ -315,6 +315,7 @@ class LeftEvent(Event, frozen=True, kw_only=True, gc=False):
 
     worker: Worker
     why: Why
+    resized: Annotated[Maybe[bool], _is("true: the team was to go on without it")] = UNSET
 
 
 class PlannedEvent(Event, frozen=True, kw_only=True, gc=False):

@@ -10,10 +10,12 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
+
+from msgspec import UNSET
 
 from instep.descendants import adopting_orphans, children, orphaned
 from instep.errors import InstepError, ResourceError
@@ -25,10 +27,11 @@ from instep.record.folder import RunFolder
 from instep.record.tape import Tape
 from instep.team import messages, orders
 from instep.team.answers import Answers, why_not
+from instep.team.assigning import as_it_is, assignment_of, for_later
 from instep.team.channel import Channel
 from instep.team.crew import Crew, Heard, LocalCrew
 from instep.team.hosts import Hosts
-from instep.team.hosts_there import hosts_of
+from instep.team.hosts_there import hosts_of, most_in_step
 from instep.team.journal import ClientGone, Journal
 from instep.team.network import network_of
 from instep.team.orders import Member
@@ -60,8 +63,9 @@ class Agent:
         self.roster = Roster(hosts_of(run), team.restarts, run.folder, serving=serving)
         others, name = children(), self.roster.name  # not this run's: none, unless a program supervises by itself
         self._local = LocalCrew(
-            team, others, self._unused, serving=serving, name=name, folder=self._folder, began=lambda: run.began
-        )
+            team, others, self._unused, serving=serving, name=name, folder=self._folder, began=lambda: run.began,
+            most=most_in_step(run),
+        )  # fmt: skip
         self._network: messages.HostNetwork | None = None  # of this epoch
         self._facts: Mapping[str, Any] = {}  # what the team of this epoch starts from
         self._ended: dict[int, messages.Ended] = {}
@@ -168,8 +172,8 @@ class Agent:
         match heard.message:
             case messages.Events(events):
                 self._journal.pass_on(events)
-                if self.roster.hosts.unproved and any(isinstance(e, MergedEvent | MergedByServerEvent) for e in events):
-                    self.roster.hosts.proved()
+                if self.roster.unproved and any(isinstance(e, MergedEvent | MergedByServerEvent) for e in events):
+                    self.roster.proved()
                 if self._hosts is not None and any(saved_amid(event, self._run) for event in events):
                     self._hear(orders.Saved(heard.member.epoch))
                 return
@@ -275,9 +279,7 @@ class Agent:
                 for crew in self._crews:
                     crew.regroup(order, self._journal.merged, self._journal.saved)
             case orders.StartMore(members):
-                for crew in self._crew_of(members[0]):
-                    crew.start(members, self._assignment(late=True))
-                    crew.prepare(self._facts)
+                self._start_more(members)
             case orders.AskToStop():
                 self._local.ask_to_stop()
             case orders.AskToPause():
@@ -328,23 +330,19 @@ class Agent:
         for crew in self._crews:
             crew.start(order.members, self._assignment())
 
+    def _start_more(self, members: Sequence[Member]) -> None:
+        """Starts workers beside those that go on."""
+        assignment = self._assignment(late=True)
+        for crew in self._crew_of(members[0]):
+            if assignment.serving:
+                crew.start(members, assignment)
+                crew.prepare(self._facts)
+            else:
+                crew.add(members, for_later(assignment, self.roster.hosts.wanted))
+
     def _assignment(self, *, late: bool = False) -> messages.Assignment:
-        run = self._run
-        return messages.Assignment(
-            recipe=run.recipe,
-            team=run.team,
-            folder=run.folder,
-            fingerprints=run.fingerprints or (run.fingerprint,),
-            resume_from=self._resume_from,
-            serving=run.engine == "server",
-            began=run.began,
-            first=self._resume_from is None and self.roster.epoch == 1 and not (late and run.engine == "server"),
-            run_id=self._run_id,
-            identity=self._held.identity,
-            network=self._network,
-            written=tuple(sorted(self.roster.written)),
-            remembered=self._copies.now,
-        )
+        own = self._resume_from, self._network, self._held.identity, self._run_id, self._copies.now
+        return assignment_of(self._run, self.roster, *own, late=late)
 
     @property
     def _run_id(self) -> str | None:
@@ -373,10 +371,11 @@ class Agent:
         if self._run.engine == "server":
             self._local.send(self.roster.leader, messages.Left(order.member.number, order.why))
         elif not order.told:
-            self._journal.record(LeftEvent(worker=order.member.number, why=order.why))
+            self._journal.record(LeftEvent(worker=order.member.number, why=order.why, resized=order.resized or UNSET))
         if (new := order.successor) is not None:
+            late = self._network is not None and self._run.engine == "lockstep"
             for crew in self._crew_of(new):
-                crew.succeed(new, replace(self._assignment(late=True), resume_from=None))
+                crew.succeed(new, replace(self._assignment(late=True), resume_from=None, late=late))
 
     def _end(self) -> None:
         """Ends what lives of the team, and reads the last words."""
@@ -393,7 +392,7 @@ class Agent:
         costs = [each.costs for _, each in sorted(self._ended.items()) if each.costs]
         counts = self.roster.restarts, self.roster.stood_in, self._journal.wire_bytes(), self._journal.wrong
         self._journal.note_past(self._ended[leader.number].left.get("audit"), self._run.team.workers)
-        result = result_of(self._run, self._facts, self._ended[leader.number], costs, *counts)
+        result = result_of(as_it_is(self._run, self.roster), self._facts, self._ended[leader.number], costs, *counts)
         self._held.check()
         self._folder.write_result(result)
         self._journal.record(end_of(result))

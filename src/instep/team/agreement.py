@@ -100,6 +100,15 @@ TOO_LATE = "the run has ended before it could take part."
 """Of a worker that came while the others went on."""
 
 
+ELSEWHERE = "another worker has come in its place on another host."
+"""Of a worker that leaves a team which has as many as before."""
+
+
+def fewer(workers: int) -> str:
+    """What is said of a worker that leaves a team which goes on with so many."""
+    return f"the team goes on with {workers} worker{'s' if workers > 1 else ''}."
+
+
 def too_large(workers: int, why: str, before: int) -> str:
     """What is said of a team that was to have so many workers and has `before` again, by the sentence `why`."""
     return f"the team cannot have {workers} workers, and goes on with {before}: {why}"

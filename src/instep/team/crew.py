@@ -87,7 +87,10 @@ class Crew(Protocol):
         """Ends what is left of a member that was lost. Returns its last words, if they are here already."""
 
     def succeed(self, successor: Member, assignment: Assignment) -> None:
-        """Starts the successor of a member that was taken out."""
+        """Starts the successor of a member that was taken out, or one more."""
+
+    def add(self, members: Collection[Member], assignment: Assignment) -> None:
+        """Starts these, who are to be in a later group of the epoch."""
 
     def regroup(self, group: Regroup, told: int, saved: int) -> None:
         """Tells those that are in this group of it. told, saved: the last update and checkpoint that
@@ -109,7 +112,8 @@ class LocalCrew:
 
     team: its fields, and how many all hosts have. others: children of this process that are not the run's. unused: what
     is open here that members do not need. name: what a member is called in a sentence. folder: has the logs. began:
-    when the run did, on this host's monotonic clock. host: the number of this one.
+    when the run did, on this host's monotonic clock. host: the number of this one. most: of how many workers a team may
+    come to be while it goes on.
     """
 
     def __init__(
@@ -123,7 +127,9 @@ class LocalCrew:
         folder: RunFolder,
         began: Callable[[], float],
         host: int = 0,
+        most: int = 0,
     ):
+        self._most = most
         self._team, self._others, self._unused, self._serving = team, others, unused, serving
         self._name, self._folder, self._began, self._host = name, folder, began, host
         self._processes: MemberProcesses | None = None
@@ -136,7 +142,9 @@ class LocalCrew:
         self._team = assignment.team
         workers, here = self._team.workers, [member.number for member in members if member.host == self._host]
         lines = len(here) - 1 if workers in here else 0  # the server is here
-        self._processes = processes = MemberProcesses(workers, self._others, serving=self._serving, lines=lines)
+        self._processes = processes = MemberProcesses(
+            workers, self._others, serving=self._serving, lines=lines, most=self._most
+        )
         self._done.clear()
         self._workers = [number for number in here if number != workers]
         self._loaders = Loaders.of(assignment, self._workers, self._others, self._unneeded)
@@ -146,7 +154,7 @@ class LocalCrew:
                     self._fork(member, replace(assignment, recipe=recipe))
             if self._loaders is not None:
                 self._loaders.start()
-        count = self._team.workers + self._serving
+        count = len(processes.board.beats)
         pids = {process.member.number: process.handle.pid for process in processes}
         self._liveness = Liveness(
             processes.board,
@@ -158,8 +166,9 @@ class LocalCrew:
         )
 
     def _fork(self, member: Member, assignment: Assignment) -> None:
-        place = self._workers.index(member.number) if member.number in self._workers else 0, len(self._workers)
-        units = None if self._loaders is None else self._loaders.units
+        known = member.number in self._workers
+        place = self._workers.index(member.number) if known else 0, len(self._workers)
+        units = self._loaders.units if self._loaders is not None and known else None  # who comes later reads by itself
         lines = self.processes.lines
         own = replace(assignment, lines=lines, incarnation=member.incarnation, place=place, units=units)
         self.processes.fork(member, own, self._unused())
@@ -212,7 +221,8 @@ class LocalCrew:
     def _lost(self, process: MemberProcess) -> Lost:
         self._done.add(process.member)
         number = process.member.number
-        log = self._folder.log_of("server" if number == self._team.workers else f"worker {number}")
+        serves = self._serving and number == self._team.workers
+        log = self._folder.log_of("server" if serves else f"worker {number}")
         return Lost(process.member, *process.how_it_ended(self._name(number), log))
 
     def look(self) -> Lost | None:
@@ -300,6 +310,8 @@ class LocalCrew:
 
     def take_out(self, member: Member) -> list[WorkerToSupervisor]:
         old = self.processes.take_out(member)
+        if old is None:
+            return []
         self.processes.board.doing.clear(member.number)
         self.processes.board.answers[member.number] = 0
         words = list(_rest(old.pipe))
@@ -316,10 +328,24 @@ class LocalCrew:
         self._fork(successor, assignment)
         self._liveness.renew(successor.number, self.processes[successor].handle.pid)
 
+    def add(self, members: Collection[Member], assignment: Assignment) -> None:
+        if self._processes is None:
+            self.start(members, assignment)
+            return
+        for member in members:
+            self.succeed(member, assignment)
+
     def regroup(self, group: Regroup, told: int, saved: int) -> None:
         processes, members = self.processes, group.members
         here = [process for process in processes if process.member in members]
-        memory, inode = processes.renew_memory(at_once=group.at_once) if len(here) > 1 else (-1, 0)
+        come = here[-1].ready if len(here) == len(members) and not (group.at_once or group.fewer) else None
+        regions = come.memory if come is not None else {}  # with which there is room or, at once, an error
+
+        def reserved(file: int) -> None:
+            if regions:
+                reserve(file, regions)
+
+        memory, inode = processes.renew_memory(reserved, at_once=group.at_once) if len(here) > 1 else (-1, 0)
         word = regroup_messages.NextGroup(
             group.generation,
             numbers=tuple(member.number for member in members),
@@ -332,7 +358,7 @@ class LocalCrew:
         )
         for process in here:
             process.send(word)
-        processes.board.regroup(group.generation, at_once=group.at_once)
+        processes.board.regroup(group.generation, at_once=group.at_once, fewer=group.fewer)
 
     def leave(self) -> None:
         until = time.monotonic() + SERVED_GRACE_S

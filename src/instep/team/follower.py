@@ -24,6 +24,7 @@ from instep.team import meeting
 from instep.team.channel import Channel
 from instep.team.crew import Heard, LocalCrew
 from instep.team.first_agent import LOOK_S, TRY_S, FirstAgent
+from instep.team.hosts_there import most_in_step
 from instep.team.journal import ClientGone
 from instep.team.keeping import Keeping
 from instep.team.letters import key_of_server
@@ -294,10 +295,11 @@ class Follower:
                     self._tell(FromMember(member, word))
             case StartSuccessor(member) if self._is_at(member.epoch):
                 assert self._crew is not None
-                self._crew.succeed(member, replace(self._assignment, first=False, resume_from=None))
-            case RegroupMembers(epoch, generation, members, at_once, told, saved) if self._is_at(epoch):
+                self._crew.succeed(member, replace(self._assignment, first=False, resume_from=None, late=True))
+            case RegroupMembers(epoch, generation, members, at_once, told, saved, fewer) if self._is_at(epoch):
                 assert self._crew is not None
-                self._crew.regroup(Regroup(epoch, generation, members, at_once), told, saved)
+                self._going = True
+                self._crew.regroup(Regroup(epoch, generation, members, at_once, fewer), told, saved)
             case EndMembers(epoch) if self._is_at(epoch):
                 self._end()
                 self._logs.send(self._tell)
@@ -322,6 +324,7 @@ class Follower:
             folder=self._scratch,
             began=lambda: self._clock.began,
             host=self._place.host,
+            most=most_in_step(run),
         )
         assert self._first.hello is not None
         key = key_of_server(self._first.secret)
@@ -339,6 +342,7 @@ class Follower:
             written=tuple(start.written),
             network=HostNetwork(tuple(start.hosts), start.store, start.name, self._first.address, key=key),
             scratch=self._scratch.path,
+            late=start.late,
         )
         crew.start(start.members, self._assignment)
 

@@ -8,21 +8,19 @@ from functools import partial
 
 from instep.team.orders import Lost, Member, Order, Regroup, Replace
 from instep.team.regroup_messages import NotRegrouped
-from instep.team.seats import PlaceInTeam
+from instep.team.seats import NEVER, PlaceInTeam, Places
 
-LASTING = ("data", "samples", "parameters", "whole_update", "shared_weight_bytes", "written", "regroups")
+LASTING = ("data", "samples", "parameters", "apart", "written", "regroups", "resizes")
 """What a worker that comes while the others go on has in common with them; its weights they give it."""
 
 
-NEVER = 1 << 53
-"""Of the generations, for who is in no group yet."""
-
-
 class Generations:
-    """Of one epoch. able: whether there can be another than the first group."""
+    """Of one epoch. apart: its workers can be on several hosts, and others go on where some are lost. resizes: there
+    can be more or fewer of them.
+    """
 
-    def __init__(self, epoch: int, members: Sequence[Member] = (), *, able: bool = False):
-        self._epoch, self._able = epoch, able
+    def __init__(self, epoch: int, members: Sequence[Member] = (), *, apart: bool = False, resizes: bool = False):
+        self._epoch, self.apart, self.resizes = epoch, apart, resizes
         self.number = 0
         """Of the newest group."""
         self.members = list(members)
@@ -30,16 +28,16 @@ class Generations:
         self.lost: Lost | None = None
         """Why there is another than the first, if one was lost."""
 
-    def can_do_without(self, places: Sequence[PlaceInTeam], lost: Collection[Member]) -> bool:
+    def can_do_without(self, places: Places, lost: Collection[Member]) -> bool:
         """Whether the others can go on without these: some are there, and all have more to do."""
-        return self._able and bool(self._left(lost)) and not any(place.done for place in places)
+        return self.apart and bool(self._left(lost)) and not any(place.done for place in places)
 
     def _left(self, lost: Collection[Member]) -> list[Member]:
         return [member for member in self.members if member not in lost]
 
     def replace(
         self,
-        places: list[PlaceInTeam],
+        places: Places,
         lost: Lost,
         members: Sequence[Member],
         shares: Sequence[int],
@@ -54,7 +52,7 @@ class Generations:
         replaced = map(partial(Replace, why=lost.why, told=told), members, successors)
         return [*replaced, *self.without(lost, members)]
 
-    def part(self, places: Sequence[PlaceInTeam], lost: Lost, members: Sequence[Member]) -> list[Order]:
+    def part(self, places: Places, lost: Lost, members: Sequence[Member]) -> list[Order]:
         """Their host is cut off: the others go on, and nobody comes in their places, for it may be back with them."""
         for member in members:
             places[member.number].away, places[member.number].joins = True, NEVER
@@ -83,29 +81,40 @@ class Generations:
             place.away, place.joins = False, self.number + 1
         return self._next(at_once=waits)
 
+    def has(self, place: PlaceInTeam) -> bool:
+        """Whether it is in the newest."""
+        return place.joins <= self.number
+
+    def change(self, places: Places, more: Sequence[PlaceInTeam], leaving: Collection[Member]) -> Regroup:
+        """These are ready to take part, each after those of its host, and others leave."""
+        there = {place.member.number: place.member for place in places if place.member not in leaving}
+        stay = [there[member.number] for member in self.members if member.number in there]  # or who came in its place
+        self.members = sorted([*stay, *(place.member for place in more)], key=lambda member: member.host)
+        for place in more:
+            place.more, place.joins = False, self.number + 1
+        return self._next(at_once=False, fewer=bool(leaving))
+
     @property
     def led(self) -> bool:
         """Whether one of the newest group is on the first host, or else all wait until one is."""
         return any(member.host == 0 for member in self.members)
 
-    def _next(self, *, at_once: bool) -> Regroup:
+    def _next(self, *, at_once: bool, fewer: bool = False) -> Regroup:
         self.number += 1
-        return Regroup(self._epoch, self.number, tuple(self.members) if self.led else (), at_once)
+        return Regroup(self._epoch, self.number, tuple(self.members) if self.led else (), at_once, fewer)
 
     def why_not(self, message: NotRegrouped) -> Lost | None:
         """The loss for which an epoch ends that its workers cannot go on from; None where there is another group."""
         return self.lost if message.generation == self.number else None
 
 
-def late(places: Sequence[PlaceInTeam], leader: PlaceInTeam) -> list[PlaceInTeam]:
+def late(places: Places, leader: PlaceInTeam) -> list[PlaceInTeam]:
     """Those who are in no group until after the one in which the leader has ended, and are not lost."""
     last = leader.ended.generation if leader.ended is not None else NEVER
     return [place for place in places if place.joins > last and not place.done]
 
 
-def successors_of(
-    lost: Sequence[Member], places: Sequence[PlaceInTeam], shares: Sequence[int], but: int | None
-) -> list[Member]:
+def successors_of(lost: Sequence[Member], places: Places, shares: Sequence[int], but: int | None) -> list[Member]:
     """Those of members that were lost, on the hosts that have fewest of what each is to have, of those that have taken
     part; none on the host `but`.
     """

@@ -29,7 +29,7 @@ class HeartbeatBoard:
     """The signs of life of all workers, in memory that forked processes share. [W] arrays of int64."""
 
     def __init__(self, workers: int):
-        memory = mmap.mmap(-1, 8 * (8 * workers + 5))
+        memory = mmap.mmap(-1, 8 * (8 * workers + 6))
         table = np.frombuffer(memory, np.int64)
         self.beats, self.progress, self.waits, self.sent, self.received, self.answers = table[: 6 * workers].reshape(
             6, workers
@@ -38,10 +38,10 @@ class HeartbeatBoard:
         0 where it does not; bytes to and from other hosts, of all processes that have had the worker's place; 1 where
         it may be asked for its stack."""
         self.doing = DoingBoard(workers)
-        self.holders, self.successors = table[6 * workers : -5].reshape(2, workers)
+        self.holders, self.successors = table[6 * workers : -6].reshape(2, workers)
         """Of each worker that has died in lockstep: who holds its place, as `hold` writes it; and the incarnation of
         its successor that can take it."""
-        self._stop, self._told, self._changes, self._left, self._next = table[-5:].reshape(5, 1)
+        self._stop, self._told, self._changes, self._left, self._next, self._fewer = table[-6:].reshape(6, 1)
 
     def hold(self, holders: Mapping[int, tuple[int, int]], told: int) -> None:
         """Has workers hold the places of others, which are dead: by its number, who does, and the incarnation of its
@@ -57,6 +57,10 @@ class HeartbeatBoard:
         words = enumerate(self.holders.tolist())
         return {worker: word // _HOLDERS for worker, word in words if word and word % _HOLDERS == holder}
 
+    def all_held(self) -> dict[int, int]:
+        """Of all workers whose places were held, the incarnation of the last successor."""
+        return {worker: word // _HOLDERS for worker, word in enumerate(self.holders.tolist()) if word}
+
     @property
     def changes(self) -> int:
         """How often `hold` was called."""
@@ -67,8 +71,11 @@ class HeartbeatBoard:
         """The last update that the tape had then."""
         return int(self._told[0])
 
-    def regroup(self, generation: int, *, at_once: bool) -> None:
-        """Has the workers go on in the group of this generation, after the present step or at once."""
+    def regroup(self, generation: int, *, at_once: bool, fewer: bool = False) -> None:
+        """Has the workers go on in the group of this generation, after the present step or at once. fewer: without some
+        of them, who live.
+        """
+        self._fewer[0] = generation if fewer else self._fewer[0]
         self._next[0] = generation
         if at_once:
             self._left[0] = generation
@@ -76,6 +83,10 @@ class HeartbeatBoard:
     def next_group(self, generation: int) -> bool:
         """Whether there is to be another than that of this generation."""
         return bool(self._next[0] > generation)
+
+    def fewer(self, generation: int) -> bool:
+        """Whether some of this generation are to be in no group any more."""
+        return bool(self._fewer[0] > generation)
 
     def left(self, generation: int) -> bool:
         """Whether the group of this generation is to be left at once."""
@@ -101,9 +112,9 @@ class HeartbeatBoard:
 class Heartbeat:
     """One worker's side: beats from a thread of its own, and ends the process when its agent is gone."""
 
-    def __init__(self, board: HeartbeatBoard, worker: int, agent: int):
+    def __init__(self, board: HeartbeatBoard, worker: int, agent: int, generation: int = 0):
         self._board, self._worker, self._agent = board, worker, agent
-        self.generation = 0
+        self.generation = generation
         """Of the group that the worker is in, see `instep.team.messages.NextGroup`."""
         self._lock, self._before = threading.Lock(), (int(board.sent[worker]), int(board.received[worker]))
 
@@ -131,6 +142,10 @@ class Heartbeat:
     def regroup_wanted(self) -> bool:
         """Whether it is to go on in another group after that."""
         return self._board.next_group(self.generation)
+
+    def fewer_wanted(self) -> bool:
+        """Whether some of the present group are not to be in another one."""
+        return self._board.fewer(self.generation)
 
     def is_past(self, generation: int) -> bool:
         """Whether nobody is to go on in the group of this generation any more."""

@@ -32,6 +32,16 @@ def room_of(place: Place, recipe: Mapping[str, Any]) -> int:
     return place.room or (place.here if place.here > 1 else room_here(recipe["threads"]))
 
 
+MOST_IN_STEP = 1024
+"""To more workers than this no team in lockstep grows while it goes on: each takes some bytes of every agent."""
+
+
+def most_in_step(run: Request) -> int:
+    """How many workers a team may come to have while it goes on; 0 where it starts anew for another number."""
+    able = run.engine == "lockstep" and run.team.device == "cpu"
+    return min(MOST_IN_STEP, run.recipe_table["microbatches"]) if able else 0
+
+
 class HostsThere:
     """Those of one run. Host 0, whose agent is the first, is there once all its agents are.
 
@@ -143,6 +153,10 @@ class HostsThere:
     def proved(self) -> None:
         """It has done a step."""
         self._proved = self._started
+
+    def changed(self) -> None:
+        """It has as many as are wanted, while it goes on."""
+        self._started = self._proved = self.wanted
 
     def undo(self, why: str) -> NoteResize:
         """It is to have as many as it last did a step with, whatever comes or goes."""

@@ -30,8 +30,10 @@ def facts_of(session: Session, engine: Lockstep, progress: Progress) -> dict[str
         shared_weight_bytes=placement.weight_bytes,
         whole_update=placement.why_whole,
         written=list(replica.written.names),
-        stands_in=engine.can_stand_in,
+        stands_in=session.assignment.network is None and engine.can_regroup,
         regroups=session.assignment.network is not None and engine.can_regroup,
+        resizes=engine.can_regroup,
+        apart=engine.why_not_shared,
     )
 
 
@@ -55,9 +57,14 @@ def engine_of(
 
 
 def engine_again(
-    session: Session, replica: Replica, machines: Sequence[int], again: Continued, progress: Progress
+    session: Session,
+    replica: Replica,
+    held: PlacesHeld | None,
+    machines: Sequence[int],
+    again: Continued,
+    progress: Progress,
 ) -> Lockstep:
-    return engine_of(session, replica, machines, progress, None, again=again)
+    return engine_of(session, replica, machines, progress, held, again=again)
 
 
 def successor(

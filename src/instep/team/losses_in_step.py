@@ -8,12 +8,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 
 from instep.team import agreement, generations, messages, orders
 from instep.team.hosts_there import HostsThere
 from instep.team.orders import Member, Order
 from instep.team.regroup_messages import NotRegrouped
-from instep.team.seats import PlaceInTeam, can_stand_in, stand_in, successor_of
+from instep.team.seats import PlaceInTeam, Places, can_stand_in, stand_in, successor_of
+
+
+@dataclass
+class TeamChange:
+    """Of a team's workers. wanted: whether it is to be changed, or is being. under_way: the next group is ordered, and
+    not there. coming: who is in it for the first time, until a step is done. leaving: who is in none after that.
+    """
+
+    wanted: bool = False
+    under_way: bool = False
+    coming: list[Member] = field(default_factory=list)
+    leaving: list[Member] = field(default_factory=list)
 
 
 class InStep(ABC):
@@ -22,7 +35,7 @@ class InStep(ABC):
     stood_in: int
     going: bool
     over: bool
-    _places: list[PlaceInTeam]
+    _places: Places
     _groups: generations.Generations
     hosts: HostsThere
     _leader: int
@@ -30,6 +43,7 @@ class InStep(ABC):
     _pausing: bool
     _stands_in: bool
     _told_of: bool
+    _change: TeamChange
 
     @property
     @abstractmethod
@@ -52,7 +66,7 @@ class InStep(ABC):
 
     def _stand_in(self, lost: orders.Lost, place: PlaceInTeam) -> list[Order]:
         """A worker in lockstep is lost: others that can hold its place, and those that it has held, for successors."""
-        if not (self._stands_in and can_stand_in(self._places, place)):
+        if not (self._stands_in and can_stand_in(self._places, place) and not self._change.under_way):
             return self._lost_in_step([lost.member], lost)
         if not self._stopping and (once_too_often := self._count_restart(lost)):
             return once_too_often
@@ -127,6 +141,8 @@ class InStep(ABC):
         """A successor is ready to go on with the others."""
         if different := self._different(place, generations.LASTING):
             return self._fault(different)
+        if place.more:
+            return []  # it comes with the others that are to come
         if not self._can_change:
             return []  # the others end without it, but where all wait for one of the first host
         group = self._groups.with_(place)

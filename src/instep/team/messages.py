@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import UnsetType
 
 from instep.errors import InstepError, by_name
-from instep.team.regroup_messages import NextGroup, NotRegrouped
+from instep.team.regroup_messages import NextGroup, NotRegrouped, Regrouped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,11 +88,8 @@ class Request:
     `recipe_table` and `recipe_file`, the file to save, are for the record.
 
     `fingerprints` are those with none of the recipe's changes, with the first, and so on. `notices` are sentences to
-    warn with at the start.
-
-    `began`, in seconds on the machine's monotonic clock, is the zero of the tape's times. `place`: this agent's, where
-    there are several; those but the first have `folder` for scratch. `environment`: variables that its processes have
-    besides.
+    warn with at the start. `began`, in seconds on the machine's monotonic clock, is the zero of the tape's times.
+    `place`: this agent's, of several; those but the first have `folder` for scratch. `environment`: variables besides.
     """
 
     recipe: Pickled
@@ -159,7 +156,8 @@ class Assignment:
     trained before, and no team of it has started. `run_id` is kept in checkpoints; `identity` is that of the run
     folder. `written`: the parameters that forwards are known to write. `network`: None where the workers of one host
     need none. `place`: among those of its host, from 0, and how many these are. `scratch`: for logs, where the host
-    lacks the run folder. `remembered`: where a lone worker keeps its state. `units`: of loaders.
+    lacks the run folder. `remembered`: where a lone worker keeps its state. `units`: of loaders. `generation`: of the
+    newest group, `late`: to be in a later one, see `NextGroup`.
     """
 
     recipe: Pickled
@@ -180,6 +178,8 @@ class Assignment:
     scratch: Path | None = None
     remembered: Remembered | None = None
     units: Any = None
+    generation: int = 0
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +334,7 @@ class Left:
 SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState | SeatHanded | NextGroup
 WorkerToSupervisor = (
     Events | Ready | Digest | Sync | FoundWritten | FoundWrong | PeersLost | KeepingState | StateKept | HandedOver
-    | EndedFor | NotStoodIn | NotRegrouped | StoppedAt | Failed | Ended
+    | EndedFor | NotStoodIn | NotRegrouped | Regrouped | StoppedAt | Failed | Ended
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------- server and worker, on a line

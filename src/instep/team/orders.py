@@ -18,7 +18,7 @@ from instep.team.messages import (
     Ready,
     StoppedAt,
 )
-from instep.team.regroup_messages import NotRegrouped
+from instep.team.regroup_messages import NotRegrouped, Regrouped
 
 
 @dataclass(frozen=True, order=True)
@@ -34,8 +34,8 @@ class Member:
 
 
 Word = (
-    Ready | Digest | FoundWritten | FoundWrong | HandedOver | EndedFor | NotStoodIn | NotRegrouped | StoppedAt | Failed
-    | Ended
+    Ready | Digest | FoundWritten | FoundWrong | HandedOver | EndedFor | NotStoodIn | NotRegrouped | Regrouped
+    | StoppedAt | Failed | Ended
 )  # fmt: skip
 """What of a process's messages means something for the team."""
 
@@ -203,7 +203,7 @@ class Replace:
     successor if there is one.
 
     holders: in lockstep, who holds its place from then on, and the places that it has held itself: by successor. told:
-    the tape has it already.
+    the tape has it already. resized: it was not lost, and the team is to go on without it.
     """
 
     member: Member
@@ -211,6 +211,7 @@ class Replace:
     why: str
     holders: Mapping[Member, Member] = field(default_factory=dict)
     told: bool = False
+    resized: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,17 +234,21 @@ class Regroup:
     """Have these members, in the order of their ranks, go on in a group of their own, see `messages.NextGroup`.
 
     at_once: the others are told to leave the group of before wherever they wait; else they do after the present step.
+    fewer: some of that are in no group any more, and are to leave what the others need of them.
     """
 
     epoch: int
     generation: int
     members: tuple[Member, ...]
     at_once: bool
+    fewer: bool = False
 
 
 @dataclass(frozen=True)
 class StartMore:
-    """Start these processes, of a host that has come while the others go on; each is to `Join` them."""
+    """Start these processes of a host while the others go on; under a server that has come, and each is to `Join` them;
+    in lockstep they are to be in a later group.
+    """
 
     members: tuple[Member, ...]
 

@@ -22,6 +22,7 @@ from instep.engines.contribute import contribute, slowness_of
 from instep.engines.lockstep import Lockstep
 from instep.engines.undo import SeatLost
 from instep.errors import InstepError, described, place, with_saved
+from instep.memory_file import let_go
 from instep.record.digest import digest_of_state
 from instep.record.events import JoinedEvent, WarnedEvent
 from instep.record.folder import RunFolder
@@ -52,10 +53,11 @@ from instep.team.regrouped import CannotRegroup, Formed, Process, regroup
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
-from instep.team.successors import handed_over, places_held
+from instep.team.successors import PlacesHeld, handed_over, places_held
 from instep.transport.group import Group, LeftTogether, PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
 from instep.worker.device import not_deterministic
+from instep.worker.gradients import compile_first
 from instep.worker.milestones import Milestones, Progress
 
 
@@ -65,13 +67,13 @@ def main(
     """The whole life of a process of the team, which was forked. The server comes after the workers in number."""
     stack.answer()
     board.answers[number] = 1
-    heartbeat = Heartbeat(board, number, os.getppid())
+    heartbeat = Heartbeat(board, number, os.getppid(), assignment.generation)
     heartbeat.start()
     listeners = [] if assignment.network is None else [assignment.network.listener]
     closed = [partial(os.close, each) for each in (descriptor, *listeners) if each is not None]
     take_care_of_helpers([pipe.close, *(line.close for line in assignment.lines), *closed])
     leave_to_others(board.ask_to_stop)
-    name = "server" if number == assignment.team.workers else f"worker {number}"
+    name = "server" if assignment.serving and number == assignment.team.workers else f"worker {number}"
     redirect_output(RunFolder(assignment.scratch or assignment.folder).log_of(name))
     session = Session(assignment, number, pipe, heartbeat)
     try:
@@ -129,8 +131,7 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
         progress = session.progress_of(saved)
-    reach = Reach(session)
-    held = places_held(session, board)
+    reach, held = Reach(session), places_held(session, board)
     engine, succeeds = engine_of(session, replica, reach.machines, progress, held), session.assignment.incarnation > 0
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
@@ -138,12 +139,13 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
     emit = session.emit if worker == 0 and not succeeds else None
     fit_memory(replica, team, emit, workers=team.workers)
     sizes = engine.sizes()
+    if session.assignment.late:
+        compile_first(replica)  # while the others go on
     agreed = session.ready(facts_of(session, engine, progress), reach.memory(sizes))
-    nowhere = engine, progress, reach, frozenset[Process](), engine.placement.why_whole, progress.version
+    nowhere = engine, progress, reach, frozenset[Process](), engine.why_not_shared, progress.version
     formed = Formed(*nowhere, left=True, began_s=session.clock())
-    if isinstance(agreed, NextGroup):
-        word: NextGroup | None = agreed
-    else:
+    word = agreed if isinstance(agreed, NextGroup) else None
+    if word is None:
         group = reach.group(sizes, descriptor)
         if succeeds:
             engine, progress = successor(session, replica, reach.machines, held, handed_over(session, board))
@@ -152,18 +154,23 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
         unevaluated = progress.unevaluated and not succeeds
         formed = replace(formed, engine=engine, progress=progress, here=here, left=False, again=unevaluated)
         word = _train(session, formed)
+    if word is not None:
+        let_go(descriptor)  # of the memory of the first group
     while word is not None:
-        word = _train_on(session, formed, word)
+        word = _train_on(session, formed, word, held)
 
 
 def _next(word: NextGroup | Literal[True] | None) -> NextGroup | None:
     return None if word is True else word
 
 
-def _train_on(session: Session, formed: Formed, word: NextGroup) -> NextGroup | None:
+def _train_on(session: Session, formed: Formed, word: NextGroup, held: PlacesHeld | None) -> NextGroup | None:
     """Trains in another group. Returns the next one, or None where this one was the last."""
     assert session.replica is not None
-    make = partial(engine_again, session, session.replica)
+    make = partial(engine_again, session, session.replica, held)
+    session.remembering = None  # of who was alone
+    if held is not None:
+        held.forget()
     try:
         formed.take(regroup(session, formed, word, make))
     except (PeerLost, PeerRaised) as error:
@@ -195,6 +202,7 @@ def _train(session: Session, formed: Formed) -> NextGroup | None:
         digest = digest_of_state(replica.saved_state())
         engine.between.meet()  # nobody reads weights any more, or raises: what the recipe shows them to may change them
     except PeerLost as lost:  # it is of no use any more to do things together, but with those of this host
+        formed.handed_in = engine.between.handed_in
         word = keeper.after_loss(lost, reach.machine)
         if word is not True:
             return word

@@ -7,7 +7,7 @@ import gc
 import io
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from instep.descendants import children, end_children, reap
 from instep.errors import killed_by, no_process
-from instep.memory_file import memory_file
+from instep.memory_file import let_go, memory_file
 from instep.team.channel import Channel, Line
 from instep.team.heartbeat import HeartbeatBoard
 from instep.team.launcher import Handle
@@ -72,10 +72,11 @@ class MemberProcess:
 
 class MemberProcesses:
     """Those of one epoch and host. `workers`: of all hosts. `others`: children of this process that are not the run's.
-    `lines`: how many workers are on the server's host, if this is that. Raises ResourceError.
+    `lines`: how many workers are on the server's host, if this is that. `most`: how many there may come to be. Raises
+    ResourceError.
     """
 
-    def __init__(self, workers: int, others: set[int], *, serving: bool, lines: int):
+    def __init__(self, workers: int, others: set[int], *, serving: bool, lines: int, most: int = 0):
         self._workers, self._others = workers, others
         self._by_number: dict[int, MemberProcess] = {}
         self._orphans: set[int] = set()  # of processes that lived at the last look
@@ -83,7 +84,7 @@ class MemberProcesses:
         try:
             for _ in range(lines):
                 opened.append(Line.open())
-            self.board = HeartbeatBoard(workers + serving)
+            self.board = HeartbeatBoard(max(workers + serving, most))
             self.descriptor = memory_file()
             """Of the memory that all map."""
         except OSError as error:
@@ -91,6 +92,7 @@ class MemberProcesses:
                 line.close()
             raise no_process(f"a team of {workers} workers", error) from error
         self._renewed: list[io.FileIO] = []
+        self._newest = self.descriptor
         self.lines = tuple(opened)
         """Between the server and each worker of this host."""
 
@@ -114,28 +116,35 @@ class MemberProcesses:
                 stack = Stack()
                 unused = [
                     *unused,
-                    *self._renewed,
+                    *(memory for memory in self._renewed if memory.fileno() != self._newest),
                     ours,
                     *(each for other in self for each in (other.pipe, other.stack)),
                 ]
-                arguments = (unused, assignment, member.number, theirs, self.board, self.descriptor, stack)
+                arguments = (unused, assignment, member.number, theirs, self.board, self._newest, stack)
                 handle = Handle(_main, arguments, f"worker-{member.number}")
         except OSError as error:
             raise no_process(f"process {member.number + 1} of the {self._workers} workers", error) from error
         self._by_number[member.number] = MemberProcess(member, handle, ours, stack)
 
-    def renew_memory(self, *, at_once: bool) -> tuple[int, int]:
+    def renew_memory(self, reserved: Callable[[int], None] = lambda _: None, *, at_once: bool) -> tuple[int, int]:
         """Descriptor and inode of what those that live are to map instead, who find it here. Raises ResourceError.
 
-        at_once: nobody is to map any more what they had for that.
+        at_once: nobody is to map any more what they had for that. reserved: is called with it before anything changes.
         """
         try:
             memory = io.FileIO(memory_file(), "r+")
         except OSError as error:
             raise no_process("what workers share", error) from error
+        try:
+            reserved(memory.fileno())
+        except BaseException:
+            memory.close()
+            raise
         for old in self._renewed if at_once else ():
             old.close()
         self._renewed = [memory] if at_once else [*self._renewed, memory]
+        self._newest = memory.fileno()
+        let_go(self.descriptor)
         return memory.fileno(), os.fstat(memory.fileno()).st_ino
 
     def look_for_orphans(self) -> None:
@@ -143,8 +152,11 @@ class MemberProcesses:
         self._orphans = children() - self._others - {process.handle.pid for process in self}
         reap(self._orphans)
 
-    def take_out(self, member: Member) -> MemberProcess:
-        """Ends a member's process, with all that it has left behind; to be closed."""
+    def take_out(self, member: Member) -> MemberProcess | None:
+        """Ends a member's process, with all that it has left behind; to be closed. None where it was not begun."""
+        there = self._by_number.get(member.number)
+        if there is None or there.member != member:
+            return None
         process = self._by_number.pop(member.number)
         process.handle.kill()
         process.handle.join()

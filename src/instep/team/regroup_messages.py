@@ -27,6 +27,13 @@ class NextGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Regrouped:
+    """All workers are in the group of this generation, and need nobody any more who is not."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class NotRegrouped:
     """The workers cannot go on in the group of this generation, and `why`; who tells it waits for its end."""
 

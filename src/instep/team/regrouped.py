@@ -26,7 +26,7 @@ from instep.errors import ResourceError
 from instep.record.event_kinds import RegroupedEvent
 from instep.record.events import MergedEvent
 from instep.team.groups import Reach
-from instep.team.regroup_messages import NextGroup
+from instep.team.regroup_messages import NextGroup, Regrouped
 from instep.team.session import Session
 from instep.transport.group import Group, PeerLost
 from instep.transport.memory import reserve
@@ -66,6 +66,10 @@ class Formed:
     """When it was ready to train, on the run's clock."""
     kept: KeptOfStep | None = None
     """What the worker had computed of the next version when it left the group."""
+    first: Process = (0, 0)
+    """The first worker of the group."""
+    handed_in: dict[str, Any] | None = None
+    """See `BetweenSteps.handed_in`."""
 
     def take(self, other: Formed) -> None:
         """The worker is in that one now."""
@@ -78,6 +82,7 @@ class HeldByRank(NamedTuple):
     complete: it has all that it needs of it. given: its host can give it to others, with all who were there. done,
     saved: versions up to which all that was due is done, and of the newest checkpoint. fresh: it was in no group.
     shares: it shares weights, and makes a part of each update. seen: all of its host see the optimizer's state of all.
+    handed_in: that lies with its host's first one, from when the last group was left.
     """
 
     version: int
@@ -88,6 +93,7 @@ class HeldByRank(NamedTuple):
     fresh: bool
     shares: bool
     seen: bool = False
+    handed_in: bool = False
 
 
 def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Formed:
@@ -99,7 +105,8 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
     session.saved_version = max(session.saved_version, word.saved)
     session.heartbeat.generation = word.generation
     session.regrouped(rank, [len(list(those)) for _, those in groupby(word.hosts)])
-    now = frozenset(p for p, host in zip(_processes(word), word.hosts, strict=True) if host == word.hosts[rank])
+    processes = _processes(session, word)
+    now = frozenset(p for p, host in zip(processes, word.hosts, strict=True) if host == word.hosts[rank])
     before.engine.merged.renumber(word.numbers)
     again = Continued(word.numbers, before.why_whole, before.engine.merged, before.engine.busy_s)
     reach = Reach(session, before.reach)
@@ -110,7 +117,7 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
     finally:
         session.heartbeat.waiting(False)
     try:
-        states = _held(session, before, now, group)
+        states = _held(session, before, now, before.first in now, group)
         source, top = _source(states, word.hosts)
         needs = _needs(states, word.hosts, top)
         events: list[MergedEvent] = []
@@ -128,6 +135,8 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
         progress = Progress(**fields)
         if not needs[rank]:
             before.engine.placement.hand_on(engine.placement)
+        if not engine.placement.shared:
+            _take_apart(session, before)
         engine.updates.watcher.load(watch)
         redo = redo_of(before.kept, group, rank, progress.version, engine.reduction, reach.here)
         engine.join(group, redo)
@@ -135,17 +144,31 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
         group.close()
         raise
     if rank == 0:
-        engine.merged.catch_up(word.told, events)
-        lacked = [number for number, lacks in zip(word.numbers, needs, strict=True) if lacks]
-        kept = UNSET if redo is None else redo.told
-        session.emit(RegroupedEvent(version=progress.version, workers=list(word.numbers), given=lacked, kept=kept))
+        _tell(session, engine, word, progress.version, needs, events, UNSET if redo is None else redo.told)
     engine.between.evaluated(progress.held_out.get("version", -1))
     undone = progress.version != states[0].saved and not (
         states[0].version == top and progress.version == states[0].done
     )
     done = before.done if undone else progress.version
     again_due = undone and progress.version > 0
-    return Formed(engine, progress, reach, now, before.why_whole, done, again=again_due, began_s=before.began_s)
+    told = dict[str, Any](again=again_due, began_s=before.began_s, first=processes[0])
+    return Formed(engine, progress, reach, now, before.why_whole, done, **told)
+
+
+def _tell(
+    session: Session,
+    engine: Lockstep,
+    word: NextGroup,
+    version: int,
+    needs: Sequence[bool],
+    events: Sequence[MergedEvent],
+    kept: Any,
+) -> None:
+    """The first worker tells the tape and the agent that all are in the group."""
+    engine.merged.catch_up(word.told, events)
+    lacked = [number for number, lacks in zip(word.numbers, needs, strict=True) if lacks]
+    session.emit(RegroupedEvent(version=version, workers=list(word.numbers), given=lacked, kept=kept))
+    session.pipe.send(Regrouped(word.generation))
 
 
 def leave(before: Formed) -> None:
@@ -156,8 +179,10 @@ def leave(before: Formed) -> None:
         before.engine.close()
 
 
-def _processes(word: NextGroup) -> list[Process]:
-    return list(zip(word.numbers, word.incarnations, strict=True))
+def _processes(session: Session, word: NextGroup) -> list[Process]:
+    """Of one machine alone a place stays with who comes to have it: there the processes count as one."""
+    incarnations = [0 for _ in word.numbers] if session.assignment.network is None else word.incarnations
+    return list(zip(word.numbers, incarnations, strict=True))
 
 
 def _group(engine: Lockstep, reach: Reach, word: NextGroup) -> Group:
@@ -179,21 +204,26 @@ def _group(engine: Lockstep, reach: Reach, word: NextGroup) -> Group:
             os.close(descriptor)
 
 
-def _held(session: Session, before: Formed, now: frozenset[Process], group: Group) -> list[HeldByRank]:
+def _held(
+    session: Session, before: Formed, now: frozenset[Process], first_is_here: bool, group: Group
+) -> list[HeldByRank]:
     """What each holds, by rank."""
     shares, fresh, version = before.engine.placement.shared, not before.here, before.progress.version
     torn = not fresh and shares and before.engine.marks.torn(version)
     sound = not fresh and before.whole and before.engine.updates.sound and not torn
-    seen = not fresh and before.engine.placement.state_seen
+    apart = session.assignment.network is not None
+    seen = apart and not fresh and before.engine.placement.state_seen
+    handed_in = before.handed_in is not None and first_is_here and not fresh
     own = HeldByRank(
         version=version + 1 if sound else 0,
         complete=not fresh and (not shares or seen or now == before.here),
-        given=not fresh and (not shares or seen or before.here <= now),
+        given=handed_in or (not fresh and (not shares or seen or before.here <= now)),
         done=before.done,
         saved=session.saved_version,
         fresh=fresh,
         shares=shares,
         seen=seen,
+        handed_in=handed_in,
     )
     return [HeldByRank(*row) for row in group.gather(torch.tensor([int(each) for each in own])).tolist()]
 
@@ -245,24 +275,25 @@ def _given(
 ) -> bytes:
     """All that a replica has, at the ranks that need it: from one of the same host, or else from a host that has it."""
     found, whose, placement = b"", givers(hosts, needs, source), before.engine.placement
+    machine = reach.machine or group  # of this host
     there = [each for each, host in enumerate(hosts) if host == hosts[rank]]
     here = whose[rank] in there and not needs[whose[rank]]
     if any(lacks and (hosts[whose[each]] != hosts[each] or needs[whose[each]]) for each, lacks in enumerate(needs)):
         own = b""
         if hosts[rank] == hosts[source]:
-            assert reach.machine is not None, "those of a host have a group"
             if states[source].seen or not states[source].shares:
                 own = _all(session, before, placement.whole_state()) if rank == source else b""
+            elif states[source].handed_in:
+                own = _all(session, before, before.handed_in) if rank == source else b""
             elif states[rank].fresh:
-                reach.machine.share(b"", to=0)
+                machine.share(b"", to=0)
             else:
-                training = placement.training_state(reach.machine)
+                training = placement.training_state(machine)
                 own = _all(session, before, training) if rank == source else b""
         found = group.share(own)[source]
     if here and any(needs[each] for each in there):
-        assert reach.machine is not None, "those of a host have a group"
         own = _all(session, before, placement.whole_state()) if rank == whose[rank] else b""
-        found = reach.machine.share(own)[whose[rank] - there[0]]
+        found = machine.share(own)[whose[rank] - there[0]]
     return found
 
 
@@ -273,6 +304,13 @@ def _all(session: Session, before: Formed, training: dict[str, Any] | None) -> b
     watch, remembered = before.engine.updates.watcher.state(), before.engine.merged.remembered()
     events = [msgspec.msgpack.encode(event) for event in remembered]
     return packed({"model": session.replica.saved_state(), "training": training, "watch": watch, "events": events})
+
+
+def _take_apart(session: Session, before: Formed) -> None:
+    """Weights that were shared in the group of before are the worker's own."""
+    assert session.replica is not None
+    for parameter in session.replica.parameters if before.engine.placement.shared else ():
+        parameter.data = parameter.data.clone()
 
 
 def _take(session: Session, before: Formed, given: bytes) -> tuple[Any, list[MergedEvent]]:

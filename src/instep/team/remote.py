@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ class RemoteCrew:
                 store=network.store,
                 name=network.name,
                 folder=str(assignment.folder),
+                late=assignment.late,
             )
         )
 
@@ -174,11 +176,19 @@ class RemoteCrew:
         self._members.add(successor)
         self._order(StartSuccessor(successor))
 
+    def add(self, members: Collection[Member], assignment: Assignment) -> None:
+        if not self._epoch:
+            self.start(members, replace(assignment, resume_from=None))
+            return
+        for member in members:
+            self.succeed(member, assignment)
+
     def regroup(self, group: Regroup, told: int, saved: int) -> None:
         if self._epoch:
             at_once = group.at_once or bool(self.members_back)  # whatever they wait for since the cut
             self.members_back = ()
-            self._order(RegroupMembers(group.epoch, group.generation, group.members, at_once, told, saved))
+            of_group = group.epoch, group.generation, group.members, at_once
+            self._order(RegroupMembers(*of_group, told, saved, group.fewer))
 
     def send(self, member: Member, message: SupervisorToWorker) -> None:
         assert isinstance(message, Synced | StopRun | Agreed), f"{message} is for processes of this host"

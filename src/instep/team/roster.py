@@ -29,16 +29,17 @@ from pathlib import Path
 from instep.errors import InstepError, WorkerError, with_saved
 from instep.team import agreement, generations, messages, orders
 from instep.team.hosts_there import HostsThere
-from instep.team.losses_in_step import InStep
+from instep.team.losses_in_step import TeamChange
 from instep.team.orders import Member, Order
-from instep.team.regroup_messages import NotRegrouped
-from instep.team.seats import PlaceInTeam, left_by, let_go, newcomers, passed_on, successor_of
+from instep.team.regroup_messages import NotRegrouped, Regrouped
+from instep.team.resizing import Resizing
+from instep.team.seats import NEVER, PlaceInTeam, Places, left_by, let_go, passed_on, successor_of
 
 _LASTING = ("data", "samples", "parameters")
 """What a process that joins others has in common with them; its weights they give it."""
 
 
-class Roster(InStep):
+class Roster(Resizing):
     """The team of one run, over all its epochs.
 
     serving: under the server engine, where a worker can be replaced while the others go on, and the run ends with the
@@ -67,9 +68,9 @@ class Roster(InStep):
         """Whether the team of this epoch has begun."""
         self.over = False
         """Whether the run has."""
-        self.hosts, self._leader, self._places = hosts, hosts.wanted * serving, list[PlaceInTeam]()
+        self.hosts, self._leader, self._places = hosts, hosts.wanted * serving, Places()
         self._unlooked = self._looked = self._pausing = False
-        self._digests, self._groups = agreement.Digests(), generations.Generations(0)
+        self._digests, self._groups, self._change = agreement.Digests(), generations.Generations(0), TeamChange()
         self._ending: orders.Ending | None = None  # why the epoch ends, until it is gone
         self._stopping = self._stands_in = self._told_of = False  # told of: the loss for which an epoch ends
         self._raised: InstepError | None = None  # by a worker of the server engine, while the server saves
@@ -80,8 +81,9 @@ class Roster(InStep):
 
     def hear(self, event: orders.RosterEvent) -> list[Order]:
         """What is to be done after `event`, in this order."""
-        if self.over:
-            return []
+        return [] if self.over else [*self._heard(event), *self._go_on_changing()]
+
+    def _heard(self, event: orders.RosterEvent) -> list[Order]:
         if isinstance(event, orders.StopAsked):
             return self._stop(event)
         if isinstance(event, orders.EpochEnded):
@@ -98,18 +100,20 @@ class Roster(InStep):
             return self._lose_all_of(event.host, event.why, may_return=event.may_return)
         if isinstance(event, orders.Resize):
             self.hosts.fix(event.workers)
-            return self._start_if_all_are_there() if self.hosts.waiting else self._pause()
+            return self._start_if_all_are_there() if self.hosts.waiting else self._another_number()
         if isinstance(event, orders.LongAwaited):
             return self._start_if_all_are_there() if self.hosts.need_no_more() else []
         if isinstance(event, orders.CannotStart):
-            return self._undo(event.error.message) or self._over(orders.FailRun(event.error))
+            why = event.error.message
+            return self._no_room_to_change(why) or self._undo(why) or self._over(orders.FailRun(event.error))
         if isinstance(event, orders.Saved):
             return self._end(event) if event.epoch == self.epoch and self._newcomers() else []
         if event.member not in self.active:
             return []
         place = self._places[event.member.number]
         if isinstance(event, orders.Lost):
-            return self._undo(event.why) or self._lost(event, place)
+            found = self._lost_in_change(event, place)
+            return (self._undo(event.why) or self._lost(event, place)) if found is None else found
         return self._said(event.message, place)
 
     @property
@@ -128,7 +132,8 @@ class Roster(InStep):
         """What a member is called in a sentence."""
         if self._serving and number == self._leader:
             return "the server"
-        host = self._places[number].member.host if number < len(self._places) else 0
+        place = self._places.get(number)
+        host = place.member.host if place is not None else 0
         return f"worker {number} on host {host} ({self.hosts.names[host]})" if host else f"worker {number}"
 
     # What follows from an event
@@ -154,38 +159,32 @@ class Roster(InStep):
                 return self._cannot_stand_in(message)
             case NotRegrouped():
                 return self._cannot_regroup(message)
-            case messages.Failed() if place.holder is not None or place.joins == generations.NEVER:
-                return self._lost(orders.Lost(place.member, message.sentence, message.detail), place)  # not yet in step
+            case Regrouped():
+                return self._regrouped(message)
+            case messages.Failed() if place.holder is not None or place.joins == NEVER:
+                lost = orders.Lost(place.member, message.sentence, message.detail)  # not yet in step
+                found = self._lost_in_change(lost, place)
+                return self._lost(lost, place) if found is None else found
             case messages.Failed():
-                return self._undo(message.sentence) or self._failed(message.error(), place)
+                undone = self._raised_in_change(message, place) or self._undo(message.sentence)
+                return undone or self._failed(message.error(), place)
             case messages.StoppedAt():
                 assert self._raised is not None, "the server was told to stop"
                 sentence = with_saved(self._raised.message, message.version, self._folder)
                 return self._over(orders.FailRun(type(self._raised)(sentence, detail=self._raised.detail)))
 
-    def _came(self, came: orders.HostCame) -> list[Order]:
-        self.hosts.came(came)
-        if self.hosts.waiting:
-            return self._start_if_all_are_there()
-        # One that was lost takes part again at once under a server; else once a checkpoint is saved, or when the team
-        # next starts. A team that follows what is there takes in who is new after the present step.
-        who = f"host {came.host} ({came.name})"
-        lost = self._lose_all_of(came.host, f"{who} has come anew, without its workers.")
-        started = [*lost, *self._start_there(came.host)]
-        if started or not self.hosts.follows or self._stopping or self._ending is not None:
-            return started
-        noted = self.hosts.fit(f"{who}, which has come")
-        return [*noted, *self._pause()] if noted or newcomers(self._places, self.hosts.shares()) else []
-
     def _lose_all_of(self, host: int, why: str, *, may_return: bool = False) -> list[Order]:
         """All workers of a host are lost at once."""
+        coming = [place for place in self._places if place.more and place.member.host == host]
+        dropped = [order for place in coming for order in self._let_go(place, why, resized=False)]
         there = [member for member in self.active if member.host == host]
         if not there:
-            return []
+            return dropped
         lost = orders.Lost(there[0], why, whole_host=True, may_return=may_return)
         few = self.hosts.few and not self._stopping and self._raised is None
         without = (self._can_do_without(there[0]) and not few) or self._ends_without(there[0])
-        return self._go_on_without(there, lost) if without else self._lost_in_step(there, lost)
+        found = self._go_on_without(there, lost) if without else self._lost_in_step(there, lost)
+        return [*dropped, *found]
 
     def _go_on_without(self, members: Sequence[Member], lost: orders.Lost) -> list[Order]:
         """Members are lost, and have no successors, those of a host before it comes back."""
@@ -210,16 +209,11 @@ class Roster(InStep):
         if self.hosts.too_few:
             return self._fault(self.hosts.too_few)
         if not self.hosts.look():
-            self._places, self._ending, self.going = [], None, False
+            self._places, self._ending, self.going = Places(), None, False
             return []
         noted = self.hosts.fit("hosts that have come or gone")
         looked, self._looked = self._looked, False
         return [*(noted if self.epoch else ()), self._start(looked=looked)]
-
-    def _newcomers(self) -> list[int]:
-        """The hosts that a new start would take in, where it may come and would have workers on more hosts than now."""
-        going = self.going and self._ending is None and not any(place.done for place in self._places)
-        return newcomers(self._places, self.hosts.shares()) if going and not (self._stopping or self._serving) else []
 
     def _undo(self, why: str) -> list[Order]:
         """A team that has grown, and has done no step since, goes on as it was before; nothing for any other."""
@@ -243,7 +237,7 @@ class Roster(InStep):
         self._leader = self.hosts.wanted * self._serving
         hosts = [host for host, count in enumerate(self.hosts.started()) for _ in range(count)] + [0] * self._serving
         members = tuple(Member(self.epoch, number, host=host) for number, host in enumerate(hosts))
-        self._places = [PlaceInTeam(member) for member in members]
+        self._places, self._change = Places.of(members), TeamChange()
         self._unlooked = self._told_of = self.going = self._pausing = self._stands_in = False
         self._digests, self._ending, self._raised = agreement.Digests(), None, None
         return orders.Start(self.epoch, members, looked)
@@ -261,8 +255,8 @@ class Roster(InStep):
             return self._end(messages.FoundWritten(new, "a first forward after a stop"))
         self.going, self._stands_in = True, bool(facts.get("stands_in"))
         members = tuple(place.member for place in self._places)
-        able = not self._serving and bool(facts.get("regroups"))
-        self._groups = generations.Generations(self.epoch, members, able=able)
+        apart, resizes = (not self._serving and bool(facts.get(name)) for name in ("regroups", "resizes"))
+        self._groups = generations.Generations(self.epoch, members, apart=apart, resizes=resizes)
         return [orders.Go(self.epoch, members)]
 
     def _join(self, place: PlaceInTeam) -> list[Order]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from instep.team.messages import Ended, EndedFor, HandedOver
@@ -14,7 +14,8 @@ from instep.team.orders import DropSuccessor, HandOver, Lost, Member, Order
 class PlaceInTeam:
     """Who has a place in the team. `done`: it is not waited for any more. `holder`: the number of the worker that holds
     the place until it is there, after another was `lost`; or to the end where nobody comes: `empty`. `joins`: the
-    generation of the first group that it is in. `away`: its host was cut off, and may come back with it.
+    generation of the first group that it is in. `away`: its host was cut off, and may come back with it. `more`: it is
+    to be there beside those who go on, and is not yet.
     """
 
     member: Member
@@ -26,6 +27,50 @@ class PlaceInTeam:
     empty: bool = False
     joins: int = 0
     away: bool = False
+    more: bool = False
+
+
+@dataclass
+class Places:
+    """The places of a team, by the numbers of who has them; in that order, those that there are."""
+
+    _of: dict[int, PlaceInTeam] = field(default_factory=dict)
+    _left: dict[int, int] = field(default_factory=dict)  # incarnations of who has left, by number
+
+    @classmethod
+    def of(cls, members: Sequence[Member]) -> Places:
+        return cls({member.number: PlaceInTeam(member) for member in members})
+
+    def __iter__(self) -> Iterator[PlaceInTeam]:
+        return iter([self._of[number] for number in sorted(self._of)])
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __getitem__(self, number: int) -> PlaceInTeam:
+        return self._of[number]
+
+    def __setitem__(self, number: int, place: PlaceInTeam) -> None:
+        self._of[number] = place
+
+    def get(self, number: int) -> PlaceInTeam | None:
+        return self._of.get(number)
+
+    def more(self, epoch: int, host: int) -> PlaceInTeam:
+        """One more, with the lowest number that is free."""
+        number = next(number for number in range(len(self._of) + 1) if number not in self._of)
+        incarnation = self._left.get(number, -1) + 1
+        self._of[number] = place = PlaceInTeam(Member(epoch, number, incarnation, host), joins=NEVER, more=True)
+        return place
+
+    def leave(self, member: Member) -> None:
+        """That is there no more."""
+        del self._of[member.number]
+        self._left[member.number] = member.incarnation
+
+
+NEVER = 1 << 53
+"""Of the generations, for who is in no group yet."""
 
 
 def successor_of(member: Member) -> Member:
@@ -33,12 +78,12 @@ def successor_of(member: Member) -> Member:
     return Member(member.epoch, member.number, member.incarnation + 1, member.host)
 
 
-def seated(seats: list[PlaceInTeam], but: PlaceInTeam) -> list[PlaceInTeam]:
+def seated(seats: Places, but: PlaceInTeam | None = None) -> list[PlaceInTeam]:
     """Those but one whose processes are there and have their places."""
-    return [seat for seat in seats if seat.holder is None and seat is not but]
+    return [seat for seat in seats if seat.holder is None and seat is not but and not seat.more]
 
 
-def stand_in(seats: list[PlaceInTeam], lost: Lost, *, empty: bool = False) -> dict[Member, Member]:
+def stand_in(seats: Places, lost: Lost, *, empty: bool = False) -> dict[Member, Member]:
     """Puts a successor in the place of a member that was lost, in name alone where that stays `empty`, and has others
     hold this place and those that it has held, spread evenly. Who holds which from then on, by successor; another must
     be `seated`.
@@ -55,12 +100,12 @@ def stand_in(seats: list[PlaceInTeam], lost: Lost, *, empty: bool = False) -> di
     return {each.member: seats[each.holder].member for each in told if each.holder is not None}
 
 
-def can_stand_in(seats: list[PlaceInTeam], but: PlaceInTeam) -> bool:
+def can_stand_in(seats: Places, but: PlaceInTeam) -> bool:
     """Whether there is another than this one who can, and all have something to do."""
     return bool(seated(seats, but)) and not any(seat.done for seat in seats)
 
 
-def passed_on(seats: list[PlaceInTeam], message: HandedOver | EndedFor, by: PlaceInTeam) -> list[Order]:
+def passed_on(seats: Places, message: HandedOver | EndedFor, by: PlaceInTeam) -> list[Order]:
     """Gives a place to its successor, if it is the one that is waited for; or does not wait for one any more, since who
     holds the place has done its part to the end.
     """
@@ -76,7 +121,7 @@ def passed_on(seats: list[PlaceInTeam], message: HandedOver | EndedFor, by: Plac
     return [HandOver(seat.member, message.state)]
 
 
-def let_go(seats: list[PlaceInTeam], members: Sequence[Member]) -> list[Order]:
+def let_go(seats: Places, members: Sequence[Member]) -> list[Order]:
     """Members are lost, and nobody waits for them any more, nor for those whose places they held: all is done."""
     numbers = {member.number for member in members}
     gone = [seat for seat in seats if seat.holder in numbers and not seat.done]
@@ -85,13 +130,13 @@ def let_go(seats: list[PlaceInTeam], members: Sequence[Member]) -> list[Order]:
     return [DropSuccessor(seat.member) for seat in gone if not seat.empty]
 
 
-def left_by(seats: list[PlaceInTeam], holder: PlaceInTeam) -> Lost | None:
+def left_by(seats: Places, holder: PlaceInTeam) -> Lost | None:
     """Of whom one that has ended came to hold the place when all was done, so that nobody ends for it."""
     left = [seat for seat in seats if seat.holder == holder.member.number and not seat.done]
     return next((seat.lost for seat in left), None)
 
 
-def newcomers(seats: list[PlaceInTeam], shares: Sequence[int]) -> list[int]:
+def newcomers(seats: Places, shares: Sequence[int]) -> list[int]:
     """The hosts that have no workers and would get some, by these shares, if workers were on more hosts then."""
     now = {seat.member.host for seat in seats}
     then = [host for host, count in enumerate(shares) if count]

@@ -48,9 +48,10 @@ class Session:
 
     def __init__(self, assignment: Assignment, number: int, pipe: Channel, heartbeat: Heartbeat):
         self.assignment, self.number, self.pipe, self.heartbeat = assignment, number, pipe, heartbeat
-        self.rank, network = number, assignment.network
+        network = assignment.network
         self.machines = network.workers if network is not None else (assignment.team.workers,)
-        """How many workers each machine has; `rank`: the worker's place in its present group."""
+        self.rank = number if assignment.serving else min(number, sum(self.machines) - 1)
+        """How many workers each machine has; `rank`: the worker's place in its present group, or in none like any."""
         self.replica: Replica | None = None
         self._data: dict[str, Any] | None = None
         self._unread: list[int] = []  # samples that the digest should cover, but that are left out and fail

@@ -17,7 +17,9 @@ class PlacesHeld:
 
     def __init__(self, session: Session, board: HeartbeatBoard):
         self._session, self._board = session, board
-        self._given: dict[int, int] = {}  # the incarnation of the successor that has taken a place
+        # The incarnation of the successor that has taken a place. What others held is not this process's, though it
+        # may have had the number of one of them.
+        self._given = board.all_held()
 
     def changes(self) -> int:
         return self._board.changes
@@ -25,6 +27,10 @@ class PlacesHeld:
     def held(self) -> Collection[int]:
         held = self._board.held_by(self._session.number)
         return [worker for worker, incarnation in held.items() if incarnation > self._given.get(worker, 0)]
+
+    def forget(self) -> None:
+        """Those that were held, in another group."""
+        self._given.update(self._board.all_held())
 
     @property
     def told(self) -> int:

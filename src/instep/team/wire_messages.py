@@ -240,8 +240,8 @@ class RunGiven:
 class StartMembers:
     """Start these processes, from the checkpoint of this name if any.
 
-    team, first, run_id, written: as in `instep.team.messages.Assignment`. hosts: workers by host. store: address of
-    that of gloo, in which the group is called `name`. folder: agent 0's run folder, for sentences.
+    team, first, run_id, written, late: as in `instep.team.messages.Assignment`. hosts: workers by host. store: address
+    of that of gloo, in which the group is called `name`. folder: agent 0's run folder, for sentences.
     """
 
     epoch: Count
@@ -255,6 +255,7 @@ class StartMembers:
     store: tuple[Name, Count]
     name: Name
     folder: str
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -326,6 +327,7 @@ class RegroupMembers:
     at_once: bool
     told: Count
     saved: Count
+    fewer: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""What an agent gives to the processes of a team as it forks them, by what the team is at present. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from instep.record.held import Identity
+from instep.team.messages import Assignment, HostNetwork, Request
+from instep.team.remembered import Remembered
+from instep.team.roster import Roster
+
+
+def as_it_is(run: Request, roster: Roster) -> Request:
+    """The run with as many workers as the team has now: in lockstep that may have changed since its start."""
+    return run if run.engine == "server" else replace(run, team=replace(run.team, workers=roster.size))
+
+
+def assignment_of(
+    run: Request,
+    roster: Roster,
+    resume_from: Path | None,
+    network: HostNetwork | None,
+    identity: Identity,
+    run_id: str | None,
+    remembered: Remembered | None,
+    *,
+    late: bool,
+) -> Assignment:
+    """For the processes of a start; late: for one that comes while others go on."""
+    serving = run.engine == "server"
+    return Assignment(
+        recipe=run.recipe,
+        team=as_it_is(run, roster).team,
+        folder=run.folder,
+        fingerprints=run.fingerprints or (run.fingerprint,),
+        resume_from=resume_from,
+        serving=serving,
+        began=run.began,
+        first=resume_from is None and roster.epoch == 1 and not (late and serving),
+        run_id=run_id,
+        identity=identity,
+        network=network,
+        written=tuple(sorted(roster.written)),
+        remembered=None if late else remembered,
+        generation=roster.generation if late and network is None else 0,
+    )
+
+
+def for_later(assignment: Assignment, workers: int) -> Assignment:
+    """For workers that are to be in a later group, of so many."""
+    team = replace(assignment.team, workers=workers)
+    return replace(assignment, team=team, resume_from=None, first=False, late=True)
