@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
@@ -43,11 +44,16 @@ def _blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BLOCK, "cpu", 64)
 
 
-def run_on(agents: Sequence[int], workers: int, folder: Path, hooks: Hooks, recipe: Recipe) -> Outcome:
+def run_on(
+    agents: Sequence[int], workers: int, folder: Path, hooks: Hooks, recipe: Recipe, *, come: bool = False
+) -> Outcome:
+    """come: whether successors take part, of others than worker 0 too, without whom its host may have nobody."""
     deaths, init = Deaths(folder), Session.__init__
 
     def noted(session: Session, assignment: Any, number: int, *others: Any) -> None:
         deaths.born(number, assignment.incarnation)
+        while assignment.incarnation and number and not come:
+            time.sleep(0.1)  # until it is ended
         init(session, assignment, number, *others)
 
     folder.mkdir()
@@ -170,7 +176,7 @@ def test_who_is_left_of_a_host_has_the_optimizers_state_of_who_is_lost(second: i
     hooks = MOMENTS["before it computes"](1)
     if second is not None:
         hooks = all_of(hooks, MOMENTS["before it adds its cut"](second))
-    run = run_on((1, 1), 4, tmp_path / "it", hooks, made())
+    run = run_on((1, 1), 4, tmp_path / "it", hooks, made(), come=second is None)
     lost = {1} if second is None else {1, second}
     came_through(run, tmp_path, {microbatch for worker in lost for microbatch in range_of(worker, 4)})
     given = [number for event in told(run, "regrouped") for number in event["given"]]
