@@ -21,9 +21,12 @@ class Process(NamedTuple):
 
 @dataclass
 class Present:
-    """Processes by worker; whose places are vacant; the newest update. machine: whether there is one alone."""
+    """Processes by worker; whose places are vacant; the newest update. machine: whether there is one alone; workers:
+    that the team has, or is to have.
+    """
 
     machine: bool
+    workers: int = 0
     processes: dict[int, Process] = field(default_factory=dict)
     vacant: set[int] = field(default_factory=set)
     version: int = 0
@@ -40,11 +43,12 @@ class Present:
             case "checkpointed":
                 self.digests[event["version"]] = event["digest"]
             case "resized":
-                self.resizes += 1
+                self.resizes, self.workers = self.resizes + 1, event["workers"]
             case "run_started":
                 self.vacant.clear()
                 self.version, self.going = event["version"], False
-                self.processes = {w: each for w, each in self.processes.items() if w < event["team"]["workers"]}
+                self.workers = event["team"]["workers"]
+                self.processes = {w: each for w, each in self.processes.items() if w < self.workers}
             case "joined":
                 where = "" if self.machine else event["host"]
                 self.processes[event["worker"]] = Process(event["worker"], where, event["pid"])
@@ -68,7 +72,7 @@ class Present:
     @property
     def whole(self) -> bool:
         """Whether all have their places, and go on."""
-        return self.going and not self.vacant
+        return self.going and not any(worker < self.workers for worker in self.vacant)
 
 
 def starts(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -134,20 +134,26 @@ def test_what_is_computed_beyond_the_microbatches_of_a_step_is_counted_but_that_
 
 @pytest.mark.parametrize("machine", [True, False])
 def test_a_worker_has_its_place_again_when_the_tape_tells_so(machine: bool) -> None:
-    """On one machine it takes it, over hosts it is in a group; a loss is known by its process."""
+    """On one machine it takes it, over hosts it is in a group; a loss is known by its process. Who leaves a team that
+    becomes smaller has none.
+    """
     there = Present(machine)
     back = {"kind": "took_place", "worker": 1} if machine else {"kind": "regrouped", "workers": [0, 1]}
     events = [
+        {"kind": "run_started", "version": 0, "team": {"workers": 2}},
         *({"kind": "joined", "worker": worker, "host": "a", "pid": 7 + worker} for worker in (0, 1)),
         {"kind": "merged", "version": 1},
         {"kind": "left", "worker": 1, "why": "worker 1 (pid 8) was killed."},
         {"kind": "joined", "worker": 1, "host": "a", "pid": 9},
         back,
+        {"kind": "resized", "workers": 1},
+        {"kind": "regrouped", "workers": [0]},
+        {"kind": "left", "worker": 1, "why": "the team goes on with 1 worker."},
     ]
     whole = []
     for place, event in enumerate(events):
         there.take(event, place)
         whole.append(there.whole)
-    assert whole == [False, False, True, False, False, True]
-    assert there.left == {Process(1, "" if machine else "a", 8): 3}
-    assert there.seated == [0, 1]
+    assert whole == [False, False, False, True, False, False, True, True, True, True]
+    assert there.left[Process(1, "" if machine else "a", 8)] == 4
+    assert there.seated == [0]
