@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from instep.errors import ResourceError
 from instep.team.hosts_there import HostsThere
-from instep.team.messages import Ended, Ready
+from instep.team.messages import Ended, HandedOver, Ready
 from instep.team.orders import (
     AskToStop,
+    CannotStart,
     EndEpoch,
+    EpochEnded,
     FinishRun,
+    HandOver,
+    Join,
     Lost,
     Member,
     NoteResize,
@@ -24,7 +29,7 @@ from instep.team.orders import (
     StopAsked,
     Warn,
 )
-from instep.team.regroup_messages import Regrouped
+from instep.team.regroup_messages import LeftGroup, Regrouped
 from instep.team.roster import Roster
 
 pytestmark = pytest.mark.pure
@@ -49,15 +54,24 @@ def going(workers: int = 2) -> Roster:
     return roster
 
 
+def left(roster: Roster, *numbers: int) -> list[Order]:
+    """These have left the present group."""
+    generation = roster.generation
+    return [order for each in numbers for order in roster.hear(Said(member(each), LeftGroup(generation)))]
+
+
 def test_newcomers_come_together_and_who_is_too_many_is_ended_once_the_others_are_among_themselves() -> None:
     roster = going()
     assert roster.hear(Resize(4)) == [StartMore((member(2), member(3)))]
     assert ready(roster, member(3)) == []
     four = tuple(map(member, range(4)))
-    assert ready(roster, member(2)) == [Regroup(1, 1, four, at_once=False)]
+    assert ready(roster, member(2)) == [Regroup(1, 1, (), at_once=False)]
+    assert left(roster, 0) == []
+    assert left(roster, 1) == [Regroup(1, 1, four, at_once=False)]
     assert roster.hear(Said(member(0), Regrouped(1))) == []
     assert roster.size == 4
-    assert roster.hear(Resize(2)) == [Regroup(1, 2, four[:2], at_once=False, fewer=True)]
+    assert roster.hear(Resize(2)) == [Regroup(1, 2, (), at_once=False, fewer=True)]
+    assert left(roster, 0, 1, 2, 3) == [Regroup(1, 2, four[:2], at_once=False, fewer=True)]
     found = roster.hear(Said(member(0), Regrouped(2)))
     assert found == [Replace(each, None, "the team goes on with 2 workers.", resized=True) for each in four[2:]]
     assert (roster.size, roster.restarts) == (2, 0)
@@ -69,11 +83,13 @@ def test_of_two_numbers_that_are_asked_for_the_last_counts() -> None:
     roster.hear(Resize(4))
     (ended,) = roster.hear(Resize(3))
     assert ended == Replace(member(3), None, "the team goes on with 3 workers.", resized=True)
-    (group,) = ready(roster, member(2))
+    ready(roster, member(2))
+    (group,) = left(roster, 0, 1)
     assert isinstance(group, Regroup)
     assert len(group.members) == 3
     assert roster.hear(Resize(2)) == [], "until that group is there"
-    (fewer,) = roster.hear(Said(member(0), Regrouped(1)))
+    assert roster.hear(Said(member(0), Regrouped(1))) == [Regroup(1, 2, (), at_once=False, fewer=True)]
+    (fewer,) = left(roster, 0, 1, 2)
     assert isinstance(fewer, Regroup)
     assert (len(fewer.members), fewer.fewer) == (2, True)
 
@@ -111,8 +127,65 @@ def test_a_stop_while_newcomers_are_built_ends_the_run_without_them() -> None:
     assert found == [late, FinishRun(member(0))]
 
 
-def test_who_dies_within_the_change_has_the_team_start_again() -> None:
+def changing(workers: int = 3) -> Roster:
+    """A team of 2 that is told to leave its group for one of so many."""
     roster = going()
-    roster.hear(Resize(3))
-    ready(roster, member(2))
+    roster.hear(Resize(workers))
+    ready(roster, *map(member, range(2, workers)))
+    return roster
+
+
+STAY = Regroup(1, 0, (), at_once=False)
+LEAVE = Regroup(1, 1, (), at_once=False)
+
+
+def test_who_dies_before_all_have_left_is_stood_in_for_and_the_change_waits_for_its_successor() -> None:
+    roster = changing()
+    replaced, stays = roster.hear(Lost(member(1), "it was killed."))
+    assert replaced == Replace(member(1), member(1, 1), "it was killed.", {member(1, 1): member(0)})
+    assert (stays, roster.restarts, roster.stood_in) == (STAY, 1, 1)
+    assert ready(roster, member(1, 1)) == [Join(member(1, 1))]
+    handed = roster.hear(Said(member(0), HandedOver(1, 1, b"state")))
+    assert handed == [HandOver(member(1, 1), b"state"), LEAVE]
+
+
+def test_a_newcomer_that_dies_before_all_have_left_leaves_the_others_as_they_were() -> None:
+    roster = changing(4)
+    found = roster.hear(Lost(member(3), "it was killed."))
+    assert isinstance(found[0], Warn)
+    assert [type(order) for order in found[1:]] == [NoteResize, Replace, Replace, Regroup]
+    assert found[-1] == STAY
+    assert left(roster, 0) == [], "it was too late to stay"
+    assert left(roster, 1) == [Regroup(1, 1, (member(0), member(1)), at_once=False)]
+    roster.hear(Said(member(0), Regrouped(1)))
+    assert (roster.restarts, roster.size, roster.active) == (0, 2, [member(0), member(1)])
+
+
+def test_who_dies_when_others_have_left_has_the_team_start_again_with_a_sentence_and_counts_once() -> None:
+    for told_late in (False, True):
+        roster = changing()
+        if told_late:
+            left(roster, 0)
+            assert roster.hear(Lost(member(1), "it was killed.")) == [EndEpoch(1)]
+        else:
+            roster.hear(Lost(member(1), "it was killed."))
+            warned, ended = left(roster, 0)
+            assert isinstance(warned, Warn)
+            assert warned.why.endswith("for another one, so that the team goes back to its last checkpoint.")
+            assert ended == EndEpoch(1)
+        roster.hear(EpochEnded(1, ()))
+        assert roster.restarts == 1
+
+
+def test_where_there_is_no_room_for_the_next_group_those_who_have_left_go_on_in_one_of_their_own() -> None:
+    roster = changing()
+    left(roster, 0, 1)
+    found = roster.hear(CannotStart(ResourceError("there is no memory.")))
+    assert [type(order) for order in found] == [Warn, NoteResize, Replace, Regroup]
+    assert found[-1] == Regroup(1, 2, (member(0), member(1)), at_once=False)
+
+
+def test_who_dies_while_the_next_group_forms_has_the_team_start_again() -> None:
+    roster = changing()
+    left(roster, 0, 1)
     assert roster.hear(Lost(member(1), "it was killed.")) == [EndEpoch(1)]

@@ -19,7 +19,7 @@ from instep.record.events import WarnedEvent
 from instep.rules import presets as p
 from instep.team import messages as m
 from instep.team.pickling import dump
-from instep.team.regroup_messages import NextGroup, NotRegrouped, Regrouped
+from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, Regrouped
 from instep.transport.memory import Region
 from instep.worker.contribution import Facts
 from instep.worker.milestones import Progress
@@ -59,6 +59,7 @@ MESSAGES = [
     NextGroup(2, (0, 2), (0, 1), (0, 1), 7, 5, 12),
     NotRegrouped(2, "no host has the weights of a version whole"),
     Regrouped(2),
+    LeftGroup(2),
     m.SeatHanded(b"state"),
     m.StoppedAt(4),
     m.Ended(dataclasses.asdict(Progress(version=3)), "ab", True, {"sample": "text"}, {"bytes_sent": 8}),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from instep.cli import main
+from instep.engines.between_steps import BetweenSteps
 from instep.errors import RecordError, ResourceError
 from instep.randomness import key_of_step
 from instep.recipe import Team
@@ -174,7 +175,7 @@ def test_what_a_team_cannot_be_is_one_sentence(tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize("way", quick(["no room", "killed at its start", "raises"], "no room"))
 def test_a_number_that_there_is_no_room_for_is_undone_with_a_sentence_and_the_run_goes_on(
-    way: str, tmp_path: Path, alone: str, monkeypatch: pytest.MonkeyPatch
+    way: str, tmp_path: Path, alone: str, ordered: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, file, calls = tmp_path / "run", tmp_path / "go on", list[int]()
 
@@ -202,7 +203,10 @@ def test_a_number_that_there_is_no_room_for_is_undone_with_a_sentence_and_the_ru
     def ask() -> None:
         when_going(path)
         resized(path, 4)
-        wait_until(lambda: len(standing_of(path)["left"]) == 2, LONG_S, "the end of who came")
+        if way == "no room":  # which is known once they have left their group
+            ordered()
+        else:
+            wait_until(lambda: len(standing_of(path)["left"]) == 2, LONG_S, "the end of who came")
 
     with meanwhile(ask, file.touch):
         run = train_here(recipe, Team(workers=2, restarts=0), path)
@@ -272,6 +276,11 @@ class Paced:
                 file.write(b".")
             time.sleep(0.1)
 
+    def hold(self, client: Client) -> None:
+        """Returns once the next step waits in its first microbatch, since no more may begin."""
+        may_begin = self._file.stat().st_size
+        wait_until(lambda: told(client, "merged")[-1]["version"] > may_begin, LONG_S, "the step before")
+
     def go_on(self) -> None:
         os.truncate(self._file, self.steps)
 
@@ -295,7 +304,11 @@ def changed(client: Client, times: int) -> bool:
 
 
 def pid_of(client: Client, worker: int) -> int:
-    return int([each["pid"] for each in told(client, "joined") if each["worker"] == worker][-1])
+    def found() -> list[int]:
+        return [int(each["pid"]) for each in told(client, "joined") if each["worker"] == worker]
+
+    wait_until(lambda: bool(found()), LONG_S, "its start")
+    return found()[-1]
 
 
 def test_after_a_change_workers_stand_in_for_each_other_and_another_change_follows(tmp_path: Path) -> None:
@@ -319,3 +332,65 @@ def test_after_a_change_workers_stand_in_for_each_other_and_another_change_follo
     check_in_place(run, paced, tmp_path / "alone")
     assert [each["workers"] for each in told(run, "regrouped")] == [[0, 1, 2, 3], [0, 1, 2]]
     assert (run.result["restarts"], run.result["workers"]) == (3, 3)
+
+
+@pytest.mark.parametrize("worker", quick([0, 1], 1))
+def test_who_dies_when_all_are_told_to_leave_is_stood_in_for_and_the_change_comes_after_its_successor(
+    worker: int, tmp_path: Path, ordered: Callable[[], None]
+) -> None:
+    path, paced, client = tmp_path / "run", Paced(tmp_path), Client()
+
+    def act() -> None:
+        paced.until(lambda: bool(told(client, "merged")), "a step")
+        paced.hold(client)
+        resized(path, 3)
+        ordered()  # in the midst of a step
+        os.kill(pid_of(client, worker), signal.SIGKILL)
+        ordered()  # to stay
+        paced.until(lambda: len(told(client, "took_place")) == 1, "a successor")
+        paced.until(lambda: changed(client, 1), "three")
+
+    with meanwhile(act, paced.go_on):
+        run = train_here(paced.recipe, Team(workers=2, restarts=1, checkpoint_every=paced.steps), path, client=client)
+    check_in_place(run, paced, tmp_path / "alone")
+    assert [each["workers"] for each in told(run, "regrouped")] == [[0, 1, 2]]
+    assert [each["worker"] for each in told(run, "left")] == [worker]
+    assert (run.result["restarts"], run.result["workers"]) == (1, 3)
+
+
+@pytest.mark.parametrize("have_left", quick([False, True], True))
+def test_a_newcomer_that_dies_when_all_are_told_to_leave_costs_the_others_nothing(
+    have_left: bool, tmp_path: Path, ordered: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, paced, client = tmp_path / "run", Paced(tmp_path), Client()
+    leaves, may_tell, part = tmp_path / "worker 1 leaves", tmp_path / "it may tell", BetweenSteps.part
+
+    def and_wait(self: BetweenSteps, word: int) -> None:
+        try:
+            part(self, word)
+        finally:
+            if multiprocessing.current_process().name == "worker-1":
+                leaves.touch()
+                wait_until(may_tell.exists, LONG_S, "the newcomer's death")
+
+    monkeypatch.setattr(BetweenSteps, "part", and_wait)
+
+    def act() -> None:
+        paced.until(lambda: bool(told(client, "merged")), "a step")
+        paced.hold(client)
+        resized(path, 4)
+        ordered()
+        if have_left:
+            paced.until(leaves.exists, "the group is left")
+        os.kill(pid_of(client, 3), signal.SIGKILL)
+        ordered()  # to stay
+        may_tell.touch()
+        if have_left:
+            paced.until(lambda: changed(client, 1), "a group of the two")
+
+    with meanwhile(act, paced.go_on):
+        run = train_here(paced.recipe, Team(workers=2, restarts=0, checkpoint_every=paced.steps), path, client=client)
+    check_in_place(run, paced, tmp_path / "alone")
+    assert [(each["before"], each["workers"]) for each in told(run, "resized")] == [(2, 4), (4, 2)]
+    assert [each["workers"] for each in told(run, "regrouped")] == [[0, 1]] * have_left
+    assert (run.result["restarts"], run.result["workers"]) == (0, 2)

@@ -244,9 +244,9 @@ class Lockstep:
             made, stopped = None, word == STOP
             progress.checksum_s += self._seat.checksum_s
             last = stopped or bool(progress.stopped) or progress.version == steps
-            self._others.between(partial(self._state, progress, totals, stopped))
+            if word <= STOP:  # who comes takes no place in a group that is left
+                self._others.between(partial(self._state, progress, totals, stopped))
             self.between.checksums(progress)
-            stopped = stopped or bool(progress.stopped)
             after_step(progress, last)
             if stopped or progress.stopped:
                 return progress.version < steps and not progress.stopped

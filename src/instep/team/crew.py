@@ -338,7 +338,7 @@ class LocalCrew:
     def regroup(self, group: Regroup, told: int, saved: int) -> None:
         processes, members = self.processes, group.members
         here = [process for process in processes if process.member in members]
-        come = here[-1].ready if len(here) == len(members) and not (group.at_once or group.fewer) else None
+        come = here[-1].ready if here and len(here) == len(members) and not (group.at_once or group.fewer) else None
         regions = come.memory if come is not None else {}  # with which there is room or, at once, an error
 
         def reserved(file: int) -> None:

@@ -94,6 +94,14 @@ class Generations:
             place.more, place.joins = False, self.number + 1
         return self._next(at_once=False, fewer=bool(leaving))
 
+    def leave(self, *, fewer: bool) -> Regroup:
+        """All are to leave the group after the present step. fewer: some are to be in none any more."""
+        return Regroup(self._epoch, self.number + 1, (), at_once=False, fewer=fewer)
+
+    def stay(self) -> Regroup:
+        """They are not to leave it, where they have not begun to."""
+        return Regroup(self._epoch, self.number, (), at_once=False)
+
     @property
     def led(self) -> bool:
         """Whether one of the newest group is on the first host, or else all wait until one is."""

@@ -18,9 +18,9 @@ from instep.engines.undo import SeatLost
 from instep.errors import InstepError, described
 from instep.record.events import MergedEvent
 from instep.team.messages import KeepingState, KeepState, PeersLost, StateKept
-from instep.team.regroup_messages import NextGroup, NotRegrouped
+from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped
 from instep.team.session import Session
-from instep.transport.group import Group, PeerLost, PeerRaised
+from instep.transport.group import Group, LeftTogether, PeerLost, PeerRaised
 from instep.worker.milestones import Progress
 
 LOOK_S = 0.1
@@ -48,7 +48,9 @@ def wait_for_others(
     """
     session.send_events()
     beat = session.heartbeat
-    if isinstance(error, PeerLost):
+    if isinstance(error, LeftTogether) and session.assignment.network is None:
+        session.pipe.send(LeftGroup(beat.generation))
+    elif isinstance(error, PeerLost):
         session.pipe.send(PeersLost(str(error).rstrip("."), error.silent, beat.generation, forming))
     sys.stdout.flush()
     beat.waiting(True)

@@ -19,12 +19,15 @@ from instep.team.seats import PlaceInTeam, Places, can_stand_in, stand_in, succe
 
 @dataclass
 class TeamChange:
-    """Of a team's workers. wanted: whether it is to be changed, or is being. under_way: the next group is ordered, and
-    not there. coming: who is in it for the first time, until a step is done. leaving: who is in none after that.
+    """Of a team's workers. wanted: whether it is to be changed, or is being. parting: on one machine, they are asked to
+    leave their group. left: who has. under_way: the next group is ordered, and not there. coming: who is in it for the
+    first time, until a step is done. leaving: who is in none after that.
     """
 
     wanted: bool = False
+    parting: bool = False
     under_way: bool = False
+    left: list[Member] = field(default_factory=list)
     coming: list[Member] = field(default_factory=list)
     leaving: list[Member] = field(default_factory=list)
 
@@ -62,17 +65,22 @@ class InStep(ABC):
     def _fault(self, sentence: str) -> list[Order]: ...
 
     @abstractmethod
+    def _stay(self) -> list[Order]: ...
+
+    @abstractmethod
     def _different(self, place: PlaceInTeam, names: Collection[str] | None = None) -> str: ...
 
     def _stand_in(self, lost: orders.Lost, place: PlaceInTeam) -> list[Order]:
         """A worker in lockstep is lost: others that can hold its place, and those that it has held, for successors."""
-        if not (self._stands_in and can_stand_in(self._places, place) and not self._change.under_way):
+        together = not (self._change.under_way or self._change.left)
+        if not (self._stands_in and can_stand_in(self._places, place) and together):
             return self._lost_in_step([lost.member], lost)
         if not self._stopping and (once_too_often := self._count_restart(lost)):
             return once_too_often
         self.stood_in += place.holder is None and not self._stopping
         successor = None if self._stopping else successor_of(lost.member)
-        return [orders.Replace(lost.member, successor, lost.why, stand_in(self._places, lost, empty=self._stopping))]
+        holders = stand_in(self._places, lost, empty=self._stopping)
+        return [orders.Replace(lost.member, successor, lost.why, holders), *self._stay()]
 
     def _lost_in_step(self, members: Sequence[Member], lost: orders.Lost) -> list[Order]:
         """Workers in lockstep are lost, or all of a host: the others go on in another group, and take the successors

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import UnsetType
 
 from instep.errors import InstepError, by_name
-from instep.team.regroup_messages import NextGroup, NotRegrouped, Regrouped
+from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, Regrouped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -334,7 +334,7 @@ class Left:
 SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState | SeatHanded | NextGroup
 WorkerToSupervisor = (
     Events | Ready | Digest | Sync | FoundWritten | FoundWrong | PeersLost | KeepingState | StateKept | HandedOver
-    | EndedFor | NotStoodIn | NotRegrouped | Regrouped | StoppedAt | Failed | Ended
+    | EndedFor | NotStoodIn | NotRegrouped | Regrouped | LeftGroup | StoppedAt | Failed | Ended
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------- server and worker, on a line

@@ -18,7 +18,7 @@ from instep.team.messages import (
     Ready,
     StoppedAt,
 )
-from instep.team.regroup_messages import NotRegrouped, Regrouped
+from instep.team.regroup_messages import LeftGroup, NotRegrouped, Regrouped
 
 
 @dataclass(frozen=True, order=True)
@@ -35,6 +35,7 @@ class Member:
 
 Word = (
     Ready | Digest | FoundWritten | FoundWrong | HandedOver | EndedFor | NotStoodIn | NotRegrouped | Regrouped
+    | LeftGroup
     | StoppedAt | Failed | Ended
 )  # fmt: skip
 """What of a process's messages means something for the team."""
@@ -234,7 +235,8 @@ class Regroup:
     """Have these members, in the order of their ranks, go on in a group of their own, see `messages.NextGroup`.
 
     at_once: the others are told to leave the group of before wherever they wait; else they do after the present step.
-    fewer: some of that are in no group any more, and are to leave what the others need of them.
+    fewer: some of that are in no group any more, and are to leave what the others need of them. No members: who goes
+    on in it is told later; with the generation of the present group, all stay in that.
     """
 
     epoch: int

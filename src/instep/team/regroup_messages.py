@@ -27,6 +27,13 @@ class NextGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftGroup:
+    """The worker has left the group of this generation with all others of it, after a step, as all were asked to."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Regrouped:
     """All workers are in the group of this generation, and need nobody any more who is not."""
 

@@ -3,8 +3,9 @@ on. Pure.
 
 Newcomers are started beside those that train. Once all of them are ready, and everybody else has its place, the team
 goes on in another group after the present step: with them, and without those that are too many, who are ended once it
-is there. Of what is asked for meanwhile the last counts. Where a newcomer is lost before the team has done a step with
-it the others go on with the number that they had.
+is there. On one machine all leave their group first, and are told of the next one then: until they do, whoever is lost
+is lost as at any other time. Of what is asked for meanwhile the last counts. Where a newcomer is lost before the team
+has done a step with it the others go on with the number that they had.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from instep.team import agreement, messages, orders
 from instep.team.hosts_there import MOST_IN_STEP
 from instep.team.losses_in_step import InStep
 from instep.team.orders import Member, Order
-from instep.team.regroup_messages import Regrouped
+from instep.team.regroup_messages import LeftGroup, Regrouped
 from instep.team.seats import PlaceInTeam, newcomers, seated, stand_in
 
 
@@ -108,7 +109,7 @@ class Resizing(InStep):
     def _go_on_changing(self) -> list[Order]:
         """What is to be done next for it, after anything that has happened."""
         change = self._change
-        waits = change.under_way or self._stopping or self._ending is not None or self.over
+        waits = change.parting or change.under_way or self._stopping or self._ending is not None or self.over
         away = any(place.away for place in self._places)  # which comes back, or does not
         if not change.wanted or waits or away or not self._can_be_other():
             return []
@@ -124,11 +125,41 @@ class Resizing(InStep):
         seats = [place for place in stay if place.holder is not None or not self._groups.has(place)]
         if not ready or seats or any(place.holder is not None and not place.empty for place in leaving):
             return found
-        change.under_way = True
-        change.coming, change.leaving = [each.member for each in more], [each.member for each in leaving]
+        change.leaving = [each.member for each in leaving]
+        if self._groups.apart:
+            return [*found, self._change_group(more)]
+        change.parting = True
+        return [*found, self._groups.leave(fewer=bool(leaving))]
+
+    def _change_group(self, more: Sequence[PlaceInTeam]) -> Order:
+        """The next group: with these."""
+        change = self._change
+        change.under_way, change.coming = True, [each.member for each in more]
         group = self._groups.change(self._places, more, change.leaving)
         self._leader = group.members[0].number
-        return [*found, group]
+        return group
+
+    def _left_group(self, message: LeftGroup, place: PlaceInTeam) -> list[Order]:
+        """One has left it. Once all have, they go on in the next, or in one of their own where that is not to be."""
+        change = self._change
+        if message.generation != self._groups.number or change.under_way:
+            return []
+        change.left.append(place.member)
+        if any(each.member not in change.left for each in seated(self._places)):
+            return []
+        vacant = [each for each in self._places if each.holder is not None and each.member not in change.leaving]
+        if vacant:  # since it was too late to stay
+            return self._cannot_stand_in(messages.NotStoodIn(vacant[0].member.number, agreement.AMID_CHANGE))
+        more = [each for each in self._places if each.more] if change.parting else []
+        change.parting, change.left = False, []
+        return [self._change_group(more)]
+
+    def _stay(self) -> list[Order]:
+        """They are not to leave their group, where they have not begun to."""
+        if not self._change.parting:
+            return []
+        self._change.parting, self._change.leaving = False, []
+        return [self._groups.stay()]
 
     def _begin_more(self, shares: Sequence[int]) -> list[Order]:
         """Has newcomers started, or ended, as many as hosts have too few or too many of them."""
@@ -175,14 +206,16 @@ class Resizing(InStep):
         """What is to be done where one is lost that has come, or is coming; None where that concerns none of them."""
         change, member = self._change, lost.member
         if place.more:
-            return [*self._as_it_was(lost.why), *self._let_go(place, lost.why, resized=False), *self._drop_more()]
+            gone = self._let_go(place, lost.why, resized=False)
+            return [*self._as_it_was(lost.why), *gone, *self._drop_more(), *self._stay()]
         if self._stopping or member not in change.coming:
             return None
-        if not self._groups.apart and not change.under_way and seated(self._places, place):
+        together = not (self._groups.apart or change.under_way or change.left)
+        if together and seated(self._places, place):
             noted, change.coming = self._as_it_was(lost.why), []
             change.wanted = True
             holders = stand_in(self._places, lost, empty=True)
-            return [*noted, orders.Replace(member, None, lost.why, holders)]
+            return [*noted, orders.Replace(member, None, lost.why, holders), *self._stay()]
         if not self._groups.apart:
             return [*self._as_it_was(lost.why), *self._end(orders.Resize(self.hosts.wanted))]
         coming, change.coming = change.coming, []
@@ -203,19 +236,20 @@ class Resizing(InStep):
 
     def _no_room_to_change(self, why: str) -> list[Order]:
         """There is no room for the newcomers, or for a group with them: nothing has changed for the others."""
-        change = self._change
+        change, all_have_left = self._change, False
         if change.under_way and not self._groups.apart:
-            self._groups.members = [each for each in self._groups.members if each not in change.coming]
-            change.under_way = False
+            all_have_left, change.under_way = True, False
             for member in change.coming:
                 self._places[member.number].more = True
         if change.under_way or not any(place.more for place in self._places):
             return []
-        return [*self._as_it_was(why), *self._drop_more()]
+        as_it_was = [*self._as_it_was(why), *self._drop_more()]
+        return [*as_it_was, *([self._change_group([])] if all_have_left else self._stay())]
 
     def _drop_more(self) -> list[Order]:
-        """No newcomer is to come any more."""
-        self._change.wanted, self._change.coming = False, []
+        """No newcomer is to come any more; some may be too many, as was asked for meanwhile."""
+        there = len([place for place in self._places if not place.more])
+        self._change.wanted, self._change.coming = there > self.hosts.wanted, []
         why = agreement.fewer(self.hosts.wanted)
         return [order for place in list(self._places) if place.more for order in self._let_go(place, why)]
 

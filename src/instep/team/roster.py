@@ -31,7 +31,7 @@ from instep.team import agreement, generations, messages, orders
 from instep.team.hosts_there import HostsThere
 from instep.team.losses_in_step import TeamChange
 from instep.team.orders import Member, Order
-from instep.team.regroup_messages import NotRegrouped, Regrouped
+from instep.team.regroup_messages import LeftGroup, NotRegrouped, Regrouped
 from instep.team.resizing import Resizing
 from instep.team.seats import NEVER, PlaceInTeam, Places, left_by, let_go, passed_on, successor_of
 
@@ -161,6 +161,8 @@ class Roster(Resizing):
                 return self._cannot_regroup(message)
             case Regrouped():
                 return self._regrouped(message)
+            case LeftGroup():
+                return self._left_group(message, place)
             case messages.Failed() if place.holder is not None or place.joins == NEVER:
                 lost = orders.Lost(place.member, message.sentence, message.detail)  # not yet in step
                 found = self._lost_in_change(lost, place)
