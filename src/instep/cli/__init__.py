@@ -19,7 +19,9 @@ from collections.abc import Sequence
 from instep.cli.helping import ABOUT, COMMANDS, table, wrapped
 from instep.errors import LONGEST, InstepError, RecordError, clean, cut, shown
 
-_COMPUTING = ("train", "replay", "verify", "simulate", "memory", "check", "diff", "compare", "plan", "sample")
+_COMPUTING = (
+    "train", "replay", "verify", "simulate", "memory", "check", "diff", "compare", "plan", "sample", "tokenize",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from instep.cli.plan import declare as declare_plan
 from instep.cli.replay import declare as declare_replay
 from instep.cli.sample import declare as declare_sample
 from instep.cli.team import declare as declare_team
+from instep.cli.tokenize import declare as declare_tokenize
 from instep.cli.train import indices, train_recipe
 from instep.cli.verify import declare as declare_verify
 from instep.components import importable
@@ -228,6 +229,7 @@ def app(settings: Settings) -> App:
 
     for declare in (
         declare_replay, declare_check, declare_diff, declare_verify, declare_team, declare_plan, declare_sample,
+        declare_tokenize,
     ):  # fmt: skip
         declare(app, settings)
 

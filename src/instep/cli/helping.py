@@ -25,6 +25,7 @@ COMMANDS = {
     "digest": "Print the digest of a run or checkpoint.",
     "export": "Write a run for other tools (perfetto, csv, parquet), or its model (hf).",
     "sample": "Have a run's model go on with a text.",
+    "tokenize": "Make texts token files, with where each document ends.",
     "tape": "Print what happened in a run, one JSON object a line.",
 }
 

@@ -20,7 +20,7 @@ from instep.data import Data
 from instep.data.file_index import made_alone, written_whole
 from instep.data.files import ReadAt, found_apart
 from instep.data.order import keys, permuted
-from instep.data.token_files import TokenFile, TokenType
+from instep.data.token_files import TokenFile, TokenType, known_of
 from instep.errors import DataError, RecipeError
 from instep.packed import PackedTokens
 
@@ -251,21 +251,23 @@ def packed_token_files(
     """Token files with documents, in rows of several documents each: those that `pattern` names, see `PackedRows`.
 
     held_out: a share of the documents, the last ones; or a pattern of the files that are held out. Takes `NextToken`,
-    and a model that keeps the documents of a row apart. Raises DataError, and RecipeError for a bad share.
+    and a model that keeps the documents of a row apart. Files of ``instep tokenize`` bring their tokenizer as the
+    codec, and by default their `vocabulary`. Raises DataError, and RecipeError for a bad share.
     """
     paths, held = found_apart(pattern, held_out)
+    files, others = ([TokenFile(path, dtype) for path in some] for some in (paths, held))
+    said = known_of(files, others)
     rows_of = partial(
         PackedRows,
         context=context,
         separator=separator,
         seed=seed,
         index=None if index is None else Path(index).expanduser(),
-        vocabulary=vocabulary,
+        vocabulary=vocabulary or said.vocabulary,
         full_digest=full_digest,
     )
-    files = [TokenFile(path, dtype) for path in paths]
     if isinstance(held_out, str):
-        return Data(rows_of(files), rows_of([TokenFile(path, dtype) for path in held]))
+        return Data(rows_of(files), rows_of(others), codec=said.codec)
     if not held_out:
-        return Data(rows_of(files))
-    return Data(rows_of(files, part=(0, 1 - held_out)), rows_of(files, part=(1 - held_out, 1)))
+        return Data(rows_of(files), codec=said.codec)
+    return Data(rows_of(files, part=(0, 1 - held_out)), rows_of(files, part=(1 - held_out, 1)), codec=said.codec)

@@ -6,10 +6,10 @@ import bisect
 import hashlib
 import itertools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from instep.data import Data
 from instep.data.files import ReadAt, found_apart
 from instep.data.order import keys, permuted
+from instep.data.tokenized import Known, known
 from instep.errors import DataError, RecipeError
 
 _LLM_C = {20240520: ("uint16", 1), 20240801: ("uint32", 7)}
@@ -104,6 +105,11 @@ class TokenFile:
         return self._file.digest(full=full)
 
 
+def known_of(*several: Sequence[TokenFile]) -> Known:
+    """What lies beside these files, see `instep.data.tokenized`. Raises DataError."""
+    return known([(file.path, file.count) for files in several for file in files])
+
+
 def _megatron(index: Path) -> tuple[str, int]:
     """The type and number of tokens of the file beside an index."""
     header = ReadAt(index)
@@ -122,6 +128,25 @@ def _megatron(index: Path) -> tuple[str, int]:
         sizes = header.read(_MEGATRON_HEADER.size + 4 * first, 4 * min(1 << 20, sequences - first))
         total += int(np.frombuffer(sizes, "<i4").sum(dtype=np.int64))
     return _MEGATRON_TYPES[code], total
+
+
+def write_index(
+    file: BinaryIO, dtype: np.dtype[Any], documents: int, sizes: Callable[[], Iterable[NDArray[np.int32]]]
+) -> None:
+    """Writes the ``.idx`` beside tokens of `dtype`, whose `documents` are each one sequence: `sizes` gives how many
+    tokens each has, piece by piece, and is called twice, so that nothing is held by document. Raises OSError.
+    """
+    code = next(code for code, kind in _MEGATRON_TYPES.items() if kind == dtype.name)
+    file.write(_MEGATRON_HEADER.pack(_MEGATRON, 1, code, documents, documents + 1))
+    for some in sizes():
+        file.write(some.astype("<i4").tobytes())
+    place = 0
+    for some in sizes():
+        ends = place + np.cumsum(some, dtype=np.int64) * dtype.itemsize
+        file.write((ends - some.astype(np.int64) * dtype.itemsize).astype("<i8").tobytes())
+        place = int(ends[-1]) if len(ends) else place
+    for first in range(0, documents + 1, 1 << 20):
+        file.write(np.arange(first, min(first + (1 << 20), documents + 1), dtype="<i8").tobytes())
 
 
 class TokenWindows(Dataset[Tensor]):
@@ -182,17 +207,21 @@ def token_files(
     """Token files in windows: those that `pattern` names, one glob or several, see `TokenFile` and `TokenWindows`.
 
     held_out: a share of the windows, the last ones; or a pattern of the files that are held out, which are no part of
-    the training data even if `pattern` names them. Raises DataError where a file is none, is cut, or there are too few
-    tokens, RecipeError for a bad share.
+    the training data even if `pattern` names them. Files of ``instep tokenize`` bring their tokenizer as the codec, and
+    by default their `vocabulary`. Raises DataError where a file is none, is cut, or there are too few tokens, or where
+    files are of several tokenizers, RecipeError for a bad share.
     """
     if not isinstance(held_out, str) and not 0 < held_out < 1:
         raise RecipeError(f"'held_out' is {held_out}; it is a share of the windows, above 0 and below 1, or a pattern.")
     paths, held = found_apart(pattern, held_out)
-    files = [TokenFile(path, dtype) for path in paths]
-    windows_of = partial(TokenWindows, context=context, vocabulary=vocabulary, full_digest=full_digest)
+    files, others = ([TokenFile(path, dtype) for path in some] for some in (paths, held))
+    said = known_of(files, others)
+    windows_of = partial(
+        TokenWindows, context=context, vocabulary=vocabulary or said.vocabulary, full_digest=full_digest
+    )
     train = windows_of(files)
     if isinstance(held_out, str):
-        rest = windows_of([TokenFile(path, dtype) for path in held], mixed=True)
+        rest = windows_of(others, mixed=True)
     else:
         every = train.windows
         cut = max(0, len(every) - max(1, int(len(every) * held_out)))
@@ -204,4 +233,4 @@ def token_files(
                 f"the {name} tokens are too few: {tokens:,} in {len(part.files)} files leave no window of "
                 f"{context + 1}; give more, or a smaller 'context'."
             )
-    return Data(train, rest)
+    return Data(train, rest, codec=said.codec)
