@@ -120,7 +120,7 @@ def _told(found: Tokenized) -> str:
     text = (
         f"{found.path}.bin has {found.documents:,} documents{left_out} in {found.tokens:,} tokens of {found.dtype}, "
         f"below {found.vocabulary:,}: {found.text_bytes / found.tokens:.2f} bytes of text a token, "
-        f"{100 * ends / found.tokens:.1f} % of them ends of documents; {found.seconds:.1f} s."
+        f"{100 * ends / found.tokens:.2f} % of them ends of documents; {found.seconds:.1f} s."
     )
     if found.parts_found:
         text += f" {found.parts_found:,} of its {found.parts:,} parts had been done before."

@@ -246,6 +246,8 @@ def _made(
         folder.mkdir(parents=True)
         plan = {"settings": settings, "part_bytes": wanted.part_bytes}
         _write(folder / _PLAN, plan)
+    for path in (*folder.glob("*.tokens.*"), *folder.glob("*.sizes.*")):
+        path.unlink()  # what a process was writing when it was killed
     parts = documents.parts(every, plan["part_bytes"])
     encoder = _encoder(wanted, every, parts, folder, told)
     separator = encoder.separator(wanted.separator)
