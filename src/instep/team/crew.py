@@ -129,7 +129,7 @@ class LocalCrew:
         host: int = 0,
         most: int = 0,
     ):
-        self._most, self._generation = most, 0  # of the newest group
+        self._most = most
         self._team, self._others, self._unused, self._serving = team, others, unused, serving
         self._name, self._folder, self._began, self._host = name, folder, began, host
         self._processes: MemberProcesses | None = None
@@ -212,8 +212,6 @@ class LocalCrew:
                     return
                 if isinstance(message, Ready):
                     process.ready = message
-                elif isinstance(message, regroup_messages.Regrouped) and message.generation == self._generation:
-                    processes.formed()
                 elif isinstance(message, Ended | Failed | FoundWritten | FoundWrong | StoppedAt):
                     self._done.add(member)
                 yield Heard(member, message)
@@ -338,7 +336,7 @@ class LocalCrew:
             self.succeed(member, assignment)
 
     def regroup(self, group: Regroup, told: int, saved: int) -> None:
-        processes, members, self._generation = self.processes, group.members, group.generation
+        processes, members = self.processes, group.members
         here = [process for process in processes if process.member in members]
         come = here[-1].ready if here and len(here) == len(members) and not (group.at_once or group.fewer) else None
         regions = come.memory if come is not None else {}  # with which there is room or, at once, an error

@@ -147,12 +147,6 @@ class MemberProcesses:
         let_go(self.descriptor)
         return memory.fileno(), os.fstat(memory.fileno()).st_ino
 
-    def formed(self) -> None:
-        """Those that live have mapped the newest: what others had before is let go."""
-        for old in self._renewed[:-1]:
-            old.close()
-        del self._renewed[:-1]
-
     def look_for_orphans(self) -> None:
         """Notes what the run's processes have started and left behind. Of that, what is dead is waited for."""
         self._orphans = children() - self._others - {process.handle.pid for process in self}
