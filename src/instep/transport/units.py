@@ -127,7 +127,7 @@ class Units:
             return found if found.key == key else Unit(key)
 
     def ask(self, worker: int, key: int) -> None:
-        """The worker cannot go on without this one; 0: it can."""
+        """The worker cannot go on without this one, as long as that is expected; 0: it can. One that dies leaves it."""
         self._asked[worker] = key
         if key:
             self.sign(_WANTED)
@@ -145,22 +145,22 @@ class Units:
     def recall(self, loader: int, code: int) -> None:
         """Another loader of this number has died, with this exit status: what it read is to be read again."""
         with self._locked():
-            for row in self._rows[self._rows[:, 2] == loader]:
-                at, unit = row[0] % ROWS, Unit(*row.tolist())
+            for row in self._rows[(self._rows[:, 2] == loader) & (self._rows[:, 0] > 0)]:
+                unit = Unit(*row.tolist())
                 if unit.state == State.READING:
                     tries = unit.tries + 1
                     state = State.DEADLY if tries >= MOST_TRIES else State.FREE
-                    self._rows[at] = unit._replace(state=state, tries=tries, code=code)
+                    self._put(unit._replace(state=state, tries=tries, code=code))
                 elif unit.state in (State.LOADED, State.TAKEN):
                     state = State.FREE if unit.state == State.LOADED else State.GONE
-                    self._rows[at] = unit._replace(state=state)
+                    self._put(unit._replace(state=state))
         self.sign(_LOADED)
 
     def claim(self, loader: int, ahead: int, *, full: bool) -> Unit | None:
         """What this loader is to read next, up to so many batches ahead. full: only what a worker waits for."""
         with self._locked():
             for key in self._asked.tolist():
-                if key and self._is_free(key, asked=True):
+                if key and self.expected(*self.place_of(key)) and self._is_free(key, asked=True):
                     return self._claimed(loader, key, self._entered(key))
             for entered, key in () if full else self._ahead(ahead):
                 if self._is_free(key):
@@ -177,14 +177,14 @@ class Units:
             row = self._rows[unit.key % ROWS]
             wanted = bool(row[0] == unit.key and row[2] == unit.loader)
             if wanted:
-                row[:] = unit
+                self._put(unit)
             self.read[unit.loader] += 1
         self.sign(_LOADED)
         return wanted
 
     def unneeded(self, own: Sequence[Unit], most_bytes: int) -> tuple[set[int], int]:
-        """Of what a loader has loaded, the keys of what nobody needs, and of what was taken, all beyond so many bytes;
-        and the bytes of what is left and is not taken yet.
+        """Of what a loader has loaded, the descriptors of what nobody needs, and of what was taken, all beyond so many
+        bytes; and the bytes of what is left and is not taken yet.
         """
         gone, held, untaken = set[int](), 0, 0
         with self._locked():
@@ -194,11 +194,11 @@ class Units:
                 at = unit.key % ROWS
                 mine = (key, loader, descriptor) == (unit.key, unit.loader, unit.descriptor)
                 if not mine or not _covered(streams, *self.place_of(unit.key)):
-                    gone.add(unit.key)
+                    gone.add(unit.descriptor)
                     if mine:
                         self._rows[at] = Unit()
                 elif state == State.TAKEN and held + unit.nbytes > most_bytes:
-                    gone.add(unit.key)
+                    gone.add(unit.descriptor)
                     self._rows[at, 1] = State.GONE
                 else:
                     held += unit.nbytes
@@ -271,18 +271,29 @@ class Units:
 
     def _is_free(self, key: int, *, asked: bool = False) -> bool:
         there = self._row(key)
-        if there.key == key or not there.key:
+        if not there.key:
+            return True
+        if there.key == key:
             return there.state == State.FREE
         if not self.expected(*self.place_of(there.key)):
             return True  # nobody needs what is there
-        return there.state in (State.FREE, State.GONE) or (asked and there.state in (State.LOADED, State.TAKEN))
+        if asked:
+            return there.state not in (State.READING, State.DEADLY)
+        return there.state in (State.FREE, State.GONE)
 
     def _claimed(self, loader: int, key: int, entered: int) -> Unit:
         there = self._row(key)
         tries = there.tries if there.key == key else 0
         unit = Unit(key, State.READING, loader, os.getpid(), tries=tries, entered=entered)
-        self._rows[key % ROWS] = unit
+        self._put(unit)
         return unit
+
+    def _put(self, unit: Unit) -> None:
+        """There is no key meanwhile: who dies in this leaves no row that is of two microbatches."""
+        row = self._rows[unit.key % ROWS]
+        row[0] = 0
+        row[1:] = unit[1:]
+        row[0] = unit.key
 
 
 def _covered(streams: Sequence[Stream], batch: int, microbatch: int) -> bool:

@@ -66,8 +66,8 @@ class Loader:
         return rows_of(self._data.train, self._data.collate) is None
 
     def load(self) -> None:
-        """Reads what is wanted, and what will be, for ever."""
-        while True:
+        """Reads what is wanted, and what will be, as long as anything is loaded ahead."""
+        while not self._units.closed:
             signs = self._units.signs()
             if not self._next():
                 self._units.sleep(signs, loader=True)
@@ -107,8 +107,7 @@ class Loader:
             head=file.head,
         )  # fmt: skip
 
-    def _forget(self, keys: set[int]) -> None:
-        for unit in self._own:
-            if unit.key in keys:
-                os.close(unit.descriptor)
-        self._own = [unit for unit in self._own if unit.key not in keys]
+    def _forget(self, descriptors: set[int]) -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self._own = [unit for unit in self._own if unit.descriptor not in descriptors]
