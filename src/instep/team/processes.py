@@ -9,8 +9,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from instep.descendants import children, end_children, reap
@@ -106,7 +108,9 @@ class MemberProcesses:
     @property
     def opened(self) -> list[Any]:
         """What is open here that only its members, or this process, need."""
-        return [*self._renewed, *self.lines, *(each for process in self for each in (process.pipe, process.stack))]
+        memory = SimpleNamespace(close=partial(os.close, self.descriptor))  # given back once there is another group
+        own = (each for process in self for each in (process.pipe, process.stack))
+        return [memory, *self._renewed, *self.lines, *own]
 
     def fork(self, member: Member, assignment: Assignment, unused: Sequence[Any]) -> None:
         """Starts the member's process, which closes what it does not need. Raises ResourceError."""
