@@ -37,10 +37,24 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 def orphaned(parent: int) -> bool:
     """Whether `parent`, this process's at its start, has ended or has begun to: what it had open is closed before."""
     with contextlib.suppress(OSError):
-        flags = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[6]
-        if int(flags) & _EXITING:
+        if _is_exiting(parent):
             return True
     return os.getppid() != parent
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process of Linux has ended or has begun to: its files are closed before, and who is not root may not
+    look for them any more.
+    """
+    try:
+        return _is_exiting(pid)
+    except OSError:
+        return True
+
+
+def _is_exiting(pid: int) -> bool:
+    flags = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[6]
+    return bool(int(flags) & _EXITING)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import os
 from typing import Any, NamedTuple
 
 from instep.data.signature import signature
+from instep.descendants import has_ended
 from instep.errors import DataError, killed_by
 from instep.transport import batch_files
 from instep.transport.units import State, Stream, Unit, Units
@@ -34,10 +35,11 @@ class LoadedAhead:
     def __init__(self, units: Units, place: int, microbatches: int, *, idle: bool):
         units.microbatches = microbatches
         self._units, self._place, self._idle = units, place, idle
-        self._first: tuple[int, str] | None = None  # what it has read itself, and its signature
         self._now: Stream | None = None
         self._why_not = ""
         self._not_sent = False
+        self.compared = False
+        """Whether what a loader has read was compared with what this worker reads."""
 
     def expect(self, what: Stream) -> None:
         """Says what all workers of the machine will need, who say the same."""
@@ -48,11 +50,6 @@ class LoadedAhead:
         self._now = now
         self._units.expect(2 * self._place, now)
         self._units.expect(2 * self._place + 1, then)
-
-    def read_here(self, batch: int, microbatch: int, samples: Any) -> None:
-        """The worker has read this itself: what a loader reads is to be the same."""
-        if self._first is None:
-            self._first = self._units.key_of(batch, microbatch), signature(samples)
 
     def take(self, batch: int, microbatch: int, entered: int) -> tuple[Any, Beside] | None:
         """A microbatch, as it was read when so many of the recipe's changes held; None: the worker is to read it.
@@ -69,6 +66,8 @@ class LoadedAhead:
         try:
             while not (units.closed or self._why_not):
                 signs, unit = units.signs(), units.look(key)
+                if unit.state == State.FREE and not units.expected(batch, microbatch):
+                    return None  # no more: the others are further
                 if unit.state in (State.OWN, State.GONE):
                     self._not_sent = self._not_sent or unit.state == State.OWN
                     return None
@@ -79,7 +78,7 @@ class LoadedAhead:
                         return None
                     if (found := self._mapped(unit)) is not None:
                         units.took(key)
-                        return self._compared(key, found)
+                        return found
                 if not waits:
                     units.ask(self._place, key)
                     waits = True
@@ -97,6 +96,8 @@ class LoadedAhead:
         except (FileNotFoundError, ProcessLookupError):
             return None
         except OSError as error:
+            if has_ended(unit.pid):
+                return None
             why = f"what loaders read cannot be had from them ({error.strerror})"
             self._why_not = f"{why}, so that workers read samples themselves."
             return None
@@ -107,16 +108,16 @@ class LoadedAhead:
         finally:
             os.close(descriptor)
 
-    def _compared(self, key: int, found: tuple[Any, Beside]) -> tuple[Any, Beside] | None:
-        """What was found, unless it is not what the worker has read."""
-        if self._first is not None and self._first[0] == key and signature(found[0]) != self._first[1]:
-            batch, microbatch = self._units.place_of(key)
+    def compare(self, batch: int, microbatch: int, found: Any, own: Any) -> None:
+        """found, own: what a loader has read, and what the worker reads of the same samples; nothing more is taken from
+        loaders unless they are alike.
+        """
+        self.compared = True
+        if signature(found) != signature(own):
             self._why_not = (
                 f"what a loader reads is not what a worker reads, as of step {batch + 1}, microbatch {microbatch}, so "
                 f"that workers read themselves: samples depend on more than index and random numbers."
             )
-            return None
-        return found
 
     def _deadly(self, unit: Unit) -> DataError:
         batch, microbatch = self._units.place_of(unit.key)

@@ -187,8 +187,6 @@ class Replica:
         step, first = next((at, place) for at, place in later if self.cursor.microbatch_size(at, place))
         if batch is None:
             batch = self.batch(step, first)
-        else:
-            self.reader.note(step, first, batch)
         self.doing = f"computing a first forward on step {step + 1}, microbatch {first}"
         seed_all(key(self.recipe.seed, "terms"))
         with self.written.probing():

@@ -58,23 +58,22 @@ class SampleReader:
         """The same, or what a loader has read of it. place: the step, the microbatch, and how many of the recipe's
         changes hold. draws: the user's code may go on with the random numbers. Raises DataError, with a remedy.
         """
-        if self.loaded is not None and (found := self.loaded.take(*place)) is not None:
+        loaded = self.loaded
+        found = None if loaded is None else loaded.take(*place)
+        if loaded is not None and found is not None and loaded.compared:
             batch, (state, causes) = found
             self._read_again.update(causes)
             if draws:
+                seed_all(seed)  # those of GPUs, with which loaders read nothing
                 take_random_state(pickle.loads(state))
             return batch
         try:
             batch = self.read(samples, indices, seed)
         except DataError as error:
             raise DataError(f"{error.message.rstrip('.')}; {REMEDY}.", detail=error.detail) from error.__cause__
-        self.note(*place[:2], batch)
+        if loaded is not None and found is not None:
+            loaded.compare(*place[:2], found[0], batch)
         return batch
-
-    def note(self, step: int, microbatch: int, batch: Any) -> None:
-        """A microbatch was read by the worker itself."""
-        if self.loaded is not None:
-            self.loaded.read_here(step, microbatch, batch)
 
     def expect(self, step: int, steps: int, microbatches: range) -> None:
         """Has loaders, if there are any, read these of each step from `step` to `steps`; those of the step before may
