@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from instep import Recipe, Team
 from instep.data import Data, packing
 from instep.data.packing import IGNORED, PackedRows, best_fit, document_ends, packed_token_files
 from instep.data.token_files import TokenFile
-from instep.errors import DataError, ObjectiveError
+from instep.errors import DataError, ObjectiveError, RecipeError
 from instep.models import GPT
 from instep.objectives.language import MaskedTokens, NextToken
 from instep.packed import PackedTokens
@@ -150,6 +151,39 @@ def test_the_index_is_made_once_and_again_for_other_files(tmp_path: Path, monkey
     assert PackedRows([TokenFile(path)], 8, separator=END).digest != first.digest
 
 
+@pytest.mark.pure
+def test_the_index_is_made_again_for_another_type_of_tokens_and_other_ends_of_documents(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.bin", documents([5, 9, 3, 7]))
+    narrow, wide = (
+        PackedRows([file], 8, separator=END) for file in (TokenFile(path, "uint16"), TokenFile(path, "uint32"))
+    )
+    assert narrow.digest != wide.digest
+    assert narrow.index_path != wide.index_path
+
+    def rows(sizes: list[int]) -> PackedRows:
+        count = len(sizes)
+        header = megatron_header(count) + np.array(sizes, "<i4").tobytes() + bytes(8 * count)
+        path.with_suffix(".idx").write_bytes(header + np.arange(count + 1).astype("<i8").tobytes())
+        return PackedRows([TokenFile(path)], 8)
+
+    found: list[object] = []
+    for sizes in ([5, 9, 3, 7], [4, 10, 3, 7]):
+        packed = rows(sizes)
+        found.append(sum(int((packed[number].documents > 0).sum()) for number in range(len(packed))))
+        assert max(int(packed[number].positions.max()) for number in range(len(packed))) == 7
+        found.append(packed.digest)
+    assert found[0] == found[2] == 20
+    assert found[1] != found[3]
+    path.with_suffix(".idx").write_bytes(megatron_header(1, 1) + np.array([24], "<i4").tobytes() + bytes(16))
+    with pytest.raises(DataError, match="says documents that do not cover its 1 sequences"):
+        len(PackedRows([TokenFile(path)], 8))
+
+
+def megatron_header(sequences: int, documents: int = 0) -> bytes:
+    """The header of an index of Megatron's, of so many sequences."""
+    return struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, sequences, documents or sequences + 1)
+
+
 class Leaking(GPT):
     def hidden(self, tokens: torch.Tensor, documents: torch.Tensor | None = None) -> torch.Tensor:
         return super().hidden(tokens)
@@ -262,3 +296,5 @@ def test_documents_are_held_out_by_share(tmp_path: Path) -> None:
     assert isinstance(data, Data)
     assert isinstance(data.held_out, PackedRows)
     assert (len(data.train), len(data.held_out)) == (5, 2)
+    with pytest.raises(RecipeError, match="'held_out' is 1.5; it is a share"):
+        packed_token_files(str(path), 9, 1.5, separator=END)

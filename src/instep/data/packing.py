@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from instep.data import Data
 from instep.data.file_index import made_alone, written_whole
-from instep.data.files import ReadAt, found_apart
+from instep.data.files import ReadAt, check_share, found_apart
 from instep.data.order import keys, permuted
 from instep.data.token_files import TokenFile, TokenType, known_of
 from instep.errors import DataError, RecipeError
@@ -94,7 +94,7 @@ def document_ends(file: TokenFile, separator: int | None = None) -> NDArray[np.i
         if (known := file.document_ends()) is None:
             raise DataError(
                 f"{file.path} does not say where its documents end; give 'separator', the token that ends one, or "
-                f"files of 'instep tokenize' or Megatron's, with an .idx beside them."
+                f"files of Megatron's, with an .idx beside them."
             )
         return known
     found = [np.empty(0, np.int64)]
@@ -136,8 +136,12 @@ class PackedRows(Dataset[PackedTokens]):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the files' digests and how their documents are packed."""
-        files = " ".join(file.digest(full=self._full) for file in self.files)
+        """SHA-256, in hexadecimal, of the files' digests, the type of their tokens, where they say that documents end,
+        and how these are packed.
+        """
+        files = " ".join(f"{file.dtype.str} {file.digest(full=self._full)}" for file in self.files)
+        if self._separator is None:  # then these say where documents end
+            files += "".join(f" {ReadAt(file.index).digest(full=True)}" for file in self.files if file.index)
         how = f"{self.context} {self._part} {self._separator} {self._seed} {WINDOW}"
         return hashlib.sha256(f"packed {files} {how}".encode()).hexdigest()
 
@@ -254,6 +258,7 @@ def packed_token_files(
     and a model that keeps the documents of a row apart. Files of ``instep tokenize`` bring their tokenizer as the
     codec, and by default their `vocabulary`. Raises DataError, and RecipeError for a bad share.
     """
+    check_share(held_out)
     paths, held = found_apart(pattern, held_out)
     files, others = ([TokenFile(path, dtype) for path in some] for some in (paths, held))
     said = known_of(files, others)

@@ -93,7 +93,7 @@ class TokenFile:
         _, _, _, sequences, documents = _MEGATRON_HEADER.unpack(header.read(0, _MEGATRON_HEADER.size))
         sizes = np.frombuffer(header.read(_MEGATRON_HEADER.size, 4 * sequences), "<i4")
         after = np.frombuffer(header.read(_MEGATRON_HEADER.size + 12 * sequences, 8 * documents), "<i8")[1:]
-        if len(after) and not (after[0] >= 0 and (np.diff(after) >= 0).all() and after[-1] == sequences):
+        if sequences and not (len(after) and after[0] >= 0 and (np.diff(after) >= 0).all() and after[-1] == sequences):
             raise DataError(
                 f"{self.index} says documents that do not cover its {sequences:,} sequences; write it anew."
             )
