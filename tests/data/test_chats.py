@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +25,7 @@ from instep.data.chats import (
     paired,
     preference_files,
 )  # fmt: skip
+from instep.data.order import Groups
 from instep.data.tokenizer import BYTES, FolderTokenizer, digest_of, save_bytes
 from instep.errors import DataError, RecipeError
 from instep.models import GPT
@@ -92,12 +94,35 @@ def test_a_mask_does_not_run_over_the_turns_that_follow(tmp_path: Path) -> None:
     assert sum(theirs["assistant_masks"]) > 3, "it takes the question that follows for an answer"
 
 
+def test_spaces_of_answers_are_judged_also_where_a_tokenizer_leaves_them_out_of_places(tmp_path: Path) -> None:
+    """As that of GPT-NeoX does."""
+    save_bytes(tmp_path)
+    table = json.loads((tmp_path / "tokenizer.json").read_text())
+    table["post_processor"] = {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False,
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(table))
+    chat = [{"role": "user", "content": " a  "}, {"role": "assistant", "content": "  if b:\n    c  "}]
+    spaced = "{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}"
+    ask = "{% if add_generation_prompt %}assistant: {% endif %}"
+    form = ChatForm(FolderTokenizer(str(tmp_path)), spaced + ask)
+    _, places = form.tokenizer.with_offsets("a  b")
+    assert (2, 2) in places, "there are tokens of no length"
+    assert judged(form, chat) == b"  if b:\n    c   "
+
+
 def test_a_sample_predicts_the_answers_alone(form: ChatForm) -> None:
     inputs, targets = ChatSample(form, 100)(CHAT)
     assert bytes(targets[targets >= 0].tolist()) == "two é\nfour\n".encode()
     at = (targets >= 0).nonzero()[:, 0]
     assert torch.equal(inputs[at[:-1] + 1][:-5], targets[at[:-1]][:-5])
     assert (targets < 0).sum() > 0
+
+
+def test_chats_in_row_groups_come_by_row_group(form: ChatForm) -> None:
+    values: Any = type("Values", (list,), {"groups": Groups(np.array([1, 1]), 1)})([CHAT, CHAT])
+    assert ChatSet(values, ChatSample(form, 100)).groups is values.groups
+    assert ChatSet([CHAT], ChatSample(form, 100)).groups is None
 
 
 def test_padding_stands_at_the_end_and_weighs_nothing(form: ChatForm) -> None:

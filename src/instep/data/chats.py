@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from instep.data import Collate, Data, MapStyle
 from instep.data.files import unreadable
 from instep.data.lines import jsonl
+from instep.data.order import Groups
 from instep.data.text import stdlib_sources
 from instep.data.tokenizer import FolderTokenizer, Message
 from instep.errors import DataError, RecipeError, described
@@ -127,13 +128,15 @@ class ChatForm:
         """The tokens of a chat, and of each whether it is of an answer after the first `given`.
 
         From the places of characters, not of tokens: where a tokenizer drops white space, a span that ends in some has
-        no last token, and transformers' own mask then runs on over the turns that follow.
+        no last token, and transformers' own mask then runs on over the turns that follow. Where it leaves spaces out of
+        the places of tokens, those of spaces alone are at the end of theirs, and of no length.
         """
         text, found = self.answers(messages)
         spans = found[given:]
         tokens, places = self.tokenizer.with_offsets(text)
-        judged = [any(start < end and start < to and end > since for since, to in spans) for start, end in places]
-        return tokens, judged
+        return tokens, [
+            any(since < end and (start < to or start == end == to) for since, to in spans) for start, end in places
+        ]
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,12 @@ class ChatSet(Dataset[Any]):
         if not isinstance(own, str):
             own = json.dumps([self._values[index] for index in range(len(self._values))])
         return hashlib.sha256(f"{self._make.digest}\n{own}".encode()).hexdigest()
+
+    @property
+    def groups(self) -> Groups | None:
+        """Those of the values, such as row groups."""
+        found = getattr(self._values, "groups", None)
+        return found if isinstance(found, Groups) else None
 
     def __len__(self) -> int:
         return len(self._values)
