@@ -179,6 +179,17 @@ def test_what_transformers_itself_does_with_a_missing_weight(own: Path) -> None:
     assert made.model.norm.weight.shape == (16,)
 
 
+def test_code_that_a_configuration_names_is_not_asked_for(own: Path) -> None:
+    """transformers would download a kernel that does the attention, where it can."""
+    expected = logits(hf(own))
+    changed_config(attn_implementation="somebody/kernel", experts_implementation="somebody/kernel")(own)
+    assert torch.equal(logits(hf(own)), expected)
+    with pytest.raises(ComponentError, match="'attention' is 'somebody/kernel', code that would be downloaded; give"):
+        hf(own, attention="somebody/kernel")
+    found: Any = hf(own, attention="eager")
+    assert found.config._attn_implementation == "eager"
+
+
 def test_a_folder_that_is_none_is_one_sentence(tmp_path: Path, base: Path) -> None:
     with pytest.raises(ComponentError, match=r"no folder was named .*--recipe.model.args.folder runs/hf/artifacts/hf"):
         hf()

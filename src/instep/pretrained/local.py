@@ -28,27 +28,32 @@ def hf(folder: str | os.PathLike[str] = "", *, dtype: str = "float32", attention
 
     dtype: that the weights have, whatever that of the files is: "float32", "bfloat16" or "float16". With
     ``precision = "bfloat16"`` in the recipe they stay float32, and only the computing is narrow.
-    attention: transformers' ``attn_implementation``, such as "eager"; by default its own choice.
+    attention: transformers' ``attn_implementation``, such as "eager"; by default its own choice, whatever the folder's
+    configuration says, since that may name code to download.
 
     The model maps tokens [B, T] to an object with ``.logits``, [B, T, V], and keeps no cache. Raises ComponentError
     where the folder, a file or the library is missing, or where weights and configuration are not of one model.
     """
     if dtype not in DTYPES:
         raise ComponentError(f"'dtype' is {shown(dtype)}{suggest(dtype, DTYPES, 'weights are loaded as')}")
+    if attention is not None and "/" in attention:
+        raise ComponentError(
+            f"'attention' is {shown(attention)}, code that would be downloaded; give one that is here, such as 'sdpa'."
+        )
     place = checked_folder(folder)
     weights = weight_files(place)
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         raise no_extra() from None
-    chosen = {} if attention is None else {"attn_implementation": attention}
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
             _check_plain(place, config)
+            config._attn_implementation, config._experts_implementation = attention, None  # of its parts, too
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 place, config=config, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True,
-                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **chosen,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except ComponentError:
         raise
