@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import pickle
 from collections import Counter
@@ -16,7 +17,7 @@ from torch.utils.data import TensorDataset
 from instep import Team
 from instep.data import Data, digest
 from instep.data.mixture import Mixture, cursor_over
-from instep.data.weighted import Weighted, weighted
+from instep.data.weighted import Weighted, logarithm, weighted
 from instep.errors import DataError
 from support.formats import SAMPLES, recipe, seen
 from support.harness import train_here
@@ -65,6 +66,15 @@ def test_the_draws_are_what_they_were() -> None:
     assert cursor.steps_per_epoch == 3
     assert [cursor.size(step) for step in range(4)] == [8, 8, 4, 8]
     assert cursor.indices(4) == [27, 33, 29, 36, 39, 45, 14, 41]
+
+
+@pytest.mark.pure
+def test_logarithms_are_what_they_were_and_close_to_those_of_numpy() -> None:
+    """Any processor must give these bits."""
+    numbers = np.concatenate([(np.arange(100_000) + 0.5) / 100_000, 0.5 ** np.arange(60), [0.7071, 0.70711]])
+    found = logarithm(numbers)
+    np.testing.assert_allclose(found, np.log(numbers), rtol=1e-15)
+    assert hashlib.sha256(found.astype("<f8").tobytes()).hexdigest()[:16] == "4f2d2ca13807ae47"
 
 
 @pytest.mark.pure

@@ -26,6 +26,8 @@ _BYTES = 16
 
 _CHUNK = 1 << 20
 
+_LOG_2 = 0.6931471805599453
+
 
 class Weighted(Dataset[Any]):
     """A map-style data set of whose samples an epoch draws so many, `draws`, by weight and without replacement.
@@ -78,14 +80,14 @@ class Weighted(Dataset[Any]):
         found = self._drawn.get((seed, epoch))
         if found is None:
             for old in list(self._drawn)[:-1]:  # this epoch stays while the next one is loaded ahead
-                del self._drawn[old]
+                self._drawn.pop(old, None)  # another thread may have been here
             times = np.empty(len(self.weights))
             keyed = np.uint64(key(seed, epoch, "by weight"))
             for start in range(0, len(times), _CHUNK):
                 part = slice(start, min(start + _CHUNK, len(times)))
                 uniform = ((hashed(np.arange(part.start, part.stop), keyed) >> np.uint64(11)) + 0.5) * 2.0**-53
                 with np.errstate(divide="ignore"):
-                    times[part] = -np.log(uniform) / self.weights[part]
+                    times[part] = -logarithm(uniform) / self.weights[part]
             order = np.argsort(times, kind="stable")[: self.draws]
             found = torch.from_numpy(order.astype(np.int32 if len(times) < 1 << 31 else np.int64))
             self._drawn[seed, epoch] = found
@@ -93,6 +95,21 @@ class Weighted(Dataset[Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_drawn": {}}
+
+
+def logarithm(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The natural one of positive numbers, within some units of the last place, the same to the bit on any processor,
+    which numpy's own is not: only operations that IEEE 754 rounds in one way.
+    """
+    part, exponent = np.frexp(numbers)
+    low = part < 0.7071
+    part, exponent = np.where(low, 2 * part, part), exponent - low
+    ratio = (part - 1) / (part + 1)  # log(part) is twice its area tangent
+    square, series = ratio * ratio, np.zeros_like(ratio)
+    for odd in range(21, 0, -2):
+        series = series * square + 1 / odd
+    found: NDArray[np.float64] = exponent * _LOG_2 + 2 * ratio * series
+    return found
 
 
 def _checked(weights: Any, count: int) -> NDArray[np.float64]:
