@@ -124,6 +124,11 @@ def test_splits_are_held_out_by_name_or_as_a_share() -> None:
         hugging_face(Rows([]), 2)
 
 
+def test_a_stream_of_hugging_face_is_refused_with_the_way_to_go_instead() -> None:
+    with pytest.raises(DataError, match="no length or no samples by index; load it without streaming"):
+        hugging_face(of("datasets", Lengthy))
+
+
 def test_lists_that_the_default_collate_would_turn_on_their_side_are_warned_of() -> None:
     cursor = Cursor(6, 2, 1, 0)
     Rows.__module__ = "datasets.arrow_dataset"

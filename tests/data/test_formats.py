@@ -259,6 +259,13 @@ def test_bad_lines_are_said_in_one_sentence_with_file_and_sample(tmp_path: Path)
 
 
 @pytest.mark.pure
+def test_a_map_that_changes_what_it_is_given_makes_the_same_of_a_sample_that_is_asked_for_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"number": 1}\n{"number": 2}\n')
+    assert fetch(jsonl(str(path), 0, map=lambda value: value.pop("number")).train, [1, 0, 1]) == [2, 1, 2]
+
+
+@pytest.mark.pure
 def test_a_folder_that_takes_no_index_is_said_and_another_one_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,6 +340,13 @@ def test_rows_of_parquet_have_numbers_lists_as_arrays_and_all_else_as_python_has
 
 
 @pytest.mark.pure
+def test_the_digest_knows_how_many_row_groups_are_mixed(tmp_path: Path) -> None:
+    """The order of an epoch depends on it."""
+    given = written(tmp_path / "a.parquet", {"id": list(range(9))}, row_group_size=3)
+    assert len({digest(parquet(given, 0, together=together)) for together in (0, 1, 2)}) == 3
+
+
+@pytest.mark.pure
 @pytest.mark.parametrize("together", [1, 3])
 def test_an_epoch_reads_each_row_group_once_and_keeps_so_many(
     together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -378,8 +392,11 @@ def test_bad_parquet_files_are_said_in_one_sentence(tmp_path: Path, monkeypatch:
         parquet(given, together=-1)
     written(tmp_path / "b.parquet", {"id": ["text"]})
     with pytest.raises(
-        DataError, match=r"b.parquet has other columns than .*a.parquet: 'id' is string, and int64 there"
+        DataError, match=r"b.parquet has other columns than .*a.parquet: 'id' is string and int64; write"
     ):
+        parquet(str(tmp_path / "*.parquet"))
+    written(tmp_path / "b.parquet", {"id": [1], "more": ["text"]})
+    with pytest.raises(DataError, match=r"'more' is string and not there; write them alike"):
         parquet(str(tmp_path / "*.parquet"))
     content = path.read_bytes()
     path.write_bytes(content[:200] + bytes(3000) + content[3200:])
@@ -452,4 +469,9 @@ def test_a_bad_sample_of_a_tar_is_named(tmp_path: Path) -> None:
         fetch(tars(str(path), 0).train, [0, 1])
     tarred(path, {"a.txt": b"", "b.txt": b"", "a.cls": b"1"})
     with pytest.raises(DataError, match=r"the files of sample 'a' do not lie one after the other in .*a.tar; write it"):
+        tars(str(path), 0)
+    with tarfile.open(path, "w") as tar:
+        for name in ("a.txt", "a.cls", "a.txt", "a.cls"):
+            add(tar, name, b"1")
+    with pytest.raises(DataError, match=r"sample 'a' of .*a.tar has two files of the ending 'txt', so that they"):
         tars(str(path), 0)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any
 
-from instep.data import Codec, Collate, Data
+from instep.data import Codec, Collate, Data, foreign, indexed
 from instep.data.files import ReadAt
 from instep.data.shards import apart
 from instep.errors import DataError, described
@@ -97,5 +97,8 @@ def hugging_face(
         raise DataError(
             f"{path} has no split {missing[0]!r}; it has {', '.join(splits)}, and 'held_out' may be a share."
         )
+    for name in wanted:
+        if not indexed(splits[name]) or not isinstance(splits[name], Sized):
+            raise DataError(f"{path} has no length or no samples by index; {foreign.way(splits[name])}.")
     tables = [HuggingFaceTable(splits[name].with_format(format), path) for name in wanted]
     return apart(tables[:1], tables[1:], held_out, map=map, collate=collate, codec=codec, full_digest=full_digest)

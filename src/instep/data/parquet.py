@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import io
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -84,19 +85,22 @@ class ParquetShard:
 
 
 class RecentlyRead:
-    """What was read last, so many of it, in this process."""
+    """What was read last, so many of it, in this process. Several threads may read."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self._most, self._lock = most, threading.Lock()
         self._values: OrderedDict[Any, Any] = OrderedDict()
 
     def get(self, key: Any, read: Callable[[], Any]) -> Any:
         """What is kept by this key, or else what is read now."""
-        value = self._values.get(key)
-        if value is None:
-            while len(self._values) >= self._most:  # before reading: it needs the memory
+        with self._lock:
+            value = self._values.get(key)
+            while value is None and len(self._values) >= self._most:  # before reading: it needs the memory
                 self._values.popitem(last=False)
-            value = self._values[key] = read()
+        if value is None:
+            value = read()
+            with self._lock:
+                self._values[key] = value
         return value
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -182,11 +186,13 @@ def _opened_alike(paths: Sequence[Path], columns: Sequence[str] | None, kept: Re
     shards = [ParquetShard(path, columns, kept) for path in paths]
     first = shards[0]
     for shard in shards[1:]:
-        for name in first.columns:
-            known, own = first.schema.field(name).type, shard.schema.field(name).type if name in shard.columns else None
-            if known != own or len(shard.columns) != len(first.columns):
+        for name in dict.fromkeys([*first.columns, *shard.columns]):
+            own, known = (
+                each.schema.field(name).type if name in each.columns else "not there" for each in (shard, first)
+            )
+            if known != own:
                 raise DataError(
-                    f"{shard.path} has other columns than {first.path}: {name!r} is {own or 'not there'}, and {known} "
-                    f"there; write them alike, or name 'columns' that are."
+                    f"{shard.path} has other columns than {first.path}: {name!r} is {own} and {known}; write "
+                    f"them alike, or name 'columns' that are."
                 )
     return shards

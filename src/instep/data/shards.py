@@ -70,9 +70,10 @@ class Shards(Dataset[Any]):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the files' digests and which samples are meant."""
+        """SHA-256, in hexadecimal, of the files' digests, which samples are meant, and how their groups are mixed."""
         files = " ".join(f"{len(shard)}:{shard.digest(full=self._full)}" for shard in self.shards)
-        return hashlib.sha256(f"{files} {self.samples} {self._mixed}".encode()).hexdigest()
+        how = f"{self.samples} {self._mixed}{f' {self._together}' if self._together else ''}"
+        return hashlib.sha256(f"{files} {how}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -81,10 +82,12 @@ class Shards(Dataset[Any]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        """Several samples, read in the order in which they lie. Raises DataError, IndexError."""
+        """Several samples, read in the order in which they lie; one that is asked for twice is read twice, since `map`
+        may change what it is given. Raises DataError, IndexError.
+        """
         places = [self._place(index) for index in indices]
-        read = {place: self._read(place, index) for place, index in sorted({*zip(places, indices, strict=True)})}
-        return [self._mapped(read[place], place, index) for index, place in zip(indices, places, strict=True)]
+        read = {at: self._read(places[at], indices[at]) for at in sorted(range(len(places)), key=places.__getitem__)}
+        return [self._mapped(read[at], places[at], index) for at, index in enumerate(indices)]
 
     def _place(self, index: int) -> int:
         """Where a sample is among all of the files."""

@@ -17,7 +17,7 @@ from instep.data import Codec, Collate, Data
 from instep.data.file_index import IndexedFile, index_all
 from instep.data.files import ReadAt, refuse_packed
 from instep.data.shards import sharded
-from instep.errors import DataError, described
+from instep.errors import DataError, cut, described
 
 _BLOCK = 512
 _PIECE = 1 << 16
@@ -91,15 +91,24 @@ def sample_starts(file: ReadAt) -> Iterator[NDArray[np.int64]]:
     """Where the samples of a tar file begin, and where the last one ends. Raises DataError for a file that is cut."""
     starts: list[int] = []
     known: set[str] = set()
+    endings: set[str] = set()  # of this sample
     now, end = None, 0
     try:
         with open(file.path, "rb") as opened, tarfile.open(fileobj=opened, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
                 end = tar.offset
-                if (named := _named(member)) is None or named[0] == now:
+                if (named := _named(member)) is None:
                     continue
-                now = named[0]
+                if named[0] == now:
+                    if named[1] in endings:
+                        raise DataError(
+                            f"sample {now!r} of {file.path} has two files of the ending {cut(named[1])!r}, so that "
+                            f"they may be two samples; write it with another name for each sample."
+                        )
+                    endings.add(named[1])
+                    continue
+                now, endings = named[0], {named[1]}
                 if now in known:
                     raise DataError(
                         f"the files of sample {now!r} do not lie one after the other in {file.path}; write it in the "
