@@ -21,14 +21,18 @@ pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("forked_pythons")]
 SEED = 16
 
 AUDITS = {
-    "gpt": 400, "hf": 200, "distil": 200, "dpo": 200, "flow": 400, "vae": 400, "convnet": 3000, "sentences": 4000,
-    "compiled": 400, "memory": 400, "written": 400,
+    "gpt": 400, "hf": 200, "distil": 200, "dpo": 200, "flow": 400, "vae": 400, "lora": 200, "sft": 200,
+    "convnet": 3000, "sentences": 4000, "compiled": 400, "memory": 400, "written": 400,
 }  # fmt: skip
 """How many of each recipe: those that are built in, and small ones with what could change a bit."""
 
 
-def recipe_of(name: str, teacher: Path) -> Recipe:
-    """Without what comes after training."""
+BASED_ON = {"distil": "gpt", "lora": "hf", "sft": "hf"}
+"""Recipes that need a run of another one."""
+
+
+def recipe_of(name: str, bases: Path) -> Recipe:
+    """Without what comes after training. `bases`: where the runs lie that some need."""
     if name in workloads.ALL and name != "gpt":
         return workloads.ALL[name]()
     if name in ("sentences", "compiled", "memory"):
@@ -37,24 +41,28 @@ def recipe_of(name: str, teacher: Path) -> Recipe:
         return writers.recipe(writers.Forced)
     table = read(name)
     if name == "distil":
-        table["objective"]["args"]["teacher"]["args"]["run"] = str(teacher)
+        table["objective"]["args"]["teacher"]["args"]["run"] = str(bases / "gpt")
+    elif name in BASED_ON:
+        table["model"]["args"]["folder"] = str(bases / "hf" / "artifacts" / "hf")
     recipe, _ = parse(table)
     return replace(recipe, evaluate_every=0, artifacts=None, sample_prompt="")
 
 
-def teacher_in(folder: Path) -> Path:
-    """A run that `distil` learns from."""
-    recipe = replace(recipe_of("gpt", folder), steps=1, evaluate_samples=8)
-    return train_here(recipe, Team(workers=1), folder / "teacher").path
+def bases_in(folder: Path) -> Path:
+    """The runs that others are based on, by name."""
+    for name in sorted(set(BASED_ON.values())):
+        recipe = replace(parse(read(name))[0], steps=1, evaluate_every=0, evaluate_samples=8, sample_prompt="")
+        train_here(recipe, Team(workers=1), folder / name)
+    return folder
 
 
-def audited(name: str, audits: int, folder: Path, teacher: Path) -> dict[str, Any]:
+def audited(name: str, audits: int, folder: Path, bases: Path) -> dict[str, Any]:
     """One run, each of whose microbatches is looked at. `held`: no alarm was raised.
 
     extra: seconds that looking took, in percent of those of computing, where one microbatch in a hundred is looked at.
     checksums: seconds of checksums on the tape, in percent of the others in steps.
     """
-    recipe = recipe_of(name, teacher)
+    recipe = recipe_of(name, bases)
     recipe = replace(recipe, steps=math.ceil(audits / recipe.microbatches))
     team = Team(
         workers=3 if name in ("dpo", "vae", "convnet", "written") else 2,
@@ -85,8 +93,8 @@ def test_a_tenth_of_ten_thousand_audits_raises_no_alarm(tmp_path: Path) -> None:
 
 @pytest.mark.prove
 def test_ten_thousand_audits_raise_no_alarm(tmp_path: Path) -> None:
-    began, teacher = time.monotonic(), teacher_in(tmp_path)
-    cases = [audited(name, audits, tmp_path, teacher) for name, audits in AUDITS.items()]
+    began, bases = time.monotonic(), bases_in(tmp_path / "bases")
+    cases = [audited(name, audits, tmp_path, bases) for name, audits in AUDITS.items()]
     assert sum(case["audits"] for case in cases) >= 10_000
     save("audits", cases, seed=SEED, began=began)
     assert missed(cases) == []
