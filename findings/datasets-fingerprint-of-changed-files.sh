@@ -37,7 +37,7 @@ print("datasets", datasets.__version__)
 print("fingerprints:", known, after._fingerprint)
 print("row 30:", first, "before;", after[30], "after, and mapped:", mapped)
 assert after[30] == {"number": 7}
-if known != after._fingerprint:
+if known != after._fingerprint or mapped != first:
     raise SystemExit("it does otherwise now: this is no finding any more")
 PYTHON
 HF_HOME="$place/home" HF_HUB_OFFLINE=1 "$place/venv/bin/python" "$place/changed.py" "$place"

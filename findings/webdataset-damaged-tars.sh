@@ -45,7 +45,7 @@ for name, content in files.items():
         found[name] = type(error).__name__
     print(f"{name}: {found[name]}")
 silent = [name for name in files if name not in ("whole", "cut within a content") and found[name] == 40]
-if found["whole"] != 100 or len(silent) != 4:
+if found["whole"] != 100 or len(silent) != 4 or not isinstance(found["cut within a content"], str):
     raise SystemExit("it does otherwise now: this is no finding any more")
 PYTHON
 "$place/venv/bin/python" -W ignore "$place/read.py" "$place"
