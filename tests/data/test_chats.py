@@ -162,7 +162,10 @@ def test_a_prompt_is_what_the_chat_begins_with(form: ChatForm) -> None:
 def test_the_template_is_the_tokenizer_s_own_or_the_one_given(folder: Path, tmp_path: Path) -> None:
     save_bytes(tmp_path)
     assert ChatForm(FolderTokenizer(str(folder))).used == PLAIN
-    (tmp_path / "chat_template.jinja").write_text(MARKED)
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name, text in (("chat_template", MARKED), ("additional_chat_templates/tool_use", PLAIN)):
+        (tmp_path / f"{name}.jinja").write_text(text)
+        assert ChatForm(FolderTokenizer(str(tmp_path))).used == MARKED, "of several, the default"
     own = ChatForm(FolderTokenizer(str(tmp_path)))
     assert own.used == MARKED
     assert ChatForm(FolderTokenizer(str(tmp_path)), FORGETFUL).used == FORGETFUL

@@ -67,6 +67,8 @@ class ChatForm:
     def used(self) -> str:
         """The template that is used."""
         own = self.tokenizer.of_transformers.chat_template
+        if isinstance(own, Mapping):  # of several, by name
+            own = own.get("default")
         return self.template or (own if isinstance(own, str) else "") or PLAIN
 
     def encode(self, text: str) -> list[int]:
