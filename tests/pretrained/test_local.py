@@ -146,6 +146,10 @@ def an_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
+def an_adapter_too(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
@@ -160,6 +164,7 @@ def an_adapter(folder: Path) -> None:
         (a_shard_gone, r"the weights .*own/model-00001-of-00002.safetensors cannot be read: No such file"),
         (pickled, r"has no model.safetensors; it has pytorch_model.bin, a pickle, which could run code"),
         (an_adapter, r"own holds an adapter and not the weights of its model"),
+        (an_adapter_too, r"own holds an adapter beside its weights, and transformers would put it on them"),
         (changed_config(quantization_config={"quant_method": "fp8"}), r"the weights in .*own are quantised"),
         (changed_config(model_type="lama"), r"transformers cannot load a causal model from .*own .*config.json"),
     ],

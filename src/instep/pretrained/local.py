@@ -108,6 +108,11 @@ def weight_files(place: Path) -> list[Path]:
         other = next(iter(sorted(path.name for path in place.glob("pytorch_model*.bin"))), "")
         instead = f"it has {other}, a pickle, which could run code: save it anew in safetensors" if other else ""
         raise ComponentError(f"{cut(place)} has no {_ONE}; {instead or 'give the folder that holds the weights'}.")
+    if (place / "adapter_config.json").is_file():
+        raise ComponentError(
+            f"{cut(place)} holds an adapter beside its weights, and transformers would put it on them; merge it, or "
+            f"move its adapter_config.json away."
+        )
     for file in files:
         try:
             with open(file, "rb") as opened:
