@@ -309,9 +309,8 @@ class Hosts:
         back = [crew for crew in self.crews if crew.hello is hello and crew.members_back]
         members = tuple(member for crew in back for member in crew.members_back)
         yield HostCame(host, hello.name, hello.here, hello.room, members)
-        for crew in [crew for crew in back if crew.members_back]:  # the team goes on without them
-            crew.members_back = ()
-            crew.end()
+        for crew in back:
+            crew.end_who_is_back()
 
     def at(self, address: str) -> int | None:
         """The host that has this address, as far as is known."""

@@ -112,6 +112,7 @@ class RemoteCrew:
         self._epoch = 0  # which has members there; 0 for none
         self._members: set[Member] = set()
         self._ended: set[Member] = set()  # of them, who has nothing to do any more
+        self._passed = 0  # the epoch of which members are still to end that take no part any more; 0 for none
         self._sent: set[str] = set()  # checkpoints that the host has
         self._facts: Mapping[str, Any] = {}
         self._shown: tuple[Shown, ...] = ()  # as it was told last
@@ -129,6 +130,7 @@ class RemoteCrew:
         self._members = {member for member in members if member.host == self.hello.host}
         if not self._members:
             return
+        self.members_back = ()  # the agent ends who lives there
         network = assignment.network
         path = None if assignment.serving else assignment.resume_from  # a server alone takes up a checkpoint
         assert network is not None, "it has workers here and there"
@@ -177,7 +179,7 @@ class RemoteCrew:
         self._order(StartSuccessor(successor))
 
     def add(self, members: Collection[Member], assignment: Assignment) -> None:
-        if not self._epoch:
+        if not self._epoch or self.members_back:
             self.start(members, replace(assignment, resume_from=None))
             return
         for member in members:
@@ -290,6 +292,8 @@ class RemoteCrew:
                     self._log(name, content)
                 case CheckpointPart() | KeptGiven():
                     self._given(self, message)
+                case EpochGone(epoch) if epoch == self._passed:
+                    self._passed = 0
                 case EpochGone(epoch) if epoch == self._epoch:
                     self._epoch, self._members = 0, set()
                 case Failed(_, sentence, detail):
@@ -348,6 +352,12 @@ class RemoteCrew:
         if self._epoch:
             self._orders.clear()
             self._order(EndMembers(self._epoch))
+
+    def end_who_is_back(self) -> None:
+        """The team goes on without those who came back with the host, unless others were started in their place."""
+        if self.members_back:
+            self._order(EndMembers(self._epoch))
+            self.members_back, self._passed, self._epoch, self._members = (), self._epoch, 0, set()
 
     def last_words(self) -> Iterator[Heard]:
         while self._epoch and self.lost is None:
