@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from instep.record.folder import RunFolder
 from instep.team import link as of_link
 from instep.team.link import AgentLink, Listener, WireError, connect
 from instep.team.link_proofs import digest_of, tag_of
+from instep.team.remote import RemoteCrew
 from instep.team.wire_format import MESSAGE_BYTES
-from instep.team.wire_messages import Beat, CheckpointPart, EndMembers, EpochGone
+from instep.team.wire_messages import Beat, CheckpointPart, EndMembers, EpochGone, GiveKept, Kept
 from support.hosts import Hosts
 
 SECRET = b"a secret of 32 characters, as it"
@@ -281,6 +284,34 @@ def test_a_link_goes_on_over_another_connection_and_each_message_comes_once(side
         other.send(Beat(1 << 20, 0.5))
         assert got(zero, 1)[0].seq == 1 << 20
     assert came == (list(range(120)), list(range(120)))
+
+
+def test_a_host_whose_agent_gives_a_new_connection_up_is_not_lost_by_that(side: Side, tmp_path: Path) -> None:
+    """It has heard no answer in time, and tries another. What is ordered meanwhile comes once that is there."""
+    zero, other = side.pair()
+    for each in (zero, other):
+        each.keep()
+    hello, carried = SimpleNamespace(host=1, name="b", session="its own"), SimpleNamespace(told=lambda *told: None)
+    crew = RemoteCrew(zero, hello, RunFolder(tmp_path), lambda: 0.0, 600.0, carried, None)  # type: ignore[arg-type]
+    at_zero, given_up = side.pair()
+    crew.go_on(at_zero, other.came, 1.0)
+    given_up.close()
+    wait_until(lambda: list(crew.hear(crew.sources())) or not crew.sources())
+    crew.ask_for(Kept("run", 5, "step-00000005", "ab"))
+    assert (crew.lost, zero.wants_write) == (None, False)
+    at_zero, at_other = side.pair()
+    came = zero.came
+    crew.go_on(at_zero, other.came, 2.0)
+    other.go_on(at_other, came)
+    assert got(other, 1) == [GiveKept("step-00000005")]
+    assert not zero.can_go_on(2), "no more than were sent"
+    other.send(Beat(0, 0.5))
+    wait_until(lambda: list(crew.hear(crew.sources())) or zero.came == 1)
+    assert not zero.can_go_on(0), "it is known that more have come"
+    other.close()
+    wait_until(lambda: list(crew.hear(crew.sources())) or crew.lost)
+    assert crew.lost is not None
+    assert not crew.lost.may_return
 
 
 def test_what_has_come_is_kept_no_more_and_the_other_end_says_so_by_itself(

@@ -50,7 +50,7 @@ def _has_ended(link: AgentLink, crew: RemoteCrew | None, awaited: set[int]) -> b
     if crew is not None:
         with contextlib.suppress(InstepError):
             list(crew.hear([link]))  # logs still come
-        return crew.lost is not None
+        return not crew.sources()
     try:
         for message in link.receive():
             if isinstance(message, HelloAgent | HelloAgain | NotComing):

@@ -281,6 +281,9 @@ class Hosts:
                 link.flush()
                 link.close()
                 return
+            if lost is None and not before.can_go_on(again.came):  # it was long on its way, and another was faster
+                link.close()
+                return
             link.send(WelcomeAgain(before.came))
             if crew is not None:
                 crew.go_on(link, again.came, again.away_s)
@@ -321,7 +324,7 @@ class Hosts:
     def _is_agents(self, address: str) -> bool:
         """Whether another agent was there when it was heard of last."""
         there = [*(crew.hello for crew in self.crews), *(hello for _, hello in self._standby.values())]
-        return any(hello.address == address for hello in there)
+        return any(hello.address == address for hello in (*there, *self._returns.hellos))
 
     def silent(self, host: int | None) -> bool:
         """Whether a sign of life of its agent is overdue."""
@@ -383,6 +386,6 @@ class Hosts:
 
     def tell(self, message: Finished | Failed | Cancelled) -> None:
         """Tells all that the run has ended, those too who come only now, and waits a while for them to end."""
-        crews = {crew.link: crew for crew in self.crews if crew.lost is None}
+        crews = {crew.link: crew for crew in self.crews if crew.sources()}
         awaited = set(range(1, self._place.agents)) - set(self._session)
         say_farewell(message, self._listener, crews, [*self._standing_by, *self._unknown], awaited)

@@ -112,7 +112,7 @@ class AgentLink:
     @property
     def wants_write(self) -> bool:
         """Whether something waits for the socket to take it."""
-        return bool(self._waits)
+        return bool(self._waits) and self.fileno() >= 0
 
     @property
     def full(self) -> bool:
@@ -128,7 +128,7 @@ class AgentLink:
         have come; those after them are sent again. Raises WireError where they are not here any more.
         """
         kept = self._kept if self._kept is not None else deque[bytes]()
-        if not 0 <= self._sent - came <= len(kept):
+        if not self.can_go_on(came):
             raise WireError(f"{came} messages are said to have come of {self._sent}, of which {len(kept)} are kept")
         self.close()
         self._socket, self._read, self.holds = other._socket, other._read, other.holds
@@ -139,6 +139,10 @@ class AgentLink:
             self._put(number, content)
         with contextlib.suppress(OSError):  # the next `receive` finds the end
             self.flush()
+
+    def can_go_on(self, came: int) -> bool:
+        """Whether those after so many are here still. They are not where this was said before what is known now."""
+        return 0 <= self._sent - came <= len(self._kept or ())
 
     def _gone(self, came: int) -> None:
         """The other end has said that so many have come."""

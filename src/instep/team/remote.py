@@ -52,6 +52,7 @@ from instep.team.wire_messages import (
     TakeOut,
     ToMember,
     WasAway,
+    WireError,
 )
 
 PART_BYTES = 1 << 20
@@ -120,6 +121,7 @@ class RemoteCrew:
         self._stacks: dict[int, str] = {}
         self._orders: deque[Iterator[Any]] = deque()  # to be sent as the link takes them
         self._silence = Silence()
+        self._tried = False  # whether nothing has come yet over the connection by which the link goes on
 
     @property
     def name(self) -> str:
@@ -220,7 +222,7 @@ class RemoteCrew:
                 else:
                     self.link.send(message)
             except OSError as error:
-                self._lose(f"{self.name} cannot be reached any more: {error}.")
+                self._break(f"{self.name} cannot be reached any more: {error}.", error)
 
     @property
     def silent(self) -> bool:
@@ -235,7 +237,7 @@ class RemoteCrew:
             self._lose(f"{self.name} cannot be reached any more: {error}.")
             link.close()
             return
-        self._silence = Silence()
+        self._silence, self._tried = Silence(), True
         self.away_s = away_s
 
     def return_(self, link: AgentLink, again: HelloAgain) -> None:
@@ -250,7 +252,7 @@ class RemoteCrew:
         self._lose(why)
 
     def sources(self) -> list[Any]:
-        return [self.link] if self.lost is None else []
+        return [self.link] if self.lost is None and self.link.fileno() >= 0 else []
 
     def hear(self, ready: Collection[Any]) -> Iterator[Heard | Lost | HostLost | StopAsked]:
         if self.link in ready and self.lost is None:
@@ -260,11 +262,13 @@ class RemoteCrew:
 
     def _read(self) -> Iterator[Heard | Lost | StopAsked]:
         try:
-            messages, ended = self.link.receive(), ""
+            messages = self.link.receive()
         except (EOFError, OSError) as error:
-            messages, ended = [], str(error) or "the connection has ended"
+            self._break(f"{self.name} is lost: {str(error) or 'the connection has ended'}.", error)
+            return
         if messages:
             self._silence.heard()
+            self._tried = False
         for message in messages:
             match message:
                 case FromMember(member, told) if member in self._members:
@@ -300,8 +304,15 @@ class RemoteCrew:
                     raise type(message.error())(f"{self.name}: {sentence}", detail=detail)
                 case _:
                     pass  # of an epoch that is past
-        if ended:
-            self._lose(f"{self.name} is lost: {ended}.")
+
+    def _break(self, why: str, error: Exception) -> None:
+        """The connection has ended. One by which the link was to go on, and over which nothing has come, may be one
+        that the agent there has given up, since no answer came in time: it tries another.
+        """
+        if self._tried and not isinstance(error, WireError):
+            self.link.close()
+        else:
+            self._lose(why)
 
     def shown(self) -> tuple[Shown, ...]:
         return tuple(each for each in self._shown if each.member in self._members)
@@ -341,7 +352,7 @@ class RemoteCrew:
     def leave(self) -> None:
         until = time.monotonic() + SERVED_GRACE_S
         while self._members - self._ended and self.lost is None and (left_s := until - time.monotonic()) > 0:
-            ready = ready_of([self.link], [self.link] if self.link.wants_write else [], left_s)
+            ready = ready_of(self.sources(), [self.link] if self.link.wants_write else [], left_s)
             self.pump()
             with contextlib.suppress(InstepError):  # the run is done
                 for _ in self._read() if ready else ():
@@ -361,7 +372,7 @@ class RemoteCrew:
 
     def last_words(self) -> Iterator[Heard]:
         while self._epoch and self.lost is None:
-            ready = ready_of([self.link], [self.link] if self.link.wants_write else [], LONGEST_LOOK_S)
+            ready = ready_of(self.sources(), [self.link] if self.link.wants_write else [], LONGEST_LOOK_S)
             self.pump()
             for heard in self._read() if ready else ():
                 if isinstance(heard, Heard):

@@ -9,7 +9,7 @@ from instep.record.event_kinds import HostBackEvent
 from instep.record.events import Event
 from instep.team.orders import HostBack, HostGivenUp
 from instep.team.remote import RemoteCrew
-from instep.team.wire_messages import HelloAgain
+from instep.team.wire_messages import HelloAgain, HelloAgent
 
 TOGETHER_S = 0.3
 """Seconds that one of them is kept waiting for others: where it was the first host that was cut off, all come."""
@@ -22,6 +22,11 @@ class Returns:
         self._note, self._give_up_s = note, give_up_s
         self._since: float | None = None  # one waits
         self._away: dict[int, tuple[RemoteCrew, float]] = {}  # by agent, and since when
+
+    @property
+    def hellos(self) -> list[HelloAgent]:
+        """Of those that are lost, and may come back."""
+        return [crew.hello for crew, _ in self._away.values()]
 
     def leave(self, crew: RemoteCrew) -> None:
         """It is lost, and may come back."""
