@@ -17,7 +17,8 @@ class CutRun(Campaign):
     """By default of a worker on each host."""
 
     def __init__(self, hosts: Hosts, **more: Any):
-        super().__init__(hosts, SEED, 0, lease_s=LEASE_S, **{"workers": len(hosts), "give_up_s": LONG_S, **more})
+        own: dict[str, Any] = {"lease_s": LEASE_S, "workers": len(hosts), "give_up_s": LONG_S}
+        super().__init__(hosts, SEED, 0, **{**own, **more})
 
     def cut(self, host: int, seconds: float, meanwhile: Callable[[], Any] = lambda: None) -> float:
         """Cuts a host off for so long. Seconds from the end of that to the next update that all make together."""

@@ -24,7 +24,10 @@ from support.processes import wait_until
 
 
 @pytest.mark.processes
-def test_who_listens_but_greets_nobody_is_not_cut_off_and_is_asked_no_more_than_he_takes() -> None:
+def test_who_listens_but_greets_nobody_is_not_cut_off_and_is_asked_no_more_than_he_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reaching, "LONGEST_S", LONG_S)  # else a busy machine may give the only one up
     with socket.create_server(("127.0.0.1", 0)) as server:
         trying = Reaching(server.getsockname())
         for _ in range(20):
