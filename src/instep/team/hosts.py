@@ -388,4 +388,5 @@ class Hosts:
         """Tells all that the run has ended, those too who come only now, and waits a while for them to end."""
         crews = {crew.link: crew for crew in self.crews if crew.sources()}
         awaited = set(range(1, self._place.agents)) - set(self._session)
+        awaited |= {hello.agent for hello in self._returns.hellos}
         say_farewell(message, self._listener, crews, [*self._standing_by, *self._unknown], awaited)
