@@ -987,3 +987,14 @@ def test_a_host_that_is_back_in_time_has_all_in_another_group_at_once_but_not_wh
     world.orders.clear()
     world.is_back(1)
     assert world.orders == []
+
+
+def test_a_host_without_workers_that_is_back_stands_for_others_that_are_back_with_it() -> None:
+    world = World(2, agents=(1, 1, 1), regroups=True)
+    world.comes(1)
+    world.comes(2)
+    world.build()
+    assert {member.host for member in world.present()} == {0, 1}
+    world.orders.clear()
+    world.is_back(2)
+    assert world.orders == [Regroup(1, 1, tuple(world.present()), at_once=True)]

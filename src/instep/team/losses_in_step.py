@@ -140,7 +140,8 @@ class InStep(ABC):
         """
         members = self._groups.members
         able = self.going and self._groups.led and self._groups.can_do_without(self._places, ())
-        there = next((member for member in members if member.host == back.host), None)
+        # It stands for all that are back, and may have no worker itself.
+        there = min((each for each in members if each.host), key=lambda each: each.host != back.host, default=None)
         if there is None or not (able and self.active) or self._stopping or self._pausing:
             return []
         return [self._groups.again(orders.Lost(there, back.why, whole_host=True))]
