@@ -12,7 +12,7 @@ import torch
 
 from instep.transport import sockets
 from instep.transport.group import Group
-from instep.transport.sockets import SENT_AT_ONCE, connection, send_less_at_once
+from instep.transport.sockets import SENT_AT_ONCE, connection, open_sockets, opened_since, send_less_at_once
 from instep.transport.wire import KNOWN_AFTER
 from support.groups import DISTRIBUTED, run, sizes_of
 
@@ -22,6 +22,10 @@ pytestmark = [
 ]
 
 FAR_US = 1 << 32
+
+
+def known(one: socket.socket) -> sockets.Socket:
+    return one.fileno(), os.fstat(one.fileno()).st_ino
 
 
 def held(one: socket.socket) -> int:
@@ -36,8 +40,8 @@ def test_a_connection_to_who_is_near_is_taken_less_at_once(
     monkeypatch.setattr(sockets, "SHORT_TRIP_US", short_us)
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as here:
         listener.accept()[0].close()
-        before, known = held(here), [(one.fileno(), os.fstat(one.fileno()).st_ino) for one in (listener, here)]
-        send_less_at_once(known)
+        before = held(here)
+        send_less_at_once([known(listener), known(here)])
         assert held(here) == (2 * SENT_AT_ONCE if near else before)
     assert before != 2 * SENT_AT_ONCE
 
@@ -59,3 +63,18 @@ def test_a_group_over_machines_that_are_near_does_so_once_it_knows(monkeypatch: 
         assert not any(before)
         assert after
         assert all(after)
+
+
+def test_what_others_connect_to_one_that_listened_before_is_not_the_group_s() -> None:
+    """They may be clients of a store here, which find each other for the next group already."""
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        before = open_sockets()
+        with (
+            socket.create_server(("127.0.0.1", 0)) as own,
+            socket.create_connection(store.getsockname()) as asks,
+            socket.create_connection(own.getsockname()) as peer,
+            store.accept()[0] as asked,
+            own.accept()[0] as met,
+        ):
+            assert opened_since(before) == {known(one) for one in (own, asks, peer, met)}
+            assert known(asked) in open_sockets()

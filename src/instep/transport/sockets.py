@@ -37,10 +37,30 @@ def open_sockets() -> set[Socket]:
     return found
 
 
+def opened_since(before: set[Socket]) -> set[Socket]:
+    """Those that were not open then, but for what others have connected to one that listened already."""
+    known = {port for one in before if (port := _port(one, listens=True))}
+    return {one for one in open_sockets() - before if _port(one, listens=False) not in known}
+
+
+def _port(one: Socket, *, listens: bool) -> int | None:
+    """This end's, of one that listens over TCP, or of a connection."""
+    opened = _over_tcp(one, listens=listens)
+    if opened is None:
+        return None
+    with opened, contextlib.suppress(OSError):
+        return int(opened.getsockname()[1])
+    return None
+
+
 def connection(one: Socket) -> socket.socket | None:
     """The connection over TCP, also in the making, by a descriptor that is to be closed; None where it is none, or
     not there any more.
     """
+    return _over_tcp(one, listens=False)
+
+
+def _over_tcp(one: Socket, *, listens: bool) -> socket.socket | None:
     number, inode = one
     with contextlib.suppress(OSError), contextlib.ExitStack() as failing:
         copied = os.dup(number)
@@ -51,7 +71,7 @@ def connection(one: Socket) -> socket.socket | None:
         failing.pop_all()
         failing.enter_context(found)
         internet = found.family in (socket.AF_INET, socket.AF_INET6) and found.type == socket.SOCK_STREAM
-        if not internet or found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        if not internet or bool(found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)) != listens:
             return None
         failing.pop_all()
         return found

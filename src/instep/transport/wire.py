@@ -25,7 +25,7 @@ from instep.transport.group import LEFT, BrokenOff, PeerLost
 from instep.transport.meter import METER
 from instep.transport.posts import Post, Posts
 from instep.transport.silence import LONGEST_LOOK_S, Unanswered, ask_when_quiet
-from instep.transport.sockets import Socket, connection, open_sockets, send_less_at_once
+from instep.transport.sockets import Socket, connection, open_sockets, opened_since, send_less_at_once
 
 LOOK = timedelta(milliseconds=20)
 """Between two looks at whether to go on waiting. A wait of gloo's that times out breaks nothing."""
@@ -108,14 +108,14 @@ class Wire:
             if silence := self._silence(lambda: open_sockets() - before):
                 made.append(silence)
                 break
-        self._sockets = open_sockets() - before
+        self._sockets = opened_since(before)  # not those of a store here: others may be at the next group already
         group = made[0]
         if isinstance(group, BaseException):
             self.leave()
             silent = group.silent if isinstance(group, PeerLost) else ""
             raise PeerLost(f"rank {rank} of {size} could not join the others: {group}", silent) from group
         self._group = group
-        METER.watch(self._sockets)
+        METER.watch(open_sockets() - before)
         if silent_s is not None:
             ask_when_quiet(self._sockets, silent_s)
 
