@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from instep.reduce.levels import machine_of
 from instep.team.messages import HostNetwork
 from instep.team.session import Session
@@ -14,6 +16,16 @@ from instep.transport.wire import Connect, store_at
 from instep.worker.device import is_gpu
 
 
+@dataclass
+class _Meeting:
+    """Where this process finds others, in all of its groups, those too that were never formed: a store that it serves
+    is there as long as it lives. What listens for it can be used once.
+    """
+
+    connect: Connect | None = None
+    serves: bool = False
+
+
 class Reach:
     """One worker's side of it. before: of the group that it was in before."""
 
@@ -23,8 +35,7 @@ class Reach:
         self.here = machine_of(session.rank, session.machines)
         """The workers of this host, by rank."""
         self._alone = len(session.machines) == 1
-        self._connect: Connect | None = before._connect if before is not None else None
-        self._serves: bool = before is not None and before._serves
+        self._meeting = before._meeting if before is not None else _Meeting()
         self.machines = (1,) * team.workers if team.by_nccl else session.machines
         """How many workers share rows, machine by machine: those with a GPU each share none."""
         self.machine: Group | None = None
@@ -69,11 +80,11 @@ class Reach:
 
     def _store(self, network: HostNetwork) -> Connect:
         """Where the workers find each other. The first one serves it, as long as it lives."""
-        serves = self._session.rank == 0
-        if self._connect is None or serves > self._serves:
-            self._connect = store_at(*network.store, network.listener if serves else None)
-            self._serves = serves
-        return self._connect
+        serves, meeting = self._session.rank == 0, self._meeting
+        if meeting.connect is None or serves > meeting.serves:
+            meeting.connect = store_at(*network.store, network.listener if serves else None)
+            meeting.serves = serves
+        return meeting.connect
 
     def _own(self, sizes: Sizes) -> Sizes:
         """Those of what this host's workers share."""
