@@ -189,3 +189,19 @@ def test_who_dies_while_the_next_group_forms_has_the_team_start_again() -> None:
     roster = changing()
     left(roster, 0, 1)
     assert roster.hear(Lost(member(1), "it was killed.")) == [EndEpoch(1)]
+
+
+def test_of_hosts_the_first_of_the_group_stays_whatever_its_number() -> None:
+    """It serves the store by which the others find each other."""
+    roster = Roster(HostsThere(2), 3, Path("run"), serving=False)
+    roster.begin()
+    facts = FACTS | {"stands_in": False, "regroups": True}
+    for each in map(member, range(2)):
+        roster.hear(Said(each, Ready(facts, {})))
+    roster.hear(Lost(member(0), "it was killed."))
+    (group,) = roster.hear(Said(member(0, 1), Ready(facts, {})))
+    assert group == Regroup(1, 2, (member(1), member(0, 1)), at_once=False)
+    assert roster.hear(Resize(1)) == [Regroup(1, 3, (member(1),), at_once=False, fewer=True)]
+    (ended,) = roster.hear(Said(member(1), Regrouped(3)))
+    assert isinstance(ended, Replace)
+    assert ended.member == member(0, 1)

@@ -176,11 +176,12 @@ class Resizing(InStep):
         return found
 
     def _too_many(self, shares: Sequence[int]) -> list[PlaceInTeam]:
-        """Who has a place, and is to leave: of each host the last."""
+        """Who has a place, and is to leave: of each host the last of its group, whose first has the others' store."""
         found: list[PlaceInTeam] = []
+        rank = {member.number: rank for rank, member in enumerate(self._groups.members)}
         for host in {place.member.host for place in self._places}:
             those = [place for place in self._places if place.member.host == host and not place.more]
-            found += those[shares[host] :]
+            found += sorted(those, key=lambda place: rank.get(place.member.number, len(rank)))[shares[host] :]
         return found
 
     def _let_go(self, place: PlaceInTeam, why: str, *, resized: bool = True) -> list[Order]:
