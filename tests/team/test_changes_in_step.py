@@ -71,7 +71,10 @@ def test_newcomers_come_together_and_who_is_too_many_is_ended_once_the_others_ar
     assert roster.hear(Said(member(0), Regrouped(1))) == []
     assert roster.size == 4
     assert roster.hear(Resize(2)) == [Regroup(1, 2, (), at_once=False, fewer=True)]
-    assert left(roster, 0, 1, 2, 3) == [Regroup(1, 2, four[:2], at_once=False, fewer=True)]
+    (fewer,) = left(roster, 0, 1, 2, 3)
+    assert fewer == Regroup(1, 2, four[:2], at_once=False, fewer=True)
+    assert isinstance(fewer, Regroup)
+    assert fewer.formed == 1, "what workers shared in that group, or in one before, need not be kept"
     found = roster.hear(Said(member(0), Regrouped(2)))
     assert found == [Replace(each, None, "the team goes on with 2 workers.", resized=True) for each in four[2:]]
     assert (roster.size, roster.restarts) == (2, 0)

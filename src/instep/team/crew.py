@@ -345,7 +345,8 @@ class LocalCrew:
             if regions:
                 reserve(file, regions)
 
-        memory, inode = processes.renew_memory(reserved, at_once=group.at_once) if len(here) > 1 else (-1, 0)
+        memory, inode = processes.renew_memory(group.generation, reserved) if len(here) > 1 else (-1, 0)
+        processes.close_memory(group.generation - 1 if group.at_once else group.formed)
         word = regroup_messages.NextGroup(
             group.generation,
             numbers=tuple(member.number for member in members),

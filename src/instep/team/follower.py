@@ -296,10 +296,10 @@ class Follower:
             case StartSuccessor(member) if self._is_at(member.epoch):
                 assert self._crew is not None
                 self._crew.succeed(member, replace(self._assignment, first=False, resume_from=None, late=True))
-            case RegroupMembers(epoch, generation, members, at_once, told, saved, fewer) if self._is_at(epoch):
+            case RegroupMembers(epoch, generation, members, at_once, told, saved, fewer, formed) if self._is_at(epoch):
                 assert self._crew is not None
                 self._going = True
-                self._crew.regroup(Regroup(epoch, generation, members, at_once, fewer), told, saved)
+                self._crew.regroup(Regroup(epoch, generation, members, at_once, fewer, formed), told, saved)
             case EndMembers(epoch) if self._is_at(epoch):
                 self._end()
                 self._logs.send(self._tell)

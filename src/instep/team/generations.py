@@ -23,6 +23,8 @@ class Generations:
         self._epoch, self.apart, self.resizes = epoch, apart, resizes
         self.number = 0
         """Of the newest group."""
+        self.formed = 0
+        """Of the last one that all of it are known to have been in."""
         self.members = list(members)
         """Of it, by rank."""
         self.lost: Lost | None = None
@@ -109,7 +111,8 @@ class Generations:
 
     def _next(self, *, at_once: bool, fewer: bool = False) -> Regroup:
         self.number += 1
-        return Regroup(self._epoch, self.number, tuple(self.members) if self.led else (), at_once, fewer)
+        members = tuple(self.members) if self.led else ()
+        return Regroup(self._epoch, self.number, members, at_once, fewer, self.formed)
 
     def why_not(self, message: NotRegrouped) -> Lost | None:
         """The loss for which an epoch ends that its workers cannot go on from; None where there is another group."""

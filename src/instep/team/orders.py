@@ -236,7 +236,8 @@ class Regroup:
 
     at_once: the others are told to leave the group of before wherever they wait; else they do after the present step.
     fewer: some of that are in no group any more, and are to leave what the others need of them. No members: who goes
-    on in it is told later; with the generation of the present group, all stay in that.
+    on in it is told later; with the generation of the present group, all stay in that. formed: the last one that all of
+    it are in, or were, as far as is known.
     """
 
     epoch: int
@@ -244,6 +245,7 @@ class Regroup:
     members: tuple[Member, ...]
     at_once: bool
     fewer: bool = False
+    formed: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)

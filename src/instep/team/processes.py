@@ -93,7 +93,7 @@ class MemberProcesses:
             for line in opened:
                 line.close()
             raise no_process(f"a team of {workers} workers", error) from error
-        self._renewed: list[io.FileIO] = []
+        self._renewed: dict[int, io.FileIO] = {}  # by generation
         self._newest = self.descriptor
         self.lines = tuple(opened)
         """Between the server and each worker of this host."""
@@ -110,7 +110,7 @@ class MemberProcesses:
         """What is open here that only its members, or this process, need."""
         memory = SimpleNamespace(close=partial(os.close, self.descriptor))  # given back once there is another group
         own = (each for process in self for each in (process.pipe, process.stack))
-        return [memory, *self._renewed, *self.lines, *own]
+        return [memory, *self._renewed.values(), *self.lines, *own]
 
     def fork(self, member: Member, assignment: Assignment, unused: Sequence[Any]) -> None:
         """Starts the member's process, which closes what it does not need. Raises ResourceError."""
@@ -120,7 +120,7 @@ class MemberProcesses:
                 stack = Stack()
                 unused = [
                     *unused,
-                    *(memory for memory in self._renewed if memory.fileno() != self._newest),
+                    *(memory for memory in self._renewed.values() if memory.fileno() != self._newest),
                     ours,
                     *(each for other in self for each in (other.pipe, other.stack)),
                 ]
@@ -130,10 +130,10 @@ class MemberProcesses:
             raise no_process(f"process {member.number + 1} of the {self._workers} workers", error) from error
         self._by_number[member.number] = MemberProcess(member, handle, ours, stack)
 
-    def renew_memory(self, reserved: Callable[[int], None] = lambda _: None, *, at_once: bool) -> tuple[int, int]:
-        """Descriptor and inode of what those that live are to map instead, who find it here. Raises ResourceError.
+    def renew_memory(self, generation: int, reserved: Callable[[int], None] = lambda _: None) -> tuple[int, int]:
+        """Descriptor and inode of what those that live are to map for a group, who find it here. Raises ResourceError.
 
-        at_once: nobody is to map any more what they had for that. reserved: is called with it before anything changes.
+        reserved: is called with it before anything changes.
         """
         try:
             memory = io.FileIO(memory_file(), "r+")
@@ -144,12 +144,16 @@ class MemberProcesses:
         except BaseException:
             memory.close()
             raise
-        for old in self._renewed if at_once else ():
-            old.close()
-        self._renewed = [memory] if at_once else [*self._renewed, memory]
+        self._renewed[generation] = memory
         self._newest = memory.fileno()
-        let_go(self.descriptor)
         return memory.fileno(), os.fstat(memory.fileno()).st_ino
+
+    def close_memory(self, generation: int) -> None:
+        """Nobody is to map any more what is here for groups up to this generation, and the first one: all have."""
+        for old in [each for each in self._renewed if each <= generation]:
+            self._renewed.pop(old).close()
+        self._newest = max(self._renewed.items())[1].fileno() if self._renewed else self.descriptor
+        let_go(self.descriptor)
 
     def look_for_orphans(self) -> None:
         """Notes what the run's processes have started and left behind. Of that, what is dead is waited for."""
@@ -181,7 +185,7 @@ class MemberProcesses:
             process.close()
         for line in self.lines:
             line.close()
-        for memory in self._renewed:
+        for memory in self._renewed.values():
             memory.close()
         os.close(self.descriptor)
 

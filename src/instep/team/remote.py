@@ -192,7 +192,7 @@ class RemoteCrew:
             at_once = group.at_once or bool(self.members_back)  # whatever they wait for since the cut
             self.members_back = ()
             of_group = group.epoch, group.generation, group.members, at_once
-            self._order(RegroupMembers(*of_group, told, saved, group.fewer))
+            self._order(RegroupMembers(*of_group, told, saved, group.fewer, group.formed))
 
     def send(self, member: Member, message: SupervisorToWorker) -> None:
         assert isinstance(message, Synced | StopRun | Agreed), f"{message} is for processes of this host"

@@ -191,7 +191,7 @@ class Resizing(InStep):
 
     def _regrouped(self, message: Regrouped) -> list[Order]:
         """All are in the group of this generation."""
-        change = self._change
+        change, self._groups.formed = self._change, max(self._groups.formed, message.generation)
         if message.generation != self._groups.number or not change.under_way:
             return []
         change.under_way = False

@@ -328,6 +328,7 @@ class RegroupMembers:
     told: Count
     saved: Count
     fewer: bool = False
+    formed: Count = 0
 
 
 @dataclass(frozen=True)
