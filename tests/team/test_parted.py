@@ -37,14 +37,22 @@ def bereft(workers: int, agents: tuple[int, ...]) -> World:
     return world
 
 
+def looked(looks: Parted, world: World, clock: list[float], hosts: Any = HOSTS) -> Any:
+    """What is found once it has been looked for as long as it takes."""
+    event = None
+    while event is None and clock[0] < 10 * PARTED_S:
+        clock[0] += 0.2
+        event = looks.look(world.roster, hosts)
+    return event
+
+
 def test_who_is_cut_off_on_other_hosts_does_not_keep_the_leader_from_saving(clock: list[float]) -> None:
     world, looks = bereft(5, (1, 1, 1, 1)), Parted()
     leader, *others = world.roster.active
     for each in others:
         looks.note(each, PeersLost("the connection has ended"))
-    clock[0] += PARTED_S
     for host in (2, 3):
-        event = looks.look(world.roster, HOSTS)
+        event = looked(looks, world, clock)
         assert isinstance(event, HostLost)
         assert event.host == host
         world.loses(host)
@@ -70,8 +78,8 @@ def test_a_bereft_team_has_some_time_but_as_much_as_it_takes_to_write(clock: lis
 def test_who_is_beside_the_leader_and_could_not_save_ends_the_run_at_once(clock: list[float]) -> None:
     world, looks = bereft(2, (1, 1)), Parted()
     looks.note(world.roster.leader, PeersLost("the connection has ended"))
-    clock[0] += PARTED_S
-    assert looks.look(world.roster, HOSTS) == StopAsked(at_once=True)
+    assert looked(looks, world, clock) == StopAsked(at_once=True)
+    assert clock[0] < BEREFT_S
 
 
 def test_who_saves_after_it_has_told_of_its_loss_is_let_save(clock: list[float]) -> None:
@@ -108,12 +116,24 @@ def test_who_could_not_form_a_group_is_lost_though_another_was_to_follow(clock: 
     looks.note(other, PeersLost("it could not join", generation=2, forming=True))
     looks.clear(3, at_once=False)
     looks.note(other, PeersLost("it has left with all", generation=2))
-    clock[0] += PARTED_S
-    lost = looks.look(world.roster, HOSTS)
+    lost = looked(looks, world, clock)
     assert isinstance(lost, Lost)
     assert lost.member == other
     looks.note(other, PeersLost("it could not join", generation=2, forming=True))
     looks.clear(4)
     looks.note(other, PeersLost("it could not join", generation=3, forming=True))
-    clock[0] += PARTED_S
-    assert looks.look(world.roster, HOSTS) is None, "the group was broken off"
+    assert looked(looks, world, clock) is None, "the group was broken off"
+
+
+def test_nobody_is_set_aside_by_an_agent_that_was_busy_nor_while_any_host_is_overdue(clock: list[float]) -> None:
+    """The death for which they have lost each other may not be heard of yet."""
+    world, looks = World(3, agents=(1, 1, 1)), Parted()
+    world.comes(1)
+    world.comes(2)
+    world.build()
+    looks.note(world.roster.active[0], PeersLost("the connection has ended"))
+    clock[0] += 5 * PARTED_S
+    assert looks.look(world.roster, HOSTS) is None
+    overdue: Any = SimpleNamespace(at=lambda address: None, silent=lambda host: host == 2)
+    assert looked(looks, world, clock, overdue) is None
+    assert isinstance(looks.look(world.roster, HOSTS), Lost)

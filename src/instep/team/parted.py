@@ -11,6 +11,7 @@ from instep.team import orders
 from instep.team.hosts import Hosts
 from instep.team.messages import PeersLost
 from instep.team.orders import Lost, Member
+from instep.team.remote import LONGEST_LOOK_S
 from instep.team.roster import Roster
 
 BEREFT_S = 10.0
@@ -18,8 +19,9 @@ BEREFT_S = 10.0
 to end once it is. To write it may take as long as any checkpoint may.
 """
 
-PARTED_S = 1.0
-"""Seconds after which it would be known of a worker that died, or of a host."""
+PARTED_S = 2.0
+"""Seconds after which it would be known of a worker that died, or that a sign of its host is overdue. Counted in
+looks, before which all is heard that has come: an agent that was busy itself must not set anybody aside."""
 
 
 class Parted:
@@ -27,7 +29,8 @@ class Parted:
 
     def __init__(self) -> None:
         self._lost: dict[Member, PeersLost] = {}
-        self._since, self._generation, self._broken_off = 0.0, 0, 0
+        self._looked = self._waited_s = 0.0
+        self._generation, self._broken_off = 0, 0
         self._bereft_since = time.monotonic()
         self.saves = False
         """Whether those who were asked to end, and have lost others, are writing what they have."""
@@ -36,7 +39,8 @@ class Parted:
         """What a member has told."""
         if lost.generation < (self._broken_off if lost.forming else self._generation):
             return  # who was lost then is known, or it has gone on to another group with the others
-        self._since = self._since if self._lost else time.monotonic()
+        if not self._lost:
+            self._looked, self._waited_s = time.monotonic(), 0.0
         self._lost[member] = lost
 
     def keeps(self, member: Member) -> None:
@@ -55,7 +59,10 @@ class Parted:
 
     def look(self, roster: Roster, hosts: Hosts) -> orders.RosterEvent | None:
         """Who counts as lost, if nobody died; or that a team which is to end without some cannot save, or hangs."""
-        lost, now = self._cut_off(roster.active, hosts, roster.name), time.monotonic()
+        now = time.monotonic()
+        self._waited_s += min(now - self._looked, LONGEST_LOOK_S)
+        self._looked = now
+        lost = self._cut_off(roster.active, hosts, roster.name)
         if not roster.bereft or self.saves:
             self._bereft_since = now
         if roster.bereft and lost is not None and lost.member.host != roster.leader.host:
@@ -72,12 +79,12 @@ class Parted:
         of them is set aside, as `hosts` then tell.
         """
         lost = {member: told for member, told in self._lost.items() if member in active}
-        if not lost or time.monotonic() - self._since < PARTED_S:
+        if not lost or self._waited_s < PARTED_S:
             return None
         member = next((each for each, told in lost.items() if told.silent), next(iter(lost)))
         other = hosts.at(lost[member].silent)
-        if hosts.silent(member.host) or hosts.silent(other):
-            return None  # its lease will tell
+        if any(map(hosts.silent, {other, *(each.host for each in active)})):
+            return None  # it may have lost a worker, or its lease will tell
         del self._lost[member]
         if other is not None and 0 < other != member.host > 0:
             hosts.set_aside(*sorted((member.host, other)), why=lost[member].why)
