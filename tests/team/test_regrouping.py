@@ -200,7 +200,7 @@ def test_weights_that_one_of_a_host_may_have_begun_to_write_are_given_to_all_of_
 def test_what_workers_are_to_share_is_known_apart_from_what_comes_to_have_its_descriptor() -> None:
     processes = MemberProcesses(2, set(), serving=False, lines=0)
     try:
-        found = []
+        found = list[tuple[int, int]]()
         for generation in range(1, 6):
             found.append(processes.renew_memory(generation))
             processes.close_memory(generation - 1)
@@ -210,13 +210,13 @@ def test_what_workers_are_to_share_is_known_apart_from_what_comes_to_have_its_de
 
 
 def test_what_workers_shared_in_a_group_is_let_go_once_all_of_a_later_one_are_there() -> None:
-    processes = MemberProcesses(2, set(), serving=False, lines=0)
+    processes, found = MemberProcesses(2, set(), serving=False, lines=0), list[tuple[int, int]]()
 
     def there() -> list[bool]:
         return [os.path.exists(f"/proc/self/fd/{n}") and os.fstat(n).st_ino == inode for n, inode in found]
 
     try:
-        found = [processes.renew_memory(1), processes.renew_memory(2)]
+        found += [processes.renew_memory(1), processes.renew_memory(2)]
         processes.close_memory(0)
         assert there() == [True, True], "the first of them may not be formed yet"
         found.append(processes.renew_memory(3))

@@ -76,5 +76,6 @@ def test_what_others_connect_to_one_that_listened_before_is_not_the_group_s() ->
             store.accept()[0] as asked,
             own.accept()[0] as met,
         ):
-            assert opened_since(before) == {known(one) for one in (own, asks, peer, met)}
-            assert known(asked) in open_sockets()
+            found = opened_since(before)
+            assert found >= {known(one) for one in (own, asks, peer, met)}
+            assert known(asked) in open_sockets() - found
