@@ -35,6 +35,7 @@ from instep.team.roster import Roster
 pytestmark = pytest.mark.pure
 
 FACTS = {"weights": "alike", "stands_in": True, "resizes": True}
+APART = FACTS | {"stands_in": False, "regroups": True}
 
 
 def member(number: int, incarnation: int = 0) -> Member:
@@ -58,6 +59,16 @@ def left(roster: Roster, *numbers: int) -> list[Order]:
     """These have left the present group."""
     generation = roster.generation
     return [order for each in numbers for order in roster.hear(Said(member(each), LeftGroup(generation)))]
+
+
+def apart(workers: int) -> Roster:
+    """As `going`, of a team that can have several."""
+    roster = Roster(HostsThere(workers), 3, Path("run"), serving=False)
+    roster.begin()
+    for each in map(member, range(workers)):
+        roster.hear(Said(each, Ready(APART, {})))
+    assert roster.going
+    return roster
 
 
 def test_newcomers_come_together_and_who_is_too_many_is_ended_once_the_others_are_among_themselves() -> None:
@@ -194,15 +205,24 @@ def test_who_dies_while_the_next_group_forms_has_the_team_start_again() -> None:
     assert roster.hear(Lost(member(1), "it was killed.")) == [EndEpoch(1)]
 
 
+def test_over_hosts_who_dies_before_it_is_to_leave_has_the_others_go_on_at_once() -> None:
+    """Those of its host wait for it in memory, where nobody else would tell them."""
+    roster = apart(3)
+    (group,) = roster.hear(Resize(2))
+    assert group == Regroup(1, 1, (member(0), member(1)), at_once=False, fewer=True)
+    assert roster.hear(Lost(member(2), "it was killed.")) == [
+        Replace(member(2), None, "it was killed."),
+        Regroup(1, 2, (member(0), member(1)), at_once=True),
+    ]
+    assert roster.hear(Said(member(0), Regrouped(2))) == []
+    assert (roster.restarts, roster.size) == (0, 2)
+
+
 def test_of_hosts_the_first_of_the_group_stays_whatever_its_number() -> None:
     """It serves the store by which the others find each other."""
-    roster = Roster(HostsThere(2), 3, Path("run"), serving=False)
-    roster.begin()
-    facts = FACTS | {"stands_in": False, "regroups": True}
-    for each in map(member, range(2)):
-        roster.hear(Said(each, Ready(facts, {})))
+    roster = apart(2)
     roster.hear(Lost(member(0), "it was killed."))
-    (group,) = roster.hear(Said(member(0, 1), Ready(facts, {})))
+    (group,) = roster.hear(Said(member(0, 1), Ready(APART, {})))
     assert group == Regroup(1, 2, (member(1), member(0, 1)), at_once=False)
     assert roster.hear(Resize(1)) == [Regroup(1, 3, (member(1),), at_once=False, fewer=True)]
     (ended,) = roster.hear(Said(member(1), Regrouped(3)))

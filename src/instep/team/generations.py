@@ -27,6 +27,8 @@ class Generations:
         """Of the last one that all of it are known to have been in."""
         self.members = list(members)
         """Of it, by rank."""
+        self._leaving: frozenset[Member] = frozenset()
+        """Who is not, and without whom the others cannot end the step before it."""
         self.lost: Lost | None = None
         """Why there is another than the first, if one was lost."""
 
@@ -62,10 +64,10 @@ class Generations:
 
     def without(self, lost: Lost, members: Collection[Member]) -> list[Regroup]:
         """These are lost. Where the others have nobody on the first host, they wait until they have; and one that was
-        in no group yet changes none.
+        in no group yet, or is in none any more, changes none.
         """
         self.lost = lost
-        if not any(member in self.members for member in members):
+        if not any(member in self.members or member in self._leaving for member in members):
             return []
         self.members = self._left(members)
         return [self._next(at_once=True)]
@@ -92,6 +94,7 @@ class Generations:
         there = {place.member.number: place.member for place in places if place.member not in leaving}
         stay = [there[member.number] for member in self.members if member.number in there]  # or who came in its place
         self.members = sorted([*stay, *(place.member for place in more)], key=lambda member: member.host)
+        self._leaving = frozenset(leaving)
         for place in more:
             place.more, place.joins = False, self.number + 1
         return self._next(at_once=False, fewer=bool(leaving))
@@ -103,6 +106,12 @@ class Generations:
     def stay(self) -> Regroup:
         """They are not to leave it, where they have not begun to."""
         return Regroup(self._epoch, self.number, (), at_once=False)
+
+    def note_formed(self, generation: int) -> None:
+        """All are in the group of this generation."""
+        self.formed = max(self.formed, generation)
+        if generation == self.number:
+            self._leaving = frozenset()
 
     @property
     def led(self) -> bool:

@@ -191,7 +191,8 @@ class Resizing(InStep):
 
     def _regrouped(self, message: Regrouped) -> list[Order]:
         """All are in the group of this generation."""
-        change, self._groups.formed = self._change, max(self._groups.formed, message.generation)
+        change = self._change
+        self._groups.note_formed(message.generation)
         if message.generation != self._groups.number or not change.under_way:
             return []
         change.under_way = False
@@ -209,6 +210,9 @@ class Resizing(InStep):
         if place.more:
             gone = self._let_go(place, lost.why, resized=False)
             return [*self._as_it_was(lost.why), *gone, *self._drop_more(), *self._stay()]
+        if self._groups.apart and not self._stopping and member in change.leaving:
+            change.leaving.remove(member)  # the others wait for it in their step all the same
+            return [*self._let_go(place, lost.why, resized=False), *self._groups.without(lost, [member])]
         if self._stopping or member not in change.coming:
             return None
         together = not (self._groups.apart or change.under_way or change.left)
