@@ -25,11 +25,12 @@ from instep.team.orders import (
     Replace,
     Resize,
     Said,
+    Start,
     StartMore,
     StopAsked,
     Warn,
 )
-from instep.team.regroup_messages import LeftGroup, Regrouped
+from instep.team.regroup_messages import LeftGroup, NotRegrouped, Regrouped
 from instep.team.roster import Roster
 
 pytestmark = pytest.mark.pure
@@ -203,6 +204,21 @@ def test_who_dies_while_the_next_group_forms_has_the_team_start_again() -> None:
     roster = changing()
     left(roster, 0, 1)
     assert roster.hear(Lost(member(1), "it was killed.")) == [EndEpoch(1)]
+
+
+def test_where_no_group_with_newcomers_can_be_formed_the_team_begins_anew_as_it_was() -> None:
+    """Though nobody was lost."""
+    roster = apart(2)
+    roster.hear(Resize(3))
+    roster.hear(Said(member(2), Ready(APART, {})))
+    assert roster.hear(Said(member(1), NotRegrouped(1, "there is no memory for it"))) == [
+        Warn("the team cannot have 3 workers, and goes on with 2: there is no memory for it."),
+        NoteResize(2, 3, "there is no memory for it."),
+        EndEpoch(1),
+    ]
+    (start,) = roster.hear(EpochEnded(1))
+    assert isinstance(start, Start)
+    assert (len(start.members), roster.restarts) == (2, 0)
 
 
 def test_over_hosts_who_dies_before_it_is_to_leave_has_the_others_go_on_at_once() -> None:

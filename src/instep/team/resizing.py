@@ -18,7 +18,7 @@ from instep.team import agreement, messages, orders
 from instep.team.hosts_there import MOST_IN_STEP
 from instep.team.losses_in_step import InStep
 from instep.team.orders import Member, Order
-from instep.team.regroup_messages import LeftGroup, Regrouped
+from instep.team.regroup_messages import LeftGroup, NotRegrouped, Regrouped
 from instep.team.seats import PlaceInTeam, newcomers, seated, stand_in
 
 
@@ -232,6 +232,13 @@ class Resizing(InStep):
         self._leader = self._groups.members[0].number
         change.under_way = change.wanted = True
         return [*noted, *left, *group]
+
+    def _cannot_regroup(self, message: NotRegrouped) -> list[Order]:
+        """As after a loss; but where the team was to be changed, it begins anew with the number that it had."""
+        if not self._change.under_way or message.generation != self._groups.number:
+            return super()._cannot_regroup(message)
+        noted = [] if self._stopping else self._as_it_was(f"{message.why}.")
+        return [*noted, *self._end(orders.Resize(self.hosts.wanted))]
 
     def _raised_in_change(self, message: messages.Failed, place: PlaceInTeam) -> list[Order]:
         """A newcomer has raised in its first step, so that all have stopped: they begin anew without it."""
