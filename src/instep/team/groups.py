@@ -35,7 +35,7 @@ class Reach:
         self.here = machine_of(session.rank, session.machines)
         """The workers of this host, by rank."""
         self._alone = len(session.machines) == 1
-        self._meeting = before._meeting if before is not None else _Meeting()
+        self._meeting: _Meeting = before._meeting if before is not None else _Meeting()
         self.machines = (1,) * team.workers if team.by_nccl else session.machines
         """How many workers share rows, machine by machine: those with a GPU each share none."""
         self.machine: Group | None = None
