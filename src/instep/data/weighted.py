@@ -85,9 +85,8 @@ class Weighted(Dataset[Any]):
             keyed = np.uint64(key(seed, epoch, "by weight"))
             for start in range(0, len(times), _CHUNK):
                 part = slice(start, min(start + _CHUNK, len(times)))
-                uniform: NDArray[np.float64] = (
-                    (hashed(np.arange(part.start, part.stop), keyed) >> np.uint64(11)) + 0.5
-                ) * 2.0**-53
+                whole = (hashed(np.arange(part.start, part.stop), keyed) >> np.uint64(11)).astype(np.float64)
+                uniform: NDArray[np.float64] = (whole + 0.5) * 2.0**-53
                 with np.errstate(divide="ignore"):
                     times[part] = -logarithm(uniform) / self.weights[part]
             order = np.argsort(times, kind="stable")[: self.draws]
