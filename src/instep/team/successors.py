@@ -17,9 +17,9 @@ class PlacesHeld:
 
     def __init__(self, session: Session, board: HeartbeatBoard):
         self._session, self._board = session, board
-        # The incarnation of the successor that has taken a place. What others held is not this process's, though it
-        # may have had the number of one of them.
-        self._given = board.all_held()
+        # The incarnation of the successor that has taken a place. What the board says that this worker holds, one of
+        # its number held before, who has given it back, or who died of it and others hold it since.
+        self._given = board.held_by(session.number)
 
     def changes(self) -> int:
         return self._board.changes
