@@ -346,7 +346,8 @@ class LocalCrew:
                 reserve(file, regions)
 
         memory, inode = processes.renew_memory(group.generation, reserved) if len(here) > 1 else (-1, 0)
-        processes.close_memory(group.generation - 1 if group.at_once else group.formed)
+        if members or group.at_once:  # else they are still in that of before, and so are successors of who dies in it
+            processes.close_memory(group.generation - 1 if group.at_once else group.formed)
         word = regroup_messages.NextGroup(
             group.generation,
             numbers=tuple(member.number for member in members),
