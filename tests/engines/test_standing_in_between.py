@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +20,11 @@ from instep.engines.step_facts import StepFacts
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint
 from instep.record.events import ChecksummedEvent, EvaluatedEvent
-from instep.team.asking import resized
 from instep.team.session import Session
 from instep.transport.shared_memory import SharedMemoryGroup
 from support import workloads
 from support.deaths import STEPS, Deaths, Hooks, after, all_of, before, came_through, run, told, waiting_for_successors
-from support.harness import Client, Outcome, stopping_at, train_here
+from support.harness import Outcome, stopping_at, train_here
 
 pytestmark = pytest.mark.processes
 
@@ -195,23 +193,6 @@ def test_a_run_that_is_to_stop_does_so_after_the_step_though_a_worker_dies(
     assert checkpoint.verify(max(checkpoint.all_in(stopped.path / "checkpoints"))).version == 4
     resumed = train_here(recipe, Team(workers=2, **TEAM), stopped.path, resume=True)
     assert resumed.digest == undisturbed("gpt").digest
-
-
-@pytest.mark.parametrize("worker", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_team_that_is_to_have_another_size_gets_it_after_the_step_though_a_worker_dies(
-    worker: int, tmp_path: Path, undisturbed: Callable[[str], Outcome]
-) -> None:
-    asked = threading.Thread(target=lambda: resized(tmp_path / "it" / "run", 2))
-
-    def see(event: dict[str, Any]) -> None:
-        if (event["kind"], event.get("version")) == ("merged", 3):
-            asked.start()
-
-    outcome = run(RECIPES["gpt"](), 3, tmp_path / "it", once_it_is_to_end(worker), Client(see), **TEAM)
-    asked.join()
-    assert outcome.digest == undisturbed("gpt").digest
-    assert [(event["version"], event["team"]["workers"]) for event in told(outcome, "run_started")] == [(0, 3), (4, 2)]
-    assert [event["version"] for event in told(outcome, "merged")] == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
