@@ -126,8 +126,10 @@ def of_team(recipe: Recipe, kind: Kind, shard: str = "optimizer") -> list[Any]:
 
 
 def engine_sizes(recipe: Recipe, kind: Kind, shard: str = "optimizer") -> Sizes:
+    """Of a machine with most workers, who alone share memory."""
     torch.set_num_threads(1)
-    return engine_of(recipe, 0, kind.machines, shard=shard).sizes()
+    largest = kind.machines.index(max(kind.machines))
+    return engine_of(recipe, sum(kind.machines[:largest]), kind.machines, shard=shard).sizes()
 
 
 def check(recipe: Recipe, kinds: list[Kind], placed: str = "", shard: str = "optimizer") -> str:

@@ -120,7 +120,7 @@ def test_without_a_host_that_is_lost_the_others_go_on(number: int, tmp_path: Pat
     assert "host 1" in left(run.events)[0]
     joined = [event["worker"] for event in run.events if event["kind"] == "joined"]
     assert joined.count(0) == 1, "its process went on"
-    assert sorted(joined) == [0, 1, 1, 2, 2], "the first host has all, in the end"
+    assert sorted(joined) in ([0, 1, 1, 2, 2], [0, 1, 2]), "the first host has all, unless the run ends before"
 
 
 @pytest.mark.slow
