@@ -1,12 +1,13 @@
 """How long a team stands still when a worker is killed: ``python benchmarks/stall.py``.
 
-The recipe `gpt` with one sample in each of 16 microbatches, 2 and 4 workers in step, of which one, drawn each time, is
-killed with SIGKILL at a drawn moment, 30 times; and, on the same work in the same run, torchft's replicas
-(`--torchft PYTHON`, one that has torchft and this project's packages) and torchrun, whose ranks all start again from a
-checkpoint of every 10 steps. A stall is the longest time between two updates, of those around the kill, less the median
-step of that run. A kill comes once the team is whole again, and some steps later. Over two hosts, for which it must run
-as root (see benchmarks/machines.py), it is told besides how long all stand still when the successor joins, and after a
-cable was out for 5 s, which is less than `team.lease_s` there.
+The recipe `gpt` with one sample in each of 16 microbatches, 2 and 4 workers in step, of which one, drawn each time,
+is killed with SIGKILL at a drawn moment, 30 times; and, on the same work in the same run, torchft's replicas
+(`--torchft PYTHON`, one that has torchft and this project's packages) and torchrun, whose ranks all start again from
+a checkpoint of every 10 steps. A stall is the longest time between two updates, of those around the kill, less the
+median step of that run, so that it holds what the others compute in the dead one's place; beside it stands the time
+from the kill to the next update, less a median step. A kill comes once the team is whole again, and some steps later.
+Over two hosts, for which it must run as root (see benchmarks/machines.py), it is told besides how long all stand
+still when the successor joins, and after a cable was out for 5 s, which is less than `team.lease_s` there.
 
 To have torchft beside the pinned torch: ``python -m venv ft; ft/bin/pip install --no-deps torchft-nightly``, and a file
 ft/lib/python*/site-packages/base.pth with the path of this project's site-packages. The result goes to
@@ -101,6 +102,7 @@ def measured(
         updates, joined = contender.updates, getattr(contender, "joined", [])
         usual = statistics.median(gaps_of(updates))
     found = {"kills": kills, "step_s": round(usual, 4), **told([stall(updates, at, usual) for at in killed])}
+    found["from_the_kill"] = told([until_next(updates, at, usual) for at in killed])
     if joined:
         found["when_a_successor_joins"] = told([stall(updates, at, usual) for at in joined])
     if cuts:
@@ -128,6 +130,11 @@ def stall(updates: Sequence[float], at: float, usual: float) -> float:
     """The longer of two gaps, that in which somebody was killed and the one that follows, less a usual one."""
     place = max(1, min(bisect.bisect(updates, at), len(updates) - 2))
     return max(0.0, max(gaps_of(updates[place - 1 : place + 2])) - usual)
+
+
+def until_next(updates: Sequence[float], at: float, usual: float) -> float:
+    """From when somebody was killed to the next update, beyond a usual step."""
+    return max(0.0, updates[bisect.bisect(updates, at)] - at - usual)
 
 
 CONTENDERS = {
