@@ -215,6 +215,17 @@ def test_what_cannot_be_sent_is_read_by_the_worker_and_warned_of(tmp_path: Path)
     assert "workers read some samples themselves" in "".join(event["why"] for event in told(run, "warned"))
 
 
+def test_a_batch_that_holds_an_empty_array_comes_from_loaders(tmp_path: Path) -> None:
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        return {name: torch.stack([each[name] for each in samples]) for name in "xy"} | {"spans": np.empty((0, 2))}
+
+    data = Data(train=Drawn(path := tmp_path / "read"), collate=collate)
+    run = train_here(recipe(data), Team(loaders=1), tmp_path / "run")  # type: ignore[arg-type]
+    assert run.digest == plain()
+    assert not told(run, "warned")
+    assert read_ahead(path) == sorted(2 * list(range(SAMPLES)))
+
+
 def test_loaders_that_read_something_else_than_workers_are_not_used(tmp_path: Path) -> None:
     act = lambda index: {"x": torch.ones(6)} if in_loader() else {}  # noqa: E731
     run = train_here(recipe(Drawn(tmp_path / "read", act)), Team(workers=2, loaders=1), tmp_path / "run")

@@ -63,6 +63,15 @@ def test_any_structure_comes_as_it_was() -> None:
     assert isinstance(sent(batch)["pair"], Pair)
 
 
+def test_what_is_empty_comes_too() -> None:
+    batch = {
+        "spans": np.empty((0, 2), np.int64), "names": np.array([], dtype="U3"), "none": torch.empty(0, 3),
+        "beside": [np.ones(2), np.empty(0), torch.ones(3)], "bytes": b"",
+    }  # fmt: skip
+    assert signature(sent(batch)) == signature(batch)
+    assert sent(np.empty(0)).shape == (0,)
+
+
 def test_tensors_that_share_memory_share_it_there() -> None:
     tokens = torch.arange(60).view(5, 12)
     inputs, targets, same = sent((tokens[:, :-1], tokens[:, 1:], [tokens[:, 1:]]))

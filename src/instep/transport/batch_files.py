@@ -91,7 +91,7 @@ def read(descriptor: int, nbytes: int, head: int) -> tuple[Any, Any]:
     memory = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (nbytes,), (1,)).numpy()
     described = io.BytesIO(memory[head:].data)
     spans, places, raw, length = pickle.load(described)
-    parts = [torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=start) for start, count in spans]
+    parts = [torch.from_numpy(memory[start : start + count]) for start, count in spans]
     buffers = [memory[start : start + count].data for start, count in (spans[part] for part in raw)]
     content = memory[nbytes - length :].data
     found = _Unpacker(content, buffers, [_tensor(place, parts) for place in places]).load()
