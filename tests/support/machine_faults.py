@@ -62,20 +62,9 @@ when_lost = "{when_lost}"
 """
 
 
-def _is_lost(event: dict[str, Any]) -> bool:
-    """Whether a worker was lost by it: one that leaves since others have come is not."""
-    return event["kind"] == "left" and not event.get("resized")
-
-
-def _homes(events: list[dict[str, Any]]) -> dict[int, int]:
-    """Each worker's host, of those who have not left since others have come."""
-    homes: dict[int, int] = {}
-    for event in events:
-        if event["kind"] == "joined":
-            homes[event["worker"]] = event["host"]
-        elif event["kind"] == "left" and event.get("resized"):
-            homes.pop(event["worker"], None)
-    return homes
+def _changes(event: dict[str, Any]) -> bool:
+    """Whether others make a step from it on; who leaves since others have come is no longer of their group then."""
+    return event["kind"] == "regrouped" or (event["kind"] == "left" and not event.get("resized"))
 
 
 class Tape:
@@ -178,11 +167,13 @@ class Campaign:
         at = next((at for at in reversed(range(len(events))) if events[at]["kind"] == "run_started"), None)
         if at is None or sum(host["workers"] > 0 for host in events[at]["hosts"]) < len(self.hosts):
             return False
-        lost = [place for place in range(at, len(events)) if _is_lost(events[place])]
-        if lost:  # and the others went on
-            at = next((at for at in range(lost[-1], len(events)) if self._all_regrouped(events[at])), len(events))
-            joins = any(event["kind"] == "joined" for event in events[at:])
-            if joins or len(set(_homes(events).values())) < len(self.hosts):
+        changes = [at for at in range(at, len(events)) if _changes(events[at])]
+        if changes:  # and the others went on
+            at = changes[-1]
+            homes = {event["worker"]: event["host"] for event in events if event["kind"] == "joined"}
+            if not self._all_regrouped(events[at]) or len({homes[w] for w in events[at]["workers"]}) < len(self.hosts):
+                return False
+            if any(event["kind"] == "joined" for event in events[at:]):
                 return False  # or all start anew, with the host that has come
         later = [event["kind"] for event in events[at:] if event["kind"] in ("checkpointed", "merged")]
         saved = later.index("checkpointed") if "checkpointed" in later else len(later)
