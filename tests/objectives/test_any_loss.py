@@ -168,6 +168,18 @@ def test_padding_that_is_not_masked_is_found() -> None:
     assert next(cut for cut in found.cuts if cut.loop == "more padding").off > 0.01
 
 
+def test_what_a_model_computes_in_float32_is_computed_in_float64() -> None:
+    seen = []
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        out = model(batch[0]).float()
+        seen.extend([out.to(torch.float32), out.softmax(1, dtype=torch.float32), torch.ones(1, dtype=torch.float)])
+        return out.square().mean()
+
+    assert objectives.check(loss, nn.Linear(3, 4), BATCH).exact
+    assert {each.dtype for each in seen} == {torch.float64}
+
+
 def test_the_check_leaves_the_model_and_the_random_state_as_they_were() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()

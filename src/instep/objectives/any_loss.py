@@ -10,11 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from instep.errors import ObjectiveError, shown
@@ -145,13 +147,25 @@ def _ways(samples: int) -> Iterator[tuple[Loop, list[Tensor]]]:
         yield "accumulation", [everyone[:first], everyone[first:]]
 
 
+class _NoFloat32(TorchFunctionMode):
+    """What asks for float32 gets float64. Models compute parts in float32 whatever their own type, as transformers does
+    rotary embeddings, and there the last bit of a value may depend on how many lie beside it, by processor.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map_only(
+            torch.dtype, lambda each: torch.float64 if each is torch.float32 else each, (args, kwargs or {})
+        )
+        return (Tensor.double if func is Tensor.float else func)(*args, **kwargs)
+
+
 class _Work:
     """The loss on a copy of the model."""
 
     def __init__(self, loss: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any, samples: int):
         self._loss, self._batch, self._samples = loss, batch, samples
         self._model = copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
-        self.exact = self._in_float64()
+        self._into_float64()
         self.whole = self.gradients(self._batch)
         again = self.gradients(self._batch)
         self.tensors = sum(parameter.requires_grad for parameter in self._model.parameters())
@@ -165,22 +179,22 @@ class _Work:
     def tolerance(self) -> float:
         return _EXACT if self.exact else _ROUGH
 
-    def _in_float64(self) -> bool:
+    def _into_float64(self) -> None:
+        """Where it can be. Sets `exact`: whether it could."""
         own, batch = copy.deepcopy(self._model), self._batch
         try:
             self._model.double()
+            self.exact = True
             self._batch = pytree.tree_map(
                 lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, batch
             )
             self.gradients(self._batch)
         except (RuntimeError, TypeError, ValueError):
-            self._model, self._batch = own, batch
-            return False
-        return True
+            self._model, self._batch, self.exact = own, batch, False
 
     def gradients(self, batch: Any) -> dict[str, Tensor]:
         """By term, the gradient as one vector, float64."""
-        with kept_random_state():
+        with kept_random_state(), _NoFloat32() if self.exact else nullcontext():
             seed_all(0)
             answer = self._loss(self._model, batch)
         self._mapped = isinstance(answer, Mapping) and "loss" not in answer
