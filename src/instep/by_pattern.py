@@ -46,16 +46,19 @@ class ByPattern:
         """The components' descriptions."""
         return " and ".join(component.describe() for _, component in self.parts)
 
-    def split(self, names: Sequence[str]) -> list[list[str]]:
-        """The names of each part, in their order. Raises ComponentError for a name that nothing matches, and for a
-        pattern or a part that matches none. A pattern whose names earlier parts have is passed over.
+    def split(self, names: Sequence[str], frozen: Sequence[str] = ()) -> list[list[str]]:
+        """The names of each part, in their order. `frozen` are others, which no part is to have.
+
+        Raises ComponentError for a name that nothing matches, for a pattern that matches none, of the frozen ones
+        neither, and for a part that is left without any. A pattern whose names earlier parts have is passed over.
         """
+        known = [*names, *frozen]
         for patterns, component in self.parts:
             for pattern in patterns:
-                if not any(_matches(name, [pattern]) for name in names):
+                if not any(_matches(name, [pattern]) for name in known):
                     raise ComponentError(
                         f"'parameters' of the optimizer {component.describe()} has {shown(pattern)}, and no parameter "
-                        f"of the model has such a name; {_near(pattern, names)}"
+                        f"of the model has such a name; {near_name(pattern, known)}"
                     )
         groups: list[list[str]] = [[] for _ in self.parts]
         for name in names:
@@ -64,20 +67,27 @@ class ByPattern:
             if place is None:
                 raise ComponentError(
                     f"parameter '{name}' matches no pattern of 'optimizer'; add a last table for the others, with "
-                    f'parameters = "*", or freeze it.'
+                    f'parameters = "*", or freeze it (recipe.freeze).'
                 )
             groups[place].append(name)
         for names_of_part, (patterns, component) in zip(groups, self.parts, strict=True):
             if not names_of_part:
-                raise ComponentError(
-                    f"no parameter is left for the optimizer {component.describe()}, whose 'parameters' are "
-                    f"{', '.join(map(repr, patterns))}: the first pattern that matches a name has it; the names are "
-                    f"such as '{names[0]}'."
-                )
+                raise ComponentError(_left_without(component, patterns, names, frozen))
         return groups
 
 
-def _near(pattern: str, names: Sequence[str]) -> str:
+def _left_without(component: Component, patterns: Sequence[str], names: Sequence[str], frozen: Sequence[str]) -> str:
+    """A sentence on a part without a name."""
+    told = f"no parameter is left for the optimizer {component.describe()}, whose 'parameters' are "
+    told += f"{', '.join(map(repr, patterns))}: "
+    own = [name for name in frozen if _matches(name, patterns)]
+    if own and not any(_matches(name, patterns) for name in names):
+        told += f"all that these match, '{own[0]}' among them, are frozen; "
+        return f"{told}leave its table out, or train one of them."
+    return f"{told}the first pattern that matches a name has it; the names are such as '{names[0]}'."
+
+
+def near_name(pattern: str, names: Sequence[str]) -> str:
     """The end of a sentence on a pattern without a name: the nearest name, or what names there are."""
     ends = {part: name for name in reversed(names) for part in (*name.split("."), name)}
     near = difflib.get_close_matches(pattern.strip("*."), ends, 1)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from instep import buffer_modes
+from instep import buffer_modes, freezing
 from instep.bounds import Bounds, parse_bounds
 from instep.budget import parse_budget, parse_share
 from instep.by_pattern import ByPattern
@@ -89,6 +89,9 @@ class Recipe:
     buffers: what becomes of the model's buffers at the end of a step, from patterns of their names to "mean", "max",
         "last", "frozen", "sum" or "sum:D", as in {"codebook.*": "sum:0.99"}; the first pattern that matches decides.
         See `instep.buffer_modes`.
+    freeze: parameters that are frozen, from patterns of their names to "all" or to steps, as "..200", the first 200,
+        or "200..", those after them, as in {"embedding.*": "all"}; the first pattern that matches decides. See
+        `instep.freezing`.
 
     These change only what is measured and shown:
 
@@ -123,6 +126,7 @@ class Recipe:
     watch: Watch = field(default_factory=Watch)
     changes: tuple[Change, ...] = ()
     buffers: Mapping[str, str] = added(before={}, default_factory=dict)
+    freeze: Mapping[str, str] = added(before={}, default_factory=dict)
 
     name: str = field(default="custom", metadata=_NO_RESULT)
     evaluate_every: int = field(default=0, metadata=_NO_RESULT)
@@ -142,6 +146,8 @@ class Recipe:
         check_types(self, "recipe")
         modes = buffer_modes.parse(flat(self.buffers))
         object.__setattr__(self, "buffers", {pattern: str(mode) for pattern, mode in modes.items()})
+        frozen = freezing.parse(flat(self.freeze))
+        object.__setattr__(self, "freeze", {pattern: str(steps) for pattern, steps in frozen.items()})
         if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
             raise RecipeError(
                 f"'recipe.name' is {shown(self.name)}; it names the run folder: write a name without '/'."
@@ -366,9 +372,9 @@ def result_part(table: Mapping[str, Any]) -> dict[str, Any]:
     if any(isinstance(watch, Mapping) and watch.get("patience") is not None for watch in watches):
         decisive |= {"evaluate_every", "evaluate_samples"}
     part = {key: value for key, value in table.items() if key in decisive}
-    modes = part.get("buffers")
-    if modes and isinstance(modes, Mapping):  # their order decides too, which a table does not compare
-        part["buffers"] = [list(pair) for pair in modes.items()]
+    for key in ("buffers", "freeze"):
+        if part.get(key) and isinstance(part[key], Mapping):  # their order decides too, which a table does not compare
+            part[key] = [list(pair) for pair in part[key].items()]
     return part
 
 

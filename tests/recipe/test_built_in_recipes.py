@@ -67,11 +67,11 @@ def short(name: str, teacher: Path) -> Recipe:
 
 
 def test_the_recipes_are_these() -> None:
-    assert names_of_recipes() == ["distil", "dpo", "flow", "gpt", "hf", "lora", "sft", "vae"]
+    assert names_of_recipes() == ["distil", "dpo", "flow", "gpt", "hf", "lora", "muon", "sft", "vae"]
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", quick(["flow", "vae", "dpo", "distil", "hf", "lora", "sft"], "vae"))
+@pytest.mark.parametrize("name", quick(["flow", "vae", "dpo", "distil", "hf", "lora", "sft", "muon"], "vae", "muon"))
 def test_a_recipe_gives_one_digest_and_leaves_its_artifacts(name: str, teacher: Path, tmp_path: Path) -> None:
     """Two of them on the model that recipe hf leaves."""
     if name in ("lora", "sft"):
@@ -91,7 +91,7 @@ def test_a_recipe_gives_one_digest_and_leaves_its_artifacts(name: str, teacher: 
         "hf": [f"artifacts/hf/{file}" for file in SAVED],
         "sft": [f"artifacts/hf/{file}" for file in ["chat_template.jinja", *SAVED]],
     }
-    if name in ("distil", "lora"):
+    if name in ("distil", "lora", "muon"):
         assert runs[0].result["artifacts"] is None
     else:
         assert runs[0].result["artifacts"]["files"] == expected[name]

@@ -200,6 +200,7 @@ DECISIVE: dict[str, Any] = {
     "ragged": "spread",
     "order": "permutation",
     "buffers": {"*.count": "sum"},
+    "freeze": {"*.weight": "all"},
     "seed": 1,
     "clip_norm": 1.0,
     "precision": "bfloat16",

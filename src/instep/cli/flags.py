@@ -28,8 +28,8 @@ SEVERAL_BY_FLAG = (
 )
 """What helps where a flag is to set a part of one of several optimizers."""
 
-_PATTERNS = "recipe.buffers."
-"""What follows it is one name, whose dots are its own."""
+_PATTERNS = ("recipe.buffers.", "recipe.freeze.")
+"""What follows one of them is one name, whose dots are its own."""
 
 
 class UsageError(InstepError):

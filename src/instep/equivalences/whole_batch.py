@@ -104,6 +104,7 @@ def team_gradient(
 class _Step:
     def __init__(self, replica: Replica, gradients: Gradients, step: int):
         self._replica, self._gradients, self._step = replica, gradients, step
+        replica.trainable.begin(step)
         self._module = copy.deepcopy(replica.module)
         self._bf16 = replica.recipe.precision != "float32"
 

@@ -25,6 +25,11 @@ class Work(NamedTuple):
         """How many microbatches it holds."""
         return self.local_steps * (self.stop - self.start)
 
+    @property
+    def batches(self) -> range:
+        """The global batches."""
+        return range(self.batch, self.batch + self.local_steps)
+
     def covers(self) -> dict[str, Any]:
         """What a tape says of it."""
         return {"batch": self.batch, "local_steps": self.local_steps, "microbatches": [self.start, self.stop]}

@@ -37,6 +37,7 @@ def fit_memory(
 
 def _fitted(replica: Replica, team: Team, emit: Callable[[Event], None] | None, workers: int) -> Plan:
     budget = parse_budget(team.memory, "'team.memory'")
+    replica.trainable.require_all()  # in some step, or none is frozen
     profile, batch = profile_of(replica)
     wanted = budget.of(profile.peak_bytes)
     plan = gradient_checkpointing.plan(profile, budget_bytes=wanted, price=price_in(replica.recipe))

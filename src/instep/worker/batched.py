@@ -46,6 +46,8 @@ class Together:
             raise _refused("its precision is not float32")
         if any(parameter.dtype != torch.float32 for parameter in contributor.replica.parameters):
             raise _refused("its weights are not float32")
+        if contributor.replica.trainable.by_step:
+            raise _refused("recipe.freeze freezes parameters in some steps alone")
         if contributor.replica.objective.shares:
             raise _refused("its objective looks at the whole batch")
         self._whole = _Whole(contributor.replica.module, contributor.replica.objective)

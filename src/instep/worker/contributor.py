@@ -127,7 +127,7 @@ class Contributor:
             with self.written.probing(learn=False), torch.no_grad():
                 self.replica.objective.sums(self.replica.module, samples)
         self.buffers.leave(filled=True)
-        self.replica.trainable.begin()
+        self.replica.trainable.begin(batch)
         self.changing = {index for index, changed in enumerate(self.buffers.changed()) if changed}
         self.buffers.begin()
         self.pack = Pack(self.replica.module, self.replica.parameters, self.written.frozen)

@@ -70,6 +70,7 @@ class Gradients:
     def assign(self, nodes: Sequence[Node], rows: Sequence[Tensor]) -> None:
         """From the next batch on, folds these nodes, from left to right, into `rows` ([layout.size] float32 each)."""
         if self._fold is None:
+            self._replica.trainable.require_all()  # else there can be no hooks
             self._fold = Fold(self.layout, self._replica.parameters, nodes, rows)
         else:
             self._fold.assign(nodes, rows)
@@ -113,7 +114,7 @@ class Gradients:
         self._first = False
         fold.begin()
         self.buffers.begin()
-        replica.trainable.begin()
+        replica.trainable.begin(batch)
         found: dict[int, dict[str, Tensor]] = {}
         with replica.written.kept(f"{self._what} {batch + 1}", closely=self.looked):
             for microbatch, some in samples.items():
@@ -139,7 +140,7 @@ class Gradients:
         assert self._fold is not None, "assign comes first"
         replica, fold, checks = self._replica, self._fold, self._replica.checks
         self.buffers.begin()
-        replica.trainable.begin()
+        replica.trainable.begin(batch)
         replica.checks = None
         try:
             with replica.written.kept(f"{self._what} {batch + 1}", closely=self._looks(batch)), fold.aside():
@@ -167,6 +168,7 @@ def compile_first(replica: Replica) -> None:
         return
     place = next(m for m in range(replica.recipe.microbatches) if replica.cursor.microbatch_size(0, m))
     batch, checks, replica.checks = replica.batch(0, place), replica.checks, None
+    replica.trainable.begin(0)
     try:
         with replica.written.probing(learn=False):
             replica.compute(0, place, batch, replica.objective.counts(batch))

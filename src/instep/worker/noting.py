@@ -100,6 +100,7 @@ def noted_alone(replica: Replica, gradients: Gradients, step: int, microbatch: i
     if samples is None:
         return NOTHING
     counts = replica.objective.counts(samples)
+    replica.trainable.begin(step)  # for hooks are on those that require a gradient
     with NotedGradients(replica.parameters) as noted:
         sums = gradients.alone(step, microbatch, samples, totals)
     return noted.digest(sums, counts)

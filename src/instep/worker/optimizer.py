@@ -39,21 +39,19 @@ class Some(NamedTuple):
     groups: Sequence[Sequence[list[nn.Parameter]]]
 
 
-def optimizer_of(recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> Optimizer | Several:
-    """The recipe's optimizer, or optimizers, of `parameters`, which `names` names in the same order.
+def optimizer_of(
+    recipe: Recipe, names: Sequence[str], parameters: Sequence[nn.Parameter], others: Sequence[str] = ()
+) -> Optimizer | Several:
+    """The recipe's optimizer, or optimizers, of `parameters`, which `names` names in the same order; not of `others`.
 
     Raises ComponentError where one cannot be built, is none or is one of other parameters, or where patterns leave a
     parameter or an optimizer out, and RecipeError where the recipe's schedule has no learning rate to change.
     """
     if isinstance(recipe.optimizer, ByPattern):
-        named = dict(zip(names, parameters, strict=True))
-        parts = zip(recipe.optimizer.parts, recipe.optimizer.split(names), strict=True)
-        return Several(
-            [
-                Optimizer(component, recipe, own, [named[name] for name in own], f"recipe.optimizer[{place}]")
-                for place, ((_, component), own) in enumerate(parts)
-            ]
-        )
+        named, where = dict(zip(names, parameters, strict=True)), "recipe.optimizer"
+        parts = enumerate(zip(recipe.optimizer.parts, recipe.optimizer.split(names, others), strict=True))
+        each = [Optimizer(c, recipe, own, [named[n] for n in own], f"{where}[{at}]") for at, ((_, c), own) in parts]
+        return Several(each)
     return Optimizer(recipe.optimizer, recipe, names, parameters)
 
 

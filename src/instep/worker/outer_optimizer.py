@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,8 @@ class OuterOptimizer:
         self._sum: Tensor | None = None
         self._updates = 0
 
-    def step(self, delta: Tensor, parameters: Sequence[Tensor]) -> float:
-        """Moves `parameters` against `delta` ([layout.size] float32); the learning rate."""
+    def step(self, delta: Tensor, parameters: Sequence[Tensor | None]) -> float:
+        """Moves `parameters` against `delta` ([layout.size] float32), but for None; the learning rate."""
         rule = self._rule
         if rule.outer == "delayed_nesterov":
             move = self._delayed(delta)
@@ -48,7 +48,8 @@ class OuterOptimizer:
             move = delta
         with torch.no_grad():
             for parameter, view in zip(parameters, self._layout.views(move), strict=True):
-                parameter.sub_(view.to(parameter.dtype), alpha=rule.outer_lr)
+                if parameter is not None:
+                    parameter.sub_(view.to(parameter.dtype), alpha=rule.outer_lr)
         return rule.outer_lr
 
     def _delayed(self, delta: Tensor) -> Tensor:
@@ -89,12 +90,16 @@ class OuterOptimizers:
         self._parts = {which: layout.part(which) for which in fragments.all}
         self._each = {which: OuterOptimizer(rule, own) for which, (_, own) in self._parts.items()}
 
-    def of_round(self, number: int) -> OuterStep:
-        """`OuterOptimizer.step` for the update of this round: takes the whole delta, and all parameters."""
-        return partial(self._step, self._fragments.of_round(number))
+    def of_round(self, number: int, still: Collection[int] = ()) -> OuterStep:
+        """`OuterOptimizer.step` for the update of this round: takes the whole delta, and all parameters.
 
-    def _step(self, which: range, delta: Tensor, parameters: Sequence[Tensor]) -> float:
-        return self._each[which].step(delta[self._parts[which][0]], parameters[which.start : which.stop])
+        still: those that it does not move, by index. Their momentum goes on, and falls where their delta is 0.
+        """
+        return partial(self._step, self._fragments.of_round(number), still)
+
+    def _step(self, which: range, still: Collection[int], delta: Tensor, parameters: Sequence[Tensor]) -> float:
+        moved = [None if index in still else parameters[index] for index in which]
+        return self._each[which].step(delta[self._parts[which][0]], moved)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: that of the only one, or of each as "fragments"."""

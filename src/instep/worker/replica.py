@@ -29,7 +29,7 @@ from instep.worker.optimizer import Some, optimizer_of, some_of
 from instep.worker.sample_reader import SampleReader
 from instep.worker.single_samples import check_single_samples
 from instep.worker.spot_checks import SpotChecks
-from instep.worker.trainable import Trainable
+from instep.worker.trainable import Trainable, freeze
 
 
 class Replica:
@@ -99,18 +99,19 @@ class Replica:
         self.module = build_for_training(recipe.model, self.device)
         check_tokenizer(self.module, self.data.codec)
         self._built = set(self.module.state_dict())
+        frozen = freeze(self.module, recipe)
         self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         check_parameters(self.names, self.parameters)
         self._extra_state = ExtraState(self.module)
-        self.trainable = Trainable(self.module, self.names, self.parameters)
+        self.trainable = Trainable(self.module, self.names, self.parameters, frozen)
         """Which of them require a gradient at present."""
         self._lr: float | None = None
         self.written = WrittenParameters(self.module, self.parameters, written)
         """The parameters that its own forwards write."""
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
-        self.optimizer = optimizer_of(recipe, self.names, self.parameters)
+        self.optimizer = optimizer_of(recipe, self.names, self.parameters, self.trainable.others)
         self._stepped = self._averaged = False
 
     def again(self, device: torch.device) -> Replica:
@@ -139,7 +140,8 @@ class Replica:
             one.check_schedule(phase.schedule)
         if phase.lr != self._lr:
             seed_all(key(self.recipe.seed, "optimizer"))
-            changed = optimizer_of(self.recipe.with_lr(phase.lr), self.names, self.parameters)
+            other_rates = self.recipe.with_lr(phase.lr)
+            changed = optimizer_of(other_rates, self.names, self.parameters, self.trainable.others)
             for own, other in zip(self.optimizer.each, changed.each, strict=True):
                 own.take_rates(other)
             self._lr = phase.lr

@@ -1,9 +1,10 @@
-"""Which parameters require a gradient, as forwards may change it while the model trains.
+"""Which parameters require a gradient, as forwards may change it while the model trains, and as the recipe says.
 
 Every microbatch of a step starts with the step's flags, as it does with the step's buffers, so that what comes of them
 does not know the team. A parameter that a microbatch leaves without one ceases: from the next step on it is without a
 gradient, until all microbatches of a step leave it with one. Only those that required one when the model was built are
-trained.
+trained, but for those that `Recipe.freeze` has frozen all the time. Those that it has frozen in some steps are without
+a gradient there, whatever was before and comes after.
 """
 
 from __future__ import annotations
@@ -14,29 +15,68 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from instep.errors import RecipeError
+from instep.freezing import FrozenSteps, check_some_train, frozen_steps
+from instep.recipe import Recipe
 
 _requires_grad = operator.attrgetter("requires_grad")  # of all parameters after every microbatch: the quickest way
+
+
+def freeze(module: nn.Module, recipe: Recipe) -> list[FrozenSteps]:
+    """Freezes the parameters that the recipe has frozen all the time, and gives the steps in which each of the others
+    that require a gradient is frozen, in their order. Raises RecipeError.
+    """
+    named = list(module.named_parameters())
+    frozen = frozen_steps(recipe.freeze, [name for name, _ in named])
+    trained = [(parameter, when) for (_, parameter), when in zip(named, frozen, strict=True) if parameter.requires_grad]
+    if trained and recipe.freeze:
+        check_some_train([when for _, when in trained], recipe.steps)
+    for parameter, when in trained:
+        if when.always:
+            parameter.requires_grad_(False)
+    return [when for _, when in trained if not when.always]
 
 
 class Trainable:
     """The flags of one model. Parameters are known by their index in `parameters`, those that are trained.
 
-    off: those without a gradient, when a step starts. ended: those that a microbatch of it left so; None where none
-    had samples.
+    off: those without a gradient, when a step starts, but for those `frozen` in it, each in the steps given. ended:
+    those that a microbatch of it left so; None where none had samples.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str], parameters: Sequence[nn.Parameter]):
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        frozen: Sequence[FrozenSteps] = (),
+    ):
         self._module, self._names, self._parameters = module, names, parameters
         trained = {id(parameter) for parameter in parameters}
         others = [(name, p) for name, p in module.named_parameters() if id(p) not in trained]
-        self._others, self._other_names = [p for _, p in others], [name for name, _ in others]
+        self._others = [p for _, p in others]
+        self.others = [name for name, _ in others]
+        """The names of the parameters that are not trained."""
+        self._by_step = {index: when for index, when in enumerate(frozen) if when.end != 0}
+        self._now: frozenset[int] = frozenset()  # frozen in the step that is begun
         self._flags = [True] * len(parameters)
         self.off: frozenset[int] = frozenset()
         self.ended: frozenset[int] | None = None
 
-    def begin(self) -> None:
+    @property
+    def by_step(self) -> bool:
+        """Whether the recipe has some of them frozen in some steps."""
+        return bool(self._by_step)
+
+    def frozen_in(self, steps: Collection[int]) -> frozenset[int]:
+        """Those that the recipe has frozen in all of these steps."""
+        return frozenset(index for index, when in self._by_step.items() if all(map(when.holds, steps)))
+
+    def begin(self, step: int) -> None:
         """Starts a step."""
         self.ended = None
+        if self._by_step and (now := self.frozen_in([step])) != self._now:
+            self._now = now
+            self.take(self.off)
         if list(map(_requires_grad, self._parameters)) != self._flags:
             self._put_back()
 
@@ -47,7 +87,7 @@ class Trainable:
         """
         others = list(map(_requires_grad, self._others))
         if any(others):
-            name = self._other_names[others.index(True)]
+            name = self.others[others.index(True)]
             raise RecipeError(
                 f"parameter '{name}' began to require a gradient in step {step + 1}, and which are trained is "
                 f"settled when the model is built; build it requiring one and freeze it after the first step, "
@@ -55,7 +95,13 @@ class Trainable:
             )
         flags, off = list(map(_requires_grad, self._parameters)), self.off
         if flags != self._flags:
-            off = frozenset(index for index, flag in enumerate(flags) if not flag)
+            begun = next((self._names[index] for index in sorted(self._now) if flags[index]), None)
+            if begun is not None:
+                raise RecipeError(
+                    f"parameter '{begun}' began to require a gradient in step {step + 1}, in which 'recipe.freeze' has "
+                    f"it frozen; leave it to one of the two, the recipe or the model's own code."
+                )
+            off = (frozenset(index for index, flag in enumerate(flags) if not flag) - self._now) | (off & self._now)
             self._put_back()
         self.ended = off if self.ended is None else self.ended | off
 
@@ -72,7 +118,13 @@ class Trainable:
     def take(self, off: Iterable[int]) -> None:
         """The next step starts with these without a gradient."""
         self.off = frozenset(off)
-        self._flags = [index not in self.off for index in range(len(self._parameters))]
+        without = self.off | self._now
+        self._flags = [index not in without for index in range(len(self._parameters))]
+
+    def require_all(self) -> None:
+        """Until the next step begins all require a gradient, as what is to see their gradients later asks for."""
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
 
     @property
     def off_names(self) -> list[str]:
