@@ -25,10 +25,9 @@ class Work(NamedTuple):
         """How many microbatches it holds."""
         return self.local_steps * (self.stop - self.start)
 
-    @property
-    def batches(self) -> range:
-        """The global batches."""
-        return range(self.batch, self.batch + self.local_steps)
+    def batches(self, before: int = 0) -> range:
+        """The global batches, and so many before them, as far as there are."""
+        return range(max(0, self.batch - before), self.batch + self.local_steps)
 
     def covers(self) -> dict[str, Any]:
         """What a tape says of it."""

@@ -225,7 +225,8 @@ class Merger:
             sums, counts, norm, [index in touched for index in range(len(self.replica.parameters))], written,
             bad=bad, left_out=left_out, off=self._off(facts), ends=[each.ends for each in facts],
         )  # fmt: skip
-        still = self.replica.trainable.frozen_in([batch for each in contributions for batch in each.work.batches])
+        more = self.rule.local_steps - self.rule.stride  # a fragment is moved along all since it was sent last
+        still = self.replica.trainable.frozen_in([batch for each in contributions for batch in each.work.batches(more)])
         outer = None if self.rule.gradients else self._outer.of_round(self.version, still)
         weights = _Whole(self.replica, self.layout, total, outer)
         update = self._updates.make(step, added, weights, lambda: self._take_buffers(contributions))
