@@ -384,7 +384,10 @@ class Thawing(nn.Linear):
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("steps", "sentence"),
-    [("..3", "parameter 'bias' began to require a gradient in step 2, in which 'recipe.freeze' has it f")],
+    [
+        ("..3", "parameter 'bias' began to require a gradient in step 2, in which 'recipe.freeze' has it f"),
+        ("all", "parameter 'bias' began to require a gradient in step 2, and which are trained is settled when"),
+    ],
 )
 def test_a_model_that_unfreezes_what_the_recipe_freezes_is_refused(steps: str, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:

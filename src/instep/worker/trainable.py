@@ -91,7 +91,7 @@ class Trainable:
             raise RecipeError(
                 f"parameter '{name}' began to require a gradient in step {step + 1}, and which are trained is "
                 f"settled when the model is built; build it requiring one and freeze it after the first step, "
-                f"with requires_grad_(False): then it may begin again."
+                f"with requires_grad_(False) or by 'recipe.freeze' in some steps: then it may begin again."
             )
         flags, off = list(map(_requires_grad, self._parameters)), self.off
         if flags != self._flags:
