@@ -20,6 +20,11 @@ SMALL = {
         "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "max_position_embeddings": 256, "tie_word_embeddings": True,
     },
+    "opt": {
+        "hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "word_embed_proj_dim": 16,
+        "max_position_embeddings": 256, "pad_token_id": 1,
+    },
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 256, "bos_token_id": 0, "eos_token_id": 0},
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 A model whose ``forward`` takes ``documents`` is given these, [B, T], and ``positions`` where it takes them, see
 `instep.packed.PackedTokens`; attention may then look from an input at earlier ones of the same document alone. One that
 takes ``position_ids``, as those of transformers do, is given the positions, of which it makes out the documents, though
-only where it keeps no cache.
+only where it keeps no cache. Of a model with adapters of peft the model below them says what it takes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _PROBED: WeakSet[nn.Module] = WeakSet()
 def told_apart(model: nn.Module, batch: PackedTokens) -> dict[str, Any]:
     """What `model` is given beside the inputs. Raises ObjectiveError where it takes none, or lets documents leak."""
     model = getattr(model, "_orig_mod", model)
-    taken = inspect.signature(model.forward).parameters
+    taken = inspect.signature(_below_adapters(model).forward).parameters
     if "documents" in taken:
         names = {"documents": "documents", "positions": "positions"}
     elif "position_ids" in taken:
         names = {"position_ids": "positions"}
     else:
         raise ObjectiveError(
-            f"the rows hold several documents, and {type(model).__name__}.forward takes neither 'documents' nor "
+            f"the rows hold several documents, and {_name(model)}.forward takes neither 'documents' nor "
             f"'position_ids', so that it would read across them; let it take 'documents' ([B, T]) and keep attention "
             f"inside each, or give data that are not packed."
         )
@@ -46,6 +46,17 @@ def told_apart(model: nn.Module, batch: PackedTokens) -> dict[str, Any]:
     if model not in _PROBED:
         _probe(model, batch, told, plain)
     return {**told, **plain}
+
+
+def _below_adapters(model: nn.Module) -> nn.Module:
+    """The model that peft has put adapters on, to which it hands what it does not name itself."""
+    base: Any = getattr(model, "get_base_model", None)
+    found = base() if callable(base) else model
+    return found if isinstance(found, nn.Module) else model
+
+
+def _name(model: nn.Module) -> str:
+    return type(_below_adapters(model)).__name__
 
 
 def _probe(model: nn.Module, batch: PackedTokens, told: dict[str, Tensor], plain: dict[str, bool]) -> None:
@@ -83,13 +94,13 @@ def _probe(model: nn.Module, batch: PackedTokens, told: dict[str, Tensor], plain
     leak, apart = (float((seen - found).abs().max()) for found in (changed, single))
     if not leak <= _LEAK * scale:
         raise ObjectiveError(
-            f"{type(model).__name__} reads across documents: where the first one of a row is changed, logits of the "
+            f"{_name(model)} reads across documents: where the first one of a row is changed, logits of the "
             f"second change by up to {leak:.2g}, of at most {scale:.2g}; keep attention, and whatever else mixes "
             f"positions, inside each document, or give data that are not packed."
         )
     if not apart <= _APART * scale:
         raise ObjectiveError(
-            f"{type(model).__name__} gives a document other logits where it stands alone: by up to {apart:.2g}, of at "
+            f"{_name(model)} gives a document other logits where it stands alone: by up to {apart:.2g}, of at "
             f"most {scale:.2g}; let its positions begin anew with each document, as 'positions' has them, or give data "
             f"that are not packed."
         )
