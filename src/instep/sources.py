@@ -1,4 +1,4 @@
-"""Which source files a process computes with: they, too, must be the same on all hosts of a run."""
+"""Which source files a process computes with, and which models it has loaded: on all hosts of a run the same."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from typing import Any
 
 MOST_FILES = 2000
 """Files that are told of at most, in the order of their names."""
+
+_LOADED: dict[str, Path | str] = {}
+"""Models that this process has loaded: files, by name, or digests of weights."""
 
 _INSTALLED = {"site-packages", "dist-packages"}
 _OF_THE_HOST = {"__main__", "sitecustomize", "usercustomize"}
@@ -31,6 +34,26 @@ def sources(objects: Iterable[Any] = ()) -> dict[str, str]:
             told[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         except OSError:
             continue  # of a notebook, or gone since
+    return told
+
+
+def note_loaded(name: str, what: Path | str) -> None:
+    """Notes what a model was loaded from: a file, or the digest of its weights. name: the same on every host."""
+    _LOADED[name] = what
+
+
+def models() -> dict[str, str]:
+    """A digest of each file, and of all weights, that `note_loaded` was told of; files are read whole."""
+    told: dict[str, str] = {}
+    for name, what in sorted(_LOADED.items()):
+        if isinstance(what, str):
+            told[name] = what
+            continue
+        try:
+            with open(what, "rb") as file:
+                told[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        except OSError:
+            continue  # gone since
     return told
 
 

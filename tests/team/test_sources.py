@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from instep.sources import first_difference, sources
+from instep import sources as of_sources
+from instep.sources import first_difference, models, note_loaded, sources
 
 SCRIPT = "class Net:\n    def forward(self):\n        return {number}\n\ndef loss(model, batch):\n    return {number}\n"
 
@@ -72,3 +73,20 @@ def test_a_script_that_is_nowhere_is_passed_over(tmp_path: Path) -> None:
     defined = defined_in(script)
     script.unlink()
     assert first_difference(sources([defined["loss"]]), {}) == ""
+
+
+def test_files_and_weights_of_models_are_compared_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of_sources, "_LOADED", {})
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(1 << 20))
+    note_loaded("file llama/model.safetensors", path)
+    note_loaded("model of the run runs/gpt", "5e88")
+    before = models()
+    assert set(before) == {"file llama/model.safetensors", "model of the run runs/gpt"}
+    with open(path, "r+b") as file:
+        file.seek(777_777)
+        file.write(b"1")
+    assert first_difference(before, models()) == "file llama/model.safetensors"
+    path.unlink()
+    note_loaded("model of the run runs/gpt", "5e89")
+    assert first_difference(before, models()) == "model of the run runs/gpt"

@@ -7,6 +7,7 @@ they stand on is loaded from its folder each time, and known by its digest: a st
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -158,8 +159,8 @@ def _check_base(digest: str, folder: str, module: nn.Module, state: dict[str, Te
     known = digest if saved is None else bytes(saved.cpu().tolist()).hex()
     if known != digest:
         raise CheckpointError(
-            f"the adapters were trained on other weights than {cut(folder)} holds now: those had the digest {known}, "
-            f"these have {digest}; put the folder back as it was, or start a new run."
+            f"the adapters were trained on other weights than {cut(folder)} holds now on {socket.gethostname()}: those "
+            f"had the digest {known}, these have {digest}; put the folder back as it was, or start a new run."
         )
 
 

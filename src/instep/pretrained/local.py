@@ -15,6 +15,7 @@ from instep.data.tokenizer import digest_of
 from instep.errors import CheckpointError, ComponentError, cut, shown
 from instep.hf_library import no_extra, quiet_transformers
 from instep.record.weights import read_header
+from instep.sources import note_loaded
 from instep.tables import suggest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -64,10 +65,19 @@ def hf(folder: str | os.PathLike[str] = "", *, dtype: str = "float32", attention
         ) from error
     model, found = loaded
     _check_all_there(place, weights, config, found)
+    _note(folder, [place / _CONFIG, *weights])
     model.config.use_cache = False
     model.tokenizer_digest = digest_of(place)
     made: nn.Module = model
     return made
+
+
+def _note(folder: str | os.PathLike[str], files: Iterable[Path]) -> None:
+    """Has other hosts compare them: each, and which there are."""
+    files = sorted(files)
+    for file in files:
+        note_loaded(f"file {os.fspath(folder).rstrip('/')}/{file.name}", file)
+    note_loaded(f"model in {os.fspath(folder)}", " ".join(file.name for file in files))
 
 
 def checked_folder(folder: str | os.PathLike[str]) -> Path:

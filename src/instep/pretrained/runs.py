@@ -14,6 +14,7 @@ from instep.recipe import Recipe, parse
 from instep.recipe_files import read_saved
 from instep.record import checkpoint
 from instep.record.folder import RunFolder
+from instep.sources import note_loaded
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Trained:
         if not isinstance(model, nn.Module):
             raise ComponentError(f"the model of {folder.path} is a {type(model).__name__}, not a torch.nn.Module.")
         model.load_state_dict(saved.model_state)
+        note_loaded(f"model of the run {os.fspath(run)}", saved.digest)
         return cls(folder, recipe, model, paths)
 
 

@@ -37,9 +37,10 @@ def difference(
     own, leads: the facts of both.
     """
     if file := first_difference(leads.get("sources", {}), own.get("sources", {})):
+        differ = ", and read from the environment what is to differ" if file.startswith(("module ", "script ")) else ""
         return (
             f"{who} has another {file} than {leader}, and the result would be that of neither; give all hosts the "
-            f"same files, and read from the environment what is to differ."
+            f"same files{differ}."
         )
     for name, value in leads.items():
         if name in own and name != "sources" and own[name] != value and (names is None or name in names):

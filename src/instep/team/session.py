@@ -25,7 +25,7 @@ from instep.record.events import QUIET, CheckpointedEvent, EvaluatedEvent, Event
 from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.record.held import is_there
-from instep.sources import sources
+from instep.sources import models, sources
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
 from instep.team.messages import Assignment, Events, KeepState, Ready, StateKept
@@ -214,11 +214,11 @@ class Session:
         }
 
     def _sources(self) -> dict[str, str]:
-        """Of what the recipe has loaded by now."""
+        """Of what the recipe has loaded by now, code and models."""
         recipe = self.recipe
         parts = recipe.optimizer.parts if isinstance(recipe.optimizer, ByPattern) else (((), recipe.optimizer),)
         components = [recipe.model, recipe.objective, recipe.data, *(component for _, component in parts)]
-        return sources(component.use for component in components)
+        return sources(component.use for component in components) | models()
 
     def ready(self, facts: Mapping[str, Any], memory: Mapping[str, Region]) -> Any:
         """Tells the supervisor that all is built, and waits until everybody is.
