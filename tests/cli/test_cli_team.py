@@ -60,6 +60,34 @@ def test_hosts_are_shown_where_there_are_several_and_a_server_by_its_name() -> N
     ]
 
 
+def test_loaders_are_a_line_each_that_fits_a_usual_terminal() -> None:
+    reads = loader(0, doing="reading step 1,044, microbatch 15")
+    team_of_1 = [member(0)], [reads, loader(1, died=2), loader(2, stopped=True)]
+    found = list(team.lines(table(*team_of_1[0], loaders=team_of_1[1])))
+    assert found[3:] == [
+        "loader      pid     read      ahead  now",
+        "0          2000    1,328         12  reading step 1,044, microbatch 15",
+        "1          2000    1,328         12  waits until more is wanted; 2 died before",
+        "2          2000    1,328         12  stopped (SIGSTOP or a debugger)",
+    ]
+    assert max(map(len, found)) <= 80
+    over_hosts = [member(0), member(1, host=1, host_name="node1")], [loader(0), loader(1, host=1)]
+    found = list(team.lines(table(*over_hosts[0], loaders=over_hosts[1])))
+    assert found[4:] == [
+        "loader  host      pid     read      ahead  now",
+        "0          0     2000    1,328         12  waits until more is wanted",
+        "1          1     2000    1,328         12  waits until more is wanted",
+        "host 1 is node1",
+    ]
+
+
+def loader(number: int, **more: Any) -> dict[str, Any]:
+    return {
+        "loader": number, "name": f"loader {number}", "host": 0, "host_name": "node0", "pid": 2000, "read": 1328,
+        "ahead": 12, "ahead_bytes": 1 << 20, "died": 0, "doing": "", "stopped": False, **more,
+    }  # fmt: skip
+
+
 def test_a_terminal_that_asks_while_the_run_ends_asks_again_and_shows_how_it_has_ended(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

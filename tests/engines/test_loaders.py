@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import tempfile
@@ -25,10 +27,11 @@ from instep.data.cursor import Cursor
 from instep.descendants import Stopped, children
 from instep.engines import division
 from instep.engines.seat import Seat
-from instep.errors import DataError
+from instep.errors import DataError, InstepError
 from instep.objectives import objective
 from instep.schedule import Change
 from instep.team import loaders
+from instep.team.asking import standing_of
 from instep.transport import units
 from instep.transport.units import Unit
 from instep.worker import loaded
@@ -40,6 +43,7 @@ from support.harness import Client, told, train_here
 from support.kinds import quick
 from support.moving import AtRandom
 from support.processes import wait_until
+from support.threads import meanwhile
 
 pytestmark = pytest.mark.processes
 
@@ -189,6 +193,37 @@ def test_a_sample_that_ends_each_loader_is_named(tmp_path: Path) -> None:
     said = rf"sample {bad} ended each of the 3 loaders that read it, the last one killed by SIGKILL.*--skip-samples"
     with pytest.raises(DataError, match=said):
         train_here(recipe(Drawn(tmp_path / "read", act)), Team(workers=2, loaders=1), tmp_path / "run")
+
+
+def test_who_asks_is_told_what_each_loader_does_and_which_have_died(tmp_path: Path) -> None:
+    path, goes_on, samples = tmp_path / "run", tmp_path / "go on", late()
+    asked: list[dict[str, Any]] = []
+
+    def act(index: int) -> None:
+        killing_once(tmp_path, index, samples[3])
+        if index == samples[20] and in_loader():
+            wait_until(goes_on.exists, 120, "an answer")
+
+    def ask() -> None:
+        wait_until(tells, 120, "a loader that reads, and one that died")
+
+    def tells() -> bool:
+        with contextlib.suppress(InstepError):  # it is not there yet
+            asked[:] = standing_of(path).get("loaders", [])
+        return any(each["doing"] for each in asked) and any(each["died"] for each in asked)
+
+    team = Team(workers=1, loaders=2)
+    with meanwhile(ask, goes_on.touch):
+        run = train_here(recipe(Drawn(tmp_path / "read", act)), team, path)
+    assert run.digest == plain()
+    assert [each["loader"] for each in asked] == [0, 1]
+    assert [each["name"] for each in asked] == ["loader 0", "loader 1"]
+    assert sum(each["died"] for each in asked) == 1
+    assert all(re.fullmatch(r"reading step \d+, microbatch \d|", each["doing"]) for each in asked)
+    assert {each["pid"] for each in asked} & set(read_by(tmp_path / "read", loaders=True))
+    assert sum(each["read"] for each in asked) >= sum(each["ahead"] for each in asked) > 0
+    assert all((each["ahead_bytes"] > 0) == (each["ahead"] > 0) for each in asked)
+    assert standing_of(path)["loaders"] == []
 
 
 def test_what_a_sample_raises_is_told_as_without_loaders(tmp_path: Path) -> None:

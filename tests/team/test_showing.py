@@ -11,7 +11,7 @@ from instep.team import showing
 from instep.team.orders import Member
 from instep.team.showing import Showing
 from instep.team.wire_format import MESSAGE_BYTES, encode
-from instep.team.wire_messages import MembersShown, Shown, StacksWanted
+from instep.team.wire_messages import LoaderShown, MembersShown, Shown, StacksWanted
 
 pytestmark = pytest.mark.pure
 
@@ -26,6 +26,9 @@ class Workers:
 
     def shown(self) -> tuple[Shown, ...]:
         return self.members
+
+    def loaders_shown(self) -> tuple[LoaderShown, ...]:
+        return (LoaderShown(1, 2, 200, 7, 3, 99, 0, ""),)
 
     def ask_for_stacks(self, numbers: Collection[int]) -> None:
         self.asked.append(numbers)

@@ -9,7 +9,7 @@ import pytest
 from instep.record.events import ComputedEvent, JoinedEvent, LeftEvent
 from instep.team.orders import Member
 from instep.team.standing import TeamStanding, ended
-from instep.team.wire_messages import Shown
+from instep.team.wire_messages import LoaderShown, Shown
 
 pytestmark = pytest.mark.pure
 
@@ -73,6 +73,24 @@ def test_speed_is_that_of_the_last_contributions_of_the_present_process() -> Non
     team_of.note(JoinedEvent(worker=1, pid=7, host="node3"))
     (one,) = team_of.table([shown(1)], 10.0, 0)["members"]
     assert (one["microbatches_per_s"], one["host_name"]) == (None, "node3")
+
+
+def test_loaders_are_told_by_number_with_the_host_that_they_are_on() -> None:
+    team_of = standing()
+    team_of.note(JoinedEvent(worker=1, pid=7, host="node1"))
+    loaders = [
+        LoaderShown(1, 2, 202, 5, 1, 64, 1, "reading step 3, microbatch 0"),
+        LoaderShown(0, 0, 200, 9, 0, 0, 0, ""),
+    ]
+    found = team_of.table([shown(0), shown(1, host=1)], 10.0, 0, loaders)["loaders"]
+    assert [(each["name"], each["host_name"]) for each in found] == [
+        ("loader 0", None),
+        ("loader 2 on host 1", "node1"),
+    ]
+    assert {**found[1]} == {
+        "loader": 2, "name": "loader 2 on host 1", "host": 1, "host_name": "node1", "pid": 202, "read": 5, "ahead": 1,
+        "ahead_bytes": 64, "died": 1, "doing": "reading step 3, microbatch 0", "stopped": False,
+    }  # fmt: skip
 
 
 def test_who_has_left_is_told_with_when_and_why() -> None:

@@ -30,6 +30,20 @@ def test_what_a_worker_waits_for_takes_the_row_of_what_no_loader_can_send() -> N
     assert claimed(units, full=True).key == first.key + ROWS
 
 
+def test_anybody_sees_what_a_loader_reads_and_has_read_ahead() -> None:
+    units = table(8, loaders=2)
+    assert units.of_loader(0) == (None, 0, 0)
+    first, second = claimed(units), claimed(units, 1)
+    assert units.of_loader(0) == ((0, 0), 0, 0)
+    assert units.post(first._replace(state=State.LOADED, descriptor=5, nbytes=70))
+    units._microbatches = 1  # as who has not said of how many a batch is
+    assert (units.of_loader(0), units.of_loader(1)) == ((None, 1, 70), ((0, 1), 0, 0))
+    units.microbatches = 8
+    units.took(first.key)
+    assert units.post(second._replace(state=State.OWN))
+    assert (units.of_loader(0), units.of_loader(1)) == ((None, 0, 0), (None, 0, 0))
+
+
 def test_of_one_microbatch_that_was_read_twice_the_second_stays() -> None:
     units = table(2 * ROWS, loaders=2)
     first = claimed(units)._replace(state=State.LOADED, descriptor=5, nbytes=1)

@@ -157,10 +157,26 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield "  ".join(
             (f"{who:<6}", *host, f"{each['pid']:>7}", f"{clock(each['for_s']):>7}", f"{speed:>9}", now(each))
         )
+    yield from _loaders(found.get("loaders", ()), hosts=bool(hosts))
     for host, name in sorted(hosts.items()):
         yield f"host {host} is {name or 'not known yet'}"
     for each in found["left"][-LEFT:]:
         yield f"left at {clock(each['t_s'])}: {each['why']}"
+
+
+def _loaders(loaders: Iterable[Mapping[str, Any]], *, hosts: bool) -> Iterator[str]:
+    """A line for each loader, if there are some."""
+    head = "  ".join(
+        (f"{'loader':<6}", *(["host"] if hosts else []), f"{'pid':>7}", f"{'read':>7}", f"{'ahead':>9}", "now")
+    )
+    for place, each in enumerate(loaders):
+        if not place:
+            yield head
+        host = [f"{each['host']:>4}"] if hosts else []
+        doing = "stopped (SIGSTOP or a debugger)" if each["stopped"] else each["doing"] or "waits until more is wanted"
+        died = f"; {each['died']} died before" if each["died"] else ""
+        counts = f"{each['read']:>7,}", f"{each['ahead']:>9,}"
+        yield "  ".join((f"{each['loader']:<6}", *host, f"{each['pid']:>7}", *counts, f"{doing}{died}"))
 
 
 def stack_lines(found: Mapping[str, Any]) -> Iterator[str]:

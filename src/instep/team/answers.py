@@ -127,7 +127,8 @@ class Answers:
                 asked.answer({"error": "somebody else asks for stacks at this moment; ask again."})
 
     def _table(self) -> dict[str, Any]:
-        return self._standing.table(self._shown(), self._clock(), self._restarts())
+        loaders = [each for crew in self._crews() for each in crew.loaders_shown()]
+        return self._standing.table(self._shown(), self._clock(), self._restarts(), loaders)
 
     def _look_for_stacks(self) -> None:
         """Answers who has asked for stacks, once all are there that come in time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from typing import Any, Protocol
 from instep.recipe import Team
 from instep.record.folder import RunFolder
 from instep.team import regroup_messages
-from instep.team.channel import Channel
 from instep.team.heartbeat import Liveness, process_state
 from instep.team.loaders import Loaders
 from instep.team.messages import (
@@ -28,7 +26,7 @@ from instep.team.messages import (
 )
 from instep.team.orders import Lost, Member, Regroup, RosterEvent
 from instep.team.processes import MemberProcess, MemberProcesses
-from instep.team.wire_messages import Shown
+from instep.team.wire_messages import LoaderShown, Shown
 from instep.transport.memory import reserve
 from instep.transport.meter import METER
 
@@ -76,6 +74,9 @@ class Crew(Protocol):
 
     def shown(self) -> tuple[Shown, ...]:
         """What its members do, as far as is known."""
+
+    def loaders_shown(self) -> tuple[LoaderShown, ...]:
+        """What its loaders do, as far as is known."""
 
     def ask_for_stacks(self, numbers: Collection[int]) -> None:
         """Has those of its members that have these numbers show their Python stacks; `stacks` has them in a while."""
@@ -286,6 +287,9 @@ class LocalCrew:
             done=done,
         )
 
+    def loaders_shown(self) -> tuple[LoaderShown, ...]:
+        return () if self._loaders is None else self._loaders.shown(self._host)
+
     def ask_for_stacks(self, numbers: Collection[int]) -> None:
         self._asked = {}
         for process in self._processes or ():
@@ -314,7 +318,7 @@ class LocalCrew:
             return []
         self.processes.board.doing.clear(member.number)
         self.processes.board.answers[member.number] = 0
-        words = list(_rest(old.pipe))
+        words = old.rest()
         old.close()
         return words
 
@@ -384,15 +388,7 @@ class LocalCrew:
         processes, self._processes = self._processes, None
         try:
             for process in processes:
-                yield from (Heard(process.member, message) for message in _rest(process.pipe))
+                yield from (Heard(process.member, message) for message in process.rest())
         finally:
             METER.add(int(processes.board.sent.sum()), int(processes.board.received.sum()))
             processes.close()
-
-
-def _rest(pipe: Channel) -> Iterator[WorkerToSupervisor]:
-    """What has arrived there from a process that has ended."""
-    with contextlib.suppress(EOFError, OSError):
-        while pipe.poll():
-            message: WorkerToSupervisor = pipe.recv()
-            yield message

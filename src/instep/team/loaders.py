@@ -13,10 +13,12 @@ from typing import Any
 from instep.descendants import Stopped, die_with_parent, take_care_of_helpers
 from instep.errors import no_process
 from instep.record.folder import RunFolder
+from instep.team.heartbeat import process_state
 from instep.team.launcher import Handle
 from instep.team.logs import redirect_output
 from instep.team.messages import Assignment
 from instep.team.signals import leave_to_others
+from instep.team.wire_messages import LoaderShown
 from instep.transport.units import Units
 
 MOST_DEATHS = 5
@@ -47,6 +49,7 @@ class Loaders:
         except OSError as error:
             raise no_process(f"{count} loaders", error) from error
         self._running: dict[int, _Running] = {}
+        self._died = [0] * count
 
     @classmethod
     def of(
@@ -83,6 +86,7 @@ class Loaders:
             if each.handle.death not in ready:
                 continue
             code = self._take_out(number)
+            self._died[number] += 1
             deaths = 1 + each.deaths * (int(self.units.read[number]) == each.read)
             if deaths == MOST_DEATHS:
                 self.units.close()
@@ -94,6 +98,19 @@ class Loaders:
         for each in self._running.values():
             if each.stopped.look():
                 each.handle.kill()
+
+    def shown(self, host: int) -> tuple[LoaderShown, ...]:
+        """What each does, of those of this host."""
+        return tuple(self._shown(host, number, each.handle.pid) for number, each in sorted(self._running.items()))
+
+    def _shown(self, host: int, number: int, pid: int) -> LoaderShown:
+        place, ahead, ahead_bytes = self.units.of_loader(number)
+        doing = "" if place is None else f"reading step {place[0] + 1}, microbatch {place[1]}"
+        stopped = process_state(pid)[0] in "Tt"
+        return LoaderShown(
+            host, self._first + number, pid, int(self.units.read[number]), ahead, ahead_bytes, self._died[number],
+            doing, stopped,
+        )  # fmt: skip
 
     def end(self) -> None:
         """Ends all."""

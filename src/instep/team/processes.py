@@ -55,6 +55,14 @@ class MemberProcess:
             raise EOFError
         return None
 
+    def rest(self) -> list[WorkerToSupervisor]:
+        """What has arrived from it that nobody has received, once it has ended."""
+        found: list[WorkerToSupervisor] = []
+        with contextlib.suppress(EOFError, OSError):
+            while self.pipe.poll():
+                found.append(self.pipe.recv())
+        return found
+
     def how_it_ended(self, name: str, log: Path) -> tuple[str, str]:
         """A sentence on a process that is dead, or as good as that, and the end of what it printed."""
         self.handle.join(1)

@@ -41,6 +41,7 @@ from instep.team.wire_messages import (
     HelloAgent,
     Kept,
     KeptGiven,
+    LoaderShown,
     LogPart,
     MemberLost,
     MembersShown,
@@ -116,9 +117,8 @@ class RemoteCrew:
         self._passed = 0  # the epoch of which members are still to end that take no part any more; 0 for none
         self._sent: set[str] = set()  # checkpoints that the host has
         self._facts: Mapping[str, Any] = {}
-        self._shown: tuple[Shown, ...] = ()  # as it was told last
-        self._asked = 0  # how often for stacks
-        self._stacks: dict[int, str] = {}
+        self._shown = MembersShown(())  # as it was told last
+        self._asked, self._stacks = 0, dict[int, str]()  # how often for stacks, and what came of it
         self._orders: deque[Iterator[Any]] = deque()  # to be sent as the link takes them
         self._silence = Silence()
         self._tried = False  # whether nothing has come yet over the connection by which the link goes on
@@ -286,12 +286,10 @@ class RemoteCrew:
                     self.clock_error_s = message.error_s
                     self._carried.told(self.hello.host, self.hello.session, message)
                     self._order(Beat(seq, sent_s, self._clock()))
-                case MembersShown(shown, asked, stacks):
-                    self._shown = shown
+                case MembersShown(_, asked, stacks):
+                    self._shown = message
                     if asked == self._asked:
-                        self._stacks |= {
-                            int(number): str(text) for number, text in stacks.items() if number.isdecimal()
-                        }
+                        self._stacks |= {int(each): str(text) for each, text in stacks.items() if each.isdecimal()}
                 case LogPart(name, content):
                     self._log(name, content)
                 case CheckpointPart() | KeptGiven():
@@ -315,7 +313,10 @@ class RemoteCrew:
             self._lose(why)
 
     def shown(self) -> tuple[Shown, ...]:
-        return tuple(each for each in self._shown if each.member in self._members)
+        return tuple(each for each in self._shown.shown if each.member in self._members)
+
+    def loaders_shown(self) -> tuple[LoaderShown, ...]:
+        return self._shown.loaders if self._members else ()
 
     def ask_for_stacks(self, numbers: Collection[int]) -> None:
         self._asked, self._stacks = self._asked + 1, {}

@@ -39,7 +39,8 @@ class Showing:
             return None
         self._told_s = now
         self._awaited.difference_update(new)
-        return MembersShown(crew.shown(), self._asked, {str(number): self._cut(text) for number, text in new.items()})
+        stacks = {str(number): self._cut(text) for number, text in new.items()}
+        return MembersShown(crew.shown(), self._asked, stacks, crew.loaders_shown())
 
     def _cut(self, text: str) -> str:
         return text.encode(errors="replace")[: self._most].decode(errors="ignore")

@@ -15,7 +15,7 @@ from instep.record.events import (
     MergedEvent,
     RunStartedEvent,
 )
-from instep.team.wire_messages import Shown
+from instep.team.wire_messages import LoaderShown, Shown
 
 SCHEMA = 1
 """Of the document that `TeamStanding.table` gives: docs/team.md says what is in it."""
@@ -66,8 +66,10 @@ class TeamStanding:
         """A team of so many starts."""
         self._server = workers if self._serving else None
 
-    def table(self, shown: Sequence[Shown], now_s: float, restarts: int) -> dict[str, Any]:
-        """The document that `instep team --json` prints of a run that goes on. shown: of all hosts."""
+    def table(
+        self, shown: Sequence[Shown], now_s: float, restarts: int, loaders: Sequence[LoaderShown] = ()
+    ) -> dict[str, Any]:
+        """The document that `instep team --json` prints of a run that goes on. shown, loaders: of all hosts."""
         started = self._started
         recipe = started.recipe if started is not None else {}
         rate = recipe["batch"] / recipe["microbatches"] if recipe else None
@@ -81,7 +83,24 @@ class TeamStanding:
             "version": self._version,
             "restarts": restarts,
             "members": [self._member(each, shown, now_s, rate) for each in sorted(shown, key=_number)],
+            "loaders": [self._loader(each, shown) for each in sorted(loaders, key=lambda each: each.number)],
             "left": list(self._left),
+        }
+
+    def _loader(self, one: LoaderShown, shown: Sequence[Shown]) -> dict[str, Any]:
+        names = (self._joined.get(each.member.number) for each in shown if each.member.host == one.host)
+        return {
+            "loader": one.number,
+            "name": f"loader {one.number}{f' on host {one.host}' if one.host else ''}",
+            "host": one.host,
+            "host_name": next((name for name in names if name is not None), None),
+            "pid": one.pid,
+            "read": one.read,
+            "ahead": one.ahead,
+            "ahead_bytes": one.ahead_bytes,
+            "died": one.died,
+            "doing": one.doing,
+            "stopped": one.stopped,
         }
 
     def _member(self, one: Shown, shown: Sequence[Shown], now_s: float, samples: float | None) -> dict[str, Any]:
@@ -146,7 +165,8 @@ def ended(events: Iterable[Mapping[str, Any]], result: Mapping[str, Any] | None)
     """The document of a run that does not go on, from its tape and `result.json`: how it has ended."""
     found: dict[str, Any] = {
         "schema": SCHEMA, "state": "nothing", "t_s": 0.0, "engine": None, "step": 0, "steps": None, "version": 0,
-        "restarts": result["restarts"] if result is not None else None, "members": [], "left": [], "why": None,
+        "restarts": result["restarts"] if result is not None else None, "members": [], "loaders": [], "left": [],
+        "why": None,
     }  # fmt: skip
     left: deque[dict[str, Any]] = deque(maxlen=MOST_LEFT)
     for event in events:

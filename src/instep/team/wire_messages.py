@@ -157,6 +157,24 @@ class Shown:
 
 
 @dataclass(frozen=True)
+class LoaderShown:
+    """A loader, as its agent sees it. number: of all of the team's. read: microbatches since the team started. ahead:
+    those that no worker has taken yet, and their bytes. died: how many in its place did. doing: in words; "" for that
+    nothing more is wanted. stopped: by SIGSTOP or a debugger.
+    """
+
+    host: Count
+    number: Count
+    pid: Count
+    read: Count
+    ahead: Count
+    ahead_bytes: Count
+    died: Count
+    doing: Name
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
 class MembersShown:
     """What the processes of its host do, about every second; and more of the stacks, by number in text, that answer the
     last `StacksWanted`, of this count.
@@ -165,6 +183,7 @@ class MembersShown:
     shown: tuple[Shown, ...]
     asked: Count = 0
     stacks: Table = field(default_factory=dict)
+    loaders: tuple[LoaderShown, ...] = ()
 
 
 @dataclass(frozen=True)

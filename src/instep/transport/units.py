@@ -82,8 +82,9 @@ class Units:
     """
 
     def __init__(self, workers: int, loaders: int):
-        self.loaders, self.microbatches = loaders, 1
+        self.loaders = loaders
         regions = {
+            "microbatches": Region((1,), "int64"),
             "signs": Region((2,), "int64"),
             "closed": Region((1,), "int64"),
             "read": Region((loaders,), "int64"),
@@ -97,8 +98,19 @@ class Units:
         self._signs, self._closed, self._asked, self._streams, self._rows = (
             arrays[name].view(np.int64) for name in ("signs", "closed", "asked", "streams", "rows")
         )
+        self._shared_microbatches = arrays["microbatches"].view(np.int64)
+        self.microbatches = 1
         self.read = arrays["read"].view(np.int64)
         """How many microbatches each loader has read."""
+
+    @property
+    def microbatches(self) -> int:
+        """Of a batch."""
+        return self._microbatches
+
+    @microbatches.setter
+    def microbatches(self, count: int) -> None:
+        self._microbatches = self._shared_microbatches[0] = count
 
     def key_of(self, batch: int, microbatch: int) -> int:
         """Of a microbatch."""
@@ -216,6 +228,17 @@ class Units:
     def closed(self) -> bool:
         """Whether nothing is loaded ahead any more."""
         return bool(self._closed[0])
+
+    def of_loader(self, loader: int) -> tuple[tuple[int, int] | None, int, int]:
+        """The batch and microbatch that a loader reads at present, if any; how many it has loaded that no worker has
+        taken yet; and their bytes. Of anybody, who need not have said of how many microbatches a batch is.
+        """
+        rows = self._rows[(self._rows[:, 0] > 0) & (self._rows[:, 2] == loader)]
+        reading, ahead = (rows[rows[:, 1] == state] for state in (State.READING, State.LOADED))
+        batch, microbatch = (
+            divmod(int(reading[0, 0]) - 1, int(self._shared_microbatches[0])) if len(reading) else (0, 0)
+        )
+        return (batch, microbatch) if len(reading) else None, len(ahead), int(ahead[:, 6].sum())
 
     def sign(self, which: int) -> None:
         """Wakes loaders (1) or workers (0)."""
