@@ -48,12 +48,28 @@ def test_a_built_in_recipe_is_proved(tmp_path: Path) -> None:
     assert case["proved"] == 9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "sft"])
+def test_a_recipe_on_a_pretrained_model_is_proved_with_the_folder_that_recipe_hf_leaves(
+    name: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    based_on(tmp_path, "hf")
+    case = checked(name, tmp_path)
+    assert (case["refuted"], case["not_run"]) == ([], [])
+
+
+def based_on(bases: Path, *names: str) -> None:
+    """Runs that other recipes go on with, as short as can be."""
+    short = ["--steps", "2", "--recipe.evaluate_samples", "8", "--recipe.sample_length", "0"]
+    for name in names:
+        assert instep("train", name, "--out", str(bases / name), *short).returncode == 0
+
+
 @pytest.mark.prove
 def test_every_built_in_recipe_is_proved_in_time(tmp_path: Path) -> None:
     began = time.monotonic()
-    short = ["--steps", "2", "--recipe.evaluate_samples", "8", "--recipe.sample_length", "0"]
-    for name in ("gpt", "hf"):
-        assert instep("train", name, "--out", str(tmp_path / name), *short).returncode == 0
+    based_on(tmp_path, "gpt", "hf")
     cases = [checked(name, tmp_path) for name in names_of_recipes()]
     save("checks", cases, seed=0, began=began)
     assert [case for case in cases if not case["held"]] == []
