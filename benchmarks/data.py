@@ -1,14 +1,18 @@
-"""What data given as an object cost in memory: ``python -m benchmarks.data``.
+"""What data cost: ``python -m benchmarks.data [--quick] [memory] [loading] [texts]``, by default all of these.
 
-A run is trained on `MIB` of data, which the program that calls `train` holds, with 4 workers that have read all of it.
+"memory": of data given as an object. A run is trained on `MIB` of data, which the program that calls `train` holds,
+with 4 workers that have read all of it.
 Counted is the proportional set size (each page divided by the number of processes that map it) of all processes, the
 caller included, at its peak over the run, less that of the same run on next to no data; in bytes for a byte of data.
-"objects" are 100-character texts in a list; their bytes are those of the caller's own. The result goes to
-benchmarks/results/data.json, with what benchmarks/loading.py measures of loaders.
+"objects" are 100-character texts in a list; their bytes are those of the caller's own. "loading" is what
+benchmarks/loading.py measures of loaders, "texts" what benchmarks/texts.py does of documents. Each part takes less than
+four minutes, and replaces what benchmarks/results/data.json had of it; with `--quick`, some seconds, to see that all
+runs, and nothing is saved.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import subprocess
@@ -28,7 +32,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import instep
-from benchmarks import loading
+from benchmarks import loading, texts
 from benchmarks.lockstep import machine
 from benchmarks.memory import sizes
 
@@ -121,22 +125,40 @@ def _peak_mib(make: Callable[[int, Path], Rows], count: int) -> float:
     return max(found)
 
 
-def main() -> None:
-    """Measures, prints, saves."""
-    count = MIB * 2**20 // (4 * WIDTH)
+def measured(quick: bool = False) -> dict[str, Any]:
+    """Of each kind, bytes a byte."""
+    mib = MIB // 16 if quick else MIB
+    count = mib * 2**20 // (4 * WIDTH)
     rows = []
     for kind in KINDS:
         bare, full = peak_mib(kind, 256), peak_mib(kind, count)
-        held = (full - bare) / MIB
+        held = (full - bare) / mib
         rows.append({"kind": kind, "bare_mib": bare, "full_mib": full, "held": held})
         print(f"{kind:<10}{bare:>8.0f} MiB without data{full:>8.0f} with{held:>7.2f} bytes a byte", flush=True)
-    found = {"machine": machine(), "method": (__doc__ or "").strip(), "mib": MIB, "workers": WORKERS, "rows": rows}
-    found["loading"] = loading.measured()
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    return {"mib": mib, "workers": WORKERS, "rows": rows}
+
+
+PARTS = {"memory": (measured, __doc__), "loading": (loading.measured, loading.__doc__),
+         "texts": (texts.measured, texts.__doc__)}  # fmt: skip
+
+
+def main() -> None:
+    """Measures, prints, saves."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[], metavar="part")
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    for name in given.parts or PARTS:
+        began, (measure, method) = time.monotonic(), PARTS[name]
+        found = {"machine": machine(), "method": (method or "").strip(), **measure(given.quick)}
+        found["seconds"] = round(time.monotonic() - began)
+        if not given.quick:
+            known = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+            RESULT.write_text(json.dumps({**known, name: found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) == 3 and sys.argv[1] in KINDS:
         print(_peak_mib(KINDS[sys.argv[1]], int(sys.argv[2])))
     else:
         main()

@@ -4,24 +4,28 @@
 step over all of them; then it is stopped after 9 steps, what it gives as its state is kept for each rank, and the epoch
 is read to its end from there by as many ranks, and by others: rank r takes the state of rank r, or of r modulo their
 number. Counted are the samples that came never and those that came more than once, and whether each step of n ranks had
-the samples of the same step of one. Instep trains a model that counts what it is trained on, and its bits are compared.
+the samples of the same step of one. Instep reads them in each of its formats, token files too, and trains a model that
+counts what it is trained on, by as many workers, with 0 to 4 loaders each; it is stopped and resumed by others, and a
+worker is killed; its bits are compared.
 
 The others are wheels in a folder of their own, without what they ask for, so that no other torch comes with them:
 
     pip install --no-deps --target OTHERS datasets dill multiprocess grain array-record etils torchdata litdata \\
         lightning-utilities boto3 botocore s3transfer jmespath python-dateutil obstore tifffile webdataset braceexpand
-    PYTHONPATH=OTHERS python -m benchmarks.formats
+    PYTHONPATH=OTHERS python -m benchmarks.formats [--quick]
 
-The result goes to benchmarks/results/formats.json.
+With `--quick` Instep alone is run, each format by two teams, and nothing is saved. The result goes to
+benchmarks/results/formats.json.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import json
 import os
+import signal
+import sys
 import tarfile
 import tempfile
 from collections import Counter
@@ -32,17 +36,27 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 from pyarrow import parquet
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-import instep
-from benchmarks.lockstep import machine
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests"))
+
+from benchmarks.lockstep import machine  # noqa: E402
+from instep import Recipe, Team  # noqa: E402
+from instep.record import checkpoint  # noqa: E402
+from instep.record.folder import RunFolder  # noqa: E402
+from support.formats import FORMATS, Seen, recipe  # noqa: E402
+from support.harness import Client, Outcome, act_on, train_here  # noqa: E402
+from support.resuming import begin, go_on  # noqa: E402
 
 SAMPLES, STEP, STOP = 1_234, 60, 9
 EDGES = [0, 40, 200, 330, 331, 600, 800, 1_000, SAMPLES]
 RANKS = (1, 2, 3, 5)
+LOADERS = {1: 4, 2: 2, 3: 0, 4: 3, 5: 1}
+"""Of each of Instep's workers, by their number."""
+
 CHANGES = ((1, 1), (2, 2), (4, 2), (2, 3), (3, 1))
 RESULT = Path(__file__).parent / "results" / "formats.json"
 
@@ -224,58 +238,37 @@ def measured(open_: Open) -> dict[str, Any]:
     return found
 
 
-class Seen(nn.Module):
-    """Counts how often it was trained on each sample."""
-
-    seen: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([0.5]))
-        self.register_buffer("seen", torch.zeros(SAMPLES, dtype=torch.int64))
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        if self.training:
-            self.seen += torch.bincount(numbers, minlength=SAMPLES)
-        return self.weight * numbers / SAMPLES
-
-
-def distance(model: nn.Module, numbers: Tensor) -> Tensor:
-    """The objective, which is of no matter."""
-    off: Tensor = model(numbers) - 0.3
-    return off.square().sum()
-
-
-def number_of(sample: Any) -> Tensor:
-    """Of a row, a line's value, or the files of a sample."""
-    return torch.tensor(sample["number"] if "number" in sample else sample["cls"])
-
-
-def by_instep(use: str, pattern: str, folder: Path) -> dict[str, Any]:
-    """The same for Instep: trained an epoch by teams, and stopped and resumed by others."""
-    args = {"pattern": pattern, "held_out": 0, "map": number_of}
-    recipe = instep.Recipe(
-        model=Seen, objective=distance, data={"use": use, "args": args},
-        batch=STEP, microbatches=15, steps=-(-SAMPLES // STEP), buffers={"seen": "sum"},
-        optimizer=partial(torch.optim.SGD, lr=1e-3),
-    )  # fmt: skip
+def by_instep(data: Any, folder: Path, teams: Sequence[int], changes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """The same for Instep: trained an epoch by teams, stopped and resumed by others, and with a worker killed."""
+    given: Recipe = recipe(data, model=partial(Seen, SAMPLES), batch=STEP, microbatches=15, steps=-(-SAMPLES // STEP))
     found: dict[str, Any] = {"epoch": {}, "resumed": {}}
     digests = []
-    for workers in RANKS:
-        run = instep.train(recipe, team=instep.Team(workers=workers), out=folder / f"{workers}")
+    for workers in teams:
+        run = train_here(given, team_of(workers), folder / f"{workers}")
         digests.append(run.digest)
         found["epoch"][str(workers)] = {**of_seen(run), "bits_as_one": run.digest == digests[0]}
-    for before, after in CHANGES:
+    for before, after in changes:
         path = folder / f"{before} to {after}"
-        instep.train(dataclasses.replace(recipe, steps=STOP), team=instep.Team(workers=before), out=path)
-        run = instep.train(recipe, team=instep.Team(workers=after), resume=path)
+        begin(path, given, team_of(before), STOP)
+        run = go_on(path, given, Team(workers=after, loaders=LOADERS[before]))
         found["resumed"][f"{before} to {after}"] = {**of_seen(run), "bits_as_one": run.digest == digests[0]}
+    client = Client(act_on("merged", lambda pid: os.kill(pid, signal.SIGKILL), STOP))
+    run = train_here(given, team_of(3), folder / "killed", client=client)
+    deaths = run.result["stood_in"] + run.result["restarts"]
+    found["killed"] = {**of_seen(run), "bits_as_one": run.digest == digests[0], "deaths": deaths}
     return found
 
 
-def of_seen(run: Any) -> dict[str, int]:
+def team_of(workers: int) -> Team:
+    """With as many loaders as it is to have."""
+    return Team(workers=workers, loaders=LOADERS[workers])
+
+
+def of_seen(run: Outcome) -> dict[str, int]:
     """As `counted`, of a run."""
-    seen = run.state_dict()["seen"]
+    path, _ = RunFolder(run.path).newest_checkpoint()
+    assert path is not None
+    seen = checkpoint.load(path).model_state["seen"]
     return {"lost": int((seen == 0).sum()), "twice": int((seen > 1).sum())}
 
 
@@ -293,16 +286,50 @@ CONTENDERS: dict[str, tuple[Callable[[Path, int, int], Reader], str]] = {
 def main() -> None:
     """Measures all, and writes the result after each."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    quick = "--quick" in sys.argv
     result: dict[str, Any] = {
         "machine": machine(), "samples": SAMPLES, "step": STEP, "stopped_after": STOP, "loaders": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write(folder)
-        for name, found in itertools.chain(others(folder), ours(folder)):
+        for name, found in ours(folder, quick) if quick else itertools.chain(ours(folder), others(folder)):
             result["loaders"][name] = found
-            RESULT.write_text(json.dumps(result, indent=1) + "\n")
             print(name, json.dumps(found), flush=True)
+            if not quick:
+                RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def ours(folder: Path, quick: bool = False) -> Iterator[tuple[str, Any]]:
+    """The same of Instep. First, as its teams are forked from here, and other libraries start threads."""
+    teams, changes = (RANKS[:2], CHANGES[3:4]) if quick else (RANKS, CHANGES)
+    for name, make in FORMATS.items():
+        data = make(folder / "instep" / name, tuple(itertools.pairwise(EDGES)))
+        yield f"instep, {name}", by_instep(data, folder / "runs" / name, teams, changes)
+    for name, package, data in (("grain", "grain", of_grain), ("litdata", "litdata", partial(of_litdata, folder))):
+        try:
+            known = f"instep, {name} {metadata.version(package)}"
+            data()
+        except Exception as error:
+            yield f"instep, {name}", {"left out": f"{type(error).__name__}: {str(error)[:200]}"}
+            continue
+        yield known, by_instep(data, folder / "runs" / name, teams, changes)
+
+
+def of_grain() -> Any:
+    """A MapDataset."""
+    import grain
+
+    return grain.MapDataset.source(Numbers())
+
+
+def of_litdata(folder: Path) -> Any:
+    """A StreamingDataset, which says that it is iterable."""
+    import litdata
+
+    if not (folder / "litdata").exists():
+        in_chunks(folder)
+    return litdata.StreamingDataset(str(folder / "litdata"), shuffle=False, drop_last=False)
 
 
 def others(folder: Path) -> Iterator[tuple[str, Any]]:
@@ -310,17 +337,12 @@ def others(folder: Path) -> Iterator[tuple[str, Any]]:
     for name, (open_, package) in CONTENDERS.items():
         try:
             known = f"{name} {metadata.version(package)}"
-            if name == "litdata":
+            if name == "litdata" and not (folder / "litdata").exists():
                 in_chunks(folder)
         except Exception as error:
             yield name, {"left out": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
         yield known, measured(partial(open_, folder))
-
-
-def ours(folder: Path) -> Iterator[tuple[str, Any]]:
-    """The same of Instep, on Parquet; tests do so for each format."""
-    yield "instep", by_instep("instep.data.parquet:parquet", str(folder / "*.parquet"), folder / "runs")
 
 
 if __name__ == "__main__":

@@ -1,61 +1,66 @@
-"""What loaders read: ``python -m benchmarks.loading``; ``python -m benchmarks.data`` has it too.
+"""What loaders read: ``python -m benchmarks.data loading``; `--quick` takes few steps, once, and saves nothing.
 
 "read": samples a second through one worker with `LOADERS` loaders, whose objective computes next to nothing, and
-through torch's `DataLoader` with as many processes, which gives batches of as many samples to a loop that adds them up.
-A sample is work as a JPEG is: `DECODED` times an inverse cosine transform of all 8x8 blocks of an image.
+through torch's `DataLoader` with as many processes over the same data set, which gives the same microbatches in the
+same order to a loop that adds some of them up. "images" are work as a JPEG is: `DECODED` times an inverse cosine
+transform of all 8x8 blocks of an image. "parquet" are rows of 512 token numbers and a label, in row groups of 1,000.
+"tokens" are windows of 1,024 in a file of nanoGPT's.
 "step": a step whose one worker computes for as long as its samples take to be read, with one loader, against the same
 step with samples that cost nothing. Each is measured `ROUNDS` times, by turns, and the medians are compared; the first
-steps are left out. Both need a core for each process.
+steps are left out. All need a core for each process.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+from pyarrow import parquet as of_arrow
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import instep
-from benchmarks.lockstep import machine
+from instep.data import Data, as_data
+from instep.data.mixture import cursor_over
+from instep.data.parquet import parquet
+from instep.data.token_files import token_files
 from instep.record.folder import RunFolder
 from instep.record.tape import read
 
 ROUNDS = 5
 LOADERS = 1
-SIZE = 8
-MICROBATCHES = 4
-STEPS = 30
-FIRST = 6
-"""Steps that are left out."""
-
 SIDE = 96
-DECODED = 32
+DECODED = 8
 STEP_S = 0.08
-RESULT = Path(__file__).parent / "results" / "loading.json"
+STEP_SAMPLES, STEP_MICROBATCHES, STEPS = 32, 4, 30
+FIRST = 0.2
+"""Share of the steps that are left out."""
+
+QUICK = 10
+"""So many times fewer steps."""
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
     """Images of which each costs so many times a decoding; with seconds, instead, so long of a processor."""
 
-    def __init__(self, decoded: int, seconds: float = 0.0):
-        self._decoded, self._seconds = decoded, seconds
+    def __init__(self, count: int, decoded: int, seconds: float = 0.0):
+        self._count, self._decoded, self._seconds = count, decoded, seconds
         angle = np.outer(np.arange(8) + 0.5, np.arange(8)) * np.pi / 8
         self._waves = (np.cos(angle) / 2).astype(np.float32)
         self._coded = np.random.default_rng(0).integers(-64, 64, (3, SIDE // 8, SIDE // 8, 8, 8), np.int16)
 
     def __len__(self) -> int:
-        return SIZE * MICROBATCHES * STEPS
+        return self._count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         until = time.thread_time() + self._seconds
@@ -68,10 +73,62 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         return found, torch.tensor(index % 4)
 
 
+def images(folder: Path) -> Callable[[], Any]:
+    """Work as of JPEGs."""
+    return partial(Images, 10_000, DECODED)
+
+
+def rows(folder: Path) -> Callable[[], Any]:
+    """Parquet: 40,000 rows, about 80 MB."""
+    draw = np.random.default_rng(0)
+    for number in range(2):
+        kind = pa.list_(pa.int32(), 512)
+        tokens = pa.FixedSizeListArray.from_arrays(
+            pa.array(draw.integers(0, 50_000, 20_000 * 512, np.int32)), type=kind
+        )
+        table = pa.table({"tokens": tokens, "label": pa.array(draw.integers(0, 4, 20_000))})
+        of_arrow.write_table(table, folder / f"part-{number}.parquet", row_group_size=1_000)
+    return partial(parquet, str(folder / "*.parquet"), 0, map=tensors_of)
+
+
+def tensors_of(row: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """A row's."""
+    return torch.from_numpy(row["tokens"]), torch.tensor(row["label"])
+
+
+def windows(folder: Path) -> Callable[[], Any]:
+    """A file of 20,000,000 tokens."""
+    np.random.default_rng(0).integers(0, 50_000, 20_000_000).astype("<u2").tofile(folder / "tokens.bin")
+    return partial(token_files, str(folder / "tokens.bin"), 1_024, vocabulary=50_257)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Samples to be read. `write` gives what a recipe's `data` is to be; a step has `microbatches` of `size`."""
+
+    write: Callable[[Path], Callable[[], Any]]
+    size: int
+    microbatches: int
+    steps: int
+
+
+KINDS = {
+    "images": Kind(images, 8, 4, 50),
+    "parquet": Kind(rows, 64, 4, 200),
+    "tokens": Kind(windows, 64, 4, 300),
+}
+
+
 def cheap(model: nn.Module, batch: Any) -> Tensor:
     """Next to nothing."""
-    nothing: Tensor = model(batch[0].flatten(1)[:, :3]) * 0
+    nothing: Tensor = model(some_of(batch)) * 0
     return nothing.sum()
+
+
+def some_of(batch: Any) -> Tensor:
+    """Three numbers of each sample."""
+    first: Tensor = batch if isinstance(batch, Tensor) else batch[0]
+    return first.flatten(1)[:, :3].float()
 
 
 def busy(seconds: float, model: nn.Module, batch: Any) -> Tensor:
@@ -82,63 +139,80 @@ def busy(seconds: float, model: nn.Module, batch: Any) -> Tensor:
     return cheap(model, batch)
 
 
-def per_step_s(data: Images, objective: Callable[..., Tensor], loaders: int) -> float:
+def per_step_s(
+    data: Any, objective: Callable[..., Tensor], size: int, microbatches: int, steps: int, loaders: int
+) -> float:
     """Seconds of a step of one worker."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = instep.Recipe(
-            model=partial(nn.Linear, 3, 1), objective=objective, data=data, batch=SIZE * MICROBATCHES,
-            microbatches=MICROBATCHES, steps=STEPS, optimizer=partial(torch.optim.SGD, lr=0.0),
+            model=partial(nn.Linear, 3, 1), objective=objective, data=data, batch=size * microbatches,
+            microbatches=microbatches, steps=steps, optimizer=partial(torch.optim.SGD, lr=0.0),
         )  # fmt: skip
         run = instep.train(recipe, team=instep.Team(loaders=loaders), out=Path(folder) / "run")
         ends = [float(event["t_s"]) for event in read(RunFolder(run.path).tape_path) if event["kind"] == "merged"]
-    return (ends[-1] - ends[FIRST - 1]) / (STEPS - FIRST)
+    first = int(FIRST * steps)
+    return (ends[-1] - ends[first - 1]) / (steps - first)
 
 
-def by_torch_s(data: Images, processes: int) -> float:
-    """Seconds in which a DataLoader gives as many samples."""
-    loader = DataLoader(data, SIZE, num_workers=processes, shuffle=False)
+def by_torch_s(data: Any, size: int, microbatches: int, steps: int, processes: int) -> float:
+    """Seconds in which a DataLoader gives the same samples."""
+    found: Data = as_data(data())
+    cursor = cursor_over(found.train, batch=size * microbatches, microbatches=microbatches, seed=0)
+    places = [(step, microbatch) for step in range(steps) for microbatch in range(microbatches)]
+    order = [list(cursor.microbatch(*place)) for place in places]
+    loader: Any = DataLoader(found.train, batch_sampler=order, num_workers=processes)  # type: ignore[arg-type]
     ends = []
     for batch in loader:
-        batch[0].flatten(1)[:, :3].sum()
+        some_of(batch).sum()
         ends.append(time.monotonic())
-    return (ends[-1] - ends[FIRST * MICROBATCHES - 1]) / (STEPS - FIRST)
+    first = int(FIRST * steps)
+    return (ends[-1] - ends[first * microbatches - 1]) / (steps - first)
 
 
-def measured() -> dict[str, Any]:
-    """Both, and how they compare: at least 0.97 is wanted of each."""
-    found: dict[str, list[float]] = {"read": [], "read_by_torch": [], "loaded": [], "free": []}
-    images, objective = Images(DECODED), partial(busy, STEP_S / MICROBATCHES)
-    slow, free = Images(0, STEP_S / (SIZE * MICROBATCHES)), Images(0)
-    for _ in range(ROUNDS):
-        found["read"].append(per_step_s(images, cheap, LOADERS))
-        found["read_by_torch"].append(by_torch_s(images, LOADERS))
-        found["loaded"].append(per_step_s(slow, objective, 1))
-        found["free"].append(per_step_s(free, objective, 0))
+def measured(quick: bool = False) -> dict[str, Any]:
+    """All, and how they compare: at least 0.97 is wanted of each."""
+    torch.set_num_threads(1)
+    found: dict[str, list[float]] = {}
+    fewer = QUICK if quick else 1
+    objective = partial(busy, STEP_S / STEP_MICROBATCHES)
+    with tempfile.TemporaryDirectory() as place:
+        made = {}
+        for name, kind in KINDS.items():
+            (folder := Path(place) / name).mkdir()
+            made[name] = kind.write(folder)
+        for _ in range(1 if quick else ROUNDS):
+            for name, kind in KINDS.items():
+                shape = kind.size, kind.microbatches, kind.steps // fewer
+                found.setdefault(name, []).append(per_step_s(made[name], cheap, *shape, LOADERS))
+                found.setdefault(f"{name} by torch", []).append(by_torch_s(made[name], *shape, LOADERS))
+            shape = STEP_SAMPLES // STEP_MICROBATCHES, STEP_MICROBATCHES, max(10, STEPS // fewer)
+            slow, free = (partial(Images, 960, 0, seconds) for seconds in (STEP_S / STEP_SAMPLES, 0.0))
+            found.setdefault("loaded", []).append(per_step_s(slow, objective, *shape, 1))
+            found.setdefault("free", []).append(per_step_s(free, objective, *shape, 0))
+    return compared(found)
+
+
+def compared(found: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, in samples a second, and the shares; `all` are seconds of a step."""
     middle = {name: statistics.median(seconds) for name, seconds in found.items()}
-    samples = SIZE * MICROBATCHES
+    kinds = {}
+    for name, kind in KINDS.items():
+        samples = kind.size * kind.microbatches
+        kinds[name] = {
+            "samples_per_s": samples / middle[name],
+            "samples_per_s_by_torch": samples / middle[f"{name} by torch"],
+            "of_torch": middle[f"{name} by torch"] / middle[name],
+        }
+        print(f"{name}: {kinds[name]['samples_per_s']:.0f} samples a second, {kinds[name]['of_torch']:.3f} of torch's")
+    of_step = middle["free"] / middle["loaded"]
+    print(f"{1e3 * middle['loaded']:.1f} ms a step, {of_step:.3f} of the step without reading", flush=True)
     return {
         "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
         "loaders": LOADERS,
-        "samples_per_s": samples / middle["read"],
-        "samples_per_s_by_torch": samples / middle["read_by_torch"],
-        "of_torch": middle["read_by_torch"] / middle["read"],
+        "read": kinds,
         "step_s": middle["loaded"],
         "step_s_without_reading": middle["free"],
-        "of_step": middle["free"] / middle["loaded"],
+        "of_step": of_step,
         "all": found,
     }
-
-
-def main() -> None:
-    """Measures, prints, saves."""
-    torch.set_num_threads(1)
-    found = measured()
-    print(f"{found['samples_per_s']:.0f} samples a second, {found['of_torch']:.3f} of torch's DataLoader")
-    print(f"{1e3 * found['step_s']:.1f} ms a step, {found['of_step']:.3f} of the step without reading")
-    if "--save" in sys.argv:
-        text = json.dumps({"machine": machine(), "method": (__doc__ or "").strip(), **found}, indent=1)
-        RESULT.write_text(text + "\n")
-
-
-if __name__ == "__main__":
-    main()

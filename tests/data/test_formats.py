@@ -29,7 +29,7 @@ from instep.data.mixture import cursor_over
 from instep.data.parquet import ParquetShard, parquet
 from instep.data.tars import tars
 from instep.errors import DataError, RecipeError
-from support.formats import FORMATS, SAMPLES, add, in_json_lines, recipe, seen
+from support.formats import FORMATS, IN_ORDER, SAMPLES, add, in_json_lines, recipe, seen
 from support.harness import Client, act_on, train_here
 from support.kinds import quick
 from support.resuming import begin, go_on
@@ -67,7 +67,7 @@ def test_every_sample_comes_once_an_epoch_for_1_2_3_and_5_workers_0_to_4_loaders
 
 
 @pytest.mark.pure
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", IN_ORDER)
 def test_files_of_each_format_have_every_sample_once_in_the_order_of_their_numbers(name: str, tmp_path: Path) -> None:
     train = FORMATS[name](tmp_path)().train
     assert [int(train[index]) for index in range(len(train))] == list(range(SAMPLES))
@@ -80,7 +80,7 @@ def test_files_of_each_format_have_every_sample_once_in_the_order_of_their_numbe
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", IN_ORDER)
 def test_a_process_that_is_forked_while_the_files_are_open_reads_what_it_asks_for(name: str, tmp_path: Path) -> None:
     train = FORMATS[name](tmp_path)().train
     train[0]

@@ -92,6 +92,11 @@ class ReadAt:
 
     def read(self, start: int, count: int) -> bytes:
         """So many bytes from byte `start` on, all of them."""
+        if (kept := self.__dict__.get("_descriptor")) is not None:  # as most often
+            try:
+                return self._read(kept, start, count)
+            except OSError as error:
+                raise unreadable(self.path, error) from error
         with self._descriptor_of() as descriptor:
             return self._read(descriptor, start, count)
 

@@ -55,6 +55,7 @@ class TokenFile:
             if magic in _LLM_C and _LLM_C[magic][1] == version:
                 self.start, kind, count = _LLM_C_HEADER, _LLM_C[magic][0], tokens
         self.dtype = np.dtype(kind).newbyteorder("<")
+        self._highest = np.iinfo(self.dtype).max if self.dtype.kind == "u" else 1 << 63  # that a token can be
         size = self._file.size - self.start
         self.count = size // self.dtype.itemsize if count < 0 else count
         if self.count * self.dtype.itemsize != size:
@@ -73,15 +74,15 @@ class TokenFile:
         """The same, [stop - start], int64. Raises DataError for a token that is not below `vocabulary`, which is of
         sample `what`; 0 does not look.
         """
-        tokens = torch.from_numpy(self.tokens(start, stop).astype(np.int64))
-        if vocabulary and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        tokens = self.tokens(start, stop)
+        if 0 < vocabulary <= self._highest and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
             other = int(tokens.max()) if int(tokens.max()) >= vocabulary else int(tokens.min())
             raise DataError(
                 f"{what} has the token {other}, after token {start:,} of {self.path}, and the vocabulary is "
                 f"{vocabulary}: the file is of another tokenizer, or of another 'dtype' than {self.dtype.name}; say "
                 f"the right one."
             )
-        return tokens
+        return torch.from_numpy(tokens.astype(np.int64))
 
     def document_ends(self) -> NDArray[np.int64] | None:
         """Where each document ends, in tokens ([documents], int64), as the ``.idx`` beside the file says it; None
