@@ -254,8 +254,7 @@ def by_instep(data: Any, folder: Path, teams: Sequence[int], changes: Sequence[t
         found["resumed"][f"{before} to {after}"] = {**of_seen(run), "bits_as_one": run.digest == digests[0]}
     client = Client(act_on("merged", lambda pid: os.kill(pid, signal.SIGKILL), STOP))
     run = train_here(given, team_of(3), folder / "killed", client=client)
-    deaths = run.result["stood_in"] + run.result["restarts"]
-    found["killed"] = {**of_seen(run), "bits_as_one": run.digest == digests[0], "deaths": deaths}
+    found["killed"] = {**of_seen(run), "bits_as_one": run.digest == digests[0], "deaths": run.result["restarts"]}
     return found
 
 
