@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +159,18 @@ def by_torch_s(data: Any, size: int, microbatches: int, steps: int, processes: i
     """Seconds in which a DataLoader gives the same samples."""
     found: Data = as_data(data())
     cursor = cursor_over(found.train, batch=size * microbatches, microbatches=microbatches, seed=0)
-    places = [(step, microbatch) for step in range(steps) for microbatch in range(microbatches)]
-    order = [list(cursor.microbatch(*place)) for place in places]
-    loader: Any = DataLoader(found.train, batch_sampler=order, num_workers=processes)  # type: ignore[arg-type]
+    order = [
+        [indices for microbatch in range(microbatches) if (indices := list(cursor.microbatch(step, microbatch)))]
+        for step in range(steps)
+    ]
+    listed: Any = found.train, list(chain.from_iterable(order))
+    loader: Any = DataLoader(listed[0], batch_sampler=listed[1], num_workers=processes)
     ends = []
     for batch in loader:
         some_of(batch).sum()
         ends.append(time.monotonic())
     first = int(FIRST * steps)
-    return (ends[-1] - ends[first * microbatches - 1]) / (steps - first)
+    return (ends[-1] - ends[sum(map(len, order[:first])) - 1]) / (steps - first)
 
 
 def measured(quick: bool = False) -> dict[str, Any]:
