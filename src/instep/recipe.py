@@ -27,14 +27,17 @@ from instep.rules.presets import synchronous
 from instep.schedule import Change, Phase
 from instep.schedule import Schedule as Schedule  # noqa: PLC0414  # which belongs to a recipe
 from instep.tables import added, as_before, check_types, from_table, suggest, to_table
+from instep.turns import Turns
 from instep.watch import Watch
 
 if TYPE_CHECKING:
     ComponentLike = Any
     ComponentsLike = Any
+    TurnsLike = Any
 else:
     ComponentLike = Component  # a field takes whatever `Component.of` does, and is a Component afterwards
     ComponentsLike = ByPattern  # or several, by patterns of names
+    TurnsLike = Turns  # or several objectives, which take turns
 
 _MOST = {"batch": 1 << 40, "microbatches": 1 << 20, "steps": 1 << 53, "threads": 1024, "sample_length": 1 << 20}
 """Beyond these no machine gets, or floating-point numbers cannot count."""
@@ -65,7 +68,8 @@ class Recipe:
     Fields
     ------
     model: builds a `torch.nn.Module`, or is one.
-    objective: see `instep.objectives`: a function of (model, batch) to sums, or a class of such.
+    objective: see `instep.objectives`: a function of (model, batch) to sums, or a class of such; or several that take
+        turns, a list of tables, each with the parameters that it trains, see `instep.turns`.
     data: gives a map-style data set, a pair (training, held out), or an `instep.Data`.
     optimizer: called with the list of parameters, gives a `torch.optim.Optimizer`; or several, a mapping of patterns of
         the parameters' names to such, see `instep.by_pattern`.
@@ -107,7 +111,7 @@ class Recipe:
     """
 
     model: ComponentLike
-    objective: ComponentLike
+    objective: TurnsLike
     data: ComponentLike
     optimizer: ComponentsLike = field(default_factory=lambda: Component("instep.optimizers:adamw"))
     schedule: Schedule = field(default_factory=Schedule)
@@ -138,8 +142,9 @@ class Recipe:
     artifacts_every: int = field(default=0, metadata=_NO_RESULT)
 
     def __post_init__(self) -> None:
-        for key in ("model", "objective", "data"):
+        for key in ("model", "data"):
             object.__setattr__(self, key, Component.of(getattr(self, key)))
+        object.__setattr__(self, "objective", Turns.of(self.objective))
         object.__setattr__(self, "optimizer", ByPattern.of(self.optimizer))
         if self.artifacts is not None:
             object.__setattr__(self, "artifacts", Component.of(self.artifacts))
@@ -173,6 +178,8 @@ class Recipe:
             )
         for watch in self.watches:
             watch.check(self.rule, self.evaluate_every)
+        if isinstance(self.objective, Turns):
+            self.objective.check(self.rule.name, together=self.rule.lockstep and not self.rule.streams)
         if list(self.changes) != sorted(self.changes, key=lambda change: change.version):
             raise RecipeError(
                 "'recipe.changes' do not come by rising version; leave them as a run's recipe.toml has them."

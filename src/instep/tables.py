@@ -15,6 +15,7 @@ from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.differences import contents
 from instep.errors import ComponentError, RecipeError, cut, shown
+from instep.turns import Turns
 
 T = TypeVar("T")
 
@@ -53,9 +54,17 @@ def to_table(value: Any) -> dict[str, Any]:
             table[field.name] = _component_table(item)
         elif isinstance(item, ByPattern):
             table[field.name] = [
-                {"parameters": patterns[0] if len(patterns) == 1 else list(patterns), **_component_table(component)}
+                {"parameters": _patterns_table(patterns), **_component_table(component)}
                 for patterns, component in item.parts
             ]
+        elif isinstance(item, Turns):
+            table[field.name] = [
+                {
+                    "name": turn.name, "parameters": _patterns_table(turn.patterns),
+                    **({"steps": turn.steps} if turn.steps > 1 else {}), **_component_table(turn.objective),
+                }
+                for turn in item.parts
+            ]  # fmt: skip
         elif dataclasses.is_dataclass(item):
             table[field.name] = to_table(item)
         elif isinstance(item, Mapping):
@@ -114,6 +123,10 @@ def _fields(cls: type) -> list[tuple[str, dataclasses.Field[Any], Any]]:
     ]
 
 
+def _patterns_table(patterns: tuple[str, ...]) -> str | list[str]:
+    return patterns[0] if len(patterns) == 1 else list(patterns)
+
+
 def _component_table(component: Component) -> dict[str, Any]:
     table: dict[str, Any] = {"use": component.describe()}
     if component.args:
@@ -165,7 +178,7 @@ def coerce(hint: Any, value: Any, where: str, *, python: bool = False) -> Any:
             listed = ", ".join(map(repr, options))
             raise RecipeError(f"'{where}' is {shown(value)}; it must be one of {listed}.")
         return value
-    if hint is Component or hint is ByPattern:
+    if hint in (Component, ByPattern, Turns):
         return hint.of(value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):

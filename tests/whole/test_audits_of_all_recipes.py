@@ -22,7 +22,7 @@ SEED = 16
 
 AUDITS = {
     "gpt": 400, "hf": 200, "distil": 200, "dpo": 200, "flow": 400, "vae": 400, "lora": 200, "sft": 200,
-    "muon": 200,
+    "muon": 200, "gan": 400,
     "convnet": 3000, "sentences": 4000, "compiled": 400, "memory": 400, "written": 400,
 }  # fmt: skip
 """How many of each recipe: those that are built in, and small ones with what could change a bit."""

@@ -58,7 +58,7 @@ class _Contributions(Body):
         replica = replica_before(step, side.recipe_at(self._version), "cpu", session.get("written", ()), load)
         gradients, microbatches = Gradients(replica), replica.recipe.microbatches
         batches = {m: replica.batch(step, m) for m in range(microbatches)}
-        counts = [replica.objective.counts(batch) for batch in batches.values() if batch is not None]
+        counts = [replica.objective.counts_at(step, batch) for batch in batches.values() if batch is not None]
         totals = {name: sum(each[name] for each in counts) for name in counts[0]}
         found: dict[int, list[str]] = {}
         for worker, (start, stop) in self._ranges.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 from instep.data import Data
 from instep.errors import RecordError
 from instep.models.flow import FlowNet, integrate
+from instep.models.gan import GANNet
 from instep.models.vae import VAENet
 from instep.record.files import write_atomically
 
@@ -29,15 +30,29 @@ def flow_samples(
     the nearest training picture, and "nearest, held-out", that of held-out ones, below which lie copies. The pictures
     are from -1 to 1.
     """
-    pictures, names = _training(data)
-    real = _tensors(data.held_out)[0].flatten(1)
     wanted = torch.arange(model.classes).repeat_interleave(each)
     device = next(model.parameters()).device
     labels = wanted.to(device)
     noise = torch.randn(len(wanted), 1, model.side, model.side).to(device)
     drawn = integrate(lambda x, t: model(x, t, labels), noise, steps).cpu()
-    rows = drawn.view(model.classes, each, model.side, model.side)[:, :columns]
-    write_png(folder / "samples.png", grid((rows.flatten(0, 1) + 1) / 2, min(columns, each)))
+    return _by_class(drawn, wanted, data, folder, columns)
+
+
+def gan_samples(model: GANNet, data: Data, folder: Path, *, each: int = 18, columns: int = 12) -> Mapping[str, float]:
+    """Has the generator make `each` pictures of every class, to samples.png, with the figures of `flow_samples`."""
+    wanted = torch.arange(model.classes).repeat_interleave(each)
+    device = next(model.parameters()).device
+    noise = torch.randn(len(wanted), model.latents).to(device)
+    drawn = model.generator(noise, wanted.to(device)).cpu()
+    return _by_class(drawn, wanted, data, folder, columns)
+
+
+def _by_class(drawn: Tensor, wanted: Tensor, data: Data, folder: Path, columns: int) -> Mapping[str, float]:
+    """Pictures from -1 to 1, [N, 1, S, S], as many of each class, and which is asked for: to samples.png, figures."""
+    pictures, names = _training(data)
+    real = _tensors(data.held_out)[0].flatten(1)
+    rows = drawn.unflatten(0, (int(wanted.max()) + 1, -1))[:, :columns]
+    write_png(folder / "samples.png", grid((rows.flatten(0, 1) + 1) / 2, rows.shape[1]))
     flat = drawn.flatten(1)
     return {
         "recognised": _share(names[_nearest(flat, pictures)] == wanted),

@@ -17,6 +17,7 @@ from instep.errors import InstepError, RecipeError, cut, shown
 from instep.recipe import Recipe, Team, parse
 from instep.recipe_files import path_of, read
 from instep.rules import UpdateRule
+from instep.turns import Turns
 
 Settings = Sequence[tuple[str, str]]
 """Names of fields, such as ``recipe.schedule.kind``, each with the text of its value."""
@@ -124,7 +125,7 @@ def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: st
     if not rest:
         value = _value(text, hint)
         table.pop(key, None) if value is None else table.update({key: value})
-    elif hint in (Component, ByPattern) or Component in get_args(hint):
+    elif hint in (Component, ByPattern, Turns) or Component in get_args(hint):
         table[key] = _component_table(cls, key, table.get(key))
         _set(Component, _room(table, key, where), rest, text, name)
     elif name.startswith(_PATTERNS):
@@ -148,8 +149,9 @@ def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: st
 def _room(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     inner = table.setdefault(key, {})
     if isinstance(inner, list):
+        remedy = SEVERAL_BY_FLAG if key == "optimizer" else "change the tables in the recipe's file."
         raise RecipeError(
-            f"'{where}' is a list of {len(inner)} tables, and a part of it cannot be set by a flag; {SEVERAL_BY_FLAG}"
+            f"'{where}' is a list of {len(inner)} tables, and a part of it cannot be set by a flag; {remedy}"
         )
     if not isinstance(inner, dict):
         raise RecipeError(f"'{where}' is {shown(inner)}, and a part of it cannot be set; it must be a table.")
@@ -259,7 +261,7 @@ def _names() -> Iterator[str]:
     for side, cls in (("recipe", Recipe), ("team", Team)):
         for key, hint in get_type_hints(cls).items():
             yield f"{side}.{key}"
-            one = Component if hint is ByPattern else hint
+            one = Component if hint in (ByPattern, Turns) else hint
             for part in getattr(one, "__dataclass_fields__", ()):
                 yield f"{side}.{key}.{part}"
 

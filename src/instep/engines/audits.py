@@ -99,6 +99,7 @@ class Audit:
         self._totals: Mapping[str, int] = {}
         self._own: dict[int, bytes] = {}  # what own microbatches came to, of those that are looked at
         self._others: dict[int, bytes] = {}
+        self._step = 0
         self._took_s = self._all_took_s = 0.0
         self._count = 0
 
@@ -113,6 +114,7 @@ class Audit:
         own, and notes what they come to; None where nothing is looked at.
         """
         self._idle = [worker for worker, (start, stop) in enumerate(ranges) if start == stop]
+        self._step = step
         self._looked = looked_at(self._replica.recipe.seed, self._share, step, ranges)
         if not self._looked or not self._replica.objective.has_items(totals):
             self._looked = []
@@ -135,7 +137,7 @@ class Audit:
         with NotedGradients(self._replica.parameters) as noted:
             sums = compute()
         began = time.monotonic()
-        self._own[microbatch] = noted.digest(sums, self._replica.objective.counts(batch))
+        self._own[microbatch] = noted.digest(sums, self._replica.objective.counts_at(self._step, batch))
         self._took_s += noted.took_s + time.monotonic() - began
         return sums
 

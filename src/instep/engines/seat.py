@@ -85,7 +85,7 @@ class Seat:
         for microbatch in own:
             self._samples[microbatch] = samples = self._replica.batch(step, microbatch)
             if samples is not None:  # counted at once: what draws here too knows the place, never the worker
-                counts.append(self._replica.objective.counts(samples))
+                counts.append(self._replica.objective.counts_at(step, samples))
         self.facts.counts = [sum([each[name] for each in counts]) for name in self.terms]
 
     def load_ahead(self, step: int) -> None:
@@ -149,7 +149,7 @@ class Seat:
 
     def _report(self, step: int, totals: Mapping[str, int], sums: list[str]) -> None:
         nbytes = 4 * self._replica.size * len(self._reduction.nodes_of(self.worker))
-        items, checksum = totals[self.terms[0]], sums or UNSET
+        items, checksum = self._replica.objective.items(totals), sums or UNSET
         self._emit(events.PushedEvent(worker=self._number, version=step, bytes=nbytes, items=items, checksum=checksum))
 
     def post_left(self, changed: list[int], wrote: bool) -> Fields:

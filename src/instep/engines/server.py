@@ -24,6 +24,7 @@ from instep.engines.lines import FarWorkersOf, Lines
 from instep.engines.server_memory import PublishedWeights, server_memory, server_regions
 from instep.record import events
 from instep.record.digest import digest_of_state
+from instep.record.event_kinds import GraceEndedEvent
 from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.ledger_state import ledger_state, resumed_ledger
@@ -138,7 +139,7 @@ class _Server:
             session.heartbeat.waiting(False)
             if deadline_s is not None and (now_s := session.clock()) >= deadline_s:
                 if waiting := self._ledger.graced(now_s):
-                    session.emit(events.GraceEndedEvent(version=self._progress.version, waiting=waiting))
+                    session.emit(GraceEndedEvent(version=self._progress.version, waiting=waiting))
                 self._obey(self._ledger.passed(now_s))
             while session.pipe.poll():  # first, for a successor's first word must not come before the news of the death
                 self._heard.append(session.pipe.recv())
@@ -228,7 +229,7 @@ class _Server:
         seq, piece, base = ledger.next_seq, *ledger.in_hand(worker)
         work, vectors = ledger.pieces.work(piece), self._vectors[worker]
         covers = work.covers()
-        items = facts.items
+        items = self._replica.objective.items(facts.counts)
         fragment = self._merger.fragments.of_round(ledger.pieces.round_of(piece))
         sent_bytes = vector_bytes(ledger.rule.wire, self._replica.parameters, fragment) * len(facts.nodes)
         self._session.emit(

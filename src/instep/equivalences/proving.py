@@ -33,7 +33,8 @@ from instep.offline.cluster import Cluster
 from instep.recipe import Recipe
 from instep.record import checkpoint
 from instep.record.computed_by import libraries
-from instep.rules.presets import asynchronous, bounded_staleness, text_of
+from instep.rules.presets import asynchronous, bounded_staleness, local_sgd, text_of
+from instep.turns import Turns
 
 if TYPE_CHECKING:
     from instep.team.child import Tell
@@ -197,8 +198,9 @@ class _Proofs:
         return Equivalence("staleness 0", CLAIMS["staleness 0"], "refuted", seen, why, place)
 
     def replay(self) -> Equivalence:
-        own = self.recipe.rule
-        recipe = replace(self.short, rule=asynchronous() if own.synchronous else own)
+        own, order = self.recipe.rule, self.recipe.objective
+        free = local_sgd(order.cycle) if isinstance(order, Turns) else asynchronous()  # which would mix turns
+        recipe = replace(self.short, rule=free if own.synchronous else own)
         if not recipe.rule.gradients:
             recipe = replace(recipe, steps=max(STEPS, 2 * min(recipe.rule.local_steps, STEPS)))
         size = max(2, self.team)

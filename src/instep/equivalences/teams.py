@@ -248,4 +248,4 @@ class _Worker(Body):
     @staticmethod
     def _state(replica: Replica) -> dict[str, tuple[str, str]]:
         data = replica.data
-        return state_of(model=replica.module, objective=replica.objective.objective, data=data.train)
+        return state_of(model=replica.module, objective=replica.objective.given, data=data.train)

@@ -26,6 +26,7 @@ from instep.objectives.any_loss import check as check_loss
 from instep.randomness import key, key_of_step, seed_all
 from instep.recipe import Recipe
 from instep.reduce.reduction import Reduction
+from instep.turns import Turns
 from instep.worker.gradients import Gradients
 from instep.worker.replica import Replica
 
@@ -76,10 +77,11 @@ class WholeBatch(Body):
 
 
 def _steps(replica: Replica) -> list[int]:
-    """The first, and the last of an epoch where it has fewer samples."""
-    cursor = replica.cursor
+    """The first, that of each of several objectives, and the last of an epoch where it has fewer samples."""
+    cursor, order = replica.cursor, replica.recipe.objective
     last = cursor.steps_per_epoch - 1
-    return [0] if cursor.size(last) == cursor.size(0) else [0, last]
+    ragged = set() if cursor.size(last) == cursor.size(0) else {last}
+    return sorted({0, *ragged, *(order.firsts(0) if isinstance(order, Turns) else ())})
 
 
 def team_gradient(
@@ -93,7 +95,7 @@ def team_gradient(
     reduction = Reduction(gradients.layout, microbatches, 1)
     rows = [torch.zeros(gradients.layout.size) for _ in reduction.nodes]
     gradients.assign(reduction.nodes_of(0), rows)
-    counts = [replica.objective.counts(batch) for batch in batches.values()]
+    counts = [replica.objective.counts_at(step, batch) for batch in batches.values()]
     totals = {name: sum(each[name] for each in counts) for name in counts[0]}
     computed = gradients.compute(step, {m: batches.get(m) for m in range(microbatches)}, totals)
     cut = reduction.pieces[0][0]
@@ -169,7 +171,7 @@ class _Step:
             whole = pytree.tree_map(
                 lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, whole
             )
-        objective = replica.objective
+        objective = replica.objective.at(self._step)
         seed_all(key(replica.recipe.seed, self._step, 0, "compute"))
         with replica.autocast(), _Given(draws):
             shared = Shared((objective.share(module, whole),), 0) if objective.shares else None
@@ -186,7 +188,7 @@ class _Step:
 
     def _cause(self, batches: dict[int, Any], whole: Any) -> tuple[str, str]:
         """Why the two differ, and the module, "" if it is not a module."""
-        objective = self._replica.objective
+        objective = self._replica.objective.at(self._step)
         counts = objective.counts(whole)
         parts = [objective.counts(batch) for batch in batches.values()]
         for name, count in counts.items():
@@ -249,7 +251,7 @@ class _Step:
         for name, part in module.named_modules():
             if name:
                 part.register_forward_hook(note(name))
-        objective = self._replica.objective
+        objective = self._replica.objective.at(self._step)
         with torch.no_grad():
             seed_all(0)
             shared = Shared((objective.share(module, batch),), 0) if objective.shares else None

@@ -28,6 +28,18 @@ class Applied:
     def __init__(self, model: nn.Module, plan: Plan, verify: bool | str):
         self.model, self.plan, self.verify = model, plan, verify
         self.verify_s: dict[str, float] = {block.name: 0.0 for block in plan.blocks if block.choice.acts}
+        modules = dict(model.named_modules())
+        self._blocks = [
+            (modules[block.name], _Block(modules[block.name], block, self))
+            for block in plan.blocks
+            if block.choice.acts
+        ]
+
+    def put_on(self) -> None:
+        """Puts the plan on the model again, in place of any other."""
+        remove(self.model)
+        for module, block in self._blocks:
+            module.forward = block
 
     def remove(self) -> None:
         """Takes the plan off the model, which then runs as it was written."""
@@ -54,10 +66,7 @@ def apply(model: nn.Module, plan: Plan, *, verify: bool | str = False) -> Applie
             )
     remove(model)
     applied = Applied(model, plan, verify)
-    for block in plan.blocks:
-        if block.choice.acts:
-            module = modules[block.name]
-            module.forward = _Block(module, block, applied)
+    applied.put_on()
     return applied
 
 

@@ -215,7 +215,9 @@ class Console(Closing):
         steps = f"{result['steps']:,}"
         screen.row("steps", f"{steps} of {self._progress.steps:,}, interrupted" if interrupted else steps)
         first, last = result.get("objective_first"), result.get("objective_last")
-        if first is not None or last is not None:
+        for name, value in self._progress.by_turn.items():
+            screen.row(name, number(value))
+        if not self._progress.by_turn and (first is not None or last is not None):
             screen.row("objective", f"{number(first)} {screen.sign('→', '->')} {number(last)}")
         virtual = " (virtual)" if self._progress.virtual else ""
         for label, key, form in (

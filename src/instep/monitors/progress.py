@@ -33,8 +33,11 @@ class ProgressDisplay:
         """For whom the team waits, in words; "" where it does not."""
         self.objective: float | None = None
         self.terms: Mapping[str, float | None] = {}
+        self.by_turn: dict[str, float | None] = {}
+        """The last objective of each that takes turns with others."""
         self.held_out: float | None = None
         self.bits_per_byte: float | None = None
+        self.held_out_by_turn: Mapping[str, float | None] = {}
         self.held_out_terms: Mapping[str, float | None] = {}
         self.gathered: Mapping[str, float | None] = {}
         self.pace = Throughput()
@@ -48,12 +51,17 @@ class ProgressDisplay:
             self.pace.begin(fresh=not self.done)
         elif kind == "merged":
             steps, self.done, self.state = event["step"] - self.done, event["step"], "training"
+            before = dict(self.terms)
             if event["objective"] is not None:  # else the update had no items
                 self.objective, self.terms = event["objective"], event.get("terms", {})
+                if "turn" in event:  # what is known of the others stays
+                    self.by_turn[event["turn"]] = event["objective"]
+                    self.terms = before | dict(self.terms)
             train_s = event["t_s"] if self.virtual else event.get("train_s")
             self.pace.step(event["t_s"], event["items"], steps, train_s)
         elif kind == "evaluated":
             self.held_out, self.bits_per_byte = event["objective"], event.get("bits_per_byte")
+            self.held_out_by_turn = event.get("turns") or {}
             self.held_out_terms = event.get("terms", {})
             self.gathered = event.get("gathered") or {}
             self.pace.pause(event["t_s"])
@@ -79,13 +87,14 @@ class ProgressDisplay:
         if self.state != "training":
             return [*parts, Part("", self.state, self.state, 1)]
         virtual = " (virtual)" if self.virtual else ""
-        objective = number(self.objective, 3)
-        parts.append(Part("objective", objective, objective, 1))
+        for name, value in (self.by_turn or {"objective": self.objective}).items():
+            parts.append(Part(name, number(value, 3), number(value, 3), 1))
         if self.bits_per_byte is not None:
             bits = number(self.bits_per_byte, 3)
             parts.append(Part("held-out", f"{bits} bits/byte", f"{bits} bpb", 2))
         elif self.held_out is not None:
-            parts.append(Part("held-out", number(self.held_out, 3), number(self.held_out, 3), 2))
+            for name, value in (self.held_out_by_turn or {"": self.held_out}).items():
+                parts.append(Part(f"held-out {name}".rstrip(), number(value, 3), number(value, 3), 2))
         if self.items_per_s is not None:
             parts.append(Part("", f"{rate(self.items_per_s)} items/s{virtual}", f"{short_rate(self.items_per_s)}/s", 4))
         if self.eta_s is not None:
@@ -95,14 +104,18 @@ class ProgressDisplay:
     def line(self, *, evaluated: bool) -> str:
         """What a plain line shows; the held-out figures only where they are new."""
         parts = [f"step {self.step:>{len(f'{self.steps:,}')},}/{self.steps:,}"]
+        objectives = self.by_turn or {"objective": self.objective}
         if self.state == "training":
-            parts.append(f"objective {number(self.objective)}")
+            parts += [f"{name} {number(value)}" for name, value in objectives.items()]
         if len(self.terms) > 1:
-            parts += [f"{name} {number(value)}" for name, value in self.terms.items() if name != "objective"]
+            shown = {"objective", *objectives}
+            parts += [f"{name} {number(value)}" for name, value in self.terms.items() if name not in shown]
         if evaluated:
-            parts.append(f"held-out {number(self.held_out)}")
+            held_out = self.held_out_by_turn or {"": self.held_out}
+            parts += [" ".join(filter(None, ("held-out", name, number(value)))) for name, value in held_out.items()]
             if len(self.held_out_terms) > 1:
-                parts += [f"{name} {number(value)}" for name, value in self.held_out_terms.items()]
+                told = self.held_out_terms.items()
+                parts += [f"{name} {number(value)}" for name, value in told if name not in held_out]
             if self.bits_per_byte is not None:
                 parts.append(f"{number(self.bits_per_byte)} bits/byte")
             parts += [f"{name} {number(value)}" for name, value in self.gathered.items()]

@@ -15,7 +15,7 @@ def scalars(event: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _merged(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    yield "objective/train", event["objective"]
+    yield f"objective/train{_of(event.get('turn'))}", event["objective"]
     terms = event.get("terms", {})
     if len(terms) > 1:
         for name, value in terms.items():
@@ -27,8 +27,14 @@ def _merged(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
         yield "rule/staleness", max(staleness)
 
 
+def _of(turn: str | None) -> str:
+    return f"/{turn}" if turn else ""
+
+
 def _evaluated(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     yield "objective/held_out", event["objective"]
+    for turn, value in (event.get("turns") or {}).items():
+        yield f"objective/held_out{_of(turn)}", value
     if event.get("bits_per_byte") is not None:
         yield "objective/bits_per_byte", event["bits_per_byte"]
     for name, value in (event.get("gathered") or {}).items():

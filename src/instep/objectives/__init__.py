@@ -37,6 +37,7 @@ from __future__ import annotations
 from instep.objectives.any_loss import Cut, LossCheck, check
 from instep.objectives.bound import Bound, bind, exact_sum, learn_terms
 from instep.objectives.checks import check_is_sum, check_protocol, check_repeats
+from instep.objectives.in_turns import of_recipe
 from instep.objectives.protocol import (
     TERM,
     Count,
@@ -71,4 +72,5 @@ __all__ = [
     "from_component",
     "learn_terms",
     "objective",
+    "of_recipe",
 ]

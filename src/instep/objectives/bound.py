@@ -59,6 +59,36 @@ class Bound:
         """The names of the terms that the objective adds up, once they are known."""
         return tuple(name for name in self.terms or () if name not in self.metrics)
 
+    @property
+    def given(self) -> Any:
+        """What the recipe names: one objective, or several that take turns."""
+        return self.objective
+
+    def at(self, step: int) -> Bound:
+        """That of `step`: itself, unless several take turns."""
+        return self
+
+    @cached_property
+    def without_turn(self) -> dict[str, Tensor]:
+        """Where several take turns, sums of 0 for all terms, which stay so for those that have none in a step."""
+        return {}
+
+    def counts_at(self, step: int, batch: Any) -> dict[str, int]:
+        """As `counts`, of a batch of `step`."""
+        return self.counts(batch)
+
+    def turn(self, counts: Mapping[str, int]) -> str:
+        """Where several take turns, which had theirs, by the items in `counts`; joined by +, as after local steps."""
+        return ""
+
+    def by_turn(self, means: Mapping[str, float], step: int) -> dict[str, float]:
+        """Where several take turns, the objective of each, as `whole`."""
+        return {}
+
+    def items(self, counts: Mapping[str, int]) -> int:
+        """Of `counts`, by term, those of the first term: what an update is said to be made of."""
+        return next((counts[name] for name in self.terms or ()), 0)
+
     def counts(self, batch: Any) -> dict[str, int]:
         """Items of `batch` by term. Raises ObjectiveError for anything but whole numbers from 0 up.
 
@@ -130,6 +160,25 @@ class Bound:
             f"step {step + 1} has no items to learn from: the objective counts {counted} over the whole batch."
         )
 
+    def learnt(self, model: nn.Module, batch: Any) -> Bound:
+        """As `learn_terms` gives it; its forward may leave traces."""
+        names = tuple(self.sums(model, batch))
+        absent = self.metrics - set(names)
+        if absent or not set(names) - self.metrics:
+            why = f"gave no {_listed(absent)}" if absent else "has no term that is minimised"
+            raise ObjectiveError(
+                f"the objective has the metrics {_listed(self.metrics)} and {why}: its terms are {_listed(names)}; "
+                f"name as metrics those that it gives, and leave one at least to minimise."
+            )
+        known = dataclasses.replace(self, terms=tuple(sorted(names, key=lambda name: name in self.metrics)))
+        known.counts(batch)
+        known.weights(0)
+        if twice := set(known.gathers) & set(names):
+            raise ObjectiveError(
+                f"the objective gathers {_listed(twice)}, and has a term of that name; name them apart."
+            )
+        return known
+
     def _check_names(self, found: Mapping[str, Any], kind: str) -> None:
         if not found:
             raise ObjectiveError(f"the objective gave no {kind}; it must give one for each of its terms.")
@@ -153,20 +202,7 @@ def learn_terms(bound: Bound, model: nn.Module, batch: Any) -> Bound:
     """
     model = _written(model)
     with kept_random_state(), kept_module_state(model):
-        names = tuple(bound.sums(model, batch))
-    absent = bound.metrics - set(names)
-    if absent or not set(names) - bound.metrics:
-        why = f"gave no {_listed(absent)}" if absent else "has no term that is minimised"
-        raise ObjectiveError(
-            f"the objective has the metrics {_listed(bound.metrics)} and {why}: its terms are {_listed(names)}; "
-            f"name as metrics those that it gives, and leave one at least to minimise."
-        )
-    known = dataclasses.replace(bound, terms=tuple(sorted(names, key=lambda name: name in bound.metrics)))
-    known.counts(batch)
-    known.weights(0)
-    if twice := set(known.gathers) & set(names):
-        raise ObjectiveError(f"the objective gathers {_listed(twice)}, and has a term of that name; name them apart.")
-    return known
+        return bound.learnt(model, batch)
 
 
 def exact_sum(values: Sequence[float]) -> float:

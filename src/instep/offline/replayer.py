@@ -131,7 +131,12 @@ class Replayer:
     def pushed_as(self, seq: int) -> dict[str, int]:
         """What a contribution is, which was pushed and waits for its update."""
         worker, piece, version, facts, _ = self._arrived[seq]
-        return {"worker": worker, "piece": piece, "version": version, "items": facts.items}
+        return {
+            "worker": worker,
+            "piece": piece,
+            "version": version,
+            "items": self._replica.objective.items(facts.counts),
+        }
 
     @property
     def computing(self) -> set[int]:
@@ -141,7 +146,7 @@ class Replayer:
     @property
     def waiting(self) -> dict[int, int]:
         """The contributions that wait for their update: items of the objective's first term by seq."""
-        return {seq: facts.items for seq, (*_, facts, _) in self._arrived.items()}
+        return {seq: self._replica.objective.items(facts.counts) for seq, (*_, facts, _) in self._arrived.items()}
 
     def probe(self, work: Work) -> None:
         """Computes a piece from the present weights, for its time alone."""
@@ -195,7 +200,7 @@ class Replayer:
     def items(self, piece: int) -> int:
         """Items of the objective's first term in a piece, for a ledger that runs before the gradients are computed."""
         work = self.pieces.work(piece)
-        return self._contributor(0).counts(work)[self.terms[0]]
+        return self._replica.objective.items(self._contributor(0).counts(work))
 
     def _contributor(self, worker: int) -> Contributor:
         key = 0 if self.recipe.rule.gradients else worker

@@ -11,6 +11,7 @@ from instep.clock.link import Link
 from instep.clock.loop import Loop
 from instep.record import events
 from instep.record.blocks import BlockTape
+from instep.record.event_kinds import GraceEndedEvent
 from instep.rules.actions import Drop, Merge
 from instep.rules.work import Pieces
 
@@ -70,7 +71,7 @@ class EventListener:
         )  # fmt: skip
 
     def grace_ended(self, t_s: float, version: int, waiting: int) -> None:
-        self._on_event(events.GraceEndedEvent(t_s=t_s, clock="virtual", version=version, waiting=waiting))
+        self._on_event(GraceEndedEvent(t_s=t_s, clock="virtual", version=version, waiting=waiting))
 
 
 Listener = EventListener | BlockTape

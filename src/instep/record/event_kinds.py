@@ -15,7 +15,6 @@ from instep.record.events import (
     EvaluatedEvent,
     Event,
     FailedEvent,
-    GraceEndedEvent,
     JoinedEvent,
     LeftEvent,
     MergedByServerEvent,
@@ -44,6 +43,16 @@ class GpuMemoryEvent(Event, frozen=True, kw_only=True, gc=False):
     gpu: Annotated[str, _is("its name")]
     peak_bytes: Annotated[Bytes, _is("of tensors, at most")]
     reserved_bytes: Annotated[Bytes, _is("that were taken for them, at most")]
+
+
+class GraceEndedEvent(Event, frozen=True, kw_only=True, gc=False):
+    """Under a rule with `grace_s`: the time is over in which the next update waited for more than its quorum."""
+
+    kind = "grace_ended"
+    by = "server, simulation"
+
+    version: Version
+    waiting: Annotated[Count, _is("contributions that have come for it")]
 
 
 class RangesMovedEvent(Event, frozen=True, kw_only=True, gc=False):

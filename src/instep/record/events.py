@@ -188,6 +188,8 @@ BadBatches = Annotated[Count, _is("batches that were left out", where="where any
 Gathered = Annotated[Mapping[str, Figure], _is("metrics that are no sums", where="where the objective gathers any")]
 WireBytes = Annotated[list[BytesOfHost], _is("to and from other hosts", where="where there are several agents")]
 BitsPerByte = Annotated[Figure, _is("of text", where="where cross entropy is counted in tokens of it")]
+Turn = Annotated[str, _is("whose objective it is; several joined by +", where="where objectives take turns")]
+EachTurn = Annotated[Mapping[str, Figure], _is("the objective of each", where="where objectives take turns")]
 
 
 class MergedEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -209,6 +211,7 @@ class MergedEvent(Event, frozen=True, kw_only=True, gc=False):
     train_s: TrainSeconds
     spike: Maybe[Spike] = UNSET
     bad_batches: Maybe[BadBatches] = UNSET
+    turn: Maybe[Turn] = UNSET
 
 
 class MergedByServerEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -230,6 +233,7 @@ class MergedByServerEvent(Event, frozen=True, kw_only=True, gc=False):
     grad_norm: Norm
     spike: Maybe[Spike] = UNSET
     bad_batches: Maybe[BadBatches] = UNSET
+    turn: Maybe[Turn] = UNSET
     checksum: Maybe[Annotated[Checksum, _where("not in a simulation that keeps no tape")]] = UNSET
 
 
@@ -259,16 +263,6 @@ class DroppedEvent(Event, frozen=True, kw_only=True, gc=False):
     why: Why
 
 
-class GraceEndedEvent(Event, frozen=True, kw_only=True, gc=False):
-    """Under a rule with `grace_s`: the time is over in which the next update waited for more than its quorum."""
-
-    kind = "grace_ended"
-    by = "server, simulation"
-
-    version: Version
-    waiting: Annotated[Count, _is("contributions that have come for it")]
-
-
 class ChecksummedEvent(Event, frozen=True, kw_only=True, gc=False):
     """Under a synchronous rule, every so many updates: what all tensors are."""
 
@@ -291,6 +285,7 @@ class EvaluatedEvent(Event, frozen=True, kw_only=True, gc=False):
     terms: Terms
     items: Items
     gathered: Maybe[Gathered] = UNSET
+    turns: Maybe[EachTurn] = UNSET
     bits_per_byte: Maybe[BitsPerByte] = UNSET
     took_s: Maybe[Annotated[Seconds, _is("until `t_s`", where="not in a simulation")]] = UNSET
 

@@ -195,7 +195,7 @@ _KEPT = ("version", "model", "training")
 
 WATCH = Table(
     {
-        "past": Each(NUMBER), "rollbacks": COUNT, "quiet": NUMBER, "bad": COUNT,
+        "past": Each(NUMBER), "rollbacks": COUNT, "quiet": NUMBER, "bad": COUNT, "turns": All(Each(NUMBER)),
         "kept": Maybe(Table({"version": COUNT, "model": ANY_TABLE, "training": ANY_TABLE}, _KEPT)),
     },
     needed=("past", "kept", "rollbacks", "quiet"),

@@ -73,7 +73,7 @@ def updates(run: Path) -> list[dict[str, Any]]:
 
 _KEPT = (
     "kind", "t_s", "version", "step", "items", "objective", "lr", "grad_norm", "train_s", "terms", "staleness",
-    "contributions",
+    "contributions", "turn",
 )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def _row(event: Mapping[str, Any], evaluated: Mapping[str, Any]) -> dict[str, An
         "items": sum(each.get("items", 0) for each in event["contributions"]) if items is None else items,
         "held_out": evaluated.get("objective"), "contributions": len(event["contributions"]),
         "staleness_mean": sum(staleness) / len(staleness) if staleness else None,
-        "staleness_max": max(staleness, default=None),
+        "staleness_max": max(staleness, default=None), **({"turn": event["turn"]} if "turn" in event else {}),
     }  # fmt: skip
     for prefix, table in (
         ("terms", event.get("terms")), ("held_out_terms", evaluated.get("terms")),
@@ -113,7 +113,8 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
         ) from None
     whole = {"version", "step", "items", "contributions", "staleness_max"}
     names = list(rows[0]) if rows else list(FIRST_COLUMNS)
-    kinds = [(name, pyarrow.int64() if name in whole else pyarrow.float64()) for name in names]
+    types = dict.fromkeys(whole, pyarrow.int64()) | {"turn": pyarrow.string()}
+    kinds = [(name, types.get(name, pyarrow.float64())) for name in names]
     columns = {name: [row[name] for row in rows] for name in names}
     table = pyarrow.table(columns, schema=pyarrow.schema(kinds))
     out = io.BytesIO()
@@ -144,7 +145,8 @@ def _trace_events(run: History) -> Iterator[dict[str, Any]]:
     for place in range(len(curve)):
         at, objective = _us(curve.seconds[place]), curve.objective[place]
         if math.isfinite(objective):
-            yield {"ph": "C", "name": "objective", "pid": 1, "ts": at, "args": {"training": objective}}
+            args = {curve.turn[place] or "training": objective}
+            yield {"ph": "C", "name": "objective", "pid": 1, "ts": at, "args": args}
         yield {"ph": "C", "name": "version", "pid": 1, "ts": at, "args": {"version": curve.version[place]}}
     for point in run.held_out:
         values = {"held out": point.objective}

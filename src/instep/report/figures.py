@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,9 @@ def data(found: Comparison) -> dict[str, Any]:
         "labels": [group.label for group in found.groups],
         "target": found.target,
         "what": found.what,
-        "curves": [_curve(place, run) for place, group in enumerate(found.groups) for run in group.runs],
+        "curves": [
+            curve for place, group in enumerate(found.groups) for run in group.runs for curve in _curves(place, run)
+        ],
         "strips": [_strips(group.runs[0], cells) for group in found.groups],
         "longest_s": max(group.runs[0].seconds for group in found.groups),
         "staleness": [_staleness(group) for group in found.groups],
@@ -51,13 +53,17 @@ def _typed(values: ArrayLike, kind: str) -> dict[str, Any]:
     return {**typed, "shape": ", ".join(map(str, numbers.shape))} if numbers.ndim > 1 else typed
 
 
-def _curve(place: int, run: History) -> dict[str, Any]:
-    return {
-        "group": place,
-        "seed": run.recipe.get("seed"),
-        "training": _points(windows(run.curve, WINDOWS)),
-        "held_out": _points(run.held_out),
-    }
+def _curves(place: int, run: History) -> Iterator[dict[str, Any]]:
+    """One, or that of each objective where they take turns."""
+    turns = [turn for turn in dict.fromkeys(run.curve.turn) if turn]
+    for turn in turns or [""]:
+        yield {
+            "group": place,
+            "seed": run.recipe.get("seed"),
+            "turn": turn,
+            "training": _points(windows(run.curve, WINDOWS, turn or None)),
+            "held_out": _points(run.held_out_by_turn.get(turn, run.held_out)),
+        }
 
 
 def _points(points: Sequence[Point]) -> dict[str, Any] | None:

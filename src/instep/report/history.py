@@ -47,7 +47,7 @@ class MadeAt:
 
 @dataclass
 class Curve:
-    """The training objective at each update, in order. Arrays of one length.
+    """The training objective at each update, in order. Arrays and a list of one length.
 
     items, seconds, bytes: until then, from the start. own_items: of that update alone.
     """
@@ -58,6 +58,8 @@ class Curve:
     seconds: array[float] = field(default_factory=lambda: array("d"))
     bytes: array[int] = field(default_factory=lambda: array("q"))
     objective: array[float] = field(default_factory=lambda: array("d"))
+    turn: list[str] = field(default_factory=list)
+    """Whose it was, where objectives take turns; else ""."""
 
     def __len__(self) -> int:
         return len(self.version)
@@ -118,6 +120,8 @@ class History:
     restarts: int
     shown: list[MadeAt] = field(default_factory=list)
     """What its models made, during the run and at its end."""
+    held_out_by_turn: Mapping[str, list[Point]] = field(default_factory=dict)
+    """Where objectives take turns, that of each."""
     torn: str = ""
     """Why the tape was read no further, or ""."""
 
@@ -188,10 +192,10 @@ class History:
         return sum(shares) / len(shares) if shares else None
 
 
-def windows(curve: Curve, most: int) -> list[Point]:
+def windows(curve: Curve, most: int, turn: str | None = None) -> list[Point]:
     """The training objective in at most `most` windows of about equal items: the mean by items, at each window's end.
 
-    Updates without an objective, and those that are not finite, are left out.
+    Updates without an objective, and those that are not finite, are left out; those of all turns but `turn` if given.
     """
     found: list[Point] = []
     total = curve.items[-1] if len(curve) else 0
@@ -201,7 +205,7 @@ def windows(curve: Curve, most: int) -> list[Point]:
     last = len(curve) - 1
     for place in range(len(curve)):
         objective, items = curve.objective[place], curve.own_items[place]
-        if math.isfinite(objective) and items:
+        if math.isfinite(objective) and items and turn in (None, curve.turn[place]):
             weight += items
             sum_ += objective * items
         if weight and (curve.items[place] >= edge * (len(found) + 1) * (1 - 1e-12) or place == last):

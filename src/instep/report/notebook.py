@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,16 +39,20 @@ def _curve(rows: Sequence[Mapping[str, Any]]) -> str:
         from matplotlib.figure import Figure
     except ImportError:
         return ""
-    stride = max(1, len(rows) // _MOST)
-    drawn = [row for i, row in enumerate(rows) if i % stride == 0 or i == len(rows) - 1 or row["held_out"] is not None]
-    train = [(row["version"], row["objective"]) for row in drawn if row["objective"] is not None]
-    held_out = [(row["version"], row["held_out"]) for row in drawn if row["held_out"] is not None]
-    if len(train) < 2:
+    train: dict[str, list[tuple[Any, Any]]] = {}
+    for row in rows:
+        if row["objective"] is not None:
+            train.setdefault(row.get("turn") or "training batches", []).append((row["version"], row["objective"]))
+    held_out = [(row["version"], row["held_out"]) for row in rows if row["held_out"] is not None]
+    if all(len(points) < 2 for points in train.values()):
         return ""
     figure = Figure(figsize=(6, 2.6), layout="constrained")
     axes = figure.add_subplot()
     grey = "#808080"  # is read on light and on dark
-    axes.plot(*zip(*train, strict=True), color="#4c8dd6", linewidth=1, label="training batches")
+    for (label, points), style in zip(train.items(), itertools.cycle(("-", "--", ":", "-.")), strict=False):
+        stride = max(1, len(points) // _MOST)
+        drawn = [*points[:-1:stride], points[-1]]
+        axes.plot(*zip(*drawn, strict=True), color="#4c8dd6", linewidth=1, linestyle=style, label=label)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="#e08a3c", marker="o", markersize=3, label="held out")
     axes.set_xlabel("version", color=grey)

@@ -44,7 +44,7 @@
       mode: held ? "lines+markers" : (points.objective.bdata.length < 24 ? "lines+markers" : "lines"),
       line: { color: colour(curve.group), width: held ? 2.5 : 1.3, dash: dashes[nthOfGroup[place] % dashes.length] },
       marker: { size: held ? 7 : 4, symbol: mark(curve.group) }, opacity: held || !both ? 1 : 0.55, name: data.labels[curve.group],
-      hovertemplate: `<b>${escaped(data.labels[curve.group])}</b>, seed ${curve.seed}<br>${held ? "held out" : "training"} %{y:.4f}<br>%{x:${format || ".3~f"}}${suffix}${id === "items" ? " items" : ""}, version %{customdata}<extra></extra>`,
+      hovertemplate: `<b>${escaped(data.labels[curve.group])}</b>, seed ${curve.seed}${curve.turn ? ", " + escaped(curve.turn) : ""}<br>${held ? "held out" : "training"} %{y:.4f}<br>%{x:${format || ".3~f"}}${suffix}${id === "items" ? " items" : ""}, version %{customdata}<extra></extra>`,
     });
     draw(id, () => data.curves.flatMap((curve, place) => [
       curve.training && line(curve, place, curve.training, false), curve.held_out && line(curve, place, curve.held_out, true),

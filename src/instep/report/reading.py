@@ -64,6 +64,7 @@ class _Reader:
         self._path = path
         self._curve = Curve()
         self._held_out: list[tuple[int, float, float]] = []
+        self._by_turn: dict[str, list[tuple[int, float, float]]] = {}
         """(version, seconds, objective)"""
         self._evaluations = Spans()
         self._strips: dict[int, Strip] = {}
@@ -123,6 +124,8 @@ class _Reader:
         self._result, self._failed = None, ""
         self._curve.back_to(event["version"])
         self._held_out = [point for point in self._held_out if point[0] <= event["version"]]
+        for turn, points in self._by_turn.items():
+            self._by_turn[turn] = [point for point in points if point[0] <= event["version"]]
         self._shown = [each for each in self._shown if each.version <= event["version"]]
         self._released_s.clear()
         self._computed.clear()
@@ -219,6 +222,7 @@ class _Reader:
         curve.seconds.append(at)
         curve.bytes.append(self._bytes)
         curve.objective.append(math.nan if objective is None else objective)
+        curve.turn.append(event.get("turn", ""))
         self._staleness.update(event["staleness"])
         self._train_end_s = max(self._train_end_s, at)
         if not self._server:
@@ -232,6 +236,9 @@ class _Reader:
         self._looked(event)
         if objective is not None and not (self._held_out and self._held_out[-1][0] >= version):
             self._held_out.append((version, self._at(event), objective))
+            for turn, value in (event.get("turns") or {}).items():
+                if value is not None:
+                    self._by_turn.setdefault(turn, []).append((version, self._at(event), value))
 
     def _looked(self, event: Mapping[str, Any]) -> None:
         if event.get("took_s"):
@@ -278,6 +285,7 @@ class _Reader:
             result=self._result, failed=self._failed, seconds=self._train_end_s or self._last_s, bytes=self._bytes,
             dropped=self._dropped, sessions=self._sessions, restarts=self._restarts,
             shown=self._shown + self._shown_at_the_end(), torn=self.torn,
+            held_out_by_turn={turn: list(map(self._point, seen)) for turn, seen in self._by_turn.items()},
         )  # fmt: skip
 
     def _tell_exchanges(self) -> None:

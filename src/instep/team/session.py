@@ -31,6 +31,7 @@ from instep.team.heartbeat import Heartbeat
 from instep.team.messages import Assignment, Events, KeepState, Ready, StateKept
 from instep.team.remembered import Remembering
 from instep.transport.memory import Region
+from instep.turns import each_of
 from instep.worker.artifacts import make, make_aside, makes_any
 from instep.worker.device import check_nccl, own_device, peak_bytes
 from instep.worker.evaluation import Evaluation
@@ -217,7 +218,7 @@ class Session:
         """Of what the recipe has loaded by now, code and models."""
         recipe = self.recipe
         parts = recipe.optimizer.parts if isinstance(recipe.optimizer, ByPattern) else (((), recipe.optimizer),)
-        components = [recipe.model, recipe.objective, recipe.data, *(component for _, component in parts)]
+        components = [recipe.model, *each_of(recipe.objective), recipe.data, *(component for _, component in parts)]
         return sources(component.use for component in components) | models()
 
     def ready(self, facts: Mapping[str, Any], memory: Mapping[str, Region]) -> Any:

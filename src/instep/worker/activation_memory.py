@@ -11,12 +11,14 @@ from torch.utils import _pytree as pytree
 
 from instep import gradient_checkpointing
 from instep.budget import parse_budget
+from instep.errors import CheckpointingError
 from instep.gradient_checkpointing import Applied
 from instep.gradient_checkpointing.structure import Plan, Profile
 from instep.recipe import Recipe, Team
 from instep.record.events import Event, PlannedEvent
+from instep.turns import Turns
 from instep.worker.replica import Replica
-from instep.worker.spot_checks import SpotChecks
+from instep.worker.spot_checks import ChecksByTurn, SpotChecks
 
 
 def fit_memory(
@@ -36,22 +38,27 @@ def fit_memory(
 
 
 def _fitted(replica: Replica, team: Team, emit: Callable[[Event], None] | None, workers: int) -> Plan:
-    budget = parse_budget(team.memory, "'team.memory'")
-    replica.trainable.require_all()  # in some step, or none is frozen
-    profile, batch = profile_of(replica)
-    wanted = budget.of(profile.peak_bytes)
-    plan = gradient_checkpointing.plan(profile, budget_bytes=wanted, price=price_in(replica.recipe))
-    replica.doing = "trying the gradient checkpointing plan"
-    applied, measured = put_on(replica, plan, batch)
-    recipe = replica.recipe
-    if not recipe.compile:
-        replica.checks = SpotChecks(
+    recipe, budget = replica.recipe, parse_budget(team.memory, "'team.memory'")
+    batch = largest_batch(replica)
+    profiles = profiles_of(replica, batch)
+    wanted = budget.of(max(profile.peak_bytes for profile in profiles.values()))
+    found: dict[int, tuple[Applied, SpotChecks | None]] = {}
+    for step, profile in profiles.items():
+        plan = gradient_checkpointing.plan(profile, budget_bytes=wanted, price=price_in(recipe))
+        replica.doing = "trying the gradient checkpointing plan"
+        applied, measured = put_on(replica, plan, batch, step)
+        checks = None if recipe.compile else SpotChecks(
             applied, microbatches=recipe.microbatches, steps=recipe.steps, checkpoint_every=team.checkpoint_every,
             workers=workers,
         )  # fmt: skip
-    if emit is not None:
-        emit(planned(plan, None if recipe.compile else measured))
-    return plan
+        found[step] = applied, checks
+        if emit is not None:
+            emit(planned(plan, None if recipe.compile else measured))
+    if isinstance(recipe.objective, Turns):
+        replica.checks = ChecksByTurn(recipe.objective, list(found.values()))
+    else:
+        replica.checks = found[0][1]
+    return max((applied.plan for applied, _ in found.values()), key=lambda plan: plan.peak_bytes)
 
 
 def price_in(recipe: Recipe) -> Literal["seconds", "flops"]:
@@ -60,29 +67,57 @@ def price_in(recipe: Recipe) -> Literal["seconds", "flops"]:
     return "flops" if recipe.compile else "seconds"
 
 
-def profile_of(replica: Replica) -> tuple[Profile, Any]:
-    """The profile of the largest microbatch of the first step, and that microbatch."""
+def largest_batch(replica: Replica) -> Any:
+    """The largest microbatch of the first step."""
     places = [m for m in range(replica.recipe.microbatches) if replica.cursor.microbatch(0, m)]
-    batch = max((replica.batch(0, place) for place in places), key=_elements)
-    return gradient_checkpointing.profile(replica.module, objective_of(replica), batch), batch
+    return max((replica.batch(0, place) for place in places), key=_elements)
 
 
-def put_on(replica: Replica, plan: Plan, batch: Any) -> tuple[Applied, tuple[int, float]]:
-    """Puts `plan` on the model; also gives the peak in bytes and the seconds of a trial on `batch`."""
+def profiles_of(replica: Replica, batch: Any) -> dict[int, Profile]:
+    """The profile of a microbatch as step 0 computes it; or, of several objectives, the first step of each."""
+    order = replica.recipe.objective
+    steps = order.firsts(0) if isinstance(order, Turns) else [0]
+    found = {}
+    for step in steps:
+        _require(replica, step)
+        try:
+            found[step] = gradient_checkpointing.profile(replica.module, objective_of(replica, step), batch)
+        except CheckpointingError as error:
+            raise CheckpointingError(_of_turn(replica, step, error.message), detail=error.detail) from error
+    return found
+
+
+def put_on(replica: Replica, plan: Plan, batch: Any, step: int = 0) -> tuple[Applied, tuple[int, float]]:
+    """Puts `plan` on the model; also gives the peak in bytes and the seconds of a trial on `batch`, as in `step`."""
+    _require(replica, step)
     applied = gradient_checkpointing.apply(replica.module, plan)
     if replica.recipe.compile:  # it warns of operations in place, of which the plan takes care
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    return applied, gradient_checkpointing.measure(replica.module, objective_of(replica), batch)
+    return applied, gradient_checkpointing.measure(replica.module, objective_of(replica, step), batch)
 
 
-def objective_of(replica: Replica) -> Callable[[nn.Module, Any], dict[str, Tensor]]:
-    """The objective as the replica computes it, in its precision."""
+def objective_of(replica: Replica, step: int = 0) -> Callable[[nn.Module, Any], dict[str, Tensor]]:
+    """The objective as the replica computes it in `step`, in its precision."""
 
     def objective(model: nn.Module, batch: Any) -> dict[str, Tensor]:
         with replica.autocast():
-            return replica.objective.sums(model, batch)
+            return replica.objective.at(step).sums(model, batch)
 
     return objective
+
+
+def _require(replica: Replica, step: int) -> None:
+    """Has those parameters require a gradient that do in some step of the turn that `step` is of."""
+    replica.trainable.require_all()  # in some step, or none is frozen
+    if isinstance(replica.recipe.objective, Turns):
+        replica.trainable.begin(step)
+
+
+def _of_turn(replica: Replica, step: int, why: str) -> str:
+    order = replica.recipe.objective
+    if not isinstance(order, Turns):
+        return why
+    return f"in the turn of the objective '{order.parts[order.place(step)].name}', {why}"
 
 
 def planned(plan: Plan, measured: tuple[int, float] | None) -> PlannedEvent:

@@ -19,6 +19,7 @@ from instep.data.cursor import take_rows
 from instep.errors import RecipeError
 from instep.objectives import Bound
 from instep.rules.work import Work
+from instep.turns import Turns
 from instep.worker.contribution import Facts, Vectors, latest_of
 from instep.worker.contributor import Contributor, Inputs
 
@@ -47,7 +48,9 @@ class Together:
         if any(parameter.dtype != torch.float32 for parameter in contributor.replica.parameters):
             raise _refused("its weights are not float32")
         if contributor.replica.trainable.by_step:
-            raise _refused("recipe.freeze freezes parameters in some steps alone")
+            turns = isinstance(contributor.replica.recipe.objective, Turns)
+            frozen = "recipe.freeze freezes parameters in some steps alone"
+            raise _refused("its objectives take turns" if turns else frozen)
         if contributor.replica.objective.shares:
             raise _refused("its objective looks at the whole batch")
         self._whole = _Whole(contributor.replica.module, contributor.replica.objective)

@@ -71,11 +71,6 @@ class Facts:
     bad: tuple[NonFiniteError, ...] = ()
     empty: tuple[int, ...] = ()
 
-    @property
-    def items(self) -> int:
-        """Of the objective's first term."""
-        return next(iter(self.counts.values()))
-
 
 @dataclass(frozen=True)
 class Arrived:

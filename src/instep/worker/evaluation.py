@@ -23,7 +23,8 @@ from instep.worker.replica import Replica
 class Evaluation:
     """The objective on held-out data, the mean of each term, metrics included, and the items of the first term.
 
-    gathered: the metrics that are no sums, over the whole of these data. doubts: a sentence on each that failed.
+    gathered: the metrics that are no sums, over the whole of these data. doubts: a sentence on each that failed. turns:
+    where objectives take turns, each one's; the objective is then the sum of them.
     The terms are weighed as in the recipe's last step, so that the objectives of a run's evaluations compare. The
     objective is not a number where no term that is minimised has an item.
     """
@@ -33,6 +34,7 @@ class Evaluation:
     items: int
     gathered: dict[str, float] = field(default_factory=dict)
     doubts: tuple[str, ...] = ()
+    turns: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, replica: Replica, counts: ArrayLike, sums: ArrayLike, outputs: Sequence[Outputs] = ()) -> Evaluation:
@@ -49,7 +51,8 @@ class Evaluation:
             with kept_random_state():
                 seed_all(key(replica.recipe.seed, "gathers"))
                 gathered, doubts = measure(replica.objective.objective, outputs)
-        return cls(objective, means, totals[terms[0]], gathered, tuple(doubts))
+        turns = replica.objective.by_turn(means, last)
+        return cls(objective, means, totals[terms[0]], gathered, tuple(doubts), turns)
 
     def problem(self, version: int) -> str:
         """A sentence to warn with where the objective is not finite, else ""."""
@@ -68,6 +71,8 @@ class Evaluation:
         """
         facts: dict[str, Any] = {"version": version, **asdict(self)}
         del facts["doubts"]
+        if not self.turns:
+            del facts["turns"]
         if not replica.objective.gathers:
             del facts["gathered"]
         codec = replica.data.codec

@@ -141,6 +141,8 @@ class Gradients:
         replica, fold, checks = self._replica, self._fold, self._replica.checks
         self.buffers.begin()
         replica.trainable.begin(batch)
+        if checks is not None:
+            checks.unchecked(batch)
         replica.checks = None
         try:
             with replica.written.kept(f"{self._what} {batch + 1}", closely=self._looks(batch)), fold.aside():
@@ -169,9 +171,11 @@ def compile_first(replica: Replica) -> None:
     place = next(m for m in range(replica.recipe.microbatches) if replica.cursor.microbatch_size(0, m))
     batch, checks, replica.checks = replica.batch(0, place), replica.checks, None
     replica.trainable.begin(0)
+    if checks is not None:
+        checks.unchecked(0)
     try:
         with replica.written.probing(learn=False):
-            replica.compute(0, place, batch, replica.objective.counts(batch))
+            replica.compute(0, place, batch, replica.objective.counts_at(0, batch))
     finally:
         replica.checks = checks
     for parameter in replica.parameters:

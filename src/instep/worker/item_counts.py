@@ -68,7 +68,7 @@ class ItemCounts:
             size = self._replica.cursor.microbatch_size(batch, microbatch)
             return dict.fromkeys(objective.terms or (), size) if size else {}
         samples = loaded[microbatch] if microbatch in loaded else self._load_to_count(batch, microbatch)
-        return {} if samples is None else objective.counts(samples)
+        return {} if samples is None else objective.counts_at(batch, samples)
 
     def _load_to_count(self, batch: int, microbatch: int) -> Any | None:
         samples = self._replica.batch(batch, microbatch)

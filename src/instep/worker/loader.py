@@ -17,6 +17,7 @@ from instep.recipe import Recipe, Team
 from instep.restore import random_state
 from instep.transport import batch_files
 from instep.transport.units import ROWS, State, Unit, Units
+from instep.turns import each_of
 from instep.worker.device import prepare_device
 from instep.worker.loaded import Beside
 from instep.worker.sample_reader import SampleReader
@@ -54,7 +55,7 @@ class Loader:
         self._starts = [change.version for change in recipe.changes]
         starts = [0, *self._starts]
         self._cursors = [dataclasses.replace(cursor, skipped=recipe.phase(version).skipped) for version in starts]
-        for component in (recipe.model, recipe.objective):  # what their modules change as they are imported
+        for component in (recipe.model, *each_of(recipe.objective)):  # what their modules change as they are imported
             component.load()
         self._own: list[Unit] = []  # what it has loaded, in this order
         batches = -(-units.loaders * EACH // recipe.microbatches)

@@ -33,7 +33,7 @@ def memory_trade(recipe: Recipe, device: str, budget: Budget | None) -> Trade:
     """Builds the recipe in this process and profiles its largest microbatch. Raises InstepError."""
     from instep import gradient_checkpointing as gc
     from instep.reduce.written import FirstWrite
-    from instep.worker.activation_memory import objective_of, price_in, profile_of, put_on
+    from instep.worker.activation_memory import largest_batch, objective_of, price_in, profiles_of, put_on
     from instep.worker.replica import Replica
 
     replica = Replica(recipe, device)
@@ -42,12 +42,14 @@ def memory_trade(recipe: Recipe, device: str, budget: Budget | None) -> Trade:
     except FirstWrite as late:
         replica = Replica(recipe, device, written=late.names)
         replica.learn_terms(0)
-    profile, batch = profile_of(replica)
+    batch = largest_batch(replica)
+    profiles = profiles_of(replica, batch)
+    step, profile = max(profiles.items(), key=lambda each: each[1].peak_bytes)
     price = price_in(recipe)
     plans = gc.plans(profile, most=12, price=price)
     if budget is None:
         return Trade(profile, plans, compiled=recipe.compile, name=recipe.name)
     plan = gc.plan(profile, budget_bytes=budget.of(profile.peak_bytes), price=price)
-    bare = gc.measure(replica.module, objective_of(replica), batch)
-    _, measured = put_on(replica, plan, batch)
+    bare = gc.measure(replica.module, objective_of(replica, step), batch)
+    _, measured = put_on(replica, plan, batch, step)
     return Trade(profile, plans, plan, measured[0], measured[1], bare[1], recipe.compile, recipe.name)

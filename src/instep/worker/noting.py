@@ -99,7 +99,7 @@ def noted_alone(replica: Replica, gradients: Gradients, step: int, microbatch: i
     samples = replica.batch(step, microbatch)
     if samples is None:
         return NOTHING
-    counts = replica.objective.counts(samples)
+    counts = replica.objective.counts_at(step, samples)
     replica.trainable.begin(step)  # for hooks are on those that require a gradient
     with NotedGradients(replica.parameters) as noted:
         sums = gradients.alone(step, microbatch, samples, totals)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +20,8 @@ from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.errors import CheckpointError, ComponentError, RecipeError, cut, described, shown, told
 from instep.recipe import Recipe
-from instep.reduce.checksums import checksum
 from instep.schedule import Schedule
-from instep.worker.optimizer_state import is_plain, put_back, tensors_in
+from instep.worker.optimizer_state import is_plain, put_back, tensors_in, unsaved_state
 
 BY_PARAMETER = (
     optim.SGD, optim.Adam, optim.AdamW, optim.RMSprop, optim.Adagrad, optim.Adadelta, optim.Adamax, optim.NAdam,
@@ -32,11 +31,15 @@ BY_PARAMETER = (
 first parameter's type decides what it adds to all. A subclass may do anything, so it does not count."""
 
 
+Groups = Sequence[Sequence[list[nn.Parameter]]]
+"""Parameters by optimizer and group of it."""
+
+
 class Some(NamedTuple):
     """Some of the parameters, and the same by optimizer and group of it."""
 
     parameters: Sequence[nn.Parameter]
-    groups: Sequence[Sequence[list[nn.Parameter]]]
+    groups: Groups
 
 
 def optimizer_of(
@@ -75,7 +78,7 @@ class Optimizer:
         """Whether it trains other weights than are to be evaluated and saved, as schedule-free ones do."""
         self._alone = not recipe.rule.gradients  # each worker has its own, which nobody sees
         self.train()
-        self._unsaved = _unsaved_state(self.of_torch)
+        self._unsaved = unsaved_state(self.of_torch)
         self._looked_for_kept_gradients = False
         self._by_torch = type(self.of_torch) in BY_PARAMETER and all(type(p) is nn.Parameter for p in parameters)
 
@@ -118,7 +121,7 @@ class Optimizer:
         """From here on the learning rates are those that `other` was built with."""
         self._rates = other._rates
 
-    def step(self, factor: float, only: Sequence[Sequence[list[nn.Parameter]]] | None = None) -> float | None:
+    def step(self, factor: float, only: Groups | None = None, at_rest: Collection[str] = ()) -> float | None:
         """One update by the parameters' `grad`, all learning rates times `factor`; returns the first of them, if any.
 
         An optimizer without one (`lr` is None) finds its own, under a constant schedule. only: these parameters, see
@@ -139,6 +142,10 @@ class Optimizer:
             self._looked_for_kept_gradients = True
             self._check_gradients_are_not_kept()
         return None if self._rates[0] is None else factor * self._rates[0]
+
+    def rests(self, at_rest: Collection[str]) -> bool:
+        """Whether all its parameters are among these."""
+        return bool(at_rest) and all(name in at_rest for name in self._names)
 
     def _step_of(self, groups: Sequence[list[nn.Parameter]]) -> None:
         one, before = self.of_torch, [group["params"] for group in self.of_torch.param_groups]
@@ -204,7 +211,7 @@ class Optimizer:
                 f"each worker has its own: the weights that are evaluated and saved are not averages; take a rule "
                 f"without local steps, or another optimizer."
             )
-        now = _unsaved_state(self.of_torch)
+        now = unsaved_state(self.of_torch)
         changed = [name for name in now if name not in self._unsaved or now[name] != self._unsaved[name]]
         if changed:
             doubts.append(
@@ -276,10 +283,11 @@ class Several:
         """As of one: whether any may."""
         return any(one.may_draw for one in self.each)
 
-    def step(self, factor: float, only: Sequence[Sequence[list[nn.Parameter]]] | None = None) -> float | None:
-        """As of one; the learning rate is that of the first."""
+    def step(self, factor: float, only: Groups | None = None, at_rest: Collection[str] = ()) -> float | None:
+        """As of one; the learning rate is that of the first. One whose parameters are all `at_rest` makes no step."""
         parts = [None] * len(self.each) if only is None else [[groups] for groups in only]
-        return [one.step(factor, part) for one, part in zip(self.each, parts, strict=True)][0]  # noqa: RUF015  # all
+        steps = [(one, part) for one, part in zip(self.each, parts, strict=True) if not one.rests(at_rest)]
+        return next(iter([one.step(factor, part) for one, part in steps]), None)
 
     def train(self) -> None:
         """As of one."""
@@ -386,13 +394,3 @@ def needs_closure(kind: str) -> ComponentError:
         f"the optimizer {kind} needs a closure, which computes the objective again within a step, and that a team "
         f"cannot; take an optimizer whose step() needs none."
     )
-
-
-def _unsaved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Its attributes that are numbers or tensors, and not in its state_dict, unless it has one of its own."""
-    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
-        return {}
-    attributes = vars(optimizer)
-    tensors = {n: v for n, v in attributes.items() if isinstance(v, Tensor) and is_plain(v) and not v.is_complex()}
-    numbers = {name: value for name, value in attributes.items() if type(value) in (int, float)}
-    return {**numbers, **dict(zip(tensors, checksum(tensors.values()), strict=True))}

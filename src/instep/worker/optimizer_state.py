@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from instep.bits import same_bits
 from instep.record import checkpoint
+from instep.reduce.checksums import checksum
 
 
 def tensors_in(state: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -126,3 +127,13 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _raw(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_neg().cpu()
+
+
+def unsaved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its attributes that are numbers or tensors, and not in its state_dict, unless it has one of its own."""
+    if type(optimizer).state_dict is not torch.optim.Optimizer.state_dict:
+        return {}
+    attributes = vars(optimizer)
+    tensors = {n: v for n, v in attributes.items() if isinstance(v, Tensor) and is_plain(v) and not v.is_complex()}
+    numbers = {name: value for name, value in attributes.items() if type(value) in (int, float)}
+    return {**numbers, **dict(zip(tensors, checksum(tensors.values()), strict=True))}

@@ -26,9 +26,10 @@ from instep.worker.device import autocast, prepare_device, to_device
 from instep.worker.extra_state import ExtraState
 from instep.worker.model import build_for_training, check_parameters, check_tokenizer, compiled, model_doubts
 from instep.worker.optimizer import Some, optimizer_of, some_of
+from instep.worker.out_of_turn import out_of_turn
 from instep.worker.sample_reader import SampleReader
 from instep.worker.single_samples import check_single_samples
-from instep.worker.spot_checks import SpotChecks
+from instep.worker.spot_checks import ChecksByTurn, SpotChecks
 from instep.worker.trainable import Trainable, freeze
 
 
@@ -63,7 +64,7 @@ class Replica:
             self.data.train, batch=recipe.batch, microbatches=recipe.microbatches, seed=recipe.seed,
             ragged=recipe.ragged, drop_last=recipe.drop_last, order=recipe.order,
         )  # fmt: skip
-        self.objective = objectives.bind(objectives.from_component(recipe.objective))
+        self.objective = objectives.of_recipe(recipe.objective)
         if self.objective.shares and not recipe.rule.synchronous:
             raise RecipeError(
                 f"the objective {recipe.objective.describe()} compares each sample with its whole global batch, which "
@@ -72,7 +73,7 @@ class Replica:
         self._starts = [change.version for change in recipe.changes]
         self._check_skipped()
         self._build(written)
-        self.checks: SpotChecks | None = None
+        self.checks: SpotChecks | ChecksByTurn | None = None
         """What is verified of the gradient checkpointing plan that is on the model."""
         self._forward: Any = compiled(self.module) if recipe.compile else self.module
         self._shared: tuple[Any, dict[int, Any]] = (None, {})
@@ -99,12 +100,12 @@ class Replica:
         self.module = build_for_training(recipe.model, self.device)
         check_tokenizer(self.module, self.data.codec)
         self._built = set(self.module.state_dict())
-        frozen = freeze(self.module, recipe)
+        at_rest = out_of_turn(recipe, self.module, freeze(self.module, recipe))
         self.names = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         check_parameters(self.names, self.parameters)
         self._extra_state = ExtraState(self.module)
-        self.trainable = Trainable(self.module, self.names, self.parameters, frozen)
+        self.trainable = Trainable(self.module, self.names, self.parameters, at_rest)
         """Which of them require a gradient at present."""
         self._lr: float | None = None
         self.written = WrittenParameters(self.module, self.parameters, written)
@@ -191,6 +192,8 @@ class Replica:
             batch = self.batch(step, first)
         self.doing = f"computing a first forward on step {step + 1}, microbatch {first}"
         seed_all(key(self.recipe.seed, "terms"))
+        if self.trainable.by_step:
+            self.trainable.require_all()
         with self.written.probing():
             self.objective = objectives.learn_terms(self.objective, self.module, batch)
         return batch
@@ -202,15 +205,16 @@ class Replica:
         microbatches give adds up to the gradient of the objective on the whole batch. A term without items in the whole
         batch adds nothing, nor does a metric. Returns the sums, metrics included, detached.
         """
-        shared = self._share(step, microbatch) if self.objective.shares else None
+        objective = self.objective.at(step)
+        shared = self._share(step, microbatch) if objective.shares else None
         self.doing, self._in_hand = f"computing step {step + 1}, microbatch {microbatch}", (step, microbatch)
         if self.checks is not None:
             self.checks.choose(step, microbatch)
         # Dropout knows the place, never the worker.
         seed_all(key_of_step(self.recipe.seed, step, microbatch, "compute"))
         with self.autocast():
-            sums = self.objective.sums(self._forward, batch, shared)
-        weights = self.objective.weights(step)
+            sums = objective.sums(self._forward, batch, shared)
+        weights = objective.weights(step)
         # In float32, and divided before backward: afterwards gradients are only added, and only in the tree.
         given = [
             (sums[name], weight if totals[name] else 0.0, max(1, totals[name])) for name, weight in weights.items()
@@ -225,7 +229,7 @@ class Replica:
         if self.checks is not None:
             self.checks.computed(step)
         self._extra_state.check(step)
-        return {name: value.detach() for name, value in sums.items()}
+        return self.objective.without_turn | {name: value.detach() for name, value in sums.items()}
 
     def verified(self) -> dict[str, Any]:
         """For the tape: `verify_s`, the seconds of comparing recomputed values since this was asked last, if any."""
@@ -270,7 +274,8 @@ class Replica:
             seed_all(key(self.recipe.seed, step, "update"))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
-        rate = self.optimizer.step(factor, groups)
+        at_rest = {self.names[index] for index in self.trainable.frozen_in([step])}
+        rate = self.optimizer.step(factor, groups, at_rest)
         self._stepped = True
         for parameter in parameters:
             parameter.grad = None

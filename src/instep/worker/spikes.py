@@ -60,7 +60,7 @@ class Watcher:
 
     def __init__(self, replica: Replica, buffers: Buffers):
         self._replica, self._buffers = replica, buffers
-        self._past: deque[float] = deque(maxlen=self._watch.window)
+        self._pasts: dict[str, deque[float]] = {}  # by turn, "" where none are taken
         self._kept: dict[str, Any] | None = None
         self._rollbacks = 0
         self._quiet = 0  # updates for which a spike is no news
@@ -91,20 +91,23 @@ class Watcher:
             sentences.append(f"{listed}; {what} out, {self._bad:,} of at most {allowed:,} such batches.")
         return verdict._replace(why=" ".join(sentences), bad=len(whys), left_out=update)
 
-    def judge(self, step: int, objective: float) -> Verdict:
+    def judge(self, step: int, objective: float, turn: str = "") -> Verdict:
         """The verdict on the update of `step`, whose objective is this. A rollback is carried out.
+
+        turn: whose it was, where objectives take turns; it is compared with those of the same turn.
 
         `step` is the version under a synchronous rule. The weights are those that the objective was computed from.
         """
         watch = self._watch
         if watch.spike == "ignore":
             return Verdict()
-        if self._past.maxlen != watch.window:
-            self._past = deque(self._past, maxlen=watch.window)
-        full = len(self._past) == watch.window
-        spike = full and not usual(objective, self._past, watch.deviations)
-        bound = limit(self._past, watch.deviations) if spike else math.inf
-        self._past.append(objective)
+        past = self._pasts.get(turn)
+        if past is None or past.maxlen != watch.window:
+            past = self._pasts[turn] = deque(past or (), maxlen=watch.window)
+        full = len(past) == watch.window
+        spike = full and not usual(objective, past, watch.deviations)
+        bound = limit(past, watch.deviations) if spike else math.inf
+        past.append(objective)
         self._quiet -= 1
         if objective > bound:
             return self._answer(step, objective, bound)
@@ -146,9 +149,10 @@ class Watcher:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
+        turns = {turn: list(past) for turn, past in self._pasts.items() if turn}
         return {
-            "past": list(self._past), "kept": self._kept, "rollbacks": self._rollbacks, "quiet": self._quiet,
-            "bad": self._bad,
+            "past": list(self._pasts.get("", ())), "kept": self._kept, "rollbacks": self._rollbacks,
+            "quiet": self._quiet, "bad": self._bad, **({"turns": turns} if turns else {}),
         }  # fmt: skip
 
     def load(self, state: Mapping[str, Any] | None) -> None:
@@ -158,7 +162,8 @@ class Watcher:
         wrong = misfit(state, WATCH)
         if wrong is not None:
             raise CheckpointError(f"of the watch's state in the checkpoint {wrong}; use an earlier checkpoint.")
-        self._past = deque(state["past"], maxlen=self._watch.window)
+        pasts = {"": state["past"], **state.get("turns", {})}
+        self._pasts = {turn: deque(past, maxlen=self._watch.window) for turn, past in pasts.items()}
         self._kept, self._rollbacks, self._quiet = state["kept"], state["rollbacks"], state["quiet"]
         self._bad = state.get("bad", 0)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 
 from instep.errors import RecomputeError
 from instep.gradient_checkpointing import Applied
+from instep.turns import Turns
 
 SHARE = 0.005
 """Of the run's seconds since its first step, what comparing may take."""
@@ -54,6 +56,9 @@ class SpotChecks:
         self._now = self._block(step, microbatch)
         self._applied.verify = self._now
 
+    def unchecked(self, step: int) -> None:
+        """Before a microbatch of `step` is computed for another reason, of which nothing is chosen here."""
+
     def computed(self, step: int) -> None:
         """After it was computed, without an error."""
         if self._now and self._now != "*":
@@ -86,3 +91,44 @@ class SpotChecks:
         left_s = self._free_s + self._share * (time.monotonic() - self._began_s) - spent_s - one_s[name]
         at_checkpoint = (step + 1) % self._checkpoint_every == 0 or step + 1 == self._steps
         return name if left_s >= (0.0 if at_checkpoint else max(one_s.values())) else ""
+
+
+class ChecksByTurn:
+    """Of several plans, one for each of the objectives that take turns: which is on the model follows from the step.
+
+    each: the plans in the order of the turns, with what is verified of them; None where nothing is.
+    """
+
+    def __init__(self, order: Turns, each: Sequence[tuple[Applied, SpotChecks | None]]):
+        self._order, self._each = order, each
+        self._on = -1
+
+    def choose(self, step: int, microbatch: int) -> None:
+        """As `SpotChecks.choose`."""
+        if (checks := self._put_on(step)) is not None:
+            checks.choose(step, microbatch)
+
+    def computed(self, step: int) -> None:
+        """As `SpotChecks.computed`."""
+        if (checks := self._put_on(step)) is not None:
+            checks.computed(step)
+
+    def say(self, error: RecomputeError) -> RecomputeError:
+        """As `SpotChecks.say`, of the plan that is on the model."""
+        checks = self._each[self._on][1]
+        return error if checks is None else checks.say(error)
+
+    def took_s(self) -> float:
+        """As `SpotChecks.took_s`."""
+        return sum(checks.took_s() for _, checks in self._each if checks is not None)
+
+    def unchecked(self, step: int) -> None:
+        """As `SpotChecks.unchecked`."""
+        self._put_on(step)
+
+    def _put_on(self, step: int) -> SpotChecks | None:
+        place = self._order.place(step)
+        if place != self._on:
+            self._each[place][0].put_on()
+            self._on = place
+        return self._each[place][1]

@@ -15,8 +15,9 @@ from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 
 from instep.errors import RecipeError
-from instep.freezing import FrozenSteps, check_some_train, frozen_steps
+from instep.freezing import NEVER, FrozenSteps, check_some_train, frozen_steps
 from instep.recipe import Recipe
+from instep.worker.out_of_turn import OutOfTurn
 
 _requires_grad = operator.attrgetter("requires_grad")  # of all parameters after every microbatch: the quickest way
 
@@ -48,7 +49,7 @@ class Trainable:
         module: nn.Module,
         names: Sequence[str],
         parameters: Sequence[nn.Parameter],
-        frozen: Sequence[FrozenSteps] = (),
+        frozen: Sequence[FrozenSteps | OutOfTurn] = (),
     ):
         self._module, self._names, self._parameters = module, names, parameters
         trained = {id(parameter) for parameter in parameters}
@@ -56,7 +57,7 @@ class Trainable:
         self._others = [p for _, p in others]
         self.others = [name for name, _ in others]
         """The names of the parameters that are not trained."""
-        self._by_step = {index: when for index, when in enumerate(frozen) if when.end != 0}
+        self._by_step = {index: when for index, when in enumerate(frozen) if when != NEVER}
         self._now: frozenset[int] = frozenset()  # frozen in the step that is begun
         self._flags = [True] * len(parameters)
         self.off: frozenset[int] = frozenset()
@@ -99,7 +100,7 @@ class Trainable:
             if begun is not None:
                 raise RecipeError(
                     f"parameter '{begun}' began to require a gradient in step {step + 1}, in which 'recipe.freeze' has "
-                    f"it frozen; leave it to one of the two, the recipe or the model's own code."
+                    f"it frozen, or it has no turn; leave it to one of the two, the recipe or the model's own code."
                 )
             off = (frozenset(index for index, flag in enumerate(flags) if not flag) - self._now) | (off & self._now)
             self._put_back()

@@ -20,6 +20,7 @@ from instep.errors import CheckpointError, ComponentError, InstepError, by_name,
 from instep.randomness import key, seed_all
 from instep.record import checkpoint
 from instep.restore import kept_random_state
+from instep.turns import Turns
 from instep.worker.optimizer import needs_closure
 from instep.worker.optimizer_state import bytes_in, copied, difference, on_cpu
 from instep.worker.replica import Replica
@@ -32,6 +33,9 @@ FEW = 250_000
 """Weights up to which several steps are tried, not one: what changes with every few steps shows then too."""
 
 SEVERAL = 3
+
+MOST_TURNS = 32
+"""Steps at most, so that each of several objectives has its turn in them."""
 
 
 def try_optimizer(build: Callable[[], Replica], *, resume: bool = True) -> str | None:
@@ -50,6 +54,8 @@ def try_optimizer(build: Callable[[], Replica], *, resume: bool = True) -> str |
 
 def _try_steps(replica: Replica, resume: bool) -> None:
     count = SEVERAL if replica.size <= FEW else 1
+    if isinstance(replica.recipe.objective, Turns):  # each of the optimizers makes a step
+        count = max(count, min(MOST_TURNS, 1 + max(replica.recipe.objective.firsts(0))))
     for step in range(count):
         _step(replica, step)
     training_state = replica.training_state()
@@ -81,6 +87,8 @@ def _step(replica: Replica, step: int) -> None:
     seed_all(key(replica.recipe.seed, "trial", step))
     # Drawn anew each time: an optimizer may write on them, and kept ones would take memory beside a large model.
     gradients: list[Tensor | None] = [torch.randn(p.shape, device=p.device).mul_(0.01) for p in replica.parameters]
+    for index in replica.trainable.frozen_in([step]):
+        gradients[index] = None
     try:
         replica.update(step, gradients)
     except InstepError:

@@ -57,7 +57,7 @@ class Added(NamedTuple):
 class Update(NamedTuple):
     """What an update came to: the objective over the items of its contributions, and its parts by term.
 
-    objective: None where they hold no item of a term that is minimised. doubts: sentences to warn with.
+    objective: None where they hold no item of a term that is minimised. doubts: to warn with. turn: see `Bound.turn`.
     """
 
     objective: float | None
@@ -67,12 +67,13 @@ class Update(NamedTuple):
     norm: float
     verdict: Verdict
     doubts: tuple[str, ...] = ()
+    turn: str = ""
 
     def facts(self) -> dict[str, Any]:
         """What a tape says of it."""
         return {
             "objective": self.objective, "terms": self.terms, "items": self.items, "lr": self.rate,
-            "grad_norm": self.norm, **self.verdict.facts(),
+            "grad_norm": self.norm, **self.verdict.facts(), **({"turn": self.turn} if self.turn else {}),
         }  # fmt: skip
 
 
@@ -118,8 +119,8 @@ class Updates:
             take_buffers()
         weights.settle()
         self.sound = True
-        items = next(iter(added.totals.values()))
-        return Update(objective, means, items, rate, added.norm, verdict, self._doubts(added.ends))
+        items, turn = self._replica.objective.items(added.totals), self._replica.objective.turn(added.totals)
+        return Update(objective, means, items, rate, added.norm, verdict, self._doubts(added.ends), turn)
 
     def _judge(self, step: int, added: Added) -> tuple[Verdict, float | None, dict[str, float]]:
         """The verdict, the objective, and the mean of each term; no objective where the update is left out as bad."""
@@ -130,7 +131,7 @@ class Updates:
             return verdict, None, {}
         means = {name: exact_sum(added.sums[name]) / total for name, total in added.totals.items() if total}
         whole = objective.whole(means, step)
-        judged = self.watcher.judge(step, whole)
+        judged = self.watcher.judge(step, whole, objective.turn(added.totals))
         return verdict.also(judged) if added.bad else judged, whole, means
 
     def _doubts(self, contributions: Iterable[Mapping[int, tuple[int, int]]]) -> tuple[str, ...]:
@@ -271,8 +272,7 @@ class Merger:
     @property
     def names(self) -> list[str]:
         """Of the parameters that updates change."""
-        written = self.replica.written
-        return [*self.replica.names, *(name for name in written.names if name not in self.replica.names)]
+        return [*self.replica.names, *(n for n in self.replica.written.names if n not in self.replica.names)]
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights."""
