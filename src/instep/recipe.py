@@ -251,6 +251,8 @@ class Team:
         speed asks for; ``off``: each has as many as the others.
     restarts: how often the team may start again from its last checkpoint after a worker failed.
     checkpoint_every: steps between checkpoints; one is always written at the end.
+    checkpoint_minutes: also one after the first step that ends so many minutes after the last one, as 10 or 0.5,
+        written in the background from a copy of the state in memory; 0 for none.
     remember: with one worker in lockstep, how many steps it does again at most where it dies: a copy of its training
         state is kept in memory, twice over, and made anew every so many steps; 0 keeps none.
     keep: how many checkpoints are kept, the last ones; 0 keeps all. With ``thinned``, the last three and one or two for
@@ -284,6 +286,7 @@ class Team:
     balance: Literal["auto", "off"] = "auto"
     restarts: int = 3
     checkpoint_every: int = 100
+    checkpoint_minutes: float = 0.0
     remember: int = 20
     keep: int | Literal["thinned"] = 3
     keep_best: bool = True
@@ -311,6 +314,7 @@ class Team:
         if self.audit:
             parse_share(self.audit, "'team.audit'")
         _at_least("team.checkpoint_every", self.checkpoint_every, 1)
+        _at_least("team.checkpoint_minutes", self.checkpoint_minutes, 0)
         _at_least("team.restarts", self.restarts, 0)
         _at_least("team.remember", self.remember, 0)
         _at_least("team.loaders", self.loaders, 0)
@@ -390,6 +394,6 @@ def _at_most(where: str, value: int, most: int) -> None:
         raise RecipeError(f"'{where}' is {value}; it must be at most {most}.")
 
 
-def _at_least(where: str, value: int, least: int) -> None:
-    if value < least:
+def _at_least(where: str, value: float, least: int) -> None:
+    if not value >= least:
         raise RecipeError(f"'{where}' is {value}; it must be at least {least}.")

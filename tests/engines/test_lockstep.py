@@ -77,6 +77,9 @@ class Quiet:
     def fewer_wanted(self) -> bool:
         return False
 
+    def save_wanted(self) -> bool:
+        return False
+
 
 def engine_of(
     recipe: Recipe,
@@ -104,7 +107,7 @@ def trained(
     engine.join(group)
     found = list[Any]()
 
-    def after_step(progress: Progress, last: bool) -> None:
+    def after_step(progress: Progress, last: bool, timed: bool) -> None:
         if progress.version % 2 == 0 and (evaluation := engine.between.evaluate(progress.version)) is not None:
             found.append(evaluation.objective)
 
@@ -295,7 +298,7 @@ def test_where_one_raises_all_stop_and_the_weights_are_saved(kind: Kind) -> None
         engine.join(make(engine.sizes()))
         progress, saved = Progress(), []
 
-        def after_step(progress: Progress, last: bool) -> None:
+        def after_step(progress: Progress, last: bool, timed: bool) -> None:
             if progress.version == 3 and rank == 1:
                 raise ValueError("of the user's")
 

@@ -36,7 +36,7 @@ from instep.engines.sharding import Placement, choose
 from instep.engines.shared_evaluation import SharedEvaluation
 from instep.engines.signs_of_life import SignsOfLife
 from instep.engines.standing_in import ADDED, ADDING, COMPUTING, JOINED, Alone, Handed, OthersParts, StandIn, Successors
-from instep.engines.step_facts import GO_ON, STOP, what_comes
+from instep.engines.step_facts import GO_ON, SAVE, STOP, what_comes
 from instep.engines.total import Total, in_pieces
 from instep.engines.trial import Trial
 from instep.engines.undo import PiecesDone, Undo
@@ -223,8 +223,8 @@ class Lockstep:
             self._say(RangesMovedEvent(version=step, ranges=ranges, microbatch_s=seconds))
         self.division.count(self.replica.size)
 
-    def run(self, progress: Progress, after_step: Callable[[Progress, bool], None], steps: int) -> bool:
-        """Trains from `progress.version` to `steps`; `after_step(progress, last)` comes after every update.
+    def run(self, progress: Progress, after_step: Callable[[Progress, bool, bool], None], steps: int) -> bool:
+        """Trains from `progress.version` to `steps`; `after_step(progress, last, timed)` comes after every update.
 
         Returns whether the run was asked to stop before; the watch may end it before as well, see `progress.stopped`.
         Raises ObjectiveError or NonFiniteError before the update that it would have spoilt, LeftTogether as `part`.
@@ -235,7 +235,7 @@ class Lockstep:
             self._others.until_loaded(progress.version)
             totals = self._seat.facts.gather(self._group).totals
         else:
-            made = self._handed.totals, self._handed.stopped
+            made = self._handed.totals, self._handed.word
             self._handed = None  # all of it is taken: weights and state of before need no memory any more
             if progress.version < steps:
                 self._seat.load_ahead(progress.version)
@@ -244,13 +244,13 @@ class Lockstep:
             made, stopped = None, word == STOP
             progress.checksum_s += self._seat.checksum_s
             last = stopped or bool(progress.stopped) or progress.version == steps
-            if word <= STOP:  # who comes takes no place in a group that is left
-                self._others.between(partial(self._state, progress, totals, stopped))
+            if word <= SAVE:  # who comes takes no place in a group that is left
+                self._others.between(partial(self._state, progress, totals, word))
             self.between.checksums(progress)
-            after_step(progress, last)
+            after_step(progress, last, word == SAVE)
             if stopped or progress.stopped:
                 return progress.version < steps and not progress.stopped
-            if word > STOP and not last:
+            if word > SAVE and not last:
                 self.between.part(word)
         return False
 
@@ -317,12 +317,12 @@ class Lockstep:
     def _adds(self, done: bool) -> PiecesDone | None:
         return self._others.note(self._at, ADDED if done else ADDING)
 
-    def _state(self, progress: Progress, totals: dict[str, int], stopped: bool) -> Handed:
+    def _state(self, progress: Progress, totals: dict[str, int], word: int) -> Handed:
         """What the successor of a worker needs to go on from here."""
         assert isinstance(self._group, SharedMemoryGroup), "where others can stand in"
         watch, usual = self.updates.watcher.state(), self._usual
         place, evaluated = self._group.place, self._evaluation.version
-        parts = self.division, place, asdict(progress), watch, totals, stopped, usual, evaluated, self.merged.last()
+        parts = self.division, place, asdict(progress), watch, totals, word, usual, evaluated, self.merged.last()
         return Handed(*parts, **self.placement.handed())
 
     def _compute(self, step: int, totals: dict[str, int]) -> None:

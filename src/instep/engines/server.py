@@ -174,6 +174,7 @@ class _Server:
     def stop(self) -> None:
         """Somebody's code has raised, a worker's or the server's: saves the weights if they are sound."""
         session, version = self._session, self._progress.version
+        session.settle()
         if self._merger.sound and session.must_save(version):
             self._save(looked=False)
             session.send_events()
@@ -336,9 +337,12 @@ class _Server:
         self._began_s += time.monotonic() - came_s
 
     def _keep(self, due: bool, best: bool) -> None:
-        """Saves this version if it is due or, which is noted, the best so far."""
+        """Saves this version if it is due or, which is noted, the best so far; or, by the clock, in the background."""
+        self._session.settle(wait=False)
         if best or due:
             self._save()
+        elif self._session.aside.due():
+            self._save(aside=True)
         if best:
             self._session.mark_best(self._progress)
 
@@ -372,13 +376,16 @@ class _Server:
                 self._gone.add(message.worker)
             self._heard.append(message)
 
-    def _save(self, *, looked: bool = True) -> None:
-        self._replica.doing = f"saving version {self._progress.version}"
+    def _save(self, *, looked: bool = True, aside: bool = False) -> None:
+        session, progress, began_s = self._session, self._progress, self._session.clock()
+        self._replica.doing = f"saving version {progress.version}"
         self._fetch_lost()
         self._sync_tape()
         unmade = [action for action in self._unmade if isinstance(action, Merge)]
-        self._session.save(
-            self._progress, self._replica.saved_state(), self._merger.training_state(),
-            ledger=ledger_state(self._ledger, unmade), cut=self._ledger.pieces.workers,
-            steps=self._session.recipe.steps, looked=looked,
-        )  # fmt: skip
+        states = self._replica.saved_state(), self._merger.training_state()
+        ledger, cut = ledger_state(self._ledger, unmade), self._ledger.pieces.workers
+        meta: dict[str, Any] = {"ledger": ledger, "cut": cut, "steps": session.recipe.steps}
+        if aside:
+            session.aside.begin(*states, session.to_save(progress, looked=False, **meta), began_s)
+        else:
+            session.save(progress, *states, looked=looked, **meta)

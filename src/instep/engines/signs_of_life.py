@@ -22,3 +22,6 @@ class SignsOfLife(Protocol):
 
     def fewer_wanted(self) -> bool:
         """Whether some of them are not to be in that."""
+
+    def save_wanted(self) -> bool:
+        """Whether, by the clock, a checkpoint is due after the present step."""

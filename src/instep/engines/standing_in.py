@@ -42,7 +42,7 @@ class Handed:
     """What the successor of a worker goes on with, after a step and before all else that is due then.
 
     division: as it follows the workers' speed. place: of the group. progress: `Progress` by field. watch: as in a
-    checkpoint; so are `model`, where it is not shared, and `training`. totals, stopped: what the step gave. usual,
+    checkpoint; so are `model`, where it is not shared, and `training`. totals, word: what the step gave. usual,
     evaluated: of the engine. updates: that the tape may not tell of yet.
     """
 
@@ -51,7 +51,7 @@ class Handed:
     progress: dict[str, Any]
     watch: Any
     totals: dict[str, int]
-    stopped: bool
+    word: int
     usual: tuple[list[int], bool]
     evaluated: int
     updates: Last

@@ -19,15 +19,17 @@ from instep.reduce.tree import Node
 from instep.transport.group import Fields, Group
 from instep.worker.gradients import Computed
 
-GO_ON, STOP, PART, HAND_IN = range(4)
-"""What comes after a step, as worker 0 says."""
+GO_ON, STOP, SAVE, PART, HAND_IN = range(5)
+"""What comes after a step, as worker 0 says; in this order the first three are of a group that stays."""
 
 
 def what_comes(signs: SignsOfLife) -> int:
     """That, as the team is asked for it."""
     if signs.stop_wanted():
         return STOP
-    return (HAND_IN if signs.fewer_wanted() else PART) if signs.regroup_wanted() else GO_ON
+    if signs.regroup_wanted():
+        return HAND_IN if signs.fewer_wanted() else PART
+    return SAVE if signs.save_wanted() else GO_ON
 
 
 _OFF = 2
@@ -47,8 +49,8 @@ class Flags(NamedTuple):
 class TeamFacts(NamedTuple):
     """What all workers tell. seconds: by worker, what a microbatch of the step took it, 0 for none. sums: of the step's
     microbatches, term by term. totals: the next step's items, by term. ends: by worker, `Buffers.ends` of the first
-    step. stop: whether the run is to end after the step, `STOP`, or the team to go on in another group, `PART`, or
-    without some, `HAND_IN`. early: whether the next step's gradients are to travel early.
+    step. stop: whether the run is to end after the step, `STOP`, the state to be saved, `SAVE`, or the team to go on in
+    another group, `PART`, or without some, `HAND_IN`. early: whether the next step's gradients are to travel early.
     beside: what `StepFacts.gather` was given, of all workers; good until the next gather."""
 
     seconds: list[float]

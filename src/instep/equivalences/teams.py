@@ -136,6 +136,9 @@ class _Signs:
     def fewer_wanted(self) -> bool:
         return False
 
+    def save_wanted(self) -> bool:
+        return False
+
 
 class _Worker(Body):
     """One worker of the team."""

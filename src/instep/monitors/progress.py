@@ -65,7 +65,7 @@ class ProgressDisplay:
             self.held_out_terms = event.get("terms", {})
             self.gathered = event.get("gathered") or {}
             self.pace.pause(event["t_s"])
-        elif kind == "checkpointed":
+        elif kind == "checkpointed" and "step_s" not in event:  # else steps went on
             self.pace.pause(event["t_s"])
         elif kind == "left" and not event.get("resized"):
             self.state = "restarting"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from instep.offline.stretches import Stretch, stretch_to, that_count
+from instep.offline.stretches import Stretch, in_place, stretch_to, that_count
 from instep.recipe import Recipe
 from instep.record import tape
 from instep.record.folder import RunFolder
@@ -33,7 +33,7 @@ class Past:
         folder = RunFolder.open(Path(run))
         table, _, paths = saved(folder, recipe, None, call)
         recipe = recorded(folder, recipe, table, replaying=True)
-        events = that_count(tape.read(folder.tape_path), recipe.fingerprints())
+        events = that_count(in_place(tape.read(folder.tape_path)), recipe.fingerprints())
         return cls(folder, recipe, tuple(paths), tuple(e for e in events if e["kind"] not in ("computed", "evaluated")))
 
     def to(self, version: int, most: int | None = None) -> Stretch:

@@ -109,6 +109,41 @@ def that_count(events: Iterable[Event], known: Collection[str]) -> Iterator[Even
         )
 
 
+def in_place(events: Iterable[Event]) -> list[Event]:
+    """The events with each checkpoint right after the update that made its version.
+
+    Of one that was written in the background the tape tells once it is whole, updates later; or never, where the run
+    was killed before that, and went on from it. Under a server the place counts: it has what workers have in hand.
+    """
+    kept: list[Event] = []
+    minutes: float = 0  # of the present session's team
+    for event in events:
+        kind, version, late = event["kind"], event.get("version", 0), "step_s" in event
+        begins = kind == "run_started" and version and event["engine"] != "lockstep" and event.get("digest")
+        place = _made_at(kept, version) if (begins and minutes) or (kind == "checkpointed" and late) else None
+        if kind == "run_started":
+            minutes = event.get("team", {}).get("checkpoint_minutes", 0)
+        if place is not None and not begins:
+            kept.insert(place, event)
+            continue
+        told = [(each["kind"], each.get("version")) for each in kept[place:]] if place is not None else []
+        if place is not None and ("checkpointed", version) not in told:
+            saved = {"t_s": event["t_s"], "kind": "checkpointed", "version": version, "digest": event["digest"]}
+            kept.insert(place, saved)
+        kept.append(event)
+    return kept
+
+
+def _made_at(events: Sequence[Event], version: int) -> int | None:
+    """The place after the update that made it, in the last session."""
+    for place in range(len(events) - 1, -1, -1):
+        if events[place]["kind"] == "merged" and events[place]["version"] == version:
+            return place + 1
+        if events[place]["kind"] == "run_started":
+            return None
+    return None
+
+
 def not_refuted(events: Iterable[Event]) -> list[Event]:
     """The events without what an audit has found to be uncertain: the run knows, and has computed it again."""
     kept: list[Event] = []

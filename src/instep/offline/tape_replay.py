@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from instep.data.repeats import what_does_not_repeat
 from instep.errors import RecordError
 from instep.offline.replayer import Replayer
-from instep.offline.stretches import ToldEvent, not_refuted, that_count
+from instep.offline.stretches import ToldEvent, in_place, not_refuted, that_count
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
 from instep.record.result import Proof, Replayed
@@ -54,7 +54,7 @@ def known_writes() -> Iterator[None]:
 
 def _replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell) -> Replayed:
     playback: Playback | None = None
-    for event in map(ToldEvent, not_refuted(that_count(events, recipe.fingerprints()))):
+    for event in map(ToldEvent, not_refuted(that_count(in_place(events), recipe.fingerprints()))):
         if event["kind"] == "run_started":
             if playback is None:
                 playback = Playback(recipe, event)

@@ -43,7 +43,7 @@ MODEL, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
 
 _NAME = re.compile(r"(\.replaced-)?step-(\d{8,})")
 _ONLY_PLAIN = "keep only tensors, numbers, text, lists and dicts in the optimizer's state."
-_SAVING, _REPLACED = ".saving-", ".replaced-"
+SAVING, _REPLACED = ".saving-", ".replaced-"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def save(
     what cannot be saved or could not be loaded safely.
     """
     final = folder / _name(version)
-    aside = folder / f"{_SAVING}{final.name}"
+    aside = folder / f"{SAVING}{final.name}"
     try:
         folder.mkdir(exist_ok=True)  # without parents: a run folder that is gone is not born again
         _tidy(folder)
@@ -215,7 +215,7 @@ def _remove_old(folder: Path, version: int, keep: int | Literal["thinned"]) -> N
 
 def _tidy(folder: Path) -> None:
     """Removes what a crash while saving left behind, and brings back a checkpoint that was being replaced."""
-    for path in folder.glob(f"{_SAVING}*"):
+    for path in folder.glob(f"{SAVING}*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(f"{_REPLACED}*"):
         final = folder / path.name.removeprefix(_REPLACED)

@@ -300,6 +300,8 @@ class CheckpointedEvent(Event, frozen=True, kw_only=True, gc=False):
     path: Annotated[str, _is("relative to `checkpoints/` in the run folder")]
     bytes: Bytes
     digest: Annotated[str, _is("of the weights")]
+    step_s: Maybe[Annotated[Seconds, _is("that steps waited", where="where written in the background")]] = UNSET
+    cpu_s: Maybe[Annotated[Seconds, _is("of a processor, to write it", where="there too")]] = UNSET
     wire_bytes: Maybe[WireBytes] = UNSET
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import queue
 import threading
 import time
@@ -33,7 +34,16 @@ from instep.team.letters import (
     fitting,
 )
 from instep.team.link import AgentLink, connect
-from instep.team.messages import Compute, Hello, HostNetwork, NoMore, Pushed, ServerToWorker, WorkerToServer
+from instep.team.messages import (
+    Assignment,
+    Compute,
+    Hello,
+    HostNetwork,
+    NoMore,
+    Pushed,
+    ServerToWorker,
+    WorkerToServer,
+)
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import WireError
 from instep.worker.contribution import Facts
@@ -254,3 +264,12 @@ def _result(message: Pushed) -> Contributed:
     told: dict[str, Any] = {each.name: getattr(message.facts, each.name) for each in dataclasses.fields(Facts)}
     told["bad"] = tuple(why.message for why in message.facts.bad)
     return Contributed(message.incarnation, message.from_s, message.to_s, message.verified, message.ahead, **told)
+
+
+def far_server_of(assignment: Assignment, number: int, descriptor: int) -> Any:
+    """What makes a worker's end to a server on another host; None without such."""
+    if assignment.lines:
+        return None
+    assert assignment.network is not None, "the server is on another host"
+    of_host = assignment.incarnation, descriptor, assignment.place[1]
+    return functools.partial(FarServer, assignment.network, number, *of_host)

@@ -7,6 +7,7 @@ is for nobody: so nothing is merged twice, whatever becomes of links and hosts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import socket
 import threading
 import time
@@ -37,7 +38,16 @@ from instep.team.letters import (
     fitting,
 )
 from instep.team.link import AgentLink, Listener
-from instep.team.messages import Compute, Hello, HostNetwork, NoMore, Pushed, ServerToWorker, WorkerToServer
+from instep.team.messages import (
+    Assignment,
+    Compute,
+    Hello,
+    HostNetwork,
+    NoMore,
+    Pushed,
+    ServerToWorker,
+    WorkerToServer,
+)
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import WireError
 from instep.worker.contribution import Facts, Vectors
@@ -364,3 +374,8 @@ class _Conversations:
         if one.link is not None:
             self._over.append(one.link)
             one.link = None
+
+
+def far_workers_of(assignment: Assignment) -> Any:
+    """What makes the server's end to workers of other hosts; None without such."""
+    return functools.partial(FarWorkers, assignment.network) if assignment.network is not None else None

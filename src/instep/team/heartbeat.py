@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +116,7 @@ class Heartbeat:
         self._board, self._worker, self._agent = board, worker, agent
         self.generation = generation
         """Of the group that the worker is in, see `instep.team.messages.NextGroup`."""
+        self._save_due: Callable[[], bool] = lambda: False
         self._lock, self._before = threading.Lock(), (int(board.sent[worker]), int(board.received[worker]))
 
     def start(self) -> None:
@@ -146,6 +147,14 @@ class Heartbeat:
     def fewer_wanted(self) -> bool:
         """Whether some of the present group are not to be in another one."""
         return self._board.fewer(self.generation)
+
+    def ask_for_saves(self, due: Callable[[], bool]) -> None:
+        """From now on `due()` says what `save_wanted` does."""
+        self._save_due = due
+
+    def save_wanted(self) -> bool:
+        """Whether, by the clock, a checkpoint is due after the present step."""
+        return self._save_due()
 
     def is_past(self, generation: int) -> bool:
         """Whether nobody is to go on in the group of this generation any more."""

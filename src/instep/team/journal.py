@@ -217,12 +217,12 @@ class Journal:
         return found
 
     def remove_unlooked(self) -> None:
-        """Removes checkpoints of stops: forwards may have written into their weights past autograd, unseen."""
+        """Removes those of stops and of the clock: forwards may have written their weights past autograd, unseen."""
         for path in checkpoint.all_in(self._folder.checkpoints):
             with contextlib.suppress(CheckpointError):
                 if checkpoint.read_manifest(path).meta.get("unlooked"):
                     shutil.rmtree(path)
                     self.warn(
-                        f"the checkpoint {path} was saved at a stop, and that forward may have written its weights "
-                        f"before anybody looked; it was removed."
+                        f"the checkpoint {path} was saved at a stop or by the clock, and that forward may have written "
+                        f"its weights before anybody looked; it was removed."
                     )

@@ -11,8 +11,10 @@ from instep.engines.audits import Audit
 from instep.engines.continued import Continued
 from instep.engines.lockstep import Lockstep
 from instep.engines.standing_in import Handed
+from instep.record.checkpoint import Loaded
 from instep.record.digest import digest_of_state
 from instep.record.event_kinds import TookPlaceEvent
+from instep.record.events import WarnedEvent
 from instep.team.judging import third_result
 from instep.team.session import Session
 from instep.team.successors import PlacesHeld
@@ -47,6 +49,7 @@ def engine_of(
     again: Continued | None = None,
 ) -> Lockstep:
     team, emit, clock = session.assignment.team, session.emit, session.clock
+    session.heartbeat.ask_for_saves(session.aside.due)
     of_run = session.rank, machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard, team.balance
     engine = Lockstep(replica, *of_run, held, handed, again)
     if team.audit:
@@ -78,3 +81,14 @@ def successor(
     engine.sizes()
     session.emit(TookPlaceEvent(worker=session.number, version=progress.version))
     return engine, progress
+
+
+def progress_of(session: Session, saved: Loaded) -> Progress:
+    """Where the run stands that goes on from this checkpoint. Raises CheckpointError."""
+    progress, steps = Progress.resumed(saved, session.recipe), session.recipe.steps
+    why = f"the run has done all its {steps} steps; give more steps (--steps)" if progress.steps >= steps else ""
+    if progress.stopped:
+        why = f"the run was ended ({progress.stopped}); give another recipe.watch to go on"
+    if why and session.leads:
+        session.emit(WarnedEvent(why=f"nothing is left to train, for {why}."))
+    return progress

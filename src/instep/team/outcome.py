@@ -42,8 +42,12 @@ def cause_of(error: InstepError, held: Held) -> InstepError:
 
 
 def saved_amid(event: Event, run: Request) -> bool:
-    """Whether it tells of a checkpoint after which there is more to train."""
-    return isinstance(event, CheckpointedEvent) and event.version < run.recipe_table["steps"]
+    """Whether it tells of a checkpoint after which there is more to train, and before which all is saved: of one that
+    was written in the background the tape tells updates later.
+    """
+    if not isinstance(event, CheckpointedEvent) or event.step_s is not UNSET:
+        return False
+    return bool(event.version < run.recipe_table["steps"])
 
 
 def start_of(

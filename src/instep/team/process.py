@@ -30,12 +30,12 @@ from instep.record.result import Costs
 from instep.reduce.levels import machine_of
 from instep.reduce.written import FirstWrite
 from instep.team.channel import Channel
-from instep.team.far_server import FarServer
-from instep.team.far_workers import FarWorkers
+from instep.team.far_server import far_server_of
+from instep.team.far_workers import far_workers_of
 from instep.team.groups import Reach
 from instep.team.heartbeat import Heartbeat, HeartbeatBoard
 from instep.team.kept_state import keep_state, kept_by, wait_for_others, wait_for_the_end
-from instep.team.lockstep_engine import engine_again, engine_of, facts_of, successor
+from instep.team.lockstep_engine import engine_again, engine_of, facts_of, progress_of, successor
 from instep.team.logs import redirect_output
 from instep.team.messages import (
     Assignment,
@@ -80,9 +80,9 @@ def main(
         if not assignment.serving:
             _in_lockstep(session, board, descriptor)
         elif session.leads:
-            server.serve(session, descriptor, _far_workers(assignment))
+            server.serve(session, descriptor, far_workers_of(assignment))
         else:
-            contribute(session, descriptor, _far_server(assignment, number, descriptor))
+            contribute(session, descriptor, far_server_of(assignment, number, descriptor))
     except (PeerRaised, PeerLost) as error:
         wait_for_the_end(session, error)
     except WrongWorker as found:
@@ -109,19 +109,6 @@ def main(
     sys.stderr.flush()
 
 
-def _far_workers(assignment: Assignment) -> Any:
-    """What makes the server's end to workers of other hosts; None without such."""
-    return partial(FarWorkers, assignment.network) if assignment.network is not None else None
-
-
-def _far_server(assignment: Assignment, number: int, descriptor: int) -> Any:
-    """What makes a worker's end to a server on another host; None where it is on this one."""
-    if assignment.lines:
-        return None
-    assert assignment.network is not None, "the server is on another host"
-    return partial(FarServer, assignment.network, number, assignment.incarnation, descriptor, assignment.place[1])
-
-
 def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> None:
     """The life of a worker of the lockstep engine; if it is a successor, from the place on that it gets."""
     team, worker = session.assignment.team, session.number
@@ -130,7 +117,7 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
     progress, saved = Progress(), session.saved()
     if saved is not None:
         replica.load(saved.model_state, saved.training_state)
-        progress = session.progress_of(saved)
+        progress = progress_of(session, saved)
     reach, held = Reach(session), places_held(session, board)
     engine, succeeds = engine_of(session, replica, reach.machines, progress, held), session.assignment.incarnation > 0
     if saved is not None:
@@ -203,6 +190,8 @@ def _train(session: Session, formed: Formed) -> NextGroup | None:
         engine.between.meet()  # nobody reads weights any more, or raises: what the recipe shows them to may change them
     except PeerLost as lost:  # it is of no use any more to do things together, but with those of this host
         formed.handed_in = engine.between.handed_in
+        if isinstance(lost, LeftTogether):  # another may lead the next group
+            session.settle()
         word = keeper.after_loss(lost, reach.machine)
         if word is not True:
             return word
@@ -213,6 +202,8 @@ def _train(session: Session, formed: Formed) -> NextGroup | None:
         session.send_events()
         doing = replica.doing
         with contextlib.suppress(Exception):  # the first error is the one to tell of
+            session.settle()
+        with contextlib.suppress(Exception):
             session.stopped_at = engine.stop(
                 progress.version, keeper.save_at_stop, saved=session.saved_version,
                 needed=session.must_save(progress.version), written=isinstance(error, FirstWrite),
@@ -260,11 +251,11 @@ class _Keeper:
         self.milestones = Milestones(recipe.steps, recipe.evaluate_every, every, recipe.artifacts_every)
         self.remember()  # a checkpoint that it goes on from, so that it is read once
 
-    def after_step(self, progress: Progress, last: bool) -> None:
-        """After an update; `last`: the run ends with it."""
+    def after_step(self, progress: Progress, last: bool, timed: bool = False) -> None:
+        """After an update; `last`: the run ends with it; `timed`: by the clock a checkpoint is due."""
         if self.milestones.shows(progress.version - 1, progress.version):  # first: a restart makes them again
             self._session.show(progress.version, for_leader=0 in self._engine.between.holds)
-        keep = partial(self._keep, last)
+        keep = partial(self._keep, last, timed)
         agree = self._engine.between.agree
         self.milestones.reached(progress, progress.version - 1, lambda: agree(self.evaluate()), keep)
         self._formed.done, self._formed.again = progress.version, False
@@ -302,13 +293,15 @@ class _Keeper:
         progress.evaluated(facts, session.recipe.steps, self._replica.watch.patience)
         return best
 
-    def _keep(self, last: bool, due: bool, best: bool) -> None:
+    def _keep(self, last: bool, timed: bool, due: bool, best: bool) -> None:
         session, engine, version = self._session, self._engine, self._progress.version
+        session.settle(wait=False)
         session.send_events(held=True)
-        due = due or last or bool(self._progress.stopped)
+        audited = bool(session.assignment.team.audit)  # which may refute this version while it is written
+        due = due or last or bool(self._progress.stopped) or (timed and audited)
         trying = session.tries_checkpoint(version)
         if not (due or best or trying):
-            return
+            return self._keep_aside() if timed else None
         self._replica.doing = f"saving version {version}"
         state = self._replica.saved_state()
         session.send_events()  # a checkpoint never holds steps that the tape lacks
@@ -330,6 +323,18 @@ class _Keeper:
         elif engine.between.others_can_lead:
             engine.between.lead(partial(self._write_for_another, last, write))
             session.saved_version = version if due or best else session.saved_version
+
+    def _keep_aside(self) -> None:
+        """Worker 0 copies the state, and has that written while all go on. In its place nobody does: it comes again."""
+        session, engine, began_s = self._session, self._engine, self._session.clock()
+        self._replica.doing = f"copying version {self._progress.version}, to save it"
+        state, sound = self._replica.saved_state(), engine.placement.unwritten(self._progress.version)
+        training = engine.between.training_state()
+        if training is not None:
+            session.send_events()  # as above
+            training = {**training, "watch": engine.updates.watcher.state()}
+            about = session.to_save(self._progress, looked=False)
+            session.aside.begin(state, training, about, began_s, sound)
 
     def _write_for_another(self, last: bool, write: Callable[[dict[str, Tensor], dict[str, Any], bool], None]) -> None:
         """In place of worker 0: from what the workers share, which nobody changes before the next step is computed.

@@ -26,6 +26,7 @@ from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.record.held import is_there
 from instep.sources import models, sources
+from instep.team.background import BackgroundCheckpoints
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
 from instep.team.messages import Assignment, Events, KeepState, Ready, StateKept
@@ -66,6 +67,8 @@ class Session:
         self.saved_version = 0
         """The version of the newest checkpoint that this process has written, or found at the start."""
         self._tried_version = 0
+        minutes, folder = assignment.team.checkpoint_minutes, RunFolder(assignment.folder).checkpoints
+        self.aside = BackgroundCheckpoints(minutes, folder, self.clock, self.emit)
         self.stopped_at = 0
         """Where the run stops for an error: the version of the newest checkpoint, 0 for none."""
 
@@ -83,6 +86,8 @@ class Session:
             idle = rows_of(replica.data.train, replica.data.collate) is not None
             replica.reader.loaded = LoadedAhead(units, place, microbatches, idle=idle)
         self._warn()
+        if self.leads and not self.assignment.incarnation:  # else others may be writing
+            self.aside.tell_unfinished()
         return self.replica
 
     @property
@@ -164,16 +169,6 @@ class Session:
         self.saved_version = saved.version
         return saved
 
-    def progress_of(self, saved: checkpoint.Loaded) -> Progress:
-        """Where the run stands that goes on from this checkpoint. Raises CheckpointError."""
-        progress, steps = Progress.resumed(saved, self.recipe), self.recipe.steps
-        why = f"the run has done all its {steps} steps; give more steps (--steps)" if progress.steps >= steps else ""
-        if progress.stopped:
-            why = f"the run was ended ({progress.stopped}); give another recipe.watch to go on"
-        if why and self.leads:
-            self.emit(WarnedEvent(why=f"nothing is left to train, for {why}."))
-        return progress
-
     def _fingerprint(self, version: int) -> str:
         """Of what has decided the weights of `version`: changes that hold from it on have not yet."""
         return self.assignment.fingerprints[sum(change.version < version for change in self.recipe.changes)]
@@ -245,35 +240,42 @@ class Session:
         """Writes a checkpoint; `sound` may still raise then. Raises ResourceError where the disk refuses.
         looked: whether all bits of the weights were looked at, for what forwards write past autograd.
         """
-        self._warn()
-        self._tried_version = progress.version
-        if not is_there(self.assignment.folder, self.assignment.identity):  # the supervisor says what became of it
-            raise RecordError(f"the run folder {self.assignment.folder} is not where it was; resume it from there.")
-        saved = self._write(self._checkpoints, progress, model_state, training_state, sound, looked, **meta)
+        about = self.to_save(progress, looked=looked, **meta)
+        saved = checkpoint.save(
+            self._checkpoints, model_state=model_state, training_state=training_state, sound=sound, **about
+        )
         self.saved_version = progress.version
+        self.aside.saved()
         self.heartbeat.advance()
         self.emit(
             CheckpointedEvent(version=progress.version, path=saved.path.name, bytes=saved.bytes, digest=saved.digest)
         )
+
+    def to_save(self, progress: Progress, *, looked: bool, **meta: Any) -> dict[str, Any]:
+        """What `checkpoint.save` takes beside the states, once no other is being written. Raises RecordError where the
+        run folder is gone.
+        """
+        self.settle()
+        self._warn()
+        self.aside.tell_unfinished(but=progress.version)
+        self._tried_version = progress.version
+        if not is_there(self.assignment.folder, self.assignment.identity):  # the supervisor says what became of it
+            raise RecordError(f"the run folder {self.assignment.folder} is not where it was; resume it from there.")
+        return self._about(progress, looked=looked, **meta)
+
+    def settle(self, *, wait: bool = True) -> None:
+        """Notes a checkpoint that is written in the background, if it is whole, or once it is."""
+        self.saved_version = max(self.saved_version, self.aside.settle(wait=wait))
 
     def keep(
         self, progress: Progress, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]
     ) -> checkpoint.SavedCheckpoint:
         """As `save`, on a host without the run folder, for an agent 0 to come. Raises ResourceError."""
         assert self.assignment.scratch is not None, "the host has no run folder, but one for scratch"
-        folder = RunFolder(self.assignment.scratch).checkpoints
-        return self._write(folder, progress, model_state, training_state, looked=False)
+        folder, about = RunFolder(self.assignment.scratch).checkpoints, self._about(progress, looked=False)
+        return checkpoint.save(folder, model_state=model_state, training_state=training_state, **about)
 
-    def _write(
-        self,
-        folder: Path,
-        progress: Progress,
-        model_state: Mapping[str, Tensor],
-        training_state: Mapping[str, Any],
-        sound: Callable[[], None] | None = None,
-        looked: bool = True,
-        **meta: Any,
-    ) -> checkpoint.SavedCheckpoint:
+    def _about(self, progress: Progress, *, looked: bool, **meta: Any) -> dict[str, Any]:
         assert self.replica is not None
         if self.assignment.run_id is not None:
             meta["run"] = self.assignment.run_id
@@ -281,16 +283,9 @@ class Session:
             meta["unlooked"] = True
         if self.replica.written.names:
             meta["written"] = list(self.replica.written.names)
-        return checkpoint.save(
-            folder,
-            version=progress.version,
-            model_state=model_state,
-            training_state=training_state,
-            meta={"progress": asdict(progress), "data": self.data_facts(), **meta},
-            fingerprint=self._fingerprint(progress.version),
-            keep=self.assignment.team.keep,
-            sound=sound,
-        )
+        meta |= {"progress": asdict(progress), "data": self.data_facts()}
+        version, keep = progress.version, self.assignment.team.keep
+        return {"version": version, "meta": meta, "fingerprint": self._fingerprint(version), "keep": keep}
 
     def tries_checkpoint(self, version: int) -> bool:
         """Whether it is to be tried now, once in a run, if a checkpoint can be loaded: alike at all workers."""
@@ -365,6 +360,7 @@ class Session:
         assert self.replica is not None
         if not (self.leads or for_leader) or not makes_any(self.replica):
             return
+        self.settle()  # a copy of the process must not be made in the midst of what a thread does
         began_s, self.replica.doing = self.clock(), f"writing the artifacts of version {version}"
         within_s = self.assignment.team.stall_timeout_s / 2  # after twice that the worker would count as stuck
         made = make_aside(self.replica, RunFolder(self.assignment.folder), version, within_s)
