@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from instep.engines.lockstep import Lockstep
 from instep.errors import InstepError, RecipeError, ResourceError
 from instep.recipe import Recipe, Team
 from instep.record import checkpoint, tape
@@ -26,9 +27,10 @@ from instep.record.checkpoint import SavedCheckpoint
 from instep.record.events import CheckpointedEvent
 from instep.team.background import BackgroundCheckpoints, KeptCopy
 from instep.team.outcome import saved_amid
+from instep.team.process import _Keeper
 from support import workloads
 from support.agents import train_on
-from support.deaths import Deaths, Hooks, run
+from support.deaths import Deaths, Hooks, after, before, run
 from support.full_disk import full_disk
 from support.harness import Client, Outcome, stopping_at, told, train_here
 from support.reference import reference_digests
@@ -210,6 +212,45 @@ def test_others_go_on_in_step_where_worker_0_is_killed_while_it_writes(tmp_path:
     assert [event["version"] for event in told(outcome, "run_started")] == [0], "no checkpoint is loaded"
     assert [event["version"] for event in told(outcome, "merged")] == list(range(1, 41))
     all_sound(outcome)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("dies", [before, after])
+def test_others_go_on_in_step_where_worker_0_is_killed_around_its_copy(
+    dies: Callable[..., Hooks], tmp_path: Path, in_step: Outcome
+) -> None:
+    """All know then that a checkpoint is due, and nobody else copies."""
+    options = {"checkpoint_minutes": ALWAYS, "checkpoint_every": NEVER, "keep": 0}
+    with held():
+        outcome = run(gpt(), 2, tmp_path / "it", dies(_Keeper, "_keep_aside", 0, calls=2), **options)
+    assert outcome.digest == in_step.digest
+    assert [event["version"] for event in told(outcome, "run_started")] == [0], "no checkpoint is loaded"
+    assert [event["version"] for event in told(outcome, "merged")] == list(range(1, STEPS + 1))
+    assert len(told(outcome, "left")) == 1
+    same_content(outcome, aside(outcome)[0], in_step)
+    all_sound(outcome)
+
+
+@pytest.mark.processes
+def test_where_another_worker_raises_the_one_that_is_being_written_is_whole_and_told_of(tmp_path: Path) -> None:
+    client, look = Client(), Lockstep._compute
+
+    def raising(self: Lockstep, step: int, totals: dict[str, int]) -> None:
+        if step == 5 and self.worker == 1:
+            raise ValueError("of the user's")
+        look(self, step, totals)
+
+    with (
+        held(NEVER // 2),
+        mock.patch.object(Lockstep, "_compute", raising),
+        pytest.raises(InstepError, match="of the user's"),
+    ):
+        train_here(gpt(), team(workers=2, restarts=0), tmp_path / "run", client=client)
+    first, last = told(client, "checkpointed")
+    assert ("step_s" in first, last["version"]) == (True, 5)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [checkpoint.verify(path).version for path in checkpoint.all_in(folder)] == [first["version"], 5]
+    assert not list(folder.glob(".saving*"))
 
 
 @pytest.mark.processes
