@@ -1,14 +1,22 @@
-"""Which source files a process computes with, and which models it has loaded: on all hosts of a run the same."""
+"""Which source files a process computes with, and which models it has loaded: on all hosts of a run the same, and the
+files at all times.
+
+Processes that come while a run goes on import what those have imported that began it, whatever became of the files.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import Any
 
 MOST_FILES = 2000
@@ -62,6 +70,67 @@ def first_difference(one: Any, other: Any) -> str:
     code may load modules when it needs them.
     """
     return next((name for name, digest in sorted(one.items()) if other.get(name, digest) != digest), "")
+
+
+def own_files() -> list[str]:
+    """The source files that this process has imported, but for Python's own, Instep's and installed packages."""
+    found = {path for name, path in _modules() if name.partition(".")[0] != "instep" and not _is_installed(path)}
+    return sorted(map(str, found))[:MOST_FILES]
+
+
+class KeptSources:
+    """Source files as they were when the first process of a run told of them. `of`: by path."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, bytes] = {}
+
+    def keep(self, files: Iterable[str]) -> None:
+        """Reads those of them that are new."""
+        for file in files:
+            if file not in self.of:
+                with contextlib.suppress(OSError):
+                    self.of[file] = Path(file).read_bytes()
+
+
+def import_kept(kept: Mapping[str, bytes]) -> None:
+    """From now on this process imports these files, by path, as they were."""
+    if kept:
+        sys.meta_path.insert(0, _Finder(kept))
+
+
+class _Finder(MetaPathFinder):
+    """Finds modules where others find them, and reads them here."""
+
+    def __init__(self, kept: Mapping[str, bytes]):
+        self._kept = kept
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        for finder in sys.meta_path:
+            spec = None if isinstance(finder, _Finder) else finder.find_spec(fullname, path, target)
+            if spec is not None:
+                file = spec.origin or ""
+                if file not in self._kept or not isinstance(spec.loader, SourceFileLoader):
+                    return None
+                spec.loader = _Loader(fullname, file, self._kept[file])
+                return spec
+        return None
+
+
+class _Loader(SourceFileLoader):
+    """Of one file, past what Python may have compiled of it since."""
+
+    def __init__(self, fullname: str, path: str, source: bytes):
+        super().__init__(fullname, path)
+        self._source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        code: CodeType = self.source_to_code(self._source, self.path)
+        return code
+
+    def get_data(self, path: str) -> bytes:
+        return self._source if path == self.path else super().get_data(path)
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from instep.errors import DataError, InstepError
 from instep.objectives import objective
 from instep.schedule import Change
 from instep.team import loaders
-from instep.team.asking import standing_of
+from instep.team.asking import resized, standing_of
 from instep.transport import units
 from instep.transport.units import Unit
 from instep.worker import loaded
@@ -42,6 +43,7 @@ from support.deaths import run as run_with_deaths
 from support.harness import Client, told, train_here
 from support.kinds import quick
 from support.moving import AtRandom
+from support.patience import LONG_S
 from support.processes import wait_until
 from support.threads import meanwhile
 
@@ -355,6 +357,53 @@ def test_a_loader_that_is_stopped_is_replaced(tmp_path: Path, monkeypatch: pytes
     assert run.digest == plain()
     assert run.result["restarts"] == 0
     assert len(read_by(path, loaders=True)) == 2
+
+
+def test_a_loader_that_hangs_is_replaced_before_who_waits_for_it_counts_as_stuck(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, bad = tmp_path / "read", late()[5]
+
+    def act(index: int) -> None:
+        if index == bad and in_loader():
+            try:
+                (tmp_path / "hangs").touch(exist_ok=False)
+            except FileExistsError:
+                return
+            time.sleep(LONG_S)
+
+    monkeypatch.setattr(loaders, "HANGS", 1 / Team().stall_timeout_s)
+    run = train_here(recipe(Drawn(path, act)), Team(loaders=1), tmp_path / "run")
+    assert run.digest == plain()
+    assert run.result["restarts"] == 0
+    assert len(read_by(path, loaders=True)) == 2
+
+
+@pytest.mark.parametrize(("before", "wanted"), [(1, 3), pytest.param(3, 1, marks=pytest.mark.slow)])
+def test_who_comes_while_a_run_goes_on_has_loaders_as_the_others_have(before: int, wanted: int, tmp_path: Path) -> None:
+    path, readers, steps, client = tmp_path / "run", tmp_path / "read", 100, Client()
+    changed = tmp_path / "changed"
+
+    def act(index: int) -> None:
+        if not changed.exists():
+            time.sleep(0.01)
+
+    def change() -> None:
+        wait_until(lambda: bool(told(client, "merged")), LONG_S, "a step")
+        resized(path, wanted)
+        wait_until(lambda: bool(told(client, "regrouped")), LONG_S, "another number")
+
+    with meanwhile(change, changed.touch):
+        run = train_here(recipe(Drawn(readers, act), steps=steps), Team(workers=before, loaders=1), path, client=client)
+    assert run.digest == plain(steps)
+    assert not told(run, "warned")
+    assert [len(group["workers"]) for group in told(run, "regrouped")] == [wanted]
+    assert len(read_by(readers, loaders=True)) == max(before, wanted)
+    own, (first, *others) = read_by(readers, loaders=False), [event["pid"] for event in told(run, "joined")]
+    most = len(own[first]) + BATCH  # what tells data apart, and what is compared
+    assert all(len(own[pid]) <= most for pid in others)
+    last = {line.split()[0] for line in readers.read_text().splitlines()[-SAMPLES:] if line.endswith(" 1")}
+    assert len(last) <= wanted
 
 
 def test_loaders_that_die_as_they_begin_leave_reading_to_the_worker(tmp_path: Path) -> None:

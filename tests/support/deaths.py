@@ -51,6 +51,8 @@ def run(
     folder: Path,
     hooks: Hooks = lambda deaths: {},
     client: Client | None = None,
+    *,
+    resume: bool = False,
     **team: Any,
 ) -> Outcome:
     deaths, init = Deaths(folder), Session.__init__
@@ -59,13 +61,13 @@ def run(
         deaths.born(number, assignment.incarnation)
         init(session, assignment, number, *others)
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=resume)
     with mock.patch.object(Session, "__init__", noted):
         patches = [mock.patch.multiple(owner, **methods) for owner, methods in hooks(deaths).items()]
         for patch in patches:
             patch.start()
         try:
-            return train_here(recipe, Team(workers=workers, **team), folder / "run", client=client)
+            return train_here(recipe, Team(workers=workers, **team), folder / "run", client=client, resume=resume)
         finally:
             for patch in patches:
                 patch.stop()

@@ -27,7 +27,7 @@ from instep.team.orders import (
     StartMore,
     StopAsked,
 )
-from instep.team.regroup_messages import LeftGroup, Regrouped
+from instep.team.regroup_messages import LeftGroup, NotRegrouped, Regrouped
 from instep.team.roster import Roster
 
 pytestmark = pytest.mark.pure
@@ -39,9 +39,10 @@ FACTS = {"weights": "alike", "stands_in": True, "resizes": True}
 
 class Team:
     """Processes that do what a roster orders. `stage`: of those that live: building, ready, waiting for a place,
-    working, left (its group), forming. `holders`: by who is to come in its place, who holds it.
+    working, left (its group), forming. `holders`: by who is to come in its place, who holds it. fresh: was in no group.
 
-    asked: whether they are told to leave their group; leaving: whether they do, since the end of a step.
+    asked: whether they are told to leave their group; leaving: whether they do, since the end of a step; broken: one
+    died too early for the next one to be formed.
     """
 
     def __init__(self, workers: int):
@@ -49,8 +50,9 @@ class Team:
         self.stage = dict.fromkeys([Member(1, number) for number in range(workers)], "working")
         self.holders: dict[Member, Member] = {}
         self.empty: set[Member] = set()
+        self.fresh: set[Member] = set()
         self.generation, self.next = 0, 0
-        self.asked = self.leaving = self.stopping = self.over = self.finished = False
+        self.asked = self.leaving = self.broken = self.stopping = self.over = self.finished = False
         self.roster.begin()
         for member in self.stage:
             self.roster.hear(Said(member, Ready(FACTS, {})))
@@ -75,7 +77,7 @@ class Team:
                 if holders:
                     here = Member(1, old.number, old.incarnation + 1)
                     self.holders = {each: holder for each, holder in self.holders.items() if each != old} | holders
-                    assert set(self.holders.values()) <= set(self.those("working")), "who lives, and is in the group"
+                    assert set(self.holders.values()) <= set(self.those("working", "left", "forming")), "who lives"
                     self.empty |= {here} if new is None else set()
                 if new is not None:
                     self.stage[new] = "building"
@@ -91,15 +93,16 @@ class Team:
                 assert order.generation in (self.generation, self.generation + 1)
                 self.asked = order.generation > self.generation
             case Regroup(members=members):
-                assert not self.those("working"), "all have left"
-                assert {self.stage[member] for member in members} <= {"left", "ready"}, "all are there"
-                assert [member.number for member in members] == list(range(len(members))), "numbers are ranks"
-                self.next = order.generation
+                assert not self.those("working", "forming"), "all have left"
+                assert {self.stage[member] for member in members} <= {"left", "ready", "waiting"}, "all are there"
+                assert [*members] == sorted(members), "ranks are in the order of numbers"
+                self.fresh |= {member for member in members if self.stage[member] != "left"}
+                assert {each.number for each in self.fresh & {*members}} == order.fresh
+                self.next, self.broken, self.holders, self.empty = order.generation, False, {}, set()
                 self.stage.update(dict.fromkeys(members, "forming"))
             case EndEpoch():
                 self.over = True
-                alone = len(self.those("working")) == 0
-                assert self.leaving or self.those("forming") or alone, "the others could have gone on"
+                assert not {*self.those("working", "left", "forming")} - self.fresh, "the others could have gone on"
             case FinishRun():
                 self.over = self.finished = True
             case _:
@@ -117,7 +120,8 @@ class Team:
         able = {
             "ready": self.those("building"), "lose": list(self.stage), "hand": [] if self.leaving else self.waiting,
             "step": self.those("working") if self.asked and not (self.leaving or self.stopping) else [],
-            "leave": self.those("working") if self.leaving else [], "form": self.those("forming"),
+            "leave": self.those("working" if self.leaving else "", "forming" if self.broken else ""),
+            "form": [] if self.broken else self.those("forming"),
         }.get(kind)  # fmt: skip
         if not able:
             return
@@ -127,26 +131,30 @@ class Team:
                 self.stage[member] = "ready"
                 self.tell(Said(member, Ready(FACTS, {})))
             case "lose":
-                del self.stage[member]
+                self.broken |= self.stage.pop(member) == "forming" and pick % 2 == 0
                 self.tell(Lost(member, "it was killed."))
             case "hand":
                 self.tell(Said(self.holders[member], HandedOver(member.number, member.incarnation, b"")))
             case "step":
                 self.leaving = True
             case "leave":
+                generation = self.next if self.stage[member] == "forming" else self.generation
                 self.stage[member] = "left"
-                self.tell(Said(member, LeftGroup(self.generation)))
+                self.tell(Said(member, LeftGroup(generation)))
             case "form":
                 self.form()
 
     @property
     def waiting(self) -> list[Member]:
-        return [member for member in self.those("waiting") if member in self.holders]
+        held = [member for member in self.those("waiting") if member in self.holders]
+        return [member for member in held if self.stage.get(self.holders[member]) == "working"]
 
     def form(self) -> None:
-        """All are in the next group; who is left over has no part in it."""
+        """All are in the next group, if any of them has the state; who is left over has no part in it."""
+        if not {*self.those("forming")} - self.fresh:
+            return self.tell(Said(self.those("forming")[0], NotRegrouped(self.next, "nobody has the state")))
         self.generation, self.asked, self.leaving = self.next, False, False
-        self.holders, self.empty = {}, set()
+        self.fresh.clear()
         self.stage.update(dict.fromkeys(self.those("forming"), "working"))
         self.tell(Said(self.those("working")[0], Regrouped(self.generation)))
 
@@ -188,6 +196,9 @@ class Team:
 @example(2, [("resize", 2), ("ready", 0), ("step", 0), ("lose", 2), ("leave", 0), ("leave", 0), ("form", 0)])
 @example(2, [("resize", 2), ("ready", 0), ("resize", 0), ("lose", 2)])
 @example(3, [("resize", 0), ("lose", 0), ("ready", 0), ("hand", 0)])
+@example(2, [("resize", 0), ("step", 0), ("leave", 0), ("leave", 0), ("lose", 0)])
+@example(2, [("resize", 2), ("ready", 0), ("step", 0), ("leave", 0), ("leave", 0), ("lose", 0), ("leave", 0)])
+@example(2, [("resize", 2), ("ready", 0), ("step", 0), ("leave", 0), ("lose", 1), ("form", 0), ("lose", 1)])
 def test_a_team_comes_to_have_as_many_as_are_wanted_in_any_order_of_events(
     workers: int, history: list[tuple[str, int]]
 ) -> None:

@@ -14,11 +14,14 @@ from instep.team.orders import (
     CannotStart,
     EndEpoch,
     EpochEnded,
+    FailRun,
     FinishRun,
+    Go,
     HandOver,
     Join,
     Lost,
     Member,
+    NoteLoss,
     NoteResize,
     Order,
     Regroup,
@@ -176,20 +179,51 @@ def test_a_newcomer_that_dies_before_all_have_left_leaves_the_others_as_they_wer
     assert (roster.restarts, roster.size, roster.active) == (0, 2, [member(0), member(1)])
 
 
-def test_who_dies_when_others_have_left_has_the_team_start_again_with_a_sentence_and_counts_once() -> None:
+def test_who_dies_when_others_have_left_leaves_them_among_themselves_and_its_successor_comes_as_newcomers_do() -> None:
     for told_late in (False, True):
         roster = changing()
+        alone, successor = Regroup(1, 1, (member(0),), at_once=False), member(1, 1)
+        replaced = Replace(member(1), successor, "it was killed.", {successor: member(0)})
         if told_late:
-            left(roster, 0)
-            assert roster.hear(Lost(member(1), "it was killed.")) == [EndEpoch(1)]
+            assert left(roster, 0) == []
+            assert roster.hear(Lost(member(1), "it was killed.")) == [replaced, STAY, alone]
         else:
-            roster.hear(Lost(member(1), "it was killed."))
-            warned, ended = left(roster, 0)
-            assert isinstance(warned, Warn)
-            assert warned.why.endswith("for another one, so that the team goes back to its last checkpoint.")
-            assert ended == EndEpoch(1)
-        roster.hear(EpochEnded(1, ()))
-        assert roster.restarts == 1
+            assert roster.hear(Lost(member(1), "it was killed.")) == [replaced, STAY]
+            assert left(roster, 0) == [alone]
+        assert roster.hear(Said(member(0), Regrouped(1))) == []
+        assert (roster.size, roster.restarts, roster.numbers) == (2, 1, (0,))
+        assert ready(roster, successor) == [Regroup(1, 2, (), at_once=False)]
+        (three,) = left(roster, 0)
+        assert three == Regroup(1, 2, (member(0), successor, member(2)), at_once=False)
+        assert isinstance(three, Regroup)
+        assert three.fresh == {1, 2}
+        roster.hear(Said(member(0), Regrouped(2)))
+        assert (roster.size, roster.restarts) == (3, 1)
+
+
+def test_a_successor_that_is_to_come_and_dies_has_one_itself() -> None:
+    roster = changing()
+    left(roster, 0)
+    roster.hear(Lost(member(1), "it was killed."))
+    roster.hear(Said(member(0), Regrouped(1)))
+    replaced = Replace(member(1, 1), member(1, 2), "it was killed, too.")
+    assert roster.hear(Lost(member(1, 1), "it was killed, too.")) == [replaced]
+    assert ready(roster, member(1, 2)) == [Regroup(1, 2, (), at_once=False)]
+    assert (roster.size, roster.restarts) == (2, 2)
+
+
+def test_after_a_stop_those_who_live_go_on_without_a_successor_and_end_the_run() -> None:
+    roster = changing()
+    left(roster, 0)
+    roster.hear(StopAsked())
+    alone = Regroup(1, 1, (member(0),), at_once=False)
+    replaced = Replace(member(1), None, "it was killed.", {member(1, 1): member(0)})
+    assert roster.hear(Lost(member(1), "it was killed.")) == [replaced, STAY, alone]
+    roster.hear(Said(member(0), Regrouped(1)))
+    ended = Ended({"version": 7}, "same", interrupted=True, generation=1)
+    late = Replace(member(2), None, "the run has ended before it could take part.")
+    assert roster.hear(Said(member(0), ended)) == [late, FinishRun(member(0))]
+    assert roster.restarts == 0
 
 
 def test_where_there_is_no_room_for_the_next_group_those_who_have_left_go_on_in_one_of_their_own() -> None:
@@ -200,10 +234,72 @@ def test_where_there_is_no_room_for_the_next_group_those_who_have_left_go_on_in_
     assert found[-1] == Regroup(1, 2, (member(0), member(1)), at_once=False)
 
 
-def test_who_dies_while_the_next_group_forms_has_the_team_start_again() -> None:
-    roster = changing()
+def test_who_dies_while_the_next_group_forms_is_stood_in_for_if_that_is_formed_and_else_all_leave_it() -> None:
+    for formed in (True, False):
+        roster = changing()
+        (group,) = left(roster, 0, 1)
+        assert group == Regroup(1, 1, tuple(map(member, range(3))), at_once=False)
+        holders = {member(1, 1): member(0)}
+        assert roster.hear(Lost(member(1), "it was killed.")) == [
+            Replace(member(1), member(1, 1), "it was killed.", holders)
+        ]
+        if formed:
+            assert roster.hear(Said(member(0), Regrouped(1))) == []
+            assert ready(roster, member(1, 1)) == [Join(member(1, 1))]
+            continue
+        assert left(roster, 2) == []
+        (again,) = left(roster, 0)
+        assert again == Regroup(1, 2, (member(0), member(2)), at_once=False)
+        assert isinstance(again, Regroup)
+        assert again.fresh == {2}
+        assert roster.hear(Said(member(0), Regrouped(2))) == []
+        assert ready(roster, member(1, 1)) == [Regroup(1, 3, (), at_once=False)]
+        assert left(roster, 0, 2) == [Regroup(1, 3, (member(0), member(1, 1), member(2)), at_once=False)]
+
+
+def test_a_newcomer_that_dies_while_the_next_group_forms_leaves_the_others_as_they_were() -> None:
+    for formed in (True, False):
+        roster = changing(4)
+        left(roster, 0, 1)
+        found = roster.hear(Lost(member(3), "it was killed."))
+        assert [type(order) for order in found] == [Warn, NoteResize, Replace]
+        if formed:
+            assert roster.hear(Said(member(0), Regrouped(1))) == [Regroup(1, 2, (), at_once=False, fewer=True)]
+            last = left(roster, 0, 1, 2)
+        else:
+            last = left(roster, 0, 1, 2)
+        two = Regroup(1, 2, (member(0), member(1)), at_once=False, fewer=True)
+        assert last == [two]
+        ended = Replace(member(2), None, "the team goes on with 2 workers.", resized=True)
+        assert roster.hear(Said(member(0), Regrouped(2))) == [ended]
+        assert (roster.restarts, roster.size, roster.active) == (0, 2, [member(0), member(1)])
+
+
+def test_where_all_who_have_the_state_are_lost_those_who_were_to_leave_go_on() -> None:
+    roster = going()
+    roster.hear(Resize(1))
     left(roster, 0, 1)
-    assert roster.hear(Lost(member(1), "it was killed.")) == [EndEpoch(1)]
+    found = roster.hear(Lost(member(0), "it was killed."))
+    assert isinstance(found[0], Replace)
+    assert found[1:] == [Regroup(1, 2, (member(1),), at_once=False)]
+    (dropped,) = roster.hear(Said(member(1), Regrouped(2)))
+    assert dropped == Replace(member(0, 1), None, "the team goes on with 1 worker.", resized=True)
+    assert (roster.size, roster.active) == (1, [member(1)])
+
+
+def test_who_is_lost_before_all_are_ready_has_a_successor_that_begins_with_the_others() -> None:
+    roster = Roster(HostsThere(2, alone=True), 1, Path("run"), serving=False)
+    roster.begin()
+    ready(roster, member(0))
+    replaced = Replace(member(1), member(1, 1), "it was killed.")
+    assert roster.hear(Lost(member(1), "it was killed.")) == [replaced]
+    (go,) = ready(roster, member(1, 1))
+    assert go == Go(1, (member(0), member(1, 1)))
+    assert (roster.restarts, roster.stood_in) == (1, 0)
+    once_more = Roster(HostsThere(2, alone=True), 0, Path("run"), serving=False)
+    once_more.begin()
+    found = once_more.hear(Lost(member(1), "it was killed."))
+    assert [type(order) for order in found] == [NoteLoss, FailRun]
 
 
 def test_where_no_group_with_newcomers_can_be_formed_the_team_begins_anew_as_it_was() -> None:

@@ -19,7 +19,7 @@ from instep.record.events import WarnedEvent
 from instep.rules import presets as p
 from instep.team import messages as m
 from instep.team.pickling import dump
-from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, Regrouped
+from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, PeersLost, Regrouped
 from instep.transport.memory import Region
 from instep.worker.contribution import Facts
 from instep.worker.milestones import Progress
@@ -49,7 +49,7 @@ MESSAGES = [
     m.FoundWritten(["w"], "a first forward"),
     m.FoundWrong(1, 7, 2, 6, 5, "worker 0 and worker 2"),
     m.HeldUp("worker 1", "computing step 3", 1.5),
-    m.PeersLost("rank 1 of 2 has lost another one"),
+    PeersLost("rank 1 of 2 has lost another one"),
     m.KeepState(),
     m.KeepingState(),
     m.StateKept(5, "step-00000005", "ab", (WarnedEvent(why="w"),)),

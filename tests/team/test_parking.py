@@ -331,6 +331,9 @@ def test_who_is_not_built_yet_or_in_no_group_yet_keeps_nobody_waiting(
         ours.send(message)
     newcomer: Any = SimpleNamespace(pipe=theirs, heartbeat=SimpleNamespace(waiting=lambda flag: None))
     assert Session.ready(newcomer, {}, {}) == Agreed({}, {})
-    assert [ours.recv(), ours.recv()] == [Ready({}, {}), StateKept(why="it is in no group yet")]
+    assert [dataclasses.replace(ours.recv(), files=()), ours.recv()] == [
+        Ready({}, {}),
+        StateKept(why="it is in no group yet"),
+    ]
     for each in (ours, theirs):
         each.close()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from instep.team import parted
-from instep.team.messages import PeersLost
 from instep.team.orders import FinishRun, HostLost, Lost, StopAsked
 from instep.team.parted import BEREFT_S, PARTED_S, Parted
+from instep.team.regroup_messages import PeersLost
 from support.world import World
 
 pytestmark = pytest.mark.pure

@@ -243,7 +243,7 @@ BAD: dict[str, tuple[Any, str]] = {
         for name in ("", ".", "..", "../x", "a/../../x", "/etc/passwd", "a/b", "a\n", "a\0")
     },
     "no member": (["FromMember", ["StopRun"], ["Sync"]], "an unknown kind, 'StopRun'"),
-    "memory": (["FromMember", MEMBER, ["Ready", {}, {"w": 1}]], "length <= 0"),
+    "memory": (["FromMember", MEMBER, ["Ready", {}, {"w": 1}, []]], "length <= 0"),
     "an unknown event": (["FromMember", MEMBER, ["Events", [["Event", {}]]]], "no event that is known"),
     "an event with an unknown field": (
         ["FromMember", MEMBER, ["Events", [["WarnedEvent", {"why": "x", "evil": 1}]]]],

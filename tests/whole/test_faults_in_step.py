@@ -90,7 +90,7 @@ def lines_of(run: Run, alone: Mapping[int, str]) -> list[dict[str, Any]]:
     back = [fault for fault in run.faults if fault.recovered.startswith("went back: ")]
     alone_again = sum(fault.recovered == "from memory" for fault in run.faults)
     events = run.tape.events
-    once = len(starts(events)) <= run.team.resizes + alone_again and (alone_again or not merged_again(events))
+    once = len(starts(events)) == alone_again and (alone_again or not merged_again(events))
     whole = bool(same and not back and once and not run.computed_too_often())
     return [
         {**asdict(fault), "held": whole and fault.again <= max(fault.most, fault.most_of_host)} for fault in run.faults

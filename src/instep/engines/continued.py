@@ -15,12 +15,14 @@ Value = TypeVar("Value")
 class Continued:
     """numbers: by rank, those of the workers on the tape. why_whole: as the first placement found it, for weights that
     have been placed are not what they were; None where nobody has looked. merged, busy_s: of the engine of before.
+    version: that this worker has.
     """
 
     numbers: Sequence[int]
     why_whole: str | None = None
     merged: MergedEvents | None = None
     busy_s: float = 0.0
+    version: int = 0
 
     def by_number(self, of_each: Sequence[Value], none: Value) -> list[Value]:
         """What there is of each rank as the tape has it, by number; `none` of those that are not there."""

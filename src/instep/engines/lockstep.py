@@ -103,11 +103,11 @@ class Lockstep:
         self._successors, self._handed = successors, handed
         self._others: OthersParts
         self._group: Group
-        self._at = handed.progress["version"] if handed is not None else 0
         self._usual: tuple[list[int], bool] = [], False  # the buffers that the last step changed; whether it wrote
         self._whole: Tensor | None = None  # where the group puts the sum together
         self._redo: Redo | None = None
         self._again = again or Continued(range(self.workers))
+        self._at = handed.progress["version"] if handed is not None else self._again.version
         remembered = REMEMBERED if successors is not None or len(machines) > 1 else 0
         self.merged = self._again.merged or MergedEvents(remembered, emit, clock, self._again.numbers)
 
@@ -199,7 +199,8 @@ class Lockstep:
 
     def _tell_stood_in(self, worker: int, version: int, again: range | None) -> None:
         microbatches = UNSET if again is None else [again.start, again.stop]
-        self._emit(StoodInEvent(worker=worker, by_worker=self.worker, version=version, microbatches=microbatches))
+        of, by = (self._again.numbers[each] for each in (worker, self.worker))
+        self._emit(StoodInEvent(worker=of, by_worker=by, version=version, microbatches=microbatches))
 
     def _take_ranges(self) -> None:
         """Takes the step's ranges into use."""
@@ -234,6 +235,7 @@ class Lockstep:
             self._seat.load(progress.version, self._seat.own)
             self._others.until_loaded(progress.version)
             totals = self._seat.facts.gather(self._group).totals
+            self.placement.all_joined()
         else:
             made = self._handed.totals, self._handed.word
             self._handed = None  # all of it is taken: weights and state of before need no memory any more
@@ -331,9 +333,7 @@ class Lockstep:
         self._seat.check_loaded()
         if not objective.has_items(totals) and not self.updates.watcher.skips:
             self.updates.watcher.left_out(Verdict(), [objective.no_items(step)], update=True)
-        around = None
-        if self.audit is not None:
-            around = self.audit.begin(step, totals, self.reduction.ranges)
+        around = None if self.audit is None else self.audit.begin(step, totals, self.reduction.ranges)
         self._seat.compute(step, totals, self.slowness(step), early=self._early, around=around, redo=self._redo)
         if self._redo is not None:
             self._redo.fill(self.reduction.nodes_of(self.worker), self._group.rows)

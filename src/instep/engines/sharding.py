@@ -55,14 +55,24 @@ class Placement(ABC):
 
     def __init__(self, replica: Replica, reduction: Reduction, worker: int):
         self._replica, self._reduction, self._worker = replica, reduction, worker
-        self._settled = 0
+        self._settled, self._joined = 0, False
+        self._aside: dict[int, tuple[Any, Any]] = {}  # state of others' parameters, until all have joined
 
     def attach(self, group: Group, *, succeeds: bool = False) -> None:
-        """Takes the team's group into use. A gather must follow before the weights are read.
-
-        succeeds: another had this place in it before, who has died.
+        """Takes the team's group into use. A gather must follow before the weights are read. succeeds: another had this
+        place in it before, who has died.
         """
-        self._group = group
+        self._group, self._joined = group, succeeds
+
+    def attach_for(self, worker: int) -> None:
+        """What another worker of this machine, which has died, lacked of `attach`. Raises SeatLost where it is late."""
+        if self._joined:
+            raise SeatLost(worker, "it joined the others")
+
+    def all_joined(self) -> None:
+        """All workers have come to the gather after `attach`, or another has in the place of one."""
+        self._joined = True
+        self._aside.clear()
 
     def take(self, whole: Tensor) -> None:
         """From now on the sum of the gradients ([layout.size], float32) lies there."""
@@ -216,8 +226,7 @@ class Sharded(Placement):
         super().__init__(replica, reduction, worker)
         whose = owners([parameter.numel() for parameter in replica.parameters], len(machine))
         self._of = {each: [machine[owner] == each for owner in whose] for each in machine}
-        self._own = self._of[worker]
-        self._own_indices = self._indices(worker)
+        self._own, self._own_indices = self._of[worker], self._indices(worker)
         self._others: set[int] = set()  # for whom this worker has made updates
         self._state = SharedState(replica) if len(machine) > 1 else None
         self.state_bytes = self._state.nbytes if self._state is not None else 0
@@ -229,15 +238,15 @@ class Sharded(Placement):
             self.room = self._updates.room
 
     def attach(self, group: Group, *, succeeds: bool = False) -> None:
-        super().attach(group)
+        super().attach(group, succeeds=succeeds)
         states, memory = [one.of_torch.state for one in self._replica.optimizer.each], group.common.numpy()
-        for parameter, offset, own in zip(self._replica.parameters, self._offsets, self._own, strict=True):
+        for parameter, offset in zip(self._replica.parameters, self._offsets, strict=True):
             shared = tensor_at(memory, offset, parameter.dtype, parameter.shape, parameter.stride())
             if not succeeds:
                 shared.copy_(parameter.detach())  # all workers write the same
             parameter.data = shared
-            for state in [] if own else states:
-                state.pop(parameter, None)
+        others = [(index, p) for index, p in enumerate(self._replica.parameters) if not self._own[index]]
+        self._aside = {index: (state, state.pop(p)) for index, p in others for state in states if p in state}
         of_machine = group.machine if isinstance(group, DistributedGroup) else group
         if self._state is not None and isinstance(of_machine, SharedMemoryGroup):
             self._state.attach(of_machine.spare)
@@ -245,6 +254,15 @@ class Sharded(Placement):
                 self._take_over(self._worker)
             else:
                 self._state.keep(self._indices(self._worker))
+
+    def attach_for(self, worker: int) -> None:
+        super().attach_for(worker)
+        for index in self._aside.keys() & set(self._indices(worker)):
+            state, values = self._aside[index]
+            state[self._replica.parameters[index]] = values
+        if self._state is not None:
+            self._state.keep(self._indices(worker))
+            self._state.give_back(self._indices(worker))
 
     def update(self, step: int, norm: float, touched: Sequence[bool], pieces: PiecesDone | None = None) -> float | None:
         if pieces is not None:

@@ -59,7 +59,7 @@ class SharedState:
 
     def keep(self, own: Collection[int]) -> None:
         """From now on the state of the parameters `own` lies there: what there is of it, and what `grow` finds."""
-        self._open = set(own)
+        self._open |= set(own)
         self.grow(own)
 
     def grow(self, which: Collection[int]) -> None:

@@ -264,7 +264,8 @@ class StandIn:
     def _do(self, worker: int, length: int | None) -> Fact | None:
         """Before the barrier at which this one is. length: of the bytes that it is to give, if it has told that."""
         if not self._group.stages[worker]:
-            raise SeatLost(worker, "it joined the others")
+            self._placement.attach_for(worker)
+            self._note(worker, int(self._group.stages[self._own]) // _STAGES, JOINED)
         if self._part is None:
             raise SeatLost(worker, "all did more than a step")
         if worker not in self._vacant:

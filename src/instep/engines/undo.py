@@ -27,11 +27,11 @@ _ENTRY = 3
 
 
 class SeatLost(Exception):
-    """What a worker that died was doing cannot be done again in its place. `worker`: its number."""
+    """What a worker that died was `doing` cannot be done again in its place. `worker`: its rank in the group."""
 
     def __init__(self, worker: int, doing: str):
         super().__init__(f"worker {worker} died while {doing}")
-        self.worker = worker
+        self.worker, self.doing = worker, doing
 
 
 class SharedSpan(NamedTuple):

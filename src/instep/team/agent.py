@@ -27,7 +27,7 @@ from instep.record.folder import RunFolder
 from instep.record.tape import Tape
 from instep.team import messages, orders
 from instep.team.answers import Answers, why_not
-from instep.team.assigning import as_it_is, assignment_of, for_later
+from instep.team.assigning import as_it_is, assignment_of, for_later, for_successor
 from instep.team.channel import Channel
 from instep.team.crew import Crew, Heard, LocalCrew
 from instep.team.hosts import Hosts
@@ -37,6 +37,7 @@ from instep.team.network import network_of
 from instep.team.orders import Member
 from instep.team.outcome import cause_of, check_steps, end_of, result_of, saved_amid, start_of
 from instep.team.parted import Parted
+from instep.team.regroup_messages import PeersLost, Regrouped
 from instep.team.remembered import KeptCopies
 from instep.team.roster import Roster
 from instep.team.signals import Interrupted, Requests
@@ -64,7 +65,7 @@ class Agent:
         others, name = children(), self.roster.name  # not this run's: none, unless a program supervises by itself
         self._local = LocalCrew(
             team, others, self._unused, serving=serving, name=name, folder=self._folder, began=lambda: run.began,
-            most=most_in_step(run),
+            most=most_in_step(run), copies=lambda: self._copies.of_one(run),
         )  # fmt: skip
         self._network: messages.HostNetwork | None = None  # of this epoch
         self._facts: Mapping[str, Any] = {}  # what the team of this epoch starts from
@@ -179,8 +180,7 @@ class Agent:
                 return
             case messages.Sync():
                 self._journal.sync()
-                crew.send(heard.member, messages.Synced())
-                return
+                return crew.send(heard.member, messages.Synced())
             case messages.Ready(facts) if heard.member == self.roster.leader:
                 self._facts = facts
             case messages.Ended():
@@ -189,14 +189,14 @@ class Agent:
             case messages.FoundWrong():
                 found = self._journal.refuted(heard.message, heard.member.epoch)
                 return self._hear(orders.Said(heard.member, found))
+            case Regrouped():
+                self._copies.begun(len(self.roster.numbers))
             case messages.EndedFor(worker, ended):
                 self._ended[worker] = ended
-            case messages.PeersLost():
-                self._parted.note(heard.member, heard.message)
-                return
+            case PeersLost():
+                return self._parted.note(heard.member, heard.message)
             case messages.KeepingState():
-                self._parted.keeps(heard.member)
-                return
+                return self._parted.keeps(heard.member)
             case messages.StateKept():
                 return  # which only an agent that follows asks for
         self._hear(orders.Said(heard.member, heard.message))
@@ -360,6 +360,7 @@ class Agent:
         at_first = () if again else (*self._run.notices, *self._run.rule.warnings())
         for why in (*at_first, *(self._hosts.alike.warnings() if self._hosts is not None else ())):
             self._journal.warn(why)
+        self._copies.begun(len(order.members))
         for crew in self._crews:
             crew.go()
 
@@ -373,9 +374,9 @@ class Agent:
         elif not order.told:
             self._journal.record(LeftEvent(worker=order.member.number, why=order.why, resized=order.resized or UNSET))
         if (new := order.successor) is not None:
-            late = self._network is not None and self._run.engine == "lockstep"
+            own = self._assignment(late=(going := self.roster.going))
             for crew in self._crew_of(new):
-                crew.succeed(new, replace(self._assignment(late=True), resume_from=None, late=late))
+                crew.succeed(new, for_successor(own) if going else own)
 
     def _end(self) -> None:
         """Ends what lives of the team, and reads the last words."""

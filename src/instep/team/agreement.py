@@ -101,10 +101,6 @@ TOO_LATE = "the run has ended before it could take part."
 """Of a worker that came while the others went on."""
 
 
-AMID_CHANGE = "a worker died as all of the team were leaving their group for another one"
-"""Of a death since which they cannot go on in that group."""
-
-
 ELSEWHERE = "another worker has come in its place on another host."
 """Of a worker that leaves a team which has as many as before."""
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from instep.record.held import Identity
 from instep.team.messages import Assignment, HostNetwork, Request
+from instep.team.orders import Regroup
+from instep.team.regroup_messages import NextGroup
 from instep.team.remembered import Remembered
 from instep.team.roster import Roster
 
@@ -44,10 +46,35 @@ def assignment_of(
         written=tuple(sorted(roster.written)),
         remembered=None if late else remembered,
         generation=roster.generation if late and network is None else 0,
+        numbers=roster.numbers if late and network is None and not serving else (),
+    )
+
+
+def for_successor(assignment: Assignment) -> Assignment:
+    """For who comes in the place of one that was lost, while the others go on; over hosts in a later group."""
+    late = assignment.network is not None and not assignment.serving
+    return replace(assignment, resume_from=None, late=late, succeeds=True)
+
+
+def next_group(
+    group: Regroup, told: int, saved: int, memory: tuple[int, int], remembered: Remembered | None
+) -> NextGroup:
+    """What those in it are told of it. memory: the descriptor and the inode of what those of one host share."""
+    return NextGroup(
+        group.generation,
+        numbers=tuple(member.number for member in group.members),
+        incarnations=tuple(member.incarnation for member in group.members),
+        hosts=tuple(member.host for member in group.members),
+        told=told,
+        saved=saved,
+        memory=memory[0],
+        inode=memory[1],
+        fresh=group.fresh,
+        remembered=remembered,
     )
 
 
 def for_later(assignment: Assignment, workers: int) -> Assignment:
     """For workers that are to be in a later group, of so many."""
     team = replace(assignment.team, workers=workers)
-    return replace(assignment, team=team, resume_from=None, first=False, late=True)
+    return replace(assignment, team=team, resume_from=None, first=False, late=True, numbers=())

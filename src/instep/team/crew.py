@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from instep.recipe import Team
 from instep.record.folder import RunFolder
-from instep.team import regroup_messages
+from instep.sources import KeptSources
+from instep.team.assigning import next_group
 from instep.team.heartbeat import Liveness, process_state
 from instep.team.loaders import Loaders
 from instep.team.messages import (
@@ -26,6 +27,7 @@ from instep.team.messages import (
 )
 from instep.team.orders import Lost, Member, Regroup, RosterEvent
 from instep.team.processes import MemberProcess, MemberProcesses
+from instep.team.remembered import Remembered
 from instep.team.wire_messages import LoaderShown, Shown
 from instep.transport.memory import reserve
 from instep.transport.meter import METER
@@ -114,7 +116,7 @@ class LocalCrew:
     team: its fields, and how many all hosts have. others: children of this process that are not the run's. unused: what
     is open here that members do not need. name: what a member is called in a sentence. folder: has the logs. began:
     when the run did, on this host's monotonic clock. host: the number of this one. most: of how many workers a team may
-    come to be while it goes on.
+    come to be while it goes on. copies: where one keeps its state that comes to be alone.
     """
 
     def __init__(
@@ -129,8 +131,9 @@ class LocalCrew:
         began: Callable[[], float],
         host: int = 0,
         most: int = 0,
+        copies: Callable[[], Remembered | None] = lambda: None,
     ):
-        self._most = most
+        self._most, self._copies = most, copies
         self._team, self._others, self._unused, self._serving = team, others, unused, serving
         self._name, self._folder, self._began, self._host = name, folder, began, host
         self._processes: MemberProcesses | None = None
@@ -138,6 +141,7 @@ class LocalCrew:
         self._done: set[Member] = set()
         self._asked: dict[Member, str] = {}  # for their stacks
         self._workers: list[int] = []  # of this host, by number
+        self._sources = KeptSources()
 
     def start(self, members: Collection[Member], assignment: Assignment) -> None:
         self._team = assignment.team
@@ -148,7 +152,8 @@ class LocalCrew:
         )
         self._done.clear()
         self._workers = [number for number in here if number != workers]
-        self._loaders = Loaders.of(assignment, self._workers, self._others, self._unneeded)
+        for_loaders = replace(assignment, sources=self._sources.of)
+        self._loaders = Loaders.of(for_loaders, self._workers, self._others, self._unneeded, self._most)
         with assignment.recipe.prepared() as recipe:
             for member in members:
                 if member.host == self._host:
@@ -167,12 +172,16 @@ class LocalCrew:
         )
 
     def _fork(self, member: Member, assignment: Assignment) -> None:
-        known = member.number in self._workers
-        place = self._workers.index(member.number) if known else 0, len(self._workers)
-        units = self._loaders.units if self._loaders is not None and known else None  # who comes later reads by itself
+        works = member.number != self._team.workers or not self._serving
+        self._workers += [member.number] * (works and member.number not in self._workers)  # who comes later
+        place = self._workers.index(member.number) if works else 0, len(self._workers)
+        units = self._loaders.units if self._loaders is not None and works else None
+        if units is not None and place[0] >= units.workers:
+            units = None
         lines = self.processes.lines
-        own = replace(assignment, lines=lines, incarnation=member.incarnation, place=place, units=units)
-        self.processes.fork(member, own, self._unused())
+        sources = self._sources.of
+        fields = dict[str, Any](lines=lines, incarnation=member.incarnation, place=place, units=units, sources=sources)
+        self.processes.fork(member, replace(assignment, **fields), self._unused())
 
     def prepare(self, facts: Mapping[str, Any]) -> None:
         lead = list(self.processes)[-1 if self._serving else 0].ready
@@ -213,6 +222,7 @@ class LocalCrew:
                     return
                 if isinstance(message, Ready):
                     process.ready = message
+                    self._sources.keep(message.files)
                 elif isinstance(message, Ended | Failed | FoundWritten | FoundWrong | StoppedAt):
                     self._done.add(member)
                 yield Heard(member, message)
@@ -232,6 +242,7 @@ class LocalCrew:
         self._processes.look_for_orphans()
         if self._loaders is not None:
             self._loaders.look()
+            self._loaders.follow(sum(process.member.number in self._workers for process in self._processes))
         waiting = {p.member.number: p for p in self._processes if p.member not in self._done}
         states = {number: process_state(process.handle.pid) for number, process in waiting.items()}
         found = self._liveness.look(time.monotonic(), states)
@@ -349,19 +360,10 @@ class LocalCrew:
             if regions:
                 reserve(file, regions)
 
-        memory, inode = processes.renew_memory(group.generation, reserved) if len(here) > 1 else (-1, 0)
+        memory = processes.renew_memory(group.generation, reserved) if len(here) > 1 else (-1, 0)
         if members or group.at_once:  # else they are still in that of before, and so are successors of who dies in it
             processes.close_memory(group.generation - 1 if group.at_once else group.formed)
-        word = regroup_messages.NextGroup(
-            group.generation,
-            numbers=tuple(member.number for member in members),
-            incarnations=tuple(member.incarnation for member in members),
-            hosts=tuple(member.host for member in members),
-            told=told,
-            saved=saved,
-            memory=memory,
-            inode=inode,
-        )
+        word = next_group(group, told, saved, memory, self._copies() if len(members) == 1 else None)
         for process in here:
             process.send(word)
         processes.board.regroup(group.generation, at_once=group.at_once, fewer=group.fewer)

@@ -29,6 +29,8 @@ class Generations:
         """Of it, by rank."""
         self._leaving: frozenset[Member] = frozenset()
         """Who is not, and without whom the others cannot end the step before it."""
+        self._fresh: set[Member] = set()
+        """Who was in none that was formed."""
         self.lost: Lost | None = None
         """Why there is another than the first, if one was lost."""
 
@@ -85,18 +87,25 @@ class Generations:
             place.away, place.joins = False, self.number + 1
         return self._next(at_once=waits)
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of the members of the newest, by rank."""
+        return tuple(member.number for member in self.members)
+
     def has(self, place: PlaceInTeam) -> bool:
         """Whether it is in the newest."""
         return place.joins <= self.number
 
     def change(self, places: Places, more: Sequence[PlaceInTeam], leaving: Collection[Member]) -> Regroup:
         """These are ready to take part, each after those of its host, and others leave."""
-        there = {place.member.number: place.member for place in places if place.member not in leaving}
+        there = {each.member.number: each.member for each in places if not (each.more or each.member in leaving)}
         stay = [there[member.number] for member in self.members if member.number in there]  # or who came in its place
-        self.members = sorted([*stay, *(place.member for place in more)], key=lambda member: member.host)
+        come = [place.member for place in more if place.member not in stay]
+        self._fresh |= {place.member for place in more if place.more}
+        self.members = sorted([*stay, *come], key=lambda each: (each.host, 0 if self.apart else each.number))
         self._leaving = frozenset(leaving)
         for place in more:
-            place.more, place.joins = False, self.number + 1
+            place.more, place.joins, place.lost = False, self.number + 1, None
         return self._next(at_once=False, fewer=bool(leaving))
 
     def leave(self, *, fewer: bool) -> Regroup:
@@ -112,6 +121,7 @@ class Generations:
         self.formed = max(self.formed, generation)
         if generation == self.number:
             self._leaving = frozenset()
+            self._fresh.clear()
 
     @property
     def led(self) -> bool:
@@ -121,7 +131,8 @@ class Generations:
     def _next(self, *, at_once: bool, fewer: bool = False) -> Regroup:
         self.number += 1
         members = tuple(self.members) if self.led else ()
-        return Regroup(self._epoch, self.number, members, at_once, fewer, self.formed)
+        fresh = frozenset(member.number for member in members if member in self._fresh)
+        return Regroup(self._epoch, self.number, members, at_once, fewer, self.formed, fresh)
 
     def why_not(self, message: NotRegrouped) -> Lost | None:
         """The loss for which an epoch ends that its workers cannot go on from; None where there is another group."""

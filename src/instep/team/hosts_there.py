@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def hosts_of(run: Request) -> HostsThere:
     """Those of a run, as its first agent begins."""
     place, team = run.place, run.team
-    if place is None:
-        return HostsThere(team.workers)  # that this machine has room for
+    if place is None:  # this machine has room for so many
+        return HostsThere(team.workers, alone=run.engine == "lockstep" and team.device == "cpu")
     patient = team.when_lost == "wait"
     return HostsThere(
         team.workers, place.agents_by_host, patient=patient, bounds=team.limits, room=room_of(place, run.recipe_table)
@@ -47,7 +47,8 @@ class HostsThere:
 
     workers: how many the team is to have at first. agents: how many each host has, 0 where that is told when it comes.
     patient: whether all are waited for whenever the team starts, not just at first. bounds: of the number of workers,
-    if it follows what is there; room: for how many host 0 has room then.
+    if it follows what is there; room: for how many host 0 has room then. alone: there is no other, and workers in
+    lockstep on its processors.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class HostsThere:
         patient: bool = False,
         bounds: Bounds | None = None,
         room: int = 1,
+        alone: bool = False,
     ):
+        self.alone = alone
         self.wanted = workers
         """How many workers the team is to have from its next start on."""
         self.names: dict[int, str] = {}

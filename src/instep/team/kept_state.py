@@ -17,10 +17,10 @@ from instep.engines.lockstep import Lockstep
 from instep.engines.undo import SeatLost
 from instep.errors import InstepError, described
 from instep.record.events import MergedEvent
-from instep.team.messages import KeepingState, KeepState, PeersLost, StateKept
-from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped
+from instep.team.messages import KeepingState, KeepState, StateKept
+from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, PeersLost
 from instep.team.session import Session
-from instep.transport.group import Group, LeftTogether, PeerLost, PeerRaised
+from instep.transport.group import Group, PeerLost, PeerRaised
 from instep.worker.milestones import Progress
 
 LOOK_S = 0.1
@@ -48,7 +48,7 @@ def wait_for_others(
     """
     session.send_events()
     beat = session.heartbeat
-    if isinstance(error, LeftTogether) and session.assignment.network is None:
+    if isinstance(error, PeerLost) and session.assignment.network is None:
         session.pipe.send(LeftGroup(beat.generation))
     elif isinstance(error, PeerLost):
         session.pipe.send(PeersLost(str(error).rstrip("."), error.silent, beat.generation, forming))

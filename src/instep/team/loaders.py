@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from instep.descendants import Stopped, die_with_parent, take_care_of_helpers
-from instep.errors import no_process
+from instep.errors import ResourceError, no_process
 from instep.record.folder import RunFolder
+from instep.sources import import_kept
 from instep.team.heartbeat import process_state
 from instep.team.launcher import Handle
 from instep.team.logs import redirect_output
@@ -20,6 +23,10 @@ from instep.team.messages import Assignment
 from instep.team.signals import leave_to_others
 from instep.team.wire_messages import LoaderShown
 from instep.transport.units import Units
+
+HANGS = 0.5
+"""Of `team.stall_timeout_s`, for which a worker waits for a loader that reads one microbatch, until that is ended: its
+own patience is not to end before."""
 
 MOST_DEATHS = 5
 """Of one loader after another, without one microbatch that was read, until no more are started."""
@@ -36,35 +43,64 @@ class _Running:
 class Loaders:
     """Those of the workers of this host, forked from this process. others: the children of this process that are not
     the team's, to which these are added. workers: by number. unused: what is open here that loaders do not need.
-    Raises ResourceError.
+    most: of how many workers a team may come to be while it goes on. Raises ResourceError.
     """
 
     def __init__(
-        self, assignment: Assignment, workers: Sequence[int], others: set[int], unused: Callable[[], Collection[Any]]
+        self,
+        assignment: Assignment,
+        workers: Sequence[int],
+        others: set[int],
+        unused: Callable[[], Collection[Any]],
+        most: int = 0,
     ):
         self._assignment, self._others, self._unused = assignment, others, unused
-        count, self._first = len(workers) * assignment.team.loaders, workers[0] * assignment.team.loaders
+        self._each = assignment.team.loaders
+        count, self._first = len(workers) * self._each, workers[0] * self._each
+        places = max(len(workers), most)
         try:
-            self.units = Units(len(workers), count)
+            self.units = Units(places, places * self._each)
+            self.units.loaders = count
         except OSError as error:
             raise no_process(f"{count} loaders", error) from error
         self._running: dict[int, _Running] = {}
-        self._died = [0] * count
+        self._died = [0] * places * self._each
+        self._awaited: dict[tuple[int, int], float] = {}  # by loader and microbatch, since when
 
     @classmethod
     def of(
-        cls, assignment: Assignment, workers: Sequence[int], others: set[int], unused: Callable[[], Collection[Any]]
+        cls,
+        assignment: Assignment,
+        workers: Sequence[int],
+        others: set[int],
+        unused: Callable[[], Collection[Any]],
+        most: int = 0,
     ) -> Loaders | None:
         """Those that the team is to have, to be started by `start`; None for none, or where the system has no files in
         memory that another process may map.
         """
         wanted = assignment.team.loaders and workers and sys.platform == "linux"
-        return cls(assignment, workers, others, unused) if wanted else None
+        return cls(assignment, workers, others, unused, most) if wanted else None
 
     def start(self) -> None:
         """Starts all. Raises ResourceError."""
         for number in range(self.units.loaders):
             self._fork(number, None)
+
+    def follow(self, workers: int) -> None:
+        """The machine has so many workers now: starts more, or ends the last ones, whose microbatches others read."""
+        count = min(workers, self.units.workers) * self._each
+        if count == self.units.loaders or self.units.closed:
+            return
+        before, self.units.loaders = self.units.loaders, count
+        for number in range(count, before):
+            if number in self._running:
+                self._running[number].handle.kill()
+                self._take_out(number)
+                self.units.recall(number, 0)
+        for number in range(before, count):
+            with contextlib.suppress(ResourceError):  # there are fewer then
+                self._fork(number, None)
 
     def _fork(self, number: int, code: int | None, deaths: int = 0) -> None:
         arguments = (list(self._unused()), self.units, number, self._first, self._assignment, code)
@@ -94,9 +130,15 @@ class Loaders:
                 self._fork(number, code, deaths)
 
     def look(self) -> None:
-        """Ends those that are stopped, which are then replaced: somebody may wait for what they read."""
-        for each in self._running.values():
-            if each.stopped.look():
+        """Ends those that are stopped, for somebody may wait for what they read, and those that hang while one does.
+        They are then replaced.
+        """
+        now = time.monotonic()
+        self._awaited = {each: self._awaited.get(each, now) for each in self.units.awaited()}
+        most_s = HANGS * self._assignment.team.stall_timeout_s
+        hang = {number for (number, _), since in self._awaited.items() if now - since > most_s}
+        for number, each in self._running.items():
+            if each.stopped.look() or number in hang:
                 each.handle.kill()
 
     def shown(self, host: int) -> tuple[LoaderShown, ...]:
@@ -141,6 +183,7 @@ def _main(unused: list[Any], units: Units, number: int, first: int, assignment: 
     take_care_of_helpers([])
     leave_to_others(lambda: None)
     redirect_output(RunFolder(assignment.scratch or assignment.folder).log_of(f"loader {first + number}"))
+    import_kept(assignment.sources)
     try:
         loader = Loader(assignment.recipe.load(), assignment.team, units, number, code)
         if loader.has_work:

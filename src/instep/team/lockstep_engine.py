@@ -50,6 +50,8 @@ def engine_of(
 ) -> Lockstep:
     team, emit, clock = session.assignment.team, session.emit, session.clock
     session.heartbeat.ask_for_saves(session.aside.due)
+    if again is None and session.assignment.generation:  # this process's first group is not the team's
+        again = Continued(session.numbers)
     of_run = session.rank, machines, session.heartbeat, emit, clock, team.checkpoint_every, team.shard, team.balance
     engine = Lockstep(replica, *of_run, held, handed, again)
     if team.audit:

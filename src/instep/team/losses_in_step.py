@@ -1,7 +1,8 @@
 """What a roster does where a team in lockstep loses workers in the midst of a step, and the others can go on. Pure.
 
-On one machine others hold the place of one that died until its successor takes it. Over several hosts the others go on
-in another group, and take the successor in when it is ready. Where they cannot, the epoch ends.
+On one machine others hold the place of one that died until its successor takes it; who dies before all have begun has a
+successor that begins with them. Over several hosts the others go on in another group, and take the successor in when it
+is ready. Where they cannot, the epoch ends.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from instep.team.seats import PlaceInTeam, Places, can_stand_in, stand_in, succe
 @dataclass
 class TeamChange:
     """Of a team's workers. wanted: whether it is to be changed, or is being. parting: on one machine, they are asked to
-    leave their group. left: who has. under_way: the next group is ordered, and not there. coming: who is in it for the
-    first time, until a step is done. leaving: who is in none after that.
+    leave their group. left: who has, or has left the next one before it was formed. under_way: the next group is
+    ordered, and not there. coming: who is in it for the first time, until a step is done. leaving: who is in none after
+    that. lost: one of the workers, since they left their group.
     """
 
     wanted: bool = False
@@ -30,6 +32,7 @@ class TeamChange:
     left: list[Member] = field(default_factory=list)
     coming: list[Member] = field(default_factory=list)
     leaving: list[Member] = field(default_factory=list)
+    lost: orders.Lost | None = None
 
 
 class InStep(ABC):
@@ -68,19 +71,32 @@ class InStep(ABC):
     def _stay(self) -> list[Order]: ...
 
     @abstractmethod
+    def _once_all_have_left(self) -> list[Order]: ...
+
+    @abstractmethod
     def _different(self, place: PlaceInTeam, names: Collection[str] | None = None) -> str: ...
 
     def _stand_in(self, lost: orders.Lost, place: PlaceInTeam) -> list[Order]:
         """A worker in lockstep is lost: others that can hold its place, and those that it has held, for successors."""
-        together = not (self._change.under_way or self._change.left)
-        if not (self._stands_in and can_stand_in(self._places, place) and together):
+        if self.hosts.alone and not (self.going or self._stopping):
+            return self._begin_with_another(lost)
+        if not (self._stands_in and can_stand_in(self._places, place)):
             return self._lost_in_step([lost.member], lost)
         if not self._stopping and (once_too_often := self._count_restart(lost)):
             return once_too_often
-        self.stood_in += place.holder is None and not self._stopping
+        together = not (self._change.under_way or self._change.left)
+        self.stood_in += place.holder is None and together and not self._stopping
+        self._change.lost = self._change.lost if together else lost
         successor = None if self._stopping else successor_of(lost.member)
         holders = stand_in(self._places, lost, empty=self._stopping)
-        return [orders.Replace(lost.member, successor, lost.why, holders), *self._stay()]
+        return [orders.Replace(lost.member, successor, lost.why, holders), *self._stay(), *self._once_all_have_left()]
+
+    def _begin_with_another(self, lost: orders.Lost) -> list[Order]:
+        """One is lost before all are ready: its successor begins with the others."""
+        if once_too_often := self._count_restart(lost):
+            return once_too_often
+        self._places[lost.member.number] = PlaceInTeam(successor := successor_of(lost.member))
+        return [orders.Replace(lost.member, successor, lost.why)]
 
     def _lost_in_step(self, members: Sequence[Member], lost: orders.Lost) -> list[Order]:
         """Workers in lockstep are lost, or all of a host: the others go on in another group, and take the successors

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import UnsetType
 
 from instep.errors import InstepError, by_name
-from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, Regrouped
+from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, PeersLost, Regrouped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -157,7 +157,9 @@ class Assignment:
     folder. `written`: the parameters that forwards are known to write. `network`: None where the workers of one host
     need none. `place`: among those of its host, from 0, and how many these are. `scratch`: for logs, where the host
     lacks the run folder. `remembered`: where a lone worker keeps its state. `units`: of loaders. `generation`: of the
-    newest group, `late`: to be in a later one, see `NextGroup`.
+    newest group, `late`: to be in a later one, see `NextGroup`. `succeeds`: it comes in the place of one that was lost
+    while the others go on; `numbers`: of the workers of the group in which it does, by rank, where it shares memory.
+    `sources`: source files by path, as those of its host have imported them that came before.
     """
 
     recipe: Pickled
@@ -180,6 +182,9 @@ class Assignment:
     units: Any = None
     generation: int = 0
     late: bool = False
+    succeeds: bool = False
+    numbers: tuple[int, ...] = ()
+    sources: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +193,7 @@ class Ready:
 
     facts: Mapping[str, Any]
     memory: Mapping[str, Region]
+    files: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,16 +241,6 @@ class FoundWrong:
     since: int
     back: int
     by: str
-
-
-@dataclass(frozen=True, slots=True)
-class PeersLost:
-    """A worker cannot reach the others of its group any more, or form it. silent: the address of one that is, or ""."""
-
-    why: str
-    silent: str = ""
-    generation: int = 0
-    forming: bool = False
 
 
 @dataclass(frozen=True, slots=True)

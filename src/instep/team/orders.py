@@ -237,7 +237,7 @@ class Regroup:
     at_once: the others are told to leave the group of before wherever they wait; else they do after the present step.
     fewer: some of that are in no group any more, and are to leave what the others need of them. No members: who goes
     on in it is told later; with the generation of the present group, all stay in that. formed: the last one that all of
-    it are in, or were, as far as is known.
+    it are in, or were, as far as is known. fresh: the numbers of those that are in one for the first time.
     """
 
     epoch: int
@@ -246,6 +246,7 @@ class Regroup:
     at_once: bool
     fewer: bool = False
     formed: int = field(default=0, compare=False)
+    fresh: frozenset[int] = field(default=frozenset(), compare=False)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection
 
 from instep.team import orders
 from instep.team.hosts import Hosts
-from instep.team.messages import PeersLost
 from instep.team.orders import Lost, Member
+from instep.team.regroup_messages import PeersLost
 from instep.team.remote import LONGEST_LOOK_S
 from instep.team.roster import Roster
 

@@ -50,6 +50,7 @@ from instep.team.messages import (
 )
 from instep.team.regroup_messages import NextGroup, NotRegrouped
 from instep.team.regrouped import CannotRegroup, Formed, Process, regroup
+from instep.team.remembered import remembering_in
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
@@ -89,7 +90,8 @@ def main(
         session.send_events()
         pipe.send(FoundWrong(found.worker, found.step, found.microbatch, found.since, found.back, found.by))
     except SeatLost as lost:
-        pipe.send(NotStoodIn(lost.worker, str(lost)))
+        number = session.numbers[lost.worker]
+        pipe.send(NotStoodIn(number, f"worker {number} died while {lost.doing}"))
         wait_for_the_end(session, lost)
     except FirstWrite as found:
         session.send_events()
@@ -119,7 +121,7 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
         replica.load(saved.model_state, saved.training_state)
         progress = progress_of(session, saved)
     reach, held = Reach(session), places_held(session, board)
-    engine, succeeds = engine_of(session, replica, reach.machines, progress, held), session.assignment.incarnation > 0
+    engine, succeeds = engine_of(session, replica, reach.machines, progress, held), session.assignment.succeeds
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version, looks=not succeeds)
@@ -131,13 +133,15 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
     agreed = session.ready(facts_of(session, engine, progress), reach.memory(sizes))
     nowhere = engine, progress, reach, frozenset[Process](), engine.why_not_shared, progress.version
     formed = Formed(*nowhere, left=True, began_s=session.clock())
+    if not isinstance(agreed, NextGroup):
+        group = reach.group(sizes, descriptor)
+        agreed = handed_over(session, board, group) if succeeds else agreed
     word = agreed if isinstance(agreed, NextGroup) else None
     if word is None:
-        group = reach.group(sizes, descriptor)
         if succeeds:
-            engine, progress = successor(session, replica, reach.machines, held, handed_over(session, board))
+            engine, progress = successor(session, replica, reach.machines, held, agreed)
         engine.join(group)
-        here = frozenset((number, 0) for number in machine_of(worker, session.machines))
+        here = frozenset((session.numbers[rank], 0) for rank in machine_of(session.rank, session.machines))
         unevaluated = progress.unevaluated and not succeeds
         formed = replace(formed, engine=engine, progress=progress, here=here, left=False, again=unevaluated)
         word = _train(session, formed)
@@ -155,11 +159,11 @@ def _train_on(session: Session, formed: Formed, word: NextGroup, held: PlacesHel
     """Trains in another group. Returns the next one, or None where this one was the last."""
     assert session.replica is not None
     make = partial(engine_again, session, session.replica, held)
-    session.remembering = None  # of who was alone
+    session.remembering = remembering_in(word.remembered, session.assignment.team.remember)
     if held is not None:
-        held.forget()
+        held.begin(word)
     try:
-        formed.take(regroup(session, formed, word, make))
+        formed.take(regroup(session, formed, word, make, held))
     except (PeerLost, PeerRaised) as error:
         return _next(wait_for_others(session, error, forming=True))
     except CannotRegroup as why:
@@ -236,7 +240,7 @@ def _leave(
     left |= engine.told_of_audits()
     ended = Ended(asdict(progress), digest, interrupted, left, costs, session.heartbeat.generation)
     for each in holds:
-        session.pipe.send(EndedFor(each, ended))
+        session.pipe.send(EndedFor(session.numbers[each], ended))
     session.pipe.send(ended)
 
 

@@ -5,6 +5,7 @@ the same processes. No torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,8 @@ class NextGroup:
 
     By rank: numbers and incarnations of its workers, and the hosts on which they are, neighbours. told, saved: the last
     update and checkpoint that the tape has. memory: in the process of their agent, the descriptor of what the workers
-    of one host are to share, a file of this `inode`; negative for one that is alone there.
+    of one host are to share, a file of this `inode`; negative for one that is alone there. fresh: the numbers of those
+    that have been in no group before. remembered: where one keeps its state that is alone, descriptors of the agent's.
     """
 
     generation: int
@@ -24,11 +26,15 @@ class NextGroup:
     saved: int = 0
     memory: int = -1
     inode: int = 0
+    fresh: frozenset[int] = frozenset()
+    remembered: Any = None
 
 
 @dataclass(frozen=True, slots=True)
 class LeftGroup:
-    """The worker has left the group of this generation with all others of it, after a step, as all were asked to."""
+    """The worker has left the group of this generation with all others of it that live: after a step, as all were asked
+    to, or before it was formed, since one of them died. So it is where they share memory.
+    """
 
     generation: int
 
@@ -46,3 +52,13 @@ class NotRegrouped:
 
     generation: int
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeersLost:
+    """A worker cannot reach the others of its group any more, or form it. silent: the address of one that is, or ""."""
+
+    why: str
+    silent: str = ""
+    generation: int = 0
+    forming: bool = False

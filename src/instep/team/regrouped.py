@@ -9,8 +9,9 @@ optimizer's state. Who lacks something is given all by a host that has the newes
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -28,8 +29,10 @@ from instep.record.events import MergedEvent
 from instep.team.groups import Reach
 from instep.team.regroup_messages import NextGroup, Regrouped
 from instep.team.session import Session
+from instep.team.successors import PlacesHeld
 from instep.transport.group import Group, PeerLost
 from instep.transport.memory import reserve
+from instep.transport.shared_memory import SharedMemoryGroup
 from instep.worker.milestones import Progress
 from instep.worker.parcels import packed, unpacked
 
@@ -96,19 +99,20 @@ class HeldByRank(NamedTuple):
     handed_in: bool = False
 
 
-def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Formed:
-    """Forms the group of `word` with the others, and takes what this worker lacks. Raises PeerLost where that is to be
-    left again, and CannotRegroup, at all alike.
+def regroup(session: Session, before: Formed, word: NextGroup, make: Make, held: PlacesHeld | None = None) -> Formed:
+    """Forms the group of `word` with the others, and takes what this worker lacks. held: the places that it holds, on
+    one machine. Raises PeerLost where that is to be left again, and CannotRegroup, at all alike.
     """
     leave(before)
     rank = word.numbers.index(session.number)
     session.saved_version = max(session.saved_version, word.saved)
     session.heartbeat.generation = word.generation
-    session.regrouped(rank, [len(list(those)) for _, those in groupby(word.hosts)])
+    session.regrouped(word.numbers, [len(list(those)) for _, those in groupby(word.hosts)])
     processes = _processes(session, word)
     now = frozenset(p for p, host in zip(processes, word.hosts, strict=True) if host == word.hosts[rank])
     before.engine.merged.renumber(word.numbers)
-    again = Continued(word.numbers, before.why_whole, before.engine.merged, before.engine.busy_s)
+    merged, busy_s = before.engine.merged, before.engine.busy_s
+    again = Continued(word.numbers, before.why_whole, merged, busy_s, before.progress.version)
     reach = Reach(session, before.reach)
     engine = make(reach.machines, again, before.progress)
     session.heartbeat.waiting(True)  # for others, who may be in the midst of a step
@@ -117,6 +121,8 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
     finally:
         session.heartbeat.waiting(False)
     try:
+        if held is not None and isinstance(group, SharedMemoryGroup):
+            held.refuse_without(group)
         states = _held(session, before, now, before.first in now, group)
         source, top = _source(states, word.hosts)
         needs = _needs(states, word.hosts, top)
@@ -143,16 +149,16 @@ def regroup(session: Session, before: Formed, word: NextGroup, make: Make) -> Fo
     except BaseException:
         group.close()
         raise
-    if rank == 0:
-        _tell(session, engine, word, progress.version, needs, events, UNSET if redo is None else redo.told)
+    kept = UNSET if redo is None else redo.told
+    engine.between.lead(partial(_tell, session, engine, word, progress.version, needs, events, kept))
     engine.between.evaluated(progress.held_out.get("version", -1))
-    undone = progress.version != states[0].saved and not (
-        states[0].version == top and progress.version == states[0].done
-    )
+    # On one machine what was due is done, by whoever did it; over hosts the first one may have been lost with it.
+    knows = states[first if session.assignment.network is None else 0]
+    undone = progress.version != knows.saved and not (knows.version == top and progress.version == knows.done)
     done = before.done if undone else progress.version
-    again_due = undone and progress.version > 0
-    told = dict[str, Any](again=again_due, began_s=before.began_s, first=processes[0])
-    return Formed(engine, progress, reach, now, before.why_whole, done, **told)
+    leader, here = (processes[0], now) if session.assignment.network else _in_a_group(processes[0], now)
+    told = dict[str, Any](again=undone and progress.version > 0, began_s=before.began_s, first=leader)
+    return Formed(engine, progress, reach, here, before.why_whole, done, **told)
 
 
 def _tell(
@@ -164,7 +170,7 @@ def _tell(
     events: Sequence[MergedEvent],
     kept: Any,
 ) -> None:
-    """The first worker tells the tape and the agent that all are in the group."""
+    """The first worker, or who holds its place, tells the tape and the agent that all are in the group."""
     engine.merged.catch_up(word.told, events)
     lacked = [number for number, lacks in zip(word.numbers, needs, strict=True) if lacks]
     session.emit(RegroupedEvent(version=version, workers=list(word.numbers), given=lacked, kept=kept))
@@ -180,9 +186,17 @@ def leave(before: Formed) -> None:
 
 
 def _processes(session: Session, word: NextGroup) -> list[Process]:
-    """Of one machine alone a place stays with who comes to have it: there the processes count as one."""
-    incarnations = [0 for _ in word.numbers] if session.assignment.network is None else word.incarnations
-    return list(zip(word.numbers, incarnations, strict=True))
+    """Of one machine alone a place stays with who comes to have it: there the processes of a group count as one, with 0
+    for their incarnation.
+    """
+    if session.assignment.network is None:
+        return [(number, int(number in word.fresh)) for number in word.numbers]
+    return list(zip(word.numbers, word.incarnations, strict=True))
+
+
+def _in_a_group(leader: Process, here: Collection[Process]) -> tuple[Process, frozenset[Process]]:
+    """These on one machine, now that they are in a group."""
+    return (leader[0], 0), frozenset((number, 0) for number, _ in here)
 
 
 def _group(engine: Lockstep, reach: Reach, word: NextGroup) -> Group:
@@ -211,8 +225,7 @@ def _held(
     shares, fresh, version = before.engine.placement.shared, not before.here, before.progress.version
     torn = not fresh and shares and before.engine.marks.torn(version)
     sound = not fresh and before.whole and before.engine.updates.sound and not torn
-    apart = session.assignment.network is not None
-    seen = apart and not fresh and before.engine.placement.state_seen
+    seen = not fresh and before.engine.placement.state_seen
     handed_in = before.handed_in is not None and first_is_here and not fresh
     own = HeldByRank(
         version=version + 1 if sound else 0,
@@ -237,7 +250,8 @@ def _source(states: Sequence[HeldByRank], hosts: Sequence[int]) -> tuple[int, in
         ranks = [rank for rank, where in enumerate(hosts) if where == host]
         there = [states[rank] for rank in ranks if not states[rank].fresh]
         if there and there[0].version and all(each.given and each.version == there[0].version for each in there):
-            found.append((there[0].version, all(each.complete for each in there), -ranks[0]))
+            first = next(rank for rank in ranks if not states[rank].fresh)
+            found.append((there[0].version, all(each.complete for each in there), -first))
     if not found:
         raise CannotRegroup("no host has the weights and the optimizer's state of a version whole")
     version, _, place = max(found)

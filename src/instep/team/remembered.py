@@ -1,8 +1,10 @@
 """What a worker that is alone remembers: its training state of a few steps before, in memory that outlives it.
 
-No other could stand in for it. Where it dies, its successor goes on from there, without a checkpoint, and does at most
-so many steps again as `Team.remember` says. The state is copied into two files of memory by turns, each with a mark
-that says when it is whole, so that one of them is whole whenever the worker dies, in the midst of a copy too.
+No other could stand in for it. Where it dies, who comes in its place goes on from there, without a checkpoint, and does
+at most so many steps again as `Team.remember` says. So it is where a team came to have one worker while it went on, and
+where it is to have more and dies before they share its state. The state is copied into two files of memory by turns,
+each with a mark that says when it is whole, so that one of them is whole whenever the worker dies, in the midst of a
+copy too.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import io
 import os
 import pickle
 import struct
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,32 +65,50 @@ class KeptCopies:
 
         Not where that is newer, nor where the team goes back for what forwards were found to write.
         """
-        if run.engine != "lockstep" or run.place is not None or len(start.members) > 1 or not run.team.remember:
-            self.__exit__()
+        several = len(start.members) > 1
+        self.now = None if several and self._files is None else self._whole(run)
+        if self.now is None:
             return False
+        if start.looked or (newest is not None and self.now.version < int(newest.name.rpartition("-")[2])):
+            for file in self.now.files:
+                os.ftruncate(file, 0)
+            self.now = replace(self.now, mark=0, version=0)
+        if several and not self.now.mark:
+            self.__exit__()
+        return self.now is not None and bool(self.now.mark)
+
+    def of_one(self, run: Request) -> Remembered | None:
+        """For a worker that comes to be alone while it goes on; None where nothing is to be kept, or can be."""
+        self.now = self._whole(run)
+        return self.now
+
+    def _whole(self, run: Request) -> Remembered | None:
+        """The files, with what is whole in them."""
+        if run.engine != "lockstep" or run.place is not None or not run.team.remember:
+            return None
         try:
             self._files = self._files or (memory_file(), memory_file())
         except OSError:  # no more files may be open
-            return False
+            return None
         heads = [os.pread(file, _HEAD.size, 0).ljust(_HEAD.size, b"\0") for file in self._files]
         mark, version, *_ = max(map(_HEAD.unpack, heads))
-        if start.looked or (newest is not None and version < int(newest.name.rpartition("-")[2])):
-            for file in self._files:
-                os.ftruncate(file, 0)
-            mark = version = 0
-        self.now = Remembered(self._files, mark, version)
-        return bool(mark)
+        return Remembered(self._files, mark, version)
+
+    def begun(self, workers: int) -> None:
+        """A team of so many goes on now: several need no copies, for each of them sees the state."""
+        if workers > 1:
+            self.__exit__()
 
 
 class Remembering:
-    """The worker's side: copies its state every so many steps.
+    """The worker's side: copies its state every so many steps. at_once: beginning with the present one.
 
-    The files are written, not mapped: the copies are the agent's, and take no room in the worker.
+    The files are written, not mapped: the copies are the agent's, and take no room in the worker. held: keeps it open.
     """
 
-    def __init__(self, remembered: Remembered, every: int):
-        self._files, self._mark, self._every = remembered.files, remembered.mark, every
-        self._last = remembered.version if remembered.mark else 0
+    def __init__(self, remembered: Remembered, every: int, *, at_once: bool = False, held: Sequence[Any] = ()):
+        self._files, self._mark, self._every, self._held = remembered.files, remembered.mark, every, held
+        self._last = -every if at_once else remembered.version if remembered.mark else 0
 
     def due(self, version: int, saved: int) -> bool:
         """Whether this version is to be copied. saved: that of the newest checkpoint, behind which none goes back."""
@@ -128,6 +148,18 @@ class Remembering:
             if value.numel():
                 flat = value.detach().cpu().as_strided((value.numel(),), (1,))
                 _write(file, flat.view(torch.uint8).numpy(), place)
+
+
+def remembering_in(remembered: Remembered | None, every: int) -> Remembering | None:
+    """For a worker that is alone now, in files that its agent holds open; None where there are none."""
+    if remembered is None:
+        return None
+    try:
+        held = [io.FileIO(f"/proc/{os.getppid()}/fd/{file}", "r+") for file in remembered.files]
+    except OSError:
+        return None
+    first, second = (file.fileno() for file in held)
+    return Remembering(replace(remembered, files=(first, second)), every, at_once=True, held=held)
 
 
 def _write(file: int, data: Any, place: int) -> None:

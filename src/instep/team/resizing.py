@@ -3,9 +3,13 @@ on. Pure.
 
 Newcomers are started beside those that train. Once all of them are ready, and everybody else has its place, the team
 goes on in another group after the present step: with them, and without those that are too many, who are ended once it
-is there. On one machine all leave their group first, and are told of the next one then: until they do, whoever is lost
-is lost as at any other time. Of what is asked for meanwhile the last counts. Where a newcomer is lost before the team
-has done a step with it the others go on with the number that they had.
+is there. Of what is asked for meanwhile the last counts. Where a newcomer is lost before the team has done a step with
+it the others go on with the number that they had.
+
+On one machine all leave their group first, and are told of the next one then: until they do, whoever is lost is lost as
+at any other time. Afterwards nobody can stand in for it, nor need anybody, for the step is done: those who live go on
+in a group of their own, and its successor comes to them as newcomers do. So it is too where one dies before the next
+group is formed: they all leave that.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from instep.team.hosts_there import MOST_IN_STEP
 from instep.team.losses_in_step import InStep
 from instep.team.orders import Member, Order
 from instep.team.regroup_messages import LeftGroup, NotRegrouped, Regrouped
-from instep.team.seats import PlaceInTeam, newcomers, seated, stand_in
+from instep.team.seats import NEVER, PlaceInTeam, come_later, newcomers, seated, stand_in, successor_of
 
 
 class Resizing(InStep):
@@ -60,12 +64,17 @@ class Resizing(InStep):
     def size(self) -> int:
         """How many workers it has, with those that come in others' places."""
         coming = self._change.coming if self._change.under_way else ()
-        return len([place for place in self._places if not place.more and place.member not in coming])
+        return len([place for place in self._places if not place.new and place.member not in coming])
 
     @property
     def generation(self) -> int:
         """Of its newest group."""
         return self._groups.number
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Of the workers of that, by rank."""
+        return self._groups.numbers
 
     def _can_be_other(self) -> bool:
         """Whether it can have what is wanted while it goes on."""
@@ -134,25 +143,42 @@ class Resizing(InStep):
     def _change_group(self, more: Sequence[PlaceInTeam]) -> Order:
         """The next group: with these."""
         change = self._change
-        change.under_way, change.coming = True, [each.member for each in more]
+        there = [each.member for each in self._places if each.member not in change.leaving]
+        again = [each for each in change.coming if change.under_way and each in there]
+        change.under_way, change.coming = True, [*again, *(each.member for each in more)]
         group = self._groups.change(self._places, more, change.leaving)
         self._leader = group.members[0].number
         return group
 
     def _left_group(self, message: LeftGroup, place: PlaceInTeam) -> list[Order]:
-        """One has left it. Once all have, they go on in the next, or in one of their own where that is not to be."""
-        change = self._change
-        if message.generation != self._groups.number or change.under_way:
+        """One has left it, or the next one before it was formed."""
+        if message.generation != self._groups.number:
             return []
-        change.left.append(place.member)
-        if any(each.member not in change.left for each in seated(self._places)):
+        self._change.left.append(place.member)
+        return self._once_all_have_left()
+
+    def _once_all_have_left(self) -> list[Order]:
+        """Once all that live have left their group, or the next one before it was formed, they go on in another: in
+        the one that was planned, or among themselves.
+        """
+        change, numbers = self._change, self._groups.numbers
+        there = [each for each in seated(self._places) if each.member.number in numbers]
+        none_left = change.under_way and not there  # of who was to be in it
+        if not (change.left or none_left) or any(each.member not in change.left for each in there):
             return []
-        vacant = [each for each in self._places if each.holder is not None and each.member not in change.leaving]
-        if vacant:  # since it was too late to stay
-            return self._cannot_stand_in(messages.NotStoodIn(vacant[0].member.number, agreement.AMID_CHANGE))
         more = [each for each in self._places if each.more] if change.parting else []
+        change.lost = next((each.lost for each in self._places if each.holder is not None), change.lost)
+        come_later(self._places)
+        if change.under_way:
+            many = self._too_many(self.hosts.shares())
+            change.leaving += [each.member for each in many if each.member not in change.leaving]
+        if all(each.member in change.coming or each.member in change.leaving for each in there):
+            more += [each for each in self._places if each.member in change.leaving and each not in there]
+            change.leaving = []  # who else would have the state
+        change.wanted = change.wanted or any(each.more for each in self._places)
+        group = self._change_group(more)
         change.parting, change.left = False, []
-        return [self._change_group(more)]
+        return [group]
 
     def _stay(self) -> list[Order]:
         """They are not to leave their group, where they have not begun to."""
@@ -195,7 +221,7 @@ class Resizing(InStep):
         self._groups.note_formed(message.generation)
         if message.generation != self._groups.number or not change.under_way:
             return []
-        change.under_way = False
+        change.under_way, change.lost = False, None
         self.hosts.changed()
         left = [place for place in self._places if place.member in change.leaving]
         why = agreement.fewer(self.hosts.wanted) if len(left) > len(change.coming) else agreement.ELSEWHERE
@@ -207,20 +233,26 @@ class Resizing(InStep):
     def _lost_in_change(self, lost: orders.Lost, place: PlaceInTeam) -> list[Order] | None:
         """What is to be done where one is lost that has come, or is coming; None where that concerns none of them."""
         change, member = self._change, lost.member
+        if place.more and not place.new:
+            return self._another_to_come(lost)
         if place.more:
             gone = self._let_go(place, lost.why, resized=False)
             return [*self._as_it_was(lost.why), *gone, *self._drop_more(), *self._stay()]
         if self._groups.apart and not self._stopping and member in change.leaving:
             change.leaving.remove(member)  # the others wait for it in their step all the same
             return [*self._let_go(place, lost.why, resized=False), *self._groups.without(lost, [member])]
+        if member in change.leaving and not self._groups.apart and (change.left or change.under_way):
+            change.leaving.remove(member)  # nobody waits for it any more
+            return [*self._let_go(place, lost.why, resized=False), *self._once_all_have_left()]
         if self._stopping or member not in change.coming:
             return None
-        together = not (self._groups.apart or change.under_way or change.left)
-        if together and seated(self._places, place):
-            noted, change.coming = self._as_it_was(lost.why), []
+        if seated(self._places, place) and not self._groups.apart:
+            noted = self._as_it_was(lost.why)
+            change.coming = [each for each in change.coming if each != member and change.under_way]
             change.wanted = True
             holders = stand_in(self._places, lost, empty=True)
-            return [*noted, orders.Replace(member, None, lost.why, holders), *self._stay()]
+            replaced = orders.Replace(member, None, lost.why, holders)
+            return [*noted, replaced, *self._stay(), *self._once_all_have_left()]
         if not self._groups.apart:
             return [*self._as_it_was(lost.why), *self._end(orders.Resize(self.hosts.wanted))]
         coming, change.coming = change.coming, []
@@ -233,10 +265,22 @@ class Resizing(InStep):
         change.under_way = change.wanted = True
         return [*noted, *left, *group]
 
+    def _another_to_come(self, lost: orders.Lost) -> list[Order]:
+        """Who is lost was to come to those who go on, in the place of one that was lost before: so is its successor."""
+        if self._stopping:
+            return self._let_go(self._places[lost.member.number], lost.why, resized=False)
+        if once_too_often := self._count_restart(lost):
+            return once_too_often
+        successor = successor_of(lost.member)
+        self._places[successor.number] = PlaceInTeam(successor, joins=NEVER, lost=lost, more=True)
+        return [orders.Replace(lost.member, successor, lost.why)]
+
     def _cannot_regroup(self, message: NotRegrouped) -> list[Order]:
         """As after a loss; but where the team was to be changed, it begins anew with the number that it had."""
         if not self._change.under_way or message.generation != self._groups.number:
             return super()._cannot_regroup(message)
+        if self._change.lost is not None:
+            return [orders.Warn(agreement.no_stand_in(message.why)), *self._end(self._change.lost, told_of=True)]
         noted = [] if self._stopping else self._as_it_was(f"{message.why}.")
         return [*noted, *self._end(orders.Resize(self.hosts.wanted))]
 
@@ -253,22 +297,24 @@ class Resizing(InStep):
             all_have_left, change.under_way = True, False
             for member in change.coming:
                 self._places[member.number].more = True
-        if change.under_way or not any(place.more for place in self._places):
+        if change.under_way or not any(place.new for place in self._places):
             return []
         as_it_was = [*self._as_it_was(why), *self._drop_more()]
         return [*as_it_was, *([self._change_group([])] if all_have_left else self._stay())]
 
     def _drop_more(self) -> list[Order]:
         """No newcomer is to come any more; some may be too many, as was asked for meanwhile."""
-        there = len([place for place in self._places if not place.more])
-        self._change.wanted, self._change.coming = there > self.hosts.wanted, []
+        there = len([place for place in self._places if not place.new])
+        come_late = any(place.more and not place.new for place in self._places)
+        self._change.wanted, self._change.coming = there > self.hosts.wanted or come_late, []
         why = agreement.fewer(self.hosts.wanted)
-        return [order for place in list(self._places) if place.more for order in self._let_go(place, why)]
+        return [order for place in list(self._places) if place.new for order in self._let_go(place, why)]
 
     def _as_it_was(self, why: str, coming: Sequence[Member] = ()) -> list[Order]:
         """The team has the number that it had, if that was another, whatever comes or goes."""
         coming = coming or self._change.coming
-        before = len([place for place in self._places if not place.more and place.member not in coming])
+        there = [place for place in self._places if not (place.new or place.empty or place.member in coming)]
+        before = len(there)
         wanted = self.hosts.wanted
         if before >= wanted:
             return []

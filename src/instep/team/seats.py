@@ -15,7 +15,7 @@ class PlaceInTeam:
     """Who has a place in the team. `done`: it is not waited for any more. `holder`: the number of the worker that holds
     the place until it is there, after another was `lost`; or to the end where nobody comes: `empty`. `joins`: the
     generation of the first group that it is in. `away`: its host was cut off, and may come back with it. `more`: it is
-    to be there beside those who go on, and is not yet.
+    to be there beside those who go on, and is not yet; in the place of another, where one was `lost`.
     """
 
     member: Member
@@ -28,6 +28,11 @@ class PlaceInTeam:
     joins: int = 0
     away: bool = False
     more: bool = False
+
+    @property
+    def new(self) -> bool:
+        """Whether it is to be there beside those who go on, in nobody's place."""
+        return self.more and self.lost is None
 
 
 @dataclass
@@ -98,6 +103,17 @@ def stand_in(seats: Places, lost: Lost, *, empty: bool = False) -> dict[Member, 
             each.holder = min(load, key=lambda worker: (load[worker], worker))
             load[each.holder] += 1
     return {each.member: seats[each.holder].member for each in told if each.holder is not None}
+
+
+def come_later(seats: Places) -> None:
+    """All have left their group: places that were held in that are held no more, and their successors are to come to
+    those who go on, but for those that stay empty.
+    """
+    for seat in [each for each in seats if each.holder is not None]:
+        if seat.empty:
+            seats.leave(seat.member)
+        else:
+            seat.holder, seat.more, seat.joins = None, True, NEVER
 
 
 def can_stand_in(seats: Places, but: PlaceInTeam) -> bool:

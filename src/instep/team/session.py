@@ -25,7 +25,7 @@ from instep.record.events import QUIET, CheckpointedEvent, EvaluatedEvent, Event
 from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.record.held import is_there
-from instep.sources import models, sources
+from instep.sources import import_kept, models, own_files, sources
 from instep.team.background import BackgroundCheckpoints
 from instep.team.channel import Channel
 from instep.team.heartbeat import Heartbeat
@@ -51,9 +51,11 @@ class Session:
     def __init__(self, assignment: Assignment, number: int, pipe: Channel, heartbeat: Heartbeat):
         self.assignment, self.number, self.pipe, self.heartbeat = assignment, number, pipe, heartbeat
         network = assignment.network
-        self.machines = network.workers if network is not None else (assignment.team.workers,)
-        self.rank = number if assignment.serving else min(number, sum(self.machines) - 1)
-        """How many workers each machine has; `rank`: the worker's place in its present group, or in none like any."""
+        here = len(assignment.numbers) or assignment.team.workers
+        self.machines = network.workers if network is not None else (here,)
+        self.numbers = assignment.numbers or tuple(range(sum(self.machines)))
+        self.rank = self.numbers.index(number) if number in self.numbers else sum(self.machines) - 1
+        """How many workers each machine has, the `numbers` of those of the group, and `rank`, this one's there."""
         self.replica: Replica | None = None
         self._data: dict[str, Any] | None = None
         self._unread: list[int] = []  # samples that the digest should cover, but that are left out and fail
@@ -74,6 +76,7 @@ class Session:
 
     def build(self) -> Replica:
         """Builds what the recipe says. Raises InstepError."""
+        import_kept(self.assignment.sources)
         self.recipe: Recipe = self.assignment.recipe.load()
         written = self.assignment.written
         if self._on_gpu:  # before the build: a process that uses a GPU, or looked for one, has no copies that can
@@ -108,7 +111,7 @@ class Session:
 
     def _try_optimizer(self, build: Callable[[], Replica]) -> None:
         """Tries it once in a run, see `instep.worker.trial`. Raises InstepError."""
-        if not (self.assignment.first and self.leads) or self.assignment.incarnation:
+        if not (self.assignment.first and self.leads) or self.assignment.succeeds:
             return
         if (why := try_optimizer(build, resume=not self.assignment.team.memory)) is not None:
             self.emit(WarnedEvent(why=why))
@@ -148,6 +151,8 @@ class Session:
         if self._recalls and self.remembering is not None:
             recalled = self.remembering.recall()
             self.saved_version = recalled.meta["saved"]
+            if self.assignment.team.workers > 1:
+                self.remembering = None  # others have it too
             return recalled
         path = self.assignment.resume_from
         if path is None:
@@ -221,7 +226,7 @@ class Session:
 
         Returns `Agreed`, with worker 0's or the server's facts and memory, or a `NextGroup`, to begin in a later group.
         """
-        self.pipe.send(Ready(facts, memory))
+        self.pipe.send(Ready(facts, memory, own_files()))
         self.heartbeat.waiting(True)
         while isinstance(agreed := self.pipe.recv(), KeepState):  # agent 0 is lost
             self.pipe.send(StateKept(why="it is in no group yet"))
@@ -336,9 +341,9 @@ class Session:
         """Whether this process speaks for all: worker 0 or, where there is one, the server."""
         return self.number == self.assignment.team.workers if self.assignment.serving else self.rank == 0
 
-    def regrouped(self, rank: int, machines: Sequence[int]) -> None:
-        """The worker is in another group now, of so many workers by machine."""
-        self.rank, self.machines = rank, tuple(machines)
+    def regrouped(self, numbers: Sequence[int], machines: Sequence[int]) -> None:
+        """The worker is in another group now, of these and so many workers by machine."""
+        self.numbers, self.rank, self.machines = tuple(numbers), numbers.index(self.number), tuple(machines)
 
     @property
     def _checkpoints(self) -> Path:

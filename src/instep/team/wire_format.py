@@ -31,12 +31,13 @@ DETAIL_CHARACTERS = 1 << 18
 """Of a detail, at the end, what crosses at most."""
 
 _NONE = Annotated[Mapping[str, Any], Meta(max_length=0)]
+_NO_FILES = Annotated[tuple[str, ...], Meta(max_length=0)]
 
 _FIELDS: Mapping[type, tuple[Any, ...]] = {
     m.Events: (tuple[Event, ...],),
     m.Failed: (Name, str, str),
     m.Finished: (Table,),
-    m.Ready: (Table, _NONE),
+    m.Ready: (Table, _NONE, _NO_FILES),
     m.Agreed: (Table, _NONE),
     m.Digest: (Count, Name),
     m.FoundWritten: (Names, str),
@@ -95,8 +96,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Event | MergedContribution):
         table = {name: getattr(value, name) for name in value.__struct_fields__}
         return [kind.__name__, {name: _plain(each) for name, each in table.items() if each is not UNSET}]
-    if isinstance(value, m.Ready | m.Agreed):
-        value = replace(value, memory={})  # which is its host's
+    if isinstance(value, m.Ready):
+        value = replace(value, memory={}, files=())  # which are its host's
+    if isinstance(value, m.Agreed):
+        value = replace(value, memory={})
     if is_dataclass(kind):
         return [kind.__name__, *(_plain(getattr(value, each.name)) for each in fields(kind))]
     if isinstance(value, Mapping):

@@ -99,7 +99,7 @@ class WasAway:
 
 @dataclass(frozen=True)
 class FromMember:
-    """What a process of its host has sent. A `Ready` crosses without memory: that is its host's."""
+    """What a process of its host has sent. A `Ready` crosses without memory and files: its host's."""
 
     member: Member
     message: WorkerToSupervisor

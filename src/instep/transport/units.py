@@ -76,13 +76,14 @@ class Stream(NamedTuple):
 
 
 class Units:
-    """The table, for so many workers and loaders of one machine; each worker has two streams. Raises ResourceError.
+    """The table, for so many workers and loaders of one machine at most; each worker has two streams. Raises
+    ResourceError.
 
     Each process that uses it says of how many `microbatches` a batch is.
     """
 
     def __init__(self, workers: int, loaders: int):
-        self.loaders = loaders
+        self.workers, self.loaders = workers, loaders
         regions = {
             "microbatches": Region((1,), "int64"),
             "signs": Region((2,), "int64"),
@@ -179,6 +180,12 @@ class Units:
                     return self._claimed(loader, key, entered)
         return None
 
+    def awaited(self) -> list[tuple[int, int]]:
+        """Loaders and the microbatches that they read and a worker waits for."""
+        rows = map(self._row, self._asked[self._asked > 0].tolist())
+        asked = {*self._asked.tolist()}
+        return [(row.loader, row.key) for row in rows if row.state == State.READING and row.key in asked]
+
     def reads(self, key: int, sample: int) -> None:
         """Its loader is about to read this sample of it."""
         self._rows[key % ROWS, Unit._fields.index("sample")] = sample
@@ -274,7 +281,7 @@ class Units:
         return Stream(*self._streams[number].tolist())
 
     def _all_streams(self) -> list[Stream]:
-        return [Stream(*row) for row in self._streams.tolist() if row[2]]
+        return [Stream(*row) for row in self._streams[self._streams[:, 2] != 0].tolist()]
 
     def _ahead(self, ahead: int) -> Iterator[tuple[int, int]]:
         """What is expected next: by which of the recipe's changes, and the key."""
