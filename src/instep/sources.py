@@ -32,14 +32,15 @@ _OF_THE_HOST = {"__main__", "sitecustomize", "usercustomize"}
 
 def sources(objects: Iterable[Any] = ()) -> dict[str, str]:
     """A digest of each source file that modules were loaded from, Python's own and installed packages aside, and of the
-    scripts where these objects are defined: ``{"module shapes.net": "5e88...", "script train.py": "81fe..."}``.
+    scripts where these objects are defined: ``{"module shapes.net": "5e88...", "script train.py": "81fe..."}``. Of what
+    this process imports as it was, that.
     """
     found = {f"module {name}": path for name, path in _modules() if not _is_installed(path)}
     found |= {f"script {path.name}": path for each in objects for path in _scripts(each)}
     told: dict[str, str] = {}
     for name, path in itertools.islice(sorted(found.items()), MOST_FILES):
         try:
-            told[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+            told[name] = hashlib.sha256(_read(path)).hexdigest()[:16]
         except OSError:
             continue  # of a notebook, or gone since
     return told
@@ -72,9 +73,12 @@ def first_difference(one: Any, other: Any) -> str:
     return next((name for name, digest in sorted(one.items()) if other.get(name, digest) != digest), "")
 
 
-def own_files() -> list[str]:
-    """The source files that this process has imported, but for Python's own, Instep's and installed packages."""
+def own_files(objects: Iterable[Any] = ()) -> list[str]:
+    """The source files that this process has imported, but for Python's own, Instep's and installed packages; and the
+    scripts where these objects are defined.
+    """
     found = {path for name, path in _modules() if name.partition(".")[0] != "instep" and not _is_installed(path)}
+    found |= {path for each in objects for path in _scripts(each)}
     return sorted(map(str, found))[:MOST_FILES]
 
 
@@ -102,7 +106,7 @@ class _Finder(MetaPathFinder):
     """Finds modules where others find them, and reads them here."""
 
     def __init__(self, kept: Mapping[str, bytes]):
-        self._kept = kept
+        self.kept = kept
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -111,9 +115,9 @@ class _Finder(MetaPathFinder):
             spec = None if isinstance(finder, _Finder) else finder.find_spec(fullname, path, target)
             if spec is not None:
                 file = spec.origin or ""
-                if file not in self._kept or not isinstance(spec.loader, SourceFileLoader):
+                if file not in self.kept or not isinstance(spec.loader, SourceFileLoader):
                     return None
-                spec.loader = _Loader(fullname, file, self._kept[file])
+                spec.loader = _Loader(fullname, file, self.kept[file])
                 return spec
         return None
 
@@ -131,6 +135,14 @@ class _Loader(SourceFileLoader):
 
     def get_data(self, path: str) -> bytes:
         return self._source if path == self.path else super().get_data(path)
+
+
+def _read(path: Path) -> bytes:
+    """As this process imports it."""
+    for finder in sys.meta_path:
+        if isinstance(finder, _Finder) and str(path) in finder.kept:
+            return finder.kept[str(path)]
+    return path.read_bytes()
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from instep.recipe import Team
-from instep.sources import KeptSources, import_kept
+from instep.sources import KeptSources, first_difference, import_kept, sources
+from support.agents import train_on
 from support.harness import Client, told, train_here
+from support.patience import LONG_S
 from support.regression import regression
 
 pytestmark = pytest.mark.processes
@@ -67,6 +69,47 @@ def test_a_successor_computes_what_the_others_do(workers: int, tmp_path: Path, m
     assert run.result["restarts"] == 1
     assert run.digest == wanted
     assert "shapes_of_a_user" not in sys.modules
+
+
+@pytest.mark.parametrize("all_die", [False, True], ids=["one dies", "all die"])
+@pytest.mark.usefixtures("agents_meet_here")
+def test_on_other_hosts_too_and_where_the_team_starts_again(all_die: bool, tmp_path: Path, module: Path) -> None:
+    recipe = regression(model="shapes_of_a_user:Line", steps=12)
+    wanted = train_here(recipe, Team(), tmp_path / "alone").digest
+
+    def act(event: dict[str, Any]) -> None:
+        if event["kind"] == "merged" and event["version"] == 3 and not edited.exists():
+            edited.touch()
+            edit(module)
+            for each in told(client, "joined")[0 if all_die else 1 :]:
+                os.kill(each["pid"], signal.SIGKILL)
+
+    client: Client = Client(act)
+    edited = tmp_path / "edited"
+    team = Team(workers=2, lease_s=LONG_S, checkpoint_every=2, restarts=2)
+    run, others = train_on((1, 1), recipe, team, tmp_path / "run", client=client)
+    assert len(told(run, "run_started")) == 1 + all_die
+    assert not [why for event in told(run, "warned") if "differ" in (why := event["why"])]
+    assert run.digest == wanted
+    assert [each.result for each in others] == [run.result]
+
+
+def test_a_digest_is_of_what_is_imported_whatever_became_of_the_file(
+    module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = KeptSources()
+    kept.keep([str(module)])
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[:])
+    try:
+        __import__("shapes_of_a_user")
+        before = sources()
+        assert "module shapes_of_a_user" in before
+        edit(module)
+        assert first_difference(before, sources()) == "module shapes_of_a_user"
+        import_kept(kept.of)
+        assert sources() == before
+    finally:
+        sys.modules.pop("shapes_of_a_user", None)
 
 
 def test_only_what_was_kept_is_read_from_memory_and_nothing_is_compiled_to_the_disk(

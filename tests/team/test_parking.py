@@ -329,11 +329,9 @@ def test_who_is_not_built_yet_or_in_no_group_yet_keeps_nobody_waiting(
     ours, theirs = Channel.pair()
     for message in (KeepState(), Agreed({}, {})):
         ours.send(message)
-    newcomer: Any = SimpleNamespace(pipe=theirs, heartbeat=SimpleNamespace(waiting=lambda flag: None))
+    newcomer: Any = SimpleNamespace(pipe=theirs, uses=list, heartbeat=SimpleNamespace(waiting=lambda flag: None))
     assert Session.ready(newcomer, {}, {}) == Agreed({}, {})
-    assert [dataclasses.replace(ours.recv(), files=()), ours.recv()] == [
-        Ready({}, {}),
-        StateKept(why="it is in no group yet"),
-    ]
+    ready, kept = ours.recv(), ours.recv()
+    assert (dataclasses.replace(ready, files=()), kept) == (Ready({}, {}), StateKept(why="it is in no group yet"))
     for each in (ours, theirs):
         each.close()

@@ -96,9 +96,7 @@ class Crew(Protocol):
         """Starts these, who are to be in a later group of the epoch."""
 
     def regroup(self, group: Regroup, told: int, saved: int) -> None:
-        """Tells those that are in this group of it. told, saved: the last update and checkpoint that
-        the tape has.
-        """
+        """Tells those that are in this group of it. told, saved: the last update and checkpoint that the tape has."""
 
     def leave(self) -> None:
         """Waits a while for those that have said their last word to end by themselves."""
@@ -116,7 +114,8 @@ class LocalCrew:
     team: its fields, and how many all hosts have. others: children of this process that are not the run's. unused: what
     is open here that members do not need. name: what a member is called in a sentence. folder: has the logs. began:
     when the run did, on this host's monotonic clock. host: the number of this one. most: of how many workers a team may
-    come to be while it goes on. copies: where one keeps its state that comes to be alone.
+    come to be while it goes on. copies: where one keeps its state that comes to be alone. sources: what members of
+    before have imported.
     """
 
     def __init__(
@@ -132,6 +131,7 @@ class LocalCrew:
         host: int = 0,
         most: int = 0,
         copies: Callable[[], Remembered | None] = lambda: None,
+        sources: KeptSources | None = None,
     ):
         self._most, self._copies = most, copies
         self._team, self._others, self._unused, self._serving = team, others, unused, serving
@@ -141,7 +141,7 @@ class LocalCrew:
         self._done: set[Member] = set()
         self._asked: dict[Member, str] = {}  # for their stacks
         self._workers: list[int] = []  # of this host, by number
-        self._sources = KeptSources()
+        self._sources = sources or KeptSources()
 
     def start(self, members: Collection[Member], assignment: Assignment) -> None:
         self._team = assignment.team
@@ -178,10 +178,8 @@ class LocalCrew:
         units = self._loaders.units if self._loaders is not None and works else None
         if units is not None and place[0] >= units.workers:
             units = None
-        lines = self.processes.lines
-        sources = self._sources.of
-        fields = dict[str, Any](lines=lines, incarnation=member.incarnation, place=place, units=units, sources=sources)
-        self.processes.fork(member, replace(assignment, **fields), self._unused())
+        fields = dict[str, Any](lines=self.processes.lines, incarnation=member.incarnation, sources=self._sources.of)
+        self.processes.fork(member, replace(assignment, place=place, units=units, **fields), self._unused())
 
     def prepare(self, facts: Mapping[str, Any]) -> None:
         lead = list(self.processes)[-1 if self._serving else 0].ready

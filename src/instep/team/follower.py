@@ -19,8 +19,10 @@ from instep.errors import InstepError, WorkerError
 from instep.recipe import Team
 from instep.record.events import WarnedEvent, plain
 from instep.record.folder import RunFolder
+from instep.sources import KeptSources
 from instep.tables import from_table
 from instep.team import meeting
+from instep.team.assigning import for_successor
 from instep.team.channel import Channel
 from instep.team.crew import Heard, LocalCrew
 from instep.team.first_agent import LOOK_S, TRY_S, FirstAgent
@@ -77,7 +79,7 @@ class Follower:
         self._scratch = RunFolder(run.folder)
         self._received = Received(self._scratch.checkpoints)
         self._keeping = Keeping(self._scratch, self._place.host)
-        self._others = children()
+        self._others, self._sources = children(), KeptSources()
         self._crew: LocalCrew | None = None
         self._start: StartMembers | None = None
         self._clock = Clock(run.began)
@@ -295,7 +297,7 @@ class Follower:
                     self._tell(FromMember(member, word))
             case StartSuccessor(member) if self._is_at(member.epoch):
                 assert self._crew is not None
-                self._crew.succeed(member, replace(self._assignment, first=False, resume_from=None, late=True))
+                self._crew.succeed(member, for_successor(replace(self._assignment, first=False)))
             case RegroupMembers(epoch, generation, members, at_once, told, saved, fewer, formed) if self._is_at(epoch):
                 assert self._crew is not None
                 self._going = True
@@ -325,6 +327,7 @@ class Follower:
             began=lambda: self._clock.began,
             host=self._place.host,
             most=most_in_step(run),
+            sources=self._sources,
         )
         assert self._first.hello is not None
         key = key_of_server(self._first.secret)

@@ -122,6 +122,7 @@ class Heartbeat:
     def start(self) -> None:
         """Starts to beat. On Linux the kernel ends a worker without agent even if it is stopped."""
         die_with_parent()
+        self._board.answers[self._worker] = 1
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def advance(self) -> None:

@@ -67,7 +67,6 @@ def main(
 ) -> None:
     """The whole life of a process of the team, which was forked. The server comes after the workers in number."""
     stack.answer()
-    board.answers[number] = 1
     heartbeat = Heartbeat(board, number, os.getppid(), assignment.generation)
     heartbeat.start()
     listeners = [] if assignment.network is None else [assignment.network.listener]
@@ -90,8 +89,7 @@ def main(
         session.send_events()
         pipe.send(FoundWrong(found.worker, found.step, found.microbatch, found.since, found.back, found.by))
     except SeatLost as lost:
-        number = session.numbers[lost.worker]
-        pipe.send(NotStoodIn(number, f"worker {number} died while {lost.doing}"))
+        pipe.send(NotStoodIn(worker := session.numbers[lost.worker], f"worker {worker} died while {lost.doing}"))
         wait_for_the_end(session, lost)
     except FirstWrite as found:
         session.send_events()
@@ -105,8 +103,7 @@ def main(
         where = f" while {session.replica.doing}{session.replica.samples_in_hand()}" if session.replica else ""
         sentence = not_deterministic(error, name, where + place(error))
         sentence = sentence or f"{name} raised {described(error)}{where}{place(error)}."
-        sentence = with_saved(sentence, session.stopped_at, assignment.folder)
-        pipe.send(Failed("WorkerError", sentence, _own_part(error)))
+        pipe.send(Failed("WorkerError", with_saved(sentence, session.stopped_at, assignment.folder), _own_part(error)))
     sys.stdout.flush()
     sys.stderr.flush()
 
@@ -125,8 +122,7 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
     if saved is not None:
         engine.updates.watcher.load(saved.training_state.get("watch"))
     engine.prepare(progress.version, looks=not succeeds)
-    emit = session.emit if worker == 0 and not succeeds else None
-    fit_memory(replica, team, emit, workers=team.workers)
+    fit_memory(replica, team, session.emit if worker == 0 and not succeeds else None, workers=team.workers)
     sizes = engine.sizes()
     if session.assignment.late:
         compile_first(replica)  # while the others go on

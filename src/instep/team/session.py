@@ -210,23 +210,23 @@ class Session:
             "parameters": self.replica.size,
             "optimizers": [one.what_it_trains for one in self.replica.optimizer.each],
             **({"remembered": True} if self._recalls else {}),
-            **({"sources": self._sources()} if self.assignment.network is not None else {}),
+            **({"sources": sources(self.uses()) | models()} if self.assignment.network is not None else {}),
             **more,
         }
 
-    def _sources(self) -> dict[str, str]:
-        """Of what the recipe has loaded by now, code and models."""
+    def uses(self) -> list[Any]:
+        """What the recipe has loaded by now."""
         recipe = self.recipe
         parts = recipe.optimizer.parts if isinstance(recipe.optimizer, ByPattern) else (((), recipe.optimizer),)
         components = [recipe.model, *each_of(recipe.objective), recipe.data, *(component for _, component in parts)]
-        return sources(component.use for component in components) | models()
+        return [component.use for component in components]
 
     def ready(self, facts: Mapping[str, Any], memory: Mapping[str, Region]) -> Any:
         """Tells the supervisor that all is built, and waits until everybody is.
 
         Returns `Agreed`, with worker 0's or the server's facts and memory, or a `NextGroup`, to begin in a later group.
         """
-        self.pipe.send(Ready(facts, memory, own_files()))
+        self.pipe.send(Ready(facts, memory, own_files(self.uses())))
         self.heartbeat.waiting(True)
         while isinstance(agreed := self.pipe.recv(), KeepState):  # agent 0 is lost
             self.pipe.send(StateKept(why="it is in no group yet"))
