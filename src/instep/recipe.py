@@ -20,6 +20,7 @@ from instep.budget import parse_budget, parse_share
 from instep.by_pattern import ByPattern
 from instep.components import Component
 from instep.differences import differences, flat, without_contents
+from instep.ema import check_decays
 from instep.errors import RecipeError, cut, shown
 from instep.references import resolved
 from instep.rules import UpdateRule
@@ -93,9 +94,10 @@ class Recipe:
     buffers: what becomes of the model's buffers at the end of a step, from patterns of their names to "mean", "max",
         "last", "frozen", "sum" or "sum:D", as in {"codebook.*": "sum:0.99"}; the first pattern that matches decides.
         See `instep.buffer_modes`.
-    freeze: parameters that are frozen, from patterns of their names to "all" or to steps, as "..200", the first 200,
-        or "200..", those after them, as in {"embedding.*": "all"}; the first pattern that matches decides. See
-        `instep.freezing`.
+    freeze: from patterns of parameters' names to the steps in which these are frozen, as in {"embedding.*": "all",
+        "head.*": "..200"}, the first 200 steps; the first pattern that matches decides. See `instep.freezing`.
+    ema: decays of averages of the weights, as (0.999, 0.9999), evaluated and saved beside these. See `instep.ema`.
+    ema_warmup: the decays rise to these, as (1 + updates) / (10 + updates).
 
     These change only what is measured and shown:
 
@@ -131,6 +133,8 @@ class Recipe:
     changes: tuple[Change, ...] = ()
     buffers: Mapping[str, str] = added(before={}, default_factory=dict)
     freeze: Mapping[str, str] = added(before={}, default_factory=dict)
+    ema: tuple[float, ...] = added(before=None, default=())
+    ema_warmup: bool = added(before=False, default=False)
 
     name: str = field(default="custom", metadata=_NO_RESULT)
     evaluate_every: int = field(default=0, metadata=_NO_RESULT)
@@ -153,6 +157,7 @@ class Recipe:
         object.__setattr__(self, "buffers", {pattern: str(mode) for pattern, mode in modes.items()})
         frozen = freezing.parse(flat(self.freeze))
         object.__setattr__(self, "freeze", {pattern: str(steps) for pattern, steps in frozen.items()})
+        check_decays(self.ema, warmup=self.ema_warmup)
         if self.name in ("", ".", "..") or "/" in self.name or not self.name.isprintable():
             raise RecipeError(
                 f"'recipe.name' is {shown(self.name)}; it names the run folder: write a name without '/'."

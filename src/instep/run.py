@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor, nn
 
+    from instep.record.checkpoint import Loaded
+
 
 @dataclass(frozen=True)
 class Run:
@@ -75,11 +77,17 @@ class Run:
             rows, place = [], ""
         return shown_run(self.result, rows, place)
 
-    def state_dict(self, *, best: bool = False) -> dict[str, Tensor]:
-        """The final weights, from the last checkpoint; with `best`, those with the best held-out objective.
+    def state_dict(self, *, best: bool = False, ema: float | None = None) -> dict[str, Tensor]:
+        """The final weights, from the last checkpoint; with `best`, those with the best held-out objective; with `ema`,
+        their average of this decay, of `Recipe.ema`.
 
-        Raises CheckpointError if that checkpoint is missing, damaged or not theirs.
+        Raises CheckpointError if that checkpoint is missing, damaged or not theirs, and RecordError where it has no
+        such average.
         """
+        saved = self._saved(best=best)
+        return saved.model_state if ema is None else dict(self._averaged(saved, ema).state_dict())
+
+    def _saved(self, *, best: bool) -> Loaded:
         from instep.record import best as kept
         from instep.record import checkpoint
 
@@ -90,7 +98,7 @@ class Run:
                 raise CheckpointError(
                     f"{self.path} has no best checkpoint: nothing was evaluated, or team.keep_best was off."
                 )
-            return checkpoint.load(checkpoint.path_of(folder, found.version)).model_state
+            return checkpoint.load(checkpoint.path_of(folder, found.version))
         path, _ = RunFolder(self.path).newest_checkpoint()
         if path is None:
             raise CheckpointError(f"{self.path} has no sound checkpoint.")
@@ -100,19 +108,21 @@ class Run:
                 f"the newest sound checkpoint of {self.path}, {path.name}, does not hold the weights that this run "
                 f"ended with: its own was damaged, or the run has gone on since; load the checkpoint you want by path."
             )
-        return saved.model_state
+        return saved
 
-    def model(self, *, best: bool = False) -> nn.Module:
-        """The recipe's model with the final weights, or those with the best held-out objective, on the CPU.
+    def model(self, *, best: bool = False, ema: float | None = None) -> nn.Module:
+        """The recipe's model with the final weights, or those with the best held-out objective, on the CPU; with `ema`,
+        with their average of this decay, as `state_dict` has it.
 
         It is as the recipe builds it, most often in training mode: call its `eval()` before you use it.
 
         >>> run.model()(torch.ones(1, 3)).shape
         torch.Size([1, 1])
         """
-        return self._model(self.state_dict(best=best))
+        saved = self._saved(best=best)
+        return self._model(saved.model_state) if ema is None else self._averaged(saved, ema)
 
-    def at(self, version: int) -> nn.Module:
+    def at(self, version: int, *, ema: float | None = None) -> nn.Module:
         """The recipe's model with the weights of any version of the run, on the CPU, as `model` gives the last ones.
 
         >>> run.at(2)(torch.ones(1, 3)).shape
@@ -124,13 +134,19 @@ class Run:
         made with other libraries or on another kind of processor, or by what need not repeat, it warns that bits may
         differ.
 
-        version: updates that the weights have had, from 0. Raises RecordError where the run has no such version, or
-        what is computed is not what the tape tells of, CheckpointError, and InstepError as the run would.
+        version: updates that the weights have had, from 0. ema: as in `model`. Raises RecordError where the run has no
+        such version or average, or what is computed is not what the tape tells of, CheckpointError, and InstepError as
+        the run would.
         """
         from instep.offline.past import Past
         from instep.record.computed_by import made_otherwise, unrepeatable
         from instep.team.client import computed
 
+        if ema is not None and ema not in self.recipe.ema:
+            raise RecordError(
+                f"the run {self.path} has no average of the decay {ema}: its recipe.ema is {list(self.recipe.ema)}; "
+                f"give one of those, or leave it out."
+            )
         past = Past.of(self.path, self.recipe, f"Run.at({version!r})")
         stretch = past.to(version)
         starts = [event for event in stretch.events if event["kind"] == "run_started"]
@@ -144,7 +160,7 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="instep-at-", ignore_cleanup_errors=True) as place:
             file = Path(place) / "model.safetensors"
             computed(
-                "instep.offline.again:save_weights_at", past.recipe, (stretch, file), past.import_paths, (),
+                "instep.offline.again:save_weights_at", past.recipe, (stretch, file, ema), past.import_paths, (),
                 if_killed="it takes the memory of one worker, under local steps of all: try it where there is more",
             )  # fmt: skip
             return self._model(_loaded(file))
@@ -155,6 +171,13 @@ class Run:
         with importable(self.import_paths):
             model = build_model(self.recipe.model)
         model.load_state_dict(state)
+        return model
+
+    def _averaged(self, saved: Loaded, ema: float) -> nn.Module:
+        from instep.record.averages import give_average
+
+        model = self._model(saved.model_state)
+        give_average(model, saved, ema)
         return model
 
 

@@ -317,7 +317,7 @@ def app(settings: Settings) -> App:
         report_on(runs, out, target, json)
 
     @app.command(help=COMMANDS["export"])
-    def export(run: Path, /, *, to: str, out: Path | None = None) -> None:
+    def export(run: Path, /, *, to: str, out: Path | None = None, ema: str | None = None) -> None:
         """Export.
 
         Parameters
@@ -330,11 +330,13 @@ def app(settings: Settings) -> App:
             tokenizer.
         out
             The file or folder to write; by default beside the run folder, with its name.
+        ema
+            For hf, the decay of the average of the weights to write in place of these: one of the recipe's `ema`.
         """
         refuse(settings)
         from instep.cli.report import export_run
 
-        export_run(run, to, out)
+        export_run(run, to, out, ema)
 
     @app.command(help=COMMANDS["tape"])
     def tape(run: Path, /) -> None:

@@ -63,13 +63,15 @@ def show(found: Comparison) -> None:
         console.print(sentence)
 
 
-def export_run(run: Path, form: str, out: Path | None) -> None:
+def export_run(run: Path, form: str, out: Path | None, ema: str | None = None) -> None:
     """Writes the run for another tool, by default beside its folder."""
     from instep.report.export import FORMATS, export
 
     if form == "hf":
-        export_model(run, out)
+        export_model(run, out, None if ema is None else number_of(ema, "--ema", "a decay such as 0.999"))
         return
+    if ema is not None:
+        raise UsageError(f"--ema goes with --to hf: what is written for {shown(form)} holds no weights.")
     if form not in FORMATS:
         raise UsageError(f"--to is {shown(form)}{suggest(form, [*FORMATS, 'hf'], 'a run is exported to')}")
     name = f"{run.absolute().name}{FORMATS[form]}"
@@ -79,13 +81,13 @@ def export_run(run: Path, form: str, out: Path | None) -> None:
     print(path)
 
 
-def export_model(run: Path, out: Path | None) -> None:
+def export_model(run: Path, out: Path | None, ema: float | None = None) -> None:
     """Writes what the run has trained for transformers, by default into a folder beside its own, ``NAME-hf``."""
     folder = run.with_name(f"{run.absolute().name}-hf") if out is None else out
     check_new_file(folder, "--out")
     from instep.pretrained.saving import export_hf
 
-    export_hf(run, folder)
+    export_hf(run, folder, ema)
     print(folder)
 
 

@@ -20,7 +20,16 @@ def declare(app: App, settings: Settings) -> None:
     """Adds the command to `app`."""
 
     @app.command(help=f"{COMMANDS['sample']}\n\n{_HELP}")
-    def sample(run: Path, /, *, prompt: str, tokens: str = "200", temperature: str = "0.8", seed: str = "0") -> None:
+    def sample(
+        run: Path,
+        /,
+        *,
+        prompt: str,
+        tokens: str = "200",
+        temperature: str = "0.8",
+        seed: str = "0",
+        ema: str | None = None,
+    ) -> None:
         """Sample.
 
         Parameters
@@ -35,10 +44,13 @@ def declare(app: App, settings: Settings) -> None:
             0 takes the likeliest token each time; the higher, the more is left to chance.
         seed
             Of the drawing: the same seed writes the same text.
+        ema
+            The decay of the average of the weights that is to write, in place of these: one of the recipe's `ema`.
         """
         refuse(settings)
         count, place = whole_number(tokens, "--tokens"), whole_number(seed, "--seed")
         heat = number_of(temperature, "--temperature", "from 0, such as 0.8")
+        decay = None if ema is None else number_of(ema, "--ema", "a decay such as 0.999")
         from instep.pretrained.saving import sampled
 
-        print(sampled(run, prompt, tokens=count, temperature=heat, seed=place))
+        print(sampled(run, prompt, tokens=count, temperature=heat, seed=place, ema=decay))

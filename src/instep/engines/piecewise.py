@@ -40,6 +40,7 @@ class PiecewiseUpdates:
     ):
         self._replica, self._offsets, self._state = replica, offsets, state
         sizes = [parameter.numel() for parameter in replica.parameters]
+        self._nbytes = [tensor.nbytes for tensor in (*replica.parameters, *replica.averages.tensors)]  # at the offsets
         self._pieces = {worker: [self._piece(each) for each in _cut(share, sizes)] for worker, share in shares.items()}
         everything = [piece.indices for pieces in self._pieces.values() for piece in pieces]
         self.room = max(map(self._room_of, everything))
@@ -67,10 +68,11 @@ class PiecewiseUpdates:
                 continue
             which = [index for index in piece.indices if touched[index]]
             if number > pieces.done or not pieces.begun:  # else it is kept, and nothing may be written there
-                pieces.keep([span for index in which for span in self._spans(index)])
+                pieces.keep([span for index in piece.indices for span in self._spans(index, touched=touched[index])])
                 pieces.begin(number)
             own = dict(zip(which, self._clipped([gradients[index] for index in which], norm), strict=True))
             rate = self._replica.update(step, [own.get(index) for index in piece.indices], piece.of)
+            self._replica.averages.follow(piece.indices)
             self._state.grow(which)
             pieces.end(number)
         return rate
@@ -78,14 +80,19 @@ class PiecewiseUpdates:
     def _piece(self, indices: list[int]) -> _Piece:
         return _Piece(indices, self._replica.some(indices))
 
-    def _spans(self, index: int) -> tuple[SharedSpan, SharedSpan]:
-        """What an update of the parameter may change."""
-        return SharedSpan(0, self._offsets[index], self._replica.parameters[index].nbytes), self._state.span(index)
+    def _spans(self, index: int, *, touched: bool) -> list[SharedSpan]:
+        """What an update may change: of a parameter that is `touched`, itself and its state; of all, their averages."""
+        first, *averages = [SharedSpan(0, self._offsets[at], self._nbytes[at]) for at in self._places(index)]
+        return [first, self._state.span(index), *averages] if touched else averages
+
+    def _places(self, index: int) -> range:
+        """Of the parameter and its averages."""
+        return range(index, len(self._offsets), len(self._replica.parameters))
 
     def _room_of(self, indices: Sequence[int]) -> int:
-        parameters = self._replica.parameters
-        nbytes = sum(parameters[index].nbytes + self._state.most_bytes(index) for index in indices)
-        return room_of(2 * len(indices), nbytes)
+        nbytes = sum(self._nbytes[at] for index in indices for at in self._places(index))
+        nbytes += sum(map(self._state.most_bytes, indices))
+        return room_of(sum(1 + len(self._places(index)) for index in indices), nbytes)
 
     def _clipped(self, gradients: Sequence[Tensor], norm: float) -> Sequence[Tensor]:
         """The gradients clipped; they themselves are never changed."""

@@ -29,6 +29,7 @@ from instep.reduce.written import FirstWrite
 from instep.rules.ledger import Action, Drop, Ledger, Merge, Release
 from instep.rules.ledger_state import ledger_state, resumed_ledger
 from instep.team import messages
+from instep.worker.averages import digests_of
 from instep.worker.contribution import Arrived, Facts, Vectors
 from instep.worker.contributor import Contributor
 from instep.worker.evaluation import batches_held_out, evaluate_alone
@@ -161,11 +162,11 @@ class _Server:
         self._save(looked=self._ledger.finished)
         if not interrupted:
             self._milestones.ended(self._progress, self._evaluate, lambda: session.mark_best(self._progress))
-        digest = digest_of_state(self._replica.saved_state())
-        left = {} if interrupted else session.leave()
+        digests = digests_of(self._replica)
+        left: dict[str, Any] = {"ema": digests.averages, **({} if interrupted else session.leave())}
         session.send_events()
         costs = self._tally.result(self._ledger.delays.longest)
-        session.pipe.send(messages.Ended(asdict(self._progress), digest, interrupted, left, costs))
+        session.pipe.send(messages.Ended(asdict(self._progress), digests.weights, interrupted, left, costs))
 
     @property
     def _over(self) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.engines.heap import give_back
@@ -231,7 +232,8 @@ class Sharded(Placement):
         self._state = SharedState(replica) if len(machine) > 1 else None
         self.state_bytes = self._state.nbytes if self._state is not None else 0
         self._leads = 0 in machine  # the other machines hold the same
-        self._offsets, self.weight_bytes = placed([parameter.nbytes for parameter in replica.parameters], ALIGN_BYTES)
+        lie_here = [*replica.parameters, *replica.averages.tensors]
+        self._offsets, self.weight_bytes = placed([tensor.nbytes for tensor in lie_here], ALIGN_BYTES)
         if self._state is not None and len(reduction.levels) == 1:
             shares = {each: self._indices(each) for each in machine}
             self._updates = PiecewiseUpdates(replica, self._offsets, self._state, shares)
@@ -240,12 +242,12 @@ class Sharded(Placement):
     def attach(self, group: Group, *, succeeds: bool = False) -> None:
         super().attach(group, succeeds=succeeds)
         states, memory = [one.of_torch.state for one in self._replica.optimizer.each], group.common.numpy()
-        for parameter, offset in zip(self._replica.parameters, self._offsets, strict=True):
-            shared = tensor_at(memory, offset, parameter.dtype, parameter.shape, parameter.stride())
-            if not succeeds:
-                shared.copy_(parameter.detach())  # all workers write the same
-            parameter.data = shared
-        others = [(index, p) for index, p in enumerate(self._replica.parameters) if not self._own[index]]
+        parameters, averages = self._replica.parameters, self._replica.averages
+        for parameter, offset in zip(parameters, self._offsets, strict=False):
+            parameter.data = _shared(memory, offset, parameter.detach(), copied=not succeeds)
+        places = zip(averages.tensors, self._offsets[len(parameters) :], strict=True)
+        averages.lie_in([_shared(memory, offset, average, copied=not succeeds) for average, offset in places])
+        others = [(index, p) for index, p in enumerate(parameters) if not self._own[index]]
         self._aside = {index: (state, state.pop(p)) for index, p in others for state in states if p in state}
         of_machine = group.machine if isinstance(group, DistributedGroup) else group
         if self._state is not None and isinstance(of_machine, SharedMemoryGroup):
@@ -273,6 +275,7 @@ class Sharded(Placement):
             if gradient is not None:
                 clip(gradient, norm, self._replica.recipe.clip_norm)
         rate = self._replica.update(step, gradients)
+        self._replica.averages.follow(self._own_indices)
         if self._state is not None:
             self._state.grow(self._own_indices)
         return rate
@@ -313,6 +316,7 @@ class Sharded(Placement):
         if not to.weight_bytes:
             for parameter in self._replica.parameters:
                 parameter.data = parameter.data.clone()
+            self._replica.averages.lie_apart()
 
     def give_back(self, worker: int) -> None:
         if worker in self._others and self._state is not None:
@@ -324,6 +328,7 @@ class Sharded(Placement):
         parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         for whole in _wholes(training):
             whole["state"] = {}
+        training |= self._replica.averages.state(parameters=False)
         model = {name: value for name, value in module.state_dict().items() if name not in parameters}
         return {"model": model, "training": training}
 
@@ -367,6 +372,14 @@ class Sharded(Placement):
     def share(self, worker: int) -> list[bool]:
         self._hold(worker)
         return [own and self._leads for own in self._of[worker]]
+
+
+def _shared(memory: NDArray[Any], offset: int, tensor: Tensor, *, copied: bool) -> Tensor:
+    """One as `tensor` at that place of the memory; `copied`: with its values."""
+    shared = tensor_at(memory, offset, tensor.dtype, tensor.shape, tensor.stride())
+    if copied:
+        shared.copy_(tensor)  # all workers write the same
+    return shared
 
 
 def _wholes(training: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from instep.engines.standing_in import OthersParts
 from instep.objectives.gathers import Outputs
@@ -22,6 +24,7 @@ class SharedEvaluation:
         self._replica, self._worker, self._advance = replica, worker, advance
         self._tells = worker == machine.start  # or it is asked only where evaluations may end the run
         self._held_out = batches_held_out(replica)
+        self._decays = None, *replica.recipe.ema  # the weights themselves, and each average of them
         self._shares = worker_ranges(len(self._held_out), workers)
         self.nbytes = self._made().nbytes
         """Of what each tells the others."""
@@ -52,11 +55,13 @@ class SharedEvaluation:
         gathered = own.gather(group)
         if not (self._tells or others.possible) and replica.watch.patience is None:
             return None
-        counts, sums = (
-            np.concatenate([gathered[name][w, : stop - start] for w, (start, stop) in enumerate(self._shares)])
-            for name in ("counts", "sums")
-        )
-        return Evaluation.of(replica, counts, sums, [] if self._worker else outputs)
+        counts = self._whole(gathered["counts"])
+        sums, *averages = (self._whole(gathered["sums"][:, place]) for place in range(len(self._decays)))
+        return Evaluation.of(replica, counts, sums, [] if self._worker else outputs, averages)
+
+    def _whole(self, gathered: NDArray[Any]) -> NDArray[Any]:
+        """Of all batches, from what each worker has told of its share."""
+        return np.concatenate([gathered[w, : stop - start] for w, (start, stop) in enumerate(self._shares)])
 
     def alone(self) -> Evaluation | None:
         """The same by this worker alone, with what is gathered."""
@@ -65,12 +70,13 @@ class SharedEvaluation:
     def _evaluate(self, worker: int) -> tuple[Fields, list[Outputs]]:
         """A worker's share: what it tells, and its outputs."""
         fields, outputs, own = self._made(), list[Outputs](), self._shares[worker]
-        for found in evaluate(self._replica, self._held_out, range(*own), self._advance):
-            fields.own["counts"][found.place - own[0]] = found.counts
-            fields.own["sums"][found.place - own[0]] = found.sums
-            outputs.append(found.outputs)
+        for place, decay in enumerate(self._decays):
+            for found in evaluate(self._replica, self._held_out, range(*own), self._advance, decay):
+                fields.own["counts"][found.place - own[0]] = found.counts
+                fields.own["sums"][place, found.place - own[0]] = found.sums
+                outputs += [found.outputs] if decay is None else []
         return fields, outputs
 
     def _made(self) -> Fields:
         share, terms = max(1, -(-len(self._held_out) // len(self._shares))), len(self._replica.objective.terms or ())
-        return Fields(counts=("int64", (share, terms)), sums=("float64", (share, terms)))
+        return Fields(counts=("int64", (share, terms)), sums=("float64", (len(self._decays), share, terms)))

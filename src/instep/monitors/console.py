@@ -196,11 +196,13 @@ class Console(Closing):
         row("idle", idle(result["idle_share"]))
 
     def _metrics(self, result: Mapping[str, Any]) -> None:
-        """What else was found on held-out data: terms, if there are several, and metrics."""
+        """What else was found on held-out data: terms, if there are several, metrics, and of averages of weights."""
         terms = result.get("held_out_terms") or {}
         gathered = result.get("gathered") or {}
         for name, value in {**(terms if len(terms) > 1 else {}), **gathered}.items():
             self._screen.row(f"  {name}", number(value))
+        for decay, told in (result.get("ema") or {}).items():
+            self._screen.row(f"  ema {decay}", number(told["held_out"]))
 
     def _end(self, event: Mapping[str, Any]) -> None:
         result, screen = event["result"], self._screen

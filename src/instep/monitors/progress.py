@@ -40,6 +40,8 @@ class ProgressDisplay:
         self.held_out_by_turn: Mapping[str, float | None] = {}
         self.held_out_terms: Mapping[str, float | None] = {}
         self.gathered: Mapping[str, float | None] = {}
+        self.held_out_ema: dict[str, float | None] = {}
+        """Of averages of the weights, by decay."""
         self.pace = Throughput()
 
     def see(self, event: Mapping[str, Any]) -> None:
@@ -64,6 +66,7 @@ class ProgressDisplay:
             self.held_out_by_turn = event.get("turns") or {}
             self.held_out_terms = event.get("terms", {})
             self.gathered = event.get("gathered") or {}
+            self.held_out_ema = {decay: told.get("objective") for decay, told in (event.get("ema") or {}).items()}
             self.pace.pause(event["t_s"])
         elif kind == "checkpointed" and "step_s" not in event:  # else steps went on
             self.pace.pause(event["t_s"])
@@ -95,6 +98,7 @@ class ProgressDisplay:
         elif self.held_out is not None:
             for name, value in (self.held_out_by_turn or {"": self.held_out}).items():
                 parts.append(Part(f"held-out {name}".rstrip(), number(value, 3), number(value, 3), 2))
+        parts += [Part(f"ema {d}", number(v, 3), number(v, 3), 5) for d, v in self.held_out_ema.items()]
         if self.items_per_s is not None:
             parts.append(Part("", f"{rate(self.items_per_s)} items/s{virtual}", f"{short_rate(self.items_per_s)}/s", 4))
         if self.eta_s is not None:
@@ -119,6 +123,7 @@ class ProgressDisplay:
             if self.bits_per_byte is not None:
                 parts.append(f"{number(self.bits_per_byte)} bits/byte")
             parts += [f"{name} {number(value)}" for name, value in self.gathered.items()]
+            parts += [f"ema {decay} {number(value)}" for decay, value in self.held_out_ema.items()]
         if self.items_per_s is not None:
             parts.append(f"{rate(self.items_per_s)} items/s{' (virtual)' if self.virtual else ''}")
         if self.eta_s is not None:

@@ -39,6 +39,8 @@ def _evaluated(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
         yield "objective/bits_per_byte", event["bits_per_byte"]
     for name, value in (event.get("gathered") or {}).items():
         yield f"held_out/{name}", value
+    for decay, told in (event.get("ema") or {}).items():
+        yield f"objective/held_out_ema_{decay}", told.get("objective")
 
 
 def _sampled(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:

@@ -42,8 +42,9 @@ def played(recipe: Recipe, stretch: Stretch, observe: Observe = lambda playback,
     return playback
 
 
-def save_weights_at(recipe: Recipe, stretch: Stretch, into: Path, tell: Tell) -> None:
-    """Writes the weights of version `stretch.stop` into a .safetensors file, as a checkpoint would.
+def save_weights_at(recipe: Recipe, stretch: Stretch, into: Path, ema: float | None, tell: Tell) -> None:
+    """Writes the weights of version `stretch.stop`, as a checkpoint would, or with `ema` their average of this decay,
+    into a .safetensors file.
 
     Raises RecordError where what is computed is not what the tape tells of.
     """
@@ -54,4 +55,4 @@ def save_weights_at(recipe: Recipe, stretch: Stretch, into: Path, tell: Tell) ->
             f"comes to something else than its tape tells: {playback.divergence}"
         )
     with synced_file(into) as file:
-        write_weights(file, playback.replica.saved_state())
+        write_weights(file, playback.replica.saved_state(ema))

@@ -29,7 +29,6 @@ from instep.offline.trace import EventListener, Listener
 from instep.recipe import Recipe, Team, dumps
 from instep.record import checkpoint, events
 from instep.record.blocks import BlockTape
-from instep.record.digest import digest_of_state
 from instep.record.files import write_atomically
 from instep.record.folder import RunFolder
 from instep.record.held import Held
@@ -39,6 +38,7 @@ from instep.reduce.written import FirstWrite
 from instep.restore import older_kept
 from instep.rules.work import Pieces
 from instep.tables import to_table
+from instep.worker.averages import digests_of
 from instep.worker.evaluation import batches_held_out, evaluate_alone
 from instep.worker.milestones import Milestones, Progress
 from instep.worker.tensor_checksums import checksum_when_due
@@ -257,14 +257,14 @@ class VirtualRun:
             self._emit(events.WarnedEvent(clock="virtual", why=why))
 
     def _end(self, found: SimulatedRun, scheduled_s: float, took_s: float) -> dict[str, Any]:
-        digest, progress = None, self.progress
+        digests, progress = None, self.progress
         if self._held is not None:
             self._held.check()
         items = progress.items if self._gradients else None
         if self._gradients:
             self.evaluate(found.versions, found.wall_s)
             state = self._replica.saved_state()
-            digest = digest_of_state(state)
+            digests = digests_of(self._replica)
             if self._folder is not None:
                 checkpoint.save(
                     self._folder.checkpoints, version=found.versions, model_state=state,
@@ -283,8 +283,9 @@ class VirtualRun:
         result = Result.of(
             asdict(progress),
             costs,
+            None if digests is None else digests.averages,
             recipe=self._recipe.name,
-            digest=digest,
+            digest=None if digests is None else digests.weights,
             rule=self._recipe.rule.name,
             engine="virtual",
             steps=self._recipe.steps,
@@ -303,7 +304,7 @@ class VirtualRun:
             self._folder.write_result(result)
         self._emit(
             events.RunEndedEvent(
-                t_s=found.wall_s, clock="virtual", version=found.versions, digest=digest, result=result,
+                t_s=found.wall_s, clock="virtual", version=found.versions, digest=result["digest"], result=result,
                 interrupted=False,
             )
         )  # fmt: skip

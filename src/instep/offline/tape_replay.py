@@ -14,9 +14,10 @@ from instep.offline.replayer import Replayer
 from instep.offline.stretches import ToldEvent, in_place, not_refuted, that_count
 from instep.recipe import Recipe
 from instep.record.digest import digest_of_state
-from instep.record.result import Proof, Replayed
+from instep.record.result import Proof, Replayed, digests_of_averages
 from instep.record.tape import take_back
 from instep.reduce.written import FirstWrite
+from instep.worker.averages import digests_of
 from instep.worker.optimizer_state import copied
 from instep.worker.tensor_checksums import checksums_of
 from instep.worker.updates import Update
@@ -99,7 +100,7 @@ class Playback:
         self._clear()
 
     def _clear(self) -> None:
-        self._recorded: str | None = None
+        self._ended: Mapping[str, Any] = {}  # what the tape tells of the end
         self._divergence = ""
         self.update: Update | None = None
         """The last one that was made."""
@@ -130,7 +131,7 @@ class Playback:
             self._replayer = self._fresh(event)
             self._version = -1
         self._restore(version)
-        self._recorded = None
+        self._ended = {}
         if "digest" in event:  # earlier versions did not say
             self._expect(event["digest"], f"the start at version {version}")
 
@@ -193,7 +194,7 @@ class Playback:
         elif kind == "run_ended":
             self.reach(event["version"])
             self._must_be(self._version, event, event["version"])
-            self._recorded = event["digest"]
+            self._ended = {"digest": event["digest"], "result": event.get("result", {})}
         elif not self._serving:
             if kind == "merged":  # in lockstep the recipe alone decides; what is told is compared
                 self._told[event["version"]] = {name: event.get(name) for name in _FIGURES}
@@ -216,9 +217,8 @@ class Playback:
             self._replayer.pushed(event["seq"], event["worker"])
             self._compare_given(event, given)
             self._compare_pushed(event, self._replayer.checksum(event["seq"]))
-        elif kind == "dropped":
-            if event["seq"] in self._replayer.waiting:
-                self._replayer.dropped(event["seq"])
+        elif kind == "dropped" and event["seq"] in self._replayer.waiting:
+            self._replayer.dropped(event["seq"])
         elif kind == "merged":
             self._merge(event)
 
@@ -246,12 +246,15 @@ class Playback:
 
     def result(self) -> Replayed:
         """What it came to."""
-        digest = digest_of_state(self.replica.saved_state())
-        if self._recorded is not None and self._recorded != digest and not self._divergence:
+        (digest, averages), recorded = digests_of(self.replica), self._ended.get("digest")
+        if recorded is not None and recorded != digest and not self._divergence:
             self._divergence = f"version {self._version}, the last, has other weights here than in the run."
-        if self._divergence and self._recorded == digest:
+        told = digests_of_averages(self._ended.get("result", {}))
+        if recorded is not None and averages != told and not self._divergence:
+            self._divergence = f"version {self._version}, the last, has other averages of weights here than in the run."
+        if self._divergence and recorded == digest:
             self._divergence = f"{self._divergence.rstrip('.')}; the last weights are those of the run."
-        return Replayed(digest, self._recorded, self._version, self.explained(), self.proof)
+        return Replayed(digest, recorded, self._version, self.explained(), self.proof)
 
     def _must_be(self, version: int, event: Mapping[str, Any], expected: int) -> None:
         if version != expected:
@@ -276,9 +279,7 @@ class Playback:
 
     def reach(self, version: int) -> None:
         """In lockstep, computes the steps up to `version` as one worker."""
-        if self._serving:
-            return
-        for step in range(self._version, version):
+        for step in range(self._version, self._version if self._serving else version):
             self.update = update = self._replayer.alone(step)
             self._version, told = step + 1, self._told.pop(step + 1, None)
             if told is not None:
@@ -383,9 +384,8 @@ class Playback:
         if version != self._version or version == 0:
             merger.load(kept["model"], copied(kept["training"]))
             merger.microbatches = kept["microbatches"]
-        merger.version = version
+        merger.version = self._version = version
         self._replayer.everybody_left()
-        self._version = version
 
 
 def _differs_in(names: Sequence[str]) -> str:

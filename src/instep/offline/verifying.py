@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Events = Sequence[Mapping[str, Any]]
 
-_COMPARED = ("optimizer", "buffers", "weights", "outer")
+_COMPARED = ("optimizer", "buffers", "weights", "outer", "ema")
 """Of the training state, as far as both have it."""
 
 

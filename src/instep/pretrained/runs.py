@@ -13,6 +13,8 @@ from instep.errors import ComponentError, RecordError
 from instep.recipe import Recipe, parse
 from instep.recipe_files import read_saved
 from instep.record import checkpoint
+from instep.record.averages import give_average
+from instep.record.digest import digest_of_state
 from instep.record.folder import RunFolder
 from instep.sources import note_loaded
 
@@ -27,7 +29,7 @@ class Trained:
     import_paths: tuple[str, ...]
 
     @classmethod
-    def of(cls, run: str | os.PathLike[str], digest: str | None = None) -> Trained:
+    def of(cls, run: str | os.PathLike[str], digest: str | None = None, ema: float | None = None) -> Trained:
         """See `run_model`."""
         try:
             folder = RunFolder.open(Path(run))
@@ -54,20 +56,25 @@ class Trained:
         if not isinstance(model, nn.Module):
             raise ComponentError(f"the model of {folder.path} is a {type(model).__name__}, not a torch.nn.Module.")
         model.load_state_dict(saved.model_state)
-        note_loaded(f"model of the run {os.fspath(run)}", saved.digest)
+        if ema is None:
+            note_loaded(f"model of the run {os.fspath(run)}", saved.digest)
+        else:
+            give_average(model, saved, ema)
+            note_loaded(f"average {ema} of the run {os.fspath(run)}", digest_of_state(model.state_dict()))
         return cls(folder, recipe, model, paths)
 
 
-def run_model(run: str | os.PathLike[str] = "", digest: str | None = None) -> nn.Module:
+def run_model(run: str | os.PathLike[str] = "", digest: str | None = None, ema: float | None = None) -> nn.Module:
     """The model of the run in the folder `run`, with the weights of its newest sound checkpoint, on the CPU.
 
     digest: of the weights that it must have. A recipe names the folder, not the weights: give it where the result must
-    not change when that run goes on. Raises ComponentError where there is no such run, or it has other weights, and
-    CheckpointError where its checkpoints are damaged.
+    not change when that run goes on. ema: the decay of the average of the weights to take in their place, of the run's
+    `Recipe.ema`. Raises ComponentError where there is no such run, or it has other weights, RecordError where it has no
+    such average, and CheckpointError where its checkpoints are damaged.
     """
     if not os.fspath(run):
         raise ComponentError(
             "no earlier run was named to take a model from; train one with 'instep train gpt' and give its folder, as "
             "in: --recipe.objective.args.teacher.args.run runs/gpt."
         )
-    return Trained.of(run, digest).model
+    return Trained.of(run, digest, ema).model

@@ -28,15 +28,16 @@ _APART = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Share of the largest logit by which merging may change one, by the type of the weights: some roundings."""
 
 
-def export_hf(run: str | os.PathLike[str], folder: Path) -> list[str]:
+def export_hf(run: str | os.PathLike[str], folder: Path, ema: float | None = None) -> list[str]:
     """Writes what the run in the folder `run` has trained into `folder`, as transformers saves it: configuration,
-    weights (those of adapters merged), tokenizer and template of chats. The names of the files.
+    weights (those of adapters merged; with `ema` their average of this decay), tokenizer and template of chats. The
+    names of the files.
 
     It is read back first, by ``from_pretrained``, and must give the same logits, to the bit; merged weights those of
     the adapters, but for roundings. Nothing is downloaded. Raises RecordError where they do not, or `folder` is there,
     ComponentError for a run of another kind of model, and ResourceError where the disk refuses.
     """
-    trained = Trained.of(run)
+    trained = Trained.of(run, ema=ema)
     model = _whole(trained)
     if folder.exists():
         raise RecordError(f"{folder} is there already; choose another folder with --out.")
@@ -55,19 +56,26 @@ def export_hf(run: str | os.PathLike[str], folder: Path) -> list[str]:
 
 
 def sampled(
-    run: str | os.PathLike[str], prompt: str, *, tokens: int = 200, temperature: float = 0.8, seed: int = 0
+    run: str | os.PathLike[str],
+    prompt: str,
+    *,
+    tokens: int = 200,
+    temperature: float = 0.8,
+    seed: int = 0,
+    ema: float | None = None,
 ) -> str:
     """The prompt, as the data's codec writes it, and at most so many `tokens` that the run's model goes on with.
 
-    temperature: 0 takes the likeliest token each time. seed: of the drawing. It stops where the tokenizer's own end
-    comes. Raises DataError where the run's data are no text, and RecordError for numbers out of range.
+    temperature: 0 takes the likeliest token each time. seed: of the drawing. ema: the decay of the average of the
+    weights that is to write, if one is. It stops where the tokenizer's own end comes. Raises DataError where the run's
+    data are no text, and RecordError for numbers out of range.
     """
     if tokens < 1 or not 0 <= temperature < math.inf or seed < 0:
         raise RecordError(
             f"a sample of {tokens} tokens at temperature {temperature:g} with seed {seed} cannot be drawn; give at "
             f"least 1 token, a temperature from 0 and a seed from 0."
         )
-    trained = Trained.of(run)
+    trained = Trained.of(run, ema=ema)
     codec = _codec(trained)
     if codec is None:
         raise DataError(

@@ -22,6 +22,7 @@ from instep.record.fields import (
     Checksum,
     Count,
     Counted,
+    Ema,
     Figure,
     Items,
     LocalSteps,
@@ -287,6 +288,7 @@ class EvaluatedEvent(Event, frozen=True, kw_only=True, gc=False):
     gathered: Maybe[Gathered] = UNSET
     turns: Maybe[EachTurn] = UNSET
     bits_per_byte: Maybe[BitsPerByte] = UNSET
+    ema: Maybe[Ema] = UNSET
     took_s: Maybe[Annotated[Seconds, _is("until `t_s`", where="not in a simulation")]] = UNSET
 
 

@@ -47,3 +47,7 @@ Items = Annotated[Count, is_("of the objective's first term")]
 Terms = Annotated[Mapping[str, Figure], is_("the mean of each term, by name; in an evaluation of each metric too")]
 Checksum = Annotated[list[str], is_("8 hexadecimal digits for each tensor")]
 Why = Annotated[str, is_("a sentence")]
+Ema = Annotated[
+    dict[str, Any],
+    is_("by decay: `objective`, `terms` and, of text, `bits_per_byte` of the average", where="with `recipe.ema`"),
+]

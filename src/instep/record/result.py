@@ -52,6 +52,7 @@ class Result:
     held_out_terms: Mapping[str, float] | None
     bits_per_byte: float | None
     gathered: Mapping[str, float] | None
+    ema: Mapping[str, Any] | UnsetType = UNSET
     items_per_s: float | None
     wall_s: float
     checksum_s: float | UnsetType = UNSET
@@ -79,8 +80,13 @@ class Result:
     scheduled_in_s: float | UnsetType = UNSET
 
     @classmethod
-    def of(cls, progress: Mapping[str, Any], costs: Costs, **more: Any) -> Result:
-        """From the fields of a run's `instep.worker.milestones.Progress` and what its rule cost; `more` is the rest."""
+    def of(
+        cls, progress: Mapping[str, Any], costs: Costs, averages: Mapping[str, str] | None = None, **more: Any
+    ) -> Result:
+        """From the fields of a run's `instep.worker.milestones.Progress` and what its rule cost; `more` is the rest.
+
+        averages: digests of the averages of the weights, by decay.
+        """
         held_out = progress["held_out"]
         return cls(
             objective_first=progress["objective_first"],
@@ -89,6 +95,7 @@ class Result:
             held_out_terms=held_out.get("terms"),
             bits_per_byte=held_out.get("bits_per_byte"),
             gathered=held_out.get("gathered"),
+            ema=_averages_told(averages, held_out.get("ema", {})) if averages else UNSET,
             skipped=progress["skipped"],
             bad_batches=progress["bad_batches"],
             **{each.name: getattr(costs, each.name) for each in fields(costs)},
@@ -99,6 +106,25 @@ class Result:
         """The fields that are set, in their order."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in found.items() if value is not UNSET}
+
+
+def digests_of_averages(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the averages of the weights that a result tells of, by decay."""
+    return {decay: told["digest"] for decay, told in (result.get("ema") or {}).items()}
+
+
+def _averages_told(digests: Mapping[str, str], held_out: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By decay: what the result says of each average, as of the weights."""
+    found = {decay: held_out.get(decay, {}) for decay in digests}
+    return {
+        decay: {
+            "digest": digest,
+            "held_out": found[decay].get("objective"),
+            "held_out_terms": found[decay].get("terms"),
+            "bits_per_byte": found[decay].get("bits_per_byte"),
+        }
+        for decay, digest in digests.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ FIRST_COLUMNS = (
     "version", "step", "t_s", "items", "objective", "held_out", "lr", "grad_norm", "train_s", "contributions",
     "staleness_mean", "staleness_max",
 )  # fmt: skip
-"""Of the table of updates; terms follow, as ``terms.NAME`` and ``held_out_terms.NAME``, and what was gathered."""
+"""Of the table of updates; terms follow, as ``terms.NAME`` and ``held_out_terms.NAME``, what was gathered, averages."""
 
 
 def export(run: Path, form: str, path: Path) -> None:
@@ -90,6 +90,7 @@ def _row(event: Mapping[str, Any], evaluated: Mapping[str, Any]) -> dict[str, An
     for prefix, table in (
         ("terms", event.get("terms")), ("held_out_terms", evaluated.get("terms")),
         ("gathered", evaluated.get("gathered")),
+        ("held_out_ema", {decay: told.get("objective") for decay, told in (evaluated.get("ema") or {}).items()}),
     ):  # fmt: skip
         found |= {f"{prefix}.{name}": value for name, value in (table or {}).items()}
     return found

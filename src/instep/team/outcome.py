@@ -101,6 +101,7 @@ def result_of(
     return Result.of(
         progress,
         replace(costs[0], idle_share=[share for each in costs for share in each.idle_share]),
+        left.get("ema"),
         recipe=run.recipe_table["name"],
         digest=leader.digest,
         rule=run.rule.name,

@@ -57,6 +57,7 @@ from instep.team.stacks import Stack
 from instep.team.successors import PlacesHeld, handed_over, places_held
 from instep.transport.group import Group, LeftTogether, PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
+from instep.worker.averages import StateDigests, digests_of
 from instep.worker.device import not_deterministic
 from instep.worker.gradients import compile_first
 from instep.worker.milestones import Milestones, Progress
@@ -186,7 +187,7 @@ def _train(session: Session, formed: Formed) -> NextGroup | None:
         if not interrupted:
             mark = partial(engine.between.lead, lambda: session.mark_best(progress))
             keeper.milestones.ended(progress, keeper.evaluate, mark)
-        digest = digest_of_state(replica.saved_state())
+        digests = digests_of(replica)
         engine.between.meet()  # nobody reads weights any more, or raises: what the recipe shows them to may change them
     except PeerLost as lost:  # it is of no use any more to do things together, but with those of this host
         formed.handed_in = engine.between.handed_in
@@ -195,7 +196,7 @@ def _train(session: Session, formed: Formed) -> NextGroup | None:
         word = keeper.after_loss(lost, reach.machine)
         if word is not True:
             return word
-        interrupted, ended_s, digest = True, session.clock(), digest_of_state(replica.saved_state())
+        interrupted, ended_s, digests = True, session.clock(), digests_of(replica)
     except (SeatLost, WrongWorker):
         raise  # the weights are uncertain
     except BaseException as error:
@@ -210,12 +211,12 @@ def _train(session: Session, formed: Formed) -> NextGroup | None:
             )  # fmt: skip
         replica.doing = doing
         raise
-    _leave(session, engine, progress, digest, interrupted=interrupted, took_s=ended_s - formed.began_s)
+    _leave(session, engine, progress, digests, interrupted=interrupted, took_s=ended_s - formed.began_s)
     return None
 
 
 def _leave(
-    session: Session, engine: Lockstep, progress: Progress, digest: str, *, interrupted: bool, took_s: float
+    session: Session, engine: Lockstep, progress: Progress, digests: StateDigests, *, interrupted: bool, took_s: float
 ) -> None:
     """When all weights are made, in `took_s`: the last words, for those that it stands in for too."""
     left = dict[str, Any]()
@@ -233,8 +234,8 @@ def _leave(
         idle_share=[round(max(0.0, 1 - engine.busy_s / took_s), 4)],
         **engine.division.told(),
     )
-    left |= engine.told_of_audits()
-    ended = Ended(asdict(progress), digest, interrupted, left, costs, session.heartbeat.generation)
+    left |= engine.told_of_audits() | {"ema": digests.averages}
+    ended = Ended(asdict(progress), digests.weights, interrupted, left, costs, session.heartbeat.generation)
     for each in holds:
         session.pipe.send(EndedFor(session.numbers[each], ended))
     session.pipe.send(ended)

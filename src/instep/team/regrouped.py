@@ -323,6 +323,7 @@ def _all(session: Session, before: Formed, training: dict[str, Any] | None) -> b
 def _take_apart(session: Session, before: Formed) -> None:
     """Weights that were shared in the group of before are the worker's own."""
     assert session.replica is not None
+    session.replica.averages.lie_apart()
     for parameter in session.replica.parameters if before.engine.placement.shared else ():
         parameter.data = parameter.data.clone()
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import ArrayLike
 
 from instep.data.cursor import held_out_batches
+from instep.ema import name_of
 from instep.errors import RecipeError
 from instep.objectives.bound import exact_sum
 from instep.objectives.gathers import Outputs, measure, outputs_of
@@ -24,7 +25,8 @@ class Evaluation:
     """The objective on held-out data, the mean of each term, metrics included, and the items of the first term.
 
     gathered: the metrics that are no sums, over the whole of these data. doubts: a sentence on each that failed. turns:
-    where objectives take turns, each one's; the objective is then the sum of them.
+    where objectives take turns, each one's; the objective is then the sum of them. ema: the same of each average of the
+    weights, by decay, without what is gathered.
     The terms are weighed as in the recipe's last step, so that the objectives of a run's evaluations compare. The
     objective is not a number where no term that is minimised has an item.
     """
@@ -33,14 +35,24 @@ class Evaluation:
     terms: dict[str, float]
     items: int
     gathered: dict[str, float] = field(default_factory=dict)
+    ema: dict[str, Evaluation] = field(default_factory=dict)
     doubts: tuple[str, ...] = ()
     turns: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, replica: Replica, counts: ArrayLike, sums: ArrayLike, outputs: Sequence[Outputs] = ()) -> Evaluation:
+    def of(
+        cls,
+        replica: Replica,
+        counts: ArrayLike,
+        sums: ArrayLike,
+        outputs: Sequence[Outputs] = (),
+        averages: Sequence[ArrayLike] = (),
+    ) -> Evaluation:
         """From what the batches gave: counts [E, T] and sums [E, T] of T terms in E batches, and outputs of each, in
-        one process, where the objective gathers them.
+        one process, where the objective gathers them; averages: the sums of each average of the weights.
         """
+        names = map(name_of, replica.recipe.ema) if averages else ()
+        ema = {name: cls.of(replica, counts, own) for name, own in zip(names, averages, strict=True)}
         terms, last = replica.objective.terms or (), replica.recipe.steps - 1
         totals = dict(zip(terms, (sum(map(int, column)) for column in zip(*_rows(counts), strict=True)), strict=True))
         columns = dict(zip(terms, zip(*_rows(sums), strict=True), strict=True))
@@ -52,7 +64,7 @@ class Evaluation:
                 seed_all(key(replica.recipe.seed, "gathers"))
                 gathered, doubts = measure(replica.objective.objective, outputs)
         turns = replica.objective.by_turn(means, last)
-        return cls(objective, means, totals[terms[0]], gathered, tuple(doubts), turns)
+        return cls(objective, means, totals[terms[0]], gathered, ema, tuple(doubts), turns)
 
     def problem(self, version: int) -> str:
         """A sentence to warn with where the objective is not finite, else ""."""
@@ -69,18 +81,22 @@ class Evaluation:
 
         These are from the term "cross_entropy", or else from the objective if it minimises one term alone.
         """
-        facts: dict[str, Any] = {"version": version, **asdict(self)}
-        del facts["doubts"]
-        if not self.turns:
-            del facts["turns"]
-        if not replica.objective.gathers:
-            del facts["gathered"]
+        facts = {"version": version, **self._figures(replica), "items": self.items}
+        if replica.objective.gathers:
+            facts["gathered"] = self.gathered
+        if self.ema:
+            facts["ema"] = {name: each._figures(replica) for name, each in self.ema.items()}
+        return facts
+
+    def _figures(self, replica: Replica) -> dict[str, Any]:
+        figures: dict[str, Any] = {"objective": self.objective, "terms": self.terms}
+        if self.turns:
+            figures["turns"] = self.turns
         codec = replica.data.codec
         nats = self.terms.get("cross_entropy", self.objective if len(replica.objective.minimised) == 1 else None)
-        if codec is None or nats is None:
-            return facts
-        bits = nats / math.log(2) / codec.bytes_per_token
-        return {**facts, "bits_per_byte": bits}
+        if codec is not None and nats is not None:
+            figures["bits_per_byte"] = nats / math.log(2) / codec.bytes_per_token
+        return figures
 
 
 def _rows(array: ArrayLike) -> list[Any]:
@@ -117,16 +133,21 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(
-    replica: Replica, batches: Sequence[range], places: range, advance: Callable[[], None]
+    replica: Replica,
+    batches: Sequence[range],
+    places: range,
+    advance: Callable[[], None],
+    decay: float | None = None,
 ) -> Iterator[Evaluated]:
     """Those of `batches` that are at `places`, in eval mode and without gradients.
 
     `advance` is called after each batch. The model's mode and buffers are as before once the iterator has ended; what
     a forward writes into parameters is put back at once. Raises FirstWrite for those that none wrote before.
+    decay: of the average that is evaluated, whose outputs are not gathered; None for the weights themselves.
     """
     assert replica.data.held_out is not None
-    terms = replica.objective.terms or ()
-    with replica.averaged(), kept_module_state(replica.module, training=False), torch.no_grad(), replica.autocast():
+    module, terms = replica.module, replica.objective.terms or ()
+    with replica.averaged(decay), kept_module_state(module, training=False), torch.no_grad(), replica.autocast():
         for place in places:
             seed = key(replica.recipe.seed, "evaluate", place)
             batch = replica.to_device(replica.reader.read(replica.data.held_out, list(batches[place]), seed))
@@ -134,7 +155,7 @@ def evaluate(
             outputs: Outputs = {}
             with replica.written.kept("an evaluation"):
                 sums = replica.objective.sums(replica.module, batch)
-            if replica.objective.gathers:
+            if replica.objective.gathers and decay is None:
                 seed_all(key(replica.recipe.seed, "outputs", place))
                 with replica.written.kept("an evaluation"):
                     outputs = outputs_of(replica.objective.objective, replica.module, batch)
@@ -148,7 +169,8 @@ def evaluate_alone(
     """The objective on all of `batches`, computed by this process; None if there are none."""
     if not batches:
         return None
-    found = list(evaluate(replica, batches, range(len(batches)), advance))
-    return Evaluation.of(
-        replica, [each.counts for each in found], [each.sums for each in found], [each.outputs for each in found]
+    found, *averages = (
+        list(evaluate(replica, batches, range(len(batches)), advance, decay)) for decay in (None, *replica.recipe.ema)
     )
+    counts, sums, outputs = ([getattr(each, name) for each in found] for name in ("counts", "sums", "outputs"))
+    return Evaluation.of(replica, counts, sums, outputs, [[each.sums for each in own] for own in averages])

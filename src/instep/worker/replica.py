@@ -7,8 +7,8 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -22,7 +22,9 @@ from instep.errors import CheckpointError, DataError, NonFiniteError, RecipeErro
 from instep.randomness import key, key_of_step, seed_all
 from instep.recipe import Recipe
 from instep.reduce.written import WrittenParameters
+from instep.worker.averages import Averages
 from instep.worker.device import autocast, prepare_device, to_device
+from instep.worker.evaluated_weights import EvaluatedWeights
 from instep.worker.extra_state import ExtraState
 from instep.worker.model import build_for_training, check_parameters, check_tokenizer, compiled, model_doubts
 from instep.worker.optimizer import Some, optimizer_of, some_of
@@ -113,7 +115,7 @@ class Replica:
         self.doing = "building the optimizer"
         seed_all(key(recipe.seed, "optimizer"))
         self.optimizer = optimizer_of(recipe, self.names, self.parameters, self.trainable.others)
-        self._stepped = self._averaged = False
+        self.evaluated = EvaluatedWeights(recipe, self.module, self.names, self.parameters, self.optimizer)
 
     def again(self, device: torch.device) -> Replica:
         """One whose model and optimizer are built again, as after a restart, in eager mode; all else is this one's."""
@@ -276,7 +278,7 @@ class Replica:
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         at_rest = {self.names[index] for index in self.trainable.frozen_in([step])}
         rate = self.optimizer.step(factor, groups, at_rest)
-        self._stepped = True
+        self.evaluated.stepped()
         for parameter in parameters:
             parameter.grad = None
         return rate
@@ -285,38 +287,18 @@ class Replica:
         """Sentences on a model or optimizer that goes its own way, so that the run is not quite what it seems."""
         return self.reader.doubts() + model_doubts(self.module, self._built, self.trainable) + self.optimizer.doubts()
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """In the block, the model has the weights to be evaluated and saved, where the optimizer trains others.
+    @property
+    def averages(self) -> Averages:
+        """Those of `Recipe.ema`."""
+        return self.evaluated.averages
 
-        Afterwards it has those again, to the bit, which the optimizer's `train` alone would not give.
-        """
-        if self._averaged or not (self._stepped and self.optimizer.averages):
-            yield
-            return
-        trained = self._trained()
-        self._averaged = True
-        try:
-            self.optimizer.eval()
-            yield
-        finally:
-            self._averaged = False
-            self.optimizer.train()
-            self._take(trained)
+    def averaged(self, decay: float | None = None) -> AbstractContextManager[None]:
+        """See `EvaluatedWeights.applied`."""
+        return self.evaluated.applied(decay)
 
-    def saved_state(self) -> dict[str, Tensor]:
-        """The model's state_dict with the weights that are to be evaluated and saved; copies where it trains others."""
-        with self.averaged():
-            state = dict(self.module.state_dict())
-            return {name: value.clone() for name, value in state.items()} if self._averaged else state
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in zip(self.names, self.parameters, strict=True)}
-
-    @torch.no_grad()
-    def _take(self, weights: Mapping[str, Tensor]) -> None:
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            parameter.copy_(weights[name])
+    def saved_state(self, decay: float | None = None) -> dict[str, Tensor]:
+        """See `EvaluatedWeights.model_state`."""
+        return self.evaluated.model_state(decay)
 
     def training_state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights: the optimizer's state, and buffers outside the state_dict.
@@ -327,8 +309,7 @@ class Replica:
         kept = self.module.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name not in kept}
         off = {"ceased": self.trainable.off_names} if self.trainable.off else {}
-        trained = {"weights": self._trained()} if self._stepped and self.optimizer.averages else {}
-        return {"optimizer": self.optimizer.state(), "buffers": buffers, **trained, **off}
+        return {"optimizer": self.optimizer.state(), "buffers": buffers, **off, **self.evaluated.state()}
 
     def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
         """Takes the state of a checkpoint of the same recipe. Raises CheckpointError where it does not fit."""
@@ -338,8 +319,7 @@ class Replica:
             with torch.no_grad():
                 for name, value in training_state["buffers"].items():
                     buffers[name].copy_(value)
-            if "weights" in training_state:
-                self._take(training_state["weights"])
+            self.evaluated.load(training_state)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 "the model that the recipe builds has other tensors than the checkpoint; build all of them at the "
@@ -356,7 +336,6 @@ class Replica:
             raise CheckpointError("the training state of the checkpoint is not as it was written; use an earlier one.")
         self.trainable.take_names(ceased)
         self.optimizer.load(training_state["optimizer"])
-        self._stepped = "weights" in training_state
 
     def not_finite(self, sums: Mapping[str, float], step: int, microbatch: int) -> list[NonFiniteError]:
         """The errors for those terms whose sums over a microbatch are not finite."""

@@ -23,7 +23,7 @@ Named = tuple[int, str, Tensor]
 
 
 class Checksums(TypedDict):
-    """By name: those of weights, which are parameters and buffers, and of what the optimizer keeps."""
+    """By name: those of weights, which are parameters and buffers, and of what the optimizer keeps, and averages."""
 
     weights: Mapping[str, str]
     optimizer: Mapping[str, str]
@@ -65,7 +65,9 @@ def own_checksums(replica: Replica, own: Sequence[bool], worker: int = 0, worker
     whose = owners([tensor.numel() for tensor in others], workers)
     trained |= {id(tensor): owner == worker for tensor, owner in zip(others, whose, strict=True)}
     weights = ((place, name, tensor) for place, (name, tensor) in enumerate(named) if trained[id(tensor)])
-    return json.encode([_summed(weights), _summed(_kept(replica, own, leads=worker == 0))])
+    leads = worker == 0
+    kept = itertools.chain(_kept(replica, own, leads=leads), _averaged(replica, own, leads=leads))
+    return json.encode([_summed(weights), _summed(kept)])
 
 
 def together(shares: Iterable[bytes]) -> Checksums:
@@ -98,6 +100,13 @@ def _kept(replica: Replica, own: Sequence[bool], *, leads: bool) -> Iterator[Nam
                 yield len(places), f"{number}.{where}", tensor
             elif place is not None and own[place]:
                 yield place, f"{replica.names[place]}.{inner}".rstrip("."), tensor
+
+
+def _averaged(replica: Replica, own: Sequence[bool], *, leads: bool) -> Iterator[Named]:
+    """The averages of the weights (`Recipe.ema`), of own parameters, and of buffers where this worker leads."""
+    for decay, name, index, average in replica.averages.named():
+        if leads if index is None else own[index]:
+            yield len(own) if index is None else index, f"{name}.ema.{decay}", average
 
 
 def _plain(place: int, name: str, tensor: Tensor) -> Iterator[Named]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -100,6 +101,7 @@ class Updates:
         """Whether the weights are those of a version, with no update half made."""
         self._ends: dict[tuple[int, int], set[int]] = {}  # by buffer and start: what pieces of the first batch left
         self._told: set[int] = set()  # buffers that were warned of
+        replica.averages.begin()
 
     def make(self, step: int, added: Added, weights: Weights, take_buffers: Callable[[], None]) -> Update:
         """The update from `step`, batches of items so far. The replica's objective must know its terms.
@@ -118,6 +120,7 @@ class Updates:
                 self._replica.trainable.take(added.off)
             take_buffers()
         weights.settle()
+        self._replica.averages.settle(made=verdict.updates)
         self.sound = True
         items, turn = self._replica.objective.items(added.totals), self._replica.objective.turn(added.totals)
         return Update(objective, means, items, rate, added.norm, verdict, self._doubts(added.ends), turn)
@@ -252,9 +255,7 @@ class Merger:
             wrong = wrong[:1]  # one update, one batch that is left out
         elif not math.isfinite(norm):
             wrong, left_out = [*wrong, NonFiniteError(self._about(contributions, step))], True
-        found = {batch: 0 for each in contributions for batch in each.facts.empty}
-        for batch in (batch for each in contributions for batch in each.facts.empty):
-            found[batch] += 1
+        found = Counter(batch for each in contributions for batch in each.facts.empty)
         # The last piece of a batch holds no items either, whenever the others came.
         empty = [batch for batch, more in found.items() if self._empty.get(batch, 0) + more == self.pieces.parts]
         return wrong + [self.replica.objective.no_items(batch) for batch in empty if not left_out], left_out
