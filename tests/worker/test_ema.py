@@ -174,6 +174,27 @@ def test_weights_of_a_narrow_type_have_averages_in_float32(tmp_path: Path) -> No
     assert opened(recipe, run).state_dict(ema=0.9)["weight"].dtype == torch.bfloat16
 
 
+class Sometimes(nn.Module):
+    """Has a layer that most steps of two samples do not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(3, 1), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.always(x)
+        return out + self.sometimes(x) if bool(x[0, 0] > 0.6) else out
+
+
+def test_an_average_moves_on_towards_weights_that_got_no_gradient(tmp_path: Path) -> None:
+    recipe = recipe_of(model=Sometimes, batch=2, microbatches=2, steps=12)
+    run = train_here(recipe, Team(workers=2, checkpoint_every=1, keep=0), tmp_path / "run")
+    paths = (checkpoint.path_of(run.path / "checkpoints", version) for version in range(1, 13))
+    weights = [tuple(checkpoint.load(path).model_state["sometimes.weight"].flatten().tolist()) for path in paths]
+    assert 2 < len(set(weights)) < 10, "some updates change it, and others come after"
+    assert digest_of_state(by_hand(recipe, run, 0.9)) == run.result["ema"]["0.9"]["digest"]
+
+
 def test_infinite_buffers_that_stay_are_no_numbers_to_average(tmp_path: Path) -> None:
     class Masked(nn.Linear):
         def __init__(self) -> None:
