@@ -49,5 +49,5 @@ Checksum = Annotated[list[str], is_("8 hexadecimal digits for each tensor")]
 Why = Annotated[str, is_("a sentence")]
 Ema = Annotated[
     dict[str, Any],
-    is_("by decay: `objective`, `terms` and, of text, `bits_per_byte` of the average", where="with `recipe.ema`"),
+    is_("by decay, as of the weights: `objective`, `terms`, `turns` and `bits_per_byte`", where="with `recipe.ema`"),
 ]

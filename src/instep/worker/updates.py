@@ -350,8 +350,7 @@ class Merger:
             plan = self._plan(holding) if self.pieces.in_tree_order else [(0, place) for place in range(1, len(rows))]
             newest = max(range(len(holding)), key=lambda place: holding[place].facts.latest)
             first_row = sum(len(each.facts.nodes) for each in holding[:newest])
-            filled = sum(each.facts.filled for each in holding)
-            if filled:
+            if filled := sum(each.facts.filled for each in holding):
                 self.buffers.finish(
                     [index], plan, rows, [each.vectors.integers for each in holding], filled, (first_row, newest),
                     steps=max(each.facts.made for each in holding),
