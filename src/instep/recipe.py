@@ -262,7 +262,7 @@ class Team:
         state is kept in memory, twice over, and made anew every so many steps; 0 keeps none.
     keep: how many checkpoints are kept, the last ones; 0 keeps all. With ``thinned``, the last three and one or two for
         each power of two of versions back.
-    keep_best: also save, and keep, the checkpoint with the best held-out objective.
+    keep_best: also save, and keep, the checkpoint with the best held-out objective, and that of each average (`ema`).
     engine: ``lockstep`` has no server and takes synchronous rules alone; ``server`` takes all; ``auto`` picks.
     memory: bytes for activations, as "512MiB", or a share of what they take, as "70%": what does not fit is computed
         again in backward (gradient checkpointing). "" recomputes nothing.

@@ -79,24 +79,26 @@ class Run:
 
     def state_dict(self, *, best: bool = False, ema: float | None = None) -> dict[str, Tensor]:
         """The final weights, from the last checkpoint; with `best`, those with the best held-out objective; with `ema`,
-        their average of this decay, of `Recipe.ema`.
+        their average of this decay, of `Recipe.ema`, or the best one.
 
         Raises CheckpointError if that checkpoint is missing, damaged or not theirs, and RecordError where it has no
         such average.
         """
-        saved = self._saved(best=best)
+        saved = self._saved(ema, best=best)
         return saved.model_state if ema is None else dict(self._averaged(saved, ema).state_dict())
 
-    def _saved(self, *, best: bool) -> Loaded:
+    def _saved(self, ema: float | None, *, best: bool) -> Loaded:
+        from instep.ema import name_of
         from instep.record import best as kept
         from instep.record import checkpoint
 
         folder = RunFolder(self.path).checkpoints
         if best:
-            found = kept.read(folder)
+            found = kept.read(folder, "" if ema is None else name_of(ema))
             if found is None:
+                of = "" if ema is None else f" of an average of the decay {ema}"
                 raise CheckpointError(
-                    f"{self.path} has no best checkpoint: nothing was evaluated, or team.keep_best was off."
+                    f"{self.path} has no best checkpoint{of}: nothing was evaluated, or team.keep_best was off."
                 )
             return checkpoint.load(checkpoint.path_of(folder, found.version))
         path, _ = RunFolder(self.path).newest_checkpoint()
@@ -112,14 +114,14 @@ class Run:
 
     def model(self, *, best: bool = False, ema: float | None = None) -> nn.Module:
         """The recipe's model with the final weights, or those with the best held-out objective, on the CPU; with `ema`,
-        with their average of this decay, as `state_dict` has it.
+        with their average of this decay, or the best one, as `state_dict` has it.
 
         It is as the recipe builds it, most often in training mode: call its `eval()` before you use it.
 
         >>> run.model()(torch.ones(1, 3)).shape
         torch.Size([1, 1])
         """
-        saved = self._saved(best=best)
+        saved = self._saved(ema, best=best)
         return self._model(saved.model_state) if ema is None else self._averaged(saved, ema)
 
     def at(self, version: int, *, ema: float | None = None) -> nn.Module:

@@ -32,7 +32,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapted(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """A run of recipe lora whose adapters do something."""
     pytest.importorskip("peft")
-    recipe = recipe_on("lora", base, steps="3", optimizer__args__lr="0.1", schedule__warmup_steps="0")
+    fields = {"optimizer__args__lr": "0.1", "schedule__warmup_steps": "0", "ema": "[0.5]"}
+    recipe = recipe_on("lora", base, steps="3", **fields)
     return train_here(recipe, Team(), tmp_path_factory.mktemp("lora") / "run")
 
 
@@ -79,6 +80,18 @@ def test_adapters_are_merged_on_export(adapted: Outcome, base: Path, tmp_path: P
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.allclose(found, before, atol=1e-2)
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.processes
+def test_an_average_of_adapters_is_merged_on_export(adapted: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(adapted.path), "--to", "hf", "--ema", "0.5"]) == 0
+    folder = adapted.path.with_name("run-hf-ema-0.5")
+    assert capsys.readouterr().out == f"{folder}\n"
+    found, average = loaded(folder)(TOKENS).logits, run_model(adapted.path, ema=0.5).eval()
+    expected = average(TOKENS).logits  # type: ignore[operator]
+    assert torch.allclose(found, expected, atol=1e-4)
+    weights = run_model(adapted.path).eval()(TOKENS).logits  # type: ignore[operator]
+    assert not torch.allclose(found, weights, atol=1e-2)
 
 
 @pytest.mark.processes

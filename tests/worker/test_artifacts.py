@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from instep.errors import killed_by
 from instep.recipe import Team
 from instep.record import checkpoint
+from instep.record.averages import give_average
 from instep.worker.trial import CopyLost, in_a_copy
 from support import workloads
 from support.harness import train_here
@@ -56,6 +57,48 @@ def test_artifacts_on_the_way_show_each_version_and_change_no_bit(engine: Any, w
         assert event["files"] == [f"artifacts-at/{event['version']}/sum.txt"]
         assert (tmp_path / "run" / event["files"][0]).read_text() == repr(event["figures"]["sum"])
     assert run.result["artifacts"]["files"] == ["artifacts/sum.txt"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("engine", "workers"), [("lockstep", 1), ("lockstep", 2), ("server", 2)])
+def test_they_are_made_of_each_average_of_the_weights_too(engine: Any, workers: int, tmp_path: Path) -> None:
+    plain = train_here(workloads.convnet(steps=5, microbatches=4), Team(), tmp_path / "plain")
+    decays = (0.5, 0.9)
+    recipe = workloads.convnet(steps=5, microbatches=4, artifacts=curious_artifacts, artifacts_every=2, ema=decays)
+    run = train_here(recipe, Team(workers=workers, engine=engine, checkpoint_every=1, keep=0), tmp_path / "run")
+    assert run.digest == plain.digest
+    assert not [event for event in run.events if event["kind"] == "warned"]
+    told = {event["version"]: event for event in run.events if event["kind"] == "sampled"}
+    told[5] = run.result["artifacts"]
+    for version, event in told.items():
+        folder = "artifacts" if version == 5 else f"artifacts-at/{version}"
+        expected = [f"{folder}/ema-0.5/sum.txt", f"{folder}/ema-0.9/sum.txt", f"{folder}/sum.txt"]
+        assert event["files"] == expected
+        path = checkpoint.path_of(tmp_path / "run" / "checkpoints", version)
+        for decay in decays:
+            saved = checkpoint.load(path)
+            model = workloads.convnet().model.build()
+            model.load_state_dict(saved.model_state)
+            give_average(model, saved, decay)
+            sum_ = float(sum(parameter.detach().double().sum() for parameter in model.parameters()))
+            assert event["figures"][f"sum.ema.{decay}"] == pytest.approx(sum_)
+            assert (tmp_path / "run" / folder / f"ema-{decay}" / "sum.txt").read_text() == repr(
+                event["figures"][f"sum.ema.{decay}"]
+            )
+        assert len({round(value, 6) for value in event["figures"].values()}) == 3
+
+
+@pytest.mark.processes
+def test_what_fails_for_an_average_names_it_and_leaves_the_rest(tmp_path: Path) -> None:
+    def only_of_weights(model: nn.Module, data: Any, folder: Path) -> None:
+        if "ema" in folder.name:
+            raise ValueError("not of these")
+        (folder / "note.txt").write_text("here")
+
+    run = train_here(regression(artifacts=only_of_weights, ema=(0.9,)), Team(), tmp_path / "run")
+    (why,) = [event["why"] for event in run.events if event["kind"] == "warned"]
+    assert why.startswith("the artifacts of the average 0.9 could not be written: ValueError: not of these (")
+    assert run.result["artifacts"] == {"files": ["artifacts/note.txt"], "figures": {}}
 
 
 @pytest.mark.processes

@@ -471,9 +471,12 @@ def test_a_sample_and_a_model_for_others_take_an_average(tmp_path: Path, capsys:
         objective="instep.objectives.language:NextToken",
         data=Component("instep.data.text:text_files", {"pattern": str(tmp_path / "*.txt"), "context": 16}),
         optimizer=Component("instep.optimizers:adamw", {"lr": 0.03}),
-        batch=8, microbatches=2, steps=20, ema=(0.9,),
+        batch=8, microbatches=2, steps=20, ema=(0.9,), sample_prompt="the ", sample_length=12,
     )  # fmt: skip
     run = train_here(recipe, Team(), tmp_path / "run")
+    assert run.result["artifacts"] == {"files": ["artifacts/ema-0.9/sample.txt"], "figures": {}}
+    assert (run.path / "artifacts/ema-0.9/sample.txt").read_text().startswith("the ")
+    assert run.result["sample"].startswith("the ")
     for more in ([], ["--ema", "0.9"]):
         assert main(["sample", str(run.path), "--prompt", "the ", "--tokens", "40", "--temperature", "0", *more]) == 0
     said = capsys.readouterr().out

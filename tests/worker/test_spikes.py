@@ -21,7 +21,7 @@ from torch.utils.data import TensorDataset
 
 from instep.clock.times import WorkerTimes
 from instep.data import Data
-from instep.errors import RecipeError, RecordError
+from instep.errors import CheckpointError, RecipeError, RecordError
 from instep.objectives import objective
 from instep.offline.cluster import Cluster
 from instep.offline.simulation import simulate
@@ -33,6 +33,7 @@ from instep.worker.spikes import Verdict
 from support import workloads
 from support.harness import Client, Outcome, train_here
 from support.kinds import quick
+from support.regression import regression
 from support.serving import at, kill, replayed
 
 pytestmark = pytest.mark.processes
@@ -326,14 +327,67 @@ def test_the_best_checkpoint_of_a_run_is_had_by_name(tmp_path: Path) -> None:
     assert any(not torch.equal(value, expected[name]) for name, value in finished.state_dict().items())
 
 
+@pytest.mark.parametrize("engine", ["lockstep", "server"])
+def test_the_best_of_each_average_is_kept_and_had_by_name(engine: Any, tmp_path: Path) -> None:
+    from instep.api import Run
+
+    recipe = regression(
+        model=Zero, data=passing, ema=(0.8, 0.9), steps=24, evaluate_every=1,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+    )  # fmt: skip
+    run = train_here(recipe, Team(workers=2, engine=engine, keep=1), tmp_path / "run")
+    evaluated, folder = tape.latest(run.events, "evaluated"), run.path / "checkpoints"
+    least = {average: min(evaluated, key=lambda event: _of(event, average)) for average in ("", "0.8", "0.9")}
+    found = {average: best.read(folder, average) for average in least}
+    assert found == {average: (event["version"], _of(event, average)) for average, event in least.items()}
+    versions = {event["version"] for event in least.values()}
+    assert len(versions | {recipe.steps}) == 4, "each has its best at another time, and before the end"
+    assert sorted(checkpoint.by_version(folder)) == sorted({*versions, recipe.steps})
+    finished = Run(run.path, run.result, recipe)
+    for decay in recipe.ema:
+        saved = checkpoint.load(checkpoint.path_of(folder, least[str(decay)]["version"]))
+        own = finished.model(best=True, ema=decay).state_dict()
+        for name, value in saved.training_state["ema"]["averages"][str(decay)].items():
+            assert torch.equal(own[name], value)
+    with pytest.raises(CheckpointError, match="has no best checkpoint of an average of the decay 0.5: nothing was"):
+        finished.model(best=True, ema=0.5)
+
+
+class Zero(nn.Linear):
+    """One weight, which begins at 0."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1, bias=False)
+        nn.init.zeros_(self.weight)
+
+
+def passing() -> Data:
+    """Trains a weight from 0 to 2, and wants it to be 1: it comes by, and averages of it after it."""
+    ones = torch.ones(8, 1)
+    return Data(TensorDataset(ones, 2 * ones), TensorDataset(ones, ones))
+
+
+def _of(event: Any, average: str) -> float:
+    """The objective of the weights or of an average of them."""
+    told = event["ema"][average] if average else event
+    return float(told["objective"])
+
+
 def test_best_is_below_what_was_before_and_not_of_a_later_history(tmp_path: Path) -> None:
-    assert best.is_best(tmp_path, 5, 2.0)
+    def is_best(folder: Path, version: int, objective: float) -> bool:
+        return "" in best.better(folder, version, {"objective": objective})
+
+    assert is_best(tmp_path, 5, 2.0)
     best.mark(tmp_path, 5, 2.0)
-    assert not best.is_best(tmp_path, 6, 2.0)
-    assert not best.is_best(tmp_path, 6, float("nan"))
-    assert not best.is_best(tmp_path / "new", 6, float("nan"))
-    assert best.is_best(tmp_path, 6, 1.9)
-    assert best.is_best(tmp_path, 4, 3.0), "the run went back to before 5"
+    assert not is_best(tmp_path, 6, 2.0)
+    assert not is_best(tmp_path, 6, float("nan"))
+    assert not is_best(tmp_path / "new", 6, float("nan"))
+    assert is_best(tmp_path, 6, 1.9)
+    assert is_best(tmp_path, 4, 3.0), "the run went back to before 5"
+    best.mark(tmp_path, 6, 1.0, "0.9")
+    both = {"objective": 1.9, "ema": {"0.9": {"objective": 1.5}, "0.99": {"objective": 1.5}}}
+    assert best.better(tmp_path, 7, both) == {"": 1.9, "0.99": 1.5}
+    assert best.versions(tmp_path) == {5, 6}
     (tmp_path / best.NAME).write_text("[")
     with pytest.raises(RecordError, match=r"best\.json cannot be read as JSON .*; restore it, or take it away"):
         best.read(tmp_path)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from instep.cli.flags import UsageError, check_new_file
+from instep.ema import name_of
 from instep.errors import shown
 from instep.record.files import json_text
 from instep.report.comparison import Comparison, compare, doubts, facts, verdict
@@ -70,10 +71,10 @@ def export_run(run: Path, form: str, out: Path | None, ema: str | None = None) -
     if form == "hf":
         export_model(run, out, None if ema is None else number_of(ema, "--ema", "a decay such as 0.999"))
         return
-    if ema is not None:
-        raise UsageError(f"--ema goes with --to hf: what is written for {shown(form)} holds no weights.")
     if form not in FORMATS:
         raise UsageError(f"--to is {shown(form)}{suggest(form, [*FORMATS, 'hf'], 'a run is exported to')}")
+    if ema is not None:
+        raise UsageError(f"--ema goes with --to hf: what is written for {shown(form)} holds no weights.")
     name = f"{run.absolute().name}{FORMATS[form]}"
     path = run.with_name(name) if out is None else out
     check_file(path, name)
@@ -82,8 +83,11 @@ def export_run(run: Path, form: str, out: Path | None, ema: str | None = None) -
 
 
 def export_model(run: Path, out: Path | None, ema: float | None = None) -> None:
-    """Writes what the run has trained for transformers, by default into a folder beside its own, ``NAME-hf``."""
-    folder = run.with_name(f"{run.absolute().name}-hf") if out is None else out
+    """Writes what the run has trained for transformers, by default into a folder beside its own, ``NAME-hf`` or, of an
+    average, ``NAME-hf-ema-0.999``.
+    """
+    of = "" if ema is None else f"-ema-{name_of(ema)}"
+    folder = run.with_name(f"{run.absolute().name}-hf{of}") if out is None else out
     check_new_file(folder, "--out")
     from instep.pretrained.saving import export_hf
 

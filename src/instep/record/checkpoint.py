@@ -205,11 +205,11 @@ def _remove_old(folder: Path, version: int, keep: int | Literal["thinned"]) -> N
     with contextlib.suppress(OSError):
         paths = {v: path for v, path in by_version(folder).items() if v <= version}
         try:
-            kept = best.read(folder)
+            kept = best.versions(folder)
         except RecordError:
             return  # which one is the best cannot be told, so none is removed
         for v in superfluous(list(paths), keep):
-            if kept is None or v != kept.version:
+            if v not in kept:
                 shutil.rmtree(paths[v], ignore_errors=True)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from instep.report.comparison import Comparison
@@ -69,8 +69,14 @@ def _pictures(
             if content:
                 left -= len(content)
                 url = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-                found[run, at].append({"name": path.name, "url": url})
+                found[run, at].append({"name": _inside(name), "url": url})
     return found
+
+
+def _inside(name: str) -> str:
+    """A file's name in the folder of what was made at one time."""
+    folder, *inside = PurePosixPath(name).parts
+    return "/".join(inside[folder == "artifacts-at" :])
 
 
 def _content(path: Path, folder: Path, most: int) -> bytes:

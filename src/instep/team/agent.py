@@ -92,7 +92,7 @@ class Agent:
             try:
                 self._journal.read(audits=bool(run.team.audit))
                 self._about = self._folder.about()
-                best.read(self._folder.checkpoints)  # a damaged one is told of now, not in the midst of training
+                best.versions(self._folder.checkpoints)  # a damaged one is told of now, not in the midst of training
                 self._resume_from = self._journal.newest_checkpoint(resumed=self._run.resumed)
                 check_steps(self._run, self._resume_from)
                 with answers.listening(self._held.descriptor):

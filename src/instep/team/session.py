@@ -330,11 +330,12 @@ class Session:
         self.emit(EvaluatedEvent(**facts, took_s=round(self.clock() - began_s, 6)))
         for why in filter(None, (found.problem(version), *found.doubts)):
             self.emit(WarnedEvent(why=why, version=version))
-        return facts, self.assignment.team.keep_best and best.is_best(self._checkpoints, version, found.objective)
+        return facts, self.assignment.team.keep_best and bool(best.better(self._checkpoints, version, facts))
 
     def mark_best(self, progress: Progress) -> None:
-        """Notes that the checkpoint of this version, which is saved, is the best so far. Raises ResourceError."""
-        best.mark(self._checkpoints, progress.version, progress.held_out["objective"])
+        """Notes of what the checkpoint of this version, which is saved, is the best so far. Raises ResourceError."""
+        for average, objective in best.better(self._checkpoints, progress.version, progress.held_out).items():
+            best.mark(self._checkpoints, progress.version, objective, average)
 
     @property
     def leads(self) -> bool:
@@ -355,7 +356,8 @@ class Session:
         made = make(self.replica, RunFolder(self.assignment.folder))
         for why in made.problems:
             self.emit(WarnedEvent(why=why))
-        artifacts = None if self.recipe.artifacts is None else {"files": made.files, "figures": made.figures}
+        made_any = self.recipe.artifacts is not None or made.files  # or averages' samples
+        artifacts = {"files": made.files, "figures": made.figures} if made_any else None
         return {"sample": made.sample, "artifacts": artifacts}
 
     def show(self, version: int, *, for_leader: bool = False) -> None:
