@@ -27,7 +27,7 @@ from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
 from instep.schedule import Change, Phase
 from instep.schedule import Schedule as Schedule  # noqa: PLC0414  # which belongs to a recipe
-from instep.tables import added, as_before, check_types, from_table, suggest, to_table
+from instep.tables import added, as_before, at_least, at_most, check_types, from_table, suggest, to_table
 from instep.turns import Turns
 from instep.watch import Watch
 
@@ -168,13 +168,13 @@ class Recipe:
                 f"one of at most {_LONGEST_NAME}."
             )
         for key in ("batch", "microbatches", "steps", "threads", "checksum_every"):
-            _at_least(f"recipe.{key}", getattr(self, key), 1)
+            at_least(f"recipe.{key}", getattr(self, key), 1)
         for key in ("evaluate_every", "sample_length", "artifacts_every"):
-            _at_least(f"recipe.{key}", getattr(self, key), 0)
+            at_least(f"recipe.{key}", getattr(self, key), 0)
         for key, most in _MOST.items():
-            _at_most(f"recipe.{key}", getattr(self, key), most)
+            at_most(f"recipe.{key}", getattr(self, key), most)
         if self.evaluate_samples is not None:
-            _at_least("recipe.evaluate_samples", self.evaluate_samples, 1)
+            at_least("recipe.evaluate_samples", self.evaluate_samples, 1)
         if self.batch % self.microbatches:
             whole = max(1, round(self.batch / self.microbatches)) * self.microbatches
             raise RecipeError(
@@ -311,22 +311,22 @@ class Team:
 
     def __post_init__(self) -> None:
         check_types(self, "team")
-        _at_least("team.workers", self.workers, 1)
-        _at_most("team.workers", self.workers, MOST_WORKERS)
+        at_least("team.workers", self.workers, 1)
+        at_most("team.workers", self.workers, MOST_WORKERS)
         _ = self.limits  # which raises where it is none
         if self.memory:
             parse_budget(self.memory, "'team.memory'")
         if self.audit:
             parse_share(self.audit, "'team.audit'")
-        _at_least("team.checkpoint_every", self.checkpoint_every, 1)
-        _at_least("team.checkpoint_minutes", self.checkpoint_minutes, 0)
-        _at_least("team.restarts", self.restarts, 0)
-        _at_least("team.remember", self.remember, 0)
-        _at_least("team.loaders", self.loaders, 0)
-        _at_most("team.loaders", self.loaders, MOST_LOADERS)
-        _at_least("team.loader_bytes", self.loader_bytes, 0)
+        at_least("team.checkpoint_every", self.checkpoint_every, 1)
+        at_least("team.checkpoint_minutes", self.checkpoint_minutes, 0)
+        at_least("team.restarts", self.restarts, 0)
+        at_least("team.remember", self.remember, 0)
+        at_least("team.loaders", self.loaders, 0)
+        at_most("team.loaders", self.loaders, MOST_LOADERS)
+        at_least("team.loader_bytes", self.loader_bytes, 0)
         if isinstance(self.keep, int):
-            _at_least("team.keep", self.keep, 0)
+            at_least("team.keep", self.keep, 0)
         for key in ("answer_timeout_s", "stall_timeout_s", "join_timeout_s", "lease_s", "give_up_s"):
             if not getattr(self, key) >= LEAST_TIMEOUT_S:
                 signs = "workers give four" if key in ("answer_timeout_s", "stall_timeout_s") else "hosts give five"
@@ -392,13 +392,3 @@ def result_part(table: Mapping[str, Any]) -> dict[str, Any]:
         if part.get(key) and isinstance(part[key], Mapping):  # their order decides too, which a table does not compare
             part[key] = [list(pair) for pair in part[key].items()]
     return part
-
-
-def _at_most(where: str, value: int, most: int) -> None:
-    if value > most:
-        raise RecipeError(f"'{where}' is {value}; it must be at most {most}.")
-
-
-def _at_least(where: str, value: float, least: int) -> None:
-    if not value >= least:
-        raise RecipeError(f"'{where}' is {value}; it must be at least {least}.")

@@ -244,3 +244,15 @@ def _type_name(hint: Any, python: bool) -> str:
     if python:
         names |= {str: "a str", bool: "True or False"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def at_most(where: str, value: float, most: float) -> None:
+    """Raises RecipeError for a value of the field `where` that is above `most`."""
+    if value > most:
+        raise RecipeError(f"'{where}' is {value}; it must be at most {most}.")
+
+
+def at_least(where: str, value: float, least: float) -> None:
+    """Raises RecipeError for a value of the field `where` that is not at least `least`."""
+    if not value >= least:
+        raise RecipeError(f"'{where}' is {value}; it must be at least {least}.")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from instep.engines.heap import give_back
@@ -23,11 +22,12 @@ from instep.engines.shared_state import SharedState
 from instep.engines.undo import PiecesDone, SeatLost
 from instep.engines.whole_update import why_each_makes_all
 from instep.ranges import owners
-from instep.reduce.layout import ALIGN_BYTES, placed, tensor_at
+from instep.reduce.layout import ALIGN_BYTES, placed, placed_at
 from instep.reduce.reduction import Reduction, clip
 from instep.transport.distributed import DistributedGroup
 from instep.transport.group import Group
 from instep.transport.shared_memory import SharedMemoryGroup
+from instep.worker.optimizer_state import in_order, optimizers_in
 from instep.worker.parcels import packed, unpacked
 from instep.worker.replica import Replica
 from instep.worker.tensor_checksums import Checksums, own_checksums, together
@@ -244,9 +244,9 @@ class Sharded(Placement):
         states, memory = [one.of_torch.state for one in self._replica.optimizer.each], group.common.numpy()
         parameters, averages = self._replica.parameters, self._replica.averages
         for parameter, offset in zip(parameters, self._offsets, strict=False):
-            parameter.data = _shared(memory, offset, parameter.detach(), copied=not succeeds)
+            parameter.data = placed_at(memory, offset, parameter.detach(), copied=not succeeds)  # all write the same
         places = zip(averages.tensors, self._offsets[len(parameters) :], strict=True)
-        averages.lie_in([_shared(memory, offset, average, copied=not succeeds) for average, offset in places])
+        averages.lie_in([placed_at(memory, offset, average, copied=not succeeds) for average, offset in places])
         others = [(index, p) for index, p in enumerate(parameters) if not self._own[index]]
         self._aside = {index: (state, state.pop(p)) for index, p in others for state in states if p in state}
         of_machine = group.machine if isinstance(group, DistributedGroup) else group
@@ -326,7 +326,7 @@ class Sharded(Placement):
     def handed(self) -> dict[str, Any]:
         module, training = self._replica.module, self._replica.training_state()
         parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-        for whole in _wholes(training):
+        for whole in optimizers_in(training):
             whole["state"] = {}
         training |= self._replica.averages.state(parameters=False)
         model = {name: value for name, value in module.state_dict().items() if name not in parameters}
@@ -349,9 +349,9 @@ class Sharded(Placement):
             return None
         training = replica.training_state()
         for blob in filter(None, blobs):
-            for whole, state in zip(_wholes(training), unpacked(blob), strict=True):
+            for whole, state in zip(optimizers_in(training), unpacked(blob), strict=True):
                 whole["state"].update(state)
-        return _in_order(training)
+        return in_order(training)
 
     def told_by(self, worker: int) -> bytes:
         self._hold(worker)
@@ -364,7 +364,7 @@ class Sharded(Placement):
 
     def whole_state(self) -> dict[str, Any]:
         borrowed = [worker for worker in self._of if self._hold(worker)]
-        training = _in_order(self._replica.training_state())
+        training = in_order(self._replica.training_state())
         for worker in borrowed:
             self.give_back(worker)
         return training
@@ -372,26 +372,6 @@ class Sharded(Placement):
     def share(self, worker: int) -> list[bool]:
         self._hold(worker)
         return [own and self._leads for own in self._of[worker]]
-
-
-def _shared(memory: NDArray[Any], offset: int, tensor: Tensor, *, copied: bool) -> Tensor:
-    """One as `tensor` at that place of the memory; `copied`: with its values."""
-    shared = tensor_at(memory, offset, tensor.dtype, tensor.shape, tensor.stride())
-    if copied:
-        shared.copy_(tensor)  # all workers write the same
-    return shared
-
-
-def _wholes(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of the optimizers in a training state."""
-    optimizer = training["optimizer"]
-    return list(optimizer.get("several", [optimizer]))
-
-
-def _in_order(training: dict[str, Any]) -> dict[str, Any]:
-    for whole in _wholes(training):
-        whole["state"] = dict(sorted(whole["state"].items()))
-    return training
 
 
 def choose(

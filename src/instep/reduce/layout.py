@@ -106,6 +106,14 @@ def tensor_at(memory: Any, place: int, dtype: torch.dtype, shape: Sequence[int],
     return view
 
 
+def placed_at(memory: Any, place: int, tensor: Tensor, *, copied: bool) -> Tensor:
+    """As `tensor_at`, one like `tensor`; `copied`: with its values."""
+    view = tensor_at(memory, place, tensor.dtype, tensor.shape, tensor.stride())
+    if copied:
+        view.copy_(tensor)
+    return view
+
+
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride() if is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
 

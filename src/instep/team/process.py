@@ -229,11 +229,8 @@ def _leave(
         left.update(session.leave())
     session.tell_gpu_memory()
     session.send_events()
-    costs = Costs(
-        bytes_sent=engine.division.bytes_sent,
-        idle_share=[round(max(0.0, 1 - engine.busy_s / took_s), 4)],
-        **engine.division.told(),
-    )
+    idle = round(max(0.0, 1 - engine.busy_s / took_s), 4)
+    costs = Costs(bytes_sent=engine.division.bytes_sent, idle_share=[idle], **engine.division.told())
     left |= engine.told_of_audits() | {"ema": digests.averages}
     ended = Ended(asdict(progress), digests.weights, interrupted, left, costs, session.heartbeat.generation)
     for each in holds:

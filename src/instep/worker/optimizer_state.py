@@ -137,3 +137,16 @@ def unsaved_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     tensors = {n: v for n, v in attributes.items() if isinstance(v, Tensor) and is_plain(v) and not v.is_complex()}
     numbers = {name: value for name, value in attributes.items() if type(value) in (int, float)}
     return {**numbers, **dict(zip(tensors, checksum(tensors.values()), strict=True))}
+
+
+def optimizers_in(training: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The states of the optimizers in a training state."""
+    optimizer = training["optimizer"]
+    return list(optimizer.get("several", [optimizer]))
+
+
+def in_order(training: dict[str, Any]) -> dict[str, Any]:
+    """The training state, in which the optimizers' states are by rising index of their parameters."""
+    for whole in optimizers_in(training):
+        whole["state"] = dict(sorted(whole["state"].items()))
+    return training
