@@ -1,8 +1,8 @@
-"""What the built-in recipes reach: ``python benchmarks/recipes.py [RECIPE ...]``.
+"""What the built-in recipes reach: ``python benchmarks/recipes.py [--untimed] [RECIPE ...]``.
 
 Each recipe trains twice, with 2 workers and with 1, and both runs must come to one digest. Shown are its figures; a
 recipe's replace its earlier ones in benchmarks/results/recipes.json. `distil` learns from the run of `gpt` before it;
-`lora` and `sft` go on with the model that `hf` leaves.
+`lora` and `sft` go on with the model that `hf` leaves. With --untimed no seconds are kept: for a busy machine.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ RESULT = ROOT / "benchmarks" / "results" / "recipes.json"
 
 BASED_ON = {"distil": "gpt", "lora": "hf", "sft": "hf"}
 
+UNTIMED = "--untimed"
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
+
+def measure(name: str, folder: Path, *, timed: bool) -> dict[str, Any]:
     """Trains twice. Raises SystemExit where the digests differ."""
     table = read(name)
     if name in BASED_ON:
@@ -43,7 +45,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     result = runs[0].result
     return {
         "digest": runs[0].digest,
-        "wall_s": {"2 workers": runs[0].result["wall_s"], "1 worker": runs[1].result["wall_s"]},
+        "wall_s": {"2 workers": runs[0].result["wall_s"], "1 worker": runs[1].result["wall_s"]} if timed else None,
         "held_out": result["held_out"],
         "bits_per_byte": result["bits_per_byte"],
         "figures": (result["artifacts"] or {}).get("figures"),
@@ -53,12 +55,12 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measures, prints, saves after each recipe."""
     known = json.loads(RESULT.read_text())["recipes"] if RESULT.exists() else {}
-    asked = sys.argv[1:] or names_of_recipes()
+    asked = [word for word in sys.argv[1:] if word != UNTIMED] or names_of_recipes()
     needed = {BASED_ON[name] for name in asked if name in BASED_ON}
     names = sorted({*asked, *needed}, key=lambda name: (name in BASED_ON, name not in needed, name))
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         for name in names:
-            known[name] = measure(name, Path(folder))
+            known[name] = measure(name, Path(folder), timed=UNTIMED not in sys.argv)
             print(name, json.dumps(known[name], indent=1), flush=True)
             RESULT.write_text(json.dumps({"machine": machine(), "recipes": known}, indent=1) + "\n")
 

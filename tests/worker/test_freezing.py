@@ -411,6 +411,22 @@ def test_patterns_of_optimizers_may_match_what_is_frozen_as_long_as_they_have_ot
     )
 
 
+def test_a_late_gradient_of_before_moves_what_an_optimizer_has_alone() -> None:
+    """As it would with one optimizer for all. Without a gradient its optimizer makes no step."""
+    parts: list[dict[str, Any]] = [
+        {"parameters": names, "use": "torch.optim:SGD", "args": {"lr": 0.01, "weight_decay": 0.1}}
+        for names in ("2.*", "*")
+    ]
+    replica = Replica(recipe(optimizer=parts, freeze={"2.*": "1.."}), "cpu")
+    ones: list[Tensor | None] = [torch.ones_like(parameter) for parameter in replica.parameters]
+    late = [index for index, name in enumerate(replica.names) if name.startswith("2.")]
+    for given, moves in ((ones, True), ([None if i in late else one for i, one in enumerate(ones)], False)):
+        before = [parameter.detach().clone() for parameter in replica.parameters]
+        replica.update(1, given)
+        moved = {i for i, one in enumerate(replica.parameters) if not torch.equal(one, before[i])}
+        assert moved == set(range(len(before))) - (set() if moves else set(late))
+
+
 def test_the_check_compares_the_gradient_of_what_is_trained() -> None:
     made = recipe(freeze={"0.*": "..3", "2.*": "all", "6.*": "1.."})
     for found in WholeBatch(made).run(0, lambda question: None):
