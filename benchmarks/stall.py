@@ -9,9 +9,13 @@ from the kill to the next update, less a median step. A kill comes once the team
 Over two hosts, for which it must run as root (see benchmarks/machines.py), it is told besides how long all stand
 still when the successor joins, and after a cable was out for 5 s, which is less than `team.lease_s` there.
 
+Nobody is waited for in vain: who makes no update for 90 s, or takes longer than ``--within`` in all, has failed, which
+is told beside the stalls that were seen until then.
+
 To have torchft beside the pinned torch: ``python -m venv ft; ft/bin/pip install --no-deps torchft-nightly``, and a file
-ft/lib/python*/site-packages/base.pth with the path of this project's site-packages. The result goes to
-benchmarks/results/stall.json, after each contender. To see that all runs: ``--kills 2 --others 1 --cuts 1``.
+ft/lib/python*/site-packages/base.pth with the path of this project's site-packages. Each contender that has run takes
+its place in benchmarks/results/stall.json; the others stay as they are. To see that all runs: ``--kills 3 --others 3
+--cuts 1 --out /tmp/stall.json``.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ RESULT = ROOT / "benchmarks" / "results" / "stall.json"
 SEED, SETTLED = 16, 8
 """Of the kills; steps between a team that is whole and a kill."""
 
-LONG_S = 300.0
+LONG_S = 90.0
 """Seconds for what takes a few."""
 
 
@@ -65,47 +69,74 @@ def going(kind: type[Any], workers: int, interpreter: str) -> Iterator[Any]:
             contender.end()
 
 
-class Vain(SystemExit):
-    """A contender does not go on."""
+class Vain(Exception):
+    """A contender does not go on, as this sentence tells."""
 
 
-def until(contender: Contender, true: Callable[[], Any]) -> Any:
-    """Waits for it, and gives it."""
-    last = time.monotonic() + LONG_S
-    while not (found := true()):
-        if time.monotonic() > last or contender.processes[-1].poll() not in (None, -signal.SIGKILL):
-            told = [path.read_text()[-1000:] for path in contender.folder.glob("*.out")]
-            raise Vain(f"waited in vain for {type(contender).__name__}: {told}")
-        time.sleep(0.002)
-        contender.look()
-    return found
+class Patience:
+    """How long a contender is waited for. within_s: in all."""
+
+    def __init__(self, contender: Contender, within_s: float):
+        self._contender, self._within_s, self._began_s = contender, within_s, time.monotonic()
+
+    def until(self, true: Callable[[], Any], what: str) -> Any:
+        """Waits for it, and gives it. Raises Vain, with `what` it did not do."""
+        contender, since_s = self._contender, time.monotonic()
+        while not (found := true()):
+            now_s = time.monotonic()
+            if contender.processes[-1].poll() not in (None, -signal.SIGKILL):
+                raise self._vain(f"{what}, for its process ended")
+            if now_s > since_s + LONG_S:
+                raise self._vain(f"{what}, for {LONG_S:.0f} s")
+            if now_s > self._began_s + self._within_s:
+                raise self._vain(f"{what} before its {self._within_s:.0f} s were over")
+            time.sleep(0.002)
+            contender.look()
+        return found
+
+    def _vain(self, why: str) -> Vain:
+        """What it printed is for whoever looks on, not for the result."""
+        for path in self._contender.folder.rglob("*.out"):
+            print(f"{path}: {path.read_text()[-1000:]}", file=sys.stderr)
+        return Vain(why)
 
 
 def measured(
-    kind: type[Any], workers: int, kills: int, interpreter: str, draw: random.Random, cuts: int = 0
+    kind: type[Any], workers: int, kills: int, interpreter: str, draw: random.Random, cuts: int, within_s: float
 ) -> dict[str, Any]:
-    """The stalls of so many kills, and of cuts, in seconds."""
+    """The stalls of so many kills, and of cuts, in seconds, and why it are fewer."""
+    killed, cut, failed = list[float](), list[float](), ""
     with going(kind, workers, interpreter) as contender:
-        until(contender, lambda: len(contender.updates) > 2 * SETTLED and len(contender.pids) == workers)
-        usual = statistics.median(gaps_of(contender.updates[SETTLED:]))
+        until = Patience(contender, within_s).until
 
-        def suffer(fault: Callable[[], Callable[[], float | None]]) -> float:
+        def suffer(fault: Callable[[], Callable[[], float | None]], what: str) -> float:
             time.sleep(draw.uniform(0, 2 * usual))
             contender.look()
-            at: float = until(contender, fault())
+            at: float = until(fault(), f"it did not go on with all its workers after {what}")
             there = len(contender.updates)
-            until(contender, lambda: len(contender.updates) > there + SETTLED)
+            until(lambda: len(contender.updates) > there + SETTLED, f"it made no more updates after {what}")
             return at
 
-        killed = [suffer(lambda: contender.kill(draw.randrange(workers))) for _ in range(kills)]
-        cut = [suffer(contender.cut) for _ in range(cuts)]
+        try:
+            begun = "it did not begin"
+            until(lambda: len(contender.updates) > 2 * SETTLED and len(contender.pids) == workers, begun)
+            usual = statistics.median(gaps_of(contender.updates[SETTLED:]))
+            for number in range(kills):
+                killed.append(suffer(lambda: contender.kill(draw.randrange(workers)), f"kill {number + 1}"))
+            for number in range(cuts):
+                cut.append(suffer(contender.cut, f"cut {number + 1}"))
+        except Vain as vain:
+            failed = str(vain)
         updates, joined = contender.updates, getattr(contender, "joined", [])
-        usual = statistics.median(gaps_of(updates))
-    found = {"kills": kills, "step_s": round(usual, 4), **told([stall(updates, at, usual) for at in killed])}
+    found: dict[str, Any] = {"failed": failed} if failed else {}
+    if not killed:
+        return found
+    usual = statistics.median(gaps_of(updates))
+    found |= {"kills": len(killed), "step_s": round(usual, 4), **told([stall(updates, at, usual) for at in killed])}
     found["from_the_kill"] = told([until_next(updates, at, usual) for at in killed])
     if joined:
         found["when_a_successor_joins"] = told([stall(updates, at, usual) for at in joined])
-    if cuts:
+    if cut:
         found[f"after_a_cut_of_{CUT_S:.0f}_s"] = told([stall(updates, at, usual) - CUT_S for at in cut])
     return found
 
@@ -151,27 +182,39 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--torchft", default="", help="the Python that has torchft; without it, it is left out")
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--within", type=float, default=900.0, help="seconds of a contender in all")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what it has started ends too
-    draw, found = random.Random(SEED), dict[str, Any]()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    about = {"machine": machine(), "commit": commit.strip(), "seed": SEED, "load": os.getloadavg()}
+    failed = False
     for workers, name in itertools.product(given.workers, given.only):
         if name == "torchft" and not given.torchft:
             continue
+        ours = issubclass(CONTENDERS[name], ByInstep)
         interpreter = given.torchft if name == "torchft" else sys.executable
-        kills = given.kills if issubclass(CONTENDERS[name], ByInstep) else given.others
-        cuts, began = given.cuts if name == "Instep over 2 hosts" else 0, time.monotonic()
-        try:
-            one = measured(CONTENDERS[name], workers, kills, interpreter, draw, cuts)
-        except Vain as error:
-            if issubclass(CONTENDERS[name], ByInstep):
-                raise
-            one = {"failed": str(error)}
-        found[f"{name}, {workers} workers"] = {**one, "seconds": round(time.monotonic() - began)}
-        print(name, workers, json.dumps(found[f"{name}, {workers} workers"]), flush=True)
-        given.out.write_text(json.dumps({**about, "found": found}, indent=1) + "\n")
+        kills, cuts = given.kills if ours else given.others, given.cuts if name == "Instep over 2 hosts" else 0
+        load, began, draw = os.getloadavg(), time.monotonic(), random.Random(f"{SEED} {name} {workers}")
+        one = measured(CONTENDERS[name], workers, kills, interpreter, draw, cuts, given.within)
+        failed |= ours and "failed" in one
+        print(name, workers, json.dumps(one), flush=True)
+        keep(
+            given.out, f"{name}, {workers} workers", {**one, **about(load), "seconds": round(time.monotonic() - began)}
+        )
+    sys.exit(failed)
+
+
+def about(load: Sequence[float]) -> dict[str, Any]:
+    """What was measured, and when."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    return {"commit": commit.strip(), "date": date, "load": [round(each, 2) for each in load]}
+
+
+def keep(path: Path, name: str, one: dict[str, Any]) -> None:
+    """Puts it into the file of results, in the place of what was there of it."""
+    found = json.loads(path.read_text())["found"] if path.exists() else {}
+    found[name] = one
+    path.write_text(json.dumps({"machine": machine(), "seed": SEED, "found": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class ByInstep(Contender):
 
     def __init__(self, folder: Path, workers: int, interpreter: str):
         super().__init__()
-        self.folder = folder
+        self.folder, self._workers = folder, workers
         team = Team(workers=workers, checkpoint_every=1_000_000, restarts=1_000_000, lease_s=self.lease_s)
         self.updates: list[float] = []
         self.pids: dict[int, Process] = {}
@@ -121,7 +121,7 @@ class ByInstepOverHosts(ByInstep):
 
     def _start(self, text: str, interpreter: str) -> None:
         self._there = Machines(self.folder, 2)
-        self._there.start({"my.toml": text})
+        self._there.start({"my.toml": text}, "--workers", str(self._workers))  # else one for each agent
         self.processes += [command.process for command in self._there.commands]
         self._run = self._there.run
 
@@ -191,13 +191,15 @@ class ByTorch(Contender):
 
 
 class ByTorchrun(ByTorch):
-    """Ranks, all of which torchrun starts again."""
+    """Ranks, all of which torchrun starts again. Each start meets in a store of its own: in the one that all starts
+    share by default in torch 2.13 ranks find the addresses of those before, and some starts are in vain.
+    """
 
     def __init__(self, folder: Path, workers: int, interpreter: str):
         super().__init__(folder, workers)
         run = ["--standalone", "--nproc-per-node", str(workers), "--max-restarts", "1000", "--monitor-interval", "0.1"]
         command = [interpreter, "-m", "torch.distributed.run", *run, "-m", "benchmarks.stall_by_torch", str(folder)]
-        self.processes.append(_started(command, folder, "torchrun"))
+        self.processes.append(_started(command, folder, "torchrun", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
 
 
 class ByTorchft(ByTorch):
