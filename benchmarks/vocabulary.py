@@ -128,9 +128,10 @@ def _losses(hidden: Tensor, head: Any, targets: Tensor) -> dict[str, Callable[[]
     import torch.nn.functional as F
     from torch import nn
 
+    from instep.objectives.cross_entropy import CrossEntropy
     from instep.objectives.language import Distillation
     from instep.objectives.preference import sequence_log_probabilities
-    from instep.objectives.vocabulary import CrossEntropy, Predictions
+    from instep.objectives.vocabulary import Predictions
 
     class Model(nn.Module):
         """Whose hidden states are known."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from instep.data import Data
     from instep.equivalences.checking import check
     from instep.errors import InstepError
+    from instep.loss_scale import LossScale
     from instep.monitors import Monitor
     from instep.monitors.console import Console
     from instep.monitors.tensorboard import TensorBoard
@@ -41,6 +42,7 @@ _PUBLIC = {
     "Console": "instep.monitors.console",
     "Data": "instep.data",
     "InstepError": "instep.errors",
+    "LossScale": "instep.loss_scale",
     "MLflow": "instep.monitors.trackers",
     "Monitor": "instep.monitors",
     "Recipe": "instep.recipe",
@@ -69,6 +71,7 @@ __all__ = [
     "Console",
     "Data",
     "InstepError",
+    "LossScale",
     "MLflow",
     "Monitor",
     "Recipe",

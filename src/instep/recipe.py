@@ -22,6 +22,7 @@ from instep.components import Component
 from instep.differences import differences, flat, without_contents
 from instep.ema import check_decays
 from instep.errors import RecipeError, cut, shown
+from instep.loss_scale import LossScale, of_precision
 from instep.references import resolved
 from instep.rules import UpdateRule
 from instep.rules.presets import synchronous
@@ -85,7 +86,9 @@ class Recipe:
     steps: global batches. Under a synchronous rule each is one update of the weights.
     seed: keys every random number.
     clip_norm: largest global L2 norm of the gradient; None does not clip.
-    precision: ``bfloat16`` runs the model under autocast; weights and sums stay in float32.
+    precision: ``bfloat16`` and ``float16`` run the model under autocast; weights and sums stay in float32.
+    loss_scale: with ``float16``, by what the objective is multiplied for backward, see `LossScale`; None for its
+        defaults.
     compile: run the model through `torch.compile`.
     threads: CPU threads inside each worker. It is part of the recipe since matrix kernels change their order with it.
     watch: what is done about an objective that spikes, or no longer improves. With its `patience`, `evaluate_every` and
@@ -126,7 +129,8 @@ class Recipe:
     steps: int = 100
     seed: int = 0
     clip_norm: float | None = None
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    loss_scale: LossScale | None = added(before=None, default=None)  # noqa: RUF009  # a field
     compile: bool = False
     threads: int = 1
     watch: Watch = field(default_factory=Watch)
@@ -194,6 +198,7 @@ class Recipe:
                 f"'recipe.compile' goes with 1 thread a worker, not {self.threads}: several threads change the order "
                 f"in which compiled kernels add, from run to run; set recipe.threads to 1."
             )
+        object.__setattr__(self, "loss_scale", of_precision(self.precision, self.loss_scale))
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise RecipeError(
                 f"'recipe.clip_norm' is {self.clip_norm}; it must be above 0 (leave it out for no clipping)."

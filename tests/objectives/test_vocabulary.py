@@ -127,6 +127,52 @@ def test_chunks_give_the_sums_and_gradients_of_full_logits(
         assert (found[key] - value).abs().max() <= tolerance * (1 + value.abs().max())
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("scale", [2.0**-14, 1.0, 2.0**12])
+def test_chunks_in_float16_have_the_gradients_of_full_logits(name: str, scale: float) -> None:
+    objective, batch = (
+        OBJECTIVES[name](),
+        (torch.arange(24).view(4, 6) % WORDS, torch.arange(24).view(4, 6) * 3 % WORDS),
+    )
+    found = {}
+    for model in (Offers(), Hides()):
+        with torch.autocast("cpu", torch.float16):
+            sums = bind(objective).sums(model, batch)
+        (scale / 24 * sums["objective"]).backward()
+        found[type(model)] = {n: p.grad / scale for n, p in model.named_parameters() if p.grad is not None}
+    assert found[Offers].keys() == found[Hides].keys()
+    for key, value in found[Hides].items():
+        largest = float(value.abs().max())
+        assert float((found[Offers][key] - value).abs().max()) <= (0.2 if scale < 1 else 0.01) * largest, key
+
+
+@pytest.mark.parametrize("name", ["plain", "reverse"])
+def test_the_loss_scale_holds_up_gradients_of_chunks_that_float16_would_lose(name: str) -> None:
+    """It is there when they are computed: those of words that are hardly ever predicted."""
+    objective, batch = OBJECTIVES[name](), (torch.arange(24).view(4, 6) % 4, torch.arange(24).view(4, 6) * 3 % 4)
+    found = {}
+    for scale in (0.0, 2.0**16):
+        model = Offers()
+        with torch.no_grad():
+            model.head.bias[6:] = -19.0  # some 2^-27, where float16 ends at 2^-24
+        with torch.autocast("cpu", torch.float16, enabled=scale > 0):
+            sums = bind(objective).sums(model, batch)
+        ((scale or 1.0) * sums["objective"]).backward()
+        found[scale] = model.head.bias.grad[6:] / (scale or 1.0)  # type: ignore[index]
+    assert float(found[0.0].abs().min()) > 0
+    torch.testing.assert_close(found[2.0**16], found[0.0], rtol=0.05, atol=0.0)
+
+
+def test_a_scale_that_is_too_large_shows_in_chunks_too() -> None:
+    batch = torch.arange(24).view(4, 6) % WORDS, torch.arange(24).view(4, 6) * 3 % WORDS
+    for model in (Offers(), Hides()):
+        with torch.autocast("cpu", torch.float16):
+            sums = bind(NextToken()).sums(model, batch)
+        (2.0**24 * sums["objective"]).backward()
+        assert not bool(torch.isfinite(model.head.weight.grad).all())  # type: ignore[arg-type]
+        assert bool(torch.isfinite(sums["objective"]))
+
+
 @settings(max_examples=25)
 @given(batch=batches(), seed=st.integers(0, 99))
 def test_values_by_row_have_the_gradients_of_full_logits(batch: tuple[Tensor, Tensor], seed: int) -> None:

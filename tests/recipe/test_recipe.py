@@ -120,7 +120,7 @@ def test_wrong_schedules(changes: dict[str, Any], sentence: str) -> None:
         ({"clip_norm": "1"}, "'recipe.clip_norm' is '1', of type str; it must be a number."),
         ({"evaluate_every": -1}, "'recipe.evaluate_every' is -1; it must be at least 0."),
         ({"evaluate_samples": 0}, "'recipe.evaluate_samples' is 0; it must be at least 1."),
-        ({"precision": "float16"}, "'recipe.precision' is 'float16'; it must be one of 'float32', 'bfloat16'."),
+        ({"precision": "half"}, "'recipe.precision' is 'half'; it must be one of 'float32', 'bfloat16', 'float16'."),
         ({"schedule": 3}, "'recipe.schedule' is 3; give an instep.Schedule."),
         ({"rule": 3}, "'recipe.rule' is 3; give an instep.UpdateRule or its text."),
         ({"model": None}, "None cannot be a component"),
@@ -226,7 +226,8 @@ HARMLESS: dict[str, Any] = {
 
 
 def test_every_field_is_decisive_or_harmless() -> None:
-    assert {field.name for field in dataclasses.fields(Recipe)} == DECISIVE.keys() | HARMLESS.keys()
+    with_float16 = {"loss_scale"}  # decisive: see test_loss_scale.py
+    assert {field.name for field in dataclasses.fields(Recipe)} == DECISIVE.keys() | HARMLESS.keys() | with_float16
 
 
 @pytest.mark.parametrize("key", DECISIVE)
@@ -271,7 +272,7 @@ RECIPES = st.builds(
     steps=st.integers(1, 10**6),
     seed=st.integers(0, 2**63 - 1),
     clip_norm=st.none() | st.floats(0.01, 1e9),
-    precision=st.sampled_from(["float32", "bfloat16"]),
+    precision=st.sampled_from(["float32", "bfloat16", "float16"]),
     compile=st.booleans(),
     sample_prompt=TEXT,
     evaluate_samples=st.none() | st.integers(1, 9),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from instep.loss_scale import LossScale
 from instep.recipe import Recipe, Team
 from instep.rules import UpdateRule
 from instep.rules import presets as p
@@ -65,6 +66,14 @@ def test_every_rule_replays_on_two_hosts(name: str, tmp_path: Path) -> None:
     if rule.lockstep:
         assert run.digest == drive(recipe, 3).digest, "the bits of one machine"
     assert {event["worker"] for event in run.events if event["kind"] == "pushed"} == {0, 1, 2}
+
+
+def test_workers_of_other_hosts_compute_with_the_loss_scale_that_the_server_has(tmp_path: Path) -> None:
+    recipe = asynchronous(precision="float16", loss_scale=LossScale(init=2.0**24), steps=6)
+    run, told = train_on((1, 1), recipe, Team(workers=3), tmp_path / "run")
+    assert told[0].result == run.result, told[0].error
+    assert run.result["overflows"] > 1
+    check_replay(run, recipe)
 
 
 def asynchronous(**changes: Any) -> Recipe:

@@ -65,7 +65,7 @@ MESSAGES = [
     m.Ended(dataclasses.asdict(Progress(version=3)), "ab", True, {"sample": "text"}, {"bytes_sent": 8}),
     m.Left(1, "worker 1 was killed"),
     m.Hello(1, 4321, "here"),
-    m.Compute(1, 5, 0, (2,), 4),
+    m.Compute(1, 5, 0, (2,), 4, 1.0),
     m.Pushed(1, FACTS, 0.5, 0.75, {"verify_s": 0.1}),
     m.NoMore(),
     m.Call("module:name", 2, RECIPE),

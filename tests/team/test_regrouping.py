@@ -15,6 +15,7 @@ import pytest
 
 from instep.engines.continued import Continued
 from instep.errors import WorkerError
+from instep.loss_scale import LossScale
 from instep.recipe import Team
 from instep.team import regrouped
 from instep.team.processes import MemberProcesses
@@ -84,6 +85,19 @@ def test_who_is_lost_costs_the_others_neither_process_nor_checkpoint(
     assert [each.result for each in others] == [run.result] * (len(agents) - 1)
     assert who not in told(run, "regrouped")[0]["workers"] or who == 0
     assert [event["version"] for event in told(run, "checkpointed")] == [5, 10, STEPS]
+
+
+def test_who_comes_computes_with_the_loss_scale_that_the_others_have(tmp_path: Path) -> None:
+    scale = LossScale(init=2.0**24, growth_interval=2)
+    recipe = workloads.gpt(steps=STEPS, precision="float16", loss_scale=scale)
+    run, _ = train_on((1, 1), recipe, team(workers=2), tmp_path / "run", client=Killing({4: [1], 8: [0]}).client)
+    alone = train_here(recipe, Team(), tmp_path / "alone")
+    assert run.digest == alone.digest
+    assert run.result["overflows"] == alone.result["overflows"] > 3
+    assert len(told(run, "run_started")) == 1
+    assert [each["loss_scale"] for each in told(run, "merged")] == [
+        each["loss_scale"] for each in told(alone, "merged")
+    ]
 
 
 @pytest.mark.slow

@@ -134,8 +134,8 @@ def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: st
         table[key] = {pattern: toml_value(text), **{other: mode for other, mode in given.items() if other != pattern}}
     elif hint is UpdateRule and isinstance(table.get(key), str) and len(rest) == 1:
         table[key] += f",{rest[0].replace('-', '_')}={text}"  # of the rule that it tells
-    elif hasattr(hint, "__dataclass_fields__"):
-        _set(hint, _room(table, key, where), rest, text, name)
+    elif (inside := _inside(hint)) is not None:
+        _set(inside, _room(table, key, where), rest, text, name)
     elif get_origin(hint) is Mapping and all(rest):
         inner = _room(table, key, where)
         for part in rest[:-1]:
@@ -144,6 +144,12 @@ def _set(cls: type, table: dict[str, Any], parts: list[str], text: str, name: st
         inner[rest[-1]] = toml_value(text)
     else:
         raise _unknown(name)
+
+
+def _inside(hint: Any) -> type | None:
+    """What a field of this type has its table of, if it has one; an optional one too."""
+    hints = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    return next((each for each in hints if hasattr(each, "__dataclass_fields__")), None)
 
 
 def _room(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -261,7 +267,7 @@ def _names() -> Iterator[str]:
     for side, cls in (("recipe", Recipe), ("team", Team)):
         for key, hint in get_type_hints(cls).items():
             yield f"{side}.{key}"
-            one = Component if hint in (ByPattern, Turns) else hint
+            one = Component if hint in (ByPattern, Turns) else _inside(hint)
             for part in getattr(one, "__dataclass_fields__", ()):
                 yield f"{side}.{key}.{part}"
 

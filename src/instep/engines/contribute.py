@@ -69,7 +69,7 @@ def _work(session: Session, contributor: Contributor, line: ToServer) -> None:
         if contributor.way_up is not None and not begun:
             contributor.way_up.take(line.vectors.lost)
         begun, from_s = True, session.clock()
-        found = contributor.compute(work, line.weights(message.slot), line.vectors, message.off)
+        found = contributor.compute(work, line.weights(message.slot), line.vectors, message.off, message.scale)
         if slow(work.batch) > 1:
             time.sleep((slow(work.batch) - 1) * (session.clock() - from_s))
         span = from_s, session.clock()

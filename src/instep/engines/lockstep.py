@@ -53,8 +53,8 @@ from instep.worker.first_look import look_at_data, look_at_objective
 from instep.worker.gradients import Gradients
 from instep.worker.milestones import Progress
 from instep.worker.replica import Replica
-from instep.worker.spikes import Verdict
-from instep.worker.updates import Added, Updates, wrong_in_step
+from instep.worker.spikes import Verdict, wrong_in_step
+from instep.worker.updates import Added, Updates
 
 
 class Lockstep:

@@ -287,7 +287,8 @@ class _Server:
         slot, pulled_bytes = self._published.give(worker, action.version)
         self._tally.released(worker, lead, pulled_bytes)
         off = tuple(self._replica.trainable.off)
-        order = messages.Compute(self._incarnations[worker], action.piece, slot, off, action.version)
+        scale = self._replica.scaler.value
+        order = messages.Compute(self._incarnations[worker], action.piece, slot, off, action.version, scale)
         self._lines.send(worker, order)
 
     def _merge(self, action: Merge) -> None:

@@ -34,7 +34,7 @@ LET_PASS = 4096.0
 """Ulps of float32, of a tensor's largest entry, that rounding may come to."""
 
 LET_PASS_BFLOAT16 = 2.0**18
-"""The same under bfloat16, whose numbers have 16 bits less."""
+"""The same under bfloat16, whose numbers have 16 bits less, and float16."""
 
 _SMALL = 1e-3
 """A tensor counts as no smaller than this share of the largest of all: one that ought to be 0 holds rounding alone."""
@@ -116,6 +116,8 @@ class _Step:
         batches = {m: each for m in microbatches if (each := replica.batch(step, m)) is not None}
         samples = replica.cursor.size(step)
         gradient, draws = self._of_team(batches)
+        while self._overflows(gradient):
+            gradient, draws = self._of_team(batches)
         whole = _together(list(batches.values()))
         if whole is None:
             whole = self._read(samples)
@@ -128,6 +130,8 @@ class _Step:
                     exact, expected = False, self._plain(whole, draws, None)
             else:
                 expected = self._plain(whole, draws, None)
+                while self._overflows(expected):  # sums over more samples are larger
+                    expected = self._plain(whole, draws, None)
         except _NotBySample as why:
             return Whole(step, samples, {}, exact, LET_PASS, skipped=str(why))
         off = _off(gradient, expected)
@@ -136,6 +140,14 @@ class _Step:
             return found
         cause, module = self._cause(batches, whole)
         return Whole(step, samples, off, exact, found.let_pass, cause, module)
+
+    def _overflows(self, gradient: dict[str, Tensor]) -> bool:
+        """Whether the loss scale, which is then lowered, was too large; a run leaves such steps out."""
+        scaler = self._replica.scaler
+        if not scaler.yields() or all(bool(torch.isfinite(each).all()) for each in gradient.values()):
+            return False
+        scaler.made(finite=False)
+        return True
 
     def _of_team(self, batches: dict[int, Any]) -> tuple[dict[str, Tensor], list[list[Tensor]]]:
         """The gradient as one worker's, by name, and what each microbatch drew."""
@@ -182,9 +194,10 @@ class _Step:
         ]
         if not terms:
             raise _NotBySample("the step has no items.")
-        torch.stack(terms).sum().backward()
+        scale = replica.scaler.value if dtype is None else 1.0
+        (scale * torch.stack(terms).sum()).backward()
         named = module.named_parameters()
-        return {name: p.grad.detach() for name, p in named if p.grad is not None}
+        return {name: p.grad.detach() / scale for name, p in named if p.grad is not None}
 
     def _cause(self, batches: dict[int, Any], whole: Any) -> tuple[str, str]:
         """Why the two differ, and the module, "" if it is not a module."""

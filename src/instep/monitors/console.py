@@ -237,6 +237,8 @@ class Console(Closing):
             screen.row("left out", f"{result['skipped']:,} updates")
         if result.get("bad_batches"):
             screen.row("bad batches", f"{result['bad_batches']:,} left out")
+        if result.get("overflows"):
+            screen.row("overflows", f"{result['overflows']:,} steps left out, and the loss scale lowered")
         if result.get("stopped"):
             screen.row("stopped", result["stopped"])
         if result["rule"] != "synchronous" or result.get("engine") == "virtual":

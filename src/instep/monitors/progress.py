@@ -35,6 +35,7 @@ class ProgressDisplay:
         self.terms: Mapping[str, float | None] = {}
         self.by_turn: dict[str, float | None] = {}
         """The last objective of each that takes turns with others."""
+        self.loss_scale: float | None = None
         self.held_out: float | None = None
         self.bits_per_byte: float | None = None
         self.held_out_by_turn: Mapping[str, float | None] = {}
@@ -59,6 +60,7 @@ class ProgressDisplay:
                 if "turn" in event:  # what is known of the others stays
                     self.by_turn[event["turn"]] = event["objective"]
                     self.terms = before | dict(self.terms)
+            self.loss_scale = event.get("loss_scale")
             train_s = event["t_s"] if self.virtual else event.get("train_s")
             self.pace.step(event["t_s"], event["items"], steps, train_s)
         elif kind == "evaluated":
@@ -99,6 +101,8 @@ class ProgressDisplay:
             for name, value in (self.held_out_by_turn or {"": self.held_out}).items():
                 parts.append(Part(f"held-out {name}".rstrip(), number(value, 3), number(value, 3), 2))
         parts += [Part(f"ema {d}", number(v, 3), number(v, 3), 5) for d, v in self.held_out_ema.items()]
+        if self.loss_scale is not None:
+            parts.append(Part("scale", power_of_two(self.loss_scale), power_of_two(self.loss_scale), 5))
         if self.items_per_s is not None:
             parts.append(Part("", f"{rate(self.items_per_s)} items/s{virtual}", f"{short_rate(self.items_per_s)}/s", 4))
         if self.eta_s is not None:
@@ -224,6 +228,11 @@ def fit(parts: Sequence[Part], columns: int) -> tuple[list[tuple[str, str]], int
         if short:
             kept.remove(max(kept, key=lambda part: part.rank))
         short = True
+
+
+def power_of_two(value: float) -> str:
+    """A loss scale."""
+    return f"2^{round(math.log2(value))}"
 
 
 def number(value: float | None, decimals: int = 4) -> str:

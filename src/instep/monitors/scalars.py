@@ -22,6 +22,7 @@ def _merged(event: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
             yield f"terms/{name}", value
     yield "optimizer/learning_rate", event.get("lr")
     yield "optimizer/gradient_norm", event.get("grad_norm")
+    yield "optimizer/loss_scale", event.get("loss_scale")
     staleness = event.get("staleness") or [0]
     if any(staleness):
         yield "rule/staleness", max(staleness)

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from instep.errors import ObjectiveError, cut, shown
+from instep.objectives.cross_entropy import CrossEntropy
 from instep.objectives.documents import told_apart
 from instep.objectives.frozen import frozen, on_device
 from instep.objectives.protocol import TERM, check_numbers
-from instep.objectives.vocabulary import CrossEntropy, Predictions, predict
+from instep.objectives.vocabulary import Predictions, predict
 from instep.packed import PackedTokens
 
 TokenBatch = Tensor | tuple[Tensor, Tensor] | list[Tensor] | PackedTokens

@@ -45,51 +45,6 @@ gradient of the first.
 
 
 @dataclass(frozen=True)
-class CrossEntropy:
-    """Sums over rows of logits [n, V] with `targets` [n]: the loss, then each of `metrics`.
-
-    With label smoothing e (Szegedy et al., 2016, arXiv:1512.00567) and z-loss (PaLM, Chowdhery et al., 2022,
-    arXiv:2204.02311) of weight z, the loss of a row is ``log Z - (1 - e) x_target - e mean(x) + z (log Z)^2``, where x
-    are its logits and Z the sum of their exponentials.
-    """
-
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    metrics: tuple[str, ...] = ()
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """The sums."""
-        total = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.label_smoothing)
-        if self.z_loss:
-            total = total + self.z_loss * logits.logsumexp(1).square().sum()
-        with torch.no_grad():
-            plain = F.cross_entropy(logits, targets, reduction="sum") if "cross_entropy" in self.metrics else total
-            right = (logits.argmax(1) == targets).sum().to(total.dtype) if "accuracy" in self.metrics else total
-        return total, *self._reported(plain, right)
-
-    def with_gradient(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """The sums; `logits` become the gradient, softmax (1 + 2 z log Z) - e / V, less 1 - e at the target."""
-        smoothing, z, at = self.label_smoothing, self.z_loss, targets[:, None]
-        wanted = logits.gather(1, at)
-        mean = logits.mean(1, keepdim=True) if smoothing else wanted
-        right = (logits.argmax(1) == targets).sum() if "accuracy" in self.metrics else targets.sum()
-        most = logits.amax(1, keepdim=True)
-        sums = logits.sub_(most).exp_().sum(1, keepdim=True)
-        log_z = most + sums.log()
-        logits.mul_((1 + 2 * z * log_z) / sums if z else 1 / sums)
-        if smoothing:
-            logits.sub_(smoothing / logits.shape[1])
-        logits.scatter_add_(1, at, torch.full_like(wanted, smoothing - 1))
-        plain = (log_z - wanted).sum()
-        total = plain + smoothing * (wanted - mean).sum() if smoothing else plain
-        total = total + z * log_z.square().sum() if z else total
-        return total, *self._reported(plain, right.to(total.dtype))
-
-    def _reported(self, plain: Tensor, right: Tensor) -> list[Tensor]:
-        return [{"cross_entropy": plain, "accuracy": right}[name] for name in self.metrics]
-
-
-@dataclass(frozen=True)
 class Predictions:
     """What a model predicts for N tokens: `logits` [N, V], or `hidden` [N, D] and the `head` that gives logits."""
 
@@ -204,13 +159,19 @@ def chunk_rows(vocabulary: int, device: str = "cpu") -> int:
 
 
 class _Total(torch.autograd.Function):
-    """The sums of `Predictions.total`, with the gradient of the first found chunk by chunk in forward."""
+    """The sums of `Predictions.total`, with the gradient of the first found chunk by chunk in forward.
+
+    In float16 it is found in backward, from logits that are computed again: only there is it known what it is to be
+    multiplied by, and without the loss scale it would be too small for float16, or too large.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, f: Rows, others: Any, recorded: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Any:
-        work = _Projection([recorded and needed for needed in ctx.needs_input_grad[3:]], hidden, weight, bias)
+        narrow = _compute_type(hidden) is torch.float16
+        wanted = [recorded and needed and not narrow for needed in ctx.needs_input_grad[3:]]
+        work = _Projection(wanted, hidden, weight, bias)
         blocks: list[tuple[Tensor, ...]] = []
         for start, stop in work.chunks():
             logits = work.logits(start, stop)
@@ -219,7 +180,9 @@ class _Total(torch.autograd.Function):
             del block, parts  # or a chunk of the teacher's logits would live on beside the next
             if work.wanted:
                 work.add(start, stop, logits)
-        ctx.gradients = work.gradients
+        ctx.gradients, ctx.work = work.gradients, (f, others, work.dtype) if narrow else None
+        if narrow:
+            ctx.save_for_backward(hidden, weight, bias)
         totals = [torch.stack(each).sum() for each in zip(*blocks, strict=True)]
         ctx.mark_non_differentiable(*totals[1:])
         return tuple(totals)
@@ -227,6 +190,8 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         _refuse_second_derivatives()
+        if ctx.work is not None:
+            return None, None, None, *_late_gradients(ctx, outer[0])
         if ctx.gradients is None:
             raise ObjectiveError(
                 "backward came twice through a loss over a vocabulary, whose gradient is kept for one; compute the "
@@ -234,6 +199,20 @@ class _Total(torch.autograd.Function):
             )
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: a second copy of the head would be large
         return None, None, None, *(None if each is None else each.mul_(outer[0].to(each.dtype)) for each in gradients)
+
+
+def _late_gradients(ctx: Any, outer: Tensor) -> list[Tensor | None]:
+    """Those of a `_Total` that are found in backward."""
+    f, others, dtype = ctx.work
+    hidden, weight, bias = ctx.saved_tensors
+    work = _Projection(ctx.needs_input_grad[3:], hidden, weight, bias, dtype)
+    for start, stop in work.chunks():
+        logits = work.logits(start, stop)
+        for block, parts, _ in work.blocks(logits, others, start, stop):
+            _with_gradient(f, block, parts, outer.float())
+        del block, parts
+        work.add(start, stop, logits)
+    return work.gradients
 
 
 class _Each(torch.autograd.Function):
@@ -278,18 +257,21 @@ def _refuse_second_derivatives() -> None:
         )
 
 
-def _with_gradient(f: Rows, logits: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What `f` gives; `logits` are overwritten with the gradient of the first."""
+def _with_gradient(f: Rows, logits: Tensor, parts: Sequence[Tensor], outer: Tensor | None = None) -> tuple[Tensor, ...]:
+    """What `f` gives; `logits` are overwritten with the gradient of the first, times `outer`."""
     known = getattr(f, "with_gradient", None)
     if known is None:
         leaf = logits.detach().requires_grad_()
         with torch.enable_grad():
             outputs = f(_wide(leaf), *parts)
-        gradient = torch.autograd.grad(outputs[0], leaf)[0]
+        times = None if outer is None else outer.to(outputs[0].dtype)
+        gradient = torch.autograd.grad(outputs[0], leaf, times)[0]
         outputs = tuple(value.detach() for value in outputs)
     else:
         gradient = _wide(logits)
         outputs = known(gradient, *parts)
+        if outer is not None:
+            gradient.mul_(outer)
     if gradient is not logits:
         logits.copy_(gradient)
     return outputs
@@ -306,8 +288,7 @@ class _Projection:
         bias: Tensor | None,
         dtype: torch.dtype | None = None,
     ):
-        kind = hidden.device.type
-        self.dtype = dtype or (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype)
+        self.dtype = dtype or _compute_type(hidden)
         self.wanted = any(wanted)
         self._buffer: Tensor | None = None
         self._hidden, self._weight = hidden.to(self.dtype), weight.to(self.dtype)
@@ -357,6 +338,12 @@ class _Projection:
                     weight.add_(gradient.T @ self._hidden[start:stop])
             if bias is not None:
                 bias.add_(gradient.sum(0))
+
+
+def _compute_type(hidden: Tensor) -> torch.dtype:
+    """The type that logits are computed in."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _parts(others: Sequence[Tensor | Predictions], start: int, stop: int) -> list[Tensor]:

@@ -68,7 +68,7 @@ class Replayer:
         self._weights: dict[int, Tensor] = {}
         self._uses: dict[int, int] = {}  # of weights, by contributions in hand
         self._work: dict[int, tuple[int, int]] = {}
-        self._off: dict[int, Collection[int]] = {}  # by version: parameters that require no gradient
+        self._off: dict[int, tuple[Collection[int], float]] = {}  # by version: what requires no gradient; loss scale
         self._arrived: dict[int, tuple[int, int, int, Facts, Vectors]] = {}
         self._spare: list[Vectors] = []  # of contributions that are merged, for others: fresh memory takes time
 
@@ -92,7 +92,7 @@ class Replayer:
                 way_up.take(lost)
             way_down.give(worker, version)
         if version not in self._off:
-            self._off[version] = self.merger.replica.trainable.off
+            self._off[version] = self.merger.replica.trainable.off, self.merger.replica.scaler.value
             if way_down is None:
                 self._weights[version] = self.merger.pack.empty()
                 self.merger.pack.save(self._weights[version])
@@ -117,7 +117,7 @@ class Replayer:
             vectors = self._spare.pop() if self._spare else contributor.empty()
             way_down, off = self.merger.way_down, self._off[version]
             weights = self._weights[version] if way_down is None else way_down.weights(worker)
-            return contributor.compute(self.pieces.work(piece), weights, vectors, off), vectors
+            return contributor.compute(self.pieces.work(piece), weights, vectors, *off), vectors
         if worker not in self._made:
             others = [other for other in self._work if other not in self._made]
             tasks = [(self.pieces.work(piece), self._weights[v]) for piece, v in map(self._work.__getitem__, others)]

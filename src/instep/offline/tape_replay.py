@@ -69,7 +69,7 @@ def _replay(recipe: Recipe, events: Iterable[Mapping[str, Any]], tell: Tell) -> 
     return playback.result()
 
 
-_FIGURES = {"objective": "objective", "items": "count of items", "lr": "learning rate"}
+_FIGURES = {"objective": "objective", "items": "count of items", "lr": "learning rate", "loss_scale": "loss scale"}
 """What the tape says of every update and a replay compares, with its name for messages."""
 
 
@@ -312,7 +312,7 @@ class Playback:
     def _compare_figures(self, version: int, told: Mapping[str, Any], update: Update) -> None:
         found = update.facts()
         for name, shown in _FIGURES.items():
-            self._compare(f"version {version}", shown, told.get(name), found[name])
+            self._compare(f"version {version}", shown, told.get(name), found.get(name))
         self._updates += 1
 
     def _compare(self, what: str, name: str, told: Any, found: Any) -> None:

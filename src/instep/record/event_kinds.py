@@ -175,3 +175,12 @@ TYPES: tuple[type[Event], ...] = (
     RunEndedEvent, BlockEvent,
 )  # fmt: skip
 """All structures, in the order of a run."""
+
+QUIET = frozenset(
+    {"released", "ranges_moved", "computed", "pushed", "merged", "dropped", "grace_ended", "checksummed", "audited"}
+)
+"""Kinds that come with contributions, so that they may wait for others before they are handed on.
+
+A tape that lacks the last of them is as good as one of a run that was killed before: what a resume and its replay
+need, the engine has synced before each checkpoint.
+"""

@@ -26,8 +26,10 @@ from instep.record.fields import (
     Figure,
     Items,
     LocalSteps,
+    LossScaleUsed,
     Maybe,
     Microbatches,
+    Overflows,
     Piece,
     Seconds,
     Seq,
@@ -213,6 +215,8 @@ class MergedEvent(Event, frozen=True, kw_only=True, gc=False):
     spike: Maybe[Spike] = UNSET
     bad_batches: Maybe[BadBatches] = UNSET
     turn: Maybe[Turn] = UNSET
+    overflows: Maybe[Overflows] = UNSET
+    loss_scale: Maybe[LossScaleUsed] = UNSET
 
 
 class MergedByServerEvent(Event, frozen=True, kw_only=True, gc=False):
@@ -235,6 +239,8 @@ class MergedByServerEvent(Event, frozen=True, kw_only=True, gc=False):
     spike: Maybe[Spike] = UNSET
     bad_batches: Maybe[BadBatches] = UNSET
     turn: Maybe[Turn] = UNSET
+    overflows: Maybe[Overflows] = UNSET
+    loss_scale: Maybe[LossScaleUsed] = UNSET
     checksum: Maybe[Annotated[Checksum, _where("not in a simulation that keeps no tape")]] = UNSET
 
 
@@ -372,16 +378,6 @@ class BlockEvent(Event, frozen=True, kw_only=True, gc=False):
     file: Annotated[str, _is("relative to the run folder")]
     events: Annotated[Counted, _is("that it holds")]
     bytes: Bytes
-
-
-QUIET = frozenset(
-    {"released", "ranges_moved", "computed", "pushed", "merged", "dropped", "grace_ended", "checksummed", "audited"}
-)
-"""Kinds that come with contributions, so that they may wait for others before they are handed on.
-
-A tape that lacks the last of them is as good as one of a run that was killed before: what a resume and its replay
-need, the engine has synced before each checkpoint.
-"""
 
 
 def plain(event: Event) -> dict[str, Any]:

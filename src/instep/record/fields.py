@@ -44,6 +44,10 @@ Batch = Annotated[Count, is_("the piece's first global batch")]
 LocalSteps = Annotated[Counted, is_("the worker's own steps, on one global batch each")]
 Microbatches = Annotated[Span, is_("what it covers of a global batch")]
 Items = Annotated[Count, is_("of the objective's first term")]
+LossScaleUsed = Annotated[float, is_("that the gradient was computed with", where="with float16, not with local steps")]
+Overflows = Annotated[
+    Count, is_("updates, or local steps, left out since the loss scale was too large", where="if any")
+]
 Terms = Annotated[Mapping[str, Figure], is_("the mean of each term, by name; in an evaluation of each metric too")]
 Checksum = Annotated[list[str], is_("8 hexadecimal digits for each tensor")]
 Why = Annotated[str, is_("a sentence")]

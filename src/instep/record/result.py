@@ -72,6 +72,7 @@ class Result:
     stopped: str | UnsetType | None = UNSET
     skipped: int
     bad_batches: int
+    overflows: int | UnsetType = UNSET
     data_digest: str | UnsetType = UNSET
     sample: str | UnsetType | None = UNSET
     artifacts: Mapping[str, Any] | UnsetType | None = UNSET
@@ -98,6 +99,7 @@ class Result:
             ema=_averages_told(averages, held_out.get("ema", {})) if averages else UNSET,
             skipped=progress["skipped"],
             bad_batches=progress["bad_batches"],
+            overflows=progress["overflows"] or UNSET,
             **{each.name: getattr(costs, each.name) for each in fields(costs)},
             **more,
         )

@@ -155,7 +155,7 @@ PROGRESS = Table(
         "version": COUNT, "steps": COUNT, "items": COUNT, "train_s": NUMBER, "objective_first": FIGURE,
         "objective_last": FIGURE, "held_out": Table({"version": COUNT, "objective": FIGURE, "bits_per_byte": FIGURE}),
         "best": Table({"version": COUNT, "objective": FIGURE}), "evaluations_since": COUNT, "skipped": COUNT,
-        "stopped": TEXT, "bad_batches": COUNT, "checksum_s": NUMBER, "unevaluated": FLAG,
+        "stopped": TEXT, "bad_batches": COUNT, "overflows": COUNT, "checksum_s": NUMBER, "unevaluated": FLAG,
     },
     needed=("steps",),
 )  # fmt: skip
@@ -200,6 +200,8 @@ WATCH = Table(
     },
     needed=("past", "kept", "rollbacks", "quiet"),
 )  # fmt: skip
+
+SCALER = Table({"scale": NUMBER, "good": COUNT}, needed=("scale", "good"))
 
 RESULT = Table({"versions": COUNT, "steps": COUNT, "digest": Maybe(TEXT)})
 

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Any
 
 from instep.errors import RecordError, ResourceError, shown
-from instep.record.events import QUIET, SCHEMA, SCHEMA_IN_BLOCKS
+from instep.record.event_kinds import QUIET
+from instep.record.events import SCHEMA, SCHEMA_IN_BLOCKS
 from instep.record.files import close_own, disk_error, hold_alone, json_text, sync_folder
 from instep.record.schema import any_event, by_kind
 from instep.record.shapes import misfit

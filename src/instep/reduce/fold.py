@@ -34,6 +34,7 @@ class Fold:
         self._spare: tuple[Tensor, list[Tensor]] | None = None
         self._device = parameters[0].device
         self._next = 0
+        self._unscale = 1.0
         self._add = False
         self._parts = [0] * len(parameters)  # of the present microbatch
         self._most_parts = [0] * len(parameters)  # of any; 0 while no gradient was seen
@@ -74,8 +75,9 @@ class Fold:
             for offset, end in zip(self._layout.offsets, ends, strict=True)
         ]
 
-    def begin(self) -> None:
-        """Starts a step."""
+    def begin(self, scale: float = 1.0) -> None:
+        """Starts a step. scale: a power of two that its gradients come multiplied by, and are divided by in float32."""
+        self._unscale = 1 / scale
         self._next = self._done = 0
         self._stack = []
         self.touched = [False] * len(self.touched)
@@ -180,6 +182,8 @@ class Fold:
             parameter.grad = None
             if gradient.is_sparse:
                 gradient = gradient.to_dense()
+            if self._unscale != 1.0:  # each by itself, so that a leaf is one number wherever it is added
+                gradient = gradient.float().mul_(self._unscale)
             view = self._stack[-1][1][index]
             first = self._parts[index] == 0
             self._parts[index] += 1

@@ -257,7 +257,7 @@ class FarServer:
             apply_change(self._change[:size_bytes], self._wire, self._pack, self._weights, changed)
             self._pack.beside(self._weights).copy_(self._beside)
         self._round = message.version
-        return Compute(message.incarnation, message.piece, 0, message.off, message.version)
+        return Compute(message.incarnation, message.piece, 0, message.off, message.version, message.scale)
 
 
 def _result(message: Pushed) -> Contributed:

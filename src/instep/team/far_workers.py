@@ -119,7 +119,8 @@ class FarWorkers:
         self._has[worker], self._slot_of[worker] = message.version, message.slot
         self._sends[worker] = self._fragments.of_round(message.version)
         where = weights, place, fill
-        order = Order(message.incarnation, message.piece, message.off, message.version, *where, with_lost)
+        of = message.incarnation, message.piece, message.off, message.version, message.scale
+        order = Order(*of, *where, with_lost)
         self._conversations.send(worker, message.incarnation, order, tensors)
 
     def _beside(self, worker: int, version: int) -> int | None:

@@ -15,7 +15,7 @@ def third_result(recipe: Recipe, replica: Replica, step: int, microbatch: int, t
     """What the microbatch comes to in a new Python, from the weights of `replica`. Raises InstepError."""
     arguments: tuple[Any, ...] = (
         str(replica.device), state_of(replica), (step, microbatch), dict(totals), list(replica.written.names),
-        sorted(replica.trainable.off),
+        sorted(replica.trainable.off), replica.scaler.value,
     )  # fmt: skip
     # It counts as busy: the others wait for it, and are told for what.
     replica.doing = f"having a process of its own compute step {step + 1}, microbatch {microbatch} again"

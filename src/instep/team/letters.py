@@ -81,6 +81,7 @@ class Order:
     piece: Count
     off: Places
     version: Count
+    scale: float
     weights: Name
     place: Count
     fill: Count
@@ -118,6 +119,8 @@ class Contributed:
     begun: Places
     bad: Annotated[tuple[str, ...], Meta(max_length=LONGEST)]
     empty: Places
+    scale: float
+    overflows: Count
 
 
 @dataclass(frozen=True)

@@ -334,7 +334,6 @@ WorkerToSupervisor = (
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------- server and worker, on a line
-#
 # `incarnation`: of the process in the worker's place that it is of, or for. What is of another one changes nothing.
 
 
@@ -349,13 +348,14 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """Compute this piece from the weights of `version`, in `slot`. `off`: the parameters that are not trained then."""
+    """Compute this piece from the weights of `version`, in `slot`, with the loss `scale`. off: what is not trained."""
 
     incarnation: int
     piece: int
     slot: int
     off: tuple[int, ...]
     version: int
+    scale: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from instep.data.repeats import what_does_not_repeat
 from instep.errors import CheckpointError, RecordError
 from instep.recipe import Recipe
 from instep.record import best, checkpoint
-from instep.record.event_kinds import GpuMemoryEvent, SampledEvent
-from instep.record.events import QUIET, CheckpointedEvent, EvaluatedEvent, Event, WarnedEvent
+from instep.record.event_kinds import QUIET, GpuMemoryEvent, SampledEvent
+from instep.record.events import CheckpointedEvent, EvaluatedEvent, Event, WarnedEvent
 from instep.record.files import json_text
 from instep.record.folder import RunFolder
 from instep.record.held import is_there

@@ -53,7 +53,8 @@ class Facts:
     that the rows hold; changed: of those that were changed. latest: batch and microbatch of the last samples. ends: of
     the run's first batch, `Buffers.ends`. ceased, begun: of the parameters, see `Trainable`. made: local steps
     that were made. bad: what is not finite in it, though it is to be left out. empty: the batches of which its
-    microbatches have no items.
+    microbatches have no items. scale: the loss scale that a gradient was computed with, 1 for none; overflows: local
+    steps that were left out since it was too large.
     """
 
     nodes: tuple[Node, ...]
@@ -70,6 +71,8 @@ class Facts:
     begun: tuple[int, ...] = ()
     bad: tuple[NonFiniteError, ...] = ()
     empty: tuple[int, ...] = ()
+    scale: float = 1.0
+    overflows: int = 0
 
 
 @dataclass(frozen=True)

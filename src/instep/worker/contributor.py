@@ -152,15 +152,17 @@ class Contributor:
         if self.replica.enter(version):
             self._items.forget()
 
-    def compute(self, work: Work, saved: Tensor, into: Vectors, off: Collection[int] = ()) -> Facts:
+    def compute(self, work: Work, saved: Tensor, into: Vectors, off: Collection[int] = (), scale: float = 0.0) -> Facts:
         """The contribution of `work` from the weights `saved`, written into `into`. off: see `Trainable`. Their
-        version must be entered.
+        version must be entered. scale: the loss scale of a gradient, if it is kept elsewhere.
 
         A term or, with local steps, a gradient that is not finite is told of, and such a local step left out.
         Raises RecipeError where forwards disagree on what they wrote, and FirstWrite.
         """
         self.load(saved)
         self.replica.trainable.take(off)
+        if scale and self.rule.gradients:
+            self.replica.scaler.take(scale)
         here = into if self._at_home else self._beside(into)
         facts = self._gradient(work, here) if self.rule.gradients else self._delta(work, saved, here)
         if self.rule.overlap:
@@ -229,6 +231,7 @@ class Contributor:
             changed, latest=latest_of(work.batch, computed.sums), ends=computed.ends,
             ceased=self.replica.trainable.ceased, begun=self.replica.trainable.begun,
             bad=tuple(self._bad(computed, work.batch)[:1]), empty=self.without_items(work.batch, inputs.counts),
+            scale=self.replica.scaler.value,
         )  # fmt: skip
 
     def _by_term(self, computed: Computed) -> dict[str, tuple[float, ...]]:
@@ -264,7 +267,7 @@ class Contributor:
             ((0, 1),), made.counts, made.sums, 1, tuple(sorted(made.moved)), posted, tuple(sorted(made.changed)),
             latest=made.latest, ends=made.ends,
             ceased=tuple(sorted(trainable.off - off)), begun=tuple(sorted(off - trainable.off)),
-            made=made.steps, bad=tuple(made.bad), empty=tuple(made.empty),
+            made=made.steps, bad=tuple(made.bad), empty=tuple(made.empty), overflows=made.overflows,
         )  # fmt: skip
 
     def _nothing_made(self) -> LocalSteps:
@@ -298,14 +301,17 @@ class Contributor:
             self._summed = torch.zeros(self.layout.size, device=self.replica.device)
         self._gradients.assign(nodes_of(work, self.pieces), [self._summed])
         computed = self._gradients.compute(batch, batches, counts)
-        wrong, norm = self._bad(computed, batch), norm_of(self._summed, self.layout)
-        if not (wrong or math.isfinite(norm)):
+        wrong, norm, scaler = self._bad(computed, batch), norm_of(self._summed, self.layout), self.replica.scaler
+        finite, yields, said = math.isfinite(norm), scaler.yields(), scaler.said()
+        scaler.made(finite=finite)
+        if not (wrong or finite or yields):
             wrong = [NonFiniteError(
-                f"the gradient is not finite in local step {batch - work.batch + 1} of {work.local_steps}, on "
+                f"the gradient is not finite{said} in local step {batch - work.batch + 1} of {work.local_steps}, on "
                 f"global batch {batch + 1}."
             )]  # fmt: skip
-        if wrong:
+        if wrong or not finite:
             made.bad += wrong[:1]
+            made.overflows += not wrong
             return
         trainable = self.replica.trainable
         self.written.take(self.written.after(self.written.own(batch)))

@@ -117,4 +117,5 @@ def _pinned(leaf: Any) -> Any:
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """The precision that a recipe asks for."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    narrow = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision)
+    return nullcontext() if narrow is None else torch.autocast(device.type, dtype=narrow)

@@ -112,7 +112,7 @@ class Gradients:
         replica, fold = self._replica, self._fold
         self.looked = self._looks(batch)
         self._first = False
-        fold.begin()
+        fold.begin(replica.scaler.value)
         self.buffers.begin()
         replica.trainable.begin(batch)
         found: dict[int, dict[str, Tensor]] = {}

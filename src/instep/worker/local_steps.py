@@ -26,6 +26,7 @@ class LocalSteps:
     ends: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     bad: list[NonFiniteError] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
+    overflows: int = 0
 
     def add(
         self, batch: int, counts: Mapping[str, int], sums: Mapping[str, tuple[float, ...]], computed: Computed,

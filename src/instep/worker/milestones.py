@@ -29,6 +29,7 @@ class Progress:
     evaluations_since: int = 0
     skipped: int = 0  # updates that were left out because of a spike
     bad_batches: int = 0  # that were left out because they were not finite, or had no items
+    overflows: int = 0  # updates, or local steps, that were left out since the loss scale was too large
     stopped: str = ""  # why the run ended before its last step
     checksum_s: float = 0.0  # of train_s, spent on the tape's checksums by tensor
     unevaluated: bool = False  # an evaluation was due at this version, and raised: a resume makes up for it

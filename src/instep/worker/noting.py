@@ -74,10 +74,11 @@ def computed_alone(
     totals: Mapping[str, int],
     written: Sequence[str],
     off: Sequence[int],
+    scale: float,
     tell: Callable[[dict[str, Any]], None],
 ) -> bytes:
     """What the microbatch at `place`, (step, microbatch), comes to in a process of its own, from the weights of another
-    one's `state_of`. off: see `Trainable`.
+    one's `state_of`. off: see `Trainable`. scale: the loss scale.
     """
     step, microbatch = place
 
@@ -87,6 +88,7 @@ def computed_alone(
             for name, tensor in state.items():
                 named[name].copy_(tensor)
         replica.trainable.take(off)
+        replica.scaler.take(scale)
 
     replica = replica_before(step, recipe, device, written, load)
     gradients = Gradients(replica)

@@ -30,6 +30,7 @@ from instep.worker.model import build_for_training, check_parameters, check_toke
 from instep.worker.optimizer import Some, optimizer_of, some_of
 from instep.worker.out_of_turn import out_of_turn
 from instep.worker.sample_reader import SampleReader
+from instep.worker.scaler import Scaler
 from instep.worker.single_samples import check_single_samples
 from instep.worker.spot_checks import ChecksByTurn, SpotChecks
 from instep.worker.trainable import Trainable, freeze
@@ -110,6 +111,8 @@ class Replica:
         self.trainable = Trainable(self.module, self.names, self.parameters, at_rest)
         """Which of them require a gradient at present."""
         self._lr: float | None = None
+        self.scaler = Scaler(recipe.loss_scale)
+        """The loss scale, which gradients that come out of `compute` still have."""
         self.written = WrittenParameters(self.module, self.parameters, written)
         """The parameters that its own forwards write."""
         self.doing = "building the optimizer"
@@ -201,7 +204,7 @@ class Replica:
         return batch
 
     def compute(self, step: int, microbatch: int, batch: Any, totals: Mapping[str, int]) -> dict[str, Tensor]:
-        """The gradient of one microbatch's share of the step's objective, into the parameters' hooks.
+        """The gradient of a microbatch's share of the step's objective, by the loss scale, into the parameters' hooks.
 
         `totals` are the items of each term over the whole batch of the step; they divide the sums, so that what the
         microbatches give adds up to the gradient of the objective on the whole batch. A term without items in the whole
@@ -216,7 +219,7 @@ class Replica:
         seed_all(key_of_step(self.recipe.seed, step, microbatch, "compute"))
         with self.autocast():
             sums = objective.sums(self._forward, batch, shared)
-        weights = objective.weights(step)
+        weights = self.scaler.scaled(objective.weights(step))
         # In float32, and divided before backward: afterwards gradients are only added, and only in the tree.
         given = [
             (sums[name], weight if totals[name] else 0.0, max(1, totals[name])) for name, weight in weights.items()
@@ -305,12 +308,13 @@ class Replica:
         """What a checkpoint holds beside the weights: the optimizer's state, and buffers outside the state_dict.
 
         Where parameters ceased to require a gradient, "ceased" are their names. Where the optimizer trains other
-        weights than are saved, those are "weights".
+        weights than are saved, those are "weights". "loss_scale" is there with float16 alone.
         """
         kept = self.module.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.module.named_buffers() if name not in kept}
         off = {"ceased": self.trainable.off_names} if self.trainable.off else {}
-        return {"optimizer": self.optimizer.state(), "buffers": buffers, **off, **self.evaluated.state()}
+        more = {**off, **self.evaluated.state(), **self.scaler.state()}
+        return {"optimizer": self.optimizer.state(), "buffers": buffers, **more}
 
     def load(self, model_state: Mapping[str, Tensor], training_state: Mapping[str, Any]) -> None:
         """Takes the state of a checkpoint of the same recipe. Raises CheckpointError where it does not fit."""
@@ -337,6 +341,7 @@ class Replica:
             raise CheckpointError("the training state of the checkpoint is not as it was written; use an earlier one.")
         self.trainable.take_names(ceased)
         self.optimizer.load(training_state["optimizer"])
+        self.scaler.load(training_state.get("loss_scale"))
 
     def not_finite(self, sums: Mapping[str, float], step: int, microbatch: int) -> list[NonFiniteError]:
         """The errors for those terms whose sums over a microbatch are not finite."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from instep.errors import CheckpointError, NonFiniteError, ObjectiveError
 from instep.record.shapes import WATCH, misfit
@@ -24,13 +27,15 @@ class Verdict(NamedTuple):
     """On one update. answer: "" where it is no spike, else what the watch answers with.
 
     why: a sentence to warn with, or "". bad: batches in it that are not finite or have no items. `left_out`: whether
-    the update is not made because of that.
+    the update is not made because of that. overflows: 1 where it is not made since the loss scale is too large, or
+    under local steps those that workers left out for that.
     """
 
     answer: str = ""
     why: str = ""
     bad: int = 0
     left_out: bool = False
+    overflows: int = 0
 
     @property
     def updates(self) -> bool:
@@ -45,12 +50,14 @@ class Verdict(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """What the tape says of the update, beside the rest."""
         spike = {"spike": self.answer} if self.answer else {}
-        return spike | ({"bad_batches": self.bad} if self.bad or self.left_out else {})
+        bad = {"bad_batches": self.bad} if self.bad or (self.left_out and not self.overflows) else {}
+        return spike | bad | ({"overflows": self.overflows} if self.overflows else {})
 
     def note(self, progress: Progress) -> None:
         """Keeps count."""
         progress.skipped += self.answer not in ("", "warn")
         progress.bad_batches += self.bad
+        progress.overflows += self.overflows
         if self.answer == "stop":
             progress.stopped = self.why
 
@@ -166,6 +173,34 @@ class Watcher:
         self._pasts = {turn: deque(past, maxlen=self._watch.window) for turn, past in pasts.items()}
         self._kept, self._rollbacks, self._quiet = state["kept"], state["rollbacks"], state["quiet"]
         self._bad = state.get("bad", 0)
+
+
+def wrong_in_step(
+    replica: Replica,
+    step: int,
+    terms: Sequence[str],
+    sums: Sequence[float],
+    totals: Mapping[str, int],
+    norm: float,
+    gradients: Iterable[tuple[str, Tensor, bool]],
+) -> list[ObjectiveError]:
+    """The first thing that is not finite in a whole step, or that it has no items; nothing where all is right, or the
+    gradient may not be finite since the loss scale is too large.
+
+    sums: of the microbatches, term by term. gradients: name, gradient, and whether there is one, of each parameter.
+    """
+    if not replica.objective.has_items(totals):
+        return [replica.objective.no_items(step)]
+    bad_sum = next((place for place, value in enumerate(sums) if not math.isfinite(value)), None)
+    if bad_sum is not None:
+        microbatch, term = divmod(bad_sum, len(terms))
+        return [*replica.not_finite({terms[term]: sums[bad_sum]}, step, microbatch)]
+    if math.isfinite(norm) or replica.scaler.yields():
+        return []
+    bad = next((name for name, view, seen in gradients if seen and not bool(torch.isfinite(view).all())), None)
+    which = f"of '{bad}' is not finite" if bad else "is too large to square"
+    which += replica.scaler.said()
+    return [NonFiniteError(f"the gradient {which} in step {step + 1}, though every term of the objective is.")]
 
 
 def _stopping(why: ObjectiveError, before: int, watch: Watch) -> ObjectiveError:

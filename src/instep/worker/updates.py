@@ -39,9 +39,11 @@ class Added(NamedTuple):
 
     sums: of each term, microbatch by microbatch, in any order. totals: items by term. norm: the gradient's L2 norm.
     touched: by parameter, whether it has a gradient. bad: what is not finite in it, and which batches have no items;
-    left_out: whether the whole update is, for that. written: what it is to find in the parameters that forwards wrote,
-    by name. off: the parameters that require no gradient from then on; None for those of before. ends: of the run's
-    first batch, see `Buffers.ends`, by contribution.
+    left_out: whether the whole update is, for that; else a norm that is not finite is the loss scale's doing. written:
+    what it is to find in the parameters that forwards wrote, by name. off: the parameters that require no gradient from
+    then on; None for those of before. ends: of the run's first batch, see `Buffers.ends`, by contribution. scale: the
+    loss scale that the gradient was computed with, the largest one of several; None for the present one. overflows:
+    local steps that workers left out because of it.
     """
 
     sums: Mapping[str, Sequence[float]]
@@ -53,12 +55,15 @@ class Added(NamedTuple):
     left_out: bool = False
     off: Collection[int] | None = None
     ends: Iterable[Mapping[int, tuple[int, int]]] = ()
+    scale: float | None = None
+    overflows: int = 0
 
 
 class Update(NamedTuple):
     """What an update came to: the objective over the items of its contributions, and its parts by term.
 
     objective: None where they hold no item of a term that is minimised. doubts: to warn with. turn: see `Bound.turn`.
+    scale: the loss scale that its gradient was computed with, if there is one.
     """
 
     objective: float | None
@@ -69,12 +74,14 @@ class Update(NamedTuple):
     verdict: Verdict
     doubts: tuple[str, ...] = ()
     turn: str = ""
+    scale: float | None = None
 
     def facts(self) -> dict[str, Any]:
         """What a tape says of it."""
         return {
             "objective": self.objective, "terms": self.terms, "items": self.items, "lr": self.rate,
             "grad_norm": self.norm, **self.verdict.facts(), **({"turn": self.turn} if self.turn else {}),
+            **({} if self.scale is None else {"loss_scale": self.scale}),
         }  # fmt: skip
 
 
@@ -109,6 +116,7 @@ class Updates:
         `take_buffers` gives each buffer what the microbatches come to; it is called where the update is made.
         The watch may have it left out. Raises NonFiniteError or ObjectiveError, before any change, where it does not.
         """
+        scale = self._scale_of(added)  # before a rollback takes it back
         verdict, objective, means = self._judge(step, added)
         rate: float | None = 0.0
         self.sound = False
@@ -121,13 +129,21 @@ class Updates:
             take_buffers()
         weights.settle()
         self._replica.averages.settle(made=verdict.updates)
+        if scale is not None and self._replica.objective.has_items(added.totals):
+            self._replica.scaler.made(finite=math.isfinite(added.norm), used=scale)
         self.sound = True
-        items, turn = self._replica.objective.items(added.totals), self._replica.objective.turn(added.totals)
-        return Update(objective, means, items, rate, added.norm, verdict, self._doubts(added.ends), turn)
+        items = self._replica.objective.items(added.totals)
+        turn = self._replica.objective.turn(added.totals)
+        return Update(objective, means, items, rate, added.norm, verdict, self._doubts(added.ends), turn, scale)
+
+    def _scale_of(self, added: Added) -> float | None:
+        """The loss scale that the gradient was computed with; None without any, or where each worker has its own."""
+        scaler = self._replica.scaler
+        return (added.scale or scaler.value) if scaler.scales and self._replica.recipe.rule.gradients else None
 
     def _judge(self, step: int, added: Added) -> tuple[Verdict, float | None, dict[str, float]]:
         """The verdict, the objective, and the mean of each term; no objective where the update is left out as bad."""
-        verdict, objective = Verdict(), self._replica.objective
+        verdict, objective = Verdict(overflows=added.overflows), self._replica.objective
         if added.bad or added.left_out:
             verdict = self.watcher.left_out(verdict, added.bad, update=added.left_out)
         if added.left_out or not objective.has_items(added.totals):
@@ -135,7 +151,9 @@ class Updates:
         means = {name: exact_sum(added.sums[name]) / total for name, total in added.totals.items() if total}
         whole = objective.whole(means, step)
         judged = self.watcher.judge(step, whole, objective.turn(added.totals))
-        return verdict.also(judged) if added.bad else judged, whole, means
+        if not math.isfinite(added.norm):
+            verdict = verdict._replace(left_out=True, overflows=1)
+        return verdict.also(judged) if added.bad or verdict.overflows else judged, whole, means
 
     def _doubts(self, contributions: Iterable[Mapping[int, tuple[int, int]]]) -> tuple[str, ...]:
         """Warns, once, of buffers that pieces of the first batch left with different values of the same start."""
@@ -148,32 +166,6 @@ class Updates:
                     found.add(index)
         self._told |= found
         return (about_means([self._buffers.names[index] for index in sorted(found)]),) if found else ()
-
-
-def wrong_in_step(
-    replica: Replica,
-    step: int,
-    terms: Sequence[str],
-    sums: Sequence[float],
-    totals: Mapping[str, int],
-    norm: float,
-    gradients: Iterable[tuple[str, Tensor, bool]],
-) -> list[ObjectiveError]:
-    """The first thing that is not finite in a whole step, or that it has no items; nothing where all is right.
-
-    sums: of the microbatches, term by term. gradients: name, gradient, and whether there is one, of each parameter.
-    """
-    if not replica.objective.has_items(totals):
-        return [replica.objective.no_items(step)]
-    bad_sum = next((place for place, value in enumerate(sums) if not math.isfinite(value)), None)
-    if bad_sum is not None:
-        microbatch, term = divmod(bad_sum, len(terms))
-        return [*replica.not_finite({terms[term]: sums[bad_sum]}, step, microbatch)]
-    if math.isfinite(norm):
-        return []
-    bad = next((name for name, view, seen in gradients if seen and not bool(torch.isfinite(view).all())), None)
-    which = f"of '{bad}' is not finite" if bad else "is too large to square"
-    return [NonFiniteError(f"the gradient {which} in step {step + 1}, though every term of the objective is.")]
 
 
 def clipped_step(
@@ -228,6 +220,7 @@ class Merger:
         added = Added(
             sums, counts, norm, [index in touched for index in range(len(self.replica.parameters))], written,
             bad=bad, left_out=left_out, off=self._off(facts), ends=[each.ends for each in facts],
+            scale=max(each.scale for each in facts), overflows=sum(each.overflows for each in facts),
         )  # fmt: skip
         more = self.rule.local_steps - self.rule.stride  # a fragment is moved along all since it was sent last
         still = self.replica.trainable.frozen_in([batch for each in contributions for batch in each.work.batches(more)])
@@ -253,12 +246,16 @@ class Merger:
         left_out = bool(wrong) and self.rule.gradients
         if left_out:
             wrong = wrong[:1]  # one update, one batch that is left out
-        elif not math.isfinite(norm):
+        elif not (math.isfinite(norm) or self._yields(contributions)):
             wrong, left_out = [*wrong, NonFiniteError(self._about(contributions, step))], True
         found = Counter(batch for each in contributions for batch in each.facts.empty)
         # The last piece of a batch holds no items either, whenever the others came.
         empty = [batch for batch, more in found.items() if self._empty.get(batch, 0) + more == self.pieces.parts]
         return wrong + [self.replica.objective.no_items(batch) for batch in empty if not left_out], left_out
+
+    def _yields(self, contributions: Sequence[Arrived]) -> bool:
+        """Whether a gradient that is not finite is left out for the loss scale, which is lowered."""
+        return self.rule.gradients and self.replica.scaler.yields(max(each.facts.scale for each in contributions))
 
     def _count_empty(self, facts: Sequence[Facts]) -> None:
         for batch in (batch for each in facts for batch in each.empty):
@@ -382,6 +379,7 @@ class Merger:
         if bad >= 0:
             work = next(each.work for each in contributions if each.worker == bad)
             samples = f" (global batch {work.batch + 1}, microbatches {work.start} to {work.stop - 1})"
+        whose += self.replica.scaler.said() if self.rule.gradients else ""
         return f"the contribution {whose} in step {step + 1}{samples}, though every term of the objective is."
 
 
