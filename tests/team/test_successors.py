@@ -10,7 +10,7 @@ from instep.team.successors import PlacesHeld
 
 
 def test_a_place_is_given_to_the_successor_that_is_ready_though_that_one_dies_at_this_moment() -> None:
-    board, session = HeartbeatBoard(2), Mock(number=0)
+    board, session = HeartbeatBoard(2), Mock(number=0, numbers=(0, 1))
     sent: list[Any] = []
     session.pipe.send = sent.append
     places = PlacesHeld(session, board)
@@ -27,7 +27,7 @@ def test_a_place_is_given_to_the_successor_that_is_ready_though_that_one_dies_at
 def test_who_begins_while_others_hold_places_may_hold_them_later_but_none_that_was_held_under_its_number() -> None:
     board = HeartbeatBoard(4)
     board.hold({0: (1, 1), 3: (2, 1)}, told=0)
-    places = PlacesHeld(Mock(number=2), board)
+    places = PlacesHeld(Mock(number=2, numbers=range(4)), board)
     assert list(places.held()) == [], "what worker 2 held that died has been taken, or is another's"
     board.hold({0: (2, 1)}, told=0)  # for worker 1 is lost, who held it
     assert list(places.held()) == [0]
