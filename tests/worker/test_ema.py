@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import time
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,15 +33,15 @@ from instep.record import checkpoint, tape
 from instep.record.digest import digest_of_state
 from instep.rules import presets as p
 from instep.run import Run
-from instep.team.asking import resized, standing_of
+from instep.team.asking import resized
 from instep.worker.averages import Averages
 from instep.worker.replica import Replica
 from support import deaths, workloads
 from support.agents import train_on
 from support.harness import Client, Outcome, told, train_here
 from support.kinds import quick
-from support.patience import LONG_S
-from support.regression import numbers, regression, squares, waiting_for
+from support.paced import Paced, changed
+from support.regression import numbers, regression, squares
 from support.schedule_free import ScheduleFree
 from support.sentences import one_sentence
 from support.serving import at, drive, kill, replayed, serving
@@ -296,24 +295,20 @@ def test_a_resume_with_another_team_goes_on_with_the_averages(
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_a_team_that_is_changed_in_its_run_goes_on_with_the_averages(before: int, after: int, tmp_path: Path) -> None:
-    path, file = tmp_path / "run", tmp_path / "go on"
-    recipe = dataclasses.replace(waiting_for((1, 0, file), steps=9), ema=DECAYS)
+    path, paced, client = tmp_path / "run", Paced(tmp_path), Client()
+    recipe = dataclasses.replace(paced.recipe, ema=DECAYS)
 
     def ask() -> None:
-        until = time.monotonic() + LONG_S
-        while time.monotonic() < until:
-            try:
-                if any(each["doing"] == "computing step 2, microbatch 0" for each in standing_of(path)["members"]):
-                    break
-            except Exception:  # it is not there yet
-                pass
-            time.sleep(0.02)
+        paced.until(lambda: len(told(client, "merged")) > 1, "two steps")
         resized(path, after)
+        paced.until(lambda: changed(client, 1), "the change")
 
-    with meanwhile(ask, file.touch):
-        run = train_here(recipe, Team(workers=before), path)
+    with meanwhile(ask, paced.go_on):
+        run = train_here(recipe, Team(workers=before), path, client=client)
     assert run.result["workers"] == after
-    assert digests(run) == digests(train_here(regression(steps=9, ema=DECAYS), Team(), tmp_path / "whole"))
+    assert [each["version"] for each in told(run, "merged")] == list(range(1, paced.steps + 1))
+    assert len(told(run, "run_started")) == 1, "no average was read from a checkpoint"
+    assert digests(run) == digests(train_here(dataclasses.replace(recipe, objective=squares), Team(), tmp_path / "one"))
 
 
 @pytest.mark.usefixtures("agents_meet_here")
