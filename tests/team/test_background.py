@@ -25,6 +25,7 @@ from instep.recipe import Recipe, Team
 from instep.record import checkpoint, tape
 from instep.record.checkpoint import SavedCheckpoint
 from instep.record.events import CheckpointedEvent
+from instep.team.asking import resized, standing_of
 from instep.team.background import BackgroundCheckpoints, KeptCopy
 from instep.team.outcome import saved_amid
 from instep.team.process import _Keeper
@@ -33,9 +34,13 @@ from support.agents import train_on
 from support.deaths import Deaths, Hooks, after, before, run
 from support.full_disk import full_disk
 from support.harness import Client, Outcome, stopping_at, told, train_here
+from support.patience import LONG_S
+from support.processes import wait_until
 from support.reference import reference_digests
+from support.regression import waiting_in
 from support.sentences import one_sentence
 from support.serving import RULES, killed_altogether, replayed
+from support.threads import meanwhile
 
 STEPS = 12
 ALWAYS, NEVER = 1e-9, 10**6
@@ -254,6 +259,34 @@ def test_where_another_worker_raises_the_one_that_is_being_written_is_whole_and_
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize(("engine", "workers"), [("lockstep", 3), ("lockstep", 1), ("server", 3)])
+def test_a_team_that_is_changed_waits_for_the_one_that_is_being_written(
+    engine: Any, workers: int, tmp_path: Path
+) -> None:
+    path, file, recipe = tmp_path / "run", tmp_path / "go on", waiting_in(2, 0, tmp_path / "go on")
+
+    def ask() -> None:
+        wait_until(lambda: _computes(path, "step 3, microbatch 0"), LONG_S, "step 3")
+        resized(path, workers)
+
+    with meanwhile(ask, file.touch), held(NEVER // 2):
+        outcome = train_here(recipe, team(workers=2, engine=engine), path)
+    assert outcome.digest == train_here(waiting_in(2, 0, file), Team(), tmp_path / "alone").digest
+    assert [(each["before"], each["workers"]) for each in told(outcome, "resized")] == [(2, workers)]
+    first = aside(outcome)[0]["version"]
+    assert first == (1 if engine == "server" else 2), "in step the first version is tried alone"
+    all_sound(outcome)
+    assert replayed(recipe, path).same
+
+
+def _computes(path: Path, what: str) -> bool:
+    try:
+        return any(each["doing"] == f"computing {what}" for each in standing_of(path)["members"])
+    except Exception:  # it is not there yet
+        return False
+
+
+@pytest.mark.processes
 def test_a_run_that_was_killed_is_resumed_from_one(tmp_path: Path, in_step: Outcome) -> None:
     pids: list[int] = []
 
@@ -345,13 +378,20 @@ def test_under_a_server_too_training_goes_on_and_the_run_is_replayed(rule: str, 
 def test_a_run_under_a_server_that_was_killed_goes_on_from_one_and_is_replayed(told_of: bool, tmp_path: Path) -> None:
     """Also where it was killed before the tape was told."""
     recipe, who, path = gpt(rule=RULES["asynchronous"], steps=24), team(workers=2, engine="server"), tmp_path / "run"
-    settle = BackgroundCheckpoints.settle
+    settle, due = BackgroundCheckpoints.settle, BackgroundCheckpoints.due
 
     def silent(self: BackgroundCheckpoints, *, wait: bool) -> int:
         return settle(self, wait=wait) if wait else 0
 
-    with mock.patch.object(BackgroundCheckpoints, "settle", settle if told_of else silent):
-        killed_altogether(recipe, who, path, lambda event: event["kind"] == "merged" and event["version"] >= 20)
+    def once(self: BackgroundCheckpoints) -> bool:
+        return not self._version and due(self)
+
+    def late(event: dict[str, Any]) -> bool:
+        return event["kind"] == "checkpointed" if told_of else event["kind"] == "merged" and event["version"] >= 20
+
+    changed = {"due": once} if told_of else {"settle": silent}  # else one may be whole, and not yet told of
+    with mock.patch.multiple(BackgroundCheckpoints, **changed):
+        killed_altogether(recipe, who, path, late)
     resumed = train_here(recipe, who, path, resume=True)
     events = list(tape.read(path / "tape.jsonl"))
     (_, start) = [place for place, event in enumerate(events) if event["kind"] == "run_started"]
