@@ -37,7 +37,7 @@ from support.harness import Client, Outcome, stopping_at, told, train_here
 from support.patience import LONG_S
 from support.processes import wait_until
 from support.reference import reference_digests
-from support.regression import waiting_in
+from support.regression import waiting_for
 from support.sentences import one_sentence
 from support.serving import RULES, killed_altogether, replayed
 from support.threads import meanwhile
@@ -261,17 +261,20 @@ def test_where_another_worker_raises_the_one_that_is_being_written_is_whole_and_
 @pytest.mark.processes
 @pytest.mark.parametrize(("engine", "workers"), [("lockstep", 3), ("lockstep", 1), ("server", 3)])
 def test_a_team_that_is_changed_waits_for_the_one_that_is_being_written(
-    engine: Any, workers: int, tmp_path: Path
+    engine: Any, workers: int, tmp_path: Path, ordered: Callable[[], None]
 ) -> None:
-    path, file, recipe = tmp_path / "run", tmp_path / "go on", waiting_in(2, 0, tmp_path / "go on")
+    path, file = tmp_path / "run", tmp_path / "go on"
+    recipe = waiting_for((2, 0, file), steps=5)
 
     def ask() -> None:
         wait_until(lambda: _computes(path, "step 3, microbatch 0"), LONG_S, "step 3")
         resized(path, workers)
+        if engine == "lockstep":
+            ordered()
 
     with meanwhile(ask, file.touch), held(NEVER // 2):
         outcome = train_here(recipe, team(workers=2, engine=engine), path)
-    assert outcome.digest == train_here(waiting_in(2, 0, file), Team(), tmp_path / "alone").digest
+    assert outcome.digest == train_here(recipe, Team(), tmp_path / "alone").digest
     assert [(each["before"], each["workers"]) for each in told(outcome, "resized")] == [(2, workers)]
     first = aside(outcome)[0]["version"]
     assert first == (1 if engine == "server" else 2), "in step the first version is tried alone"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +22,6 @@ from instep.randomness import key_of_step
 from instep.recipe import Team
 from instep.team import crew
 from instep.team.asking import resized, standing_of
-from instep.team.crew import LocalCrew
 from instep.transport.memory import reserve as transport_reserve
 from support.agents import train_on
 from support.harness import Client, Outcome, told, train_here
@@ -53,24 +51,6 @@ def when_going(path: Path) -> None:
         except Exception:  # it is not there yet
             pass
         time.sleep(0.02)
-
-
-@pytest.fixture
-def ordered(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Returns once the workers that are to go on have been told to do so in another group after the present step."""
-    told_to, regroup = threading.Event(), LocalCrew.regroup
-
-    def and_tell(*args: Any) -> None:
-        regroup(*args)
-        told_to.set()
-
-    monkeypatch.setattr(LocalCrew, "regroup", and_tell)
-
-    def wait() -> None:
-        assert told_to.wait(LONG_S), "another group"
-        told_to.clear()
-
-    return wait
 
 
 def check_changed_in_step_2(run: Outcome, before: int, after: int) -> None:
