@@ -82,6 +82,24 @@ def test_tensors_that_share_memory_share_it_there() -> None:
     assert one is again
 
 
+@pytest.mark.parametrize(("pieces", "most_bytes"), [(1000, 1 << 30), (1000, 1000), (3, 1 << 30)])
+def test_what_a_system_does_not_take_at_once_is_written_bit_by_bit(
+    pieces: int, most_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_files, "_MOST_PIECES", pieces)
+    monkeypatch.setattr(batch_files, "_MOST_BYTES", most_bytes)
+    given, pwritev = [], os.pwritev
+
+    def part(descriptor: int, buffers: list[memoryview], start: int) -> int:  # as where memory is short
+        given.append(len(buffers))
+        return pwritev(descriptor, [buffers[0][:777]], start)
+
+    monkeypatch.setattr(os, "pwritev", part)
+    batch = [TENSORS["rows"], torch.randn(100, 100)[7:], np.ones(5000), TENSORS["a row of much"]]
+    assert signature(sent(batch)) == signature(batch)
+    assert max(given, default=0) <= pieces
+
+
 def test_what_is_written_to_a_batch_nobody_else_sees() -> None:
     file = batch_files.write((torch.zeros(5000), np.zeros(5)))
     one, other = batch_files.read(*file)[0], batch_files.read(*file)[0]

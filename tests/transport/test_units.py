@@ -44,6 +44,16 @@ def test_anybody_sees_what_a_loader_reads_and_has_read_ahead() -> None:
     assert (units.of_loader(0), units.of_loader(1)) == ((None, 0, 0), (None, 0, 0))
 
 
+def test_where_the_generators_were_is_wanted_until_all_say_that_they_do_not_go_on_from_there() -> None:
+    units = table(8)
+    assert units.states_wanted
+    units.note_draws(False)
+    assert not units.states_wanted
+    units.note_draws(True)
+    units.note_draws(False)
+    assert units.states_wanted
+
+
 def test_of_one_microbatch_that_was_read_twice_the_second_stays() -> None:
     units = table(2 * ROWS, loaders=2)
     first = claimed(units)._replace(state=State.LOADED, descriptor=5, nbytes=1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from instep.restore import random_state
+from instep.transport import batch_files
 from instep.transport.units import State, Stream, Unit, Units
 from instep.worker import loaded, sample_reader
 from instep.worker.loaded import Beside, LoadedAhead
@@ -51,7 +52,7 @@ def with_found(value: float) -> SampleReader:
     ahead.expect(Stream(0, 0, 9, 0, 8))
     state = pickle.dumps(random_state(), protocol=5)
     found = torch.full((1,), value), Beside(state, [])
-    ahead.take = lambda *place: None if ahead.doubts() else found  # type: ignore[method-assign]
+    ahead.take = lambda *place, draws: None if ahead.doubts() else found  # type: ignore[method-assign]
     return reader
 
 
@@ -75,3 +76,19 @@ def test_generators_that_a_loader_lacks_are_seeded_before_the_users_code_draws()
     with mock.patch.object(sample_reader, "seed_all") as seeded:
         ones(reader, 1, draws=True)
     seeded.assert_called_once_with(3)
+
+
+@pytest.mark.pure
+@pytest.mark.parametrize(("draws", "state"), [(False, b""), (True, b"x"), (True, b"")])
+def test_a_worker_that_goes_on_drawing_reads_itself_what_came_without_the_generators(draws: bool, state: bytes) -> None:
+    units = Units(1, 1)
+    ahead = LoadedAhead(units, 0, 8, idle=False)
+    ahead.expect(Stream(0, 0, 3, 0, 8))
+    unit, file = units.claim(0, 2, full=False), batch_files.write(torch.ones(3), Beside(state, []))
+    assert unit is not None
+    inode = os.fstat(file.descriptor).st_ino
+    units.post(unit._replace(state=State.LOADED, inode=inode, **file._asdict()))
+    found = ahead.take(0, 0, unit.entered, draws=draws)
+    os.close(file.descriptor)
+    assert (found is None) == (draws and not state)
+    assert units.states_wanted == draws

@@ -75,7 +75,7 @@ class TokenFile:
         sample `what`; 0 does not look.
         """
         tokens = self.tokens(start, stop)
-        if 0 < vocabulary <= self._highest and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        if 0 < vocabulary <= self._highest and not self._all_below(vocabulary, tokens):
             other = int(tokens.max()) if int(tokens.max()) >= vocabulary else int(tokens.min())
             raise DataError(
                 f"{what} has the token {other}, after token {start:,} of {self.path}, and the vocabulary is "
@@ -83,6 +83,10 @@ class TokenFile:
                 f"the right one."
             )
         return torch.from_numpy(tokens.astype(np.int64))
+
+    def _all_below(self, vocabulary: int, tokens: NDArray[Any]) -> bool:
+        found = int(np.maximum.reduce(tokens)) < vocabulary
+        return found and (self.dtype.kind == "u" or int(np.minimum.reduce(tokens)) >= 0)
 
     def document_ends(self) -> NDArray[np.int64] | None:
         """Where each document ends, in tokens ([documents], int64), as the ``.idx`` beside the file says it; None

@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +27,9 @@ _GAPS = 4096
 _MOST_BYTES = 1 << 30
 """That are written at once: a system writes no more than 2 GiB."""
 
+_MOST_PIECES = 1_000
+"""Likewise: Linux takes 1,024."""
+
 
 class NotSent(Exception):
     """The batch holds what another process cannot have."""
@@ -41,8 +43,7 @@ class Written(NamedTuple):
     head: int
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a tensor lies: in which part of the file, and from which of its elements on. packed: without its gaps."""
 
     dtype: torch.dtype
@@ -73,9 +74,7 @@ def write(batch: Any, beside: Any = None) -> Written:
     head, described = parts.end, described + content.getvalue()
     descriptor = memory_file()
     try:
-        for (start, _), array in zip(parts.spans, parts.arrays, strict=True):
-            _write(descriptor, array.data, start)
-        _write(descriptor, memoryview(described), head)
+        _write(descriptor, [*parts.pieces(), memoryview(described)])
     except BaseException:
         os.close(descriptor)
         raise
@@ -152,6 +151,16 @@ class _Parts:
         self.end = start + array.nbytes
         return len(self.spans) - 1
 
+    def pieces(self) -> Iterator[memoryview]:
+        """What is to be written, from the file's first byte on."""
+        written = 0
+        for (start, count), array in zip(self.spans, self.arrays, strict=True):
+            if start > written:
+                yield memoryview(bytes(start - written))
+            if count:
+                yield array.data
+            written = start + count
+
     def place(self, tensors: Sequence[Tensor]) -> list[_Place]:
         """Where each lies. Those that have memory in common have it there, unless there is much beside theirs."""
         places: list[_Place] = [_Place(each.dtype, tuple(each.shape), each.stride()) for each in tensors]
@@ -160,9 +169,17 @@ class _Parts:
             if tensor.numel():
                 groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(index)
         for group in groups.values():
+            if len(group) == 1 and tensors[group[0]].is_contiguous():  # as most often
+                self._place_alone(tensors[group[0]], group[0], places)
+                continue
             for some in [group] if _dense([tensors[index] for index in group]) else [[index] for index in group]:
                 self._place(tensors, some, places)
         return places
+
+    def _place_alone(self, tensor: Tensor, index: int, places: list[_Place]) -> None:
+        storage, begin = tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.itemsize
+        part, offset = self._add(storage, begin // 16 * 16, begin + tensor.nbytes), begin % 16 // tensor.itemsize
+        places[index] = places[index]._replace(part=part, offset=offset)
 
     def _place(self, tensors: Sequence[Tensor], some: Sequence[int], places: list[_Place]) -> None:
         own = [tensors[index] for index in some]
@@ -171,12 +188,15 @@ class _Parts:
         storage = own[0].untyped_storage()
         first = (min(_span(each)[0] for each in own) - storage.data_ptr()) // 16 * 16  # an element's size divides 16
         last = max(_span(each)[1] for each in own) - storage.data_ptr()
-        view = torch.empty(0, dtype=torch.uint8).set_(storage, first, (last - first,), (1,))
-        part = self.add(view.numpy(), storage.data_ptr() + first)
+        part = self._add(storage, first, last)
         for index, each in zip(some, own, strict=True):
             offset = (each.data_ptr() - storage.data_ptr() - first) // each.itemsize
-            place = places[index]
-            places[index] = _Place(place.dtype, place.size, place.stride, part, offset, packed)
+            places[index] = places[index]._replace(part=part, offset=offset, packed=packed)
+
+    def _add(self, storage: torch.UntypedStorage, start: int, stop: int) -> int:
+        """Takes bytes of a storage. Returns which part they are."""
+        view = torch.empty(0, dtype=torch.uint8).set_(storage, start, (stop - start,), (1,))
+        return self.add(view.numpy(), storage.data_ptr() + start)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -202,8 +222,18 @@ def _tensor(place: _Place, parts: Sequence[Tensor]) -> Tensor:
     return torch.empty_strided(place.size, place.stride, dtype=place.dtype).copy_(packed)
 
 
-def _write(descriptor: int, content: memoryview, start: int) -> None:
-    content = content.cast("B")
-    while content.nbytes:
-        written = os.pwrite(descriptor, content[:_MOST_BYTES], start)
-        content, start = content[written:], start + written
+def _write(descriptor: int, pieces: Sequence[memoryview]) -> None:
+    """Writes them one after the other, as many at once as a system takes."""
+    start = 0
+    for first in range(0, len(pieces), _MOST_PIECES):
+        left = [piece.cast("B") for piece in pieces[first : first + _MOST_PIECES]]
+        while left:
+            if sum(map(len, left)) <= _MOST_BYTES:
+                written = os.pwritev(descriptor, left, start)
+            else:
+                written = os.pwrite(descriptor, left[0][:_MOST_BYTES], start)
+            start += written
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if written:
+                left[0] = left[0][written:]

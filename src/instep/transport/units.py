@@ -27,6 +27,9 @@ MOST_TRIES = 3
 
 _LOADED, _WANTED = range(2)
 
+_DRAWN, _NOT_DRAWN = 1, 2
+"""Of numbers that workers draw after a loader's; 0: nobody has said."""
+
 
 class State:
     """Of a microbatch: to be read, being read, loaded, loaded and taken by a worker; to be read by the worker itself,
@@ -55,6 +58,9 @@ class Unit(NamedTuple):
     sample: int = -1
     code: int = 0
     entered: int = 0
+
+
+_SAMPLE = Unit._fields.index("sample")
 
 
 class Stream(NamedTuple):
@@ -88,6 +94,7 @@ class Units:
             "microbatches": Region((1,), "int64"),
             "signs": Region((2,), "int64"),
             "closed": Region((1,), "int64"),
+            "draws": Region((1,), "int64"),
             "read": Region((loaders,), "int64"),
             "asked": Region((workers,), "int64"),
             "streams": Region((2 * workers, len(Stream._fields)), "int64"),
@@ -96,8 +103,8 @@ class Units:
         self._file = memory_file()
         reserve(self._file, regions)
         arrays = attach(self._file, regions)
-        self._signs, self._closed, self._asked, self._streams, self._rows = (
-            arrays[name].view(np.int64) for name in ("signs", "closed", "asked", "streams", "rows")
+        self._signs, self._closed, self._draws, self._asked, self._streams, self._rows = (
+            arrays[name].view(np.int64) for name in ("signs", "closed", "draws", "asked", "streams", "rows")
         )
         self._shared_microbatches = arrays["microbatches"].view(np.int64)
         self.microbatches = 1
@@ -153,7 +160,17 @@ class Units:
                 row[1] = State.TAKEN
         self.sign(_WANTED)
 
+    def note_draws(self, draws: bool) -> None:
+        """Says whether the generators go on from where a loader has left them. Where workers differ, they do."""
+        if not self._draws[0] or (draws and self._draws[0] == _NOT_DRAWN):
+            self._draws[0] = _DRAWN if draws else _NOT_DRAWN
+
     # A loader's
+
+    @property
+    def states_wanted(self) -> bool:
+        """Whether a worker may want to know where the generators were once samples were read."""
+        return bool(self._draws[0] != _NOT_DRAWN)
 
     def recall(self, loader: int, code: int) -> None:
         """Another loader of this number has died, with this exit status: what it read is to be read again."""
@@ -188,7 +205,7 @@ class Units:
 
     def reads(self, key: int, sample: int) -> None:
         """Its loader is about to read this sample of it."""
-        self._rows[key % ROWS, Unit._fields.index("sample")] = sample
+        self._rows[key % ROWS, _SAMPLE] = sample
 
     def post(self, unit: Unit) -> bool:
         """What has become of it. Whether somebody may still want it."""

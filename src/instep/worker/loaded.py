@@ -16,8 +16,8 @@ REMEDY = "mend it, or leave the sample out with skip_samples (--skip-samples)"
 
 
 class Beside(NamedTuple):
-    """What goes with a batch. state: of the generators once it was read, pickled. again: the
-    errors of the system after which the loader has read samples again so far.
+    """What goes with a batch. state: of the generators once it was read, pickled; b"" where no worker has gone on from
+    there. again: the errors of the system after which the loader has read samples again so far.
     """
 
     state: bytes
@@ -51,12 +51,14 @@ class LoadedAhead:
         self._units.expect(2 * self._place, now)
         self._units.expect(2 * self._place + 1, then)
 
-    def take(self, batch: int, microbatch: int, entered: int) -> tuple[Any, Beside] | None:
+    def take(self, batch: int, microbatch: int, entered: int, *, draws: bool) -> tuple[Any, Beside] | None:
         """A microbatch, as it was read when so many of the recipe's changes held; None: the worker is to read it.
+        draws: the generators are to go on from there.
 
         It waits for the loader. Raises DataError where a sample ends the processes that read it.
         """
         units = self._units
+        units.note_draws(draws)
         if self._why_not or not units.expected(batch, microbatch):
             return None
         if self._now is not None and self._now.covers(batch, microbatch) and batch > self._now.first:
@@ -78,7 +80,7 @@ class LoadedAhead:
                         return None
                     if (found := self._mapped(unit)) is not None:
                         units.took(key)
-                        return found
+                        return found if found[1].state or not draws else None
                 if not waits:
                     units.ask(self._place, key)
                     waits = True

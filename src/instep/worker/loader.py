@@ -101,7 +101,7 @@ class Loader:
             return unit._replace(state=State.OWN)
         seed = key_of_step(self._recipe.seed, batch, microbatch, "data")
         samples = self._reader.read(self._data.train, indices, seed, lambda index: self._units.reads(unit.key, index))
-        state = pickle.dumps(random_state(), protocol=5)
+        state = pickle.dumps(random_state(), protocol=5) if self._units.states_wanted else b""
         file = batch_files.write(samples, Beside(state, self._reader.causes))
         return unit._replace(
             state=State.LOADED, descriptor=file.descriptor, inode=os.fstat(file.descriptor).st_ino, nbytes=file.nbytes,

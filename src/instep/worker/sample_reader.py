@@ -59,7 +59,7 @@ class SampleReader:
         changes hold. draws: the user's code may go on with the random numbers. Raises DataError, with a remedy.
         """
         loaded = self.loaded
-        found = None if loaded is None else loaded.take(*place)
+        found = None if loaded is None else loaded.take(*place, draws=draws)
         if loaded is not None and found is not None and loaded.compared:
             batch, (state, causes) = found
             self._read_again.update(causes)
