@@ -21,6 +21,7 @@ from instep.components import Component
 from instep.errors import CheckpointError, ComponentError, RecipeError, cut, described, shown, told
 from instep.recipe import Recipe
 from instep.schedule import Schedule
+from instep.worker.fused_adam import step_by_kernel
 from instep.worker.optimizer_state import is_plain, put_back, tensors_in, unsaved_state
 
 BY_PARAMETER = (
@@ -148,6 +149,8 @@ class Optimizer:
         return bool(at_rest) and all(name in at_rest for name in self._names)
 
     def _step_of(self, groups: Sequence[list[nn.Parameter]]) -> None:
+        if not self.may_draw and step_by_kernel(self.of_torch, groups):
+            return
         one, before = self.of_torch, [group["params"] for group in self.of_torch.param_groups]
         wholes = one.param_groups
         try:
