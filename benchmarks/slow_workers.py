@@ -75,6 +75,7 @@ def by_instep(steps: int, counted: int, slow: str = "", balance: str = "auto") -
     merged = {e["version"]: e["t_s"] for e in events if e["kind"] == "merged"}
     spans = [e for e in events if e["kind"] == "computed" and e["version"] >= counted]
     each_s = [(e["to_s"] - e["from_s"]) / (e["microbatches"][1] - e["microbatches"][0]) for e in spans]
+    by_worker = [[s for s, e in zip(each_s, spans, strict=True) if e["worker"] == worker] for worker in range(2)]
     last_s: dict[int, float] = {}
     for event in spans:
         last_s[event["version"]] = max(last_s.get(event["version"], 0.0), event["to_s"] - event["from_s"])
@@ -82,6 +83,7 @@ def by_instep(steps: int, counted: int, slow: str = "", balance: str = "auto") -
     return {
         "steps_per_s": (steps - counted) / (merged[steps] - merged[counted]),
         "microbatch_s": statistics.median(sorted(each_s)[: len(each_s) // 2]) if slow else statistics.median(each_s),
+        "microbatch_s_by_worker": [statistics.median(of_one or [0.0]) for of_one in by_worker],
         "rest_s": statistics.median(took[version] - last_s[version] for version in took),
         "moves": run.result["moves"],
         "digest": run.digest,

@@ -34,14 +34,14 @@ def checksum(tensors: Iterable[Tensor]) -> list[str]:
 
 def _weighted_sum(flat: Tensor) -> int:
     words = _words(flat).numpy().view(np.uint32)
-    if words.size < _ROW:
-        return int(np.dot(words, _WEIGHTS[: words.size]))  # as below, where there are no whole rows
-    rows = words.size // _ROW
-    if not rows:  # most tensors of most models, and all that there is to them is the time of calls
+    if words.size < _ROW:  # most tensors of most models, and all that there is to them is the time of calls
         return int(np.dot(words, _WEIGHTS[: words.size]))
-    whole, rest = words[: rows * _ROW].reshape(rows, _ROW), words[rows * _ROW :]
-    sums = np.append(np.einsum("rc,c->r", whole, _WEIGHTS), np.dot(rest, _WEIGHTS[: rest.size]))
-    return int(np.dot(sums, _powers(rows + 1)))
+    rows = words.size // _ROW
+    whole, rest, powers = words[: rows * _ROW].reshape(rows, _ROW), words[rows * _ROW :], _powers(rows + 1)
+    total = int(np.dot(np.einsum("rc,c->r", whole, _WEIGHTS), powers[:rows]))
+    if rest.size:
+        total += int(np.dot(rest, _WEIGHTS[: rest.size])) * int(powers[rows])
+    return total % (1 << 32)
 
 
 def _weighted_sum_in_place(flat: Tensor) -> int:
