@@ -56,6 +56,12 @@ class Size:
     turns: int
 
 
+PARTS = ("slow", "DDP", "moving", "even", "held")
+"""All that are compared."""
+
+NEEDED = ("slow", "DDP", "held")
+"""Those without which nothing can be said of the others."""
+
 WHOLE, QUICK = Size(3, 80, 120, 10, 100, 3), Size(1, 8, 6, 2, 4, 2)
 """About 11 minutes on two cores with nothing else to do; and the least, to see that all runs."""
 
@@ -152,8 +158,8 @@ def moving(size: Size) -> str:
     )
 
 
-def one_round(size: Size) -> dict[str, Any]:
-    """All contenders once."""
+def one_round(size: Size, wanted: Sequence[str] = PARTS) -> dict[str, Any]:
+    """These contenders once, `NEEDED` among them."""
     settled, steps = size.settled, size.turn * size.turns
     contenders = {
         "slow": lambda: by_instep(size.steps, settled, f"1:{SLOW}x"),
@@ -162,8 +168,8 @@ def one_round(size: Size) -> dict[str, Any]:
         "even": lambda: by_instep(size.even, settled),
         "held": lambda: by_instep(size.even, settled, balance="off"),
     }
-    found = {name: contenders[name]() for name in random.sample(list(contenders), len(contenders))}
-    for name in ("slow", "moving"):
+    found = {name: contenders[name]() for name in random.sample(list(wanted), len(wanted))}
+    for name in [name for name in ("slow", "moving") if name in found]:
         each_s = found[name]["microbatch_s"]
         best = soonest([each_s, SLOW * each_s], MICROBATCHES)
         allowed_s = max(best[0], SLOW * best[1]) * each_s
@@ -172,6 +178,8 @@ def one_round(size: Size) -> dict[str, Any]:
             "steps_per_s"
         ]
     found["slow"]["times_ddp"] = found["slow"]["steps_per_s"] / found["DDP"]["steps_per_s"]
+    if "even" not in found:
+        return found
     found["even"]["of_held"] = found["even"]["steps_per_s"] / found["held"]["steps_per_s"]
     if found["even"]["digest"] != found["held"]["digest"]:
         raise SystemExit("the digest depends on who computed what: contract C1 is broken.")
@@ -183,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=0, help=f"{WHOLE.rounds} unless given")
     parser.add_argument("--quick", action="store_true", help="as little as can be, to see that all runs")
+    parser.add_argument("--needed", action="store_true", help=f"of all contenders only {', '.join(NEEDED)}")
     parser.add_argument("--out", type=Path, default=RESULT)
     of_a_rank = {"rank": int, "steps": int, "counted": int, "slow": float, "folder": Path}
     for name, kind in of_a_rank.items():
@@ -194,7 +203,7 @@ def main() -> None:
     how = {"machine": machine(), "commit": _commit(), "size": asdict(size), "load": os.getloadavg()}
     rounds: list[dict[str, Any]] = []
     for number in range(given.rounds or size.rounds):
-        rounds.append(one_round(size))
+        rounds.append(one_round(size, NEEDED if given.needed else PARTS))
         print(number, json.dumps(rounds[-1]), flush=True)
         done = {**how, "seconds": round(time.monotonic() - began), "median": medians(rounds), "each": rounds}
         given.out.write_text(json.dumps(done, indent=1) + "\n")
@@ -213,6 +222,7 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         name: {field: round(statistics.median(each[name][field] for each in rounds), 4) for field in fields}
         for name, fields in wanted.items()
+        if name in rounds[0]
     }
 
 

@@ -9,7 +9,7 @@ rounds. Beside it stands the same ratio for the processor time of the workers, w
 Then, `--memory` times for each version by turns, a team runs alone, and the ratio of what its largest worker occupies
 at its peak (proportional set size) is shown the same way.
 
-The result goes to benchmarks/results/versions.json.
+The result goes to benchmarks/results/versions.json, or to `--out`.
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long a block lasts, about")
     parser.add_argument("--memory", type=int, default=5, help="teams of each version whose memory is looked at")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers")
+    parser.add_argument("--out", type=Path, default=RESULT, help="where the result goes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         archive = subprocess.run(["git", "archive", arguments.commit, "src"], cwd=ROOT, check=True, capture_output=True)
@@ -146,7 +147,7 @@ def main() -> None:
                 }
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     print(json.dumps(found, indent=1))
-    RESULT.write_text(
+    arguments.out.write_text(
         json.dumps(
             {
                 "machine": machine(),
