@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-_KERNELS = {optim.Adam: torch._fused_adam_, optim.AdamW: torch._fused_adamw_}
-"""By class of the optimizer, where none of its groups says otherwise."""
+_KERNELS = {optim.Adam: "_fused_adam_", optim.AdamW: "_fused_adamw_"}
+"""Their names in torch, by class of the optimizer, where none of its groups says otherwise."""
 
 
 def step_by_kernel(one: optim.Optimizer, groups: Sequence[list[nn.Parameter]]) -> bool:
@@ -27,8 +27,8 @@ def step_by_kernel(one: optim.Optimizer, groups: Sequence[list[nn.Parameter]]) -
         seen = [parameter for parameter in parameters if parameter.grad is not None]
         if not seen:
             continue
-        states = [one.state.get(parameter) for parameter in seen]
-        if not _as_usual(one, group) or not all(states) or any(p.dtype != torch.float32 for p in seen):
+        states = [one.state[parameter] for parameter in seen if one.state.get(parameter)]
+        if not _as_usual(one, group) or len(states) < len(seen) or any(p.dtype != torch.float32 for p in seen):
             return False
         calls.append((group, seen, states))
     with torch.no_grad():
@@ -55,7 +55,7 @@ def _step(
     steps = [state["step"] for state in states]
     torch._foreach_add_(steps, 1)
     beta1, beta2 = group["betas"]
-    _KERNELS[type(one)](
+    getattr(torch, _KERNELS[type(one)])(
         parameters, [parameter.grad for parameter in parameters],
         [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], [], steps,
         amsgrad=False, lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
