@@ -282,6 +282,8 @@ class Team:
     interface: address, or name of the network interface, where the hosts of a run reach each other; "" finds it.
     join_timeout_s: seconds in which all agents must have come.
     lease_s, give_up_s: seconds of silence after which a host is lost, and in which it looks for agent 0 again.
+    spare: with ``auto``, where the first of several hosts has one worker, a process waits there, built, to take its
+        place at once should it die; with ``off`` its successor is built then, while the others wait.
     when_lost: whether the hosts that are left ``continue`` with all workers, or ``wait`` for one that was lost.
     mixed_processors: whether hosts may have processors of several kinds, which withdraws the promise of the same bits.
     """
@@ -311,6 +313,7 @@ class Team:
     join_timeout_s: float = 600.0
     lease_s: float = 5.0
     give_up_s: float = 60.0
+    spare: Literal["auto", "off"] = "auto"
     when_lost: Literal["continue", "wait"] = "continue"
     mixed_processors: bool = False
 

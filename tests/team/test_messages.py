@@ -19,7 +19,7 @@ from instep.record.events import WarnedEvent
 from instep.rules import presets as p
 from instep.team import messages as m
 from instep.team.pickling import dump
-from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, PeersLost, Regrouped
+from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, PeersLost, Regrouped, TakePlace
 from instep.transport.memory import Region
 from instep.worker.contribution import Facts
 from instep.worker.milestones import Progress
@@ -57,6 +57,7 @@ MESSAGES = [
     m.EndedFor(1, m.Ended({"version": 7}, "d", left={"sample": "to be"})),
     m.NotStoodIn(1, "worker 1 died while it saved"),
     NextGroup(2, (0, 2), (0, 1), (0, 1), 7, 5, 12),
+    TakePlace(3),
     NotRegrouped(2, "no host has the weights of a version whole"),
     Regrouped(2),
     LeftGroup(2),

@@ -11,8 +11,8 @@ import pytest
 
 from instep.recipe import Team
 from instep.record.folder import RunFolder
-from instep.team import remote
-from instep.team.crew import Heard
+from instep.team import received
+from instep.team.crews import Heard
 from instep.team.messages import Digest
 from instep.team.orders import Member
 from instep.team.remote import RemoteCrew
@@ -62,7 +62,7 @@ def test_a_checkpoint_that_was_on_its_way_when_the_team_was_ended_is_sent_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And one that has come whole is not."""
-    monkeypatch.setattr(remote, "PART_BYTES", 4)
+    monkeypatch.setattr(received, "PART_BYTES", 4)
     path = tmp_path / "step-00000003"
     path.mkdir()
     (path / "model.safetensors").write_bytes(b"0123456789")

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, find, given, settings
 from hypothesis import strategies as st
 
 from instep.record import events as ev
@@ -22,6 +22,7 @@ from instep.team import messages as m
 from instep.team import wire_format
 from instep.team import wire_messages as w
 from instep.team.orders import Member
+from instep.team.regroup_messages import LeftGroup, NotRegrouped, Regrouped
 from instep.transport.memory import Region
 from support.patience import LONG_S
 
@@ -65,10 +66,15 @@ from_workers = st.one_of(
     st.builds(m.Digest, counts, words),
     st.builds(m.Sync),
     st.builds(m.FoundWritten, st.lists(words) | st.lists(words).map(tuple), words),
-    st.builds(m.PeersLost, words),
+    st.builds(m.PeersLost, words, words, counts, st.booleans()),
+    st.builds(m.KeepingState),
+    st.builds(m.FoundWrong, counts, counts, counts, counts, counts, words),
+    st.builds(NotRegrouped, counts, words),
+    st.builds(Regrouped, counts),
+    st.builds(LeftGroup, counts),
     st.builds(m.StoppedAt, counts),
     st.builds(m.Failed, words, words, words),
-    st.builds(m.Ended, tables, words, st.booleans(), tables, st.none() | costs),
+    st.builds(m.Ended, tables, words, st.booleans(), tables, st.none() | costs, counts),
 )
 to_workers = st.one_of(
     st.builds(m.Agreed, tables, st.just({})),
@@ -87,7 +93,7 @@ BY_HAND: dict[type, st.SearchStrategy[Any]] = {
     w.HelloAgent: st.builds(
         w.HelloAgent, counts, counts, counts, counts, words, words, counts, st.dictionaries(words, words), words, words,
         tables, words, st.builds(w.Hardware, words, counts, counts, st.lists(words).map(tuple)),
-        st.none() | st.builds(w.Kept, st.none() | words, counts, file_names, words),
+        st.none() | st.builds(w.Kept, st.none() | words, counts, file_names, words), counts,
     ),
     w.KeptGiven: st.builds(
         w.KeptGiven, file_names, st.lists(merged | warned, max_size=3).map(tuple), words, st.booleans()
@@ -95,10 +101,11 @@ BY_HAND: dict[type, st.SearchStrategy[Any]] = {
     w.StartMembers: st.builds(
         w.StartMembers, counts, st.lists(members, max_size=3).map(tuple), st.none() | file_names, tables, st.booleans(),
         st.none() | words, st.lists(words).map(tuple), st.lists(counts).map(tuple), st.tuples(words, counts), words,
-        words,
+        words, st.booleans(),
     ),
     w.RegroupMembers: st.builds(
-        w.RegroupMembers, counts, counts, st.lists(members, max_size=3).map(tuple), st.booleans(), counts, counts
+        w.RegroupMembers, counts, counts, st.lists(members, max_size=3).map(tuple), st.booleans(), counts, counts,
+        st.booleans(), counts,
     ),
     w.HelloAgain: st.builds(w.HelloAgain, counts, words, counts, floats, st.lists(members, max_size=3).map(tuple)),
     w.GoMembers: st.builds(w.GoMembers, counts, tables),
@@ -184,6 +191,13 @@ def test_every_message_from_agent_0_comes_out_as_it_went_in(message: Any) -> Non
     assert same(wire_format.decode(wire_format.encode(message), w.FromAgent0), message)
 
 
+@pytest.mark.parametrize("kind", BY_HAND, ids=lambda kind: kind.__name__)
+def test_each_field_that_may_be_left_out_is_drawn(kind: type) -> None:
+    for each in dataclasses.fields(kind):
+        if each.default is not dataclasses.MISSING:
+            find(BY_HAND[kind], lambda message, each=each: getattr(message, each.name) != each.default)
+
+
 def test_all_that_workers_and_their_supervisor_say_crosses() -> None:
     for wire, union in ((w.FromMember, m.WorkerToSupervisor), (w.ToMember, m.SupervisorToWorker)):
         assert set(get_args(get_type_hints(wire)["message"])) == set(get_args(union))
@@ -218,6 +232,8 @@ def test_a_detail_crosses_without_its_beginning_and_what_is_too_long_does_not() 
     )
     assert len(failed.detail) == wire_format.DETAIL_CHARACTERS
     assert failed.detail.endswith("end")
+    raised = w.FromMember(Member(1, 1), m.Failed("WorkerError", "it raised", "x" * wire_format.MESSAGE_BYTES))
+    assert len(wire_format.encode(raised)) < wire_format.DETAIL_CHARACTERS + 200
     with pytest.raises(w.WireError, match=r"a Finished of 16,777,\d+ bytes"):
         wire_format.encode(m.Finished({"x": bytes(wire_format.MESSAGE_BYTES)}))
 

@@ -29,7 +29,8 @@ from instep.team import messages, orders
 from instep.team.answers import Answers, why_not
 from instep.team.assigning import as_it_is, assignment_of, for_later, for_successor
 from instep.team.channel import Channel
-from instep.team.crew import Crew, Heard, LocalCrew
+from instep.team.crew import LocalCrew
+from instep.team.crews import Crew, Heard
 from instep.team.hosts import Hosts
 from instep.team.hosts_there import hosts_of, most_in_step
 from instep.team.journal import ClientGone, Journal

@@ -13,7 +13,8 @@ from instep.recipe import Team
 from instep.record.events import Event, MergedEvent
 from instep.rules import UpdateRule
 from instep.team.control import Asked, AskStacks, AskTeam, AskWorkers, Control
-from instep.team.crew import Crew, LocalCrew
+from instep.team.crew import LocalCrew
+from instep.team.crews import Crew
 from instep.team.messages import HeldUp
 from instep.team.standing import WAITS_S, TeamStanding
 from instep.team.wire_messages import Shown

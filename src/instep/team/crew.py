@@ -1,16 +1,17 @@
-"""The processes of a team on one host, over all its epochs, as whoever decides for the team sees them."""
+"""The processes of a team on this host, over all its epochs."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 from instep.recipe import Team
 from instep.record.folder import RunFolder
 from instep.sources import KeptSources
 from instep.team.assigning import next_group
+from instep.team.crews import SERVED_GRACE_S, Heard
 from instep.team.heartbeat import Liveness, process_state
 from instep.team.loaders import Loaders
 from instep.team.messages import (
@@ -25,87 +26,16 @@ from instep.team.messages import (
     SupervisorToWorker,
     WorkerToSupervisor,
 )
-from instep.team.orders import Lost, Member, Regroup, RosterEvent
+from instep.team.orders import Lost, Member, Regroup
 from instep.team.processes import MemberProcess, MemberProcesses
 from instep.team.remembered import Remembered
+from instep.team.spare import Spare
 from instep.team.wire_messages import LoaderShown, Shown
 from instep.transport.memory import reserve
 from instep.transport.meter import METER
 
 GRACE_S = 10.0
 """Seconds that workers have to leave after their last message."""
-
-SERVED_GRACE_S = 1.0
-"""Seconds that workers of the server engine have, all together: what they still compute is for nobody."""
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What a member has sent."""
-
-    member: Member
-    message: WorkerToSupervisor
-
-
-class Crew(Protocol):
-    """One host's. Between `start` and `end` it has an epoch's members; its methods may raise ResourceError."""
-
-    def start(self, members: Collection[Member], assignment: Assignment) -> None:
-        """Starts the processes of an epoch, without a recipe's code in this one."""
-
-    def prepare(self, facts: Mapping[str, Any]) -> None:
-        """All members of the team are ready, with these `facts`: makes room for what those of the host share."""
-
-    def go(self) -> None:
-        """Lets them begin."""
-
-    def join(self, member: Member) -> None:
-        """A successor is ready: lets it begin with the others, who go on."""
-
-    def send(self, member: Member, message: SupervisorToWorker) -> None:
-        """Sends a member a message; nothing where it is dead, as will be heard."""
-
-    def sources(self) -> list[Any]:
-        """What to wait for, with `multiprocessing.connection.wait`."""
-
-    def hear(self, ready: Collection[Any]) -> Iterator[Heard | RosterEvent]:
-        """What is heard of those of the `sources` that are ready."""
-
-    def look(self) -> RosterEvent | None:
-        """What no message tells: the first that is lost in silence."""
-
-    def shown(self) -> tuple[Shown, ...]:
-        """What its members do, as far as is known."""
-
-    def loaders_shown(self) -> tuple[LoaderShown, ...]:
-        """What its loaders do, as far as is known."""
-
-    def ask_for_stacks(self, numbers: Collection[int]) -> None:
-        """Has those of its members that have these numbers show their Python stacks; `stacks` has them in a while."""
-
-    def stacks(self) -> Mapping[int, str]:
-        """What they have shown since they were asked last."""
-
-    def take_out(self, member: Member) -> list[WorkerToSupervisor]:
-        """Ends what is left of a member that was lost. Returns its last words, if they are here already."""
-
-    def succeed(self, successor: Member, assignment: Assignment) -> None:
-        """Starts the successor of a member that was taken out, or one more."""
-
-    def add(self, members: Collection[Member], assignment: Assignment) -> None:
-        """Starts these, who are to be in a later group of the epoch."""
-
-    def regroup(self, group: Regroup, told: int, saved: int) -> None:
-        """Tells those that are in this group of it. told, saved: the last update and checkpoint that the tape has."""
-
-    def leave(self) -> None:
-        """Waits a while for those that have said their last word to end by themselves."""
-
-    def end(self) -> None:
-        """Ends all of an epoch at once; `last_words` must follow."""
-
-    def last_words(self) -> Iterator[Heard]:
-        """What they had told before their end, unheard so far."""
 
 
 class LocalCrew:
@@ -154,6 +84,7 @@ class LocalCrew:
         self._workers = [number for number in here if number != workers]
         for_loaders = replace(assignment, sources=self._sources.of)
         self._loaders = Loaders.of(for_loaders, self._workers, self._others, self._unneeded, self._most)
+        self._spare = Spare(assignment, self._host, self._own, self._unused)
         with assignment.recipe.prepared() as recipe:
             for member in members:
                 if member.host == self._host:
@@ -172,6 +103,10 @@ class LocalCrew:
         )
 
     def _fork(self, member: Member, assignment: Assignment) -> None:
+        self.processes.fork(member, self._own(member, assignment), self._unused())
+
+    def _own(self, member: Member, assignment: Assignment) -> Assignment:
+        """The member's."""
         works = member.number != self._team.workers or not self._serving
         self._workers += [member.number] * (works and member.number not in self._workers)  # who comes later
         place = self._workers.index(member.number) if works else 0, len(self._workers)
@@ -179,7 +114,7 @@ class LocalCrew:
         if units is not None and place[0] >= units.workers:
             units = None
         fields = dict[str, Any](lines=self.processes.lines, incarnation=member.incarnation, sources=self._sources.of)
-        self.processes.fork(member, replace(assignment, place=place, units=units, **fields), self._unused())
+        return replace(assignment, place=place, units=units, **fields)
 
     def prepare(self, facts: Mapping[str, Any]) -> None:
         lead = list(self.processes)[-1 if self._serving else 0].ready
@@ -188,6 +123,7 @@ class LocalCrew:
         reserve(self.processes.descriptor, lead.memory)
 
     def go(self) -> None:
+        self._spare.begin(self._agreed.facts)
         for process in self.processes:
             process.send(self._agreed)
 
@@ -238,6 +174,7 @@ class LocalCrew:
         if self._processes is None:
             return None
         self._processes.look_for_orphans()
+        self._spare.look(self._processes, self._done)
         if self._loaders is not None:
             self._loaders.look()
             self._loaders.follow(sum(process.member.number in self._workers for process in self._processes))
@@ -338,7 +275,8 @@ class LocalCrew:
         self.processes.board.hold({s.number: (h.number, s.incarnation) for s, h in holders.items()}, told)
 
     def succeed(self, successor: Member, assignment: Assignment) -> None:
-        self._fork(successor, assignment)
+        if not self.processes.give_to_spare(successor, assignment.team.workers):
+            self._fork(successor, assignment)
         self._liveness.renew(successor.number, self.processes[successor].handle.pid)
 
     def add(self, members: Collection[Member], assignment: Assignment) -> None:

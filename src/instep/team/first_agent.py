@@ -5,22 +5,33 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from instep.errors import RecipeError
+from instep.errors import RecipeError, WorkerError
 from instep.team import meeting
 from instep.team.hello import hello_of
 from instep.team.link import AgentLink, connect, shaken
-from instep.team.messages import Cancelled, Failed, Finished, Request
+from instep.team.messages import Cancelled, Events, Failed, Finished, Request
 from instep.team.orders import Member
 from instep.team.reaching import EVERY_S, Reaching
 from instep.team.remote import Silence
 from instep.team.run_clock import Clock
 from instep.team.telling import tell
 from instep.team.waiting import ready_of
-from instep.team.wire_messages import HelloAgain, HelloAgent, Kept, WasAway, Welcome, WelcomeAgain
+from instep.team.wire_messages import (
+    FromMember,
+    HelloAgain,
+    HelloAgent,
+    HostLeaves,
+    Kept,
+    TooLong,
+    WasAway,
+    Welcome,
+    WelcomeAgain,
+)
 
 LOOK_S = 0.2
 """Seconds between two looks at the workers, each with a sign of life for agent 0."""
@@ -60,6 +71,7 @@ class FirstAgent:
         self._at, self._known, self._looked = ("", 0), True, 0.0
         self._reaching: Reaching | None = None  # while it is silent
         self._away_s = 0.0
+        self._words: deque[Any] = deque()  # that the link has not taken yet
 
     def connected(self, kept: Kept | None) -> bool:
         """Tries to connect to it; kept: what is here of the run. Raises its error, where it lets this one not in."""
@@ -99,17 +111,50 @@ class FirstAgent:
     def close(self) -> None:
         """Closes the connection, and those that are tried, for this process."""
         self._reached()
+        self._words.clear()
         if self.link is not None:
             self.link.close()
             self.link = None
 
     def say_good_bye(self) -> None:
         """Sends what waits to be sent, for a while, and closes the connection."""
-        until = time.monotonic() + self._team.lease_s
-        with contextlib.suppress(OSError):
-            while self.link is not None and not self.broken and self.link.wants_write and time.monotonic() < until:
-                ready_of([], [self.link], LOOK_S)
+        self.has_room(self._team.lease_s)
         self.close()
+
+    def leave(self, why: str) -> None:
+        """Tells it that this host's workers cannot go on with the others, and why: they do without this host then."""
+        self.tell(HostLeaves(why))
+        until = time.monotonic() + self._team.lease_s
+        while not self.broken and time.monotonic() < until:  # until it ends the connection: what it has sent by then
+            self._hear_nothing(until)  # would break it here, before it has read why
+        self.why, self._known = f"the workers of this host cannot go on with the others ({why.rstrip('.')})", False
+        if self.link is not None:
+            self.link.close()
+
+    def _hear_nothing(self, until: float) -> None:
+        """Sends what waits, until something comes, which is not heard."""
+        assert self.link is not None
+        self.pump()
+        left_s = max(0.0, until - time.monotonic())
+        try:
+            if ready_of([self.link], [self.link] if self.link.wants_write else [], left_s):
+                self.link.receive()  # which says what has come there
+        except (EOFError, OSError):
+            self.link.close()
+
+    def has_room(self, within_s: float = 0.0) -> bool:
+        """Whether all that was told is on its way, and more can be; or comes to be so within so many seconds, in which
+        nothing of what comes from there is heard.
+        """
+        until = time.monotonic() + within_s
+        while self.link is not None and not self.broken:
+            self.pump()
+            if not self.link.full and not self._words:
+                return True
+            if time.monotonic() >= until:
+                break
+            self._hear_nothing(until)
+        return False
 
     def broke(self, error: Exception) -> None:
         """The connection has ended, and the link is to go on over another."""
@@ -137,10 +182,27 @@ class FirstAgent:
         return found is not None and (found.secret, found.address[1]) != (self.secret, self._at[1])
 
     def tell(self, message: Any) -> None:
-        """Sends it to agent 0; nothing where that is lost, as will be seen."""
+        """Sends it to agent 0, as soon as the link takes it, after all that waits; nothing where that is lost, as will
+        be seen. Raises WorkerError where it is longer than any message may be.
+        """
+        if self.link is not None:
+            self._words.append(message)
+            self.pump()
+
+    @property
+    def waits(self) -> bool:
+        """Whether something that was told waits for the link to take it."""
+        return bool(self._words)
+
+    def pump(self) -> None:
+        """Sends what waits, as far as the link takes it."""
         with contextlib.suppress(OSError):
-            if self.link is not None:
-                self.link.send(message)
+            while self._words and self.link is not None and not self.link.full:
+                message = self._words.popleft()
+                try:
+                    self.link.send(message)
+                except TooLong as error:
+                    self._words.extendleft(reversed(halves_of(message, error)))
 
     @property
     def cut_off(self) -> bool:
@@ -203,3 +265,17 @@ class FirstAgent:
         if self._reaching is not None:
             self._reaching.close()
             self._reaching = None
+
+
+def halves_of(message: Any, why: TooLong) -> list[FromMember]:
+    """Of events that are too long to be sent together. Raises WorkerError where it is one, or another message."""
+    match message:
+        case FromMember(member, Events(events)) if len(events) > 1:
+            half = len(events) // 2
+            return [FromMember(member, Events(each)) for each in (events[:half], events[half:])]
+        case FromMember(member):
+            raise WorkerError(
+                f"what worker {member.number} has told is too long for agent 0, which is on another host: {why}; let "
+                f"what the recipe names, measures or leaves (terms, metrics, figures, samples) be shorter."
+            ) from why
+    raise WorkerError(f"what is to be told is too long for agent 0, which is on another host: {why}.") from why

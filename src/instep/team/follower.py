@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from instep.descendants import adopting_orphans, children
-from instep.errors import InstepError, WorkerError
+from instep.errors import InstepError, ResourceError, WorkerError
 from instep.recipe import Team
 from instep.record.events import WarnedEvent, plain
 from instep.record.folder import RunFolder
@@ -24,7 +25,8 @@ from instep.tables import from_table
 from instep.team import meeting
 from instep.team.assigning import for_successor
 from instep.team.channel import Channel
-from instep.team.crew import Heard, LocalCrew
+from instep.team.crew import LocalCrew
+from instep.team.crews import Heard
 from instep.team.first_agent import LOOK_S, TRY_S, FirstAgent
 from instep.team.hosts_there import most_in_step
 from instep.team.journal import ClientGone
@@ -107,7 +109,7 @@ class Follower:
                     self._crew.leave()
             finally:
                 self._end()
-                self._logs.send(self._tell)
+                self._logs.send(self._tell, lambda: self._first.has_room(self._team.lease_s))
                 self._first.say_good_bye()
         match final:
             case Finished(result):
@@ -157,7 +159,9 @@ class Follower:
         first, crew, link = self._first, self._crew, self._first.link
         assert link is not None, "agent 0 is connected"
         sources = [self._client, *first.sources(), *(crew.sources() if crew is not None else ())]
-        sends = (link.wants_write or (self._keeping.gives and not link.full)) and not first.broken
+        first.pump()
+        gives = (self._keeping.gives or first.waits) and not link.full
+        sends = (link.wants_write or gives) and not first.broken
         ready = ready_of([*sources, *([] if first.broken else [link])], [link] if sends else [], first.look_s)
         self._look_around(self._client in ready)
         if crew is not None:
@@ -220,7 +224,7 @@ class Follower:
             return
         self._beaten = now
         self._tell_beat()
-        self._logs.send(self._tell)
+        self._logs.send(self._tell, self._first.has_room)
         if self._crew is not None and (lost := self._crew.look()) is not None:
             self._hear_member(lost)
         if self._crew is not None and (word := self._showing.word(self._crew)) is not None:
@@ -296,18 +300,28 @@ class Follower:
                 for word in self._crew.take_out(member):
                     self._tell(FromMember(member, word))
             case StartSuccessor(member) if self._is_at(member.epoch):
-                assert self._crew is not None
-                self._crew.succeed(member, for_successor(replace(self._assignment, first=False)))
+                with self._or_leaving() as crew:
+                    crew.succeed(member, for_successor(replace(self._assignment, first=False)))
             case RegroupMembers(epoch, generation, members, at_once, told, saved, fewer, formed) if self._is_at(epoch):
-                assert self._crew is not None
                 self._going = True
-                self._crew.regroup(Regroup(epoch, generation, members, at_once, fewer, formed), told, saved)
+                with self._or_leaving() as crew:
+                    crew.regroup(Regroup(epoch, generation, members, at_once, fewer, formed), told, saved)
             case EndMembers(epoch) if self._is_at(epoch):
                 self._end()
-                self._logs.send(self._tell)
+                self._logs.send(self._tell, self._first.has_room)
                 self._tell(EpochGone(epoch))
             case _:
                 pass  # of an epoch that is past
+
+    @contextlib.contextmanager
+    def _or_leaving(self) -> Iterator[LocalCrew]:
+        """Where there is no room here for what is to be done, this host leaves the others, who go on."""
+        assert self._crew is not None
+        try:
+            yield self._crew
+        except ResourceError as error:
+            self._going = False  # so that nobody keeps what it holds: the others have it
+            self._first.leave(error.message)
 
     def _is_at(self, epoch: int) -> bool:
         return self._start is not None and self._start.epoch == epoch

@@ -29,7 +29,7 @@ class HeartbeatBoard:
     """The signs of life of all workers, in memory that forked processes share. [W] arrays of int64."""
 
     def __init__(self, workers: int):
-        memory = mmap.mmap(-1, 8 * (8 * workers + 6))
+        memory = mmap.mmap(-1, 8 * (8 * workers + 7))
         table = np.frombuffer(memory, np.int64)
         self.beats, self.progress, self.waits, self.sent, self.received, self.answers = table[: 6 * workers].reshape(
             6, workers
@@ -38,10 +38,24 @@ class HeartbeatBoard:
         0 where it does not; bytes to and from other hosts, of all processes that have had the worker's place; 1 where
         it may be asked for its stack."""
         self.doing = DoingBoard(workers)
-        self.holders, self.successors = table[6 * workers : -6].reshape(2, workers)
+        self.holders, self.successors = table[6 * workers : -7].reshape(2, workers)
         """Of each worker that has died in lockstep: who holds its place, as `hold` writes it; and the incarnation of
         its successor that can take it."""
-        self._stop, self._told, self._changes, self._left, self._next, self._fewer = table[-6:].reshape(6, 1)
+        self._stop, self._told, self._changes, self._left = table[-7:-3].reshape(4, 1)
+        self._next, self._fewer, self._placed = table[-3:].reshape(3, 1)
+
+    @property
+    def spare(self) -> int:
+        """The place of a process that has none of a worker yet: the last."""
+        return len(self.beats) - 1
+
+    def give_place(self, pid: int) -> None:
+        """The process of this id, which had none, has a worker's place from now on."""
+        self._placed[0] = pid
+
+    def has_place(self, pid: int) -> bool:
+        """Whether that was said of it."""
+        return bool(self._placed[0] == pid)
 
     def hold(self, holders: Mapping[int, tuple[int, int]], told: int) -> None:
         """Has workers hold the places of others, which are dead: by its number, who does, and the incarnation of its
@@ -110,20 +124,40 @@ class HeartbeatBoard:
 
 
 class Heartbeat:
-    """One worker's side: beats from a thread of its own, and ends the process when its agent is gone."""
+    """One worker's side: beats from a thread of its own, and ends the process when its agent is gone. spare: it has no
+    place yet, and is to have that of this worker.
+    """
 
-    def __init__(self, board: HeartbeatBoard, worker: int, agent: int, generation: int = 0):
-        self._board, self._worker, self._agent = board, worker, agent
+    def __init__(self, board: HeartbeatBoard, worker: int, agent: int, generation: int = 0, *, spare: bool = False):
+        self._board, self._agent = board, agent
+        self.spare, self._due = spare, worker if spare else None
+        """Whether it had no place when it began."""
+        self._worker = board.spare if spare else worker
         self.generation = generation
         """Of the group that the worker is in, see `instep.team.messages.NextGroup`."""
         self._save_due: Callable[[], bool] = lambda: False
-        self._lock, self._before = threading.Lock(), (int(board.sent[worker]), int(board.received[worker]))
+        self._lock, self._before = threading.Lock(), self._carried()
 
     def start(self) -> None:
         """Starts to beat. On Linux the kernel ends a worker without agent even if it is stopped."""
         die_with_parent()
         self._board.answers[self._worker] = 1
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def take_place(self) -> None:
+        """It has its place from now on, if it had none."""
+        with self._lock:
+            if self._due is None:
+                return
+            board, old = self._board, self._worker
+            board.answers[old], board.answers[self._due] = 0, 1
+            board.sent[old], board.received[old] = self._before
+            self._worker, self._due = self._due, None
+            self._before = self._carried()
+
+    def _carried(self) -> tuple[int, int]:
+        """What all processes that had the place before have sent and received."""
+        return int(self._board.sent[self._worker]), int(self._board.received[self._worker])
 
     def advance(self) -> None:
         """A piece of work is finished."""
@@ -176,6 +210,8 @@ class Heartbeat:
         while True:
             if os.getppid() != self._agent:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if self._due is not None and self._board.has_place(os.getpid()):
+                self.take_place()
             self._board.beats[self._worker] += 1
             self.count_bytes()
             time.sleep(BEAT_S)

@@ -16,7 +16,7 @@ from instep.team.channel import Channel
 from instep.team.crew import LocalCrew
 from instep.team.link import AgentLink
 from instep.team.messages import KeepingState, KeepState, StateKept
-from instep.team.remote import parts_of
+from instep.team.received import parts_of
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import CheckpointPart, GiveKept, Kept, KeptGiven
 

@@ -31,13 +31,13 @@ class Logs:
         self._folder = folder
         self._sent: dict[str, int] = {}  # bytes of each
 
-    def send(self, tell: Callable[[LogPart], None]) -> None:
-        """Sends what was printed since."""
+    def send(self, tell: Callable[[LogPart], None], may_tell: Callable[[], bool] = lambda: True) -> None:
+        """Sends what was printed since, as long as it may."""
         for path in sorted(self._folder.glob("*-*.log")):
             sent = self._sent.get(path.name, 0)
             with path.open("rb") as file:
                 file.seek(sent)
-                while content := file.read(LOG_BYTES):
+                while may_tell() and (content := file.read(LOG_BYTES)):
                     tell(LogPart(path.stem.replace("-", " "), content))
                     sent += len(content)
             self._sent[path.name] = sent

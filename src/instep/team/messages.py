@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import UnsetType
 
 from instep.errors import InstepError, by_name
-from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, PeersLost, Regrouped
+from instep.team.regroup_messages import LeftGroup, NextGroup, NotRegrouped, PeersLost, Regrouped, TakePlace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -327,7 +327,7 @@ class Left:
     why: str
 
 
-SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState | SeatHanded | NextGroup
+SupervisorToWorker = Agreed | Synced | Left | StopRun | KeepState | SeatHanded | NextGroup | TakePlace
 WorkerToSupervisor = (
     Events | Ready | Digest | Sync | FoundWritten | FoundWrong | PeersLost | KeepingState | StateKept | HandedOver
     | EndedFor | NotStoodIn | NotRegrouped | Regrouped | LeftGroup | StoppedAt | Failed | Ended

@@ -54,7 +54,7 @@ from instep.team.remembered import remembering_in
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
-from instep.team.successors import PlacesHeld, handed_over, places_held
+from instep.team.successors import PlacesHeld, handed_over, places_held, wait_for_place
 from instep.transport.group import Group, LeftTogether, PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
 from instep.worker.averages import StateDigests, digests_of
@@ -64,14 +64,14 @@ from instep.worker.milestones import Milestones, Progress
 
 
 def main(
-    assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoard, descriptor: int, stack: Stack
+    assignment: Assignment, number: int, pipe: Channel, board: HeartbeatBoard, memory: int, stack: Stack, spare: bool
 ) -> None:
-    """The whole life of a process of the team, which was forked. The server comes after the workers in number."""
+    """The life of a process of the team, which was forked. The server comes last in number. spare: see `Heartbeat`."""
     stack.answer()
-    heartbeat = Heartbeat(board, number, os.getppid(), assignment.generation)
+    heartbeat = Heartbeat(board, number, os.getppid(), assignment.generation, spare=spare)
     heartbeat.start()
     listeners = [] if assignment.network is None else [assignment.network.listener]
-    closed = [partial(os.close, each) for each in (descriptor, *listeners) if each is not None]
+    closed = [partial(os.close, each) for each in (memory, *listeners) if each is not None]
     take_care_of_helpers([pipe.close, *(line.close for line in assignment.lines), *closed])
     leave_to_others(board.ask_to_stop)
     name = "server" if assignment.serving and number == assignment.team.workers else f"worker {number}"
@@ -79,11 +79,11 @@ def main(
     session = Session(assignment, number, pipe, heartbeat)
     try:
         if not assignment.serving:
-            _in_lockstep(session, board, descriptor)
+            _in_lockstep(session, board, memory)
         elif session.leads:
-            server.serve(session, descriptor, far_workers_of(assignment))
+            server.serve(session, memory, far_workers_of(assignment))
         else:
-            contribute(session, descriptor, far_server_of(assignment, number, descriptor))
+            contribute(session, memory, far_server_of(assignment, number, memory))
     except (PeerRaised, PeerLost) as error:
         wait_for_the_end(session, error)
     except WrongWorker as found:
@@ -112,7 +112,9 @@ def main(
 def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> None:
     """The life of a worker of the lockstep engine; if it is a successor, from the place on that it gets."""
     team, worker = session.assignment.team, session.number
-    session.emit(JoinedEvent(worker=worker, pid=os.getpid(), host=socket.gethostname()))
+    joined, spare = JoinedEvent(worker=worker, pid=os.getpid(), host=socket.gethostname()), session.heartbeat.spare
+    if not spare:
+        session.emit(joined)
     replica = session.build()
     progress, saved = Progress(), session.saved()
     if saved is not None:
@@ -127,7 +129,10 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
     sizes = engine.sizes()
     if session.assignment.late:
         compile_first(replica)  # while the others go on
-    agreed = session.ready(facts_of(session, engine, progress), reach.memory(sizes))
+    facts, memory = facts_of(session, engine, progress), reach.memory(sizes)
+    if spare:
+        wait_for_place(session, joined, descriptor)
+    agreed = session.ready(facts, memory)
     nowhere = engine, progress, reach, frozenset[Process](), engine.why_not_shared, progress.version
     formed = Formed(*nowhere, left=True, began_s=session.clock())
     if not isinstance(agreed, NextGroup):

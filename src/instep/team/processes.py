@@ -23,6 +23,7 @@ from instep.team.heartbeat import HeartbeatBoard
 from instep.team.launcher import Handle
 from instep.team.messages import Assignment, Ready, SupervisorToWorker, WorkerToSupervisor
 from instep.team.orders import Member
+from instep.team.regroup_messages import TakePlace
 from instep.team.stacks import Stack
 
 
@@ -89,12 +90,13 @@ class MemberProcesses:
     def __init__(self, workers: int, others: set[int], *, serving: bool, lines: int, most: int = 0):
         self._workers, self._others = workers, others
         self._by_number: dict[int, MemberProcess] = {}
+        self._spare: MemberProcess | None = None  # that is to take a place, and has none yet
         self._orphans: set[int] = set()  # of processes that lived at the last look
         opened: list[Line] = []
         try:
             for _ in range(lines):
                 opened.append(Line.open())
-            self.board = HeartbeatBoard(max(workers + serving, most))
+            self.board = HeartbeatBoard(max(workers + serving, 2 * most) + 1)  # some come, and others leave then
             self.descriptor = memory_file()
             """Of the memory that all map."""
         except OSError as error:
@@ -110,6 +112,10 @@ class MemberProcesses:
         """In order of their numbers."""
         return iter([self._by_number[number] for number in sorted(self._by_number)])
 
+    @property
+    def _all(self) -> list[MemberProcess]:
+        return [*self, *([self._spare] if self._spare is not None else [])]
+
     def __getitem__(self, member: Member) -> MemberProcess:
         return self._by_number[member.number]
 
@@ -117,11 +123,20 @@ class MemberProcesses:
     def opened(self) -> list[Any]:
         """What is open here that only its members, or this process, need."""
         memory = SimpleNamespace(close=partial(os.close, self.descriptor))  # given back once there is another group
-        own = (each for process in self for each in (process.pipe, process.stack))
+        own = (each for process in self._all for each in (process.pipe, process.stack))
         return [memory, *self._renewed.values(), *self.lines, *own]
 
     def fork(self, member: Member, assignment: Assignment, unused: Sequence[Any]) -> None:
         """Starts the member's process, which closes what it does not need. Raises ResourceError."""
+        self._by_number[member.number] = self._forked(member, assignment, unused)
+
+    def fork_spare(self, member: Member, assignment: Assignment, unused: Sequence[Any]) -> None:
+        """As `fork`; of a process that is built, and waits to take this member's place should that die."""
+        self._spare = self._forked(member, assignment, unused, spare=True)
+
+    def _forked(
+        self, member: Member, assignment: Assignment, unused: Sequence[Any], *, spare: bool = False
+    ) -> MemberProcess:
         try:
             ours, theirs = Channel.pair()
             with contextlib.closing(theirs):
@@ -130,13 +145,31 @@ class MemberProcesses:
                     *unused,
                     *(memory for memory in self._renewed.values() if memory.fileno() != self._newest),
                     ours,
-                    *(each for other in self for each in (other.pipe, other.stack)),
+                    *(each for other in self._all for each in (other.pipe, other.stack)),
                 ]
-                arguments = (unused, assignment, member.number, theirs, self.board, self._newest, stack)
+                arguments = (unused, assignment, member.number, theirs, self.board, self._newest, stack, spare)
                 handle = Handle(_main, arguments, f"worker-{member.number}")
         except OSError as error:
             raise no_process(f"process {member.number + 1} of the {self._workers} workers", error) from error
-        self._by_number[member.number] = MemberProcess(member, handle, ours, stack)
+        return MemberProcess(member, handle, ours, stack)
+
+    def drop_spare(self) -> None:
+        """Ends the process that is to take a place, if there is one."""
+        if (spare := self._spare) is not None:
+            self._spare = None
+            self._end_one(spare)
+            spare.close()
+
+    def give_to_spare(self, successor: Member, workers: int) -> bool:
+        """Has the process that waits for it be this successor, in a team of so many, if there is one."""
+        spare = self._spare
+        if spare is None or spare.member.number != successor.number or spare.handle.exitcode is not None:
+            return False
+        self._spare = None
+        self._by_number[successor.number] = process = MemberProcess(successor, spare.handle, spare.pipe, spare.stack)
+        self.board.give_place(spare.handle.pid)
+        process.send(TakePlace(workers))
+        return True
 
     def renew_memory(self, generation: int, reserved: Callable[[int], None] = lambda _: None) -> tuple[int, int]:
         """Descriptor and inode of what those that live are to map for a group, who find it here. Raises ResourceError.
@@ -165,7 +198,7 @@ class MemberProcesses:
 
     def look_for_orphans(self) -> None:
         """Notes what the run's processes have started and left behind. Of that, what is dead is waited for."""
-        self._orphans = children() - self._others - {process.handle.pid for process in self}
+        self._orphans = children() - self._others - {process.handle.pid for process in self._all}
         reap(self._orphans)
 
     def take_out(self, member: Member) -> MemberProcess | None:
@@ -174,22 +207,25 @@ class MemberProcesses:
         if there is None or there.member != member:
             return None
         process = self._by_number.pop(member.number)
+        self._end_one(process)
+        return process
+
+    def _end_one(self, process: MemberProcess) -> None:
         process.handle.kill()
         process.handle.join()
-        end_children(self._others | self._orphans | {other.handle.pid for other in self})
-        return process
+        end_children(self._others | self._orphans | {other.handle.pid for other in self._all})
 
     def end(self) -> None:
         """Ends all, with all that they have left behind."""
-        for process in self:
+        for process in self._all:
             process.handle.kill()
-        for process in self:
+        for process in self._all:
             process.handle.join()
         end_children(but=self._others)
 
     def close(self) -> None:
         """Closes what is open here for them, who have ended."""
-        for process in self:
+        for process in self._all:
             process.close()
         for line in self.lines:
             line.close()

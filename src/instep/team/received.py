@@ -1,14 +1,18 @@
-"""The checkpoint that an agent is sent to start its workers from, or that agent 0 is to take up, as its parts come."""
+"""The parts of a checkpoint that one agent sends another, and who takes them up as they come."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from instep.errors import WorkerError
 from instep.record.files import disk_error
 from instep.team.wire_messages import CheckpointPart
+
+PART_BYTES = 1 << 20
+"""Bytes of a part of a checkpoint that is sent."""
 
 _ELSEWHERE = "TMPDIR in the environment says where"
 
@@ -52,3 +56,21 @@ class Received:
         self._hashed.update(part.content)
         if not in_turn or (part.last and self._hashed.hexdigest() != part.sha256):
             raise WorkerError(f"the checkpoint {part.name} was damaged on its way here; start the run again.")
+
+
+def parts_of(path: Path) -> Iterator[CheckpointPart]:
+    """A checkpoint's files. Raises WorkerError where it cannot be read."""
+    try:
+        for file in sorted(each for each in path.rglob("*") if each.is_file()):
+            name, size, offset, hashed = file.relative_to(path).as_posix(), file.stat().st_size, 0, hashlib.sha256()
+            with file.open("rb") as opened:
+                while True:
+                    content = opened.read(PART_BYTES)
+                    hashed.update(content)
+                    last = offset + len(content) >= size or not content
+                    yield CheckpointPart(path.name, name, offset, content, last, hashed.hexdigest() if last else "")
+                    offset += len(content)
+                    if last:
+                        break
+    except OSError as error:
+        raise WorkerError(f"the checkpoint {path} cannot be read to be sent to another host: {error}.") from None

@@ -62,3 +62,10 @@ class PeersLost:
     silent: str = ""
     generation: int = 0
     forming: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TakePlace:
+    """For a process that was built to take a worker's place, and has waited: it has it, in a team of so many."""
+
+    workers: int

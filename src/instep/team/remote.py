@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -11,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from instep.errors import InstepError, WorkerError
+from instep.errors import InstepError
 from instep.record.folder import RunFolder
 from instep.tables import to_table
 from instep.team.carried import Carried
-from instep.team.crew import SERVED_GRACE_S, Heard
+from instep.team.crews import SERVED_GRACE_S, Heard
 from instep.team.link import AgentLink
 from instep.team.messages import (
     Agreed,
@@ -28,6 +27,7 @@ from instep.team.messages import (
     WorkerToSupervisor,
 )
 from instep.team.orders import HostLost, Lost, Member, Regroup, StopAsked
+from instep.team.received import parts_of
 from instep.team.waiting import ready_of
 from instep.team.wire_messages import (
     Beat,
@@ -39,6 +39,7 @@ from instep.team.wire_messages import (
     GoMembers,
     HelloAgain,
     HelloAgent,
+    HostLeaves,
     Kept,
     KeptGiven,
     LoaderShown,
@@ -55,9 +56,6 @@ from instep.team.wire_messages import (
     WasAway,
     WireError,
 )
-
-PART_BYTES = 1 << 20
-"""Bytes of a part of a checkpoint that is sent."""
 
 LONGEST_LOOK_S = 0.5
 """A look counts so much at most: whoever was suspended must not take the others for lost when it wakes."""
@@ -280,6 +278,8 @@ class RemoteCrew:
                     yield Lost(member, why, detail)
                 case StopRun():
                     yield StopAsked()
+                case HostLeaves(why):
+                    self._lose(f"{self.name} leaves the others: {why}")
                 case WasAway(away_s):
                     self.away_s = away_s
                 case Beat(seq, sent_s):
@@ -380,21 +380,3 @@ class RemoteCrew:
                     yield heard
             if self._silence.look() >= self._lease_s:
                 self._lose(f"{self.name} has not ended its workers; team.lease_s is {self._lease_s:g}.")
-
-
-def parts_of(path: Path) -> Iterator[CheckpointPart]:
-    """A checkpoint's files. Raises WorkerError where it cannot be read."""
-    try:
-        for file in sorted(each for each in path.rglob("*") if each.is_file()):
-            name, size, offset, hashed = file.relative_to(path).as_posix(), file.stat().st_size, 0, hashlib.sha256()
-            with file.open("rb") as opened:
-                while True:
-                    content = opened.read(PART_BYTES)
-                    hashed.update(content)
-                    last = offset + len(content) >= size or not content
-                    yield CheckpointPart(path.name, name, offset, content, last, hashed.hexdigest() if last else "")
-                    offset += len(content)
-                    if last:
-                        break
-    except OSError as error:
-        raise WorkerError(f"the checkpoint {path} cannot be read to be sent to another host: {error}.") from None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -345,6 +345,11 @@ class Session:
     def regrouped(self, numbers: Sequence[int], machines: Sequence[int]) -> None:
         """The worker is in another group now, of these and so many workers by machine."""
         self.numbers, self.rank, self.machines = tuple(numbers), numbers.index(self.number), tuple(machines)
+
+    def take_place(self, workers: int) -> None:
+        """It has its place, in a team of so many workers, and had none."""
+        team = dataclasses.replace(self.assignment.team, workers=workers)
+        self.assignment = dataclasses.replace(self.assignment, team=team)
 
     @property
     def _checkpoints(self) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from instep.team.crew import Crew
+from instep.team.crews import Crew
 from instep.team.wire_messages import MembersShown, StacksWanted
 
 SHOW_S = 1.0

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
 from instep.engines.standing_in import Handed
+from instep.memory_file import let_go
+from instep.record.events import JoinedEvent
 from instep.team.heartbeat import HeartbeatBoard
 from instep.team.messages import HandedOver, SeatHanded
-from instep.team.regroup_messages import NextGroup
+from instep.team.regroup_messages import NextGroup, TakePlace
 from instep.team.session import Session
 from instep.transport.group import Group, PeerLost
 from instep.transport.shared_memory import Fact, SharedMemoryGroup
 from instep.worker.gradients import compile_first
+
+FIRST_TO_GO = 1000
+"""What Linux calls `oom_score_adj`: where memory runs out an idle process ends before those that train."""
 
 
 class PlacesHeld:
@@ -104,3 +111,20 @@ def handed_over(session: Session, board: HeartbeatBoard, group: Group) -> Handed
         return message
     handed: Handed = pickle.loads(message.state)
     return handed
+
+
+def wait_for_place(session: Session, joined: JoinedEvent, memory: int) -> None:
+    """Of a process that is to take a place should it become vacant: waits, all being built, until it has it, and tells
+    so. `memory`, of another group, is nothing to it.
+    """
+    let_go(memory)
+    file, before = Path("/proc/self/oom_score_adj"), "0"
+    with contextlib.suppress(OSError):
+        before = file.read_text()
+        file.write_text(str(FIRST_TO_GO))
+    word: TakePlace = session.pipe.recv()
+    with contextlib.suppress(OSError):
+        file.write_text(before)
+    session.heartbeat.take_place()
+    session.take_place(word.workers)
+    session.emit(joined)

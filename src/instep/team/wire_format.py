@@ -22,7 +22,18 @@ from instep.record.events import Event, MergedContribution
 from instep.record.result import Costs
 from instep.team import messages as m
 from instep.team.messages import Failed
-from instep.team.wire_messages import LONGEST, Count, MemberLost, Name, Names, NotComing, Table, WireError
+from instep.team.wire_messages import (
+    LONGEST,
+    Count,
+    FromMember,
+    MemberLost,
+    Name,
+    Names,
+    NotComing,
+    Table,
+    TooLong,
+    WireError,
+)
 
 MESSAGE_BYTES = 16 << 20
 """Bytes of a message at most."""
@@ -60,13 +71,20 @@ def _fields_of(kind: type) -> tuple[Any, ...]:
 
 
 def encode(message: Any) -> bytes:
-    """The bytes of a message. Raises TypeError where a value is none that crosses, WireError where it is too long."""
-    if isinstance(message, Failed | MemberLost | NotComing) and len(message.detail) > DETAIL_CHARACTERS:
-        message = replace(message, detail=message.detail[-DETAIL_CHARACTERS:])
-    content = msgspec.msgpack.encode(_plain(message))
+    """The bytes of a message. Raises TypeError where a value is none that crosses, TooLong where it is."""
+    content = msgspec.msgpack.encode(_plain(_cut(message)))
     if len(content) > MESSAGE_BYTES:
-        raise WireError(f"a {type(message).__name__} of {len(content):,} bytes; at most {MESSAGE_BYTES:,} can be sent")
+        raise TooLong(f"a {type(message).__name__} of {len(content):,} bytes; at most {MESSAGE_BYTES:,} can be sent")
     return content
+
+
+def _cut(message: Any) -> Any:
+    """The message with the end of a detail that is too long to cross."""
+    if isinstance(message, FromMember) and isinstance(message.message, Failed):
+        return replace(message, message=_cut(message.message))
+    if isinstance(message, Failed | MemberLost | NotComing) and len(message.detail) > DETAIL_CHARACTERS:
+        return replace(message, detail=message.detail[-DETAIL_CHARACTERS:])
+    return message
 
 
 def decode(content: bytes, union: Any) -> Any:

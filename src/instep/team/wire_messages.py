@@ -38,6 +38,10 @@ class WireError(OSError):
     """What came is nothing that the other end may send, or it does not take what it is sent."""
 
 
+class TooLong(WireError):
+    """A message has more bytes than can be sent at once."""
+
+
 # ------------------------------------------------------------------------------------------------------- to agent 0
 
 
@@ -184,6 +188,13 @@ class MembersShown:
     asked: Count = 0
     stacks: Table = field(default_factory=dict)
     loaders: tuple[LoaderShown, ...] = ()
+
+
+@dataclass(frozen=True)
+class HostLeaves:
+    """Its host's processes cannot go on with the others, as the sentence `why` says: it ends them, and comes anew."""
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -369,6 +380,7 @@ ToAgent0 = (
     | LogPart
     | Beat
     | MembersShown
+    | HostLeaves
     | EpochGone
     | CheckpointPart
     | KeptGiven
