@@ -334,6 +334,12 @@ class Hosts:
         there = f"{self[other].address} lladdr 02:00:00:00:00:01 dev {self[number].interface}"  # a card of nobody
         self._ip(f"ip neigh replace {there} nud permanent", at=self[number].pid)
 
+    def shut(self, number: int, but: int) -> None:
+        """A firewall there: nothing comes to the ports that the system gives to programs, but from this one."""
+        of_card = f"ip rule add pref %s iif {self[number].interface} ipproto tcp"
+        rules = [f"{of_card % 50} sport {but} lookup local", f"{of_card % 100} dport 32768-60999 blackhole"]
+        self._ip(*rules, "ip rule add pref 200 lookup local", "ip rule del pref 0", at=self[number].pid)
+
     def crash(self, number: int) -> None:
         """Takes the cable out and ends the host, so that nobody is told; its folder `WORK` is kept for `boot`."""
         host = self[number]

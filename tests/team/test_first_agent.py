@@ -24,7 +24,8 @@ from instep.team.crew import LocalCrew
 from instep.team.first_agent import FirstAgent
 from instep.team.messages import Events, Sync
 from instep.team.orders import Member, Regroup
-from instep.team.wire_messages import FromMember, TooLong, WireError
+from instep.team.wire_format import TooLong
+from instep.team.wire_messages import FromMember, WireError
 from support.agents import train_on
 from support.harness import Client, told, train_here
 from support.patience import LONG_S

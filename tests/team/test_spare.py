@@ -120,6 +120,7 @@ class Processes:
         return iter(self._there.values())
 
     def fork_spare(self, member: Member, assignment: Assignment, unused: list[Any]) -> None:
+        assert assignment.units is None, "nobody is in the way of the living one's loaders"
         self.done.append(f"{member.number}.{assignment.incarnation}")
 
     def drop_spare(self) -> None:
@@ -140,7 +141,7 @@ def spare_of(host: int = 0, *, regroups: bool = True, alone: bool = False, **tea
     network = None if alone else HostNetwork((1, 1), ("10.0.0.1", 4711), "start 1", "10.0.0.1")
     recipe: Any = None
     own = Assignment(recipe, Team(workers=2, **team), Path("run"), ("f",), None, 0.0, (1, 2), network=network)
-    found = Spare(own, host, lambda member, it: dataclasses.replace(it, incarnation=member.incarnation), list)
+    found = Spare(own, host, lambda member, it: dataclasses.replace(it, incarnation=member.incarnation, units=1), list)
     found.begin({"regroups": regroups})
     return found
 

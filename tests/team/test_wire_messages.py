@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import example, find, given, settings
+from hypothesis import Phase, example, find, given, settings
 from hypothesis import strategies as st
 
 from instep.record import events as ev
@@ -85,6 +85,7 @@ to_workers = st.one_of(
 shown = st.builds(
     w.Shown, members, counts, floats, floats, words, floats, st.none() | floats, st.booleans(), st.booleans()
 )
+loaders = st.builds(w.LoaderShown, counts, counts, counts, counts, counts, counts, counts, words, st.booleans())
 BY_HAND: dict[type, st.SearchStrategy[Any]] = {
     w.FromMember: st.builds(w.FromMember, members, from_workers),
     w.ToMember: st.builds(w.ToMember, members, to_workers),
@@ -109,7 +110,10 @@ BY_HAND: dict[type, st.SearchStrategy[Any]] = {
     ),
     w.HelloAgain: st.builds(w.HelloAgain, counts, words, counts, floats, st.lists(members, max_size=3).map(tuple)),
     w.GoMembers: st.builds(w.GoMembers, counts, tables),
-    w.MembersShown: st.builds(w.MembersShown, st.lists(shown, max_size=3).map(tuple), counts, tables),
+    w.MembersShown: st.builds(
+        w.MembersShown, st.lists(shown, max_size=3).map(tuple), counts, tables,
+        st.lists(loaders, max_size=3).map(tuple),
+    ),
     w.StacksWanted: st.builds(w.StacksWanted, counts, st.lists(counts).map(tuple)),
 }  # fmt: skip
 
@@ -195,7 +199,11 @@ def test_every_message_from_agent_0_comes_out_as_it_went_in(message: Any) -> Non
 def test_each_field_that_may_be_left_out_is_drawn(kind: type) -> None:
     for each in dataclasses.fields(kind):
         if each.default is not dataclasses.MISSING:
-            find(BY_HAND[kind], lambda message, each=each: getattr(message, each.name) != each.default)
+            find(
+                BY_HAND[kind],
+                lambda message, each=each: getattr(message, each.name) != each.default,
+                settings=settings(phases=[Phase.generate]),  # whichever: a small one takes minutes
+            )
 
 
 def test_all_that_workers_and_their_supervisor_say_crosses() -> None:

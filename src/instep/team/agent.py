@@ -169,8 +169,7 @@ class Agent:
     def _hear_member(self, crew: Crew, heard: Heard | orders.RosterEvent) -> None:
         """What a process has sent, or what has happened to it."""
         if not isinstance(heard, Heard):
-            self._hear(heard)
-            return
+            return self._hear(heard)
         match heard.message:
             case messages.Events(events):
                 self._journal.pass_on(events)

@@ -76,5 +76,4 @@ def next_group(
 
 def for_later(assignment: Assignment, workers: int) -> Assignment:
     """For workers that are to be in a later group, of so many."""
-    team = replace(assignment.team, workers=workers)
-    return replace(assignment, team=team, resume_from=None, first=False, late=True, numbers=())
+    return replace(assignment.of_team(workers), resume_from=None, first=False, late=True, numbers=())

@@ -21,13 +21,13 @@ from instep.team.remote import Silence
 from instep.team.run_clock import Clock
 from instep.team.telling import tell
 from instep.team.waiting import ready_of
+from instep.team.wire_format import TooLong
 from instep.team.wire_messages import (
     FromMember,
     HelloAgain,
     HelloAgent,
     HostLeaves,
     Kept,
-    TooLong,
     WasAway,
     Welcome,
     WelcomeAgain,

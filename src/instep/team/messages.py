@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UnsetType
@@ -185,6 +185,10 @@ class Assignment:
     succeeds: bool = False
     numbers: tuple[int, ...] = ()
     sources: Mapping[str, bytes] = field(default_factory=dict)
+
+    def of_team(self, workers: int) -> Assignment:
+        """In a team of so many."""
+        return replace(self, team=replace(self.team, workers=workers))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from instep.engines.undo import SeatLost
 from instep.errors import InstepError, described, place, with_saved
 from instep.memory_file import let_go
 from instep.record.digest import digest_of_state
-from instep.record.events import JoinedEvent, WarnedEvent
+from instep.record.events import WarnedEvent
 from instep.record.folder import RunFolder
 from instep.record.result import Costs
 from instep.reduce.levels import machine_of
@@ -54,7 +53,7 @@ from instep.team.remembered import remembering_in
 from instep.team.session import Session
 from instep.team.signals import leave_to_others
 from instep.team.stacks import Stack
-from instep.team.successors import PlacesHeld, handed_over, places_held, wait_for_place
+from instep.team.successors import PlacesHeld, handed_over, places_held, ready_in_place, tell_joined
 from instep.transport.group import Group, LeftTogether, PeerLost, PeerRaised
 from instep.worker.activation_memory import fit_memory
 from instep.worker.averages import StateDigests, digests_of
@@ -112,9 +111,7 @@ def main(
 def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> None:
     """The life of a worker of the lockstep engine; if it is a successor, from the place on that it gets."""
     team, worker = session.assignment.team, session.number
-    joined, spare = JoinedEvent(worker=worker, pid=os.getpid(), host=socket.gethostname()), session.heartbeat.spare
-    if not spare:
-        session.emit(joined)
+    tell_joined(session, unless=session.heartbeat.spare)
     replica = session.build()
     progress, saved = Progress(), session.saved()
     if saved is not None:
@@ -129,10 +126,7 @@ def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> No
     sizes = engine.sizes()
     if session.assignment.late:
         compile_first(replica)  # while the others go on
-    facts, memory = facts_of(session, engine, progress), reach.memory(sizes)
-    if spare:
-        wait_for_place(session, joined, descriptor)
-    agreed = session.ready(facts, memory)
+    agreed = ready_in_place(session, descriptor, facts_of(session, engine, progress), reach.memory(sizes))
     nowhere = engine, progress, reach, frozenset[Process](), engine.why_not_shared, progress.version
     formed = Formed(*nowhere, left=True, began_s=session.clock())
     if not isinstance(agreed, NextGroup):

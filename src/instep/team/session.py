@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +60,15 @@ class Session:
         self._data: dict[str, Any] | None = None
         self._unread: list[int] = []  # samples that the digest should cover, but that are left out and fail
         self._events: list[Event] = []
-        self._sent_s = 0.0
+        self._sent_s, kept = 0.0, assignment.remembered
         self._told: set[str] = set()
-        kept = assignment.remembered
         self._recalls = kept is not None and kept.mark > 0
         self.remembering = None if kept is None else Remembering(kept, assignment.team.remember)
         """What copies the state of a worker that is alone, where that is wanted."""
-        self.saved_version = 0
-        """The version of the newest checkpoint that this process has written, or found at the start."""
-        self._tried_version = 0
+        self.saved_version = self._tried_version = self.stopped_at = 0
+        """Of the newest checkpoint that this process has written or found; of that where an error stops the run."""
         minutes, folder = assignment.team.checkpoint_minutes, RunFolder(assignment.folder).checkpoints
         self.aside = BackgroundCheckpoints(minutes, folder, self.clock, self.emit)
-        self.stopped_at = 0
-        """Where the run stops for an error: the version of the newest checkpoint, 0 for none."""
 
     def build(self) -> Replica:
         """Builds what the recipe says. Raises InstepError."""
@@ -348,8 +344,7 @@ class Session:
 
     def take_place(self, workers: int) -> None:
         """It has its place, in a team of so many workers, and had none."""
-        team = dataclasses.replace(self.assignment.team, workers=workers)
-        self.assignment = dataclasses.replace(self.assignment, team=team)
+        self.assignment = self.assignment.of_team(workers)
 
     @property
     def _checkpoints(self) -> Path:

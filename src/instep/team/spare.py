@@ -58,6 +58,6 @@ class Spare:
         if alone is None or self._begun or time.monotonic() - self._since < AFTER_S:
             return
         self._begun = True  # once: one that has ended by itself would again
-        own = self._own(successor_of(alone), self._assignment)
+        own = replace(self._own(successor_of(alone), self._assignment), units=None)  # which are the living one's
         with contextlib.suppress(ResourceError):
             processes.fork_spare(alone, own, self._unused())

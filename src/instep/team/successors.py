@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import socket
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from instep.engines.standing_in import Handed
 from instep.memory_file import let_go
@@ -15,6 +18,7 @@ from instep.team.messages import HandedOver, SeatHanded
 from instep.team.regroup_messages import NextGroup, TakePlace
 from instep.team.session import Session
 from instep.transport.group import Group, PeerLost
+from instep.transport.memory import Region
 from instep.transport.shared_memory import Fact, SharedMemoryGroup
 from instep.worker.gradients import compile_first
 
@@ -113,11 +117,23 @@ def handed_over(session: Session, board: HeartbeatBoard, group: Group) -> Handed
     return handed
 
 
-def wait_for_place(session: Session, joined: JoinedEvent, memory: int) -> None:
-    """Of a process that is to take a place should it become vacant: waits, all being built, until it has it, and tells
-    so. `memory`, of another group, is nothing to it.
+def tell_joined(session: Session, *, unless: bool = False) -> None:
+    """Tells that this process is there."""
+    if not unless:
+        session.emit(JoinedEvent(worker=session.number, pid=os.getpid(), host=socket.gethostname()))
+
+
+def ready_in_place(session: Session, memory: int, facts: Mapping[str, Any], sizes: Mapping[str, Region]) -> Any:
+    """As `Session.ready`. A process that is to take a place should it become vacant waits first, all being built, until
+    it has it, and tells so; `memory`, of another group, is nothing to it.
     """
-    let_go(memory)
+    if session.heartbeat.spare:
+        let_go(memory)
+        _wait_for_place(session)
+    return session.ready(facts, sizes)
+
+
+def _wait_for_place(session: Session) -> None:
     file, before = Path("/proc/self/oom_score_adj"), "0"
     with contextlib.suppress(OSError):
         before = file.read_text()
@@ -127,4 +143,4 @@ def wait_for_place(session: Session, joined: JoinedEvent, memory: int) -> None:
         file.write_text(before)
     session.heartbeat.take_place()
     session.take_place(word.workers)
-    session.emit(joined)
+    tell_joined(session)

@@ -31,9 +31,13 @@ from instep.team.wire_messages import (
     Names,
     NotComing,
     Table,
-    TooLong,
     WireError,
 )
+
+
+class TooLong(WireError):
+    """A message has more bytes than can be sent at once."""
+
 
 MESSAGE_BYTES = 16 << 20
 """Bytes of a message at most."""

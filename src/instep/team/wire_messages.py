@@ -38,10 +38,6 @@ class WireError(OSError):
     """What came is nothing that the other end may send, or it does not take what it is sent."""
 
 
-class TooLong(WireError):
-    """A message has more bytes than can be sent at once."""
-
-
 # ------------------------------------------------------------------------------------------------------- to agent 0
 
 
@@ -369,23 +365,9 @@ class EndMembers:
 
 
 ToAgent0 = (
-    HelloAgent
-    | HelloAgain
-    | WasAway
-    | AskRun
-    | NotComing
-    | FromMember
-    | MemberLost
-    | StopRun
-    | LogPart
-    | Beat
-    | MembersShown
-    | HostLeaves
-    | EpochGone
-    | CheckpointPart
-    | KeptGiven
-    | Failed
-)
+    HelloAgent | HelloAgain | WasAway | AskRun | NotComing | FromMember | MemberLost | StopRun | LogPart | Beat
+    | MembersShown | HostLeaves | EpochGone | CheckpointPart | KeptGiven | Failed
+)  # fmt: skip
 FromAgent0 = (
     Welcome
     | WelcomeAgain

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from instep.reduce.levels import Shares
 from instep.transport.group import (
-    LEFT,
     BrokenOff,
     Group,
     PeerLost,
@@ -31,7 +30,7 @@ from instep.transport.group import (
     as_bytes,
 )
 from instep.transport.posts import Post
-from instep.transport.wire import LOOK, Connect, Exchange, Messages, Wire
+from instep.transport.wire import Connect, Exchange, Messages, Wire, reached
 
 Made = TypeVar("Made")
 
@@ -93,7 +92,7 @@ class DistributedGroup:
         self._awaited: tuple[deque[_Awaited], deque[_Awaited]] = deque(), deque()
         """What was said to come, of each kind."""
         self._interrupted, self._silent_s = 0, silent_s
-        self._store: Any = self._reached()
+        self._store: Any = reached(connect, silent_s, broken_off)
         self._wire: Wire | None = self._join()
 
     def gather(self, fact: Tensor) -> Tensor:
@@ -173,24 +172,6 @@ class DistributedGroup:
     @property
     def _here(self) -> range:
         return self._shares.machines[self._at]
-
-    def _reached(self) -> Any:
-        """A client of the store, which nobody may serve yet, or any more."""
-        found: list[Any] = []
-
-        def reach() -> None:
-            try:
-                found.append(self._connect())
-            except RuntimeError as error:
-                found.append(error)
-
-        reaching = threading.Thread(target=reach, daemon=True)
-        reaching.start()
-        while reaching.is_alive() and not self._broken_off():
-            reaching.join(LOOK.total_seconds())
-        if not found or isinstance(found[0], RuntimeError):
-            raise PeerLost(str(found[0]) if found else LEFT)
-        return found[0]
 
     def _join(self) -> Wire:
         name = f"{self._name}/{self._interrupted}"

@@ -8,6 +8,7 @@ something else: a process that is stopped, or computes, takes nothing, and its s
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import math
 import socket
 import struct
@@ -83,7 +84,7 @@ def _waiting(one: Socket) -> tuple[str, int] | None:
         if not unacked and not info[_PROBES]:
             return None
         try:
-            return str(opened.getpeername()[0]), acked
+            return _address(opened.getpeername()[0]), acked
         except OSError:  # it is not there yet
             return _called(one[1]), acked
     return None
@@ -91,8 +92,18 @@ def _waiting(one: Socket) -> tuple[str, int] | None:
 
 def _called(inode: int) -> str:
     """The address that a connection is being made to."""
-    for line in Path("/proc/thread-self/net/tcp").read_text().splitlines()[1:]:
-        _, _, remote, *_, of_line = line.split()[:10]
-        if of_line == str(inode):
-            return socket.inet_ntoa(struct.pack("=I", int(remote.partition(":")[0], 16)))
+    for table in ("tcp", "tcp6"):  # a client of gloo's store takes IPv6 for both
+        for line in Path(f"/proc/thread-self/net/{table}").read_text().splitlines()[1:]:
+            _, _, remote, *_, of_line = line.split()[:10]
+            if of_line == str(inode):
+                words = remote.partition(":")[0]
+                packed = b"".join(struct.pack("=I", int(words[at : at + 8], 16)) for at in range(0, len(words), 8))
+                return _address(str(ipaddress.ip_address(packed)))
     return ""
+
+
+def _address(text: str) -> str:
+    """One of IPv4 as such, though it stands as one of IPv6."""
+    found = ipaddress.ip_address(text)
+    inner = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return str(inner or found)

@@ -65,6 +65,35 @@ def _client(address: str, port: int, _: c10d.Store | None) -> c10d.Store:
     return c10d.TCPStore(address, port, None, False, FOREVER, False)
 
 
+def reached(connect: Connect, silent_s: float | None, broken_off: BrokenOff) -> Any:
+    """A client of the store, which nobody may serve yet, or any more. Raises PeerLost where that refuses, as soon as it
+    is broken off, and where no system has answered there for `silent_s` seconds, if any are given.
+    """
+    found: list[Any] = []
+
+    def reach() -> None:
+        try:
+            found.append(connect())
+        except RuntimeError as error:
+            found.append(error)
+
+    before, unanswered, looked = open_sockets(), Unanswered(), time.monotonic()
+    reaching = threading.Thread(target=reach, daemon=True)  # signals are heard meanwhile
+    reaching.start()
+    while reaching.is_alive() and not broken_off():
+        reaching.join(LOOK.total_seconds())
+        if silent_s is None or time.monotonic() - looked < LONGEST_LOOK_S / 2:
+            continue
+        looked = time.monotonic()
+        address, seconds = unanswered.look(open_sockets() - before)
+        if seconds >= silent_s:
+            where = f"{address or 'the host'}, where the workers meet, has answered nothing for {seconds:.1f} s"
+            raise PeerLost(f"{where}: a firewall between hosts must leave all their ports open to each other", address)
+    if not found or isinstance(found[0], RuntimeError):
+        raise PeerLost(str(found[0]) if found else LEFT)
+    return found[0]
+
+
 class Wire:
     """One process's end. The processes that make it with the same `name`, in a store, find each other.
 
