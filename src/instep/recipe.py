@@ -251,8 +251,7 @@ class Team:
     bounds: as many workers as there is room for within these, as "2..8", instead of `workers`: one for each processor,
         or agent; over several hosts as these come and go. "" leaves it at `workers`.
     device: ``cpu``; ``cuda``, a GPU for each worker of a host; or ``cuda:N``, one that all workers of a host share.
-    deterministic: kernels that add in the same order each time; False takes others, which may be faster, and does
-        without the promise of the same bits.
+    deterministic: kernels that add in the same order each time; False takes others, perhaps faster, and promises none.
     shard: ``optimizer``: of the workers of a machine each keeps the optimizer's state of a share of the weights, and
         updates that share, wherever this changes no bit; ``none``: each keeps and updates all.
     loaders: processes for each worker that read samples ahead of it; with 0 it reads them itself.
@@ -282,8 +281,7 @@ class Team:
     interface: address, or name of the network interface, where the hosts of a run reach each other; "" finds it.
     join_timeout_s: seconds in which all agents must have come.
     lease_s, give_up_s: seconds of silence after which a host is lost, and in which it looks for agent 0 again.
-    spare: with ``auto``, where the first of several hosts has one worker, a process waits there, built, to take its
-        place at once should it die; with ``off`` its successor is built then, while the others wait.
+    spare: ``auto`` keeps a process built that takes the place of the first host's only worker at once; ``off``, none.
     when_lost: whether the hosts that are left ``continue`` with all workers, or ``wait`` for one that was lost.
     mixed_processors: whether hosts may have processors of several kinds, which withdraws the promise of the same bits.
     """

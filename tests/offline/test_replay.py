@@ -109,7 +109,7 @@ def test_ten_asynchronous_runs_are_replayed_exactly(seed: int, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [100, 101, 102])
+@pytest.mark.parametrize("seed", [100, 101])  # of each model
 @pytest.mark.parametrize("name", [*RULES, *MORE_RULES])
 def test_random_runs_under_every_rule_are_replayed_exactly(name: str, seed: int, tmp_path: Path) -> None:
     random_run(RULES.get(name) or MORE_RULES[name], seed, tmp_path / "run")
