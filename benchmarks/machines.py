@@ -145,8 +145,12 @@ TARGETS = {
 """What each figure should be, and whether at least. Speed and bytes are shares of DDP's; gradients, bytes a step."""
 
 
-def start(contender: Contender, part: Part, hosts: Hosts, gate: Path, port: int, steps: int) -> Team:
-    """Starts a contender's programs, a torchrun on each host; they write into the folder of its gate's name there."""
+def start(
+    contender: Contender, part: Part, hosts: Hosts, gate: Path, port: int, steps: int, source: Path = ROOT / "src"
+) -> Team:
+    """Starts a contender's programs, a torchrun on each host, with Instep from `source`; they write into the folder of
+    its gate's name there.
+    """
     workers, folder = part.hosts * part.workers, f"{WORK}/{gate.parent.name}"
     ddp = {**DDP_OPTIONS, "bucket_cap_mb": contender.bucket_mb} if contender.bucket_mb else {}
     if part.microbatches > workers:
@@ -167,7 +171,7 @@ def start(contender: Contender, part: Part, hosts: Hosts, gate: Path, port: int,
         where = f"--nnodes {part.hosts} --node-rank {host.number} --nproc-per-node {each}"
         meeting = f"--master-addr {hosts[0].address} --master-port {port}"
         run = [sys.executable, "-m", "torch.distributed.run", *where.split(), *meeting.split(), "-m", module]
-        given = {**host.environment, **THREADS, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
+        given = {**host.environment, **THREADS, "PYTHONPATH": f"{ROOT}:{source}"}
         if contender.bucket_mb:
             given["GLOO_SOCKET_IFNAME"] = host.interface
         names = [f"{name}={value}" for name, value in given.items()]
@@ -201,10 +205,10 @@ def measure(part: Part, rounds: int, steps: int) -> dict[str, Any]:
                 for host in hosts if part.rate else ():
                     hosts.heal(host.number) if contender.free else hosts.shape(host.number, part.rate)
                 name, block = contender.name, blocks[contender]
-                sent, cpu_s = _sent_bytes(hosts), _cpu_s(hosts)
+                sent, spent_s = _sent_bytes(hosts), cpu_s(hosts)
                 stamps = teams[contender.program].work(block + 1)
                 found["sent_bytes"][name].append((_sent_bytes(hosts) - sent) / (block + 1))
-                found["cpu_s"][name].append((_cpu_s(hosts) - cpu_s) / (block + 1))
+                found["cpu_s"][name].append((cpu_s(hosts) - spent_s) / (block + 1))
                 found["step_s"][name].append(statistics.mean((each[-1] - each[1]) / block for each in stamps))
         for team in teams.values():
             team.finish()
@@ -219,12 +223,19 @@ def on_hosts(count: int, stack: ExitStack) -> tuple[Hosts, Path]:
 
 
 def begin(
-    contender: Contender, part: Part, hosts: Hosts, place: Path, steps: int, number: int, stack: ExitStack
+    contender: Contender,
+    part: Part,
+    hosts: Hosts,
+    place: Path,
+    steps: int,
+    number: int,
+    stack: ExitStack,
+    source: Path = ROOT / "src",
 ) -> Team:
     """As `start`, with what is drawn from a number that no other has."""
     gate = Path(place, str(number), "gate")
     gate.parent.mkdir()
-    team = start(contender, part, hosts, gate, 29500 + number, steps)
+    team = start(contender, part, hosts, gate, 29500 + number, steps, source)
     stack.callback(team.close)
     return team
 
@@ -261,7 +272,8 @@ def _sent_bytes(hosts: Hosts) -> int:
     return sum(host.traffic()[1] for host in hosts)
 
 
-def _cpu_s(hosts: Hosts) -> float:
+def cpu_s(hosts: Hosts) -> float:
+    """Processor seconds of all that runs on these hosts."""
     found = 0.0
     for host in hosts:
         for pid in host.processes():

@@ -9,6 +9,10 @@ rounds. Beside it stands the same ratio for the processor time of the workers, w
 Then, `--memory` times for each version by turns, a team runs alone, and the ratio of what its largest worker occupies
 at its peak (proportional set size) is shown the same way.
 
+With ``--hosts 2``, as root, both train on two hosts instead, namespaces of this machine as in `benchmarks.machines`, a
+worker on each and a microbatch a worker. Processor time is then of all that runs on the hosts; memory is that of the
+largest process of each version after the last round, once.
+
 The result goes to benchmarks/results/versions.json, or to `--out`.
 """
 
@@ -18,6 +22,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -92,6 +97,48 @@ def occupied(sources: dict[str, Path], workers: int, times: int) -> dict[str, li
     return found
 
 
+def measure_over_hosts(
+    sources: dict[str, Path], count: int, rounds: int, seconds: float
+) -> tuple[dict[str, list[Block]], dict[str, list[float]]]:
+    """[rounds] blocks of each version, and MiB of its largest process."""
+    from benchmarks import machines  # which needs root, and imports from here
+
+    part, contender = machines.Part(count, 1, count), machines.Contender()
+    with ExitStack() as stack:
+        hosts, place = machines.on_hosts(count, stack)
+        most = contender.warm_up + WARM_UP + 2 + int(rounds * (seconds / 0.05 + 2))  # a step takes 50 ms at least
+        teams: dict[str, Team] = {}
+        for number, (name, source) in enumerate(sources.items()):
+            shutil.copytree(source, place / name)
+            teams[name] = machines.begin(contender, part, hosts, place, most, number, stack, place / name)
+        for team in teams.values():
+            team.admit()
+            team.work(contender.warm_up)
+
+        def block(team: Team, steps: int) -> Block:
+            before = machines.cpu_s(hosts)
+            stamps = team.work(steps + 1)
+            wall_s = statistics.mean((worker[-1] - worker[1]) / steps for worker in stamps)
+            return Block(wall_s, (machines.cpu_s(hosts) - before) / (steps + 1) / count)
+
+        step_s = max(block(team, WARM_UP).wall_s for team in teams.values())
+        steps = max(2, round(seconds / step_s))
+        order = random.Random(0)
+        found: dict[str, list[Block]] = {name: [] for name in teams}
+        for number in range(rounds):
+            for name in order.sample(list(teams), len(teams)):
+                found[name].append(block(teams[name], steps))
+            here, there = (1000 * found[name][-1].wall_s for name in (HERE, THERE))
+            print(f"{count} hosts, round {number + 1} of {rounds}: {here:.1f} and {there:.1f} ms", file=sys.stderr)
+        mib: dict[str, list[float]] = {}
+        for name in sources:
+            own = f":{place / name}".encode()
+            processes = [psutil.Process(pid) for host in hosts for pid in host.processes()]
+            its = [each for each in processes if own in Path(f"/proc/{each.pid}/environ").read_bytes()]
+            mib[name] = [max(each.memory_full_info().pss for each in its) / 2**20]
+        return found, mib
+
+
 def _block(team: Team, steps: int) -> Block:
     before = _cpu_s(team)
     stamps = team.work(steps + 1)
@@ -104,12 +151,27 @@ def _cpu_s(team: Team) -> float:
     return float(sum(each.user + each.system for each in times))
 
 
-def ratio(here: list[float], there: list[float]) -> dict[str, float]:
+def ratio(here: list[float], there: list[float]) -> dict[str, Any]:
     """The median ratio by round, and its 95 % interval."""
     ratios = [mine / other for mine, other in zip(here, there, strict=True)]
     chance = random.Random(0)
     medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(10_000))
     return {"median": statistics.median(ratios), "low": medians[250], "high": medians[9749]}
+
+
+def figures(blocks: dict[str, list[Block]], mib: dict[str, list[float]]) -> dict[str, Any]:
+    """Ratios of seconds and memory, and the medians of which they are."""
+    found: dict[str, Any] = {}
+    for kind in ("wall_s", "cpu_s"):
+        here, there = ([getattr(block, kind) for block in blocks[name]] for name in (HERE, THERE))
+        found[kind] = ratio(here, there)
+        found[kind]["ms"] = {name: 1000 * statistics.median(each) for name, each in ((HERE, here), (THERE, there))}
+    if mib:
+        found["memory"] = {
+            **ratio(mib[HERE], mib[THERE]),
+            "mib": {name: statistics.median(each) for name, each in mib.items()},
+        }
+    return found
 
 
 def main() -> None:
@@ -120,6 +182,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="how long a block lasts, about")
     parser.add_argument("--memory", type=int, default=5, help="teams of each version whose memory is looked at")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers")
+    parser.add_argument("--hosts", type=int, default=0, help="train on so many hosts instead, as root")
     parser.add_argument("--out", type=Path, default=RESULT, help="where the result goes")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -127,24 +190,13 @@ def main() -> None:
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
         sources = {HERE: ROOT / "src", THERE: Path(folder, "src")}
         found: dict[str, Any] = {}
-        for workers in arguments.workers:
+        for workers in () if arguments.hosts else arguments.workers:
             blocks = measure(sources, workers, arguments.rounds, arguments.seconds)
-            found[f"{workers} workers"] = {
-                kind: {
-                    **ratio(*([getattr(block, kind) for block in blocks[name]] for name in (HERE, THERE))),
-                    "ms": {
-                        name: 1000 * statistics.median(getattr(block, kind) for block in blocks[name])
-                        for name in sources
-                    },
-                }
-                for kind in ("wall_s", "cpu_s")
-            }
-            if arguments.memory:
-                mib = occupied(sources, workers, arguments.memory)
-                found[f"{workers} workers"]["memory"] = {
-                    **ratio(mib[HERE], mib[THERE]),
-                    "mib": {name: statistics.median(each) for name, each in mib.items()},
-                }
+            mib = occupied(sources, workers, arguments.memory) if arguments.memory else {}
+            found[f"{workers} workers"] = figures(blocks, mib)
+        if arguments.hosts:
+            blocks, mib = measure_over_hosts(sources, arguments.hosts, arguments.rounds, arguments.seconds)
+            found[f"{arguments.hosts} hosts"] = figures(blocks, mib)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     print(json.dumps(found, indent=1))
     arguments.out.write_text(
