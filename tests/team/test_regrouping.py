@@ -25,8 +25,10 @@ from support import workloads
 from support.agents import Followers, train_on
 from support.harness import Client, Outcome, told, train_here
 from support.kinds import quick
+from support.paced import Paced, pid_of
 from support.patience import LONG_S
-from support.regression import waiting_for
+from support.regression import squares, waiting_for
+from support.threads import meanwhile
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("agents_meet_here")]
 
@@ -88,10 +90,24 @@ def test_who_is_lost_costs_the_others_neither_process_nor_checkpoint(
 
 
 def test_who_comes_computes_with_the_loss_scale_that_the_others_have(tmp_path: Path) -> None:
-    scale = LossScale(init=2.0**24, growth_interval=2)
-    recipe = workloads.gpt(steps=STEPS, precision="float16", loss_scale=scale)
-    run, _ = train_on((1, 1), recipe, team(workers=2), tmp_path / "run", client=Killing({4: [1], 8: [0]}).client)
-    alone = train_here(recipe, Team(), tmp_path / "alone")
+    """Each of two workers dies once the other's successor takes part."""
+    paced, client = Paced(tmp_path), Client()
+    recipe = dataclasses.replace(
+        paced.recipe, precision="float16", loss_scale=LossScale(init=2.0**24, growth_interval=2)
+    )
+
+    def both() -> int:
+        return [event["workers"] for event in told(client, "regrouped")].count([0, 1])
+
+    def kill() -> None:
+        for times, who in enumerate((1, 0), start=1):
+            paced.until(lambda more=4 * times: len(told(client, "merged")) > more, "some steps")  # type: ignore[misc]
+            os.kill(pid_of(client, who), signal.SIGKILL)
+            paced.until(lambda times=times: both() >= times, "its successor")  # type: ignore[misc]
+
+    with meanwhile(kill, paced.go_on):
+        run, _ = train_on((1, 1), recipe, team(workers=2), tmp_path / "run", client=client)
+    alone = train_here(dataclasses.replace(recipe, objective=squares), Team(), tmp_path / "alone")
     assert run.digest == alone.digest
     assert run.result["overflows"] == alone.result["overflows"] > 3
     assert len(told(run, "run_started")) == 1
