@@ -16,7 +16,7 @@ NEEDS := pyproject.toml constraints.txt
 help:
 	@echo 'make train      train a small GPT with 2 workers in step; ARGS="--steps 20" changes it'
 	@echo 'make compare    train it under four update rules, a slow worker among two, and make the page'
-	@echo 'make test       run the quick tests, about five minutes on 2 cores; ARGS="-k digest" picks tests'
+	@echo 'make test       run the quick tests, up to half an hour on 2 cores; ARGS="-k digest" picks tests'
 	@echo 'make test-all   run these and then the slow tests'
 	@echo 'make prove      run campaigns over several hosts, as root; what they find goes to benchmarks/results'
 	@echo 'make check      format, lint, types and the direction of imports, without changing a file'
