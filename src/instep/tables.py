@@ -90,7 +90,7 @@ def as_saved(cls: type, table: Mapping[str, Any]) -> dict[str, Any]:
     known = dict(table)
     for name, field, inner in _fields(cls):
         if inner is not None and isinstance(table.get(name), list):
-            known[name] = [as_saved(inner, each) for each in table[name]]
+            known[name] = [as_saved(inner, each) if isinstance(each, Mapping) else each for each in table[name]]
         elif inner is not None and (name in table or (field.default is not None and field.default != ())):
             if isinstance(table.get(name, {}), Mapping) and (deeper := as_saved(inner, table.get(name, {}))):
                 known[name] = deeper
@@ -108,7 +108,7 @@ def as_before(cls: type, table: Mapping[str, Any]) -> dict[str, Any]:
         if inner is not None and isinstance(table[name], Mapping):
             known[name] = as_before(inner, table[name])
         elif inner is not None and isinstance(table[name], list):
-            known[name] = [as_before(inner, each) for each in table[name]]
+            known[name] = [as_before(inner, each) if isinstance(each, Mapping) else each for each in table[name]]
         elif "before" in field.metadata and table[name] == field.metadata["before"]:
             del known[name]
     return known
