@@ -279,7 +279,7 @@ class Replica:
             seed_all(key(self.recipe.seed, step, "update"))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
-        frozen = self.trainable.frozen_in([step])  # though a gradient of before may have come late
+        frozen = self.trainable.frozen_at(step)  # though a gradient of before may have come late
         at_rest = {self.names[index] for index in frozen if self.parameters[index].grad is None}
         rate = self.optimizer.step(factor, groups, at_rest)
         self.evaluated.stepped()

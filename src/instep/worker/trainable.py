@@ -59,6 +59,7 @@ class Trainable:
         """The names of the parameters that are not trained."""
         self._by_step = {index: when for index, when in enumerate(frozen) if when != NEVER}
         self._now: frozenset[int] = frozenset()  # frozen in the step that is begun
+        self._known: tuple[int, frozenset[int]] = -1, frozenset()  # a step, and those frozen in it
         self._flags = [True] * len(parameters)
         self.off: frozenset[int] = frozenset()
         self.ended: frozenset[int] | None = None
@@ -72,10 +73,16 @@ class Trainable:
         """Those that the recipe has frozen in all of these steps."""
         return frozenset(index for index, when in self._by_step.items() if all(map(when.holds, steps)))
 
+    def frozen_at(self, step: int) -> frozenset[int]:
+        """Those of this step: found once, though an update in pieces asks for each."""
+        if self._known[0] != step:
+            self._known = step, self.frozen_in([step])
+        return self._known[1]
+
     def begin(self, step: int) -> None:
         """Starts a step."""
         self.ended = None
-        if self._by_step and (now := self.frozen_in([step])) != self._now:
+        if self._by_step and (now := self.frozen_at(step)) != self._now:
             self._now = now
             self.take(self.off)
         if list(map(_requires_grad, self._parameters)) != self._flags:

@@ -87,7 +87,7 @@ def _step(replica: Replica, step: int) -> None:
     seed_all(key(replica.recipe.seed, "trial", step))
     # Drawn anew each time: an optimizer may write on them, and kept ones would take memory beside a large model.
     gradients: list[Tensor | None] = [torch.randn(p.shape, device=p.device).mul_(0.01) for p in replica.parameters]
-    for index in replica.trainable.frozen_in([step]):
+    for index in replica.trainable.frozen_at(step):
         gradients[index] = None
     try:
         replica.update(step, gradients)
