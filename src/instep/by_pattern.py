@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from instep.components import Component
-from instep.errors import ComponentError, shown
+from instep.errors import ComponentError, InstepError, shown
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class ByPattern:
         if type(value) in (list, tuple):
             return cls(tuple(_part(item) for item in value)).checked()
         if type(value) is dict and value and not value.keys() & {"use", "args"}:
-            return cls(tuple((_patterns(key), Component.of(item)) for key, item in value.items())).checked()
+            parts = ((patterns_of(key, "an optimizer"), Component.of(item)) for key, item in value.items())
+            return cls(tuple(parts)).checked()
         return Component.of(value)
 
     def checked(self) -> ByPattern:
@@ -54,15 +55,10 @@ class ByPattern:
         """
         known = [*names, *frozen]
         for patterns, component in self.parts:
-            for pattern in patterns:
-                if not any(_matches(name, [pattern]) for name in known):
-                    raise ComponentError(
-                        f"'parameters' of the optimizer {component.describe()} has {shown(pattern)}, and no parameter "
-                        f"of the model has such a name; {near_name(pattern, known)}"
-                    )
+            check_known(patterns, known, f"'parameters' of the optimizer {component.describe()}")
         groups: list[list[str]] = [[] for _ in self.parts]
         for name in names:
-            matching = (place for place, (patterns, _) in enumerate(self.parts) if _matches(name, patterns))
+            matching = (place for place, (patterns, _) in enumerate(self.parts) if matches(name, patterns))
             place = next(matching, None)
             if place is None:
                 raise ComponentError(
@@ -80,21 +76,33 @@ def _left_without(component: Component, patterns: Sequence[str], names: Sequence
     """A sentence on a part without a name."""
     told = f"no parameter is left for the optimizer {component.describe()}, whose 'parameters' are "
     told += f"{', '.join(map(repr, patterns))}: "
-    own = [name for name in frozen if _matches(name, patterns)]
-    if own and not any(_matches(name, patterns) for name in names):
+    own = [name for name in frozen if matches(name, patterns)]
+    if own and not any(matches(name, patterns) for name in names):
         told += f"all that these match, '{own[0]}' among them, are frozen; "
         return f"{told}leave its table out, or train one of them."
     return f"{told}the first pattern that matches a name has it; the names are such as '{names[0]}'."
 
 
-def near_name(pattern: str, names: Sequence[str]) -> str:
+def check_known(
+    patterns: Iterable[str], names: Sequence[str], whose: str, error: type[InstepError] = ComponentError
+) -> None:
+    """Raises `error` for a pattern that matches none of `names`, those of parameters. whose: what has it, as told."""
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            raise error(
+                f"{whose} has {shown(pattern)}, and no parameter of the model has such a name; {_near(pattern, names)}"
+            )
+
+
+def _near(pattern: str, names: Sequence[str]) -> str:
     """The end of a sentence on a pattern without a name: the nearest name, or what names there are."""
     ends = {part: name for name in reversed(names) for part in (*name.split("."), name)}
     near = difflib.get_close_matches(pattern.strip("*."), ends, 1)
     return f"did you mean that of {shown(ends[near[0]])}?" if near else f"names are such as {shown(names[0])}."
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns is for the name."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -105,13 +113,14 @@ def _part(item: Any) -> tuple[tuple[str, ...], Component]:
             f'{{parameters = "pattern of names", use = "package.module:name"}}.'
         )
     rest = {key: value for key, value in item.items() if key != "parameters"}
-    return _patterns(item["parameters"]), Component.of(rest)
+    return patterns_of(item["parameters"], "an optimizer"), Component.of(rest)
 
 
-def _patterns(value: Any) -> tuple[str, ...]:
+def patterns_of(value: Any, whose: str) -> tuple[str, ...]:
+    """The 'parameters' in a table, one pattern or several. Raises ComponentError; whose: what the table is of."""
     patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ComponentError(
-            f"'parameters' of an optimizer is {shown(value)}; it must be a pattern of names, or a list of them."
+            f"'parameters' of {whose} is {shown(value)}; it must be a pattern of names, or a list of them."
         )
     return patterns

@@ -17,12 +17,11 @@ decides. What the model itself builds with ``requires_grad=False`` stays so.
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from instep.by_pattern import near_name
+from instep.by_pattern import check_known, matches
 from instep.errors import RecipeError, shown
 
 _MOST = 1 << 53
@@ -81,13 +80,8 @@ def _steps(pattern: str, text: object) -> FrozenSteps:
 def frozen_steps(patterns: Mapping[str, str], names: Sequence[str]) -> list[FrozenSteps]:
     """The steps in which each of `names` is frozen. Raises RecipeError for a pattern that matches none of them."""
     steps = parse(patterns)
-    for pattern in steps:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise RecipeError(
-                f"'recipe.freeze' has {shown(pattern)}, and no parameter of the model has such a name; "
-                f"{near_name(pattern, names)}"
-            )
-    matching = (next((p for p in steps if fnmatch.fnmatchcase(name, p)), None) for name in names)
+    check_known(steps, names, "'recipe.freeze'", RecipeError)
+    matching = (next((pattern for pattern in steps if matches(name, [pattern])), None) for name in names)
     return [NEVER if pattern is None else steps[pattern] for pattern in matching]
 
 

@@ -7,13 +7,12 @@ its number alone, whoever computes it and wherever the run was stopped in betwee
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from instep.by_pattern import near_name
+from instep.by_pattern import check_known, matches, patterns_of
 from instep.components import Component
 from instep.errors import ComponentError, RecipeError, cut, shown
 
@@ -53,11 +52,12 @@ class Turn:
                 f"steps its turn has."
             )
         rest = {key: item for key, item in value.items() if key not in ("name", "parameters", "steps")}
-        return cls(name, _patterns(value["parameters"], name), Component.of(rest), steps)
+        patterns = patterns_of(value["parameters"], f"the objective '{name}'")
+        return cls(name, patterns, Component.of(rest), steps)
 
     def trains(self, name: str) -> bool:
         """Whether one of its patterns is for the parameter."""
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+        return matches(name, self.patterns)
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,7 @@ class Turns:
         """
         known = [*names, *frozen]
         for turn in self.parts:
-            for pattern in turn.patterns:
-                if not any(fnmatch.fnmatchcase(name, pattern) for name in known):
-                    raise ComponentError(
-                        f"'parameters' of the objective '{turn.name}' has {shown(pattern)}, and no parameter of the "
-                        f"model has such a name; {near_name(pattern, known)}"
-                    )
+            check_known(turn.patterns, known, f"'parameters' of the objective '{turn.name}'")
             if not any(map(turn.trains, names)):
                 raise ComponentError(
                     f"the turn of the objective '{turn.name}' trains nothing, for all that its 'parameters' match are "
@@ -150,16 +145,6 @@ class Turns:
                 f"or freeze it (recipe.freeze)."
             )
         return [[turn.trains(name) for name in names] for turn in self.parts]
-
-
-def _patterns(value: Any, name: str) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else ()
-    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ComponentError(
-            f"'parameters' of the objective '{name}' is {shown(value)}; it must be a pattern of names, or a list of "
-            f"them."
-        )
-    return patterns
 
 
 def each_of(objective: Turns | Component) -> list[Component]:
