@@ -46,7 +46,7 @@ class LossScale:
         check_types(self, "loss_scale")
         for key in ("init", "growth", "backoff", "least"):
             value = getattr(self, key)
-            if not _is_power_of_two(value):
+            if not is_power_of_two(value):
                 raise RecipeError(
                     f"'loss_scale.{key}' is {value:g}; it must be a power of two, such as {_nearest(value):g}: others "
                     f"would round what they scale."
@@ -76,7 +76,8 @@ def of_precision(precision: str, given: LossScale | None) -> LossScale | None:
     return None
 
 
-def _is_power_of_two(value: float) -> bool:
+def is_power_of_two(value: float) -> bool:
+    """Whether it is one, and so changes no bit of what it scales."""
     return value > 0 and math.isfinite(value) and math.frexp(value)[0] == 0.5
 
 

@@ -6,12 +6,11 @@ rules with local steps each worker has its own, as it has an optimizer of its ow
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from instep.errors import CheckpointError
-from instep.loss_scale import MOST_SCALE, LossScale
+from instep.loss_scale import MOST_SCALE, LossScale, is_power_of_two
 from instep.record.shapes import SCALER, misfit
 
 
@@ -73,7 +72,7 @@ class Scaler:
             return
         state = {"scale": self._how.init, "good": 0} if state is None else state
         wrong = misfit(state, SCALER)
-        if wrong is None and not (state["scale"] > 0 and math.frexp(state["scale"])[0] == 0.5):
+        if wrong is None and not is_power_of_two(state["scale"]):
             wrong = f"'scale' is {state['scale']}, and it must be a power of two"
         if wrong is not None:
             raise CheckpointError(f"of the loss scale in the checkpoint {wrong}; use an earlier checkpoint.")
