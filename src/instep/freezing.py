@@ -85,10 +85,15 @@ def frozen_steps(patterns: Mapping[str, str], names: Sequence[str]) -> list[Froz
     return [NEVER if pattern is None else steps[pattern] for pattern in matching]
 
 
+def changes(frozen: Iterable[FrozenSteps]) -> list[int]:
+    """The steps from which on others are frozen than before, and the first one, in order."""
+    return sorted({0, *(number for each in frozen for number in (each.first, each.end) if number is not None)})
+
+
 def check_some_train(frozen: Iterable[FrozenSteps], steps: int) -> None:
     """Raises RecipeError where all parameters, each frozen in the steps given, are so in one of the run's `steps`."""
     each = set(frozen)
-    for step in sorted({0, *(number for one in each for number in (one.first, one.end) if number is not None)}):
+    for step in changes(each):
         if step < steps and all(one.holds(step) for one in each):
             raise RecipeError(
                 f"'recipe.freeze' has all parameters of the model frozen in step {step}, counted from 0, so there is "

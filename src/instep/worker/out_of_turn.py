@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from instep.errors import ComponentError
-from instep.freezing import FrozenSteps
+from instep.freezing import FrozenSteps, changes
 from instep.recipe import Recipe
 from instep.turns import Turns
 
@@ -40,7 +40,7 @@ def out_of_turn(recipe: Recipe, module: nn.Module, frozen: Sequence[FrozenSteps]
     trains = zip(*order.trained(names, others), strict=True)
     own = [frozenset(place for place, flag in enumerate(flags) if flag) for flags in trains]
     resting = [OutOfTurn(order, *each) for each in zip(own, frozen, strict=True)]
-    for start in sorted({0, *(bound for each in frozen for bound in (each.first, each.end) if bound is not None)}):
+    for start in changes(frozen):
         for step in sorted(order.firsts(start)):
             if step < recipe.steps and all(each.holds(step) for each in resting):
                 name = order.parts[order.place(step)].name
