@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,6 @@ class Audit:
         self._totals: Mapping[str, int] = {}
         self._own: dict[int, bytes] = {}  # what own microbatches came to, of those that are looked at
         self._others: dict[int, bytes] = {}
-        self._step = 0
         self._took_s = self._all_took_s = 0.0
         self._count = 0
 
@@ -114,7 +114,6 @@ class Audit:
         own, and notes what they come to; None where nothing is looked at.
         """
         self._idle = [worker for worker, (start, stop) in enumerate(ranges) if start == stop]
-        self._step = step
         self._looked = looked_at(self._replica.recipe.seed, self._share, step, ranges)
         if not self._looked or not self._replica.objective.has_items(totals):
             self._looked = []
@@ -124,20 +123,22 @@ class Audit:
         self._others = {microbatch: self._again(step, microbatch) for microbatch in mine}
         self._took_s = time.monotonic() - began
         self._own = {each.microbatch: NOTHING for each in self._looked if each.owner == self._worker}
-        return self._noted
+        return partial(self._noted, step)
 
     def _again(self, step: int, microbatch: int) -> bytes:
         """What another's microbatch comes to here."""
         return noted_alone(self._replica, self._gradients, step, microbatch, self._totals)
 
-    def _noted(self, microbatch: int, batch: Any, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _noted(
+        self, step: int, microbatch: int, batch: Any, compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
         """Computes one of its own microbatches."""
         if microbatch not in self._own:
             return compute()
         with NotedGradients(self._replica.parameters) as noted:
             sums = compute()
         began = time.monotonic()
-        self._own[microbatch] = noted.digest(sums, self._replica.objective.counts_at(self._step, batch))
+        self._own[microbatch] = noted.digest(sums, self._replica.objective.counts_at(step, batch))
         self._took_s += noted.took_s + time.monotonic() - began
         return sums
 
