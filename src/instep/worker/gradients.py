@@ -6,7 +6,8 @@ Every engine computes gradients by `Gradients`, and no other way: the workers of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -138,22 +139,17 @@ class Gradients:
         of it: its gradient lies in the first row until then, to be seen by hooks. Raises FirstWrite.
         """
         assert self._fold is not None, "assign comes first"
-        replica, fold, checks = self._replica, self._fold, self._replica.checks
+        replica, fold = self._replica, self._fold
+        kept = replica.written.kept(f"{self._what} {batch + 1}", closely=self._looks(batch))
         self.buffers.begin()
         replica.trainable.begin(batch)
-        if checks is not None:
-            checks.unchecked(batch)
-        replica.checks = None
-        try:
-            with replica.written.kept(f"{self._what} {batch + 1}", closely=self._looks(batch)), fold.aside():
-                fold.begin_leaf()
-                sums = replica.compute(batch, microbatch, samples, totals)
-                fold.end_leaf()
-                self.buffers.leave(filled=True)
-                replica.written.leave()
-                replica.trainable.leave(batch)
-        finally:
-            replica.checks = checks
+        with _unchecked(replica, batch), kept, fold.aside():
+            fold.begin_leaf()
+            sums = replica.compute(batch, microbatch, samples, totals)
+            fold.end_leaf()
+            self.buffers.leave(filled=True)
+            replica.written.leave()
+            replica.trainable.leave(batch)
         self._advance()
         return sums
 
@@ -169,14 +165,21 @@ def compile_first(replica: Replica) -> None:
     if not replica.recipe.compile:
         return
     place = next(m for m in range(replica.recipe.microbatches) if replica.cursor.microbatch_size(0, m))
-    batch, checks, replica.checks = replica.batch(0, place), replica.checks, None
+    batch = replica.batch(0, place)
     replica.trainable.begin(0)
-    if checks is not None:
-        checks.unchecked(0)
-    try:
-        with replica.written.probing(learn=False):
-            replica.compute(0, place, batch, replica.objective.counts_at(0, batch))
-    finally:
-        replica.checks = checks
+    with _unchecked(replica, 0), replica.written.probing(learn=False):
+        replica.compute(0, place, batch, replica.objective.counts_at(0, batch))
     for parameter in replica.parameters:
         parameter.grad = None
+
+
+@contextmanager
+def _unchecked(replica: Replica, step: int) -> Iterator[None]:
+    """In the block, nothing is verified of microbatches of `step`, which are computed for another reason than it."""
+    checks, replica.checks = replica.checks, None
+    if checks is not None:
+        checks.unchecked(step)
+    try:
+        yield
+    finally:
+        replica.checks = checks
