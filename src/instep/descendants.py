@@ -150,7 +150,7 @@ class Stopped:
         """What is to be said once the process was stopped, without a break, for longer than it may; else ""."""
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, self.longest_look_s), now
-        self._stopped_s = self._stopped_s + passed if any(map(_is_stopped, self._watched())) else 0.0
+        self._stopped_s = self._stopped_s + passed if any(map(is_stopped, self._watched())) else 0.0
         if self._stopped_s < self._timeout_s:
             return ""
         return f"(pid {self._pid}) has not answered for {self._stopped_s:.1f} s: it is stopped (SIGSTOP or a debugger)"
@@ -159,7 +159,8 @@ class Stopped:
         return {self._pid, *(children(self._pid) if self._children else ())}
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, by SIGSTOP or a debugger; False where that is unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
     except (OSError, IndexError):

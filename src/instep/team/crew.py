@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from instep.descendants import is_stopped
 from instep.recipe import Team
 from instep.record.folder import RunFolder
 from instep.sources import KeptSources
@@ -229,7 +230,7 @@ class LocalCrew:
             doing=doing,
             doing_s=told / 1e9 - began if told else since_s,
             waits_s=waits / 1e9 - began if waits and not done else None,
-            stopped=process_state(process.handle.pid)[0] in "Tt",
+            stopped=is_stopped(process.handle.pid),
             done=done,
         )
 

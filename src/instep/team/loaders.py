@@ -12,11 +12,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from instep.descendants import Stopped, die_with_parent, take_care_of_helpers
+from instep.descendants import Stopped, die_with_parent, is_stopped, take_care_of_helpers
 from instep.errors import ResourceError, no_process
 from instep.record.folder import RunFolder
 from instep.sources import import_kept
-from instep.team.heartbeat import process_state
 from instep.team.launcher import Handle
 from instep.team.logs import redirect_output
 from instep.team.messages import Assignment
@@ -148,10 +147,9 @@ class Loaders:
     def _shown(self, host: int, number: int, pid: int) -> LoaderShown:
         place, ahead, ahead_bytes = self.units.of_loader(number)
         doing = "" if place is None else f"reading step {place[0] + 1}, microbatch {place[1]}"
-        stopped = process_state(pid)[0] in "Tt"
         return LoaderShown(
             host, self._first + number, pid, int(self.units.read[number]), ahead, ahead_bytes, self._died[number],
-            doing, stopped,
+            doing, is_stopped(pid),
         )  # fmt: skip
 
     def end(self) -> None:
