@@ -48,10 +48,10 @@ class Spare:
 
     def look(self, processes: MemberProcesses, done: Collection[Member]) -> None:
         """Starts one, if it is time to, or ends one that is for nobody any more. done: who has done its part."""
-        here = [process for process in processes if process.member not in done]
-        alone = here[0].member if len(here) == 1 and here[0].ready is not None else None
         if not self._going:
             return
+        here = [process for process in processes if process.member not in done]
+        alone = here[0].member if len(here) == 1 and here[0].ready is not None else None
         if alone != self._alone:
             self._alone, self._since, self._begun = alone, time.monotonic(), False
             processes.drop_spare()
