@@ -111,7 +111,8 @@ def main(
 def _in_lockstep(session: Session, board: HeartbeatBoard, descriptor: int) -> None:
     """The life of a worker of the lockstep engine; if it is a successor, from the place on that it gets."""
     team, worker = session.assignment.team, session.number
-    tell_joined(session, unless=session.heartbeat.spare)
+    if not session.heartbeat.spare:
+        tell_joined(session)
     replica = session.build()
     progress, saved = Progress(), session.saved()
     if saved is not None:

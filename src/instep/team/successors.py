@@ -117,10 +117,9 @@ def handed_over(session: Session, board: HeartbeatBoard, group: Group) -> Handed
     return handed
 
 
-def tell_joined(session: Session, *, unless: bool = False) -> None:
+def tell_joined(session: Session) -> None:
     """Tells that this process is there."""
-    if not unless:
-        session.emit(JoinedEvent(worker=session.number, pid=os.getpid(), host=socket.gethostname()))
+    session.emit(JoinedEvent(worker=session.number, pid=os.getpid(), host=socket.gethostname()))
 
 
 def ready_in_place(session: Session, memory: int, facts: Mapping[str, Any], sizes: Mapping[str, Region]) -> Any:
