@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,10 +32,7 @@ def ended(there: Machines, *arguments: str) -> list[str]:
     """What each host's command has said at its end."""
     files = files_of("gpt", compiled=False, every=5, answer_s=LONG_S, lease_s=2.0)
     there.start(files, "--workers", "2", *arguments)
-    until = time.monotonic() + LONG_S
-    while time.monotonic() < until and any(command.process.poll() is None for command in there.commands):
-        time.sleep(0.1)
-    assert [command.process.poll() for command in there.commands] == [1, 1]
+    assert [command.process.wait(LONG_S) for command in there.commands] == [1, 1]
     return [command.err for command in there.commands]
 
 
