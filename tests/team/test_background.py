@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -39,12 +38,15 @@ from support.processes import wait_until
 from support.reference import reference_digests
 from support.regression import waiting_for
 from support.sentences import one_sentence
-from support.serving import RULES, killed_altogether, replayed
+from support.serving import RULES, at, kill, killed_altogether, replayed
 from support.threads import meanwhile
 
 STEPS = 12
 ALWAYS, NEVER = 1e-9, 10**6
 """Minutes, and steps, between checkpoints."""
+
+BY_CLOCK: dict[str, Any] = {"checkpoint_minutes": ALWAYS, "checkpoint_every": NEVER, "keep": 0}
+"""Of a team."""
 
 
 def gpt(**changes: Any) -> Recipe:
@@ -52,7 +54,7 @@ def gpt(**changes: Any) -> Recipe:
 
 
 def team(**changes: Any) -> Team:
-    return Team(**{"checkpoint_minutes": ALWAYS, "checkpoint_every": NEVER, "keep": 0, **changes})
+    return Team(**{**BY_CLOCK, **changes})
 
 
 def aside(outcome: Outcome | Client) -> list[dict[str, Any]]:
@@ -194,9 +196,8 @@ def all_sound(outcome: Outcome) -> None:
 def test_who_is_killed_while_it_writes_leaves_the_one_before_and_the_run_goes_on_from_it(
     tmp_path: Path, in_step: Outcome
 ) -> None:
-    options = {"checkpoint_minutes": ALWAYS, "checkpoint_every": NEVER, "keep": 0, "remember": 0}
     with held():
-        outcome = run(gpt(), 1, tmp_path / "it", dying_in(2), **options)
+        outcome = run(gpt(), 1, tmp_path / "it", dying_in(2), **BY_CLOCK, remember=0)
     first = aside(outcome)[0]
     starts = [event["version"] for event in told(outcome, "run_started")]
     assert starts == [0, first["version"]]
@@ -210,9 +211,8 @@ def test_who_is_killed_while_it_writes_leaves_the_one_before_and_the_run_goes_on
 
 @pytest.mark.processes
 def test_others_go_on_in_step_where_worker_0_is_killed_while_it_writes(tmp_path: Path, in_step: Outcome) -> None:
-    options = {"checkpoint_minutes": ALWAYS, "checkpoint_every": NEVER, "keep": 0}
     with held():
-        outcome = run(gpt(steps=40), 2, tmp_path / "it", dying_in(2), **options)
+        outcome = run(gpt(steps=40), 2, tmp_path / "it", dying_in(2), **BY_CLOCK)
     assert outcome.digest == train_here(gpt(steps=40), Team(), tmp_path / "alone").digest
     assert [event["version"] for event in told(outcome, "run_started")] == [0], "no checkpoint is loaded"
     assert [event["version"] for event in told(outcome, "merged")] == list(range(1, 41))
@@ -225,9 +225,8 @@ def test_others_go_on_in_step_where_worker_0_is_killed_around_its_copy(
     dies: Callable[..., Hooks], tmp_path: Path, in_step: Outcome
 ) -> None:
     """All know then that a checkpoint is due, and nobody else copies."""
-    options = {"checkpoint_minutes": ALWAYS, "checkpoint_every": NEVER, "keep": 0}
     with held():
-        outcome = run(gpt(), 2, tmp_path / "it", dies(_Keeper, "_keep_aside", 0, calls=2), **options)
+        outcome = run(gpt(), 2, tmp_path / "it", dies(_Keeper, "_keep_aside", 0, calls=2), **BY_CLOCK)
     assert outcome.digest == in_step.digest
     assert [event["version"] for event in told(outcome, "run_started")] == [0], "no checkpoint is loaded"
     assert [event["version"] for event in told(outcome, "merged")] == list(range(1, STEPS + 1))
@@ -291,17 +290,9 @@ def _computes(path: Path, what: str) -> bool:
 
 @pytest.mark.processes
 def test_a_run_that_was_killed_is_resumed_from_one(tmp_path: Path, in_step: Outcome) -> None:
-    pids: list[int] = []
-
-    def kill(event: dict[str, Any]) -> None:
-        if event["kind"] == "joined":
-            pids.append(event["pid"])
-        if event["kind"] == "merged" and event["version"] == 9:
-            os.kill(pids[-1], signal.SIGKILL)
-
-    who = team(workers=1, restarts=0, remember=0)
+    who, dies = team(workers=1, restarts=0, remember=0), at("merged", 1, kill(0), version=9)
     with held(1), pytest.raises(InstepError):
-        train_here(gpt(), who, tmp_path / "run", client=Client(kill))
+        train_here(gpt(), who, tmp_path / "run", client=Client(dies))
     newest, _ = checkpoint.newest_sound(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert checkpoint.read_manifest(newest).version > 1
@@ -408,19 +399,15 @@ def test_a_run_under_a_server_that_was_killed_goes_on_from_one_and_is_replayed(t
 @pytest.mark.processes
 @pytest.mark.usefixtures("agents_meet_here")
 def test_over_hosts_the_others_go_on_where_the_writer_is_killed(tmp_path: Path, in_step: Outcome) -> None:
-    pids: dict[int, int] = {}
     killed: list[int] = []
 
-    def kill(event: dict[str, Any]) -> None:
-        if event["kind"] == "joined":
-            pids[event["worker"]] = event["pid"]
-        if event["kind"] == "merged" and event["version"] == 6 and not killed:
-            killed.append(pids[0])
-            os.kill(pids[0], signal.SIGKILL)
+    def dies(pids: dict[int, int]) -> None:
+        killed.append(pids[0])
+        kill(0)(pids)
 
     with held(NEVER // 2):
-        who = team(workers=2, lease_s=60.0)
-        outcome, _ = train_on((1, 1), gpt(), who, tmp_path / "run", client=Client(kill))
+        who, client = team(workers=2, lease_s=60.0), Client(at("merged", 1, dies, version=6))
+        outcome, _ = train_on((1, 1), gpt(), who, tmp_path / "run", client=client)
     assert outcome.digest == in_step.digest
     assert killed
     assert [event["version"] for event in told(outcome, "run_started")] == [0]
