@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 from instep.errors import RecipeError
-from instep.tables import check_types
+from instep.tables import at_least, check_types
 
 MOST_SCALE = 2.0**126
 """Twice as much would be the largest power of two in float32."""
@@ -55,8 +55,7 @@ class LossScale:
             raise RecipeError(f"'loss_scale.growth' is {self.growth:g}; it must be above 1, as 2 is.")
         if not self.backoff < 1:
             raise RecipeError(f"'loss_scale.backoff' is {self.backoff:g}; it must be below 1, as 0.5 is.")
-        if self.growth_interval < 1:
-            raise RecipeError(f"'loss_scale.growth_interval' is {self.growth_interval}; it must be at least 1.")
+        at_least("loss_scale.growth_interval", self.growth_interval, 1)
         if not 1 / MOST_SCALE <= self.least <= self.init <= MOST_SCALE:
             raise RecipeError(
                 f"'loss_scale.init' is {self.init:g} and 'loss_scale.least' {self.least:g}; the first must be at least "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from instep.errors import RecipeError
-from instep.tables import added, check_types
+from instep.tables import added, at_least, check_types
 from instep.watch import Watch
 
 
@@ -30,15 +30,13 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_types(self, "schedule")
-        if self.warmup_steps < 0:
-            raise RecipeError(f"'schedule.warmup_steps' is {self.warmup_steps}; it must be at least 0.")
+        at_least("schedule.warmup_steps", self.warmup_steps, 0)
         if not 0 <= self.final <= 1:
             raise RecipeError(f"'schedule.final' is {self.final}; it is a share of the learning rate, from 0 to 1.")
         if not 0 < self.scale < math.inf:
             raise RecipeError(f"'schedule.scale' is {self.scale}; it must be a finite number above 0.")
         if self.decay_steps is not None:
-            if self.decay_steps < 1:
-                raise RecipeError(f"'schedule.decay_steps' is {self.decay_steps}; it must be at least 1.")
+            at_least("schedule.decay_steps", self.decay_steps, 1)
             if self.kind != "wsd":
                 raise RecipeError(f"'schedule.decay_steps' goes with kind 'wsd' only, and kind is {self.kind!r}.")
 
@@ -87,8 +85,7 @@ class Change:
     def __post_init__(self) -> None:
         object.__setattr__(self, "skip_samples", tuple(sorted(set(self.skip_samples))))
         check_types(self, "changes")
-        if self.version < 0:
-            raise RecipeError(f"'changes.version' is {self.version}; it must be at least 0.")
+        at_least("changes.version", self.version, 0)
         if any(index < 0 for index in self.skip_samples):
             raise RecipeError(
                 f"skip_samples (--skip-samples) holds {min(self.skip_samples)}; samples are counted from 0."

@@ -10,7 +10,7 @@ from typing import Literal
 
 from instep.errors import RecipeError
 from instep.rules import UpdateRule
-from instep.tables import added, check_types
+from instep.tables import added, at_least, check_types
 
 SIGMA_PER_MAD = 1.4826
 """Standard deviations of a normal distribution in its median absolute deviation (Hampel, 1974)."""
@@ -55,9 +55,8 @@ class Watch:
     def __post_init__(self) -> None:
         check_types(self, "watch")
         for key, least in (("window", 3), ("rollback_every", 1), ("rollbacks", 1), ("bad_batches", 1), ("patience", 1)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise RecipeError(f"'watch.{key}' is {value}; it must be at least {least}.")
+            if (value := getattr(self, key)) is not None:
+                at_least(f"watch.{key}", value, least)
         if not 0 < self.deviations < float("inf"):
             raise RecipeError(f"'watch.deviations' is {self.deviations}; it must be a finite number above 0.")
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from instep.errors import RecipeError, shown
 from instep.rules.text import read_rule
-from instep.tables import added, check_types
+from instep.tables import added, at_least, check_types
 
 _QUORUM = re.compile(r"all|all-(\d{1,18})|all/(\d{1,18})|(\d{1,18})")
 
@@ -185,8 +185,7 @@ class UpdateRule:
             )
         least_of = {"local_steps": 1, "local_after": 0, "outer_buffer": 1, "fragments": 1, "overlap": 0}
         for key, least in least_of.items():
-            if getattr(self, key) < least:
-                raise RecipeError(f"'rule.{key}' is {getattr(self, key)}; it must be at least {least}.")
+            at_least(f"rule.{key}", getattr(self, key), least)
         for key in ("max_lead", "max_staleness"):
             value = getattr(self, key)
             if value is not None and value < 0:
