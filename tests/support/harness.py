@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 
 from instep.recipe import Recipe, Team, dumps, engine_of
+from instep.record import checkpoint
 from instep.record.folder import About, RunFolder
 from instep.team import session
 from instep.team.agent import Agent
@@ -100,6 +101,15 @@ class Outcome:
 def told(run: Outcome | Client, kind: str) -> list[dict[str, Any]]:
     """The events of this kind."""
     return [event for event in run.events if event["kind"] == kind]
+
+
+def digests(run: Outcome) -> dict[str, str]:
+    """Of the weights and, by decay, of their averages."""
+    return {"": run.digest, **{decay: each["digest"] for decay, each in run.result["ema"].items()}}
+
+
+def saved(run: Outcome, version: int) -> checkpoint.Loaded:
+    return checkpoint.load(checkpoint.path_of(run.path / "checkpoints", version))
 
 
 def train_here(

@@ -38,7 +38,7 @@ from instep.worker.averages import Averages
 from instep.worker.replica import Replica
 from support import deaths, workloads
 from support.agents import train_on
-from support.harness import Client, Outcome, told, train_here
+from support.harness import Client, Outcome, digests, told, train_here
 from support.kinds import quick
 from support.paced import Paced, changed
 from support.regression import numbers, regression, squares
@@ -83,11 +83,6 @@ def by_hand(recipe: Recipe, run: Outcome, decay: float) -> dict[str, Tensor]:
         saved = checkpoint.load(checkpoint.path_of(run.path / "checkpoints", version))
         average = moved(average, saved.model_state, decay_at(decay, version - 1, warmup=recipe.ema_warmup))
     return average
-
-
-def digests(run: Outcome) -> dict[str, str]:
-    """Of the weights and their averages."""
-    return {"": run.digest, **{decay: each["digest"] for decay, each in run.result["ema"].items()}}
 
 
 def opened(recipe: Recipe, run: Outcome) -> Run:

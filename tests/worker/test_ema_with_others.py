@@ -14,14 +14,13 @@ from torch import Tensor, optim
 
 from instep.errors import RecipeError
 from instep.recipe import Recipe, Team
-from instep.record import checkpoint
 from instep.record.digest import digest_of_state
 from instep.rules import UpdateRule
 from instep.run import Run
 from instep.worker.replica import Replica
 from support import workloads
 from support.adversaries import adversarial, turns
-from support.harness import Outcome, stopping_at, told, train_here
+from support.harness import Outcome, digests, saved, stopping_at, told, train_here
 from support.schedule_free import ScheduleFree
 from support.sentences import one_sentence
 from support.serving import replayed
@@ -41,15 +40,6 @@ def in_turns(**changes: Any) -> Recipe:
 
 
 RECIPES = {"freeze": freezing, "turns": in_turns}
-
-
-def digests(run: Outcome) -> dict[str, str]:
-    """Of the weights and their averages."""
-    return {"": run.digest, **{decay: each["digest"] for decay, each in run.result["ema"].items()}}
-
-
-def saved(run: Outcome, version: int) -> checkpoint.Loaded:
-    return checkpoint.load(checkpoint.path_of(run.path / "checkpoints", version))
 
 
 def by_hand(recipe: Recipe, run: Outcome, decay: float) -> dict[str, Tensor]:

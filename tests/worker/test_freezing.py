@@ -27,7 +27,6 @@ from instep.randomness import key, seed_all
 from instep.recipe import Recipe, Team, dumps
 from instep.recipe import parse as parse_recipe
 from instep.recipe_files import read
-from instep.record import checkpoint
 from instep.reduce.layout import BLOCK, Layout
 from instep.rules import UpdateRule
 from instep.run import Run
@@ -35,7 +34,7 @@ from instep.worker.replica import Replica
 from support import workloads
 from support.deaths import STEPS, Hooks, after, before, came_through
 from support.deaths import run as run_with_deaths
-from support.harness import Outcome, stopping_at, train_here
+from support.harness import Outcome, saved, stopping_at, train_here
 from support.kinds import quick
 from support.sentences import one_sentence
 from support.serving import replayed
@@ -99,10 +98,6 @@ def plain_loop(made: Recipe) -> tuple[nn.Module, optim.Optimizer]:
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], made.clip_norm)
         optimizer.step()
     return model, optimizer
-
-
-def saved(run: Outcome, version: int) -> checkpoint.Checkpoint:
-    return checkpoint.load(checkpoint.path_of(run.path / "checkpoints", version))
 
 
 def weights(run: Outcome, version: int, names: str = "") -> dict[str, Tensor]:
