@@ -191,7 +191,7 @@ class _Total(torch.autograd.Function):
     def backward(ctx: Any, *outer: Any) -> Any:
         _refuse_second_derivatives()
         if ctx.work is not None:
-            return None, None, None, *_late_gradients(ctx, outer[0])
+            return None, None, None, *_late_gradients(ctx, outer[0].float())
         if ctx.gradients is None:
             raise ObjectiveError(
                 "backward came twice through a loss over a vocabulary, whose gradient is kept for one; compute the "
@@ -202,14 +202,14 @@ class _Total(torch.autograd.Function):
 
 
 def _late_gradients(ctx: Any, outer: Tensor) -> list[Tensor | None]:
-    """Those of a `_Total` that are found in backward."""
+    """Those that are found in backward, from logits that are computed again. outer: one for all rows, or one a row."""
     f, others, dtype = ctx.work
     hidden, weight, bias = ctx.saved_tensors
-    work = _Projection(ctx.needs_input_grad[3:], hidden, weight, bias, dtype)
+    work = _Projection(ctx.needs_input_grad[-3:], hidden, weight, bias, dtype)
     for start, stop in work.chunks():
         logits = work.logits(start, stop)
-        for block, parts, _ in work.blocks(logits, others, start, stop):
-            _with_gradient(f, block, parts, outer.float())
+        for block, parts, place in work.blocks(logits, others, start, stop):
+            _with_gradient(f, block, parts, outer[place : place + len(block)] if outer.dim() else outer)
         del block, parts
         work.add(start, stop, logits)
     return work.gradients
@@ -226,26 +226,14 @@ class _Each(torch.autograd.Function):
             for chunk in work.chunks()
             for block, parts, _ in work.blocks(work.logits(*chunk), others, *chunk)
         ]
-        ctx.f, ctx.others, ctx.dtype = f, others, work.dtype
+        ctx.work = lambda logits, *parts: (f(logits, *parts),), others, work.dtype
         ctx.save_for_backward(hidden, weight, bias)
         return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *outer: Any) -> Any:
         _refuse_second_derivatives()
-        hidden, weight, bias = ctx.saved_tensors
-        work = _Projection(ctx.needs_input_grad[2:], hidden, weight, bias, ctx.dtype)
-        for start, stop in work.chunks():
-            logits = work.logits(start, stop)
-            for block, parts, place in work.blocks(logits, ctx.others, start, stop):
-                of = outer[0][place : place + len(block)]
-
-                def weighed(logits: Tensor, *parts: Tensor, of: Tensor = of) -> tuple[Tensor]:
-                    return ((ctx.f(logits, *parts) * of).sum(),)
-
-                _with_gradient(weighed, block, parts)
-            work.add(start, stop, logits)
-        return None, None, *work.gradients
+        return None, None, *_late_gradients(ctx, outer[0])
 
 
 def _refuse_second_derivatives() -> None:
