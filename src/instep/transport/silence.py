@@ -13,7 +13,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from instep.transport.sockets import Socket, connection
@@ -71,6 +71,13 @@ class Unanswered:
             self._silent[one] = acked, seconds
             worst = max(worst, (address, seconds), key=lambda each: each[1])
         return worst
+
+    def for_s(self, silent_s: float | None, sockets: Callable[[], Iterable[Socket]]) -> tuple[str, float] | None:
+        """What `look` gives, if that is as many seconds as are given; it looks but every half a second."""
+        if silent_s is None or time.monotonic() - self._looked < LONGEST_LOOK_S / 2:
+            return None
+        found = self.look(sockets())
+        return found if found[1] >= silent_s else None
 
 
 def _waiting(one: Socket) -> tuple[str, int] | None:

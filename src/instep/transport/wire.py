@@ -24,7 +24,7 @@ from torch._C import _distributed_c10d as c10d
 from instep.transport.group import LEFT, BrokenOff, PeerLost
 from instep.transport.meter import METER
 from instep.transport.posts import Post, Posts
-from instep.transport.silence import LONGEST_LOOK_S, Unanswered, ask_when_quiet
+from instep.transport.silence import Unanswered, ask_when_quiet
 from instep.transport.sockets import Socket, connection, open_sockets, opened_since, send_less_at_once
 
 LOOK = timedelta(milliseconds=20)
@@ -77,16 +77,13 @@ def reached(connect: Connect, silent_s: float | None, broken_off: BrokenOff) -> 
         except RuntimeError as error:
             found.append(error)
 
-    before, unanswered, looked = open_sockets(), Unanswered(), time.monotonic()
+    before, unanswered = open_sockets(), Unanswered()
     reaching = threading.Thread(target=reach, daemon=True)  # signals are heard meanwhile
     reaching.start()
     while reaching.is_alive() and not broken_off():
         reaching.join(LOOK.total_seconds())
-        if silent_s is None or time.monotonic() - looked < LONGEST_LOOK_S / 2:
-            continue
-        looked = time.monotonic()
-        address, seconds = unanswered.look(open_sockets() - before)
-        if seconds >= silent_s:
+        if silence := unanswered.for_s(silent_s, lambda: open_sockets() - before):
+            address, seconds = silence
             where = f"{address or 'the host'}, where the workers meet, has answered nothing for {seconds:.1f} s"
             raise PeerLost(f"{where}: a firewall between hosts must leave all their ports open to each other", address)
     if not found or isinstance(found[0], RuntimeError):
@@ -116,7 +113,7 @@ class Wire:
     ):
         self._broken_off = broken_off
         self.device, self._rank, self._size = device, rank, size
-        self._silent_s, self._unanswered, self._looked = silent_s, Unanswered(), time.monotonic()
+        self._silent_s, self._unanswered = silent_s, Unanswered()
         self._pending: list[c10d.Work] = []
         self._begun = 0
         self._posts = Posts()
@@ -236,12 +233,10 @@ class Wire:
         """One of the others whose system does not answer any more, if there is one; or that the group is to be left."""
         if self._broken_off():
             return PeerLost(LEFT)
-        if self._silent_s is None or time.monotonic() - self._looked < LONGEST_LOOK_S / 2:
+        found = self._unanswered.for_s(self._silent_s, sockets)
+        if found is None:
             return None
-        self._looked = time.monotonic()
-        address, seconds = self._unanswered.look(sockets())
-        if seconds < self._silent_s:
-            return None
+        address, seconds = found
         return PeerLost(f"{address or 'one'} has acknowledged nothing for {seconds:.1f} s", address)
 
     def _lost(self, error: RuntimeError | PeerLost) -> PeerLost:
