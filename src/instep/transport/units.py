@@ -259,10 +259,8 @@ class Units:
         """
         rows = self._rows[(self._rows[:, 0] > 0) & (self._rows[:, 2] == loader)]
         reading, ahead = (rows[rows[:, 1] == state] for state in (State.READING, State.LOADED))
-        batch, microbatch = (
-            divmod(int(reading[0, 0]) - 1, int(self._shared_microbatches[0])) if len(reading) else (0, 0)
-        )
-        return (batch, microbatch) if len(reading) else None, len(ahead), int(ahead[:, 6].sum())
+        at = divmod(int(reading[0, 0]) - 1, int(self._shared_microbatches[0])) if len(reading) else None
+        return at, len(ahead), int(ahead[:, 6].sum())
 
     def sign(self, which: int) -> None:
         """Wakes loaders (1) or workers (0)."""
