@@ -118,20 +118,25 @@ def in_place(events: Iterable[Event]) -> list[Event]:
     kept: list[Event] = []
     minutes: float = 0  # of the present session's team
     for event in events:
-        kind, version, late = event["kind"], event.get("version", 0), "step_s" in event
-        begins = kind == "run_started" and version and event["engine"] != "lockstep" and event.get("digest")
-        place = _made_at(kept, version) if (begins and minutes) or (kind == "checkpointed" and late) else None
-        if kind == "run_started":
-            minutes = event.get("team", {}).get("checkpoint_minutes", 0)
-        if place is not None and not begins:
-            kept.insert(place, event)
+        if event["kind"] == "checkpointed" and "step_s" in event:
+            place = _made_at(kept, event["version"])
+            kept.insert(len(kept) if place is None else place, event)
             continue
-        told = [(each["kind"], each.get("version")) for each in kept[place:]] if place is not None else []
-        if place is not None and ("checkpointed", version) not in told:
-            saved = {"t_s": event["t_s"], "kind": "checkpointed", "version": version, "digest": event["digest"]}
-            kept.insert(place, saved)
+        if event["kind"] == "run_started":
+            if minutes and event["version"] and event["engine"] != "lockstep" and event.get("digest"):
+                _tell_saved(kept, event)
+            minutes = event.get("team", {}).get("checkpoint_minutes", 0)
         kept.append(event)
     return kept
+
+
+def _tell_saved(kept: list[Event], start: Event) -> None:
+    """Has the events tell of the checkpoint that a session begins from, if none of the last one does."""
+    version = start["version"]
+    place = _made_at(kept, version)
+    if place is None or ("checkpointed", version) in ((each["kind"], each.get("version")) for each in kept[place:]):
+        return
+    kept.insert(place, {"t_s": start["t_s"], "kind": "checkpointed", "version": version, "digest": start["digest"]})
 
 
 def _made_at(events: Sequence[Event], version: int) -> int | None:
