@@ -17,7 +17,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
 
 import instep  # noqa: E402
-from benchmarks.lockstep import machine  # noqa: E402
+from benchmarks.lockstep import commit, machine  # noqa: E402
 from instep.recipe import Recipe, parse  # noqa: E402
 from instep.recipe_files import read  # noqa: E402
 from instep.record import tape  # noqa: E402
@@ -123,8 +122,7 @@ def main() -> None:
     figures = {f"{size}, {workers} worker{'s' * (workers > 1)}": told(seen) for (size, workers), seen in found.items()}
     for case, each in figures.items():
         print(f"{case:<32}{100 * each['share']:7.3f} % of a minute", json.dumps(each))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    about = {"machine": machine(), "commit": commit.strip(), "load": os.getloadavg(), "every_s": given.every}
+    about = {"machine": machine(), "commit": commit(), "load": os.getloadavg(), "every_s": given.every}
     given.out.write_text(json.dumps({**about, "rounds": given.rounds, "found": figures}, indent=1) + "\n")
 
 

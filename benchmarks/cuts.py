@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
 sys.path.append(str(ROOT / "tests"))
 
-from benchmarks.lockstep import machine  # noqa: E402
+from benchmarks.lockstep import commit, machine  # noqa: E402
 from support.cuts import LEASE_S, CutRun  # noqa: E402
 from support.hosts import Hosts  # noqa: E402
 
@@ -66,8 +65,7 @@ def main() -> None:
     for hosts in given.hosts:
         found[f"{hosts} hosts"] = measured(hosts, given.lengths, given.cuts)
         print(hosts, "hosts", json.dumps(found[f"{hosts} hosts"]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    about = {"machine": machine(), "commit": commit.strip(), "lease_s": LEASE_S, "load": os.getloadavg()}
+    about = {"machine": machine(), "commit": commit(), "lease_s": LEASE_S, "load": os.getloadavg()}
     given.out.write_text(json.dumps({**about, "found": found}, indent=1) + "\n")
 
 

@@ -253,6 +253,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def commit() -> str:
+    """That the working tree is at."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text().splitlines()

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
 
 import instep  # noqa: E402
-from benchmarks.lockstep import THREADS, machine  # noqa: E402
+from benchmarks.lockstep import THREADS, commit, machine  # noqa: E402
 from instep.engines.balance import soonest  # noqa: E402
 from instep.recipe import Recipe, parse  # noqa: E402
 from instep.recipe_files import read  # noqa: E402
@@ -200,7 +200,7 @@ def main() -> None:
     if given.rank is not None:
         return rank_of_ddp(*(getattr(given, name) for name in of_a_rank))
     size, began = QUICK if given.quick else WHOLE, time.monotonic()
-    how = {"machine": machine(), "commit": _commit(), "size": asdict(size), "load": os.getloadavg()}
+    how = {"machine": machine(), "commit": commit(), "size": asdict(size), "load": os.getloadavg()}
     rounds: list[dict[str, Any]] = []
     for number in range(given.rounds or size.rounds):
         rounds.append(one_round(size, NEEDED if given.needed else PARTS))
@@ -224,11 +224,6 @@ def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for name, fields in wanted.items()
         if name in rounds[0]
     }
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
 
 
 if __name__ == "__main__":

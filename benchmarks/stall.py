@@ -28,7 +28,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "tests")]  # run as a file, Python would look for modules in benchmarks/ itself
 
-from benchmarks.lockstep import machine  # noqa: E402
+from benchmarks.lockstep import commit, machine  # noqa: E402
 from benchmarks.stall_contenders import (  # noqa: E402
     CUT_S,
     ByInstep,
@@ -205,9 +204,8 @@ def main() -> None:
 
 def about(load: Sequence[float]) -> dict[str, Any]:
     """What was measured, and when."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     date = time.strftime("%Y-%m-%d", time.gmtime())
-    return {"commit": commit.strip(), "date": date, "load": [round(each, 2) for each in load]}
+    return {"commit": commit(), "date": date, "load": [round(each, 2) for each in load]}
 
 
 def keep(path: Path, name: str, one: dict[str, Any]) -> None:
