@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in bench
 
 from benchmarks import memory  # noqa: E402
 from benchmarks.gate import Team  # noqa: E402
-from benchmarks.lockstep import INSTEP, WARM_UP, Contender, machine  # noqa: E402
+from benchmarks.lockstep import INSTEP, WARM_UP, Contender, commit, machine  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "versions.json"
 HERE, THERE = "here", "there"
@@ -67,16 +68,7 @@ def measure(sources: dict[str, Path], workers: int, rounds: int, seconds: float)
             for core, pid in enumerate(team.pids):
                 for thread in psutil.Process(pid).threads():
                     os.sched_setaffinity(thread.id, {core})
-        step_s = max(_block(team, WARM_UP).wall_s for team in teams.values())
-        steps = max(2, round(seconds / step_s))
-        order = random.Random(0)
-        found: dict[str, list[Block]] = {name: [] for name in teams}
-        for number in range(rounds):
-            for name in order.sample(list(teams), len(teams)):
-                found[name].append(_block(teams[name], steps))
-            here, there = (1000 * found[name][-1].wall_s for name in (HERE, THERE))
-            print(f"W = {workers}, round {number + 1} of {rounds}: {here:.1f} and {there:.1f} ms", file=sys.stderr)
-        return found
+        return _by_turns(teams, lambda team: _cpu_s(team) / workers, rounds, seconds, f"W = {workers},")
 
 
 def occupied(sources: dict[str, Path], workers: int, times: int) -> dict[str, list[float]]:
@@ -115,21 +107,7 @@ def measure_over_hosts(
             team.admit()
             team.work(contender.warm_up)
 
-        def block(team: Team, steps: int) -> Block:
-            before = machines.cpu_s(hosts)
-            stamps = team.work(steps + 1)
-            wall_s = statistics.mean((worker[-1] - worker[1]) / steps for worker in stamps)
-            return Block(wall_s, (machines.cpu_s(hosts) - before) / (steps + 1) / count)
-
-        step_s = max(block(team, WARM_UP).wall_s for team in teams.values())
-        steps = max(2, round(seconds / step_s))
-        order = random.Random(0)
-        found: dict[str, list[Block]] = {name: [] for name in teams}
-        for number in range(rounds):
-            for name in order.sample(list(teams), len(teams)):
-                found[name].append(block(teams[name], steps))
-            here, there = (1000 * found[name][-1].wall_s for name in (HERE, THERE))
-            print(f"{count} hosts, round {number + 1} of {rounds}: {here:.1f} and {there:.1f} ms", file=sys.stderr)
+        found = _by_turns(teams, lambda _: machines.cpu_s(hosts) / count, rounds, seconds, f"{count} hosts,")
         mib: dict[str, list[float]] = {}
         for name in sources:
             own = f":{place / name}".encode()
@@ -139,11 +117,27 @@ def measure_over_hosts(
         return found, mib
 
 
-def _block(team: Team, steps: int) -> Block:
-    before = _cpu_s(team)
-    stamps = team.work(steps + 1)
-    wall_s = statistics.mean((worker[-1] - worker[1]) / steps for worker in stamps)
-    return Block(wall_s, (_cpu_s(team) - before) / (steps + 1) / len(stamps))
+def _by_turns(
+    teams: dict[str, Team], cpu_s: Callable[[Team], float], rounds: int, seconds: float, what: str
+) -> dict[str, list[Block]]:
+    """[rounds] blocks of each team, of about so many seconds. cpu_s: that a worker of it has had until now."""
+
+    def block(team: Team, steps: int) -> Block:
+        before = cpu_s(team)
+        stamps = team.work(steps + 1)
+        wall_s = statistics.mean((worker[-1] - worker[1]) / steps for worker in stamps)
+        return Block(wall_s, (cpu_s(team) - before) / (steps + 1))
+
+    step_s = max(block(team, WARM_UP).wall_s for team in teams.values())
+    steps = max(2, round(seconds / step_s))
+    order = random.Random(0)
+    found: dict[str, list[Block]] = {name: [] for name in teams}
+    for number in range(rounds):
+        for name in order.sample(list(teams), len(teams)):
+            found[name].append(block(teams[name], steps))
+        here, there = (1000 * found[name][-1].wall_s for name in (HERE, THERE))
+        print(f"{what} round {number + 1} of {rounds}: {here:.1f} and {there:.1f} ms", file=sys.stderr)
+    return found
 
 
 def _cpu_s(team: Team) -> float:
@@ -197,13 +191,12 @@ def main() -> None:
         if arguments.hosts:
             blocks, mib = measure_over_hosts(sources, arguments.hosts, arguments.rounds, arguments.seconds)
             found[f"{arguments.hosts} hosts"] = figures(blocks, mib)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)
     print(json.dumps(found, indent=1))
     arguments.out.write_text(
         json.dumps(
             {
                 "machine": machine(),
-                "here": commit.stdout.strip(),
+                "here": commit(),
                 "there": arguments.commit,
                 "rounds": arguments.rounds,
                 "seconds_a_block": arguments.seconds,
