@@ -15,7 +15,7 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # to ask for a GPU must not s
 import pytest
 from hypothesis import HealthCheck, settings
 
-from support import large_pages
+from support import large_pages, shares
 
 SLOW_TIMEOUT_S = 1200
 
@@ -88,11 +88,25 @@ def agents_meet_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(farewell, "FAREWELL_S", 1.0)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-in",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the slow parameters of a test run one in N, at least one: the same ones each time",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Gives slow tests more time than the `timeout` in pyproject.toml, unless they name their own."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+    slow = {item.nodeid for item in items if item.get_closest_marker("slow")}
+    left_out = shares.left_out(slow, config.getoption("--one-in"))
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+    items[:] = [item for item in items if item.nodeid not in left_out]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
