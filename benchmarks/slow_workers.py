@@ -14,6 +14,7 @@ benchmarks/results/slow_workers.json, after each round.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -21,18 +22,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
 
 import instep  # noqa: E402
 from benchmarks.lockstep import THREADS, commit, machine  # noqa: E402
-from instep.engines.balance import soonest  # noqa: E402
+from benchmarks.versions import ratio  # noqa: E402
+from instep.engines.balance import Balance, soonest  # noqa: E402
+from instep.errors import RecordError  # noqa: E402
 from instep.recipe import Recipe, parse  # noqa: E402
 from instep.recipe_files import read  # noqa: E402
 from instep.record import tape  # noqa: E402
@@ -59,6 +65,9 @@ class Size:
 PARTS = ("slow", "DDP", "moving", "even", "held")
 """All that are compared."""
 
+PAIR_STEPS, PAIR_SETTLED = 32, 12
+"""Of a run of `--pairs`, and of these those that are not counted."""
+
 NEEDED = ("slow", "DDP", "held")
 """Those without which nothing can be said of the others."""
 
@@ -72,11 +81,17 @@ def recipe(steps: int) -> Recipe:
     return parse({key: value for key, value in table.items() if key != "team"} | {"sample_length": 0})[0]
 
 
-def by_instep(steps: int, counted: int, slow: str = "", balance: str = "auto") -> dict[str, Any]:
+def by_instep(
+    steps: int, counted: int, slow: str = "", balance: str = "auto", *, pinned: bool = False
+) -> dict[str, Any]:
     """Steps a second from `counted` on, by the tape, and what the fast worker needs for a microbatch."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         team = instep.Team(workers=2, slow=slow, balance=balance, checkpoint_every=1_000_000)  # type: ignore[arg-type]
+        over = threading.Event()
+        if pinned:
+            threading.Thread(target=pin, args=(Path(folder, "run"), over), daemon=True).start()
         run = instep.train(recipe(steps), team=team, out=Path(folder, "run"))
+        over.set()
         events = [e for e in tape.read(run.path / "tape.jsonl") if e["kind"] in ("merged", "computed")]
     merged = {e["version"]: e["t_s"] for e in events if e["kind"] == "merged"}
     spans = [e for e in events if e["kind"] == "computed" and e["version"] >= counted]
@@ -158,6 +173,49 @@ def moving(size: Size) -> str:
     )
 
 
+def pin(folder: Path, over: threading.Event) -> None:
+    """Holds each worker of the run in this folder to a core of its own, once the tape tells that it is there."""
+    left = {0, 1}
+    while left and not over.wait(0.2):
+        with contextlib.suppress(RecordError, psutil.NoSuchProcess):
+            for event in tape.read(folder / "tape.jsonl"):
+                if event["kind"] == "joined" and event["worker"] in left:
+                    left.discard(event["worker"])
+                    for thread in psutil.Process(event["pid"]).threads():
+                        os.sched_setaffinity(thread.id, {event["worker"]})
+
+
+def pairs(count: int) -> dict[str, Any]:
+    """So many of "auto" and "off", by turns, and the ratio of their steps a second."""
+    sides: dict[str, list[dict[str, Any]]] = {"auto": [], "off": []}
+    for number in range(count):
+        for balance in random.sample(list(sides), 2):
+            sides[balance].append(by_instep(PAIR_STEPS, PAIR_SETTLED, balance=balance, pinned=True))
+        here, there = (sides[balance][-1] for balance in sides)
+        if here["digest"] != there["digest"]:
+            raise SystemExit("the digest depends on who computed what: contract C1 is broken.")
+        print(f"{number} {here['steps_per_s']:.3f} and {there['steps_per_s']:.3f}, {here['moves']} moves", flush=True)
+    each_s = {balance: [1 / side["steps_per_s"] for side in of_one] for balance, of_one in sides.items()}
+    step_s = statistics.median(each_s["auto"])
+    return {
+        "of_off": ratio(each_s["off"], each_s["auto"]),
+        "moves": [side["moves"] for side in sides["auto"]],
+        "decides_s": deciding_s(),
+        "share_of_a_step": deciding_s() / step_s,
+        "step_s": each_s,
+    }
+
+
+def deciding_s(steps: int = 10_000) -> float:
+    """Seconds that a step's decision takes a worker, of two that are as fast but for noise."""
+    balance, draw = Balance([MICROBATCHES // 2] * 2), random.Random(0)
+    seconds = [[0.03 * draw.uniform(0.9, 1.1) for _ in range(2)] for _ in range(steps)]
+    began = time.perf_counter()
+    for each in seconds:
+        balance.decide(each)
+    return (time.perf_counter() - began) / steps
+
+
 def one_round(size: Size, wanted: Sequence[str] = PARTS) -> dict[str, Any]:
     """These contenders once, `NEEDED` among them."""
     settled, steps = size.settled, size.turn * size.turns
@@ -192,6 +250,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help=f"{WHOLE.rounds} unless given")
     parser.add_argument("--quick", action="store_true", help="as little as can be, to see that all runs")
     parser.add_argument("--needed", action="store_true", help=f"of all contenders only {', '.join(NEEDED)}")
+    parser.add_argument("--pairs", type=int, default=0, help="only so many pairs without slowness")
     parser.add_argument("--out", type=Path, default=RESULT)
     of_a_rank = {"rank": int, "steps": int, "counted": int, "slow": float, "folder": Path}
     for name, kind in of_a_rank.items():
@@ -199,13 +258,21 @@ def main() -> None:
     given = parser.parse_args()
     if given.rank is not None:
         return rank_of_ddp(*(getattr(given, name) for name in of_a_rank))
+    if given.pairs:
+        found = {"machine": machine(), "commit": commit(), "load": os.getloadavg(), **pairs(given.pairs)}
+        print(json.dumps({name: found[name] for name in ("of_off", "moves", "share_of_a_step")}))
+        known = json.loads(given.out.read_text()) if given.out.exists() else {}
+        given.out.write_text(json.dumps({**known, "pairs": found}, indent=1) + "\n")
+        return None
     size, began = QUICK if given.quick else WHOLE, time.monotonic()
     how = {"machine": machine(), "commit": commit(), "size": asdict(size), "load": os.getloadavg()}
+    known = json.loads(given.out.read_text()) if given.out.exists() else {}
+    kept = {"pairs": known["pairs"]} if "pairs" in known else {}
     rounds: list[dict[str, Any]] = []
     for number in range(given.rounds or size.rounds):
         rounds.append(one_round(size, NEEDED if given.needed else PARTS))
         print(number, json.dumps(rounds[-1]), flush=True)
-        done = {**how, "seconds": round(time.monotonic() - began), "median": medians(rounds), "each": rounds}
+        done = {**kept, **how, "seconds": round(time.monotonic() - began), "median": medians(rounds), "each": rounds}
         given.out.write_text(json.dumps(done, indent=1) + "\n")
     print(json.dumps(medians(rounds), indent=1))
 
