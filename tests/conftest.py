@@ -99,12 +99,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Gives slow tests more time than the `timeout` in pyproject.toml, unless they name their own."""
-    for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+    """Gives slow tests more time than the `timeout` in pyproject.toml, unless they name their own, and leaves out those
+    that `--one-in` does.
+    """
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    for item in slow:
+        if not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
-    slow = {item.nodeid for item in items if item.get_closest_marker("slow")}
-    left_out = shares.left_out(slow, config.getoption("--one-in"))
+    left_out = shares.left_out((item.nodeid for item in slow), config.getoption("--one-in"))
     config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
     items[:] = [item for item in items if item.nodeid not in left_out]
 
