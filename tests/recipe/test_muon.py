@@ -25,7 +25,7 @@ from instep.rules import UpdateRule
 from instep.worker.replica import Replica
 from support.deaths import STEPS, after, before, came_through
 from support.deaths import run as run_with_deaths
-from support.harness import Outcome, stopping_at, told, train_here
+from support.harness import Outcome, saved, stopping_at, told, train_here
 from support.serving import replayed
 from support.sharding import assert_same
 
@@ -81,8 +81,8 @@ def plain_loop(made: Recipe) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     return model, optimizers
 
 
-def saved(run: Outcome) -> checkpoint.Checkpoint:
-    return checkpoint.load(checkpoint.path_of(run.path / "checkpoints", run.result["versions"]))
+def last(run: Outcome) -> checkpoint.Loaded:
+    return saved(run, run.result["versions"])
 
 
 @pytest.mark.processes
@@ -90,7 +90,7 @@ def test_fifty_steps_are_those_of_a_plain_loop_with_both_optimizers_to_the_bit(t
     made = muon(steps="50", microbatches="1", clip_norm="none")
     run = train_here(made, Team(), tmp_path / "run")
     model, optimizers = plain_loop(made)
-    found = saved(run)
+    found = last(run)
     for name, value in model.state_dict().items():
         assert torch.equal(found.model_state[name], value), name
     for one, other in zip(found.training_state["optimizer"]["several"], optimizers, strict=True):
@@ -103,7 +103,7 @@ def test_so_are_those_of_a_team_that_clips_but_for_roundings(tmp_path: Path) -> 
     run = train_here(made, Team(workers=3), tmp_path / "run")
     model, _ = plain_loop(made)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(saved(run).model_state[name], value, rtol=1e-2, atol=2e-3)
+        torch.testing.assert_close(last(run).model_state[name], value, rtol=1e-2, atol=2e-3)
 
 
 @pytest.mark.processes
@@ -112,7 +112,7 @@ def test_one_digest_for_any_team(tmp_path: Path) -> None:
     teams += [{"workers": 2, "memory": "80%"}, {"workers": 2, "engine": "server"}, {"workers": 3, "shard": "none"}]
     runs = [train_here(muon(), Team(**team), tmp_path / str(number)) for number, team in enumerate(teams)]
     assert len({run.digest for run in runs}) == 1
-    states = [saved(run).training_state["optimizer"] for run in runs]
+    states = [last(run).training_state["optimizer"] for run in runs]
     for state in states[1:]:
         assert_same(state, states[0])
     for run in runs:

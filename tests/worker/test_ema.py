@@ -38,7 +38,7 @@ from instep.worker.averages import Averages
 from instep.worker.replica import Replica
 from support import deaths, workloads
 from support.agents import train_on
-from support.harness import Client, Outcome, digests, told, train_here
+from support.harness import Client, Outcome, digests, saved, told, train_here
 from support.kinds import quick
 from support.paced import Paced, changed
 from support.regression import numbers, regression, squares
@@ -80,8 +80,9 @@ def by_hand(recipe: Recipe, run: Outcome, decay: float) -> dict[str, Tensor]:
     """The average over the weights of all checkpoints, of which there is one for each version."""
     average = first_weights(recipe)
     for version in range(1, recipe.steps + 1):
-        saved = checkpoint.load(checkpoint.path_of(run.path / "checkpoints", version))
-        average = moved(average, saved.model_state, decay_at(decay, version - 1, warmup=recipe.ema_warmup))
+        average = moved(
+            average, saved(run, version).model_state, decay_at(decay, version - 1, warmup=recipe.ema_warmup)
+        )
     return average
 
 
@@ -159,12 +160,11 @@ def test_weights_of_a_narrow_type_have_averages_in_float32(tmp_path: Path) -> No
         objective=lambda model, batch: (model(batch[0].bfloat16()) - batch[1]).float().square().sum(),
     )  # fmt: skip
     run = train_here(recipe, Team(workers=2, checkpoint_every=1, keep=0), tmp_path / "run")
-    saved = checkpoint.load(checkpoint.path_of(run.path / "checkpoints", 4))
     average = first_weights(recipe)["weight"].float()
     for version in range(1, 5):
-        now = checkpoint.load(checkpoint.path_of(run.path / "checkpoints", version)).model_state["weight"]
+        now = saved(run, version).model_state["weight"]
         average = average.lerp(now.float(), 0.1)
-    assert torch.equal(saved.training_state["ema"]["averages"]["0.9"]["weight"], average)
+    assert torch.equal(saved(run, 4).training_state["ema"]["averages"]["0.9"]["weight"], average)
     assert opened(recipe, run).state_dict(ema=0.9)["weight"].dtype == torch.bfloat16
 
 
@@ -367,11 +367,11 @@ def test_other_averages_than_the_runs_own_are_told_by_replay_and_verify(tmp_path
     run = train_here(recipe, Team(checkpoint_every=3, keep=0), tmp_path / "run")
     assert replayed(recipe, run.path).same
     folder = run.path / "checkpoints"
-    saved = checkpoint.load(checkpoint.path_of(folder, 6))
-    saved.training_state["ema"]["averages"]["0.9"]["0.weight"].view(-1)[0] += 1
+    there = checkpoint.load(checkpoint.path_of(folder, 6))
+    there.training_state["ema"]["averages"]["0.9"]["0.weight"].view(-1)[0] += 1
     checkpoint.save(
-        folder, version=6, model_state=saved.model_state, training_state=saved.training_state, meta=saved.meta,
-        fingerprint=saved.fingerprint, keep=0,
+        folder, version=6, model_state=there.model_state, training_state=there.training_state, meta=there.meta,
+        fingerprint=there.fingerprint, keep=0,
     )  # fmt: skip
     verdict = verify(recipe, run.path, list(tape.read(run.path / "tape.jsonl")), 1.0, 0)
     assert verdict.verdict == "wrong"
@@ -390,8 +390,7 @@ def test_any_version_has_its_averages(tmp_path: Path) -> None:
     short = train_here(recipe_of(), Team(workers=2, checkpoint_every=3, keep=0), tmp_path / "short")
     average = first_weights(recipe)
     for version in range(1, 5):
-        saved = checkpoint.load(checkpoint.path_of(run.path / "checkpoints", version))
-        average = moved(average, saved.model_state, 0.3)
+        average = moved(average, saved(run, version).model_state, 0.3)
     found = opened(recipe, short).at(4, ema=0.3).state_dict()
     assert digest_of_state(found) == digest_of_state(average)
     with pytest.raises(RecordError, match="no average of the decay 0.7") as refused:

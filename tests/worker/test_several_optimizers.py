@@ -25,7 +25,7 @@ from instep.rules import UpdateRule
 from instep.rules import presets as p
 from instep.worker.replica import Replica
 from support import workloads
-from support.harness import stopping_at, train_here
+from support.harness import saved, stopping_at, train_here
 from support.regression import regression
 from support.schedule_free import ScheduleFree
 from support.sentences import one_sentence
@@ -147,8 +147,8 @@ def test_one_of_several_may_average_its_weights(tmp_path: Path) -> None:
     recipe = regression(model=lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1)), optimizer=parts)
     runs = [train_here(recipe, Team(workers=w, checkpoint_every=2), tmp_path / str(w)) for w in (1, 3)]
     assert runs[0].digest == runs[1].digest
-    saved = checkpoint.load(checkpoint.path_of(runs[0].path / "checkpoints", 6))
-    same = {n: torch.equal(saved.training_state["weights"][n], v) for n, v in saved.model_state.items()}
+    there = saved(runs[0], 6)
+    same = {n: torch.equal(there.training_state["weights"][n], v) for n, v in there.model_state.items()}
     assert same == {"0.weight": False, "0.bias": False, "1.weight": True, "1.bias": True}
 
 

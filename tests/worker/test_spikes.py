@@ -31,7 +31,7 @@ from instep.rules import presets
 from instep.watch import Watch, limit
 from instep.worker.spikes import Verdict
 from support import workloads
-from support.harness import Client, Outcome, train_here
+from support.harness import Client, Outcome, saved, train_here
 from support.kinds import quick
 from support.regression import regression
 from support.serving import at, kill, replayed
@@ -321,7 +321,7 @@ def test_the_best_checkpoint_of_a_run_is_had_by_name(tmp_path: Path) -> None:
     run = train_here(recipe, Team(), tmp_path / "run")
     finished = Run(run.path, run.result, recipe)
     version = best.read(run.path / "checkpoints").version  # type: ignore[union-attr]
-    expected = checkpoint.load(checkpoint.path_of(run.path / "checkpoints", version)).model_state
+    expected = saved(run, version).model_state
     for name, value in finished.model(best=True).state_dict().items():
         assert torch.equal(value, expected[name])
     assert any(not torch.equal(value, expected[name]) for name, value in finished.state_dict().items())
@@ -345,9 +345,10 @@ def test_the_best_of_each_average_is_kept_and_had_by_name(engine: Any, tmp_path:
     assert sorted(checkpoint.by_version(folder)) == sorted({*versions, recipe.steps})
     finished = Run(run.path, run.result, recipe)
     for decay in recipe.ema:
-        saved = checkpoint.load(checkpoint.path_of(folder, least[str(decay)]["version"]))
         own = finished.model(best=True, ema=decay).state_dict()
-        for name, value in saved.training_state["ema"]["averages"][str(decay)].items():
+        for name, value in (
+            saved(run, least[str(decay)]["version"]).training_state["ema"]["averages"][str(decay)].items()
+        ):
             assert torch.equal(own[name], value)
     with pytest.raises(CheckpointError, match="has no best checkpoint of an average of the decay 0.5: nothing was"):
         finished.model(best=True, ema=0.5)

@@ -20,7 +20,7 @@ from instep.equivalences.whole_batch import WholeBatch
 from instep.offline.verifying import verify
 from instep.randomness import key_of_step, seed_all
 from instep.recipe import Recipe, Team
-from instep.record import checkpoint, tape
+from instep.record import tape
 from instep.report.comparison import compare
 from instep.report.figures import data as drawn
 from instep.report.reading import read
@@ -29,14 +29,14 @@ from instep.run import Run
 from instep.worker.replica import Replica
 from support import deaths
 from support.adversaries import DeepPair, Pair, adversarial, ring, turns
-from support.harness import Outcome, stopping_at, told, train_here
+from support.harness import Outcome, saved, stopping_at, told, train_here
 from support.serving import replayed
 
 pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("forked_pythons")]
 
 
 def weights(run: Outcome, version: int) -> Mapping[str, Tensor]:
-    return checkpoint.load(checkpoint.path_of(run.path / "checkpoints", version)).model_state
+    return saved(run, version).model_state
 
 
 def plain(recipe: Recipe, first: int, second: int, penalty: float = 0.0) -> Mapping[str, Tensor]:
@@ -119,7 +119,7 @@ def test_only_the_parameters_of_the_turn_move_and_have_state(tmp_path: Path) -> 
         now = weights(run, version)
         moved = {name.partition(".")[0] for name, value in now.items() if not torch.equal(value, before[name])}
         assert moved == {"discriminator" if version % 2 else "generator"}
-    training = checkpoint.load(checkpoint.path_of(run.path / "checkpoints", 1)).training_state
+    training = saved(run, 1).training_state
     judge, maker = training["optimizer"]["several"]
     assert len(judge["state"]) == 4
     assert not maker["state"], "it has not had its turn"
@@ -138,8 +138,8 @@ def test_an_optimizer_makes_no_step_out_of_its_turn(tmp_path: Path) -> None:
     parts = {f"{name}.*": partial(Counting, lr=0.01) for name in ("discriminator", "generator")}
     recipe = adversarial(objective=turns(2, 1), optimizer=parts, steps=7)
     run = train_here(recipe, Team(workers=2), tmp_path / "run", tried=True)
-    saved = checkpoint.load(checkpoint.path_of(run.path / "checkpoints", 7)).training_state["optimizer"]["several"]
-    assert [each["param_groups"][0]["steps"] for each in saved] == [5, 2]
+    several = saved(run, 7).training_state["optimizer"]["several"]
+    assert [each["param_groups"][0]["steps"] for each in several] == [5, 2]
 
 
 def test_a_run_is_resumed_in_the_middle_of_a_cycle_by_others(tmp_path: Path) -> None:
