@@ -253,6 +253,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def pin(pid: int, core: int) -> None:
+    """Holds all threads that a process has now to one core."""
+    for thread in psutil.Process(pid).threads():
+        os.sched_setaffinity(thread.id, {core})
+
+
 def commit() -> str:
     """That the working tree is at."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True)

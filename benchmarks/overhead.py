@@ -22,13 +22,11 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
 
 from benchmarks.gate import Team  # noqa: E402
-from benchmarks.lockstep import THREADS, WARM_UP, machine  # noqa: E402
+from benchmarks.lockstep import THREADS, WARM_UP, machine, pin  # noqa: E402
 from benchmarks.work import Options  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "overhead.json"
@@ -54,8 +52,7 @@ def measure(kinds: list[str], rounds: int, steps: int) -> dict[str, list[float]]
         for team in teams.values():
             team.admit()
             for pid in team.pids:
-                for thread in psutil.Process(pid).threads():
-                    os.sched_setaffinity(thread.id, {0})
+                pin(pid, 0)
             team.work(WARM_UP)
         found: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(rounds):

@@ -9,6 +9,10 @@ Figures are steps a second once ranges have settled, and how much that is of wha
 end if the workers, as fast as they were in this run, had the ranges that are best for them and did nothing but compute;
 and, beside it, if each step took besides what it takes without slowness. The result goes to
 benchmarks/results/slow_workers.json, after each round.
+
+With ``--pairs N`` instead: N times, by turns, no slowness with `team.balance` "auto" and "off", about 5 s each once
+ranges have settled, the workers pinned to a core each: the median ratio of their steps a second with its 95 % interval,
+how many ranges moved, and, counted, which share of a step deciding takes. It becomes "pairs" of that file.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in benchmarks/ itself
 
 import instep  # noqa: E402
-from benchmarks.lockstep import THREADS, commit, machine  # noqa: E402
+from benchmarks.lockstep import THREADS, commit, machine, pin  # noqa: E402
 from benchmarks.versions import ratio  # noqa: E402
 from instep.engines.balance import Balance, soonest  # noqa: E402
 from instep.errors import RecordError  # noqa: E402
@@ -89,7 +93,7 @@ def by_instep(
         team = instep.Team(workers=2, slow=slow, balance=balance, checkpoint_every=1_000_000)  # type: ignore[arg-type]
         over = threading.Event()
         if pinned:
-            threading.Thread(target=pin, args=(Path(folder, "run"), over), daemon=True).start()
+            threading.Thread(target=pin_workers, args=(Path(folder, "run"), over), daemon=True).start()
         run = instep.train(recipe(steps), team=team, out=Path(folder, "run"))
         over.set()
         events = [e for e in tape.read(run.path / "tape.jsonl") if e["kind"] in ("merged", "computed")]
@@ -173,16 +177,15 @@ def moving(size: Size) -> str:
     )
 
 
-def pin(folder: Path, over: threading.Event) -> None:
+def pin_workers(folder: Path, over: threading.Event) -> None:
     """Holds each worker of the run in this folder to a core of its own, once the tape tells that it is there."""
     left = {0, 1}
     while left and not over.wait(0.2):
         with contextlib.suppress(RecordError, psutil.NoSuchProcess):
             for event in tape.read(folder / "tape.jsonl"):
                 if event["kind"] == "joined" and event["worker"] in left:
+                    pin(event["pid"], event["worker"])
                     left.discard(event["worker"])
-                    for thread in psutil.Process(event["pid"]).threads():
-                        os.sched_setaffinity(thread.id, {event["worker"]})
 
 
 def pairs(count: int) -> dict[str, Any]:
@@ -192,18 +195,23 @@ def pairs(count: int) -> dict[str, Any]:
         for balance in random.sample(list(sides), 2):
             sides[balance].append(by_instep(PAIR_STEPS, PAIR_SETTLED, balance=balance, pinned=True))
         here, there = (sides[balance][-1] for balance in sides)
-        if here["digest"] != there["digest"]:
-            raise SystemExit("the digest depends on who computed what: contract C1 is broken.")
+        check_same(here, there)
         print(f"{number} {here['steps_per_s']:.3f} and {there['steps_per_s']:.3f}, {here['moves']} moves", flush=True)
     each_s = {balance: [1 / side["steps_per_s"] for side in of_one] for balance, of_one in sides.items()}
-    step_s = statistics.median(each_s["auto"])
+    decides_s = deciding_s()
     return {
         "of_off": ratio(each_s["off"], each_s["auto"]),
         "moves": [side["moves"] for side in sides["auto"]],
-        "decides_s": deciding_s(),
-        "share_of_a_step": deciding_s() / step_s,
+        "decides_s": decides_s,
+        "share_of_a_step": decides_s / statistics.median(each_s["auto"]),
         "step_s": each_s,
     }
+
+
+def check_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Ends the benchmark where two runs of one recipe came to different weights."""
+    if one["digest"] != other["digest"]:
+        raise SystemExit("the digest depends on who computed what: contract C1 is broken.")
 
 
 def deciding_s(steps: int = 10_000) -> float:
@@ -239,8 +247,7 @@ def one_round(size: Size, wanted: Sequence[str] = PARTS) -> dict[str, Any]:
     if "even" not in found:
         return found
     found["even"]["of_held"] = found["even"]["steps_per_s"] / found["held"]["steps_per_s"]
-    if found["even"]["digest"] != found["held"]["digest"]:
-        raise SystemExit("the digest depends on who computed what: contract C1 is broken.")
+    check_same(found["even"], found["held"])
     return found
 
 
@@ -258,15 +265,14 @@ def main() -> None:
     given = parser.parse_args()
     if given.rank is not None:
         return rank_of_ddp(*(getattr(given, name) for name in of_a_rank))
+    known = json.loads(given.out.read_text()) if given.out.exists() else {}
     if given.pairs:
         found = {"machine": machine(), "commit": commit(), "load": os.getloadavg(), **pairs(given.pairs)}
         print(json.dumps({name: found[name] for name in ("of_off", "moves", "share_of_a_step")}))
-        known = json.loads(given.out.read_text()) if given.out.exists() else {}
         given.out.write_text(json.dumps({**known, "pairs": found}, indent=1) + "\n")
         return None
     size, began = QUICK if given.quick else WHOLE, time.monotonic()
     how = {"machine": machine(), "commit": commit(), "size": asdict(size), "load": os.getloadavg()}
-    known = json.loads(given.out.read_text()) if given.out.exists() else {}
     kept = {"pairs": known["pairs"]} if "pairs" in known else {}
     rounds: list[dict[str, Any]] = []
     for number in range(given.rounds or size.rounds):

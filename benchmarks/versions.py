@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics
@@ -40,7 +39,7 @@ sys.path[0] = str(ROOT)  # run as a file, Python would look for modules in bench
 
 from benchmarks import memory  # noqa: E402
 from benchmarks.gate import Team  # noqa: E402
-from benchmarks.lockstep import INSTEP, WARM_UP, Contender, commit, machine  # noqa: E402
+from benchmarks.lockstep import INSTEP, WARM_UP, Contender, commit, machine, pin  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "versions.json"
 HERE, THERE = "here", "there"
@@ -66,8 +65,7 @@ def measure(sources: dict[str, Path], workers: int, rounds: int, seconds: float)
         for team in teams.values():
             team.admit()
             for core, pid in enumerate(team.pids):
-                for thread in psutil.Process(pid).threads():
-                    os.sched_setaffinity(thread.id, {core})
+                pin(pid, core)
         return _by_turns(teams, lambda team: _cpu_s(team) / workers, rounds, seconds, f"W = {workers},")
 
 
